@@ -1,11 +1,7 @@
-"""The cases of `mixtral-triton bench` for pytest-benchmark.
+"""The cases of `mixtral-triton bench` for pytest-benchmark: `pytest benchmarks/`.
 
-    pytest benchmarks/
-
-With a GPU: Mixtral's sizes, each with every installed peer. Without: small sizes in plain torch on the CPU, as every
-group and `extra_info` says. Each result is checked once before it is timed: a wrong one fails; a peer that is wrong or
-cannot do the case is skipped with the reason. The extra columns of a benchmark (`--benchmark-json`) hold the compulsory
-bytes and FLOPs. Times include the host's launches.
+With a GPU: Mixtral's sizes, each with every installed peer. Without: small sizes in plain torch on the CPU. A wrong
+result fails before it is timed, a peer that cannot do the case is skipped. Times include the host's launches.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ import torch
 
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools.bench.cases import BENCHED, Case, cases, check_of
-from mixtral_triton.tools.bench.measure import attempt, our_call
+from mixtral_triton.tools.bench.measure import attempt, our_call, wall_seconds
 from mixtral_triton.tools.bench.peers import PEERS, Peer
 
 GPU = torch.cuda.is_available()
@@ -44,12 +40,7 @@ def test_op(case: Case, peer: Peer, benchmark: Any) -> None:
     benchmark.extra_info.update(bytes=cost.bytes, flops=cost.flops, device=DEVICE_NAME, dtype=case.dtype_name)
 
     def timer(call: Any) -> float:
-        def synchronized() -> None:
-            call()
-            if GPU:
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(synchronized, warmup_rounds=3, rounds=20)
+        benchmark.pedantic(wall_seconds, (call, DEVICE), warmup_rounds=3, rounds=20)
         return 0.0
 
     outcome = attempt(lambda: peer.build(case.op, args), args, check_of(case.op, args), timer)

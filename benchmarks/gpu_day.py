@@ -1,11 +1,9 @@
 """Measure everything that needs a GPU in under ten minutes: tests, operations and their peers, rates, models, decode.
 
-    python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--parts tests experts ...] [--budget-s 570]
-    python benchmarks/gpu_day.py --dry     # all parts on a simulated GPU, at small sizes
+    python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--parts tests experts ...] [--budget-s 570] [--dry]
 
-Each part has a share of the budget. One that exceeds it is killed, and its output so far is kept. Each operation has a
-process: one that leaves the GPU in an error ends no other. The same command again runs what is not done.
-OUT/gpu_day.json and OUT/gpu_day.md hold the results. No network is needed.
+A part that exceeds its share of the budget is killed, and its output so far is kept. The same command again runs what
+is not done. OUT/gpu_day.json and OUT/gpu_day.md hold the results.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,18 +21,31 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from mixtral_triton.cli import Parser
+from mixtral_triton import cli, ops
+from mixtral_triton.generate import capture
+from mixtral_triton.kernels import launch
+from mixtral_triton.kernels.launch import Launch, LaunchConfig, multiprocessors, override_configs, target_arch
+from mixtral_triton.kernels.pdl import pdl_wait
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.bench.cases import BENCHED, QUANTIZED, Case
+from mixtral_triton.tools.bench import decode_step
+from mixtral_triton.tools.bench.cases import BENCHED, QUANTIZED, Case, cases
+from mixtral_triton.tools.bench.command import number, sizes_text
+from mixtral_triton.tools.bench.measure import DeviceTimer
 from mixtral_triton.tools.bench.peers import PEERS
-from mixtral_triton.tools.bench.report import number, sizes_text
+from mixtral_triton.tools.offline import compile_launches
+from mixtral_triton.tools.predict import TILE
 from mixtral_triton.tools.terminal import toolchain_fault
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 570.0
@@ -43,17 +55,16 @@ GPU_TESTS = re.compile(r"mark\.gpu|def test_[^)]*device: torch\.device")  # in f
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)?[^\S\n]*(?:\(.*|\[.*)?$", re.MULTILINE)
 HEAD = """# A GPU day
 
-A ratio above 1 means that ours is faster. Predictions follow from the GPU's data sheet and are no measurements.
-Two depths of one decode step give the time of a layer.
+A ratio above 1 means that ours is faster. Predictions follow from the GPU's data sheet. Two depths of one decode step
+give the time of a layer.
 """
+Figures = dict[str, Any]
+CLOCKS = "nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv,noheader"
 Part = tuple[float, dict[str, str]]  # seconds of BUDGET_S, and commands for Python by name, which share them
 
 
 def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
-    """Return the parts in order of importance; every operation of the registry is in one of the benchmarks.
-
-    dry: on a simulated GPU, small sizes and few tests; `breaks`: a kernel that fails on it.
-    """
+    """Return the parts in order of importance; dry: on a simulated GPU, where the kernel `breaks` fails."""
     experts = [name for name in OPS if name.startswith("expert")]
     cache = [name for name in OPS if "attention" in name or name == "append"]
     rest = [name for name in OPS if name not in (*experts, *cache)]
@@ -72,21 +83,20 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
     layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
     return {
         # Nothing is timed while another core compiles.
-        "compile": (80, {"compile": f"{prefix}-m benchmarks.gpu_checks compile {small}"}),
+        "compile": (80, {"compile": f"{prefix}-m benchmarks.gpu_day check compile {small}"}),
         "experts in bf16": (40, bench(["expert_swiglu"], f"{layer} {no_compile}")),
-        "rates": (15, {"rates": f"{computes}-m benchmarks.gpu_checks rates {small}"}),
+        "rates": (15, {"rates": f"{computes}-m benchmarks.gpu_day check rates {small}"}),
         "tests": (90, _tests(computes, first=dry)),
         "experts": (45, bench(experts, f"--quick {no_compile}")),
         "attention": (55, bench(cache, f"--quick {no_compile}")),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
         "decode": (70, bench(["decode_step"], f"{two_depths} {eager}")),
-        "prefetch": (10, {"prefetch": f"{computes}-m benchmarks.gpu_checks prefetch {small}"}),
+        "prefetch": (10, {"prefetch": f"{computes}-m benchmarks.gpu_day check prefetch {small}"}),
         "decode batches": (40, bench(["decode_step"], f"--quick --at L=4 {eager}")),
         "decode offloaded": (15, bench(["decode_step"], f"{two_depths} {eager}", "--offload 2")),
         "decode compiled": (35, bench(["decode_step"], f"{two_depths} {no_compile}")),
-        "one token": (20, bench(rest, "--quick --at T=1")),
-        "many tokens": (20, bench(rest[: 1 if dry else None], "--quick --at T=4096")),
-        "sanitizer": (30, {"sanitizer": f"{prefix}-m benchmarks.gpu_checks sanitizer {small}"}),
+        "one token and many": (40, bench(rest, "--quick --at T=1 --at T=4096")),
+        "sanitizer": (30, {"sanitizer": f"{prefix}-m benchmarks.gpu_day check sanitizer {small}"}),
         "host": (15, {"host_time": f"benchmarks/host_time.py --json --rounds {1 if dry else 40}"}),
         **({"two GPUs": (25, on_two)} if torch.cuda.device_count() > 1 and not dry else {}),
     }
@@ -97,68 +107,143 @@ def _smallest(name: str) -> str:
     op = BENCHED[name]
     dense = [shape for shape in op.test_shapes if not QUANTIZED & shape.keys()]
     sizes = Case(op, min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).flops)).as_dict()
-    without = [f"--without '{name}'" for name in {peer.name for peer in PEERS} - {"torch"}]
-    return " ".join(["--sizes", ",".join(f"{letter}={size}" for letter, size in sizes.items()), *without])
+    without = "".join(f" --without '{name}'" for name in {peer.name for peer in PEERS} - {"torch"})
+    return "--sizes " + ",".join(f"{letter}={size}" for letter, size in sizes.items()) + without
 
 
 def _tests(computes: str, first: bool) -> dict[str, str]:
-    """Return a command per operation of the registry's tests, and one per other file with tests for a GPU; `first`:
-    one test of each function, on a simulated GPU."""
-    command, registry = f"{computes}-m pytest -v -m gpu -p no:cacheprovider --maxfail 3", "tests/ops/test_registry.py"
-    command += " --first" * first
-    found = {name: f"{command} {registry} -k=-{name}-" for name in OPS}
+    """Return a command per operation of the registry's tests and per other file; `first`: a test a function."""
+    command = f"{computes}-m pytest -v -m gpu -p no:cacheprovider --maxfail 3{' --first' * first}"
+    found = {name: f"{command} tests/ops/test_registry.py -k=-{name}-" for name in OPS}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         if file.stem != "test_registry" and GPU_TESTS.search(file.read_text()):
             found[file.stem] = f"{command} {file.relative_to(ROOT)}"
     return found
 
 
-def read_events(file: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects in a command's output; the last line may be incomplete."""
-    events = []
-    for line in file.read_text(errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict)]
+@triton.jit
+def read_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        total += tl.load(x_ptr + start + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+@triton.jit
+def wait_kernel(x_ptr, PDL: tl.constexpr):
+    pdl_wait(PDL)
+    tl.store(x_ptr, 1.0)
 
 
-def run_command(command: str, file: Path, deadline: float, processes: list[Any]) -> int | None:
-    """Run until the command ends and return its exit status, or None where its time was up; its output is in `file`."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
-    args = [sys.executable, *shlex.split(command)]
-    with file.open("wb") as out, file.with_suffix(".err").open("wb") as err:
-        process = subprocess.Popen(args, stdout=out, stderr=err, cwd=ROOT, env=variables, start_new_session=True)
-    processes.append(process)
-    try:
-        return process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        kill(process)
+def rates(small: bool) -> Figures:
+    device, properties = torch.device("cuda"), torch.cuda.get_device_properties("cuda")
+    timer, sms, n = DeviceTimer(device), 2 if small else properties.multi_processor_count, 1 << (12 if small else 22)
+    x, out = torch.zeros(n, device=device), torch.zeros(4 * sms, device=device)
+    l2 = 4 * sms * x.nbytes / timer(lambda: read_kernel[(4 * sms,)](x, out, n, BLOCK=2048))
+
+    def gap(dependent: bool) -> float:
+        def launches(times: int) -> None:
+            for _ in range(times):
+                wait_kernel[(1,)](x, PDL=dependent, launch_pdl=dependent)
+
+        launches(1)
+        one, two = (timer(capture(partial(launches, times), None, x.device)) for times in (100, 200))
+        return (two - one) / 100
+
+    def product(H: int) -> float:
+        a, b = (torch.zeros(rows, H, device=device, dtype=torch.bfloat16) for rows in (128, 256 * sms))
+        return timer(lambda: ops.linear(a, b, True))
+
+    tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}
+    with override_configs({"linear_kernel": LaunchConfig(tiles, 8, 3)}):  # a program an SM: twice the depth, one end
+        ends = 2 * product(128 if small else 2048) - product(256 if small else 4096)
+    figures: Figures = {"l2": l2, "launch_gap": gap(False), "pdl_gap": gap(True) if properties.major >= 9 else None}
+    figures["tile"] = max(0.0, 3 * ends / (1 + 2 * 128 * 256 / TILE))
+    a = torch.ones(16 if small else 8192, 16 if small else 8192, device=device)
+    with subprocess.Popen(["sh", "-c", f"sleep 1; {CLOCKS}"], stdout=-1, stderr=-1, text=True) as run:
+        while run.poll() is None:
+            torch.mm(a, a)
+            torch.cuda.synchronize()
+        figures["clocks under load"] = run.communicate()[0].strip()
+    return {"ok": True, **figures}
+
+
+def compile_ahead(small: bool) -> Figures:
+    """Compile the kernels that the GPU day's benchmarks and registry tests launch into Triton's cache, on all cores."""
+    arch, sms = target_arch(torch.device("cuda")), multiprocessors(torch.device("cuda"))
+    found = [Case(op, sizes, dtype) for op in OPS.values() for sizes in op.test_shapes for dtype in op.dtypes]
+    for command in (command for _, commands in parts().values() for command in commands.values()):
+        if " bench " in command:
+            options = cli.parser().parse_args(shlex.split(command)[2:])
+            selected = cases(options.ops, options.quick, options.at, options.sizes)
+            found += [case.offloaded(options.offload) if options.offload else case for case in selected]
+    launches: list[Launch] = []
+    for case in found[: 2 if small else None]:
+        with record_launches(arch, sms) as recorded:
+            case.op.run(**case.inputs(torch.device("meta")))
+        launches += [launch for launch in recorded if launch.fn is not None]
+    faults = [f"{one.kernel}: {one.error}" for one in compile_launches(launches, arch) if one.error]
+    return {"ok": not faults, "launches": len(launches), "faults": "; ".join(faults)}
+
+
+def prefetch(small: bool) -> Figures:
+    """Time a decode step of two layers with prefetches into L2 and without (pdl.py)."""
+    sizes = decode_step.SMALL if small else {**decode_step.MIXTRAL, "L": 2, "B": 1, "S": 1024}
+    args, timer, figures = decode_step.inputs(sizes, torch.bfloat16, "cuda"), DeviceTimer(torch.device("cuda")), {}
+    for name, on in (("with", True), ("without", False)):
+        with mock.patch.object(launch, "PREFETCH", on):
+            figures[f"decode step {name} prefetches, us"] = 1e6 * timer(decode_step.replayed_step(args))
+    return {"ok": True, **figures}
+
+
+def sanitizer(small: bool) -> Figures:
+    """Run compute-sanitizer over the registry's tests, where it is installed."""
+    if small or shutil.which("compute-sanitizer") is None:
+        return {"ok": True, "note": "compute-sanitizer is not installed"}
+    tests = [sys.executable, *["-m", "pytest", "-q", "-m", "gpu", "tests/ops/test_registry.py"]]
+    command = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    run = partial(subprocess.run, stdout=sys.stderr, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return {"ok": not any(run([*command, tool, *tests]).returncode for tool in ("memcheck", "initcheck"))}
+
+
+CHECKS = {"compile": compile_ahead, "rates": rates, "prefetch": prefetch, "sanitizer": sanitizer}
+
+
+def check(name: str, small: bool) -> int:
+    """Run a part of the day in this process and print its figures, a line of JSON; small: for a simulated GPU."""
+    with torch.no_grad():
+        found = CHECKS[name](small)
+    print(json.dumps({"kind": "check", "check": name, **found}), flush=True)
+    return int(not found["ok"])
 
 
 def run_part(part: str, commands: dict[str, str], out: Path, limit_s: float, done: dict[str, int]) -> dict[str, Any]:
-    """Run the commands without an exit status in `done` for at most `limit_s`, and return the part's entry."""
+    """Run the commands without a status in `done`; kill one whose time is up, with all that it started -> the entry."""
     start, exits, processes = time.monotonic(), dict(done), list[Any]()
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def run(name: str) -> None:
-        if time.monotonic() < start + limit_s:
-            file = out / f"{part}-{name}.out".replace(" ", "_")
-            code = run_command(commands[name], file, start + limit_s, processes)
-            exits.update({} if code is None else {name: code})
+        if time.monotonic() >= start + limit_s:
+            return
+        file, args = out / f"{part}-{name}.out".replace(" ", "_"), [sys.executable, *shlex.split(commands[name])]
+        with file.open("wb") as stdout, file.with_suffix(".err").open("wb") as stderr:
+            output: dict[str, Any] = {"stdout": stdout, "stderr": stderr}
+            process = subprocess.Popen(args, cwd=ROOT, env=variables, start_new_session=True, **output)
+        processes.append(process)
+        with suppress(subprocess.TimeoutExpired):
+            exits[name] = process.wait(max(0.0, start + limit_s - time.monotonic()))
+        kill(process)
 
     workers = max(1, min(8, (os.cpu_count() or 2) // 2)) if part == "tests" else 1  # what is timed runs alone
     with ThreadPoolExecutor(workers) as pool:
         try:
             list(pool.map(run, [name for name in commands if name not in exits]))
-        finally:
+        finally:  # also after Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
             for process in (process for process in processes if process.poll() is None):
                 kill(process)
@@ -167,7 +252,6 @@ def run_part(part: str, commands: dict[str, str], out: Path, limit_s: float, don
 
 
 def environment() -> list[str]:
-    """Return versions and commit, then the GPU and its clocks."""
     versions = sorted({f"{dist.name} {dist.version}" for dist in metadata.distributions() if dist.name in PACKAGES})
     commit = subprocess.getoutput(f"git -C '{ROOT}' rev-parse HEAD")
     gpu = subprocess.getoutput(f"timeout 20 nvidia-smi --query-gpu={QUERY} --format=csv,noheader")
@@ -182,9 +266,9 @@ def day(selected: dict[str, Part], out: Path, budget_s: float) -> dict[str, Any]
     print(f"parts: {', '.join(selected)}", flush=True)
     for part, (share_s, commands) in selected.items():
         entry = done.get(part, {"status": "not started", "seconds": 0.0, "limit_s": 0.0, "exit": {}})
-        left = budget_s - (time.monotonic() - start)
-        if len(entry["exit"]) < len(commands) and left >= 1:
-            entry = run_part(part, commands, out, min(share_s * budget_s / BUDGET_S, left), entry["exit"])
+        remaining_s = budget_s - (time.monotonic() - start)
+        if len(entry["exit"]) < len(commands) and remaining_s >= 1:
+            entry = run_part(part, commands, out, min(share_s * budget_s / BUDGET_S, remaining_s), entry["exit"])
         print(f"{part}: {entry['status']} after {entry['seconds']:.0f} s", flush=True)
         done[part] = entry
         found = {"setup": [*setup, environment()[1]], "parts": done, **results(done, out)}
@@ -196,34 +280,24 @@ def day(selected: dict[str, Part], out: Path, budget_s: float) -> dict[str, Any]
 
 
 def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Return tests by outcome, rows of the benchmarks, and what the scripts and checks print."""
     found: dict[str, Any] = {"tests": {}, "rows": [], "host": [], "checks": []}
-    for part in done:
-        for file in sorted(out.glob(f"{part}-*.out".replace(" ", "_"))):
-            if part == "tests":
-                matches = OUTCOME.finditer(file.read_text(errors="replace"))
-                found["tests"] |= {match[1]: (match[2] or "died").lower() for match in matches}
-            for event in read_events(file):
-                if event.get("kind") == "row":
-                    found["rows"].append(event)
-                elif event.get("kind") == "check":
-                    figures = [(name, value) for name, value in event.items() if name not in ("kind", "check")]
-                    found["checks"] += [{"check": event["check"], "": name, "value": value} for name, value in figures]
-                elif "plain_launch_us" in event:
-                    found["host"] = event["rows"]
+    for file in (file for part in done for file in sorted(out.glob(f"{part}-*.out".replace(" ", "_")))):
+        text = file.read_text(errors="replace")
+        if file.name.startswith("tests-"):
+            found["tests"] |= {match[1]: (match[2] or "died").lower() for match in OUTCOME.finditer(text)}
+        for line in (line for line in text.splitlines() if line.startswith("{")):
+            event: dict[str, Any] = {}
+            with suppress(json.JSONDecodeError):  # the last line may be incomplete
+                event = json.loads(line)
+            kind, check = event.pop("kind", None), event.pop("check", None)
+            found["rows"] += [{"kind": kind, **event}] * (kind == "row")
+            found["checks"] += [{"check": check, "": name, "value": x} for name, x in event.items() if kind == "check"]
+            found["host"] = event["rows"] if "plain_launch_us" in event else found["host"]
     return found
 
 
-def _section(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Return a heading and a Markdown table whose columns are the keys; nothing without rows."""
-
-    def cell(value: Any) -> str:
-        return sizes_text(value) if isinstance(value, dict) else value if isinstance(value, str) else number(value)
-
-    if not rows:
-        return ""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
-    return f"\n## {title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+def _cell(value: Any) -> str:
+    return sizes_text(value) if isinstance(value, dict) else value if isinstance(value, str) else number(value)
 
 
 def _operation(row: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +309,6 @@ def _operation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return the page: GPU and versions, then parts, tests, operations."""
     tests = found["tests"]
     sections: dict[str, list[dict[str, Any]]] = {
         "Parts, and exit status by command": [{"part": name, **part} for name, part in found["parts"].items()],
@@ -246,13 +319,16 @@ def markdown(found: dict[str, Any]) -> str:
         "Operations": list(map(_operation, found["rows"])),
     }
     page = HEAD + "\n".join(["", *found["setup"], f"({QUERY}: before and after)", ""])
-    return page + "".join(_section(title, rows) for title, rows in sections.items())
+    for title, rows in sections.items():
+        lines = [[*rows[0]], ["---"] * len(rows[0]), *(map(_cell, row.values()) for row in rows)] if rows else []
+        page += f"\n## {title}\n\n" * bool(rows) + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit status: 0 if every part is done, 1 if one failed or exceeded its budget, 2 for bad input."""
     names = list(parts())
-    parser = Parser(prog="gpu_day", description=(__doc__ or "").split("\n\n")[0])
+    parser = cli.Parser(prog="gpu_day", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the results; none: one in benchmarks/results")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help="none: all")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for everything together")
@@ -267,8 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or ROOT / "benchmarks" / "results" / name
     done = day({name: every[name] for name in names if name in args.parts}, out, args.budget_s)
     print(f"results: {out / 'gpu_day.md'}")
-    return 0 if all(done[name]["status"] == "done" for name in args.parts) else 1
+    return int(any(done[name]["status"] != "done" for name in args.parts))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(check(sys.argv[2], "--small" in sys.argv) if sys.argv[1:2] == ["check"] else main())

@@ -1,7 +1,4 @@
-"""Train the small Mixtral checkpoint that ships with the package on the Python documentation that every Python carries.
-
-python benchmarks/train_small.py --out DIR
-"""
+"""Train the small checkpoint of the package on the documentation that every Python carries: --out DIR."""
 
 import argparse
 import ast
@@ -13,6 +10,7 @@ import re
 import shutil
 import sysconfig
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -63,19 +61,17 @@ def hold_out(kind: list[str]) -> tuple[list[str], list[str]]:
     """Whole documents of one kind: those to train on, and those that are held out."""
     train, held_out, shuffled = [], [], list(kind)
     random.Random(SEED).shuffle(shuffled)
-    left = HELD_OUT_SHARE * sum(map(len, kind))
+    remaining = HELD_OUT_SHARE * sum(map(len, kind))
     for document in shuffled:
-        fits = len(document) <= left
+        fits = len(document) <= remaining
         (held_out if fits else train).append(document)
-        left -= fits * len(document)
+        remaining -= fits * len(document)
     return train, held_out
 
 
 def split() -> tuple[list[str], list[str]]:
-    """Hold out documents of each kind; their paragraphs are removed from the others."""
-    parts = list(map(hold_out, documents()))
-    train, held_out = ([text for part in parts for text in part[at]] for at in range(2))
-    # The topics quote each other at length, so without this cut the held-out loss would measure memory.
+    """Hold out documents of each kind, and remove their paragraphs, which topics quote at length, from the others."""
+    train, held_out = (list(chain(*part)) for part in zip(*map(hold_out, documents()), strict=True))
     known = {" ".join(paragraph.split()) for document in held_out for paragraph in document.split("\n\n")}
     train = ["\n\n".join(p for p in document.split("\n\n") if " ".join(p.split()) not in known) for document in train]
     return [document for document in train if document], held_out
@@ -101,8 +97,7 @@ def encoded(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
 
 
 def save_text(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save the tokenizer, and the held-out topics of `help()`, which have Python's licence alone, as tokens: texts
-    differ by version."""
+    """Save the tokenizer, and as tokens the held-out topics of `help()`, which have Python's licence alone."""
     tokenizer.save(str(folder / "tokenizer.json"))
     shutil.copy(SMALL / "tokenizer_config.json", folder)
     text = f"topics of help() held out of the training, Python {platform.python_version()} (PSF licence)"
@@ -154,10 +149,10 @@ def main() -> None:
     held_out_loss, shares = evaluate(model, held_out)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink()  # it says no more than config.json
-    versions = {library.__name__: library.__version__ for library in (torch, transformers, tokenizers)}
     record = {"seed": SEED, "steps": STEPS, "train_tokens": len(train), "train_loss": sum(losses[-200:]) / 200}
     record |= {"held_out_tokens": len(held_out), "held_out_loss": held_out_loss, "expert_shares": shares}
-    record |= {"python": platform.python_version(), **versions}
+    record |= {library.__name__: library.__version__ for library in (torch, transformers, tokenizers)}
+    record["python"] = platform.python_version()
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"loss in training {record['train_loss']:.3f}, held out {held_out_loss:.3f}")
 

@@ -36,19 +36,14 @@ ARCHS = {
 
 
 @functools.cache
-def _fallback_family(arch: str) -> str:
-    """Return the family of an architecture that is not listed; warn once a process."""
-    used = "gfx942" if arch.startswith("gfx") else "sm_80"  # what fits all listed GPUs of that maker
-    warnings.warn(
-        f"{arch} is not among the known GPUs ({', '.join(ARCHS)}): launch configurations are {used}'s", stacklevel=3
-    )
-    return used
-
-
 def family(arch: str) -> str:
-    """Return the architecture whose launch configurations `arch` uses."""
-    known = ARCHS.get(arch)
-    return known.family if known else _fallback_family(arch)
+    """Return the architecture whose launch configurations `arch` uses; warn once a process where it is not listed."""
+    if arch in ARCHS:
+        return ARCHS[arch].family
+    used = "gfx942" if arch.startswith("gfx") else "sm_80"  # what fits all listed GPUs of that maker
+    text = f"{arch} is not among the known GPUs ({', '.join(ARCHS)}): launch configurations are {used}'s"
+    warnings.warn(text, stacklevel=2)
+    return used
 
 
 def amd(arch: str) -> bool:

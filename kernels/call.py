@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from . import plan
 from .checks import PACKED, SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
-from .launch import INTERPRETED, LaunchConfig, in_pdl_region, launch_context
+from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
 from .op import Cost, Op, Sizes
 from .plan import call_key
@@ -87,8 +87,8 @@ def _check(op: Op, args: tuple[Any, ...], call: tuple[Any, ...]) -> None:
         _checked[key] = bounds
     for index, low, high in bounds:
         check_values(op.public_name, op.names[index], args[index], low, high)
-    if op.constraints.ranges is not None:
-        for name, values, low, high in op.constraints.ranges(op.bind_by_name(*args)):
+    if op.ranges is not None:
+        for name, values, low, high in op.ranges(op.bind_by_name(*args)):
             check_values(op.public_name, name, values, low, high)
 
 
@@ -210,10 +210,6 @@ class Operation(Protocol[P, R]):
 
 def operation(
     *,
-    reference: Callable[..., Any],
-    configs: Callable[[Sizes, torch.dtype, str], dict[str, LaunchConfig]],
-    test_shapes: Sequence[Sizes],
-    bench_shapes: Sequence[Sizes],
     cost: Callable[[Sizes, torch.dtype], Cost] | None = None,
     flops: Callable[[Sizes], int] = lambda sizes: 0,
     inputs: Callable[..., dict[str, Any]] | None = None,
@@ -229,17 +225,9 @@ def operation(
     """
 
     def decorate(run: Callable[P, R]) -> Operation[P, R]:
-        op = Op(
-            name=name or run.__name__,
-            run=run,
-            reference=reference,
-            inputs=random_inputs(run, inputs),
-            configs=configs,
-            cost=streaming_cost(run, flops) if cost is None else cost,
-            test_shapes=test_shapes,
-            bench_shapes=bench_shapes,
-            **fields,
-        )
+        fields["inputs"] = random_inputs(run, inputs)
+        fields["cost"] = streaming_cost(run, flops) if cost is None else cost
+        op = Op(name=name or run.__name__, run=run, **fields)
         checked, unchecked = _entry_points(op)
         for function in (checked, unchecked):
             wraps(run)(function)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, UnionType
@@ -84,24 +84,6 @@ def _strip_none(kind: Any) -> tuple[Any, bool]:
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
     optional = typing.get_origin(kind) in (UnionType, typing.Union) and len(parts) == 1
     return (parts[0], True) if optional else (kind, False)
-
-
-@dataclass(frozen=True)
-class Constraints:
-    """What the annotations of an operation cannot say.
-
-    rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
-    ranges             ranges(args) yields further tensors whose values must lie in a range
-    truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
-                       depend on the length of the others
-    """
-
-    rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
-    ranges: Callable[[Mapping[str, Any]], Iterable[Range]] | None = None
-    truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-
-
-UNCONSTRAINED = Constraints()
 
 
 def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:

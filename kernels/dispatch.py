@@ -109,13 +109,9 @@ def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
     return scores.argsort(dim=-1)[:, : sizes["K"]].to(device=device, dtype=torch.int32)
 
 
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    return {"ids": sample_ids(sizes, device, generator).to(dtype)}
-
-
 @operation(
     reference=reference.sort_by_expert,
-    inputs=_inputs,
+    inputs=lambda sizes, dtype, device, generator: {"ids": sample_ids(sizes, device, generator).to(dtype)},
     configs=configs,
     test_shapes=shapes("T E K", "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
     bench_shapes=shapes("T E K", "128 8 2, 1024 8 2, 8192 8 2"),

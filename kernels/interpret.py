@@ -1,15 +1,18 @@
 """Corrections to Triton's interpreter, active during our launches.
 
 The interpreter stores bfloat16 as raw 16-bit integers: `tl.dot` multiplies those integers, and a cast from float32
-truncates where hardware rounds to nearest even.
+truncates where hardware rounds to nearest even. It also derives the same few types and shapes anew in each operation,
+which takes a third of its time: here they are remembered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import triton.language as tl
@@ -54,33 +57,67 @@ def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imp
     return type(d)(product(_values(a).astype(accumulate), _values(b).astype(accumulate)) + d.data, d.dtype.scalar)
 
 
-def _patch_once(patch: Any) -> Any:
+@cache
+def _language_modules(fn: Any) -> frozenset[int]:
+    return frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+
+
+def _patch_once(patch_language: Any) -> Any:
     """Patch each language module once a launch. The interpreter repeats it for every device function that a program
     calls, which takes most of its time."""
     done: set[int] = set()
 
     def patch_new(fn: Any) -> Any:
-        modules = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        modules = _language_modules(fn)
         if modules <= done:
             return None
         done.update(modules)
-        return patch(fn)
+        return patch_language(fn)
 
     return patch_new
+
+
+_scalar_dtype = cache(interpreter._get_np_dtype)
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    return np.dtype(np.uint64) if dtype.scalar.is_ptr() else _scalar_dtype(dtype.scalar)
+
+
+@cache
+def _shape(sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Return the attributes of a block's type that depend on its shape alone, and `constants`, those of its tensors."""
+    shape = tl.tuple(sizes)
+    constants = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(prod(sizes))
+    return {"shape": shape, "numel": tl.core.validate_block_shape(shape), "constants": constants}
+
+
+def _init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+    if not sizes:
+        raise TypeError("0d block_type is forbidden")
+    vars(self).update(_shape(sizes), element_ty=element_ty, name=f"<{sizes}, {element_ty}>")
+
+
+def _init_tensor(self: Any, handle: Any, type: Any) -> None:
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = type.constants if type.is_block() else _shape(())["constants"]
 
 
 @contextmanager
 def interpreting() -> Iterator[Any]:
     """Correct bfloat16 casts and dots within the block, let integers wrap; yield the interpreter's builder."""
-    options = interpreter.InterpreterOptions(sanitize_overflow=False)
-    builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
-    before = builder.options
-    builder.cast_impl, builder.create_dot = partial(_cast, builder), partial(_dot, builder)
-    builder.options, interpreter._patch_lang = options, _patch_once(patch)
-    try:
-        # A GPU gives inf and NaN without a warning.
-        with np.errstate(all="ignore"):
-            yield builder
-    finally:
-        builder.options, interpreter._patch_lang = before, patch
-        del builder.cast_impl, builder.create_dot
+    builder = interpreter.interpreter_builder
+    changes: list[tuple[Any, str, Any]] = [
+        (builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
+        (builder, "cast_impl", partial(_cast, builder)),
+        (builder, "create_dot", partial(_dot, builder)),
+        (interpreter, "_patch_lang", _patch_once(interpreter._patch_lang)),
+        (interpreter, "_get_np_dtype", _numpy_dtype),
+        (tl.block_type, "__init__", _init_block_type),
+        (tl.tensor, "__init__", _init_tensor),
+    ]
+    with ExitStack() as stack, np.errstate(all="ignore"):  # a GPU gives inf and NaN without a warning
+        for change in changes:
+            stack.enter_context(patch.object(*change))
+        yield builder

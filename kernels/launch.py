@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -56,14 +57,8 @@ class Launch:
     dependent: bool = False
 
 
-@dataclass(frozen=True)
-class CompiledLaunch:
-    """A launch that ran: the compiled kernel, its JIT function, and its arguments by name, constexprs included."""
-
-    kernel: Any
-    fn: Any
-    grid: tuple[int, int, int]
-    args: Mapping[str, Any]
+# A launch that ran: the compiled kernel, its JIT function, and its arguments by name, constexprs included.
+CompiledLaunch = namedtuple("CompiledLaunch", "kernel fn grid args")
 
 
 @dataclass(frozen=True)
@@ -263,8 +258,7 @@ def _launch_compiled(
         ) from error
     launches = _context.get().compiled
     if launches is not None:
-        x, y, z = (*grid, 1, 1)[:3]
-        launches.append(CompiledLaunch(compiled, kernel, (x, y, z), args))
+        launches.append(CompiledLaunch(compiled, kernel, (*grid, 1, 1)[:3], args))
 
 
 def call_runtime(function: str, *args: Any) -> int:

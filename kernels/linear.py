@@ -8,7 +8,8 @@ kernel, with another order of the sum, for another T.
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from collections import namedtuple
+from typing import Annotated
 
 import torch
 import triton
@@ -31,24 +32,10 @@ SKINNY_M = 16  # up to here always the skinny kernel: the narrowest side of a te
 SKINNY_M_MAX = 64  # beyond it never
 
 
-class DecodeTile(NamedTuple):
-    BLOCK_N: int  # weight rows of a program
-    BLOCK_K: int
-
-
-class SkinnyTile(NamedTuple):
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-class WideTile(NamedTuple):
-    BLOCK_M: int  # rows of x
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
+# BLOCK_M rows of x, BLOCK_N rows of the weight.
+DecodeTile = namedtuple("DecodeTile", "BLOCK_N BLOCK_K")
+SkinnyTile = namedtuple("SkinnyTile", "BLOCK_N num_warps num_stages")
+WideTile = namedtuple("WideTile", "BLOCK_M BLOCK_N num_warps num_stages")
 # Dense weights of 16 bits on NVIDIA, by the most rows of x. Each program reads all rows of x: few weight rows give many
 # programs, but x must stay at 0.3 of them up to SKINNY_M and at half beyond.
 _DECODE = {
@@ -250,9 +237,8 @@ def linear(
     """
     rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.shape, len(weight)
-    sizes = {"T": T, "H": H, "N": N, "deterministic": deterministic, "weight": w.name}
-    skinny = use_skinny_kernel(sizes, x.dtype, target_arch(x.device))
-    skinny = skinny or (T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel"))
+    sizes, arch = {"T": T, "H": H, "N": N, "deterministic": deterministic, "weight": w.name}, target_arch(x.device)
+    skinny = use_skinny_kernel(sizes, x.dtype, arch) or (T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel"))
     if not skinny and not deterministic and w.name is None:
         return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
     wide = deterministic or not skinny
@@ -262,7 +248,6 @@ def linear(
     args = {"x_ptr": rows, "weight_ptr": w.data, "y_ptr": y, "T": T, "N": N, "stride_xt": rows.stride(0), **w.args}
     row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if wide else min(T, 1)
     grid = (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),)
-    arch = target_arch(x.device)
     more = {} if wide else {"PREFETCH": w.prefetch_bytes(H, config, grid, arch)}
     launch(kernel, grid, args, config, H=H, LAYOUT=w.layout(arch), **more)
     return y

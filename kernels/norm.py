@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .call import operation
-from .checks import INTS, Constraints, Range, Within, fail, readable
+from .checks import INTS, Range, Within, fail, readable
 from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
 from .op import Cost, Op, Sizes
 from .rope import POSITIONS_MAX, strides
@@ -93,34 +93,21 @@ def fused_norm_args(
     return {**args, "eps": eps, "stride_rt": rows.stride(0)}
 
 
-TEST_SHAPES = shapes("T H", "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1")
-BENCH_SHAPES = shapes("T H", "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144")
+_FIELDS: dict[str, Any] = {
+    "reference": reference.rms_norm,
+    "configs": configs,
+    "flops": lambda sizes: 4 * sizes["T"] * sizes["H"],
+    "test_shapes": shapes("T H", "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
+    "bench_shapes": shapes("T H", "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
+}
 
 
-def _flops(sizes: Sizes) -> int:
-    return 4 * sizes["T"] * sizes["H"]
-
-
-@operation(
-    name="rms_norm",
-    reference=reference.rms_norm,
-    configs=configs,
-    flops=_flops,
-    test_shapes=TEST_SHAPES,
-    bench_shapes=BENCH_SHAPES,
-)
+@operation(name="rms_norm", **_FIELDS)
 def _norm(x: Rows, weight: NormWeight, eps: float) -> Rows:
     return _launch(x, None, weight, eps)[0]
 
 
-@operation(
-    reference=reference.rms_norm,
-    configs=configs,
-    flops=_flops,
-    test_shapes=TEST_SHAPES,
-    bench_shapes=BENCH_SHAPES,
-    error_name="rms_norm",
-)
+@operation(error_name="rms_norm", **_FIELDS)
 def add_rms_norm(x: Rows, residual: Rows, weight: NormWeight, eps: float) -> tuple[Rows, Rows]:
     """Add a residual and normalize the sum: `rms_norm` with a residual, as an operator of its own, since the schema of
     torch's operator has a fixed number of results.
@@ -135,16 +122,14 @@ def add_rms_norm(x: Rows, residual: Rows, weight: NormWeight, eps: float) -> tup
     return _launch(x, residual, weight, eps)
 
 
-class _Norm(Protocol):
+class RmsNorm(Protocol):
+    op: Op
+    unchecked: RmsNorm
+
     @overload
     def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Tensor: ...
     @overload
     def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class RmsNorm(_Norm, Protocol):
-    op: Op
-    unchecked: _Norm
 
 
 def _with_unchecked(function: Any) -> RmsNorm:
@@ -182,12 +167,13 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     total = None if residual is None else torch.empty_like(y)
     rows = dense_rows(x.reshape(-1, x.shape[-1]))
     added = None if residual is None else dense_rows(residual.reshape(rows.shape))
-    T, H = rows.shape
-    config = select_configs(configs, {"T": T, "H": H}, x.dtype, x.device)["rms_norm_kernel"]
-    args: dict[str, Any] = {"x_ptr": rows, "residual_ptr": added, "weight_ptr": weight.contiguous()}
-    args |= {"y_ptr": y, "total_ptr": total, "T": T, "H": H, "eps": eps}
-    args |= {"stride_xt": rows.stride(0), "stride_rt": 0 if added is None else added.stride(0)}
-    launch(rms_norm_kernel, (triton.cdiv(T, config.constexprs["BLOCK_M"]),), args, config, ADD=added is not None)
+    sizes: dict[str, Any] = dict(zip("TH", rows.shape, strict=True))
+    config = select_configs(configs, sizes, x.dtype, x.device)["rms_norm_kernel"]
+    args = {**sizes, "x_ptr": rows, "residual_ptr": added, "y_ptr": y, "total_ptr": total, "eps": eps}
+    args |= {"weight_ptr": weight.contiguous(), "stride_xt": rows.stride(0)}
+    args["stride_rt"] = 0 if added is None else added.stride(0)
+    grid = (triton.cdiv(len(rows), config.constexprs["BLOCK_M"]),)
+    launch(rms_norm_kernel, grid, args, config, ADD=added is not None)
     return y, total
 
 
@@ -243,9 +229,8 @@ def end_ranges(args: Mapping[str, Any]) -> Iterator[Range]:
 
 def embed_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """One token a program; ids in blocks of 1024 whatever T is, so that one kernel serves all lengths."""
-    block_h = power_of_2(sizes["H"])
-    tiles = {"BLOCK_T": 1024, "BLOCK_H": block_h}
-    return {"embed_rms_norm_kernel": LaunchConfig(tiles, num_warps=power_of_2(block_h // 512, high=8))}
+    tiles = {"BLOCK_T": 1024, "BLOCK_H": power_of_2(sizes["H"])}
+    return {"embed_rms_norm_kernel": LaunchConfig(tiles, num_warps=power_of_2(tiles["BLOCK_H"] // 512, high=8))}
 
 
 def _embed_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
@@ -272,7 +257,8 @@ Embedded = Annotated[Tensor, "B T H"]
     cost=embed_cost,
     test_shapes=shapes("B T V H past", "3 1 50 128 7, 2 3 30 1000 0") + shapes("B T V H", "2 5 9 80"),
     bench_shapes=shape_grid(B=1, T=(1, 2048), V=32000, H=4096, past=100),
-    constraints=Constraints(rule=check_positions, ranges=end_ranges),
+    rule=check_positions,
+    ranges=end_ranges,
 )
 def embed_rms_norm(
     input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],

@@ -18,6 +18,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -122,12 +123,8 @@ class OffloadedWeight(QuantizedWeight):
 
     def rows(self, expert: int) -> Tensor:
         """The memory of an expert's rows [N, K'], where it lies."""
-        at = bisect_left(self.on_host, expert)
-        return self.host[at] if expert in self.on_host else self.resident[expert - at]
-
-    def is_intact(self) -> bool:
-        """Whether each address is that of its expert."""
-        return torch.equal(self.data, self._table())
+        index = bisect_left(self.on_host, expert)
+        return self.host[index] if expert in self.on_host else self.resident[expert - index]
 
     @property
     def name(self) -> str | None:  # type: ignore[override]
@@ -156,14 +153,6 @@ class OffloadedWeight(QuantizedWeight):
     def of(cls, data: Tensor, scales: Any, zeros: Any, layout: str) -> OffloadedWeight:
         return _weights[int(layout.removeprefix(OFFLOADED))]
 
-    def on_meta(self) -> OffloadedWeight:
-        stored = torch.empty((len(self), *self.host.shape[1:]), dtype=self.dtype, device="meta")
-        if self.format == "dense":
-            return OffloadedWeight(stored, self.on_host, "meta")
-        scales, zeros = (None if part is None else part.to("meta") for part in (self.scales, self.zeros))
-        like = QuantizedWeight(self.format, stored, scales, zeros, self.shape, self.group)  # type: ignore[arg-type]
-        return OffloadedWeight(like, self.on_host, "meta")
-
     def __getitem__(self, index: Any) -> Any:
         """An expert by number, to read, on the device; by a tuple or a slice of one expert, the memory to write to."""
         if index == ():
@@ -179,8 +168,7 @@ class OffloadedWeight(QuantizedWeight):
         data = data.to(self.device) if isinstance(index, int) else data
         if self.format == "dense":
             return data
-        zeros = None if self.zeros is None else self.zeros[index]
-        shape = (*data.shape[:-1], self.shape[-1])
+        zeros, shape = None if self.zeros is None else self.zeros[index], (*data.shape[:-1], self.shape[-1])
         return QuantizedWeight(self.format, data, self.scales[index], zeros, shape, self.group)
 
     def dequantize(self) -> Tensor:
@@ -232,7 +220,8 @@ class OffloadedWeight(QuantizedWeight):
         table = memo.get(id(self.data))
         if table is None or not table.is_meta:
             raise ValueError("Mixtral: offloaded experts cannot be copied: load the checkpoint again")
-        return self.on_meta()
+        like: Any = partial(torch.empty, dtype=self.dtype) if self.format == "dense" else self.spec.empty
+        return OffloadedWeight(like(self.shape, device="meta"), self.on_host, "meta")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError("Mixtral: offloaded experts cannot be pickled: save the checkpoint that they came from")

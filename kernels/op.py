@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import checks
-from .checks import Argument, Binder, Constraints, Within
+from .checks import Argument, Binder, Within
 from .launch import LaunchConfig
 
 # Sizes by shape letter, and flags: what selects kernels and configurations besides sizes, dtype and architecture. A
@@ -49,19 +49,22 @@ class Op:
     """What is known of an operation. Its signature is that of `run` and stands nowhere else: the checks, torch's
     operator, the shapes of its results and the torch backend derive from the annotations there (checks.py).
 
-    name             its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`
-    run              launches the Triton kernels, its arguments already checked
-    reference        the same in plain torch; it takes the arguments it shares with `run`, by name
-    inputs           inputs(sizes, dtype, device, generator) -> keyword arguments of `run`
-    configs          configs(sizes, dtype, arch) -> LaunchConfig by kernel name, a pure function
-    cost             cost(sizes, dtype) -> Cost
-    test_shapes      sizes that the interpreted tests run
-    bench_shapes     Mixtral's sizes, compiled offline and timed
-    dtypes           dtypes of the floating-point arguments
-    mutates          names of the arguments that the operation writes into
-    derived_outputs  derived_outputs(args, results) -> what the last results must equal exactly, given those before them
-    constraints      what the annotations cannot say
-    error_name       the public name, with which errors start; empty: `name`
+    name               its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`
+    run                launches the Triton kernels, its arguments already checked
+    reference          the same in plain torch; it takes the arguments it shares with `run`, by name
+    inputs             inputs(sizes, dtype, device, generator) -> keyword arguments of `run`
+    configs            configs(sizes, dtype, arch) -> LaunchConfig by kernel name, a pure function
+    cost               cost(sizes, dtype) -> Cost
+    test_shapes        sizes that the interpreted tests run
+    bench_shapes       Mixtral's sizes, compiled offline and timed
+    dtypes             dtypes of the floating-point arguments
+    mutates            names of the arguments that the operation writes into
+    derived_outputs    derived_outputs(args, results) -> what the last results must equal exactly, given those before
+    rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
+    ranges             ranges(args) yields further tensors whose values must lie in a range
+    truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
+                       depend on the length of the others
+    error_name         the public name, with which errors start; empty: `name`
     """
 
     name: str
@@ -75,7 +78,9 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = checks.FLOATS
     mutates: tuple[str, ...] = ()
     derived_outputs: Callable[[Any, Any], Any] | None = None
-    constraints: Constraints = checks.UNCONSTRAINED
+    rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
+    ranges: Callable[[Mapping[str, Any]], Iterable[checks.Range]] | None = None
+    truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     error_name: str = ""
 
     @cached_property
@@ -124,8 +129,8 @@ class Op:
         """Raise ValueError on a wrong shape, dtype, device or number; return what was bound."""
         values, binder = self.bind_by_name(*args, **kwargs), Binder(self.public_name)
         binder.bind(self.arguments, values)
-        if self.constraints.rule is not None:
-            self.constraints.rule(binder.op, values, binder.sizes)
+        if self.rule is not None:
+            self.rule(binder.op, values, binder.sizes)
         return binder
 
     def bounds(self, args: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:

@@ -27,7 +27,6 @@ from .checks import SEVERAL_TENSORS
 from .launch import CompiledLaunch
 from .offload import OffloadedWeight
 from .op import Op
-from .quantized import QuantizedWeight
 from .quantized_cache import QuantizedCache
 
 PLANS_MAX = 4096
@@ -37,6 +36,7 @@ _ALIGNMENT = 16  # bytes: kernels are specialized on addresses that are multiple
 _BUFFER_MAX = (1 << 31) - 1  # bytes that AMD's buffer instructions reach
 
 _plans: dict[tuple[Any, ...], LaunchPlan | None] = {}  # None: not cached
+clear = _plans.clear  # there are too many, or the device that they are for was replaced
 
 
 def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
@@ -55,16 +55,10 @@ def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
         elif isinstance(x, QuantizedCache):
             key += (QuantizedCache, *call_key(x.tensors))
         else:
-            key += (type(x), x.format, x.group, x.shape, *call_key(_parts(x)))
+            key += (type(x), x.format, x.group, x.shape, *call_key(x.tensors))
             if isinstance(x, OffloadedWeight):  # its parts are addresses
                 key.append(x.dtype)
     return tuple(key)
-
-
-def _parts(x: QuantizedWeight | QuantizedCache) -> tuple[Tensor | None, ...]:
-    if isinstance(x, QuantizedCache):
-        return x.tensors
-    return tuple(x._buffers.values())  # data, scales, zeros: an attribute of a module is key more slowly
 
 
 def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
@@ -78,11 +72,6 @@ def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> An
     except KeyError:
         return _run_and_record(op.run, args, full)
     return op.run(*args) if plan is None else plan(args)
-
-
-def clear() -> None:
-    """Delete all plans: there are too many, or the device that they are for was replaced."""
-    _plans.clear()
 
 
 # A launch: the compiled kernel, its grid, and what picks its arguments from a plan's values, in the signature's order.
@@ -113,25 +102,22 @@ class LaunchPlan:
             with torch.cuda.device(device):
                 return self(args)
         values = [*args]
-        for at in self.quantized:
-            values += _parts(args[at])
+        for index in self.quantized:
+            values += args[index].tensors
         for shape, stride, dtype in self.allocations:  # with strides torch reads the arguments faster
             values.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        for fields, at in self.descriptors:
-            values.append(_descriptor(fields, values[at]))
+        for fields, index in self.descriptors:
+            values.append(_descriptor(fields, values[index]))
         values += self.constants
-        stream, (enter, leave) = driver.get_current_stream(current), _hooks()
+        stream = driver.get_current_stream(current)
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # a profiler's
+        if not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave)):
+            enter = leave = None
         for kernel, grid, pick in self.steps:
             picked = pick(values)
             metadata = None if enter is None else kernel.launch_metadata(grid, stream, *picked)
             kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *picked)
         return self.results(values)
-
-
-def _hooks() -> tuple[Any, Any]:
-    """Return a profiler's launch hooks; None twice where there is none."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return (enter, leave) if getattr(enter, "calls", enter) or getattr(leave, "calls", leave) else (None, None)
 
 
 def _descriptor(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
@@ -166,8 +152,8 @@ def _run_and_record(function: Callable[..., Any], args: tuple[Any, ...], key: tu
     launches: list[CompiledLaunch] = []
     with launch.launch_context(compiled=launches), _AllocationRecorder() as recorder:
         out = function(*args)
-    quantized = tuple(at for at, x in enumerate(args) if isinstance(x, SEVERAL_TENSORS))
-    inputs = [*args, *(part for at in quantized for part in _parts(args[at]))]
+    quantized = tuple(index for index, x in enumerate(args) if isinstance(x, SEVERAL_TENSORS))
+    inputs = [*args, *(part for index in quantized for part in args[index].tensors)]
     addresses = [x.data_ptr() for x in inputs if isinstance(x, Tensor) and x.numel()]
     if len(set(addresses)) == len(addresses):  # else an address does not identify an argument
         if len(_plans) >= PLANS_MAX:
@@ -188,17 +174,17 @@ def _make_plan(
 ) -> LaunchPlan | None:
     """Return None where an address is unknown, or a result is not fresh memory as it was allocated."""
     sources = [*inputs, *allocated]
-    places = {x.data_ptr(): at for at, x in enumerate(sources) if isinstance(x, Tensor) and x.numel()}
+    indices = {x.data_ptr(): index for index, x in enumerate(sources) if isinstance(x, Tensor) and x.numel()}
     descriptors: list[tuple[dict[str, Any], int]] = []
     constants: list[Any] = []
 
     def locate(x: Any) -> tuple[str, int]:
         """Which list of values an argument comes from, and its place there."""
         if isinstance(x, Tensor):
-            at = places[x.data_ptr()]
-            if x.dtype != sources[at].dtype or x.device != device:
+            index = indices[x.data_ptr()]
+            if x.dtype != sources[index].dtype or x.device != device:
                 raise KeyError(x.dtype)
-            return "source", at
+            return "source", index
         if isinstance(x, TensorDescriptor):
             fields = {name: value for name, value in vars(x).items() if name != "base"}
             descriptors.append((fields, locate(x.base)[1]))
@@ -212,14 +198,13 @@ def _make_plan(
         outputs = [locate(x)[1] for x in results]
     except KeyError:
         return None
-    for x, at in zip(results, outputs, strict=True):
-        if at < len(inputs) or x.shape != sources[at].shape or not x.is_contiguous():
-            return None
-    if any(not x.is_contiguous() or x.data_ptr() % _ALIGNMENT for x in allocated):
+    pairs = zip(outputs, results, strict=True)
+    changed = (i < len(inputs) or x.shape != sources[i].shape or not x.is_contiguous() for i, x in pairs)
+    if any(changed) or any(not x.is_contiguous() or x.data_ptr() % _ALIGNMENT for x in allocated):
         return None
     starts = {"source": 0, "descriptor": len(sources), "constant": len(sources) + len(descriptors)}
     steps = tuple(
-        (each.kernel, each.grid, _picker([starts[kind] + at for kind, at in pick]))
+        (each.kernel, each.grid, _picker([starts[kind] + index for kind, index in pick]))
         for each, pick in zip(launches, picks, strict=True)
     )
     allocations = tuple((tuple(x.shape), x.stride(), x.dtype) for x in allocated)
@@ -227,5 +212,5 @@ def _make_plan(
     return LaunchPlan(device, quantized, allocations, tuple(descriptors), tuple(constants), steps, pick_results)
 
 
-def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    return itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    return itemgetter(*indices) if len(indices) > 1 else lambda values: (values[indices[0]],)

@@ -55,7 +55,7 @@ def sample_quantized(weights: str, *shape: int, device: Any, generator: Any = No
     """Draw a weight of the format `weights`, its values about as large as a dense weight's of K columns."""
     format, _, group = weights.partition(":")
     K = shape[-1]
-    weight = QuantizedWeight.empty(format, shape, int(group or K), SCALES[format], False, device)
+    weight = QuantSpec(format, int(group or K), SCALES[format]).empty(shape, device)
     if weight.device.type != "meta":
         data = torch.randint(-(1 << 15), 1 << 15, weight.data.shape, generator=generator, dtype=torch.int16)
         # Without the highest exponent bit no fp8 code is NaN.
@@ -114,17 +114,6 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("zeros", zeros)
         self._check()
 
-    @classmethod
-    def empty(
-        cls, format: str, shape: tuple[int, ...], group: int, scales: torch.dtype, zeros: bool, device: Any
-    ) -> QuantizedWeight:
-        """Return an unset weight of `shape`; `scales` is the dtype of the scales, `zeros` whether there are zeros."""
-        *lead, K = shape
-        data = torch.empty(*lead, row_elements(format, K, group), dtype=torch.int16, device=device)
-        group_scales = torch.empty(*lead, K // group, dtype=scales, device=device)
-        group_zeros = torch.empty_like(group_scales, dtype=torch.bfloat16) if zeros else None
-        return cls(format, data, group_scales, group_zeros, shape, group)
-
     def _check(self) -> None:
         *lead, K = self.shape
         if self.format not in BITS:
@@ -155,6 +144,11 @@ class QuantizedWeight(nn.Module):
     def name(self) -> str:
         """Format and group: "int4:128"; "int4" where a row has one scale."""
         return self.format if self.group == self.shape[-1] else f"{self.format}:{self.group}"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """data, scales, zeros."""
+        return tuple(self._buffers.values())  # an attribute of a module is read more slowly
 
     @property
     def device(self) -> torch.device:
@@ -195,19 +189,13 @@ class QuantizedWeight(nn.Module):
     def spec(self) -> QuantSpec:
         return QuantSpec(self.format, self.group, self.scales.dtype, self.zeros is not None)
 
-    def on_meta(self) -> QuantizedWeight:
-        """Return the weight on the meta device: shapes alone."""
-        zeros = None if self.zeros is None else self.zeros.to("meta")
-        return QuantizedWeight(self.format, self.data.to("meta"), self.scales.to("meta"), zeros, self.shape, self.group)
-
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: int | slice) -> QuantizedWeight:
         """Return views of one expert, or of a slice of the first dimension."""
-        lead = self.data[index].shape[:-1]
-        zeros = None if self.zeros is None else self.zeros[index]
-        return type(self)(self.format, self.data[index], self.scales[index], zeros, (*lead, self.shape[-1]), self.group)
+        data, zeros = self.data[index], None if self.zeros is None else self.zeros[index]
+        return type(self)(self.format, data, self.scales[index], zeros, (*data.shape[:-1], self.shape[-1]), self.group)
 
     def dequantize(self) -> Tensor:
         """Return the exact weight in fp32, [(E,) N, K]."""
@@ -263,6 +251,12 @@ class QuantSpec:
             raise ValueError(f"quantize: group is {group!r}, {format} needs {needs}; int8 and fp8 take whole rows")
         return cls(format, sizes[0], SCALES[format])
 
-    def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
+    def empty(
+        self, shape: tuple[int, ...], device: Any, kind: type[QuantizedWeight] = QuantizedWeight
+    ) -> QuantizedWeight:
         """Return a weight of `shape` with unset values."""
-        return QuantizedWeight.empty(self.format, tuple(shape), self.group, self.scales, self.zeros, device)
+        *lead, K = shape
+        data = torch.empty(*lead, row_elements(self.format, K, self.group), dtype=torch.int16, device=device)
+        scales = torch.empty(*lead, K // self.group, dtype=self.scales, device=device)
+        zeros = torch.empty_like(scales, dtype=torch.bfloat16) if self.zeros else None
+        return kind(self.format, data, scales, zeros, tuple(shape), self.group)

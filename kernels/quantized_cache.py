@@ -3,9 +3,9 @@
 B batch, Hkv key/value heads, C slots, D head size
 
 A vector of D numbers, one head of one token, is quantized from itself alone, with one fp32 scale: its largest absolute
-value / 127; number = code * scale. Element j of its D / 2 int16 elements
-holds code j in the low byte and code j + D / 2 in the high byte, so each byte is a tile of neighbouring columns
-(quantized.py), and an element is a pair that rope rotates. A vector with NaN or inf has the scale NaN.
+value / 127; number = code * scale. Element j of its D / 2 int16 elements holds code j in the low byte and code
+j + D / 2 in the high byte, so each byte is a tile of neighbouring columns (quantized.py), and an element is a pair that
+rope rotates. A vector with NaN or inf has the scale NaN.
 """
 
 from __future__ import annotations
@@ -101,9 +101,8 @@ class QuantizedCache:
         half = codes.shape[-1]
         pairs = zip(codes.shape[:-1], codes.stride()[:-1], scales.stride(), strict=True)
         if codes.stride(-1) != 1 or any(size > 1 and stride != half * one for size, stride, one in pairs):
-            return (
-                f"of strides {codes.stride()} and {scales.stride()}, needs those of the codes to be {half} times larger"
-            )
+            got = f"of strides {codes.stride()} and {scales.stride()}"
+            return f"{got}, needs those of the codes to be {half} times larger"
         return None
 
     def dequantize(self) -> Tensor:

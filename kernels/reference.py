@@ -57,8 +57,8 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     values, ids = (part[:, :top_k] for part in values.sort(dim=-1, descending=True, stable=True))
     # An infinite maximum has no softmax (inf - inf is NaN): the experts that share it share the weight.
-    below = (values - values[:, :1]).nan_to_num(nan=0.0, neginf=-math.inf)
-    return below.softmax(-1), ids.int()
+    shifted = (values - values[:, :1]).nan_to_num(nan=0.0, neginf=-math.inf)
+    return shifted.softmax(-1), ids.int()
 
 
 def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

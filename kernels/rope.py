@@ -16,11 +16,11 @@ from torch import Tensor
 
 from . import reference
 from .call import operation
-from .checks import FP32, INTS, Cache, Constraints, Within, fail
+from .checks import FP32, INTS, Cache, Within, fail
 from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
 from .op import Cost, Sizes
 from .quantized_cache import QuantizedCache, quantized, vector_bytes
-from .samples import shapes
+from .samples import shape_grid, shapes
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
 POSITIONS_MAX = tl.constexpr(1 << 30)
@@ -92,10 +92,10 @@ def append_kernel(
 def angles(cos_ptr, sin_ptr, position, P, columns, half):
     """cos and sin [1, columns] of a position; NaN for a position outside the tables, where a host check would stall."""
     inside = (position >= 0) & (position < P)
-    at = tl.where(inside, position, 0) * half + columns
+    index = tl.where(inside, position, 0) * half + columns
     mask = columns < tl.where(inside, half, 0)
-    cos = tl.load(cos_ptr + at, mask=mask, other=float("nan"))[None, :]
-    return cos, tl.load(sin_ptr + at, mask=mask, other=float("nan"))[None, :]
+    cos = tl.load(cos_ptr + index, mask=mask, other=float("nan"))[None, :]
+    return cos, tl.load(sin_ptr + index, mask=mask, other=float("nan"))[None, :]
 
 
 @triton.jit
@@ -147,14 +147,12 @@ def strides(name: str, x: Tensor, dims: str = "bth") -> dict[str, int]:
     return {f"stride_{name}{dim}": stride for dim, stride in zip(dims, x.stride(), strict=False)}
 
 
-def cache_args(k_cache: Cache, v_cache: Cache) -> dict[str, Any]:
+def cache_args(k_cache: Any, v_cache: Any) -> dict[str, Any]:
     """Return the kernel arguments of both caches: pointers, scales (None: not in 8 bits), strides, slots."""
-    codes = (k_cache, v_cache) if isinstance(k_cache, Tensor) else (k_cache.codes, v_cache.codes)  # type: ignore[union-attr]
-    args = {"k_cache_ptr": codes[0], "v_cache_ptr": codes[1], "C": codes[0].shape[2], **strides("c", codes[0], "bhs")}
-    scales = {
-        f"{name}_scales_ptr": getattr(x, "scales", None) for name, x in (("k_cache", k_cache), ("v_cache", v_cache))
-    }
-    return args | scales
+    args: dict[str, Any] = {"C": k_cache.shape[2], **strides("c", getattr(k_cache, "codes", k_cache), "bhs")}
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        args |= {f"{name}_ptr": getattr(cache, "codes", cache), f"{name}_scales_ptr": getattr(cache, "scales", None)}
+    return args
 
 
 # The position of each sequence, and how many of the T tokens are new.
@@ -236,7 +234,7 @@ def append_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     cost=cost,
     test_shapes=shapes("B T Hq Hkv D P", "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
     bench_shapes=shapes("B T Hq Hkv D P", "1 1 32 8 128 32768, 1 4096 32 8 128 32768"),
-    constraints=Constraints(rule=check_head_size),
+    rule=check_head_size,
 )
 def rope(
     q: Queries, k: Heads, cos: Table, sin: Table, positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")]
@@ -264,24 +262,22 @@ def rope(
     return q_out, k_out
 
 
+_APPENDED = {"B": 1, "T": 2048, "Hkv": 8, "D": 128, "C": 4096, "past": 0}
+
+
 @operation(
     reference=reference.append,
     inputs=cache_inputs,
     configs=append_configs,
     cost=append_cost,
-    test_shapes=tuple(
-        {**shape, "T": T}
-        for shape in shapes("B Hkv D C past", "2 2 80 16 0, 2 2 80 16 13, 2 2 80 64 40")
-        for T in (1, 15, 40)
-    )
-    + shapes("B T Hkv D C past", "2 15 2 80 16 13, 3 2 1 128 64 40", cache="int8"),
-    bench_shapes=tuple(
-        sizes | cache
-        for sizes in shapes("B T Hkv D C past", "1 2048 8 128 4096 0")
-        for cache in ({}, {"cache": "int8"})
+    test_shapes=(
+        *shape_grid(B=2, Hkv=2, D=80, C=16, past=(0, 13), T=(1, 15, 40)),
+        *shape_grid(B=2, Hkv=2, D=80, C=64, past=40, T=(1, 15, 40)),
+        *shapes("B T Hkv D C past", "2 15 2 80 16 13, 3 2 1 128 64 40", cache="int8"),
     ),
+    bench_shapes=(*shape_grid(**_APPENDED), *shape_grid(**_APPENDED, cache="int8")),
     mutates=("k_cache", "v_cache"),
-    constraints=Constraints(rule=check_caches),
+    rule=check_caches,
 )
 def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: New) -> None:
     """Write a chunk's keys and values into the ring caches (Mistral 7B, section 2): position p into slot p mod C.
@@ -308,7 +304,6 @@ def launch_append(k: Tensor, v: Tensor, k_cache: Cache, v_cache: Cache, past: Te
     k, v = dense_rows(k), dense_rows(v)
     B, T, Hkv, D = k.shape
     args: dict[str, Any] = {"k_ptr": k, "v_ptr": v, "past_ptr": past, "new_ptr": new, "T": T, "Hkv": Hkv, "D": D}
-    args |= cache_args(k_cache, v_cache)
-    args |= strides("k", k) | strides("v", v)
+    args |= cache_args(k_cache, v_cache) | strides("k", k) | strides("v", v)
     selected = select_configs(append_configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)
     launch(append_kernel, (T, B), args, selected["append_kernel"])

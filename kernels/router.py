@@ -225,24 +225,15 @@ def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]
     return weights, torch.empty((T, K), dtype=torch.int32, device=device)
 
 
-def derived_outputs(args: Any, results: Any) -> Any:
-    """The route must be exactly that of the returned logits."""
-    return reference.route(results[-3], args["top_k"])
-
-
-GATE_SHAPES: dict[str, Any] = {
+_GATE_FIELDS: dict[str, Any] = {
+    "configs": gate_configs,
+    "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"]),  # of the returned logits
     "test_shapes": shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
     "bench_shapes": shape_grid(T=(1, 64, 4096), H=(4096, 6144), E=8, K=2),
 }
 
 
-@operation(
-    reference=reference.gate_route,
-    configs=gate_configs,
-    flops=_flops,
-    derived_outputs=derived_outputs,
-    **GATE_SHAPES,
-)
+@operation(reference=reference.gate_route, flops=_flops, **_GATE_FIELDS)
 def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) -> tuple[Logits, RoutingWeights, Ids]:
     """Multiply tokens with the gate and select their experts (`route`), in one launch.
 
@@ -261,10 +252,8 @@ def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) 
 
 @operation(
     reference=reference.rms_norm_gate_route,
-    configs=gate_configs,
     flops=lambda sizes: _flops(sizes) + 5 * sizes["T"] * sizes["H"],
-    derived_outputs=derived_outputs,
-    **GATE_SHAPES,
+    **_GATE_FIELDS,
 )
 def rms_norm_gate_route(
     x: Tokens,
@@ -300,8 +289,7 @@ def _launch_gate(
     weights, ids = _empty_routes(T, top_k, x.device)
     config = select_configs(gate_configs, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
     x, gate = dense_rows(x), dense_rows(gate)
-    args: dict[str, Any] = {"x_ptr": x, "gate_ptr": gate, "y_ptr": y}
-    args |= {"logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids}
-    args |= {"T": T, "E": E, "stride_xt": x.stride(0), "stride_ge": gate.stride(0), **norm}
+    args = {**norm, "x_ptr": x, "gate_ptr": gate, "y_ptr": y, "logits_ptr": logits, "weights_ptr": weights}
+    args |= {"ids_ptr": ids, "T": T, "E": E, "stride_xt": x.stride(0), "stride_ge": gate.stride(0)}
     launch(gate_route_kernel, (T,), args, config, H=H, TOP_K=top_k)
     return logits, weights, ids

@@ -42,15 +42,14 @@ def sampler(dtype: torch.dtype, device: Any, generator: torch.Generator | None) 
 def streaming_cost(run: Callable[..., Any], flops: Callable[[Sizes], int]) -> Callable[[Sizes, torch.dtype], Cost]:
     """Return `Op.cost` for an operation that reads each required argument once and writes each result once."""
 
-    def tensor_bytes(argument: Argument, sizes: Sizes, dtype: torch.dtype) -> int:
-        *rows, columns = checks.shape_of(argument.shape_spec, {"...": (sizes["T"],), **sizes})
-        weights = sizes.get(argument.name) if argument.kind == checks.Matrix else None
-        stored = dtype if argument.dtypes is None or dtype in argument.dtypes else argument.dtypes[0]
-        return matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
-
     def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-        tensors = [a for part in read_annotations(run) for a in part if a.tensor and not a.optional]
-        return Cost(flops=flops(sizes), bytes=sum(tensor_bytes(a, sizes, dtype) for a in tensors))
+        total = 0
+        for a in (a for part in read_annotations(run) for a in part if a.tensor and not a.optional):
+            *rows, columns = checks.shape_of(a.shape_spec, {"...": (sizes["T"],), **sizes})
+            weights = sizes.get(a.name) if a.kind == checks.Matrix else None
+            stored = dtype if a.dtypes is None or dtype in a.dtypes else a.dtypes[0]
+            total += matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
+        return Cost(flops=flops(sizes), bytes=total)
 
     return cost
 

@@ -22,8 +22,8 @@ def sequential(op: Op, args: tuple[Any, ...]) -> Any:
     parts = []
     for i in range(max(1, len(batched[op.names[0]]))):  # an empty batch runs once, for the results' shapes
         row = {**values, **{name: value[i : i + 1] for name, value in batched.items()}}
-        if op.constraints.truncate_sequence is not None:
-            row = op.constraints.truncate_sequence(row)
+        if op.truncate_sequence is not None:
+            row = op.truncate_sequence(row)
         # Copies: a library's order of a sum may depend on where in memory rows start.
         copies = {
             name: row[name].clone(memory_format=torch.contiguous_format) for name in batched if row[name] is not None

@@ -57,12 +57,9 @@ class Weight:
     def of(cls, weight: Tensor | QuantizedWeight) -> Weight:
         if isinstance(weight, Tensor):
             return cls(dense_rows(weight))
-        if isinstance(weight, OffloadedWeight):
-            parts = weight.data, weight.scales, weight.zeros
-            return cls(*parts, weight.name, weight.format, weight.group, weight)
-        zeros = None if weight.zeros is None else weight.zeros.contiguous()
-        scales = weight.scales.contiguous()
-        return cls(dense_rows(weight.data), scales, zeros, weight.name, weight.format, weight.group)
+        memory = weight if isinstance(weight, OffloadedWeight) else None
+        scales, zeros = (None if part is None else part.contiguous() for part in (weight.scales, weight.zeros))
+        return cls(dense_rows(weight.data), scales, zeros, weight.name, weight.format, weight.group, memory)
 
     @property
     def args(self) -> dict[str, Any]:
@@ -218,11 +215,11 @@ def _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K:
     offs_k = tl.arange(0, BLOCK_K)
     part = acc if BY_ROW else tl.zeros_like(acc)
     for field in tl.static_range(FIELDS):
-        at = k + field * BLOCK_K
-        x = tl.load(x_ptrs + at, mask=live if EVEN else live & (offs_k[:, None] < K - begin - at), other=0.0)
+        column = k + field * BLOCK_K
+        x = tl.load(x_ptrs + column, mask=live if EVEN else live & (offs_k[:, None] < K - begin - column), other=0.0)
         if FIELDS > 1:
             if field == 0 or field * BLOCK_K % GROUP == 0:
-                has_group = None if EVEN or BY_ROW else tl.full([1, 1], begin + at, tl.int32) < K
+                has_group = None if EVEN or BY_ROW else tl.full([1, 1], begin + column, tl.int32) < K
                 # A unit starts with a group, or the group is the whole row.
                 group = begin // GROUP + k // GROUP + field * BLOCK_K // GROUP
                 zeros = None if w.zeros is None else _load_group(w.zeros, rows, group, has_group, K, GROUP)

@@ -77,7 +77,7 @@ class KVCache:
         self.values: tuple[Slots, ...]
         if dtype is torch.int8:
             codes = QuantizedCache.empty(*shape, device=device).zero_()
-            self.keys, self.values = (tuple(codes[layer, at] for layer in range(shape[0])) for at in (0, 1))
+            self.keys, self.values = (tuple(codes[layer, part] for layer in range(shape[0])) for part in (0, 1))
         else:
             storage = torch.zeros(shape, dtype=dtype, device=device)
             self.keys, self.values = zip(*(layer.unbind(0) for layer in storage.unbind(0)), strict=True)
@@ -111,9 +111,8 @@ class KVCache:
         else:
             reached = 0 if isinstance(new, torch.Tensor) else self._min_length() + new
         if reached > self.max_len:
-            limit = self.config.max_position_embeddings
             what, advice = "cache's slots", "a larger max_len or fewer tokens"
-            if self.max_len == limit:
+            if self.max_len == self.config.max_position_embeddings:
                 what, advice = "max_position_embeddings", "fewer tokens"
             got = f"a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}"
             raise ValueError(f"KVCache: {got}: needs {advice}")

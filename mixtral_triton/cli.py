@@ -24,7 +24,7 @@ from .config import SMALL, checkpoint_folder, read_generation_config
 from .kernels.arch import ARCHS
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
-from .tools.prompt import ChatTemplate, TimedSteps, encode, load_tokenizer, print_stream, read_prompts, select_sampling
+from .tools.prompt import ChatTemplate, encode, load_tokenizer, print_stream, read_prompts, select_sampling, speed_of
 from .tools.terminal import bar, did_you_mean, exit_status, print_message
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from .model import Mixtral
 
 FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
+# Texts of the help.
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
+QUANTIZE = "int4, int8 or fp8 for the experts', or experts=int4,linear=int8: those of attention and the head, too"
+TORCHRUN = "with torchrun; default: 1"
+OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
+PROMPT = "text to run, or - to read standard input; turns of a chat where repeated"
 # Modules whose `run` is the command; the others are functions below.
 TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
 
@@ -86,7 +91,6 @@ def parse_memory(text: str) -> float:
 
 
 def parse_offload(text: str) -> int | str:
-    """--offload: a number of experts, or "auto"."""
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} needs a number of experts, or auto")
     return text if text == "auto" else int(text)
@@ -96,61 +100,43 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared: dict[str, dict[str, Any]] = {
+        "folder": {"nargs": "?", "default": SMALL, "help": f"{FOLDER}; default: small, the package's"},
+        "--device": {"help": "cpu, cuda, cuda:1, ...; default: the GPU if there is one"},
+        "--dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "default: as stored"},
+        "--weights": {"type": parse_weights, "metavar": "FORMAT", "help": f"{QUANTIZE}; default: as stored"},
+        "--tp": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that split each expert; " + TORCHRUN},
+        "--ep": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that share the experts; " + TORCHRUN},
+        "--offload": {"type": parse_offload, "default": 0, "metavar": "N|auto", "help": OFFLOAD},
+        "--offload-by": {"type": Path, "metavar": "FILE", "help": "of `trace --counts`: offload those used least"},
+        "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
+        "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
+        "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
+        "--at": {"action": "append", "default": [], "metavar": "T=N", "help": "only cases of this size; repeatable"},
+        "--prompt": {"action": "append", "default": [], "metavar": "TEXT", "help": PROMPT},
+        "--prompt-file": {"dest": "prompt", "action": "append", "type": Path, "metavar": "FILE", "help": "text to run"},
+        "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
+    }
+    model, prompt = "folder --device --dtype --weights ", "--prompt --prompt-file --interpret "
+    offload, mesh = "--offload --offload-by --context ", "--tp --ep --cache-dtype "
 
-    def command(name: str, help: str, *groups: Callable[[Any], None]) -> Callable[..., Any]:
+    def command(name: str, help: str, names: str = "") -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
         form = "JSON lines" if name in ("bench", "tune", "compile") else "one JSON document"
         sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
-        for add_group in groups:
-            add_group(sub.add_argument)
+        for option in names.split():
+            sub.add_argument(option, **shared[option])
         return sub.add_argument
 
-    def mesh(option: Any) -> None:
-        option("--tp", type=int, default=1, metavar="N", help="GPUs that split each expert; with torchrun; default: 1")
-        option("--ep", type=int, default=1, metavar="N", help="GPUs that share the experts; with torchrun; default: 1")
-
-    def model(option: Any) -> None:
-        option("folder", nargs="?", default=SMALL, help=f"{FOLDER}; default: small, the package's")
-        option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
-        option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-        text = "int4, int8 or fp8: quantize the experts' while loading; experts=int4,linear=int8: those of attention "
-        option("--weights", type=parse_weights, metavar="FORMAT", help=f"{text}and the head, too; default: as stored")
-
-    def memory(option: Any) -> None:
-        text = "experts of each layer in pinned host memory, read in place; auto: the fewest of all layers; default: 0"
-        option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
-        option("--offload-by", type=Path, metavar="FILE", help="of `trace --counts`: offload those used least")
-        option("--context", type=int, metavar="S", help="tokens that --offload auto leaves memory for; default: 4096")
-
-    def cache(option: Any) -> None:
-        text = "int8: keys and values in 8 bits, half the memory and traffic; default: the model's dtype"
-        option("--cache-dtype", choices=("int8",), help=text)
-
-    def ops(option: Any) -> None:
-        option("ops", nargs="*", metavar="OP", help="default: all")
-
-    def at(option: Any) -> None:
-        option("--at", action="append", default=[], metavar="T=N", help="only the cases of this size; repeatable")
-
-    def prompt(option: Any) -> None:
-        text = "text to run, or - to read standard input; turns of a chat where repeated"
-        option("--prompt", action="append", default=[], metavar="TEXT", help=text)
-        option("--prompt-file", dest="prompt", action="append", type=Path, metavar="FILE", help="text to run")
-        option("--interpret", action="store_true", help="the Triton kernels, interpreted on the CPU")
-
-    text = "compare tensors with files, and operations and layers with plain torch"
-    option = command("verify", text, model, mesh, memory, cache)
+    option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + offload)
     option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
-    text = "of the text and of the longest call; default: 72, and 144 a call, on a GPU 8192"
-    option("--tokens", type=int, metavar="N", help=text)
+    option("--tokens", type=int, metavar="N", help="of the text, default: 66, and of the longest call: 144, GPU: 8192")
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
-    text = "leave out layers in fp32; default for the small checkpoint without a GPU"
-    option("--quick", action=argparse.BooleanOptionalAction, help=text)
+    option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
 
-    option = command("generate", "stream the continuation of a prompt", model, mesh, memory, cache, prompt)
-    text = "put --prompt into the checkpoint's chat template, and answer each of several in turn"
-    option("--chat", action="store_true", help=text)
+    option = command("generate", "stream the continuation of a prompt", model + mesh + offload + prompt)
+    option("--chat", action="store_true", help="use the checkpoint's chat template, and answer each --prompt in turn")
     option("--system", metavar="TEXT", help="the system message of the chat; default: none")
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
     stored = "default: generation_config.json's, else"
@@ -158,52 +144,43 @@ def parser() -> argparse.ArgumentParser:
     option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens; {stored} all")
     option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
     option("--min-p", type=float, metavar="P", help=f"of those, at least P times the likeliest; {stored} 0")
-    text = "end before this text, of which nothing is shown; repeatable"
-    option("--stop", action="append", default=[], metavar="TEXT", help=text)
+    option("--stop", action="append", default=[], metavar="TEXT", help="end before this text, left out; repeatable")
     option("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
 
-    option = command("trace", "which experts each token of a prompt took, by layer", model, memory, prompt)
-    option("--counts", type=Path, metavar="FILE", help="write how often each expert was taken, for --offload-by")
+    option = command("trace", "which experts each token of a prompt took, by layer", model + offload + prompt)
     option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
+    option("--counts", type=Path, metavar="FILE", help="write how often each expert was taken, for --offload-by")
 
-    option = command("quantize", "write a checkpoint whose experts are quantized, as compressed-tensors has it")
+    option = command("quantize", "write a checkpoint with quantized experts, as compressed-tensors has it", "--device")
     option("folder", help=f"{FOLDER}, not quantized")
     option("out", type=Path, help="folder to write, new or empty")
-    text = "int4 (in groups of 128 columns, or fewer), int8, fp8, or experts=int4,linear=int8"
-    option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
-    option("--device", help="where to compute: cpu, cuda, ...; default: the GPU if there is one")
+    option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=f"{QUANTIZE}; int4: in groups of 128")
 
-    option = command("bench", "each operation, and a decode step, beside its peers and its floor", ops, at, cache)
+    option = command("bench", "operations and a decode step by peers and floors", "ops --at --cache-dtype --offload")
+    option("--dtype", **shared["--dtype"] | {"help": "default: bfloat16"})
     option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
     option("-h", "--help", nargs=0, action=OpHelp, help="this text; after an OP its arguments and sizes, too")
     option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
     option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
-    option("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
-    text = "your function beside the one OP, called by position, checked before it is timed; repeatable"
+    text = "your function, called as the one OP, checked before it is timed; repeatable"
     option("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=text)
-    text = "decode_step with so many experts of each layer in host memory; auto: as many as the GPU needs; default: 0"
-    option("--offload", type=parse_offload, default=0, metavar="N|auto", help=text)
     option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
     option("--gpu", metavar="NAME", help="measure nothing, predict by a data sheet: h100, ..., as in fit")
 
-    option = command("tune", "launch configurations around the present ones: which compile, fit, are fastest", ops, at)
-    text = "time nothing, compile for this one; default: the GPU there is, else sm_90"
-    option("--arch", choices=ARCHS, metavar="ARCH", help=text)
-    option("--dry-run", action="store_true", help="time nothing")
+    option = command("tune", "launch configurations near the present ones: which fit and are fastest", "ops --at")
+    option("--arch", choices=ARCHS, metavar="ARCH", help="time nothing, compile for it; default: the GPU there is")
 
-    option = command("fit", "what fits a GPU's memory: weights by format, cache, workspace, the longest text", cache)
+    option = command("fit", "what fits a GPU's memory: weights by format, cache, the longest text", "--cache-dtype")
     text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
     option("--memory", type=parse_memory, metavar="GIB", help="a GPU of so many GiB (24, 24GB); default: see --gpu")
-    text = "for experts that the GPU does not hold, read across --link; default: as much as they need"
-    option("--host-memory", type=parse_memory, metavar="GIB", help=text)
-    text = "to host memory: pcie4x16, pcie3x8, ...; default: the GPU's"
-    option("--link", choices=LINKS, metavar="NAME", help=text)
+    option("--host-memory", type=parse_memory, metavar="GIB", help="for experts; default: as much as they need")
+    option("--link", choices=LINKS, metavar="NAME", help="to host memory: pcie4x16, ...; default: the GPU's")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
 
-    option = command("compile", "compile every kernel for a GPU that need not be there", ops)
+    option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
     text = f"{', '.join(ARCHS)}; repeatable"
     option("--arch", required=True, action="append", choices=ARCHS, metavar="ARCH", help=text)
     option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
@@ -244,44 +221,25 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     if args.context is not None and args.offload != "auto":
         raise ValueError(f"--context is {args.context}, and goes with --offload auto")
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
+    names = ("deterministic", "offload", "offload_by", "context", "cache_dtype")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names if name in args}
     with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
-        options: dict[str, Any] = {"deterministic": getattr(args, "deterministic", False), "progress": progress.advance}
-        options |= {"offload": args.offload, "offload_by": args.offload_by, "context": args.context}
-        options["cache_dtype"] = _cache_dtype(args)
+        options["progress"] = progress.advance
         model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
         print_message(f"mixtral-triton {args.command}: {warning.message}")
     return model
 
 
-def _tokens(args: argparse.Namespace, ids: Sequence[int], warning: str, model: Mixtral) -> torch.Tensor:
-    """The prompt's tokens [T] on the model's device, after the warning about them."""
-    import torch
-
-    if warning and is_first():
-        print_message(f"mixtral-triton {args.command}: {warning}")
-    return torch.tensor(ids, device=model.device)
-
-
-def _cache_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    import torch
-
-    return torch.int8 if getattr(args, "cache_dtype", None) else None
-
-
-def _compile(
-    model: Mixtral,
-    sizes: Sequence[tuple[int, int, int]],
-    dtypes: Sequence[torch.dtype],
-    cache_dtype: torch.dtype | None,
-) -> None:
-    """Compile what forwards of [B,T] tokens over a cache of C slots launch on a GPU, and show the progress."""
+def _compile(model: Mixtral, sizes: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype], cache: Any) -> None:
+    """Compile what forwards of [B,T] tokens over a cache of C slots and a dtype launch on a GPU; show the progress."""
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .tools.offline import compile_ahead
 
         with bar("compiling", None) as progress:
-            compile_ahead(model, sizes, dtypes, progress.update, cache_dtype)
+            compile_ahead(model, sizes, dtypes, progress.update, cache)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -297,25 +255,25 @@ def _verify(args: argparse.Namespace) -> int:
         model = _load(args, mesh)
         prompt = None
         if text is not None:
-            prompt = _tokens(args, *encode(load_tokenizer(args.folder), text, model.config.bos_token_id), model)[None]
-        if prompt is not None and args.tokens is not None and prompt.shape[1] < args.tokens:
-            raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
-        ids = default_text(prompt, model.config, model.device, args.tokens)
+            ids = encode(load_tokenizer(args.folder), text, model.config.bos_token_id)
+            prompt = torch.tensor([ids], device=model.device)
+            if args.tokens is not None and prompt.shape[1] < args.tokens:
+                raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
+        text_ids = default_text(prompt, model.config, model.device, args.tokens)[:, : args.tokens]
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         if is_first():
             print_message(note)
-            print_message(estimate(model, ids[:, : args.tokens], args.folder, quick))
-        dtypes, cache_dtype = [model.dtype] if quick else [model.dtype, torch.float32], _cache_dtype(args)
-        _compile(model, forwards(model.config), dtypes, cache_dtype)
+            print_message(estimate(model, text_ids, args.folder, quick))
+        dtypes = [model.dtype] if quick else [model.dtype, torch.float32]
+        _compile(model, forwards(model.config), dtypes, args.cache_dtype)
+        options = {name: getattr(args, name) for name in ("folder", "peer", "tokens", "cache_dtype")}
         with bar("verifying", None) as progress:
-            options: dict[str, Any] = {"folder": args.folder, "peer": args.peer, "quick": quick, "tokens": args.tokens}
-            options["cache_dtype"] = cache_dtype
-            report = verify(model, ids[:, : args.tokens], progress.update, **options)
+            report = verify(model, text_ids, progress.update, quick=quick, **options)
         if is_first() and args.json:
             print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
         elif is_first():
             Console().print(report)
-        return 0 if report.ok else 1
+        return int(not report.ok)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -335,33 +293,32 @@ def _generate(args: argparse.Namespace) -> int:
 
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
         sampling, notes = select_sampling(args, read_generation_config(args.folder))
-        sampling["generator"] = torch.Generator(model.device).manual_seed(args.seed)
-        sampling["cache_dtype"] = _cache_dtype(args)
+        sampling |= {"generator": torch.Generator(model.device).manual_seed(args.seed), "cache_dtype": args.cache_dtype}
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
-            ids, warning = encode(tokenizer, text, model.config.bos_token_id)
+            ids = encode(tokenizer, text, model.config.bos_token_id)
             if template is not None:  # it begins with the beginning-of-sequence token itself
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
-            prompt = _tokens(args, ids, warning, model)
             if number == 0:
                 chunks = {1, min(len(ids), model.prefill_chunk), len(ids) % model.prefill_chunk or 1}
                 sizes = [(1, T, len(ids) + args.max_new_tokens) for T in sorted(chunks)]
-                _compile(model, sizes, [model.dtype], sampling["cache_dtype"])
-            steps = TimedSteps(model.stream(prompt[None], args.max_new_tokens, **sampling), len(ids), model.device)
+                _compile(model, sizes, [model.dtype], args.cache_dtype)
+            steps = model.stream(torch.tensor([ids], device=model.device), args.max_new_tokens, **sampling)
             if is_first() and number == 0:
                 print_message("\n".join(filter(None, (note, *notes))))
             # A continuation follows the prompt on its line, an answer stands alone.
             shown: str | None = text if template is None else f"> {text}\n" if len(texts) > 1 else ""
             after = ids[-1:] if template is None else []
             shown = shown if is_first() and not args.json else None
-            tokens, answer = print_stream(steps, tokenizer, shown, after, args.max_new_tokens, args.stop)
+            tokens, answer, times = print_stream(steps, tokenizer, shown, after, args.max_new_tokens, args.stop)
+            speed, line = speed_of(times, len(ids), model.device)
             messages.append({"role": "assistant", "content": answer})
             if is_first() and not args.json:
-                print_message(str(steps))
+                print_message(line)
         if is_first() and args.json:
             prompt_text = text if template is None else template.render(messages[:-1])
             chat = {} if template is None else {"messages": messages}
-            print(json.dumps({"prompt": prompt_text, "text": answer, "tokens": tokens, **steps.as_dict(), **chat}))
+            print(json.dumps({"prompt": prompt_text, "text": answer, "tokens": tokens, **speed, **chat}))
         return 0
 
 
@@ -373,8 +330,7 @@ def _trace(args: argparse.Namespace) -> int:
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    ids = _tokens(args, *encode(tokenizer, args.prompt, model.config.bos_token_id), model)
-    return run(args, model, tokenizer, ids, note)
+    return run(args, model, tokenizer, encode(tokenizer, args.prompt, model.config.bos_token_id), note)
 
 
 def _quantize(args: argparse.Namespace) -> int:

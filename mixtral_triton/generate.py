@@ -89,11 +89,23 @@ def stream(
         got = "one number" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
         raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of tensors [T]")
     eos = eos_ids(eos_token_id, model.config)
-    _check_sampling(max_new_tokens, temperature, top_p, generator, top_k, min_p, model.device)
-    if cache_dtype not in (None, model.dtype, torch.int8):
-        raise ValueError(
-            f"generate: cache_dtype is {cache_dtype!r}, needs None, {model.dtype}, the model's, or torch.int8"
-        )
+    dtypes = None, model.dtype, torch.int8
+    finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
+    is_generator = generator is None or isinstance(generator, torch.Generator)
+    is_there = not isinstance(generator, torch.Generator) or generator.device.type == model.device.type
+    for name, got, valid, need in (
+        ("max_new_tokens", repr(max_new_tokens), is_int(max_new_tokens, 0), "an integer of at least 0"),
+        ("temperature", repr(temperature), finite, "a finite number of at least 0"),
+        ("top_p", repr(top_p), _is_number(top_p) and 0.0 < top_p <= 1.0, "a number above 0, at most 1"),
+        ("top_k", repr(top_k), top_k is None or is_int(top_k, 1), "an integer of at least 1, or None"),
+        ("min_p", repr(min_p), _is_number(min_p) and 0.0 <= min_p <= 1.0, "a number from 0 to 1"),
+        ("cache_dtype", repr(cache_dtype), cache_dtype in dtypes, f"None, {model.dtype}, the model's, or torch.int8"),
+        ("the model", "on the meta device, which holds no numbers", model.device.type != "meta", "a CPU or a GPU"),
+        ("generator", f"a {type(generator).__name__}", is_generator, "a torch.Generator"),
+        ("generator", f"on {getattr(generator, 'device', None)}", is_there, f"the model's device, {model.device}"),
+    ):
+        if not valid:
+            raise ValueError(f"generate: {name} is {got}, needs {need}")
     ids, lengths = _pad_prompts(model, list(input_ids))
     limit = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:
@@ -101,39 +113,32 @@ def stream(
         raise ValueError(f"generate: {got} go beyond max_position_embeddings, {limit}")
     if generator is None and temperature > 0.0 and model.device.type == "cuda":
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
-        seed = int(torch.randint(1 << 62, (), device="cpu"))
-        generator = torch.Generator(model.device).manual_seed(seed)
+        generator = torch.Generator(model.device).manual_seed(int(torch.randint(1 << 62, (), device="cpu")))
     dtype = model.dtype if cache_dtype is None else cache_dtype
     return _stream(model, ids, lengths, max_new_tokens, eos, (temperature, top_p, generator, top_k, min_p), dtype)
 
 
 @torch.no_grad()
 def _stream(
-    model: Mixtral,
-    ids: Tensor,
-    lengths: Tensor,
-    max_new_tokens: int,
-    eos: frozenset[int],
-    sampling: Sampling,
-    cache_dtype: torch.dtype,
+    model: Mixtral, ids: Tensor, lengths: Tensor, n: int, eos: frozenset[int], sampling: Sampling, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    if max_new_tokens == 0:
+    if n == 0:
         return
-    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new_tokens, device=model.device, dtype=cache_dtype)
+    cache = KVCache(model.config, len(ids), ids.shape[1] + n, device=model.device, dtype=dtype)
     step = Step(model, cache, eos, sampling)
     step.pick(prefill(model, cache, ids, lengths))
     replay: Any = None
     captures = 1 + (model.ranks is None and launches_dependently(model.device))
     try:
-        for done in range(1, max_new_tokens + 1):
+        for done in range(1, n + 1):
             if model.ranks is not None:
                 model.ranks.synchronize(model.device)
             yield step.token.clone()
-            if done == max_new_tokens or (eos and bool(step.ended.all())):
+            if done == n or (eos and bool(step.ended.all())):
                 return
             (replay or step)()
             # A step that ran eagerly has its kernels compiled.
-            to_capture = replay is None and done <= captures and max_new_tokens - done > GRAPH_MIN_TOKENS
+            to_capture = replay is None and done <= captures and n - done > GRAPH_MIN_TOKENS
             if to_capture and not can_capture(model):
                 captures = 0
             elif to_capture:
@@ -244,27 +249,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_sampling(
-    max_new_tokens: Any, temperature: Any, top_p: Any, generator: Any, top_k: Any, min_p: Any, device: Any
-) -> None:
-    finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
-    for name, value, valid, need in (
-        ("max_new_tokens", max_new_tokens, is_int(max_new_tokens, 0), "an integer of at least 0"),
-        ("temperature", temperature, finite, "a finite number of at least 0"),
-        ("top_p", top_p, _is_number(top_p) and 0.0 < top_p <= 1.0, "a number above 0, at most 1"),
-        ("top_k", top_k, top_k is None or is_int(top_k, 1), "an integer of at least 1, or None"),
-        ("min_p", min_p, _is_number(min_p) and 0.0 <= min_p <= 1.0, "a number from 0 to 1"),
-    ):
-        if not valid:
-            raise ValueError(f"generate: {name} is {value!r}, needs {need}")
-    if device.type == "meta":
-        raise ValueError("generate: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generate: generator is a {type(generator).__name__}, needs a torch.Generator")
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(f"generate: generator is on {generator.device}, needs the model's device, {device}")
-
-
 def eos_ids(eos_token_id: int | Sequence[int] | None, config: Any) -> frozenset[int]:
     """Return the ids that end a sequence, by default the config's; raise ValueError for anything but ids."""
     value: Any = config.eos_token_id if eos_token_id is None else eos_token_id
@@ -278,7 +262,7 @@ def eos_ids(eos_token_id: int | Sequence[int] | None, config: Any) -> frozenset[
 
 def _cut(tail: Tensor, eos: frozenset[int]) -> Tensor:
     """Cut after the first EOS."""
-    ends = (place + 1 for place, token in enumerate(tail.tolist()) if token in eos)
+    ends = (index + 1 for index, token in enumerate(tail.tolist()) if token in eos)
     return tail[: next(ends, len(tail))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -44,11 +45,10 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 
 def check_dtype(argument: str, dtype: Any, of_cache: bool = False) -> None:
-    """Raise ValueError for a dtype that no operation computes in, or in which no cache holds keys. `argument`: with its
-    function, as in "KVCache: dtype"."""
+    """ValueError for a dtype that no operation computes in, or no cache holds. `argument`: as in "KVCache: dtype"."""
     if dtype not in FLOATS and not (of_cache and dtype is torch.int8):
-        needs = "torch.float32, bfloat16, float16 or int8" if of_cache else "torch.float32, bfloat16 or float16"
-        raise ValueError(f"{argument} is {dtype!r}, needs {needs}")
+        last = ", float16 or int8" if of_cache else " or float16"
+        raise ValueError(f"{argument} is {dtype!r}, needs torch.float32, bfloat16{last}")
 
 
 def default_dtype(config: MixtralConfig) -> torch.dtype:
@@ -64,14 +64,12 @@ def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, Quan
     )
 
 
-@cache
+@cache  # `fit` asks often
 def _row_bytes(spec: QuantSpec, columns: int) -> int:
-    """Bytes of a quantized row: its codes, scales and zeros."""
     return spec.empty((1, columns), "meta").nbytes
 
 
 def in_decimal(size: int) -> str:
-    """A number of bytes to read."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
@@ -86,25 +84,20 @@ def free_memory(device: torch.device) -> int | None:
 def check_memory(
     device: torch.device, needed: int, bytes_of: Callable[[Any], int] | None = None, free: int | None = None
 ) -> None:
-    """ValueError where `needed` bytes of weights are more than a CUDA `device` has free, before they are allocated.
-
-    bytes_of: the bytes that another value of `weights` takes; None: the files are quantized, and there is no choice.
-    free: bytes; None: `free_memory`.
-    """
+    """ValueError where `needed` bytes of weights are more than a CUDA `device` has `free`, before they are allocated.
+    bytes_of: the bytes that another value of `weights` takes; None: the files are quantized, and there is no choice."""
     free = free_memory(device) if free is None else free
     if device.type != "cuda" or free is None or needed <= free:
         return
     sizes = {}
     for weights in WEIGHT_FORMATS.values() if bytes_of is not None else ():
-        try:
+        with suppress(ValueError):  # of int4, whose groups have to divide the columns
             sizes[repr(weights)] = bytes_of(weights)  # type: ignore[misc]
-        except ValueError:  # int4, whose groups have to divide the columns
-            continue
     fitting = [f"weights={weights} takes {in_decimal(size)}" for weights, size in sizes.items() if size <= free]
     if not fitting:
-        least = min(sizes, key=sizes.__getitem__, default=repr(None))
-        size = in_decimal(sizes.get(least, needed))
-        fitting = [f"no format fits, the least is {size} with weights={least}", "needs more memory, or a mesh"]
+        least, size = min(sizes.items(), key=lambda item: item[1], default=(repr(None), needed))
+        least = f"no format fits, the least is {in_decimal(size)} with weights={least}"
+        fitting = [least, "needs more memory, or a mesh"]
     found = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
     raise ValueError(f"Mixtral.from_pretrained: {found}: {'; '.join(fitting)}")
 
@@ -125,10 +118,9 @@ def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
 
 def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
     """Read all ids, with one synchronization on a GPU; raise ValueError where one is not in 0..vocab_size - 1."""
-    low, high = torch.stack(torch.aminmax(ids)).tolist()
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise ValueError(f"Mixtral: argument 'input_ids' holds token {bad}, needs ids in 0..{vocab_size - 1}")
+    for token in torch.stack(torch.aminmax(ids)).tolist():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"Mixtral: argument 'input_ids' holds token {token}, needs ids in 0..{vocab_size - 1}")
 
 
 def check_lengths(lengths: Any, B: int, T: int, device: torch.device) -> None:

@@ -42,26 +42,17 @@ Movable = tuple[Sequence[int], int]  # bytes of an expert of each layer, and of 
 
 @dataclass(frozen=True)
 class Placement:
-    """What lies in host memory.
+    """What lies in host memory."""
 
-    experts         those of each layer; () where no layer has any
-    embedding       whether the embedding does
-    chunk           tokens that `generate` reads of a prompt at once
-    host_bytes      in host memory
-    staging_bytes   of prefill's buffers, one for each projection, as large as the layer with the most experts needs
-    saved           experts that this chunk saves
-    """
-
-    experts: Sequence[Sequence[int]] = ()
+    experts: Sequence[Sequence[int]] = ()  # of each layer; () where no layer has any
     embedding: bool = False
-    chunk: int = PREFILL_CHUNK
+    chunk: int = PREFILL_CHUNK  # tokens that `generate` reads of a prompt at once
     host_bytes: int = 0
-    staging_bytes: int = 0
-    saved: int = 0
+    staging_bytes: int = 0  # of prefill's buffers, one a projection, as large as the layer with the most experts needs
+    saved: int = 0  # experts that this chunk saves
 
     @property
     def count(self) -> int:
-        """Experts in host memory, of the whole model."""
         return sum(map(len, self.experts))
 
     @property
@@ -86,21 +77,16 @@ class Placement:
         """Return how many lie in host memory, and how many more would with the usual chunk."""
         total = config.num_hidden_layers * config.num_local_experts
         parts = [f"{self.count} of {total} experts"] + ["the embedding"] * self.embedding
-        saved = f" ({_count(self.saved)} fewer)" * bool(self.saved)
+        saved = f" ({self.saved} expert{'s' * (self.saved > 1)} fewer)" * bool(self.saved)
         chunk = f", prompts in chunks of {self.chunk} tokens{saved}" * (self.chunk < PREFILL_CHUNK)
         return f"{' and '.join(parts)} in host memory{chunk}"
 
     def where(self) -> str:
         """Return which experts lie there, layers with the same ones together."""
-        layers: dict[tuple[int, ...], list[int]] = {}
-        for layer, experts in enumerate(self.experts):
-            if experts:
-                layers.setdefault(tuple(experts), []).append(layer)
-        return "; ".join(f"{_list('expert', each)} of {_list('layer', of)}" for each, of in layers.items())
-
-
-def _count(experts: int) -> str:
-    return f"{experts} expert{'s' * (experts != 1)}"
+        layers: dict[Sequence[int], list[int]] = {}
+        for layer, experts in enumerate(map(tuple, self.experts)):
+            layers.setdefault(experts, []).append(layer)
+        return "; ".join(f"{_list('expert', each)} of {_list('layer', of)}" for each, of in layers.items() if each)
 
 
 def _list(name: str, numbers: Sequence[int]) -> str:
@@ -121,9 +107,10 @@ def load(
     progress: Callable[[int], None] | None,
     ranks: Ranks | None,
 ) -> Mixtral:
-    for name, one, of_cache in (("dtype", dtype, False), ("cache_dtype", cache_dtype, True)):
-        if one is not None:
-            check_dtype(f"Mixtral.from_pretrained: {name}", one, of_cache)
+    if dtype is not None:
+        check_dtype("Mixtral.from_pretrained: dtype", dtype)
+    if cache_dtype is not None:
+        check_dtype("Mixtral.from_pretrained: cache_dtype", cache_dtype, of_cache=True)
     folder = checkpoint_folder(folder)
     config = MixtralConfig.from_pretrained(folder)
     headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
@@ -133,20 +120,18 @@ def load(
     requantized: frozenset[str] = frozenset()
     if headers.scheme is None:
         fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantize.fill)
-        specs: Mapping[str, QuantSpec] = select_specs(quantized, weights.parameter_shapes(config))
+        specs = select_specs(quantized, weights.parameter_shapes(config))
     else:
         plan = hub.plan(headers, config, shard, quantized)
         fill, specs = partial(hub.load, headers, plan), plan.specs
-        requantized = frozenset(
-            f"{each.name}.weight" for each in plan.linears if each.target.parameter in plan.requantized
-        )
-        if requantized:
+        anew = (each.name for each in plan.linears if each.target.parameter in plan.requantized)
+        if requantized := frozenset(f"{name}.weight" for name in anew):
             text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantized!r})"
             warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
     dtype = dtype or weights.stored_dtype(headers)
     target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
-    if ranks is not None:
-        ranks.check_device(target_device)
+    if ranks is not None and target_device.type not in (need := ranks.device_type, "meta"):
+        raise ValueError(f"Mixtral.from_pretrained: device is {target_device}, needs the mesh's type, {need}")
     shapes, own_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
     specs = shard.specs(specs, shapes, own_shapes)
 
@@ -158,8 +143,8 @@ def load(
 
     needed, sizes = bytes_of(specs), movable_bytes(config, own_shapes, specs, dtype)
     placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context, cache_dtype)
-    others = bytes_if if headers.scheme is None and not placement.host_bytes else None
-    check_memory(target_device, needed - placement.freed_bytes, others)
+    has_choice = headers.scheme is None and not placement.host_bytes
+    check_memory(target_device, needed - placement.freed_bytes, bytes_if if has_choice else None)
     model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
     model.requantized, model.prefill_chunk = requantized, placement.chunk
     fill(config, model.named_weights(), progress, shard)
@@ -175,25 +160,19 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int, chunk: int 
     """The most that `generate` holds at one time while it reads prompts, in chunks of `chunk` tokens.
 
     A layer's experts hold their input and its norm, attention's result, the sum and its norm, the next sum and its
-    norm; for each slot its row in sorted order, the experts' inner values and result: a cached launch plan allocates
-    all of these before its first launch. Attention holds its input and its norm, queries, keys and values, those
-    rotated, and the heads' result.
+    norm; for each slot its row in sorted order, the inner values and the result, since a launch plan allocates all of
+    these at first. Attention holds its input and its norm, queries, keys and values, those rotated, and the heads'.
     """
     hidden, inner, slots = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     row = max(7 * hidden + slots * (2 * hidden + inner), 2 * hidden + 3 * heads) + config.num_local_experts
     row += hidden if context > chunk else 0  # the chunk before it is still there
     counters = 16 + 12 * slots  # positions; routes, their weights and order
-    rows = batch * min(context, chunk)
-    return rows * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
+    return batch * min(context, chunk) * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
 
 
 def running_bytes(
-    config: MixtralConfig,
-    batch: int,
-    context: int,
-    chunk: int = PREFILL_CHUNK,
-    cache_dtype: torch.dtype | None = None,
+    config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK, cache_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
     """Bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
     return {
@@ -211,11 +190,10 @@ def usable_bytes(memory: int) -> int:
 def movable_bytes(
     config: MixtralConfig, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype
 ) -> Movable:
-    """Bytes that offloading moves: of one expert of each layer, its rows without scales and zeros; of the embedding, 0
-    where the head is tied to it."""
+    """Bytes that offloading moves: an expert of each layer, without scales and zeros; the embedding, 0 if tied."""
     each = [0] * config.num_hidden_layers
     for name, shape in shapes.items():
-        if name.rpartition(".")[2] in QUANTIZED_PARTS["experts"]:
+        if name.endswith(QUANTIZED_PARTS["experts"]):
             size = specs[name].empty((1, *shape[1:]), "meta").data.nbytes if name in specs else 0
             each[int(name.split(".")[1])] += size or shape[1] * shape[2] * dtype.itemsize
     return each, 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
@@ -231,10 +209,8 @@ def select_experts(config: MixtralConfig, count: int, routes: Routes | None = No
     L, E = config.num_hidden_layers, config.num_local_experts
     if routes is None:
         return [range(E - ((layer + 1) * count // L - layer * count // L), E) for layer in range(L)]
-    order: list[tuple[int, int, int, int]] = []
-    for layer, used in enumerate(routes):
-        ranked = sorted(range(E), key=used.__getitem__)[:-1]
-        order += [(used[expert], rank, layer, expert) for rank, expert in enumerate(ranked)]
+    ranked = [sorted(range(E), key=used.__getitem__)[:-1] for used in routes]
+    order = [(routes[i][expert], rank, i, expert) for i in range(L) for rank, expert in enumerate(ranked[i])]
     taken = {(layer, expert) for _, _, layer, expert in sorted(order)[:count]}
     return [[expert for expert in range(E) if (layer, expert) in taken] for layer in range(L)]
 
@@ -242,12 +218,9 @@ def select_experts(config: MixtralConfig, count: int, routes: Routes | None = No
 def fewest(
     config: MixtralConfig, sizes: Movable, needed: Callable[[int], int], room: int, routes: Routes | None = None
 ) -> Placement | None:
-    """Return the fewest experts of the whole model in host memory, and the embedding, with which `room` bytes suffice.
-
-    needed  bytes where all of it is on the device, by the tokens of a chunk: a smaller one may save experts
-
-    None where no number of experts is enough.
-    """
+    """Return the fewest experts of the whole model in host memory, and the embedding, with which `room` bytes suffice;
+    None where no number is enough. needed: bytes where all of it is on the device, by the tokens of a chunk, of which a
+    smaller one may save experts."""
     L, most, found = config.num_hidden_layers, config.num_local_experts - 1, list[Placement]()
     if needed(PREFILL_CHUNK) <= room:
         return Placement()
@@ -287,7 +260,7 @@ def check_offload(
     context: int | None = None,
     cache_dtype: torch.dtype | None = None,
 ) -> Placement:
-    """Return what lies in host memory, where `needed` bytes would be on the device without offload. ValueError where
+    """Return what lies in host memory, where `needed` bytes would be on the device without offload; ValueError where
     that is impossible, before any allocation."""
     caller, most = f"Mixtral.from_pretrained: offload is {offload!r}", config.num_local_experts - 1
     if offload != "auto" and (type(offload) is not int or not 0 <= offload <= most):
@@ -308,7 +281,7 @@ def check_offload(
         layers = routes or [range(most, -1, -1)] * config.num_hidden_layers  # as if the last were used least
         ranked = [sorted(range(most + 1), key=layer.__getitem__) for layer in layers]
         placement = Placement.of([sorted(experts[: int(offload)]) for experts in ranked], sizes[0])
-    text = placement.describe(config) if offload == "auto" else f"{_count(int(offload))} of each layer"
+    text = placement.describe(config) if offload == "auto" else f"{offload} expert{'s' * (offload != 1)} of each layer"
     host, size = host_memory(), in_decimal(placement.host_bytes)
     if host is not None and device.type != "meta" and placement.host_bytes > host:
         fit = host // sum(sizes[0])

@@ -217,7 +217,7 @@ class Mixtral(nn.Module):
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
         projections = ((layer.gate_up_proj, layer.down_proj) for layer in self.layers)  # in the order of their use
         OffloadedWeight.stage_in_turn([pair for pair in projections if isinstance(pair[1], OffloadedWeight)])  # type: ignore[misc]
-        cos, sin = self._rope_tables(device)
+        cos, sin = rope_tables(config.rope_theta, config.max_position_embeddings, config.head_dim, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         super().train(False)
@@ -259,10 +259,8 @@ class Mixtral(nn.Module):
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
         options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, cache_dtype, progress)
-        if mesh is None:
-            return load(cls, *options, None)
-        ranks = Ranks(mesh)
-        with ranks.raise_on_any_rank():
+        ranks = None if mesh is None else Ranks(mesh)
+        with nullcontext() if ranks is None else ranks.raise_on_any_rank():
             return load(cls, *options, ranks)
 
     @property
@@ -339,20 +337,15 @@ class Mixtral(nn.Module):
     generate = generate
     stream = stream
 
-    def _rope_tables(self, device: Any) -> tuple[Tensor, Tensor]:
-        config = self.config
-        return rope_tables(config.rope_theta, config.max_position_embeddings, config.head_dim, device)
-
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
         check_dtype("Mixtral: dtype", self.dtype)  # the model may have been converted
         check_ids(input_ids, self.config.vocab_size, self.device)
-        B, T = input_ids.shape
+        (B, T), limit = input_ids.shape, self.config.max_position_embeddings
         if cache is None and lengths is not None:
             raise ValueError("Mixtral: argument 'lengths' is given without a cache, needs a cache")
-        if cache is None and self.config.max_position_embeddings < T:
-            limit = self.config.max_position_embeddings
+        if cache is None and limit < T:
             raise ValueError(f"Mixtral: {T} tokens go beyond max_position_embeddings, {limit}")
         if cache is not None:
             self._check_cache(cache, B)
@@ -391,7 +384,8 @@ class Mixtral(nn.Module):
         """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits."""
         super()._apply(fn, recurse)
         if self.cos.dtype in (torch.bfloat16, torch.float16):
-            self.cos, self.sin = self._rope_tables(self.cos.device)
+            theta, P, D = self.config.rope_theta, self.config.max_position_embeddings, self.config.head_dim
+            self.cos, self.sin = rope_tables(theta, P, D, self.cos.device)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Mixtral:

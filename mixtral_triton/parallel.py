@@ -37,12 +37,8 @@ CLOSE_DELAY = 0.2  # seconds until the connections of a dead rank are closed
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of the weights that one rank stores; by default all of them.
-
-    tp, ep            ranks along each dimension of the mesh
-    tp_rank, ep_rank  this rank's index along each
-    rank              its index among all ranks
-    """
+    """The part of the weights that one rank stores, by default all of them: of `tp` and `ep` ranks along the dimensions
+    of the mesh, the one with these indices along each, and `rank` among all."""
 
     tp: int = 1
     ep: int = 1
@@ -57,14 +53,13 @@ class Shard:
     def check(self, config: MixtralConfig) -> None:
         """Raise ValueError where the ranks do not divide a size of the model."""
         n, keys = self.ranks, config.num_key_value_heads
-        needs = {
-            "num_attention_heads": (config.num_attention_heads % n, f"a multiple of {n}"),
-            "num_key_value_heads": (keys % n and n % keys, f"a multiple or a divisor of {n}"),
-            "num_local_experts": (config.num_local_experts % self.ep, f"a multiple of {self.ep}"),
-            "intermediate_size": (config.intermediate_size % self.tp, f"a multiple of {self.tp}"),
-            "vocab_size": (config.vocab_size < n, f"at least {n}"),
-        }
-        for name, (unmet, need) in needs.items():
+        for name, unmet, need in (
+            ("num_attention_heads", config.num_attention_heads % n, f"a multiple of {n}"),
+            ("num_key_value_heads", keys % n and n % keys, f"a multiple or a divisor of {n}"),
+            ("num_local_experts", config.num_local_experts % self.ep, f"a multiple of {self.ep}"),
+            ("intermediate_size", config.intermediate_size % self.tp, f"a multiple of {self.tp}"),
+            ("vocab_size", config.vocab_size < n, f"at least {n}"),
+        ):
             if unmet:
                 mesh, got = f"mesh has tp {self.tp} x ep {self.ep} = {n} ranks", getattr(config, name)
                 raise ValueError(f"Mixtral.from_pretrained: {mesh}: {name} is {got}, needs {need}")
@@ -75,9 +70,18 @@ class Shard:
         heads = {"num_attention_heads": queries.stop - queries.start, "num_key_value_heads": keys.stop - keys.start}
         return replace(config, **heads) if self.ranks > 1 else config
 
+    # This rank's query heads, experts, part of each expert's intermediate size, and rows of the language model head.
     def queries(self, config: MixtralConfig) -> slice:
-        """Return this rank's query heads."""
         return even(config.num_attention_heads, self.rank, self.ranks)
+
+    def experts(self, config: MixtralConfig) -> slice:
+        return even(config.num_local_experts, self.ep_rank, self.ep)
+
+    def inner(self, config: MixtralConfig) -> slice:
+        return even(config.intermediate_size, self.tp_rank, self.tp)
+
+    def vocabulary(self, config: MixtralConfig) -> slice:
+        return even(config.vocab_size, self.rank, self.ranks)
 
     def keys(self, config: MixtralConfig) -> slice:
         """Return the key/value heads that its query heads read; ranks share one where there are fewer than ranks."""
@@ -91,24 +95,11 @@ class Shard:
         key_rows = slice(keys.start * D, keys.stop * D)
         return {"q": slice(queries.start * D, queries.stop * D), "k": key_rows, "v": key_rows}
 
-    def experts(self, config: MixtralConfig) -> slice:
-        return even(config.num_local_experts, self.ep_rank, self.ep)
-
-    def inner(self, config: MixtralConfig) -> slice:
-        """Return its part of each expert's intermediate size."""
-        return even(config.intermediate_size, self.tp_rank, self.tp)
-
-    def vocabulary(self, config: MixtralConfig) -> slice:
-        """Return its rows of the language model head."""
-        return even(config.vocab_size, self.rank, self.ranks)
-
     def specs(
         self, specs: Mapping[str, QuantSpec], full: Mapping[str, Shape], local: Mapping[str, Shape]
     ) -> dict[str, QuantSpec]:
-        """Return the specs of this rank's parts, given the specs and the `full` and `local` shapes by parameter.
-
-        Parts of a row with one scale keep it. Raises ValueError where a group of columns would be cut.
-        """
+        """Return the specs of this rank's parts, given the specs and the `full` and `local` shapes by parameter. Parts
+        of a row with one scale keep it. Raises ValueError where a group of columns would be cut."""
         parts = {}
         for name, spec in specs.items():
             K, columns = full[name][-1], local[name][-1]
@@ -128,19 +119,24 @@ def even(size: int, part: int, parts: int) -> slice:
 
 
 class Ranks:
-    """The ranks of a DeviceMesh as one of them sees it: its Shard and the collectives.
-
-    name         this rank's name in messages
-    device_type  the mesh's device type
-    """
+    """The ranks of a DeviceMesh as one of them sees it: its Shard, its name in messages, and the collectives."""
 
     def __init__(self, mesh: Any) -> None:
         """Every rank of the mesh must call this. Raises ValueError unless the mesh has "tp" or "ep", and this rank."""
-        _check(mesh)
+        from torch.distributed.device_mesh import DeviceMesh  # a slow import
+
+        need = "needs a torch.distributed.device_mesh.DeviceMesh whose dimensions are named 'tp' or 'ep', or both"
+        names = mesh.mesh_dim_names if isinstance(mesh, DeviceMesh) else None
+        if not names or not set(names) <= {"tp", "ep"}:
+            got = f"has dimensions named {names}" if isinstance(mesh, DeviceMesh) else f"is {mesh!r:.80}"
+            raise ValueError(f"Mixtral.from_pretrained: mesh {got}, {need}")
+        if mesh.get_coordinate() is None:
+            got = f"mesh is of ranks {mesh.mesh.tolist()}"
+            raise ValueError(f"Mixtral.from_pretrained: {got}, needs {dist.get_rank()}, too")
         ranks = sorted(mesh.mesh.flatten().tolist())
         sizes = dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True))
-        places = {f"{name}_rank": mesh.get_local_rank(name) for name in sizes}
-        self.shard = Shard(**sizes, **places, rank=ranks.index(dist.get_rank()))
+        local_ranks = {f"{name}_rank": mesh.get_local_rank(name) for name in sizes}
+        self.shard = Shard(**sizes, **local_ranks, rank=ranks.index(dist.get_rank()))
         self.name = f"rank {self.shard.rank} of {self.shard.ranks}"
         self.device_type: str = mesh.device_type
         self._global = ranks
@@ -155,10 +151,8 @@ class Ranks:
             raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
 
     def _await_ranks(self) -> None:
-        """Wait until every rank is here; ConnectionError that names those that are not after LOADING_TIMEOUT.
-
-        Making a group waits as long as the process group's default, 30 minutes where the caller has set nothing.
-        """
+        """Wait until every rank is here; ConnectionError that names those that are not after LOADING_TIMEOUT. Making a
+        group waits as long as the process group's default, 30 minutes where the caller has set nothing."""
         ranks = tuple(self._global)
         _meshes[ranks] += 1
         store = dist.distributed_c10d._get_default_store()
@@ -173,19 +167,12 @@ class Ranks:
                 raise ConnectionError(f"{self.name}: {text}") from error
             raise
 
-    def check_device(self, device: torch.device) -> None:
-        if device.type not in (self.device_type, "meta"):
-            raise ValueError(f"Mixtral.from_pretrained: device is {device}, needs the mesh's type, {self.device_type}")
-
     def local_ids(self, ids: Tensor, experts: int) -> Tensor:
         """Convert expert ids int32 [T,K] to this rank's indices; other ranks' ids become out of range: no-ops."""
         return ids - self.shard.ep_rank * experts if self.shard.ep > 1 else ids
 
     def all_reduce(self, part: Tensor, in_order: bool) -> Tensor:
-        """Sum `part` over all ranks, possibly in place.
-
-        in_order: sum rank by rank. An all-reduce picks its order by size, so by the batch.
-        """
+        """Sum `part` over all ranks, possibly in place. in_order: rank by rank; else the order depends on the batch."""
         if in_order:
             return reduce(torch.add, self.gather(part))
         self._collect(dist.all_reduce, part)
@@ -204,10 +191,8 @@ class Ranks:
         return x
 
     def synchronize(self, device: torch.device) -> None:
-        """Wait for the device; raise ConnectionError if another rank is gone or does not answer meanwhile.
-
-        torch's watchdog does not see the collectives of a replayed CUDA graph.
-        """
+        """Wait for the device; raise ConnectionError if another rank is gone or does not answer meanwhile. torch's
+        watchdog does not see the collectives of a replayed CUDA graph."""
         if device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
@@ -222,8 +207,7 @@ class Ranks:
             if late or now - checked > POLL_INTERVAL:
                 missing, checked = self._closed_ranks(), time.monotonic()
                 if missing or late:
-                    what = "its part of an all-reduce did not arrive"
-                    raise ConnectionError(f"{self.name}: {_describe_missing(missing)}: {what}")
+                    raise self._error(missing, "its part of an all-reduce did not arrive")
 
     def gather(self, part: Tensor) -> list[Tensor]:
         """Return every rank's part; all have one shape."""
@@ -260,7 +244,11 @@ class Ranks:
         except RuntimeError as error:
             time.sleep(CLOSE_DELAY)
             reason = _line(error).partition(". ")[0]  # gloo appends advice
-            raise ConnectionError(f"{self.name}: {_describe_missing(self._closed_ranks())}: {reason}") from error
+            raise self._error(self._closed_ranks(), reason) from error
+
+    def _error(self, missing: list[int], reason: str) -> ConnectionError:
+        what = f"rank {' and '.join(map(str, missing))} is gone" if missing else "another rank does not answer"
+        return ConnectionError(f"{self.name}: {what}: {reason}")
 
     def _closed_ranks(self) -> list[int]:
         """Return the other ranks whose connections are closed."""
@@ -274,23 +262,5 @@ class Ranks:
         return closed
 
 
-def _describe_missing(ranks: list[int]) -> str:
-    return f"rank {' and '.join(map(str, ranks))} is gone" if ranks else "another rank does not answer"
-
-
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _check(mesh: Any) -> None:
-    from torch.distributed.device_mesh import DeviceMesh  # a slow import
-
-    need = "needs a torch.distributed.device_mesh.DeviceMesh whose dimensions are named 'tp' or 'ep', or both"
-    if not isinstance(mesh, DeviceMesh):
-        raise ValueError(f"Mixtral.from_pretrained: mesh is {mesh!r:.80}, {need}")
-    names = mesh.mesh_dim_names
-    if not names or not set(names) <= {"tp", "ep"}:
-        raise ValueError(f"Mixtral.from_pretrained: mesh has dimensions named {names}, {need}")
-    if mesh.get_coordinate() is None:
-        got = f"mesh is of ranks {mesh.mesh.tolist()}"
-        raise ValueError(f"Mixtral.from_pretrained: {got}, needs {dist.get_rank()}, too")

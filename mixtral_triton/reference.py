@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,29 +16,12 @@ from .kernels.reference import sort_by_expert as sort_by_expert
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, not rotated -> [B,T,Hq,D]
 
 
-@dataclass(frozen=True)
-class Values:
-    """A block's intermediate values for B sequences of T tokens, N = B T rows.
-
-    x, normed, attn_output, output  [B,T,H]: the residual stream, its norm, the output of attention, the stream after it
-    y                            [B,T,H]: the experts' output
-    q, k, v, heads               [B,T,heads,D], not rotated, and [B,T,Hq D]
-    h, logits, weights, ids      [N,H] input of the experts; [N,E] logits; [N,K] routing weights and expert ids
-    """
-
-    x: Tensor
-    normed: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    heads: Tensor
-    attn_output: Tensor
-    h: Tensor
-    logits: Tensor
-    weights: Tensor
-    ids: Tensor
-    y: Tensor
-    output: Tensor
+# A block's intermediate values for B sequences of T tokens, N = B T rows:
+# x, normed, attn_output, output  [B,T,H]: the residual stream, its norm, the output of attention, the stream after it
+# y                               [B,T,H]: the experts' output
+# q, k, v, heads                  [B,T,heads,D], not rotated, and [B,T,Hq D]
+# h, logits, weights, ids         [N,H] input of the experts; [N,E] logits; [N,K] routing weights and expert ids
+Values = namedtuple("Values", "x normed q k v heads attn_output h logits weights ids y output")
 
 
 def block(

@@ -86,7 +86,7 @@ class Stored:
 class Headers:
     """The checked headers of all tensors in a checkpoint folder, by name, in the order of the files.
 
-    scheme  how it is quantized (quantize.schemes); None where it is not
+    scheme  how it is quantized (quantize.layouts); None where it is not
     """
 
     folder: Path
@@ -140,8 +140,8 @@ def table(config: MixtralConfig, layout: KeyLayout, shard: Shard = UNSHARDED) ->
         for expert in range(E):
             name, index = f"{stored}.block_sparse_moe.experts.{expert}", expert - experts.start
             runs = (inner,) if experts.start <= expert < experts.stop else ()
-            for half, place in halves.items():
-                put(f"{name}.{half}.weight", gate_up, (I, hidden), index, place, rows=runs)
+            for half, part in halves.items():
+                put(f"{name}.{half}.weight", gate_up, (I, hidden), index, part, rows=runs)
             put(f"{name}.w2.weight", down, (hidden, I), index, columns=runs)
     put("model.norm.weight", "norm", (hidden,))
     if not config.tie_word_embeddings:
@@ -209,9 +209,7 @@ def total_bytes(headers: Headers) -> int:
 
 def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
     """Return the table of the layout that the names show; ValueError names missing, unknown and misshapen tensors.
-
-    It is cheap for any config: run it before allocating.
-    """
+    It is cheap for any config: run it before allocating."""
     tensors, found = headers.tensors, targets(headers, config, shard)
     need = {name: target.shape for name, target in found.items()}
     if config.tie_word_embeddings and HEAD in tensors:
@@ -243,8 +241,8 @@ def load(
 
     `config` is the unsharded model's. Only what the shard keeps is read, except rows that get one scale. `quantizer`
     fills a QuantizedWeight among the parameters from a few rows at a time. Parameters on the meta device stay unset.
-    `progress` gets the number of bytes just loaded.
-    Raises only ValueError or OSError, for values not finite in the parameter's dtype and for a differing tied head.
+    `progress` gets the number of bytes just loaded. Raises only ValueError or OSError, for values not finite in the
+    parameter's dtype and for a differing tied head.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     compare("parameters", "the config", parameter_shapes(config, shard), shapes)
@@ -262,17 +260,13 @@ def fill(
     """Read each tensor that has a target into its parameter, file by file."""
     # Inside a caller's `with torch.device("meta")`, safetensors would return meta tensors: hence the second context.
     with torch.no_grad(), torch.device("cpu"):
-        for file, items in itertools.groupby(sorted(tensors.items(), key=_file), _file):
+        for file, items in itertools.groupby(tensors.items(), lambda item: item[1].file):
             with opened_file(file) as opened:
                 for name, stored in items:
                     target = targets.get(name)
                     if target and target.is_kept and parameters[target.parameter].device.type != "meta":
                         destination = parameters[target.parameter][target.index]
                         _fill(opened.get_slice(name), name, stored, target, destination, progress, quantizer)
-
-
-def _file(item: tuple[str, Stored]) -> Path:
-    return item[1].file
 
 
 def _fill(
@@ -283,17 +277,17 @@ def _fill(
     quantized = isinstance(destination, QuantizedWeight) and destination.format != "dense"  # dense: offload.py
     if quantized and one_scale_a_row(destination, K):
         kept, (columns,) = (*kept[:-1], (slice(0, K),)), kept[-1]
-    for at, place in chunks(stored, kept):
-        copied = source = part[at]
+    for index, kept_index in chunks(stored, kept):
+        copied = source = part[index]
         if quantized:
-            quantizer(destination[place], source, columns)
+            quantizer(destination[kept_index], source, columns)
         else:
-            copied = destination[place]
+            copied = destination[kept_index]
             copied.copy_(source)
         # A sum of NaN or infinity is never finite: a finite one proves the chunk in one pass, without temporaries.
         # A sum may overflow by itself: then each value is checked.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
-            raise _not_finite(name, stored, at, source, copied)
+            raise _not_finite(name, stored, index, source, copied)
         if progress:
             progress(source.nbytes)
 
@@ -303,10 +297,10 @@ def one_scale_a_row(weight: QuantizedWeight, K: int) -> bool:
     return weight.format != "int4" or K in GROUPS
 
 
-def _not_finite(name: str, stored: Stored, at: tuple[slice, ...], source: Tensor, copied: Tensor) -> ValueError:
+def _not_finite(name: str, stored: Stored, index: tuple[slice, ...], source: Tensor, copied: Tensor) -> ValueError:
     damaged = not torch.isfinite(source).all()
     local = torch.isfinite(source if damaged else copied).logical_not().nonzero()[0].tolist()
-    first = [piece.start + along for piece, along in zip(at, local, strict=False)] + local[len(at) :]
+    first = [piece.start + along for piece, along in zip(index, local, strict=False)] + local[len(index) :]
     why = "weights must be finite, this file is damaged" if damaged else f"{copied.dtype} cannot hold it"
     return ValueError(f"{stored.file}: {name} holds {source[tuple(local)].item()} at {first}: {why}")
 
@@ -341,12 +335,12 @@ def chunks(stored: Stored, kept: tuple[Runs, ...]) -> Iterator[tuple[Runs, Runs]
 
 def cut(runs: Runs, step: int) -> Iterator[tuple[slice, slice]]:
     """Yield pieces of the runs, and where each is among all of them."""
-    place = 0
+    kept_start = 0
     for run in runs:
         for start in range(run.start, run.stop, step):
             stop = min(start + step, run.stop)
-            yield slice(start, stop), slice(place, place + stop - start)
-            place += stop - start
+            yield slice(start, stop), slice(kept_start, kept_start + stop - start)
+            kept_start += stop - start
 
 
 @contextmanager

@@ -7,8 +7,10 @@ nobody wrote is NaN.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,11 +23,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixtral_triton.config import SMALL
 from mixtral_triton.kernels import call, interpret, launch
 from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
-from tests.support.calls import replace_base, tensors_of_launch
+from tests.support.calls import memory_of, replace_base, tensors_of_launch
 from tests.support.traffic import active_addresses
 
 pytest_plugins = ["tests.support.selection"]
@@ -34,47 +37,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a plugin may have imported torch befo
 
 INTERPRET = launch.interpret
 MARGIN = 64  # elements on either side
-FLOAT_CANARIES = (float("nan"), 1.0e4)
-INT_CANARIES = (0, 1)  # small: a kernel that used one as an index must not reach foreign memory
+# Of both runs. Integers are small: a kernel that used one as an index must not reach foreign memory.
+CANARIES = {True: (float("nan"), 1.0e4), False: (0, 1)}
 
 
 class GuardedTensor:
     """A copy of a tensor with the same strides, amid canaries."""
 
     def __init__(self, tensor: Tensor, iteration: int) -> None:
-        self.tensor = tensor
-        self.indices = torch.zeros(1, dtype=torch.long)
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            self.indices = (self.indices[:, None] + torch.arange(size) * stride).flatten()
-        extent = int(self.indices.max()) + 1 if tensor.numel() else 0
-        canary = (FLOAT_CANARIES if tensor.is_floating_point() else INT_CANARIES)[iteration]
-        self.canary = torch.tensor(canary).to(tensor.dtype)
+        self.tensor, extent = tensor, memory_of(tensor).numel()
+        self.indices = MARGIN + torch.arange(extent).as_strided(tensor.shape, tensor.stride()).flatten()
+        self.canary = torch.tensor(CANARIES[tensor.is_floating_point()][iteration]).to(tensor.dtype)
         self.buffer = self.canary.repeat(extent + 2 * MARGIN)
-        self.buffer[MARGIN + self.indices] = tensor.flatten()
+        self.buffer[self.indices] = tensor.flatten()
         self.guarded = self.buffer.as_strided(tensor.shape, tensor.stride(), MARGIN)
+        start, size = self.guarded.data_ptr(), tensor.element_size()
+        self.addresses = range(start, start + (extent - 1) * size + 1)  # of its elements
 
-    def values(self) -> Tensor:
-        return self.buffer[MARGIN + self.indices]
-
-    def holds(self, low: int, high: int) -> bool:
-        start, size = self.guarded.data_ptr(), self.guarded.element_size()
-        return start <= low and high <= start + int(self.indices.max()) * size
+    def bytes(self) -> Tensor:
+        """The bytes of the values: NaN equals NaN, and 0.0 differs from -0.0."""
+        return self.buffer[self.indices].view(torch.uint8)
 
     def intact(self) -> bool:
         outside = torch.ones(len(self.buffer), dtype=torch.bool)
-        outside[MARGIN + self.indices] = False
+        outside[self.indices] = False
         rest = self.buffer[outside]
-        return bits(rest).equal(bits(self.canary.expand_as(rest).contiguous()))
+        return rest.view(torch.uint8).equal(self.canary.repeat(len(rest)).view(torch.uint8))
 
     def write_back(self) -> None:
-        if self.tensor.numel():
-            base = self.tensor.as_strided((int(self.indices.max()) + 1,), (1,), self.tensor.storage_offset())
-            base[self.indices] = self.values()
-
-
-def bits(x: Tensor) -> Tensor:
-    """A float's bits as an integer of its size, so that NaN equals NaN and 0.0 differs from -0.0."""
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]) if x.is_floating_point() else x
+        memory_of(self.tensor)[self.indices - MARGIN] = self.buffer[self.indices]
 
 
 def guard_experts(name: str, weight: OffloadedWeight, guards: dict[str, GuardedTensor], iteration: int) -> Tensor:
@@ -103,10 +94,9 @@ def run_guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], iterat
 
         def checked_load(pointers: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
             addresses = active_addresses(pointers, mask)
-            if addresses.size:
-                low, high = int(addresses.min()), int(addresses.max())
-                if not any(guard.holds(low, high) for guard in guards.values() if guard.tensor.numel()):
-                    raise AssertionError(f"{kernel.__name__} loads from outside its tensors")
+            bounds = (int(addresses.min()), int(addresses.max())) if addresses.size else ()
+            if bounds and not any(all(at in guard.addresses for at in bounds) for guard in guards.values()):
+                raise AssertionError(f"{kernel.__name__} loads from outside its tensors")
             return load(pointers, mask, *rest, **kwargs)
 
         def set_grid_idx(*index: int) -> None:
@@ -126,16 +116,16 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
         if not guard.intact():
             raise AssertionError(f"{kernel.__name__} stored outside {name}")
     for name, guard in runs[0].items():
-        if not bits(guard.values()).equal(bits(runs[1][name].values())):
+        if not guard.bytes().equal(runs[1][name].bytes()):
             raise AssertionError(f"{kernel.__name__}: {name} depends on program order or on what lies outside a tensor")
         if name in args:  # an expert's rows are only read
             guard.write_back()
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the command line, called in this process, from selecting a backend, which later processes would inherit."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def folder(tmp_path: Path) -> Path:
+    """A writable copy of the small checkpoint."""
+    return Path(shutil.copytree(SMALL, tmp_path / "checkpoint"))
 
 
 @pytest.fixture(autouse=True)

@@ -117,66 +117,54 @@ def attention_prefill_kernel(
 
 
 @triton.jit
-def _load_rotated(ptrs, mask, cos, sin, D: tl.constexpr):
-    """Load heads at `ptrs` ([rows, 1], or one) and rotate each column with the one half a head away."""
+def _load_rotated(ptrs, mask, cos, sin, D: tl.constexpr, HALVES: tl.constexpr):
+    """Load heads at `ptrs` ([rows, 1], or one) and rotate each column with the one half a head away: a tile, or the
+    tiles of the halves."""
     offs_d = tl.arange(0, cos.shape[1])[None, :]
-    first = offs_d < D // 2
     x = tl.load(ptrs + offs_d, mask=mask, other=0.0)
-    other = tl.load(ptrs + tl.where(first, offs_d + D // 2, offs_d - D // 2), mask=mask, other=0.0).to(tl.float32)
-    return (x.to(tl.float32) * cos + tl.where(first, -other, other) * sin).to(x.dtype)
+    if HALVES == 1:
+        first = offs_d < D // 2
+        other = tl.load(ptrs + tl.where(first, offs_d + D // 2, offs_d - D // 2), mask=mask, other=0.0).to(tl.float32)
+        return (x.to(tl.float32) * cos + tl.where(first, -other, other) * sin).to(x.dtype)
+    else:
+        low, high = x.to(tl.float32), tl.load(ptrs + offs_d + D // 2, mask=mask, other=0.0).to(tl.float32)
+        return (low * cos - high * sin).to(x.dtype), (high * cos + low * sin).to(x.dtype)
 
 
 @triton.jit
-def _append_newest_key(state, q, scale, fresh, caches, angle, active, D: tl.constexpr):
-    """Rotate and store the newest key and its value, and start the softmax with them; do nothing unless `active`.
-
-    fresh, caches  pointers of this key and its value, not rotated, and of their slots
-    """
-    acc, largest, total = state
-    offs_d = tl.arange(0, q.shape[1])[None, :]
-    mask = offs_d < tl.where(active, D, 0)
-    k = _load_rotated(fresh[0], mask, angle[0], angle[1], D)
-    v = tl.load(fresh[1] + offs_d, mask=mask, other=0.0)
-    tl.store(caches[0] + offs_d, k, mask=mask)
-    tl.store(caches[1] + offs_d, v, mask=mask)
+def _append_newest_key(
+    state, q, scale,
+    fresh,  # pointers of the newest key and its value, not rotated
+    caches,  # of their slots
+    scales,  # of their slots' scales, in 8 bits
+    angle, active,
+    D: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Rotate and store the newest key and its value, and start the softmax with them, in 8 bits with their codes; do
+    nothing unless `active`."""
     # The stored slot is not read back: other splits skip it, and this one has the key in registers.
-    score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
-    largest = tl.where(active, score, largest)
-    return Softmax(acc + v.to(tl.float32), largest, tl.where(active, 1.0, total))
-
-
-@triton.jit
-def _load_rotated_halves(ptrs, mask, cos, sin, D: tl.constexpr):
-    """`_load_rotated` of the halves of heads."""
-    offs_d = tl.arange(0, cos.shape[1])[None, :]
-    low, high = tl.load(ptrs + offs_d, mask=mask, other=0.0), tl.load(ptrs + offs_d + D // 2, mask=mask, other=0.0)
-    a, b = low.to(tl.float32), high.to(tl.float32)
-    return (a * cos - b * sin).to(low.dtype), (b * cos + a * sin).to(low.dtype)
-
-
-@triton.jit
-def _append_newest_codes(state, q, scale, fresh, caches, scales, angle, active, D: tl.constexpr):
-    """`_append_newest_key` into caches of 8 bits, whose scales are at `scales`: it takes part as its codes."""
     acc, largest, total = state
-    acc_low, acc_high = acc
-    q_low, q_high = q
-    offs_d = tl.arange(0, q_low.shape[1])[None, :]
-    mask = offs_d < tl.where(active, D // 2, 0)
-    low, high = _load_rotated_halves(fresh[0], mask, angle[0], angle[1], D)
-    k_low, k_high, elements, k_scale = quantized(low, high)
-    tl.store(caches[0] + offs_d, elements, mask=mask)
-    low, high = (
-        tl.load(fresh[1] + offs_d, mask=mask, other=0.0),
-        tl.load(fresh[1] + offs_d + D // 2, mask=mask, other=0.0),
-    )
-    v_low, v_high, elements, v_scale = quantized(low, high)
-    tl.store(caches[1] + offs_d, elements, mask=mask)
-    one = tl.arange(0, 1)
-    tl.store(scales[0] + one, k_scale, mask=one < tl.where(active, 1, 0))
-    tl.store(scales[1] + one, v_scale, mask=one < tl.where(active, 1, 0))
-    score = tl.sum(q_low.to(tl.float32) * k_low + q_high.to(tl.float32) * k_high, axis=1) * (k_scale * scale)
-    v_scale = (v_scale * unit_of(q_low.dtype))[:, None]
-    acc = acc_low + v_low * v_scale, acc_high + v_high * v_scale
+    offs_d = tl.arange(0, angle[0].shape[1])[None, :]
+    mask = offs_d < tl.where(active, D // HALVES, 0)
+    k = _load_rotated(fresh[0], mask, angle[0], angle[1], D, HALVES)
+    v = tl.load(fresh[1] + offs_d, mask=mask, other=0.0)
+    if HALVES == 1:
+        tl.store(caches[0] + offs_d, k, mask=mask)
+        tl.store(caches[1] + offs_d, v, mask=mask)
+        score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
+        acc += v.to(tl.float32)
+    else:
+        k_low, k_high, elements, k_scale = quantized(k[0], k[1])
+        tl.store(caches[0] + offs_d, elements, mask=mask)
+        v_high = tl.load(fresh[1] + offs_d + D // 2, mask=mask, other=0.0)
+        v_low, v_high, elements, v_scale = quantized(v, v_high)
+        tl.store(caches[1] + offs_d, elements, mask=mask)
+        one = tl.arange(0, 1)
+        tl.store(scales[0] + one, k_scale, mask=one < tl.where(active, 1, 0))
+        tl.store(scales[1] + one, v_scale, mask=one < tl.where(active, 1, 0))
+        score = tl.sum(q[0].to(tl.float32) * k_low + q[1].to(tl.float32) * k_high, axis=1) * (k_scale * scale)
+        v_scale = (v_scale * unit_of(q[0].dtype))[:, None]
+        acc = acc[0] + v_low * v_scale, acc[1] + v_high * v_scale
     return Softmax(acc, tl.where(active, score, largest), tl.where(active, 1.0, total))
 
 
@@ -246,19 +234,14 @@ def attention_decode_kernel(
         # Padding may lie past the last position: its result is unused, but must not be NaN.
         position = tl.where(new > 0, past, tl.minimum(past, P - 1))
         angle = angles(cos_ptr, sin_ptr, tl.where(new < 0, P, position), P, offs_d % (D // 2), D // 2)
-        if HALVES == 1:
-            q = _load_rotated(q_rows, mask, angle[0], angle[1], D)
-        else:
-            q = _load_rotated_halves(q_rows, mask, angle[0], angle[1], D)
+        q = _load_rotated(q_rows, mask, angle[0], angle[1], D, HALVES)
         slot = past % S
         fresh = new_k_ptr + b * stride_nkb + head * stride_nkh, new_v_ptr + b * stride_nvb + head * stride_nvh
         active = (new > 0) & (split == SPLITS - 1)
-        caches = k + slot * stride_kt, v + slot * stride_vt
-        if HALVES == 1:
-            state = _append_newest_key(state, q, scale, fresh, caches, angle, active, D)
-        else:
-            slots = ks + slot * (stride_kt // WIDTH), vs + slot * (stride_vt // WIDTH)
-            state = _append_newest_codes(state, q, scale, fresh, caches, slots, angle, active, D)
+        caches, scales = (k + slot * stride_kt, v + slot * stride_vt), (None, None)
+        if HALVES == 2:
+            scales = ks + slot * (stride_kt // WIDTH), vs + slot * (stride_vt // WIDTH)
+        state = _append_newest_key(state, q, scale, fresh, caches, scales, angle, active, D, HALVES)
     else:
         q = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
         if HALVES == 2:

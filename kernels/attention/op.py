@@ -7,7 +7,7 @@ P rows of the rotary tables
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..call import operation
-from ..checks import INTS, Constraints, Within, fail
+from ..checks import INTS, Within, fail
 from ..launch import dense_rows, describe, launch, multiprocessors, select_configs, target_arch, unpacks_by_ptx
 from ..op import Cost, Sizes
 from ..quantized_cache import QuantizedCache, vector_bytes
@@ -61,9 +61,8 @@ def _check_attention(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any])
 
 
 def _check_cached(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    v = args["v"]
-    if (args["k"] is None) != (v is None):
-        raise fail(op, "v", "None" if v is None else "a tensor", "a tensor exactly where k is one")
+    if (args["k"] is None) != (args["v"] is None):
+        raise fail(op, "v", "None" if args["v"] is None else "a tensor", "a tensor exactly where k is one")
     check_heads(op, args, sizes)
     check_caches(op, args, sizes)
 
@@ -72,8 +71,7 @@ def _check_step(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> N
     if sizes["T"] != 1:
         raise fail(op, "q", f"of {sizes['T']} tokens", "one a sequence: more would need keys that they overwrite")
     check_head_size(op, args, sizes)
-    check_heads(op, args, sizes)
-    check_caches(op, args, sizes)
+    _check_cached(op, args, sizes)
 
 
 def _truncate_keys(args: dict[str, Any]) -> dict[str, Any]:
@@ -129,9 +127,8 @@ def _step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) 
 def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
     """Count attention's work, the new key and value read beside the cache and written into it, and the angles."""
     B, Hq, Hkv, D = (sizes[letter] for letter in ("B", "Hq", "Hkv", "D"))
-    flops, moved = 3 * B * (Hq + Hkv) * D, 2 * B * Hkv * D * dtype.itemsize + B * D * 4
-    rest = cost(sizes, dtype)
-    return Cost(flops=rest.flops + flops, bytes=rest.bytes + moved)
+    rest, moved = cost(sizes, dtype), 2 * B * Hkv * D * dtype.itemsize + B * D * 4
+    return Cost(flops=rest.flops + 3 * B * (Hq + Hkv) * D, bytes=rest.bytes + moved)
 
 
 _LETTERS = "B T S Hq Hkv D window"
@@ -145,11 +142,8 @@ _HEADS = {"Hq": 32, "Hkv": 8, "D": 128}
     cost=cost,
     test_shapes=(
         *shapes(_LETTERS, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 1 90 4 4 80 30"),
-        *shapes(
-            _LETTERS,
-            "1 20 9 2 1 64 0, 2 70 70 4 2 80 16, 3 33 50 4 1 96 0, 2 1 700 8 2 128 0, 2 3 600 4 1 96 300",
-            ragged=True,
-        ),
+        *shapes(_LETTERS, "1 20 9 2 1 64 0, 2 70 70 4 2 80 16, 3 33 50 4 1 96 0", ragged=True),
+        *shapes(_LETTERS, "2 1 700 8 2 128 0, 2 3 600 4 1 96 300", ragged=True),
         *shapes(_LETTERS, "2 50 50 4 2 64 20", causal=False),
         *shapes(_LETTERS, "1 37 37 2 2 80 0", causal=False, ragged=True),
     ),
@@ -159,7 +153,8 @@ _HEADS = {"Hq": 32, "Hkv": 8, "D": 128}
         *shapes(_LETTERS, "1 4096 4096 32 8 128 512", causal=False),
         *shape_grid(B=(1, 8, 32), T=1, S=(1024, 4096, 32768), **_HEADS, window=0),
     ),
-    constraints=Constraints(rule=_check_attention, truncate_sequence=_truncate_keys),
+    rule=_check_attention,
+    truncate_sequence=_truncate_keys,
 )
 def attention(
     q: Queries,
@@ -191,12 +186,11 @@ def attention(
     torch.Size([1, 5, 4, 32])
     """
     sizes = _sizes(q, k, window, deterministic)
-    bounds = {"starts_ptr": _contiguous(starts), "lengths_ptr": _contiguous(lengths), "past_ptr": None}
+    args = _common_args(q, k, v, sizes, (starts, lengths, None), scale)
     # Few causal queries, times the heads of a group, fill a tile of the decode kernel.
-    G = q.shape[2] // k.shape[2]
-    if causal and (q.shape[1] == 1 or q.shape[1] * G <= PACKED_ROWS):
-        return _decode(q, k, v, bounds, sizes, scale, False, _NO_NEWEST)
-    return _prefill(q, k, v, None, bounds, sizes, scale, causal)
+    if causal and (args["T"] == 1 or args["T"] * args["G"] <= PACKED_ROWS):
+        return _decode(args, sizes, False, _NO_NEWEST)
+    return _prefill(args, sizes, None, causal)
 
 
 _CACHED = "B T Hq Hkv D C window past"
@@ -221,7 +215,8 @@ _CACHES: tuple[dict[str, Any], ...] = ({}, {"cache": "int8"})
         for ring in _RINGS
         for B, T in ((1, 1), (32, 1), (1, 1024))
     ),
-    constraints=Constraints(rule=_check_cached, truncate_sequence=_truncate_chunk),
+    rule=_check_cached,
+    truncate_sequence=_truncate_chunk,
 )
 def cached_attention(
     q: Queries,
@@ -252,17 +247,16 @@ def cached_attention(
     >>> out = ops.cached_attention(q, k, k, cache, cache, past=torch.tensor([7]), new=torch.tensor([3]))
     """
     keys, values, scales = _slots(k_cache, v_cache)
-    sizes = _sizes(q, keys, window, deterministic, scales)
-    bounds: KernelArgs = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
+    sizes, bounds = _sizes(q, keys, window, deterministic, scales), (None, new, past)
     if k is None or v is None:
-        return _decode(q, keys, values, bounds | scales, sizes, None, True, _NO_NEWEST)
+        return _decode(_common_args(q, keys, values, sizes, bounds) | scales, sizes, True, _NO_NEWEST)
     if scales:
         B, T, Hkv, D = k.shape
         chunk = [QuantizedCache.empty(B, Hkv, T, D, device=k.device) for _ in range(2)]
-        launch_append(k, v, chunk[0], chunk[1], None, bounds["lengths_ptr"])
+        launch_append(k, v, chunk[0], chunk[1], None, new.contiguous())
         k, v, scales = _slots(*chunk)
-    sizes = {**sizes, "C": k_cache.shape[2]}
-    return _prefill(q, k, v, (k_cache, v_cache), bounds | scales, sizes, None, True)
+    args = _common_args(q, k, v, sizes, bounds) | scales
+    return _prefill(args, {**sizes, "C": k_cache.shape[2]}, (k_cache, v_cache), True)
 
 
 @operation(
@@ -271,16 +265,14 @@ def cached_attention(
     configs=configs,
     cost=step_cost,
     mutates=("k_cache", "v_cache"),
-    test_shapes=shapes(
-        _CACHED,
-        "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40, 1 1 4 1 32 600 0 590, "
-        "2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60",
-    )
-    + shapes(
-        _CACHED, "3 1 8 2 128 16 16 13, 2 1 4 2 80 16 16 77, 1 1 4 1 16 600 0 590, 2 1 4 2 32 64 5 60", cache="int8"
+    test_shapes=(
+        *shapes(_CACHED, "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40"),
+        *shapes(_CACHED, "1 1 4 1 32 600 0 590, 2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60"),
+        *shapes(_CACHED, "3 1 8 2 128 16 16 13, 2 1 4 2 80 16 16 77", cache="int8"),
+        *shapes(_CACHED, "1 1 4 1 16 600 0 590, 2 1 4 2 32 64 5 60", cache="int8"),
     ),
     bench_shapes=tuple({"B": B, "T": 1, **_HEADS, **ring, **c} for c in _CACHES for ring in _RINGS for B in (1, 32)),
-    constraints=Constraints(rule=_check_step),
+    rule=_check_step,
 )
 def rope_append_attention(
     q: Queries,
@@ -320,19 +312,12 @@ def rope_append_attention(
     k, v = dense_rows(k), dense_rows(v)
     newest = {"new_k_ptr": k, "new_v_ptr": v, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "P": len(cos)}
     newest |= strides("nk", k[:, 0], "bh") | strides("nv", v[:, 0], "bh")
-    bounds = {"starts_ptr": None, "lengths_ptr": _contiguous(new), "past_ptr": _contiguous(past)}
-    return _decode(q, keys, values, bounds | scales, sizes, None, True, newest)
+    return _decode(_common_args(q, keys, values, sizes, (None, new, past)) | scales, sizes, True, newest)
 
 
 KernelArgs = dict[str, Any]
-_NO_NEWEST: KernelArgs = {
-    **dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr")),
-    **dict.fromkeys(("P", "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh"), 0),
-}
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+_NO_NEWEST: KernelArgs = dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr"))
+_NO_NEWEST |= dict.fromkeys(("P", "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh"), 0)
 
 
 def _slots(k_cache: Any, v_cache: Any) -> tuple[Tensor, Tensor, KernelArgs]:
@@ -353,32 +338,33 @@ def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool, scales
     return {**sizes, **cache, "sms": multiprocessors(q.device), "deterministic": deterministic}
 
 
-def _common_args(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float | None) -> dict[str, Any]:
-    """Return the sizes, strides, window and base-2 scale that both kernels take."""
-    Hq, D = q.shape[2:]
-    args: dict[str, Any] = {"T": q.shape[1], "S": k.shape[1], "Hq": Hq, "G": Hq // k.shape[2]}
-    args |= {"window": sizes["window"], "scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
-    return {"k_scales_ptr": None, "v_scales_ptr": None} | args | strides("q", q) | strides("k", k) | strides("v", v)
-
-
-def _prefill(
-    q: Tensor, k: Tensor, v: Tensor, cache: Any, bounds: KernelArgs, sizes: Sizes, scale: float | None, causal: bool
-) -> Tensor:
+def _common_args(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, bounds: Sequence[Tensor | None], scale: float | None = None
+) -> KernelArgs:
+    """Return the arguments that both kernels take. `bounds`: starts, lengths and past."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    Hq, D = q.shape[2:]
+    args: KernelArgs = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_scales_ptr": None, "v_scales_ptr": None}
+    bounds = [None if bound is None else bound.contiguous() for bound in bounds]
+    args |= zip(("starts_ptr", "lengths_ptr", "past_ptr"), bounds, strict=True)
+    args |= {"T": q.shape[1], "S": k.shape[1], "Hq": Hq, "G": Hq // k.shape[2], "window": sizes["window"]}
+    args |= {"scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
+    return args | strides("q", q) | strides("k", k) | strides("v", v)
+
+
+def _prefill(args: KernelArgs, sizes: Sizes, cache: Any, causal: bool) -> Tensor:
+    q, keys_values = args["q_ptr"], (args["k_ptr"], args["v_ptr"])
     B, T, Hq, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    arch = target_arch(q.device)
+    arch, quantized = target_arch(q.device), "cache" in sizes
     config = select_configs(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
     n, d = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_D"]
-    quantized = "cache" in sizes
-    k_desc, v_desc = (None if quantized else describe(x, (1, n, 1, d), arch) for x in (k, v))
+    k_desc, v_desc = (None if quantized else describe(x, (1, n, 1, d), arch) for x in keys_values)
     if heads_first := k_desc is None and not quantized:  # transformers' cache
-        k_desc, v_desc = (describe(x.transpose(1, 2), (1, 1, n, d), arch) for x in (k, v))
+        k_desc, v_desc = (describe(x.transpose(1, 2), (1, 1, n, d), arch) for x in keys_values)
     if k_desc is None or v_desc is None:  # both or neither: one loop reads both
         k_desc, v_desc, heads_first = None, None, False
-    args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_desc": k_desc, "v_desc": v_desc, "out_ptr": out}
-    args |= _common_args(q, k, v, sizes, scale) | bounds
-    args |= cache_args(*(cache or (k, v)))
+    args |= {"k_desc": k_desc, "v_desc": v_desc, "out_ptr": out, **cache_args(*(cache or keys_values))}
     if cache is None:
         args |= {"k_cache_ptr": None, "v_cache_ptr": None}
     grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
@@ -388,26 +374,22 @@ def _prefill(
     return out
 
 
-def _decode(
-    q: Tensor, k: Tensor, v: Tensor, bounds: KernelArgs, sizes: Sizes, scale: float | None, ring: bool, newest: Any
-) -> Tensor:
+def _decode(args: KernelArgs, sizes: Sizes, ring: bool, newest: KernelArgs) -> Tensor:
     """`newest`: the kernel's arguments about a key that is neither rotated nor in the ring yet."""
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    q = args["q_ptr"]
     B, T, Hq, D = q.shape
     selected = select_configs(configs, sizes, q.dtype, q.device)
     config = selected["attention_decode_kernel"]
     splits = config.constexprs["SPLITS"]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    part, lse = out, None
+    part = out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = None
     if splits > 1:
         part = torch.empty((*q.shape[:3], splits, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
-    args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": part, "lse_ptr": lse, **newest}
-    args |= _common_args(q, k, v, sizes, scale) | bounds
-    grid = (splits, k.shape[2], B if T else 0)
+    args |= {"out_ptr": part, "lse_ptr": lse, **newest}
     flags = {"D": D, "RING": ring, "WINDOWED": sizes["window"] > 0}
     flags["PTX"] = "cache" in sizes and unpacks_by_ptx(target_arch(q.device))
-    launch(attention_decode_kernel, grid, args, config, **flags)
+    launch(attention_decode_kernel, (splits, sizes["Hkv"], B if T else 0), args, config, **flags)
     if splits > 1:
         args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
         config = selected["attention_combine_kernel"]

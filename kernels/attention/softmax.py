@@ -27,67 +27,13 @@ Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED HEADS_FIRST PTX")  # what sele
 _FP16_UNIT = tl.constexpr(64.0)
 
 
-@triton.jit
-def _accumulate_codes(
-    state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """`_accumulate`, causal, in 8 bits (quantized_cache.py): a key's scale multiplies its scores, a value's its p."""
-    acc, largest, total = state
-    q, offs_i, window, scale = queries
-    acc_low, acc_high = acc
-    q_low, q_high = q
-    dtype: tl.constexpr = q_low.dtype
-    BLOCK_D: tl.constexpr = q_low.shape[1]
-    HALF: tl.constexpr = KIND.D // 2
-    PTX: tl.constexpr = KIND.PTX
-    offs_d = tl.arange(0, BLOCK_D)
-    for start in range(low, high, BLOCK_N):
-        offs_j = start + tl.arange(0, BLOCK_N)
-        index = (offs_j % keys.first if KIND.RING else offs_j - keys.first).to(tl.int64)
-        k_ptrs = keys.k_ptr + index[None, :] * keys.stride_ks + offs_d[:, None]
-        v_ptrs = keys.v_ptr + index[:, None] * keys.stride_vs + offs_d[None, :]
-        exists, inside = offs_j < limit, offs_d < HALF
-        k_scale_ptrs = keys.k_scales_ptr + index * (keys.stride_ks // HALF)
-        v_scale_ptrs = keys.v_scales_ptr + index * (keys.stride_vs // HALF)
-        if MASKED:
-            k = tl.load(k_ptrs, mask=exists[None, :] & inside[:, None], other=0)
-            v = tl.load(v_ptrs, mask=exists[:, None] & inside[None, :], other=0)
-            k_scale, v_scale = (
-                tl.load(k_scale_ptrs, mask=exists, other=0.0),
-                tl.load(v_scale_ptrs, mask=exists, other=0.0),
-            )
-        else:
-            k = tl.load(k_ptrs) if HALF == BLOCK_D else tl.load(k_ptrs, mask=inside[:, None], other=0)
-            v = tl.load(v_ptrs) if HALF == BLOCK_D else tl.load(v_ptrs, mask=inside[None, :], other=0)
-            k_scale, v_scale = tl.load(k_scale_ptrs), tl.load(v_scale_ptrs)
-        scores = tl.dot(q_low, unpacked(k, 0, None, "int8", dtype, PTX), input_precision="ieee")
-        scores = tl.dot(q_high, unpacked(k, 1, None, "int8", dtype, PTX), scores, input_precision="ieee")
-        scores *= (k_scale * scale)[None, :]
-        if MASKED:
-            visible = exists[None, :] & (offs_j[None, :] <= offs_i[:, None])
-            if KIND.WINDOWED:
-                visible = visible & (offs_j[None, :] > offs_i[:, None] - window)
-            scores = tl.where(visible, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASKED else new_largest
-        p = tl.exp2(scores - shift[:, None])
-        shrink = tl.exp2(largest - shift)
-        total = total * shrink + tl.sum(p, axis=1)
-        p = (p * (v_scale * unit_of(dtype))[None, :]).to(dtype)
-        shrink = shrink[:, None]
-        acc_low = tl.dot(p, unpacked(v, 0, None, "int8", dtype, PTX), acc_low * shrink, input_precision="ieee")
-        acc_high = tl.dot(p, unpacked(v, 1, None, "int8", dtype, PTX), acc_high * shrink, input_precision="ieee")
-        largest = new_largest
-    return Softmax((acc_low, acc_high), largest, total)
-
-
 @triton.constexpr_function
 def unit_of(dtype):
     return _FP16_UNIT.value if dtype == tl.float16 else 1.0
 
 
 @triton.jit
-def _accumulate(
+def take_keys(
     state,  # Softmax
     queries,  # QueryTile
     keys,  # Keys
@@ -97,11 +43,19 @@ def _accumulate(
     KIND: tl.constexpr,  # Kind
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Take keys into the softmax. In 8 bits a key's scale multiplies its scores, and a value's scale its p."""
     acc, largest, total = state
     q, offs_i, window, scale = queries
-    first = keys.first
-    D: tl.constexpr = KIND.D
+    CODES: tl.constexpr = keys.k_scales_ptr is not None
+    WIDTH: tl.constexpr = KIND.D // 2 if CODES else KIND.D
+    PTX: tl.constexpr = KIND.PTX
+    score_scale = 1.0 if CODES else scale  # a key's scale has it
+    if CODES:
+        q, q_high = q
+        acc, acc_high = acc
+    dtype: tl.constexpr = q.dtype
     BLOCK_D: tl.constexpr = q.shape[1]
+    first = keys.first
     offs_d = tl.arange(0, BLOCK_D)
     for start in range(low, high, BLOCK_N):
         offs_j = start + tl.arange(0, BLOCK_N)
@@ -110,19 +64,28 @@ def _accumulate(
         v_ptrs = keys.v_ptr + index[:, None] * keys.stride_vs + offs_d[None, :]
         if MASKED:
             # What lies past the keys may be NaN, and 0 * NaN is NaN: it must not be read.
-            k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < D)[:, None], other=0.0)
-            v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
+            k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < WIDTH)[:, None], other=0)
+            v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < WIDTH)[None, :], other=0)
         elif keys.k_desc is not None:
-            at = start - first
-            coords = (keys.b, keys.hkv, at, 0) if KIND.HEADS_FIRST else (keys.b, at, keys.hkv, 0)
+            row = start - first
+            coords = (keys.b, keys.hkv, row, 0) if KIND.HEADS_FIRST else (keys.b, row, keys.hkv, 0)
             k = keys.k_desc.load(coords).reshape(BLOCK_N, BLOCK_D).T
             v = keys.v_desc.load(coords).reshape(BLOCK_N, BLOCK_D)
-        elif D == BLOCK_D:
+        elif WIDTH == BLOCK_D:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:
-            k = tl.load(k_ptrs, mask=(offs_d < D)[:, None], other=0.0)
-            v = tl.load(v_ptrs, mask=(offs_d < D)[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee")
+            k = tl.load(k_ptrs, mask=(offs_d < WIDTH)[:, None], other=0)
+            v = tl.load(v_ptrs, mask=(offs_d < WIDTH)[None, :], other=0)
+        if CODES:
+            k_scales = keys.k_scales_ptr + index * (keys.stride_ks // WIDTH)
+            v_scales = keys.v_scales_ptr + index * (keys.stride_vs // WIDTH)
+            k_scale = tl.load(k_scales, mask=offs_j < limit, other=0.0) if MASKED else tl.load(k_scales)
+            v_scale = tl.load(v_scales, mask=offs_j < limit, other=0.0) if MASKED else tl.load(v_scales)
+            scores = tl.dot(q, unpacked(k, 0, None, "int8", dtype, PTX), input_precision="ieee")
+            scores = tl.dot(q_high, unpacked(k, 1, None, "int8", dtype, PTX), scores, input_precision="ieee")
+            scores *= (k_scale * scale)[None, :]
+        else:
+            scores = tl.dot(q, k, input_precision="ieee")
         if MASKED:
             visible = (offs_j < limit)[None, :]
             if KIND.CAUSAL:
@@ -132,23 +95,20 @@ def _accumulate(
             elif KIND.WINDOWED:
                 visible = visible & (tl.abs(offs_i[:, None] - offs_j[None, :]) <= window // 2)
             scores = tl.where(visible, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * score_scale)
         # A row without a visible key so far has no maximum to subtract.
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest) if MASKED else new_largest
-        p = tl.exp2(scores * scale - shift[:, None])
+        p = tl.exp2(scores * score_scale - shift[:, None])
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        if CODES:
+            p, shrink = (p * (v_scale * unit_of(dtype))[None, :]).to(dtype), shrink[:, None]
+            acc = tl.dot(p, unpacked(v, 0, None, "int8", dtype, PTX), acc * shrink, input_precision="ieee")
+            acc_high = tl.dot(p, unpacked(v, 1, None, "int8", dtype, PTX), acc_high * shrink, input_precision="ieee")
+        else:
+            acc = tl.dot(p.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
         largest = new_largest
-    return Softmax(acc, largest, total)
-
-
-@triton.jit
-def take_keys(state, queries, keys, low, high, limit, KIND: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
-    if keys.k_scales_ptr is None:
-        return _accumulate(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
-    else:
-        return _accumulate_codes(state, queries, keys, low, high, limit, KIND, MASKED, BLOCK_N)
+    return Softmax((acc, acc_high) if CODES else acc, largest, total)
 
 
 @triton.jit
@@ -156,10 +116,10 @@ def sweep(state, queries, keys, span, KIND: tl.constexpr, BLOCK_N: tl.constexpr)
     """Left edge with a mask, interior without, right edge with a mask: in shorter tiles, for the mask's registers."""
     low, high, inner_low, inner_high = span
     EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 64 else BLOCK_N
-    left = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), EDGE_N) * EDGE_N, high)
-    right = left + tl.maximum(tl.minimum(inner_high, high) - left, 0) // BLOCK_N * BLOCK_N
-    state = take_keys(state, queries, keys, low, left, high, KIND, True, EDGE_N)
-    state = take_keys(state, queries, keys, left, right, high, KIND, False, BLOCK_N)
+    left_end = tl.minimum(low + tl.cdiv(tl.maximum(inner_low - low, 0), EDGE_N) * EDGE_N, high)
+    right = left_end + tl.maximum(tl.minimum(inner_high, high) - left_end, 0) // BLOCK_N * BLOCK_N
+    state = take_keys(state, queries, keys, low, left_end, high, KIND, True, EDGE_N)
+    state = take_keys(state, queries, keys, left_end, right, high, KIND, False, BLOCK_N)
     return take_keys(state, queries, keys, right, high, high, KIND, True, EDGE_N)
 
 

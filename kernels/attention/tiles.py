@@ -5,7 +5,7 @@ The literals compile without a spill; not measured on a GPU.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -16,15 +16,7 @@ from ..op import Sizes
 
 DETERMINISTIC_SPLITS = 8  # for any batch and any length
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
-
-
-class PrefillTile(NamedTuple):
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
+PrefillTile = namedtuple("PrefillTile", "BLOCK_M BLOCK_N num_warps num_stages")
 # By the greatest head size, for 16-bit types and for fp32. None spills a register; on AMD none spills a scalar register
 # into a vector one.
 _PREFILL = {

@@ -65,10 +65,7 @@ def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 _SIZES = {"H": 4096, "I": 14336, "E": 8, "K": 2}
 _BENCHED = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
-_DENSE_SHAPES = (
-    *shape_grid(T=_BENCHED, **_SIZES),
-    *shape_grid(T=_BENCHED, **_SIZES | {"H": 6144, "I": 16384}),
-)
+_DENSE_SHAPES = (*shape_grid(T=_BENCHED, **_SIZES), *shape_grid(T=_BENCHED, **_SIZES | {"H": 6144, "I": 16384}))
 _LETTERS = "T H I E K"
 
 
@@ -147,28 +144,14 @@ def experts_add_rms_norm(
 
 
 def _experts(
-    x: Tensor,
-    gate_up: Matrix,
-    down: Matrix,
-    ids: Tensor,
-    weights: Tensor,
-    deterministic: bool,
-    norm: dict[str, Any],
+    x: Tensor, gate_up: Matrix, down: Matrix, ids: Tensor, weights: Tensor, deterministic: bool, norm: dict[str, Any]
 ) -> Tensor:
     T, H = x.shape
     E, _, I = down.shape
     x, ids, projections = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
-    arch, fused = target_arch(x.device), norm["norm_ptr"] is not None
-    sizes: dict[str, Any] = {
-        "T": T,
-        "H": H,
-        "I": I,
-        "E": E,
-        "K": ids.shape[1],
-        "deterministic": deterministic,
-        "norm": fused,
-    }
-    sizes |= {"gate_up": projections[0].name, "down": projections[1].name}
+    arch = target_arch(x.device)
+    sizes: dict[str, Any] = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": deterministic}
+    sizes |= {"norm": norm["norm_ptr"] is not None, "gate_up": projections[0].name, "down": projections[1].name}
     sizes["by_pointers"] = not all(weight.takes_tma(arch) for weight in projections if not weight.name)
     selected = select_configs(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
@@ -196,8 +179,7 @@ def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes,
     y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
     args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
     split_grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    constexprs |= {"LAYOUT": down.layout(arch)}
-    constexprs["PREFETCH"] = down.prefetch_bytes(I // splits, split, split_grid, arch)
+    constexprs |= {"PREFETCH": down.prefetch_bytes(I // splits, split, split_grid, arch), "LAYOUT": down.layout(arch)}
     launch(kernels.experts_down_decode_kernel, split_grid, args, split, **constexprs)
     return y
 

@@ -5,8 +5,8 @@ The literals compile without a spill and are the best by the cost model; not mea
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -20,25 +20,9 @@ from ..op import Sizes
 DECODE_TOKENS = 64
 # A fixed split: a row's sum has the same order in any batch.
 SPLIT_K = 4
-
-
-class PrefillTile(NamedTuple):
-    """Tiles of the prefill kernels; SHORT_M: see kernels.py, 0: every tile is full."""
-
-    BLOCK_M: int
-    SHORT_M: int
-    UP_BLOCK_N: int
-    DOWN_BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-
-
-class DecodeTile(NamedTuple):
-    BLOCK_K: int
-    num_stages: int
-
-
+# SHORT_M: see kernels.py; 0: every tile is full.
+PrefillTile = namedtuple("PrefillTile", "BLOCK_M SHORT_M UP_BLOCK_N DOWN_BLOCK_N BLOCK_K num_warps num_stages")
+DecodeTile = namedtuple("DecodeTile", "BLOCK_K num_stages")
 # For 16-bit types, by the average rows of a group.
 _PREFILL = {
     "sm_80": {0: PrefillTile(64, 0, 64, 128, 32, 4, 4), 128: PrefillTile(64, 0, 64, 128, 64, 8, 3)},
@@ -100,20 +84,18 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     block_t = power_of_2(sizes["T"], low=16, high=DECODE_TOKENS)
     block_k, stages = _DECODE_FP32 if dtype == torch.float32 else _DECODE[family(arch)][block_t]
     tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(block_t * sizes["K"])}
-    span = -(-sizes["I"] // SPLIT_K)
-    up = {"BLOCK_N": power_of_2(sizes["I"], low=16, high=32), "BLOCK_K": power_of_2(sizes["H"], 16, block_k)}
-    down = {"BLOCK_N": power_of_2(sizes["H"], low=16, high=64), "BLOCK_K": power_of_2(span, 16, block_k)}
-    down["SPLIT_K"] = SPLIT_K
 
-    def config(tile: dict[str, int], columns: int, depth: int, weights: str | None, halves: int) -> LaunchConfig:
-        if not weights:
-            return LaunchConfig(tiles | tile, num_warps=4, num_stages=stages)
-        skinny = skinny_config(weights, columns, depth, block_t, dtype, arch, halves)
-        return replace(skinny, constexprs={**tiles, **tile, **skinny.constexprs})
+    def config(columns: int, depth: int, weights: str | None, halves: int, **split: int) -> LaunchConfig:
+        if weights:
+            skinny = skinny_config(weights, columns, depth, block_t, dtype, arch, halves)
+            return replace(skinny, constexprs={**tiles, **split, **skinny.constexprs})
+        span = -(-depth // split.get("SPLIT_K", 1))
+        tile = {"BLOCK_N": power_of_2(columns, low=16, high=64 // halves), "BLOCK_K": power_of_2(span, 16, block_k)}
+        return LaunchConfig(tiles | tile | split, num_warps=4, num_stages=stages)
 
     return {
-        "experts_up_decode_kernel": config(up, sizes["I"], sizes["H"], sizes.get("gate_up"), 2),
-        "experts_down_decode_kernel": config(down, sizes["H"], sizes["I"], sizes.get("down"), 1),
+        "experts_up_decode_kernel": config(sizes["I"], sizes["H"], sizes.get("gate_up"), 2),
+        "experts_down_decode_kernel": config(sizes["H"], sizes["I"], sizes.get("down"), 1, SPLIT_K=SPLIT_K),
     }
 
 
@@ -121,10 +103,8 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
     # The fused norm needs a full row.
     norm = sizes.get("norm")
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1 << 30 if norm else 1024)}, 8 if norm else 4)
-    kernels = {"experts_combine_kernel": combine}
-    if sizes["T"] > DECODE_TOKENS or sizes.get("deterministic"):
-        return kernels | _prefill(sizes, dtype, arch)
-    return kernels | _decode(sizes, dtype, arch)
+    prefill = sizes["T"] > DECODE_TOKENS or sizes.get("deterministic")
+    return {"experts_combine_kernel": combine} | (_prefill if prefill else _decode)(sizes, dtype, arch)
 
 
 def norm_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:

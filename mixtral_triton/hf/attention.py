@@ -55,7 +55,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query [B,Hq,T,D], key and value [B,Hkv,S,D] -> [B,T,Hq,D], and the weights [B,Hq,T,S] if `output_attentions`.
 
-    attention_mask  of `interval_mask`, or the user's 4-D mask; None: causal from the first key on, as in torch
+    attention_mask: of `interval_mask`, or the user's 4-D mask; None: causal from the first key on, as in torch.
     Packed sequences run one after the other. A dense mask goes to torch's attention. The weights are those of
     transformers' eager attention, and the result does not depend on them.
     """
@@ -74,46 +74,37 @@ def attention(
     attend = checked_if_needed(ops.attention)
     if mask is None or is_interval(mask):
         # From query to query intervals start no earlier and end one key later: the first start and the last end do.
-        at = None if mask is None or not mask.shape[-1] else mask[:, 0]
-        starts, lengths = (None, None) if at is None else (at[:, 0, 0], at[:, -1, -1])
-        if at is None or at.shape[-1] == 2:
+        interval = None if mask is None or not mask.shape[-1] else mask[:, 0]
+        starts, lengths = (None, None) if interval is None else (interval[:, 0, 0], interval[:, -1, -1])
+        if interval is None or interval.shape[-1] == 2:
             return attend(q, k, v, window=sliding_window, scale=scaling, starts=starts, lengths=lengths), weights
         if sliding_window is None:  # padding sees the whole text, and nothing else
             text = attend(q, k, v, scale=scaling, starts=starts, lengths=lengths)
-            padding = attend(q, k, v, causal=False, scale=scaling, starts=starts, lengths=at[:, -1, 1])
-            return torch.where((at[..., 1] < at[..., 2])[..., None, None], padding, text), weights
+            padding = attend(q, k, v, causal=False, scale=scaling, starts=starts, lengths=interval[:, -1, 1])
+            return torch.where((interval[..., 1] < interval[..., 2])[..., None, None], padding, text), weights
         mask = visible(mask, query, key, sliding_window)
     if sequences := packed_sequences(mask, B * T):
         rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
-        outs = []
-        for begin, end in sequences:
-            q, k, v = (x[:, begin:end] for x in rows)
-            outs.append(attend(q, k, v, window=sliding_window, scale=scaling))
+        parts = ([x[:, begin:end] for x in rows] for begin, end in sequences)
+        outs = [attend(*qkv, window=sliding_window, scale=scaling) for qkv in parts]
         return torch.cat(outs, dim=1).view(B, T, H, D), weights
-    mask = _check_dense(mask, query, key)
+    mask = check_dense(mask, query, key)
     return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0], weights
 
 
-def _check_dense(mask: Any, query: Tensor, key: Tensor) -> Tensor:
-    """The user's 4-D mask as torch's attention takes it; ValueError for another shape or dtype."""
-    B, H, T, _ = query.shape
-    need = (B, H, T, key.shape[2])
-    tensor = isinstance(mask, Tensor)
-    fits = tensor and mask.dim() == 4 and mask.shape[3] == need[3]
-    fits = fits and all(size in (1, full) for size, full in zip(mask.shape, need, strict=True))
+def check_dense(mask: Any, query: Tensor | None = None, key: Tensor | None = None) -> Tensor:
+    """The user's 4-D mask; ValueError for another dtype, as integers would be read as this file's masks. With query and
+    key it is as torch's attention takes it; ValueError for another shape."""
+    tensor, fits, B, dense = isinstance(mask, Tensor), True, "B", "bool (True: visible) or float (added to the scores)"
+    if query is not None and key is not None:
+        need = (*query.shape[:3], key.shape[2])
+        fits = tensor and mask.dim() == 4 and mask.shape[3] == need[3]
+        fits = fits and all(size in (1, full) for size, full in zip(mask.shape, need, strict=True))
+        B, dense = str(need[0]), f"{dense} that broadcasts to {list(need)}"
     if not fits or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
         got = f"{mask.dtype} of shape {list(mask.shape)}" if tensor else f"a {type(mask).__name__}"
-        dense = f"bool (True: visible) or float (added to the scores) that broadcasts to {list(need)}"
         raise ValueError(f"mixtral_triton: attention_mask is {got}, needs {dense}, or one value a token [{B}, tokens]")
-    return mask if mask.dtype == torch.bool else mask.to(query.dtype)
-
-
-def check_dtype(mask: Tensor) -> Tensor:
-    """The user's 4-D mask; ValueError for integers, which would be read as this file's masks."""
-    if mask.dtype == torch.bool or mask.dtype.is_floating_point:
-        return mask
-    needs = "needs bool or float, or one value a token [B, tokens]"
-    raise ValueError(f"mixtral_triton: attention_mask is {mask.dtype} of shape {list(mask.shape)}, {needs}")
+    return mask if query is None or mask.dtype == torch.bool else mask.to(query.dtype)
 
 
 class MaskConfig:
@@ -140,11 +131,9 @@ def causal_mask(config: Any, tokens: Tensor, mask: Any, position_ids: Any, cache
 
 
 def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -> Tensor:
-    """What `AttentionMaskInterface` calls, once a forward. Queries are at q_offset + t, keys at kv_offset + j.
-
-    The host reads `attention_mask` bool [B, N] and packed positions, as it does for transformers' own masks: one
-    synchronization per forward, and none without them.
-    """
+    """What `AttentionMaskInterface` calls, once a forward. Queries are at q_offset + t, keys at kv_offset + j. The host
+    reads `attention_mask` bool [B, N] and packed positions, as for transformers' own masks: one synchronization per
+    forward, and none without them."""
     q_offset, kv_offset, device = call.get("q_offset", 0), call.get("kv_offset", 0), call["device"]
     attention_mask, local_size = call.get("attention_mask"), call.get("local_size")
     # transformers forbids the skip for packed sequences, which it looks for where there is neither padding mask nor
@@ -158,16 +147,14 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
         if bounds is not None:
             return bounds[None, None, None]
     if attention_mask is not None:
-        need, past = q_length, ""
-        if not isinstance(q_offset, Tensor):
-            need, past = q_offset + q_length, f" ({q_offset} past, {q_length} new)"
+        static = isinstance(q_offset, Tensor)
+        need, past = (q_length, "") if static else (q_offset + q_length, f" ({q_offset} past, {q_length} new)")
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < need:
             needs = f"needs [{batch_size}, {need}]{past}, one value a token, or a 4-D mask"
             raise ValueError(f"mixtral_triton: attention_mask is of shape {list(attention_mask.shape)}, {needs}")
         plain = plain and not is_tracing(attention_mask) and not attention_mask.is_meta
         if plain:
-            end = kv_offset + kv_length if isinstance(q_offset, Tensor) else q_offset + q_length
-            valid = attention_mask[:, kv_offset:end]
+            valid = attention_mask[:, kv_offset : kv_offset + kv_length if static else need]
             plain, first = first_key(valid)
             if first is not None:  # the key after each text; all are the last query's unless padding follows
                 last = valid.shape[1] - valid.flip(1).int().argmax(-1)
@@ -222,10 +209,8 @@ def packed_sequences(mask: Any, tokens: int) -> list[tuple[int, int]] | None:
 
 
 def visible(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """bool [B or 1,1,T,S]: which keys each query sees by a mask of this file; the user's 4-D mask by `_check_dense`.
-
-    No mask at all is causal from the first key on, as it is in torch's attention.
-    """
+    """bool [B or 1,1,T,S]: which keys each query sees by a mask of this file; the user's 4-D mask by `check_dense`. No
+    mask at all is causal from the first key on, as it is in torch's attention."""
     (B, _, T, _), S = query.shape, key.shape[2]
     j, i = torch.arange(S, device=query.device), torch.arange(T, device=query.device)[:, None]
     if is_interval(mask) and mask.shape[-1]:
@@ -235,7 +220,7 @@ def visible(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor
         return ((j <= i) & (j > i - (window or S)))[None, None]
     bounds = packed_sequences(mask, B * T)
     if bounds is None:
-        return _check_dense(mask, query, key)
+        return check_dense(mask, query, key)
     sizes = torch.tensor([end - begin for begin, end in bounds], device=query.device)
     row = torch.repeat_interleave(sizes).view(B, 1, T)
     return (row[..., None] == row[..., None, :]) & (j <= i) & (j > i - (window or S))

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as modeling
 
 from .. import ops
-from .attention import CACHE, NAME, PAGED, attention, causal_mask, check_dtype, checked_if_needed
+from .attention import CACHE, NAME, PAGED, attention, causal_mask, check_dense, checked_if_needed
 
 PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 SILU = nn.SiLU, type(ACT2FN["silu"])
@@ -85,9 +85,8 @@ class TritonExperts(Applied, modeling.MixtralExperts):
 def check_unhooked(act_fn: nn.Module, name: str) -> None:
     """ValueError for another activation and for hooks, which fused experts would never call."""
     if type(act_fn) not in SILU or "forward" in vars(act_fn):
-        raise ValueError(
-            f"{name} is {act_fn!r:.80}, needs silu as transformers made it; or apply(model, experts=False)"
-        )
+        needs = "needs silu as transformers made it; or apply(model, experts=False)"
+        raise ValueError(f"{name} is {act_fn!r:.80}, {needs}")
     if act_fn._forward_hooks or act_fn._forward_pre_hooks:
         raise ValueError(f"{name} has hooks, but fused experts never call it: use apply(model, experts=False)")
 
@@ -101,8 +100,7 @@ class Angles(tuple):
     def to(self, device: Any, non_blocking: bool = False) -> Angles:
         """Move the tables, too: accelerate calls this between GPUs, and would lose them otherwise."""
         moved = Angles(x.to(device, non_blocking=non_blocking) for x in self)
-        if self.tables is not None:
-            moved.tables = tuple(x.to(device, non_blocking=non_blocking) for x in self.tables)
+        moved.tables = self.tables and tuple(x.to(device, non_blocking=non_blocking) for x in self.tables)
         return moved
 
 
@@ -138,11 +136,9 @@ class TritonAttention(Applied, modeling.MixtralAttention):
     ) -> tuple[Tensor, Tensor | None]:
         parts, config, tokens = self._mixtral_triton, self.config, hidden_states.shape[:-1]
         cache = past_key_values if cache is None else cache
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (project(hidden_states).view(*tokens, -1, self.head_dim) for project in projections)
+        q, k, v = (x(hidden_states).view(*tokens, -1, self.head_dim) for x in (self.q_proj, self.k_proj, self.v_proj))
         if parts.rope:
-            angles = position_embeddings
-            tables = getattr(angles, "tables", None) or rope_tables(*angles, tokens[0])
+            tables = getattr(position_embeddings, "tables", None) or rope_tables(*position_embeddings, tokens[0])
             q, k = checked_if_needed(ops.rope)(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not parts.rope:
@@ -151,9 +147,8 @@ class TritonAttention(Applied, modeling.MixtralAttention):
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         attend: Any = attention
         if not parts.attention:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-                config._attn_implementation, modeling.eager_attention_forward
-            )
+            selected, eager = config._attn_implementation, modeling.eager_attention_forward
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(selected, eager)
         settings = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": config.sliding_window}
         out, weights = attend(self, q, k, v, attention_mask, **settings, **kwargs)
         return self.o_proj(out.reshape(*tokens, -1)), weights
@@ -191,19 +186,16 @@ class ImplementationsMixin(Applied):
 class GenerateMixin(ImplementationsMixin):
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
         """The mask of a step on a static cache, which `generate` makes before the compiled forward."""
-        if self._uses("attention"):
-            args = (kwargs.get(name) for name in ("attention_mask", "position_ids", CACHE))
-            mask = causal_mask(config, kwargs["inputs_embeds"], *args)
-            # Marked as one of `interval_mask`: no user's mask is of this dtype.
-            return mask.view(torch.uint32) if mask is not None and mask.dtype == torch.int32 else mask
-        create = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
-        return create(config=config, **kwargs)
+        if not self._uses("attention"):
+            return getattr(super(), "create_masks_for_generate", create_masks_for_generate)(config=config, **kwargs)
+        args = (kwargs.get(name) for name in ("attention_mask", "position_ids", CACHE))
+        mask = causal_mask(config, kwargs["inputs_embeds"], *args)
+        # Marked as one of `interval_mask`: no user's mask is of this dtype.
+        return mask.view(torch.uint32) if mask is not None and mask.dtype == torch.int32 else mask
 
     def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
         """transformers' switch of experts during `generate`, which early releases made by the config alone."""
-        if self._uses("experts"):
-            return nullcontext()
-        return super()._optimize_model_for_decode()  # type: ignore[misc]
+        return nullcontext() if self._uses("experts") else super()._optimize_model_for_decode()  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         if self._uses("attention"):
@@ -236,7 +228,7 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         got, need = list(mask.shape), list(tokens.shape[:2])
         raise ValueError(f"mixtral_triton: attention_mask is of shape {got}, needs {need}, one value a token")
     if isinstance(mask, Tensor) and mask.dim() == 4:
-        mask = mask.view(torch.int32) if mask.dtype == torch.uint32 else check_dtype(mask)
+        mask = mask.view(torch.int32) if mask.dtype == torch.uint32 else check_dense(mask)
     use_cache = config.use_cache if get("use_cache") is None else get("use_cache")
     packed = None if use_cache else get("position_ids")  # a cache, even an empty one, holds one sequence per row
     mask = causal_mask(config, tokens, mask, packed, cache, get("is_causal"))
@@ -247,10 +239,7 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 @functools.cache
 def applied_class(kind: Any) -> Any:
-    """The class that replaces `kind`, one of transformers' blocks or models.
-
-    A model's class keeps its name and module, as transformers looks classes up by them.
-    """
+    """The class that replaces `kind`; a model's keeps its name and module, by which transformers looks classes up."""
     for block in (TritonRMSNorm, TritonRouter, TritonExperts, TritonRotaryEmbedding, TritonAttention):
         if block.original is kind:
             return block

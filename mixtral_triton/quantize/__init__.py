@@ -38,15 +38,11 @@ def select_specs(
     weights: Any, shapes: Mapping[str, tuple[int, ...]], caller: str = "Mixtral.from_pretrained"
 ) -> dict[str, QuantSpec]:
     """Return the specs by name of the parameters that `weights` quantizes: None, a format, or a dict; see ALLOWED.
-
-    ValueError for anything else, and where int4's groups do not fit a parameter. A tied head stays dense.
-    """
+    ValueError for anything else, and where int4's groups do not fit a parameter. A tied head stays dense."""
     if weights is None:
         return {}
     wanted = {"experts": weights} if isinstance(weights, str) else weights
-    known = isinstance(wanted, Mapping) and all(
-        QUANTIZED_PARTS.get(part) and str(wanted[part]) in BITS for part in wanted
-    )
+    known = isinstance(wanted, Mapping) and {*wanted} <= {*QUANTIZED_PARTS} and {*map(str, wanted.values())} <= {*BITS}
     if not wanted or not known:
         raise ValueError(f"{caller}: weights is {weights!r}, needs {ALLOWED}")
     formats = {name: format for part, format in wanted.items() for name in QUANTIZED_PARTS[part]}
@@ -83,10 +79,8 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
 
 @torch.no_grad()
 def fill(weight: QuantizedWeight, x: Tensor, columns: slice | None = None) -> None:
-    """Quantize x [..., K], finite, into `weight` of the same shape, on its device, a few rows at a time.
-
-    columns: `weight` holds only these columns of x, whose rows have one scale each for all columns.
-    """
+    """Quantize x [..., K], finite, into `weight` of the same shape, on its device, a few rows at a time. columns:
+    `weight` holds only these columns of x, whose rows have one scale each for all columns."""
     if x.dim() > 2:
         for expert, rows in enumerate(x):
             fill(weight[expert], rows, columns)
@@ -98,10 +92,9 @@ def fill(weight: QuantizedWeight, x: Tensor, columns: slice | None = None) -> No
 
 
 def pieces(N: int, K: int, device: torch.device) -> Iterator[slice]:
-    """Yield slices of N rows of K columns that `encode` processes efficiently."""
+    """Return slices of N rows of K columns that `encode` processes efficiently."""
     step = max(1, (PIECE if device.type == "cpu" else GPU_PIECE) // K)
-    for start in range(0, N, step):
-        yield slice(start, min(start + step, N))
+    return (slice(start, min(start + step, N)) for start in range(0, N, step))
 
 
 def encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
@@ -124,7 +117,6 @@ def _usable(scales: Tensor) -> Tensor:
 
 
 def _int4(parts: Tensor, scales: Tensor) -> Tensor:
-    """Return the nearest integers in -8..7, as floats."""
     return (parts / scales).round_().clamp_(-8, 7)
 
 

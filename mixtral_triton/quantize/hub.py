@@ -6,6 +6,7 @@ As in `weights.py`, names and shapes on disk are checked in full before data are
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import defaultdict
@@ -24,11 +25,9 @@ from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Destination, Headers, Stored
 from . import QUANTIZED_PARTS, QuantSpec, fill, put, select_specs
-from .layouts import FLOATS, HubLayout
-from .schemes import read_scheme
+from .layouts import FLOATS, HubLayout, read_scheme
 
 PIECE = 1 << 22  # codes that are unpacked at once
-QUANTIZABLE = {name for names in QUANTIZED_PARTS.values() for name in names}
 # Last parts of the names of scales of activations and caches, which stay in 16 bits here.
 UNUSED = {f"{what}_scale" for what in ("input", "output", "activation", "q", "k", "v", "kv")} | {"input_zero_point"}
 
@@ -45,19 +44,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Where the tensors of a quantized checkpoint go.
-
-    specs        the quantization of the model's parameters
-    dense        the tensors that are not quantized by name
-    unused       names of tensors that are not needed
-    requantized  names of parameters whose linears are dequantized, and quantized anew where they have a spec
-    """
+    """Where the tensors of a quantized checkpoint go."""
 
     linears: list[Linear]
-    specs: dict[str, QuantSpec]
-    dense: dict[str, Destination]
-    unused: set[str]
-    requantized: frozenset[str]
+    specs: dict[str, QuantSpec]  # of the model's parameters
+    dense: dict[str, Destination]  # of tensors that are not quantized
+    unused: set[str]  # tensors
+    requantized: frozenset[str]  # parameters whose linears are dequantized, and quantized anew where they have a spec
 
 
 def read_headers(folder: weights.Folder) -> Headers:
@@ -69,32 +62,28 @@ def read_headers(folder: weights.Folder) -> Headers:
 def plan(
     headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, anew: str | Mapping[str, str] | None = None
 ) -> LoadPlan:
-    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts.
-
-    anew  None: every parameter is read exactly, or refused. Else the formats of what is quantized anew (`weights`); of
-          the others, those that no QuantizedWeight holds exactly become dense
-    """
+    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts. anew:
+    None, where every parameter is read exactly, or refused; else the formats of what is quantized anew (`weights`), and
+    of the others, those that no QuantizedWeight holds exactly become dense."""
     scheme, folder = headers.scheme, headers.folder
     unused = {name for name in headers.tensors if name.rpartition(".")[2] in UNUSED}
     by_linear: dict[str, dict[str, Stored]] = defaultdict(dict)
     for name in headers.tensors.keys() - unused:
         prefix, _, part = name.rpartition(".")
         by_linear[prefix][part] = headers.tensors[name]
-    linears: list[Linear] = []
     by_parameter: dict[str, list[Linear]] = defaultdict(list)
     dense: dict[str, Destination] = {}
     need: dict[str, Any] = {}
     for name, target in weights.targets(headers, config, shard).items():
         prefix = name.removesuffix(".weight")
         linear = Linear(prefix, target, by_linear[prefix], layout := scheme.layout(prefix))
-        quantizable = target.parameter.rpartition(".")[2] in QUANTIZABLE
+        quantizable = any(target.parameter.endswith(names) for names in QUANTIZED_PARTS.values())
         codes = linear.parts.get(layout.codes.name)
         if not quantizable or codes is None or codes.dtype in FLOATS:
             dense[name], need[name] = target, target.shape
             continue
         if any(scheme.matches(linear.name, pattern) for pattern in scheme.dense):
             raise ValueError(f"{folder}: {linear.name} is quantized, but the config declares it dense")
-        linears.append(linear)
         by_parameter[target.parameter].append(linear)
         need |= _needed(folder, linear)
     if config.tie_word_embeddings and weights.HEAD in headers.tensors:
@@ -103,18 +92,19 @@ def plan(
     weights.compare(str(folder), f"the config ({scheme.name})", need, shapes)
     weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
     specs = select_specs(anew, weights.parameter_shapes(config))
-    # Act-order's groups may be scattered, which only the data show.
-    reordered = {linear.target.parameter for linear in linears if anew is not None and linear.layout.reordered}
-    requantized = (by_parameter.keys() & specs.keys()) | reordered
-    for name, same in by_parameter.items():
-        if name not in requantized:
+    requantized = by_parameter.keys() & specs.keys()
+    for name, linears in by_parameter.items():
+        # Act-order's groups may be scattered, which only the data show.
+        if anew is not None and any(linear.layout.reordered for linear in linears):
+            requantized.add(name)
+        elif name not in requantized:
             try:
-                specs[name] = _spec(folder, same, dense)
+                specs[name] = _spec(folder, linears, dense)
             except ValueError:
                 if anew is None:
                     raise
                 requantized.add(name)
-    return LoadPlan(linears, specs, dense, unused, frozenset(requantized))
+    return LoadPlan([*itertools.chain(*by_parameter.values())], specs, dense, unused, frozenset(requantized))
 
 
 def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
@@ -156,11 +146,9 @@ def load(
     progress: weights.Progress = None,
     shard: Shard = UNSHARDED,
 ) -> None:
-    """Fill the parameters of a model that has the specs of `plan`.
-
-    Only what the shard keeps is read. Raises as `weights.load` does, and ValueError for a NaN or infinite scale or fp8
-    code, and for values that a layout rejects (act-order, unless it is dequantized). One warning names unused tensors.
-    """
+    """Fill the parameters of a model that has the specs of `plan`, from what the shard keeps. Raises as `weights.load`
+    does, and ValueError for a NaN or infinite scale or fp8 code, and for values a layout rejects (act-order, if not
+    dequantized). One warning names unused tensors."""
     if plan.unused:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plan.unused}))
         text = f"{len(plan.unused)} scales of activations or caches ({kinds}) are not used: both stay in 16 bits here"
@@ -192,10 +180,8 @@ def _error_prefix(prefix: str) -> Iterator[None]:
 
 
 def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -> None:
-    """Read what this rank keeps of a linear into `weight` [N,K], some rows at a time, unpacked on its device.
-
-    exact: codes, scales and zeros; else values, which are quantized anew unless `weight` is a tensor.
-    """
+    """Read what this rank keeps of a linear into `weight` [N,K], some rows at a time, unpacked on its device. exact:
+    codes, scales and zeros; else values, which are quantized anew unless `weight` is a tensor."""
     layout, (N, K), (rows, (columns,)) = linear.layout, linear.target.shape, linear.target.kept
 
     def read(part: str, *index: slice) -> Tensor:
@@ -207,13 +193,13 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
             count = columns.stop - columns.start
             raise ValueError(f"a mesh leaves a rank {count} of its {K} columns: groups of {layout.group} cannot be cut")
         groups = layout.check(read, N, K, linear.parts, exact)
-        for piece, place in weights.cut(rows, max(1, PIECE // K)):
+        for piece, kept_rows in weights.cut(rows, max(1, PIECE // K)):
             codes, scales, zeros = layout.rows(read, piece, columns if exact else slice(0, K), K)
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")
             if layout.format == "fp8" and ((codes & 127) == 127).any():
                 raise ValueError("a weight is NaN (0x7F or 0xFF in fp8): this file is damaged")
-            destination = weight[place]
+            destination = weight[kept_rows]
             if exact:
                 put(destination, codes, scales, zeros)
                 continue

@@ -1,4 +1,5 @@
-"""How a quantized linear is stored: which tensors it has on disk, and its rows as codes, scales and zeros.
+"""How a checkpoint is quantized: its Scheme, read from config.json, and how a quantized linear is stored: which tensors
+it has on disk, and its rows as codes, scales and zeros.
 
 N rows, K columns (the depth of the sum), G groups of columns that share a scale, C = K or G. An int32 element holds
 eight values of 4 bits or four of 8, the first in the lowest bits.
@@ -6,12 +7,19 @@ eight values of 4 bits or four of 8, the first in the lowest bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import itertools
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import Field, is_size, read_json_object
 from ..kernels.quantized import BITS, GROUPS
 from . import QuantSpec
 
@@ -23,25 +31,43 @@ Rows = tuple[Tensor, Tensor, Tensor | None]  # codes uint8 [n,K], scales [n,G], 
 FLOATS, INTEGERS, I32 = ("F32", "BF16", "F16"), ("I32", "I64"), ("I32",)
 ANEW = 'or quantize it anew with weights="int8"'
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # field of an int32 that holds each of eight neighbouring columns
+Config = Mapping[str, Any]
+# Files that describe the quantization where config.json does not: the method, and the key that holds its config.
+METHOD_FILES = {"hf_quant_config.json": ("modelopt", "quantization"), "quantize_config.json": ("gptq", None)}
+ALTERNATIVE = 'or load the original bf16 checkpoint with weights="int4"'
+
+FLAG = (None, True, False)
+GROUP = Field(lambda size: size == -1 or is_size(size), "a positive integer, or -1 for a scale per row")
+BLOCK = Field(lambda x: isinstance(x, list) and len(x) == 2 and all(map(is_size, x)), "[rows, columns]")
+NAMES = Field(lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x), "a list of names")
+# The check of a value that is not null, or the values that a key may have. None: the key may be missing.
+Rules = dict[str, Field | tuple[Any, ...]]
+COMMON: Rules = {"dynamic": (None, False), "group_size": GROUP, "block_structure": BLOCK}
+EIGHT_BITS: Rules = {"num_bits": (8,), "type": (None, "int", "float"), "symmetric": (None, True), **COMMON}
+EIGHT_BITS |= {"strategy": ("channel", "tensor", "block")}
+PACKED: Rules = {"num_bits": (4, 8), "type": (None, "int"), "symmetric": FLAG, **COMMON}
+PACKED |= {"strategy": ("group", "channel")}
+FORMATS = {"pack-quantized": PACKED}
+FORMATS |= dict.fromkeys(("float-quantized", "int-quantized", "naive-quantized"), EIGHT_BITS)
+FP8: Rules = {"weight_block_size": BLOCK, "ignored_layers": NAMES, "modules_to_not_convert": NAMES}
+MODELOPT: Rules = {"quant_algo": ("FP8",), "exclude_modules": NAMES, "ignore": NAMES}
+GPTQ: Rules = {"is_marlin_format": (None, False), "checkpoint_format": ("gptq", "gptq_v2"), "bits": (4, 8)}
+GPTQ |= {"sym": FLAG, "group_size": GROUP}
+AWQ: Rules = {"version": (None, "gemm", "GEMM"), "bits": (4,), "zero_point": (None, True), "group_size": GROUP}
+AWQ |= {"modules_to_not_convert": NAMES}
 
 
 @dataclass(frozen=True)
 class Plane:
-    """A tensor that stores a matrix [N,C] of codes, scales or zeros.
-
-    rows, columns  size of the block of values in one element: packed in an int32, or equal to a float
-    transposed     the tensor is [C,N]
-    ordered        the values in an int32 are in AWQ's order
-    any_shape      a scale per row [N,1] or [N], or one scale for all rows, [] or [1]
-    """
+    """A tensor that stores a matrix [N,C] of codes, scales or zeros."""
 
     name: str
     dtypes: tuple[str, ...]
-    rows: int = 1
+    rows: int = 1  # of the block of values in one element: packed in an int32, or equal to a float
     columns: int = 1
-    transposed: bool = False
-    ordered: bool = False
-    any_shape: bool = False
+    transposed: bool = False  # the tensor is [C,N]
+    ordered: bool = False  # the values in an int32 are in AWQ's order
+    any_shape: bool = False  # a scale per row [N,1] or [N], or one scale for all rows, [] or [1]
 
     def part(self, N: int, C: int) -> Part:
         shape = -(-N // self.rows), -(-C // self.columns)
@@ -81,28 +107,18 @@ def unpacked(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class HubLayout:
-    """How each quantized linear [N,K] is stored.
+    """How each quantized linear [N,K] is stored."""
 
-    format       the QuantizedWeight's; "uint8": none, but `values` reads it
-    group        columns that share a scale; None or -1: a scale per row
-    zeros        None: not stored, the format's
-    bits         of a code that has a zero
-    symmetric    every zero is 2 ** (bits - 1)
-    zero_offset  what is subtracted from a zero before it is stored: 1 in GPTQ's first version
-    reordered    the config says that the groups are scattered over the columns
-    extras       names of other parts
-    """
-
-    format: str
+    format: str  # the QuantizedWeight's; "uint8": none, but `values` reads it
     codes: Plane
     scales: Plane
-    zeros: Plane | None = None
-    group: int | None = None
-    symmetric: bool = True
-    zero_offset: int = 0
-    reordered: bool = False
-    extras: tuple[str, ...] = ()
-    bits: int = 4
+    zeros: Plane | None = None  # None: not stored, the format's
+    group: int | None = None  # columns that share a scale; None or -1: a scale per row
+    symmetric: bool = True  # every zero is 2 ** (bits - 1)
+    zero_offset: int = 0  # what is subtracted from a zero before it is stored: 1 in GPTQ's first version
+    reordered: bool = False  # the config says that the groups are scattered over the columns
+    extras: tuple[str, ...] = ()  # names of other parts
+    bits: int = 4  # of a code that has a zero
 
     def group_columns(self, K: int) -> int:
         """Return the columns of a group, K where a row has one scale."""
@@ -131,8 +147,7 @@ class HubLayout:
 
     def check(self, read: Read, N: int, K: int, parts: Collection[str], exact: bool = True) -> Tensor:
         """Return the group of each column. ValueError where one of the `extras` among the linear's parts changes its
-        values, or, if `exact`, the groups of its columns.
-        """
+        values, or, if `exact`, the groups of its columns."""
         extras = {name: read(name) for name in self.extras if name in parts}
         if "weight_shape" in extras and (shape := extras["weight_shape"].tolist()) != [N, K]:
             raise ValueError(f"weight_shape is {shape}, needs the config's {[N, K]}")
@@ -176,3 +191,160 @@ class HubLayout:
         else:
             values = codes.float() - (1 << (self.bits - 1) if zeros is None else zeros.float()[:, groups])
         return values * scales.float()[:, groups]
+
+
+COLUMN_SCALES = Plane("scales", FLOATS, transposed=True)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a checkpoint is quantized. The tensors show which linears are."""
+
+    name: str  # of the format, for messages
+    # Layouts by patterns of the linears' names; the first is also that of all others.
+    groups: Sequence[tuple[Sequence[str], HubLayout]]
+    dense: Sequence[str] = ()  # patterns of the linears that the config declares dense
+    matches: Callable[[str, str], bool] = operator.eq  # of (name, pattern)
+
+    def layout(self, name: str) -> HubLayout:
+        """Return the layout of the linear of this name on disk."""
+        found = (layout for patterns, layout in self.groups if any(self.matches(name, each) for each in patterns))
+        return next(found, self.groups[0][1])
+
+
+def read_scheme(folder: Path) -> Scheme | None:
+    """Return the folder's scheme, None for a dense checkpoint; ValueError names the file, the key and the value."""
+    path = folder / "config.json"
+    values = read_json_object(path) if path.is_file() else {}
+    config = values.get("quantization_config", values.get("compression_config"))
+    for file, (method, key) in METHOD_FILES.items():
+        if config is None and (folder / file).is_file():
+            path = folder / file
+            values = read_json_object(path)
+            config = values if key is None else values.get(key, {})
+            config = {"quant_method": method, **config} if isinstance(config, Mapping) else config
+    if config is None:
+        return None
+    try:
+        if not isinstance(config, Mapping):
+            raise _unsupported("the value", config, "a JSON object")
+        method = str(config.get("quant_method"))
+        if method not in READERS:
+            raise _unsupported("quant_method", method, f"one of {', '.join(READERS)}")
+        return READERS[method](config)
+    except ValueError as error:
+        raise ValueError(f"{path}: quantization_config: {error}; {ALTERNATIVE}") from None
+
+
+def _unsupported(name: str, value: Any, need: str) -> ValueError:
+    return ValueError(f"{name} is {value!r:.80}, needs {need}")
+
+
+def _check(config: Config, rules: Rules) -> None:
+    for key, rule in rules.items():
+        value = config.get(key)
+        if isinstance(rule, Field):
+            if value is not None and not rule.check(value):
+                raise _unsupported(key, value, rule.need)
+        elif not any(type(value) is type(allowed) and value == allowed for allowed in rule):
+            raise _unsupported(key, value, " or ".join(str(allowed) for allowed in rule if allowed is not None))
+
+
+def _compressed_tensors(config: Config) -> Scheme:
+    for name, key in (("transform_config", "config_groups"), ("sparsity_config", "format")):
+        other = config.get(name)
+        if isinstance(other, Mapping) and other.get(key) not in (None, {}, "dense"):
+            raise _unsupported(name, other, "to be absent")
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups or not all(isinstance(each, Mapping) for each in groups.values()):
+        raise _unsupported("config_groups", groups, "an object of groups")
+    found, formats = [], dict[str, None]()
+    for each in groups.values():
+        weights, format = each.get("weights"), str(each.get("format") or config.get("format"))
+        if not isinstance(weights, Mapping):
+            raise _unsupported("config_groups", groups, "groups with weights")
+        _check({**config, **each, "format": format}, {"format": tuple(FORMATS), "ignore": NAMES, "targets": NAMES})
+        _check(weights, FORMATS[format])
+        found.append((each.get("targets") or (), _group_layout(format, weights)))
+        formats[format] = None
+    # A class of modules is the last choice, for linears that no name matches.
+    found.sort(key=lambda item: "Linear" not in item[0])
+    dense = config.get("ignore") or ()
+    for pattern in itertools.chain(dense, *(targets for targets, _ in found)):
+        _matches_regex("", pattern)  # raises ValueError
+        # The time that a match takes grows with the power of the repeats, and without bound where a group repeats.
+        operators = re.sub(r"\\.|\(\?", "(", pattern) if pattern.startswith("re:") else ""
+        if len(re.findall("[*+?{|]", operators)) > 8 or re.search(r"\)[*+{]|([*+{].*){5}", operators):
+            raise _unsupported("a pattern of ignore or targets", pattern, "at most 4 repeats, none of a group")
+    return Scheme(f"compressed-tensors, {' and '.join(formats)}", found, dense, _matches_regex)
+
+
+def _group_layout(format: str, weights: Config) -> HubLayout:
+    """Return the layout of a group of compressed-tensors with these arguments of its weights."""
+    bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric"), weights["strategy"]
+    group, block = weights.get("group_size"), weights.get("block_structure")
+    if format == "pack-quantized":
+        if bits == 8 and symmetric is False:
+            raise _unsupported("symmetric", symmetric, "true for 8 bits")
+        codes, scales = Plane("weight_packed", I32, columns=32 // bits), Plane("weight_scale", FLOATS)
+        zeros = Plane("weight_zero_point", I32, rows=8) if symmetric is False else None
+        reordered = weights.get("actorder") in ("group", "dynamic", True)
+        form = "int4" if bits == 4 else "int8", codes, scales, zeros, group if strategy == "group" else None
+        return HubLayout(*form, zeros is None, reordered=reordered, extras=("weight_shape", "weight_g_idx"))
+    if strategy == "block" and block is None:
+        raise _unsupported("block_structure", block, BLOCK.need)
+    block = block if strategy == "block" else None
+    return _eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
+
+
+def _eight_bits(format: str, scale: str = "weight_scale", block: Sequence[int] | None = None) -> HubLayout:
+    """Return the layout of fp8 (e4m3) or int8 codes [N,K] with a scale per tensor, row or block [rows, columns]."""
+    codes = Plane("weight", ("F8_E4M3",) if format == "fp8" else ("I8",))
+    if block is None:
+        return HubLayout(format, codes, Plane(scale, FLOATS, any_shape=True))
+    return HubLayout(format, codes, Plane(scale, FLOATS, rows=block[0]), group=block[1])
+
+
+def _matches_regex(name: str, pattern: str) -> bool:
+    """Match as compressed-tensors does: a full name, or a regular expression after "re:"."""
+    try:
+        return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else name == pattern
+    except re.error as error:
+        got = f"ignore or targets has the pattern {pattern!r:.80}"
+        raise ValueError(f"{got}, needs a regular expression: {error}") from None
+
+
+def _fp8(config: Config) -> Scheme:
+    """AutoFP8 has a scale per tensor; DeepSeek's and transformers' checkpoints have one per block."""
+    _check(config, FP8)
+    dense, block = config.get("ignored_layers") or config.get("modules_to_not_convert"), config.get("weight_block_size")
+    name, scale = ("fp8", "weight_scale") if block is None else ("fp8 in blocks", "weight_scale_inv")
+    return Scheme(name, [((), _eight_bits("fp8", scale, block))], dense or ())
+
+
+def _modelopt(config: Config) -> Scheme:
+    _check(config, MODELOPT)
+    dense = config.get("exclude_modules") or config.get("ignore") or ()
+    return Scheme("modelopt FP8", [((), _eight_bits("fp8"))], dense, fnmatchcase)
+
+
+def _gptq(config: Config) -> Scheme:
+    config = {"checkpoint_format": config.get("format", "gptq"), **config}
+    _check(config, GPTQ)
+    group, version, bits = config.get("group_size"), config["checkpoint_format"], config["bits"]
+    codes = Plane("qweight", I32, columns=32 // bits, transposed=True)
+    zeros = Plane("qzeros", I32, rows=32 // bits, transposed=True)
+    symmetric, reordered = config.get("sym") is not False, config.get("desc_act") is True and group not in (None, -1)
+    form = "int4" if bits == 4 else "uint8", codes, COLUMN_SCALES, zeros, group, symmetric, int(version == "gptq")
+    return Scheme(f"{version}, {bits} bits", [((), HubLayout(*form, reordered, ("g_idx", "bias"), bits))])
+
+
+def _awq(config: Config) -> Scheme:
+    config = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size"), **config}
+    _check(config, AWQ)
+    codes, zeros = (Plane(name, I32, rows=8, transposed=True, ordered=True) for name in ("qweight", "qzeros"))
+    layout = HubLayout("int4", codes, COLUMN_SCALES, zeros, config["group_size"], symmetric=False, extras=("bias",))
+    return Scheme("awq", [((), layout)], config.get("modules_to_not_convert") or (), operator.contains)
+
+
+READERS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "modelopt": _modelopt, "gptq": _gptq, "awq": _awq}

@@ -70,7 +70,7 @@ def write(
     if "experts" not in part_specs:
         raise ValueError(f"quantize: weights is {quantization!r}, needs a format of the experts")
     total, files = 0, dict[str, str]()
-    with torch.no_grad(), torch.device("cpu"), _new_folder(Path(out)) as to:
+    with torch.no_grad(), torch.device("cpu"), _new_folder(Path(out)) as new:
         for source, items in itertools.groupby(headers.tensors.items(), key=lambda item: item[1].file):
             tensors: dict[str, Tensor] = {}
             with weights.opened_file(source) as opened:
@@ -78,18 +78,18 @@ def write(
                     read = partial(_read, opened.get_slice(name), f"{source}: {name}", progress)
                     target = targets.get(name)  # None: a tied head
                     if target is not None and target.parameter in specs:
-                        fused = {each: at for each, at in per_expert.items() if at.parameter == target.parameter}
+                        fused = {each: to for each, to in per_expert.items() if to.parameter == target.parameter}
                         linears = {name: replace(target, index=())} if name in per_expert else fused
-                        for linear, at in linears.items():
-                            parts = _quantize(read, at, specs[target.parameter], target_device)
+                        for linear, destination in linears.items():
+                            parts = _quantize(read, destination, specs[target.parameter], target_device)
                             tensors |= {linear.removesuffix("weight") + part: x for part, x in parts.items()}
                     else:
                         tensors[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = read(slice(None))
-            with _error_names(to / source.name):
-                save_file(tensors, to / source.name, metadata={"format": "pt"})
+            with _error_names(new / source.name):
+                save_file(tensors, new / source.name, metadata={"format": "pt"})
             total += sum(tensor.nbytes for tensor in tensors.values())
             files |= dict.fromkeys(tensors, source.name)
-        _write_rest(headers.folder, to, files, total, part_specs)
+        _write_rest(headers.folder, new, files, total, part_specs)
     return total
 
 
@@ -136,12 +136,10 @@ def _read(part: Any, name: str, progress: weights.Progress, index: Any) -> Tenso
 def _quantize(
     read: Callable[[Any], Tensor], linear: Destination, spec: QuantSpec, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return codes, scales and shape of a linear of a stored tensor, quantized some rows at a time.
-
-    linear: its shape [N,K], and as index its expert and first rows, where the tensor holds several linears
-    """
+    """Return codes, scales and shape of a linear of a stored tensor, quantized some rows at a time. linear: its shape
+    [N,K], and as index its expert and first rows, where the tensor holds several linears."""
     (N, K), index, planes = linear.shape, linear.index, []
-    first = next((at.start for at in index if isinstance(at, slice)), 0)
+    first = next((run.start for run in index if isinstance(run, slice)), 0)
     for piece in pieces(N, K, device):
         x = read((*index[:1], slice(first + piece.start, first + piece.stop)))
         codes, scales = (plane.cpu() for plane in encode(x.to(device), spec.format, spec.group))
@@ -171,12 +169,13 @@ def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, s
     # The hub's cache holds links to its blobs. Other links that leave the folder may lead to anything.
     roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
     for file in sorted(folder.iterdir()):
-        if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
-            if not any(file.resolve().is_relative_to(each) for each in roots):
-                warnings.warn(f"quantize: {file} is a link out of the folder, and is not copied", stacklevel=3)
-                continue
-            with _error_names(out / file.name):
-                shutil.copyfile(file, out / file.name)
+        if not file.is_file() or any(map(file.match, NOT_COPIED)):
+            continue
+        if not any(map(file.resolve().is_relative_to, roots)):
+            warnings.warn(f"quantize: {file} is a link out of the folder, and is not copied", stacklevel=3)
+            continue
+        with _error_names(out / file.name):
+            shutil.copyfile(file, out / file.name)
     config = read_json_object(folder / "config.json")
     quantized = {name.rpartition(".")[0] for name in files if name.endswith(".weight_scale")}
     # A tied head is in no file, and is a Linear of its readers nevertheless.

@@ -1,9 +1,4 @@
-"""The command `fit`: what a model takes of a GPU's memory; which formats fit, how long a text, what would do otherwise.
-
-B sequences, S tokens each, H hidden, I intermediate, E experts, K experts per token
-
-All bytes but OVERHEAD are counted, by the shapes that the code allocates. Only a config is read, never weights.
-"""
+"""The command `fit`: what a model takes of a GPU's memory, by the shapes that are allocated. No weight is read."""
 
 from __future__ import annotations
 
@@ -13,7 +8,8 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +28,11 @@ from ..kernels.record import record_launches
 from ..load import AUTO_CONTEXT, OVERHEAD, Placement, fewest, movable_bytes, running_bytes, table_bytes, usable_bytes
 from ..model import Mixtral
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
-from ..quantize.schemes import read_scheme
+from ..quantize.layouts import read_scheme
 from ..weights import parameter_shapes
 from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu
 from .predict import predict
-from .terminal import Column, Table, console
+from .terminal import Table, console
 
 # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
 SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
@@ -56,13 +52,10 @@ COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
 def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
     """The specs of each of WEIGHT_FORMATS for a model, without the formats that its columns do not take."""
-    shapes = parameter_shapes(config)
-    specs: dict[str, QuantSpecs] = {}
+    shapes, specs = parameter_shapes(config), dict[str, QuantSpecs]()
     for name, weights in WEIGHT_FORMATS.items():
-        try:
+        with suppress(ValueError):  # int4, whose groups have to divide the columns
             specs[name] = select_specs(weights, shapes)
-        except ValueError:  # int4, whose groups have to divide the columns
-            continue
     return specs
 
 
@@ -83,67 +76,36 @@ def memory_need(
     cache_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
     """Bytes of a model on one GPU, by what they hold, and "total". Prompts are read in chunks of `chunk` tokens."""
-    need = {
-        "weights": weight_bytes(parameter_shapes(config), specs, default_dtype(config)),
-        "tables": table_bytes(config),
-        **running_bytes(config, batch, context, chunk, cache_dtype),
-        "overhead": OVERHEAD,
-    }
+    weights = weight_bytes(parameter_shapes(config), specs, default_dtype(config))
+    need = {"weights": weights, "tables": table_bytes(config)}
+    need |= running_bytes(config, batch, context, chunk, cache_dtype) | {"overhead": OVERHEAD}
     return need | {"total": sum(need.values())}
 
 
-@dataclass(frozen=True)
-class Offload:
-    """The fewest experts of the whole model in host memory with which one GPU holds a format without being tight.
+def placement(
+    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, cache_dtype: torch.dtype | None, limit: int
+) -> Placement | None:
+    """The fewest experts of the whole model in host memory with which `limit` bytes hold the rest; None: not any."""
+    need, dtype = partial(memory_need, config, specs, batch, context, cache_dtype=cache_dtype), default_dtype(config)
+    movable = movable_bytes(config, parameter_shapes(config), specs, dtype)
+    return fewest(config, movable, lambda chunk: need(chunk=chunk)["total"], limit)
 
-    experts, of        how many of how many; `embedding`, `chunk`, `host_bytes`, `staging_bytes`: see Placement
-    device_bytes       what then is on the GPU, in all
-    text               which of these lie in host memory
-    tokens_per_second  cautious and optimistic: a prediction; () for a GPU whose rates are unknown
-    """
 
-    experts: int
-    of: int
-    embedding: bool
-    chunk: int
-    host_bytes: int
-    staging_bytes: int
-    device_bytes: int
-    text: str
-    link: str
-    tokens_per_second: tuple[float, ...]
-    command: str
-
-    @property
-    def speed(self) -> str:
-        return "-".join(dict.fromkeys(f"{each:,.{int(each < 10)}f}" for each in self.tokens_per_second))
-
-    def __str__(self) -> str:
-        no_speed = "no prediction, the GPU's rates are unknown"
-        speed = f"{self.speed} tokens/s predicted" if self.speed else no_speed
-        return f"{self.text}: {speed} ({decimal(self.host_bytes)}, {self.link})"
+Offload = dict[str, Any]  # what `--json` prints of it
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One format on one GPU.
-
-    weights          its value in WEIGHT_FORMATS
-    bytes            see `memory_need`
-    verdict          "fits"; "tight": by less than TIGHT of the memory; "no"
-    longest_context  tokens a sequence that it holds without being tight, at most the model's positions; 0: not one
-    gpus_needed      the least number of such GPUs that hold it without being tight, with weights and cache in even
-                     parts, the embedding and the rest on each; None: there is no room for these
-    offload          where the verdict is "no", if host memory holds enough experts
-    """
+    """One format on one GPU. gpus_needed: the least number of such GPUs that hold it without being tight, with weights
+    and cache in even parts, the embedding and the rest on each; None: there is no room for these."""
 
     format: str
-    weights: Any
-    bytes: dict[str, int]
-    verdict: str
-    longest_context: int
+    weights: Any  # its value in WEIGHT_FORMATS
+    bytes: dict[str, int]  # `memory_need`
+    verdict: str  # "fits"; "tight": by less than TIGHT of the memory; "no"
+    longest_context: int  # tokens a sequence that it holds without being tight, at most the model's positions; 0: none
     gpus_needed: int | None
-    offload: Offload | None
+    offload: Offload | None  # where the verdict is "no", if host memory holds enough experts: see `Request.offload`
 
 
 @dataclass(frozen=True)
@@ -162,31 +124,27 @@ class Request:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Request:
         """Read the model's config. ValueError for a wrong option."""
-        name = str(args.model)
-        known = KNOWN.get(name.lower())
+        name, known = str(args.model), KNOWN.get(str(args.model).lower())
         if known is None and "/" not in name and name != "small" and not Path(name).exists():
             raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(KNOWN)}")
         config = known or MixtralConfig.from_pretrained(name)
         limit, layers = config.max_position_embeddings, config.num_hidden_layers
         context = limit if args.context is None else args.context
         gib = math.inf if args.host_memory is None else args.host_memory
-        for right, error in (
-            (layers <= LAYERS_MAX, f"{name}: num_hidden_layers is {layers}, needs at most {LAYERS_MAX}"),
-            (args.batch >= 1, f"--batch is {args.batch}, needs at least 1"),
-            (1 <= context <= limit, f"--context is {context}, needs 1 to {limit}, the model's positions"),
-            (gib >= 0, f"--host-memory is {gib:g}, needs GiB, at least 0"),
-        ):
-            if not right:
-                raise ValueError(error)
-        scheme = None if known else read_scheme(checkpoint_folder(name, tensors=False))
+        if layers > LAYERS_MAX:
+            raise ValueError(f"{name}: num_hidden_layers is {layers}, needs at most {LAYERS_MAX}")
+        if args.batch < 1:
+            raise ValueError(f"--batch is {args.batch}, needs at least 1")
+        if not 1 <= context <= limit:
+            raise ValueError(f"--context is {context}, needs 1 to {limit}, the model's positions")
+        if gib < 0:
+            raise ValueError(f"--host-memory is {gib:g}, needs GiB, at least 0")
         specs, stored = format_specs(config), SHORT[default_dtype(config)]
-        if scheme is not None:  # the files alone say which tensors are quantized
+        if not known and (scheme := read_scheme(checkpoint_folder(name, tensors=False))) is not None:
+            # The files alone say which tensors are quantized.
             specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
-        cache_dtype = getattr(torch, args.cache_dtype) if args.cache_dtype else None
+        cache_dtype = torch.int8 if args.cache_dtype else None
         return cls(name, config, specs, stored, args.batch, context, gib * 2**30, cache_dtype)
-
-    def plans(self, gpu: GPU) -> list[MemoryPlan]:
-        return [self.plan(format, gpu) for format in self.specs]
 
     def plan(self, format: str, gpu: GPU) -> MemoryPlan:
         config, limit = self.config, usable_bytes(gpu.bytes)
@@ -196,32 +154,26 @@ class Request:
         verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= gpu.bytes else "no"
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding
-        room = limit - (need["total"] - shared)
-        offload = self.offload(format, gpu, limit) if verdict == "no" else None
-        needed = -(-shared // room) if room > 0 else None
-        return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, needed, offload)
+        room, offload = limit - (need["total"] - shared), None
+        gpus_needed = -(-shared // room) if room > 0 else None
+        sizes = self.specs[format], self.batch, self.context, self.cache_dtype
+        if verdict == "no" and (found := placement(config, *sizes, limit)) and found.host_bytes <= self.host_memory:
+            offload = self.offload(format, gpu, found)
+        return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, gpus_needed, offload)
 
-    def offload(self, format: str, gpu: GPU, limit: int) -> Offload | None:
-        """Plan how `limit` bytes hold the model by what lies in host memory; None where that cannot be."""
-        config, specs, dtype = self.config, self.specs[format], default_dtype(self.config)
-
-        def needed(chunk: int) -> int:
-            return memory_need(config, specs, self.batch, self.context, chunk, self.cache_dtype)["total"]
-
-        found = fewest(config, movable_bytes(config, parameter_shapes(config), specs, dtype), needed, limit)
-        if found is None or found.host_bytes > self.host_memory:
-            return None
+    def offload(self, format: str, gpu: GPU, found: Placement) -> Offload:
+        """Return how `gpu` holds the model with what `found` says in host memory: its fields, experts of how many, the
+        device_bytes of all, and tokens_per_second: predicted, cautious and optimistic; () where rates are unknown."""
+        specs, total = self.specs[format], self.config.num_hidden_layers * self.config.num_local_experts
+        need = memory_need(self.config, specs, self.batch, self.context, found.chunk, self.cache_dtype)
         context = f" --context {self.context}" * (self.context != AUTO_CONTEXT)
-        total = config.num_hidden_layers * config.num_local_experts
-        placed = (found.embedding, found.chunk, found.host_bytes, found.staging_bytes)
-        device_bytes, text = needed(found.chunk) - found.freed_bytes, found.describe(config)
-        speed = self.speed(gpu, specs, found) if gpu.chip else ()
-        command = f"{self.command(format)} --offload auto{context}"
-        return Offload(found.count, total, *placed, device_bytes, text, gpu.link, speed, command)
+        offload = {**vars(found), "experts": found.count, "of": total, "link": gpu.link}
+        offload |= {"device_bytes": need["total"] - found.freed_bytes, "text": found.describe(self.config)}
+        offload["tokens_per_second"] = self.speed(gpu, specs, found) if gpu.l2 else ()
+        return offload | {"command": f"{self.command(format)} --offload auto{context}"}
 
     def speed(self, gpu: GPU, specs: QuantSpecs, found: Placement) -> tuple[float, float]:
-        """Predict tokens/s, cautious and optimistic, by the times of a decode step of one layer, and of one more with
-        each number of experts in host memory."""
+        """Predict tokens/s by decode steps of one layer, and of one more with each number of experts on the host."""
         dtype, E = default_dtype(self.config), self.config.num_local_experts
         token = torch.empty(self.batch, 1, dtype=torch.int64, device="meta")
         layers = Counter(map(len, found.experts))
@@ -239,12 +191,10 @@ class Request:
         first = min(layers)
         layers[first] -= 1
         one, more = seconds(first), [(number, seconds(first, count)) for count, number in layers.items()]
-        totals = (one[i] + sum(number * (two[i] - one[i]) for number, two in more) for i in (0, 1))
-        cautious, optimistic = (self.batch / total for total in totals)
-        return cautious, optimistic
+        cautious, optimistic = (one[i] + sum(number * (two[i] - one[i]) for number, two in more) for i in (0, 1))
+        return self.batch / cautious, self.batch / optimistic
 
     def command(self, format: str) -> str:
-        """Return the command that loads the model in this format."""
         weights = WEIGHT_FORMATS[format] or ""
         weights = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
         folder = "FOLDER" if self.name.lower() in KNOWN else self.name
@@ -256,8 +206,8 @@ class Request:
 
     def as_dict(self) -> dict[str, Any]:
         total, active = parameters(self.config)
-        counts = {"parameters": total, "active_parameters": active}
-        found = {"model": self.name, **counts, "batch": self.batch, "context": self.context}
+        found = {"model": self.name, "parameters": total, "active_parameters": active}
+        found |= {"batch": self.batch, "context": self.context}
         return found | ({"cache_dtype": dtype_name(self.cache_dtype)} if self.cache_dtype else {})
 
     def __str__(self) -> str:
@@ -270,18 +220,17 @@ def run(args: argparse.Namespace) -> int:
     request, gpu = Request.of(args), select_gpu(args)
     if gpu is None:
         return _run_all_gpus(request, args)
-    plans = request.plans(gpu)
+    plans = [request.plan(format, gpu) for format in request.specs]
     fits = any(plan.verdict != "no" for plan in plans)
     if not fits and not any(plan.offload for plan in plans):
-        unlimited = replace(request, host_memory=math.inf).plans(gpu)
-        more = [(plan.offload.host_bytes, plan.format, plan.offload) for plan in unlimited if plan.offload]
-        if more:
-            size, name, least = min(more)
-            needed = f"{name} with {least.text} needs {decimal(size)}"
-            raise ValueError(f"--host-memory is {decimal(int(request.host_memory))}, and {needed}")
+        unlimited = replace(request, host_memory=math.inf)
+        needs = [(offload, format) for format in request.specs if (offload := unlimited.plan(format, gpu).offload)]
+        if more := [(offload["host_bytes"], format, offload["text"]) for offload, format in needs]:
+            memory, (size, name, text) = decimal(int(request.host_memory)), min(more)
+            raise ValueError(f"--host-memory is {memory}, and {name} with {text} needs {decimal(size)}")
     if args.json:
         found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes}, "formats": plans}
-        print(json.dumps(request.as_dict() | found, default=asdict))
+        print(json.dumps(request.as_dict() | found, default=vars))
     else:
         _print(request, gpu, plans)
     return 0 if fits else 1
@@ -289,20 +238,25 @@ def run(args: argparse.Namespace) -> int:
 
 def select_gpu(args: argparse.Namespace) -> GPU | None:
     """The one of the options, else the one at hand, by its driver; None where there is none."""
-    link = {"link": args.link} if args.link else {}
     if args.memory is not None:
         if args.gpu is not None:
             raise ValueError("--gpu is given, and --memory, too: needs one of the two")
         if not 1 <= args.memory < float("inf"):
             raise ValueError(f"--memory is {args.memory}, needs GiB, at least 1")
-        return GPU("", f"{args.memory:g} GiB", int(args.memory * 1024), **link)
-    if args.gpu is not None:
-        return replace(find_gpu(args.gpu), **link)
-    if not torch.cuda.is_available():
+        gpu = GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
+    elif args.gpu is not None:
+        gpu = find_gpu(args.gpu)
+    elif torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = data_sheet(properties.name) or GPU("", "")
+        gpu = replace(gpu, name=properties.name, mib=properties.total_memory // MIB)
+    else:
         return None
-    properties = torch.cuda.get_device_properties(0)
-    gpu = data_sheet(properties.name) or GPU("", "")
-    return replace(gpu, name=properties.name, mib=properties.total_memory // MIB, **link)
+    return replace(gpu, link=args.link or gpu.link)
+
+
+def _speed(offload: Offload) -> str:
+    return "-".join(dict.fromkeys(f"{each:,.{int(each < 10)}f}" for each in offload["tokens_per_second"]))
 
 
 def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
@@ -310,18 +264,19 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     parts = (f"{name} {decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits"))
     out.print(Text(str(request)))
     out.print(f"Beside the weights: {', '.join(parts)}, and by estimate {decimal(OVERHEAD)} for driver and graph.")
-    columns = [Column("format", number=False), *map(Column, ("weights", "in all", "used", "longest", "gpus", ""))]
     caption = "longest: tokens a sequence, and gpus: how many, with 2 % of the memory to spare; tight: less to spare. "
-    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", columns, f"{caption}{FORMAT_NOTE} {SEVERAL}")
+    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", f"{caption}{FORMAT_NOTE} {SEVERAL}")
     for plan in plans:
-        total = plan.bytes["total"]
-        sizes = (decimal(plan.bytes["weights"]), decimal(total), f"{100 * total / gpu.bytes:.0f} %")
-        counts = (f"{plan.longest_context:,}" if plan.longest_context else "-", str(plan.gpus_needed or "-"))
-        table.add(request.label(plan.format), *sizes, *counts, plan.verdict, style=COLOURS[plan.verdict])
+        weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
+        cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
+        cells |= {"used": f"{100 * total / gpu.bytes:.0f} %", "longest": f"{longest:,}" if longest else "-"}
+        table.add(cells | {"gpus": str(plan.gpus_needed or "-"), "": plan.verdict}, COLOURS[plan.verdict])
     out.print(table)
     offloads = {plan.format: plan.offload for plan in plans if plan.offload}
     for format, offload in offloads.items():
-        out.print(Text(f"{request.label(format)}, {offload}"))
+        speed, where = _speed(offload), f"{decimal(offload['host_bytes'])}, {offload['link']}"
+        speed = f"{speed} tokens/s predicted" if speed else "no prediction, the GPU's rates are unknown"
+        out.print(Text(f"{request.label(format)}, {offload['text']}: {speed} ({where})"))
     fitting = sorted((plan.format for plan in plans if plan.verdict != "no"), key=lambda format: format != FIRST)
     verdict = "FITS: " + "; ".join(map(request.label, fitting)) if fitting else "NO FORMAT FITS"
     out.print(Text(verdict, style="bold green" if fitting else "bold red"))
@@ -329,29 +284,29 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
         line = f"Try first: {request.command(FIRST)} (`mixtral-triton verify` with --weights prints what it costs)"
         out.print(Text(line), soft_wrap=True)
     elif offloads and not fitting:
-        best = max(offloads.values(), key=lambda one: (one.tokens_per_second, -one.host_bytes))
-        out.print(Text(f"With experts in host memory: {best.command}"), soft_wrap=True)
+        best = max(offloads.values(), key=lambda one: (one["tokens_per_second"], -one["host_bytes"]))
+        out.print(Text(f"With experts in host memory: {best['command']}"), soft_wrap=True)
 
 
 def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
     """How many of each listed GPU hold each format, and what one of them holds with experts in host memory."""
-    rows = {gpu: request.plans(gpu) for gpu in (replace(gpu, link=args.link or gpu.link) for gpu in GPUS.values())}
+    gpus = (replace(gpu, link=args.link or gpu.link) for gpu in GPUS.values())
+    rows = {gpu: [request.plan(format, gpu) for format in request.specs] for gpu in gpus}
     if args.json:
         found = []
         for gpu, plans in rows.items():
             needed = {plan.format: plan.gpus_needed for plan in plans}
             offloads = {plan.format: plan.offload for plan in plans if plan.offload}
             found.append({"name": gpu.name, "bytes": gpu.bytes, "gpus_needed": needed, "offload": offloads})
-        print(json.dumps(request.as_dict() | {"gpus": found}, default=asdict))
+        print(json.dumps(request.as_dict() | {"gpus": found}))
         return 0
-    names = [Column(name, number=False) for name in ("gpu", "link")]
-    columns = [names[0], Column("MiB"), names[1], *map(Column, map(request.label, request.specs))]
     offloaded = f"{OFFLOADED} " * any(plan.offload for plans in rows.values() for plan in plans)
-    table = Table("How many GPUs hold it, by format", columns, f"{offloaded}{FORMAT_NOTE} {SEVERAL}")
+    table = Table("How many GPUs hold it, by format", f"{offloaded}{FORMAT_NOTE} {SEVERAL}", text=["link"])
     for gpu, plans in rows.items():
-        cells = [str(plan.gpus_needed or "-") for plan in plans]
-        for at, offload in enumerate(plan.offload for plan in plans):
-            cells[at] += f" ({offload.experts}: {offload.speed or '?'})" if offload else ""
-        table.add(gpu.name, f"{gpu.mib:,}", gpu.link, *cells)
+        cells = {"gpu": gpu.name, "MiB": f"{gpu.mib:,}", "link": gpu.link}
+        for plan in plans:
+            offload = f" ({plan.offload['experts']}: {_speed(plan.offload) or '?'})" if plan.offload else ""
+            cells[request.label(plan.format)] = str(plan.gpus_needed or "-") + offload
+        table.add(cells)
     console().print(Text(str(request)), table, sep="\n")
     return 0

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
@@ -37,30 +37,17 @@ from ..kernels.registry import OPS
 from ..model import Mixtral
 from .predict import family_note
 from .sass import Loop, main_loops
-from .terminal import Column, Table, bar, console
+from .terminal import Table, bar, console
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
 # Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
 _HARMLESS = {"sm_80": 64, "sm_90": 16, "sm_100": 64}
-
-Kernel = tuple[str, Launch]  # an operation's name, and a launch of its kernel
 Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as it would run on `arch`.
-
-    file          path of the .cubin or .hsaco; None where no files were asked for
-    signature     Triton's type by argument: "*bf16", "i32", "constexpr" (also what the JIT makes constant: None, 1)
-    dtype         the narrowest type behind a pointer, a floating-point one where there is one
-    registers     of a thread; on AMD the vector registers of a lane, those for accumulation included
-    spills        bytes a thread keeps in memory for want of registers. NVIDIA: its stack frame, for which a Triton
-                  kernel has no other use; AMD: 4 for each spilled vector register, and for each scalar one
-    shared_bytes  of a block; limit_bytes: what a block can have on `arch`
-    stages        files in Triton's cache by kind: "ptx" and "cubin", or "amdgcn" and "hsaco", and Triton's own
-    error         why it does not compile; its figures are 0 then
-    """
+    """One kernel as it would run on `arch`."""
 
     op: str
     kernel: str
@@ -68,15 +55,15 @@ class Compiled:
     num_warps: int
     num_stages: int
     constexprs: Mapping[str, Any]
-    signature: Mapping[str, str]
-    dtype: str
-    limit_bytes: int
-    registers: int = 0
-    spills: int = 0
-    shared_bytes: int = 0
-    file: str | None = None
-    stages: Mapping[str, Path] = field(default_factory=dict, repr=False, compare=False)
-    error: str | None = None
+    signature: Mapping[str, str]  # Triton's types: "*bf16", "constexpr" (also what the JIT makes constant: None, 1)
+    dtype: str  # the narrowest type behind a pointer, a floating-point one where there is one
+    limit_bytes: int  # of shared memory that a block can have on `arch`
+    registers: int = 0  # of a thread; on AMD the vector registers of a lane, those for accumulation included
+    spills: int = 0  # bytes of a thread's registers in memory. NVIDIA: its stack frame; AMD: 4 for each register
+    shared_bytes: int = 0  # of a block
+    file: str | None = None  # the .cubin or .hsaco under `--out`
+    stages: Mapping[str, Path] = field(default_factory=dict, repr=False, compare=False)  # in Triton's cache, by kind
+    error: str | None = None  # why it does not compile; its figures are 0 then
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
@@ -98,10 +85,10 @@ class Compiled:
         """Thread instructions of a decode step's attention for a byte of the keys and values that a turn loads."""
         if self.kernel != "attention_decode_kernel" or not self.loops:
             return None
-        width, tile = self.constexprs["D"], self.constexprs["BLOCK_N"]
-        vector = vector_bytes(width, {"fp32": 4}.get(self.dtype, 2), self.signature["k_scales_ptr"] != "constexpr")
+        quantized = self.signature["k_scales_ptr"] != "constexpr"
+        vector = vector_bytes(self.constexprs["D"], {"fp32": 4}.get(self.dtype, 2), quantized)
         least = min(loop.tensor + loop.other for loop in self.loops)
-        return 32 * self.num_warps * least / (2 * tile * vector)
+        return 32 * self.num_warps * least / (2 * self.constexprs["BLOCK_N"] * vector)
 
     @property
     def fault(self) -> str | None:
@@ -116,9 +103,8 @@ class Compiled:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `compile --json` prints."""
-        names = [f.name for f in fields(self) if f.name not in ("signature", "stages", "error")]
-        loops = "loop_flop_per_instruction", "loop_instructions_per_byte", "loop_spills"
-        return {name: getattr(self, name) for name in (*names, *loops, "fault")}
+        names = [*vars(self), "loop_flop_per_instruction", "loop_instructions_per_byte", "loop_spills", "fault"]
+        return {name: getattr(self, name) for name in names if name not in ("signature", "stages", "error", "loops")}
 
 
 def _target(arch: str) -> GPUTarget:
@@ -131,19 +117,15 @@ def _target(arch: str) -> GPUTarget:
 
 @cache
 def _binder(fn: Any, arch: str) -> Any:
-    return create_function_from_signature(fn.signature, fn.params, make_backend(_target(arch)))
+    backend = make_backend(_target(arch))  # first: an interpreted kernel has no signature
+    return create_function_from_signature(fn.signature, fn.params, backend)
 
 
 def _source(launch: Launch, arch: str) -> ASTSource:
-    """Return what Triton's JIT derives from the arguments, so that a launch finds the kernel in the cache.
-
-    None and 1 are constants, multiples of 16 are known as such.
-    """
-    fn = launch.fn
-    bound, specialized, options = _binder(fn, arch)(**launch.args, **launch.constexprs)
-    backend = make_backend(_target(arch))
-    _, *types = fn._pack_args(backend, {"enable_fp_fusion": True}, bound, specialized, options)
-    return ASTSource(fn, *types)
+    """Return what Triton's JIT derives from the arguments, so that a launch finds the kernel in the cache."""
+    arguments = _binder(launch.fn, arch)(**launch.args, **launch.constexprs)
+    _, *types = launch.fn._pack_args(make_backend(_target(arch)), {"enable_fp_fusion": True}, *arguments)
+    return ASTSource(launch.fn, *types)
 
 
 def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
@@ -156,7 +138,6 @@ def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
 
 
 def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
-    """Return registers and bytes of spills, see `Compiled`."""
     if "cubin" in stages:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(stages["cubin"])]
         text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
@@ -178,40 +159,29 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     """Return the launch's kernel with `figures`; without any, those of a kernel that does not compile."""
     signature = _source(launch, arch).signature
     pointers = [kind.lstrip("*") for kind in signature.values() if kind.startswith("*")]
-    fixed = [name for name, kind in signature.items() if kind == "constexpr"]
-    return Compiled(
-        op=op,
-        kernel=launch.kernel,
-        arch=arch,
-        num_warps=launch.num_warps or 0,
-        num_stages=launch.num_stages or 0,
-        constexprs={name: launch.constexprs[name] for name in fixed if name in launch.constexprs},
-        signature=signature,
-        dtype=min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind)))),
-        limit_bytes=ARCHS[arch].shared_bytes,
-        **figures,
-    )
+    dtype = min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind))))
+    constexprs = {name: launch.constexprs[name] for name in signature if name in launch.constexprs}
+    program = launch.num_warps or 0, launch.num_stages or 0
+    limit = ARCHS[arch].shared_bytes
+    return Compiled(op, launch.kernel, arch, *program, constexprs, signature, dtype, limit, **figures)
 
 
-def collect(ops: Iterable[Op], arch: str, widths: bool = True) -> dict[str, Kernel]:
-    """Return the kernels of the operations over their bench shapes and dtypes, by `_key`."""
-    found: dict[str, Kernel] = {}
+def collect(ops: Iterable[Op], arch: str, widths: bool = True) -> dict[str, tuple[str, Launch]]:
+    """Return the operation's name and a launch of each kernel, over bench shapes and dtypes, by `_key`."""
+    found: dict[str, tuple[str, Launch]] = {}
     for op in ops:
         for dtype, sizes in product(op.dtypes, op.bench_shapes):
             args = op.inputs(sizes, dtype, "meta")
             with record_launches(arch) as launches:
                 op.run(**args)
-            for launch in launches:
-                if launch.fn is not None:
-                    found.setdefault(_key(launch, _source(launch, arch), widths), (op.name, launch))
+            for launch in (launch for launch in launches if launch.fn is not None):
+                found.setdefault(_key(launch, _source(launch, arch), widths), (op.name, launch))
     return found
 
 
 def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = None) -> Compiled:
-    """Compile the kernel of one recorded launch for `arch`, and keep its files in the folder `out`.
-
-    ValueError: an unknown `arch`, or this process interprets. The compiler raises whatever its passes do.
-    """
+    """Compile the kernel of one recorded launch for `arch`, and keep its files in the folder `out`. ValueError for an
+    unknown `arch`, or where this process interprets; the compiler raises whatever its passes do."""
     source, file = _source(launch, arch), None
     kernel = triton.compile(source, target=_target(arch), options=_options(launch))
     stages = {Path(path).suffix[1:]: Path(path) for path in kernel.metadata_group.values()}
@@ -235,7 +205,9 @@ def _attempt(launch: Launch, arch: str, op: str, out: Path | None) -> Compiled:
         return _describe(launch, arch, op, error=message)
 
 
-def _compile_all(kernels: Iterable[Kernel], arch: str, out: Path | None, progress: Progress) -> list[Compiled]:
+def _compile_all(
+    kernels: Iterable[tuple[str, Launch]], arch: str, progress: Progress, out: Path | None = None
+) -> list[Compiled]:
     """Compile each kernel, on all cores: Triton's passes release the GIL, and ptxas is a process."""
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
@@ -253,12 +225,11 @@ def compile_launches(
     launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None
 ) -> list[Compiled]:
     """Compile the kernels of recorded launches into Triton's cache, each once, on all cores."""
-    sources = [(launch, _source(launch, arch)) for launch in launches]
-    # What is known of its integers, and a dependent launch, make another kernel of it, too.
-    distinct = {
-        (_key(launch, source), repr(source.attrs), launch.dependent): ("", launch) for launch, source in sources
-    }
-    return _compile_all(distinct.values(), arch, None, progress)
+    distinct = {}
+    for launch in launches:  # what is known of its integers, and a dependent launch, make another kernel of it, too
+        source = _source(launch, arch)
+        distinct[_key(launch, source), repr(source.attrs), launch.dependent] = "", launch
+    return _compile_all(distinct.values(), arch, progress)
 
 
 def compile_ahead(
@@ -268,13 +239,7 @@ def compile_ahead(
     progress: Progress,
     cache_dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile on all cores what forwards of [B,T] tokens over a cache of C slots launch on the model's GPU.
-
-    sizes  (B, T, C) of each forward
-
-    Otherwise each kernel is compiled when it is first launched, one after the other. The launches are recorded on a
-    layer without memory. Nothing is compiled for a CPU, a mesh, or an architecture that the compiler does not know.
-    """
+    """Compile what forwards of [B,T] tokens over caches of C slots launch on the model's GPU, if the compiler can."""
     arch = target_arch(model.device)
     if INTERPRETED or model.device.type != "cuda" or model.ranks is not None or arch not in ARCHS:
         return
@@ -284,35 +249,28 @@ def compile_ahead(
     config = replace(model.config, num_hidden_layers=len(kinds))
     quantized = {name: x for name, x in model.named_weights().items() if isinstance(x, QuantizedWeight)}
     specs = {name: x.spec for name, x in quantized.items() if x.format != "dense"}
-    records: list[Launch] = []
-    for dtype in dict.fromkeys(dtypes):
-        layer = Mixtral(config, "meta", dtype, model.deterministic, specs, on_host=[*kinds.values()])
-        with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
+    with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
+        for dtype in dict.fromkeys(dtypes):
+            layer = Mixtral(config, "meta", dtype, model.deterministic, specs, on_host=[*kinds.values()])
             for B, T, C in sizes:
                 ids = torch.zeros((B, T), dtype=torch.int64, device="meta")
                 layer(ids, cache=KVCache(config, B, max(T, C), "meta", cache_dtype or dtype))
-        records += [launch for launch in launches if launch.fn is not None]
-    compile_launches(records, arch, progress)
+    compile_launches((launch for launch in launches if launch.fn is not None), arch, progress)
 
 
 def compile_ops(
     ops: Sequence[str], arch: str, out: Path | None = None, progress: Progress = lambda *numbers: None
 ) -> list[Compiled]:
-    """Compile the kernels of operations, by name, over their bench shapes, in the order of the registry.
-
-    A kernel that does not compile is among them, with its error. Each is compiled once, also where a second model's
-    widths (H and I, constants in the code) change nothing else. `out`: a folder, created if missing, for .ptx, .sass
-    and .cubin (.amdgcn and .hsaco) files. `progress` is called with the numbers of finished and of all kernels.
-    ValueError for an unknown name or `arch`.
-    """
+    """Compile the kernels of operations, by name, over their bench shapes, each once: a second model's widths make no
+    other kernel. `out`: a folder for the files, created if missing. ValueError for an unknown name or `arch`."""
     if unknown := [name for name in ops if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
     found = collect([op for name, op in OPS.items() if name in ops], arch, widths=False)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    kernels = _compile_all(found.values(), arch, out, progress)
-    # Together: the disassembler takes long to start.
+    kernels = _compile_all(found.values(), arch, progress, out)
     counted = [one for one in kernels if "cubin" in one.stages]
+    # Together, since the disassembler takes long to start.
     for one, loops in zip(counted, main_loops([one.stages["cubin"] for one in counted], arch), strict=True):
         vars(one)["loops"] = loops  # where the cached property looks
     return kernels
@@ -321,44 +279,40 @@ def compile_ops(
 def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tabulate rows of `Compiled.as_dict`: a line for all kernels of the same name, dtype, tile and figures."""
     figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
-    texts = [Column(name, number=False) for name in ("kernel", "dtype", "tile")]
-    columns = [*texts, *map(Column, ("w/s", *figures, "i/B", "kernels"))]
     caption = {"w/s": "warps and stages", "regs": "registers of a thread", "kernels": "how many have these figures"}
     caption["FLOP/i"] = "of the tensor cores, for each other instruction of the main loop"
     caption["i/B"] = "thread instructions there for a byte of a cache"
-    table, lines = Table(f"Compiled for {arch}", columns, caption, keys=3), Counter[tuple[str, ...]]()
+    lines: Counter[tuple[Any, ...]] = Counter()
     for row in rows:
         tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
-        numbers = ("" if row[name] is None else f"{row[name]:,.0f}" for name in figures.values())
-        launch = f"{row['num_warps']}/{row['num_stages']}"
-        style, name = "bold red" if row["fault"] else "", row["kernel"].removesuffix("_kernel")
+        line = {"kernel": row["kernel"].removesuffix("_kernel"), "dtype": row["dtype"], "tile": tile}
+        line["w/s"] = f"{row['num_warps']}/{row['num_stages']}"
+        line |= {name: "" if row[key] is None else f"{row[key]:,.0f}" for name, key in figures.items()}
         per_byte = row["loop_instructions_per_byte"]
-        line = (style, name, row["dtype"], tile, launch, *numbers, "" if per_byte is None else f"{per_byte:.1f}")
-        lines[line] += 1
+        line["i/B"] = "" if per_byte is None else f"{per_byte:.1f}"
+        lines.update([("bold red" if row["fault"] else "", *line.items())])
+    table = Table(f"Compiled for {arch}", caption, keys=3)
     for (style, *cells), count in lines.items():
-        table.add(*cells, str(count), style=style)
+        table.add(dict(cells) | {"kernels": str(count)}, style)
     return table
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command `compile` -> exit status: 1 where a kernel must not run."""
-    return max(_run(args, arch) for arch in dict.fromkeys(args.arch))
-
-
-def _run(args: argparse.Namespace, arch: str) -> int:
-    with bar(f"compiling for {arch}", None) as progress:
-        rows = [one.as_dict() for one in compile_ops(args.ops or list(OPS), arch, args.out, progress.update)]
-    faults = [row for row in rows if row["fault"]]
-    if args.json:
-        print("\n".join(map(json.dumps, rows)))
-        return 1 if faults else 0
-    out = console()
-    out.print(family_note(arch), end="")
-    out.print(resources_table(arch, rows))
-    for row in faults:
-        out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)
-    limit = ARCHS[arch].shared_bytes
-    verdict = f"{len(faults)} of them must not run" if faults else "none spills in its main loop, all fit"
-    style = "bold red" if faults else "bold green"
-    out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")
-    return 1 if faults else 0
+    status, out = 0, console()
+    for arch in dict.fromkeys(args.arch):
+        with bar(f"compiling for {arch}", None) as progress:
+            rows = [one.as_dict() for one in compile_ops(args.ops or list(OPS), arch, args.out, progress.update)]
+        faults = [row for row in rows if row["fault"]]
+        status |= bool(faults)
+        if args.json:
+            print("\n".join(map(json.dumps, rows)))
+            continue
+        out.print(family_note(arch), end="")
+        out.print(resources_table(arch, rows))
+        for row in faults:
+            out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)
+        limit, style = ARCHS[arch].shared_bytes, "bold red" if faults else "bold green"
+        verdict = f"{len(faults)} of them must not run" if faults else "none spills in its main loop, all fit"
+        out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")
+    return status

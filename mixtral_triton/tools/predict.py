@@ -1,10 +1,7 @@
-"""Floors and predicted times of calls on a GPU that is not at hand.
+"""The cost model: the work of launches, floors, and predicted times of calls on a GPU that is not at hand.
 
-A floor is a call's compulsory work (`Op.cost`) at full rates. A predicted time comes from the recorded launches, not
-from a measurement, and is a range: OPTIMISTIC to CAUTIOUS. A launch takes as long as its bytes across device memory or
-its programs, whichever is slower. Each program starts on the SM that is free first, and takes as long as the bytes of
-its tiles from L2 or its products, whichever is slower. A gap follows each launch, a shorter one before a programmatic
-dependent launch. Such a launch may prefetch weights while the kernels in front of it leave device memory idle.
+A floor is a call's compulsory work (`Op.cost`) at full rates. A predicted time comes from the recorded launches and is
+a range, OPTIMISTIC to CAUTIOUS; docs/bench.md says what the model assumes: routing is uniform, caches are full.
 """
 
 from __future__ import annotations
@@ -12,17 +9,210 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributions import Binomial
 
 from ..kernels.arch import ARCHS, amd, family, multiprocessors
+from ..kernels.dispatch import expected_distinct_experts
+from ..kernels.experts.kernels import main_rows
 from ..kernels.launch import Launch
+from ..kernels.offload import find_weight
 from ..kernels.op import Cost
-from .gpus import GPU, LINKS, Chip
-from .work import Work, count_work
+from .gpus import GPU, LINKS
+
+# fp32 FLOP for a score of attention beside its products, two an instruction: 366 of the 501 instructions in the loop of
+# a 128 x 128 tile on sm_90; and exp2, 16 a clock beside 128 instructions (CUDA programming guide).
+SOFTMAX = 12 + 2 * 128 // 16
+CODES = 20  # more for a score over keys in 8 bits, whose codes become numbers: as compiled for sm_90
+LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
+Operands = Mapping[str, Tensor]  # by name without _ptr; a descriptor's tensor is that of a pointer, too
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch asks of the GPU. `tiles` are programs with work, in the order in which they start: how many, the
+    bytes that each loads from L2, those of padding rows included, and the FLOP of its matrix products as issued."""
+
+    memory: float  # bytes that cross device memory
+    tiles: tuple[tuple[float, float, float], ...]
+    vector: float = 0.0  # fp32 FLOP beside each of the tiles', for which the products wait
+    shared: int = 0  # bytes of shared memory of a program
+    values: float = 0.0  # of 32 bits in its registers, `stored` of them at the end
+    stored: float = 0.0
+    fp32: bool = False  # products without tensor cores
+    host: float = 0.0  # of the experts in host memory, expected bytes that cross the link
+    apart: float = 0.0  # the share that does not wait for the link: the probability that no token needs it
+    early: int = 0  # bytes of a weight that a program prefetches before it waits for the launch in front
+
+    @property
+    def programs(self) -> float:
+        return sum(count for count, _, _ in self.tiles)
+
+    @property
+    def loaded(self) -> float:
+        return sum(count * loaded for count, loaded, _ in self.tiles)
+
+    @property
+    def flops(self) -> float:
+        return sum(count * flops for count, _, flops in self.tiles)
+
+
+def count_work(launch: Launch) -> Work:
+    """Return the work of a launch. A Triton kernel without a formula streams; another one is a ValueError."""
+    if launch.fn is None and launch.kernel not in WORK:
+        known = ", ".join(sorted(WORK))
+        raise ValueError(f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {known}")
+    tensors = {name.removesuffix("_ptr"): x for name, x in launch.args.items() if isinstance(x, Tensor)}
+    return WORK.get(launch.kernel, _stream)(launch, tensors)
+
+
+def _nbytes(t: Operands, *names: str) -> int:
+    """Return the bytes of the tensors `names`; without names those of all tensors."""
+    return sum(one.nbytes for name, one in t.items() if name in names or not names)
+
+
+def _appended_bytes(t: Operands, new: str, cache: str) -> float:
+    """Return the bytes of as many keys and values as in `new`, as `cache` holds them: in 8 bits with scales."""
+    vectors, (*_, width) = t[new].numel() // max(1, t[new].shape[-1]), t[cache].shape
+    return 2 * vectors * (width * t[cache].element_size() + 4 * (f"{cache}_scales" in t))
+
+
+def _stream(launch: Launch, t: Operands) -> Work:
+    """Count each tensor once. Operations of torch have programs of 16 KiB, an arbitrary number."""
+    memory, programs = float(_nbytes(t)), math.prod(launch.grid or ())
+    if launch.kernel == "embed_rms_norm_kernel":  # the rows that become x
+        memory += t["x"].nbytes - t["table"].nbytes
+    elif launch.kernel == "append_kernel":
+        memory = _nbytes(t, "k", "v") + _appended_bytes(t, "k", "k_cache")
+    elif launch.kernel == "rope_kernel":  # q and k in and out; cos and sin of each token
+        memory = 2 * _nbytes(t, "q", "k") + 2 * programs * t["cos"][0].nbytes
+    programs = programs if launch.grid else max(1, math.ceil(memory / 16384))
+    host = t["x"].nbytes if getattr(t.get("table"), "on_host", False) else 0  # the embedding's rows
+    return Work(memory - host, ((programs, memory / programs, 0.0),), host=host)
+
+
+@lru_cache(maxsize=1024)
+def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[int, ...] = ()) -> dict[int, float]:
+    """Return the expected number of row tiles of each height that the groups of all experts fill. share: probability
+    that a slot belongs to an expert; heights: rows that the last tile of a group may have instead of `rows`."""
+    n = torch.arange(slots + 1, dtype=torch.float64)
+    likely = Binomial(slots, torch.tensor(share, dtype=torch.float64)).log_prob(n).exp()
+    last = torch.full_like(n, rows)
+    for height in sorted(heights, reverse=True):
+        last[n % rows <= height] = height
+    last[n % rows == 0] = 0
+    counts = {height: (last == height).double() for height in (rows, *heights)}
+    counts[rows] += n // rows
+    # Rounded: a whole wave of programs stays one.
+    return {height: round(experts * float((likely * count).sum()), 6) for height, count in counts.items()}
+
+
+# By the start of a kernel's name: input, weight, the parts of the weight's rows that one program takes, depth.
+PRODUCTS = {
+    "linear": ("x", "weight", 1, "H"),
+    "experts_up": ("x", "gate_up", 2, "H"),
+    "experts_down": ("h", "down", 1, "I"),
+}
+
+
+def _product(launch: Launch, operands: Operands) -> Work:
+    """Count a product with one weight, or with those of E experts, in tiles for few rows (BLOCK_T) or many (BLOCK_M).
+    Programs for few rows multiply masked padding and do not load it. A tile for many loads an element of a quantized
+    weight again for each of its codes. Rows of x are tokens, or slots where TMA reads them; `down` has slots alone."""
+    t, c, args = dict(operands), launch.constexprs, launch.args
+    x, weight, halves, letter = next(item for name, item in PRODUCTS.items() if launch.kernel.startswith(name))
+    offloaded = find_weight(t[weight])
+    if offloaded is not None:
+        t[weight] = torch.empty((len(offloaded), *offloaded.host.shape[1:]), dtype=offloaded.dtype, device="meta")
+    K = t["ids"].shape[1] if "ids" in t else args.get("TOP_K", 1)
+    tokens = len(t["ids"]) if "ids" in t else len(t[x]) // (1 if args.get("x_desc") is None else K)
+    E, splits, size = args.get("E", 1), c.get("SPLIT_K", 1), t[x].element_size()
+    distinct, in_place = expected_distinct_experts(tokens, K / E, E), "BLOCK_T" in c
+    columns, depth = halves * c["BLOCK_N"], c[letter] / splits
+    parts = [t[name] for name in (weight, "scales", "zeros") if name in t]
+    stages = launch.num_stages or 1
+    if in_place:
+        rows = mean = c["BLOCK_T"]
+        bytes_of_weight = columns * sum(part.shape[-1] * part.element_size() for part in parts) / splits
+        loaded = min(rows, tokens * K / distinct) * depth * size + bytes_of_weight
+        tiles = [((launch.grid or (0,))[0] * distinct * splits, loaded, 2 * rows * columns * depth)]
+        # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
+        stages += int(E == 1 and c["PDL"] and columns > 32)
+    else:
+        rows, short = c["BLOCK_M"], c.get("SHORT_M", 0)
+        heights = row_tiles(tokens, K / E, E, rows, (short, main_rows(rows, short)) if short else ())
+        mean = sum(height * count for height, count in heights.items()) / sum(heights.values())
+        across, bytes_of_weight = math.ceil(t[weight].shape[-2] / columns), columns * depth * t[weight].element_size()
+        tiles = [
+            (count * across / E, height * depth * size + bytes_of_weight, 2 * height * columns * depth)
+            for height, count in heights.items()
+        ] * E
+    memory, host, apart = _nbytes(t) - (1 - distinct / E) * sum(part.nbytes for part in parts), 0.0, 0.0
+    if offloaded is not None:
+        n = len(offloaded.on_host)
+        host = n / E * t[weight].nbytes * (distinct / E if in_place else 1.0)
+        memory -= host if in_place else -host
+        apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
+    shared = stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size())
+    sums, early = mean * columns, c.get("PREFETCH", 0) * c["BLOCK_N"]
+    return Work(memory, tuple(tiles), 0.0, shared, sums, sums, size == 4, host, apart, early)
+
+
+def _attention(launch: Launch, t: Operands) -> Work:
+    """Count programs of BLOCK_M queries with their keys in whole tiles, from the window's edge to the diagonal."""
+    c, args = launch.constexprs, launch.args
+    size, rows, width, stages = t["q"].element_size(), c["BLOCK_M"], c["BLOCK_D"], launch.num_stages or 1
+    T, slots, window = args["T"], args["S"], args["window"] if c["WINDOWED"] else 0
+    spans = []
+    if launch.kernel == "attention_decode_kernel":
+        keys = min(slots, window) if window else slots
+        share = keys / max(1, slots)
+        spans.append(math.ceil(keys / (launch.grid or (1,))[0]))
+    else:
+        # Without a window a cache holds the chunk, too.
+        past = slots - T if not c["CACHED"] else args["C"] if window else max(0, args["C"] - T)
+        end, causal = past + T, c["CAUSAL"]
+        share = min(1.0, (window + T) / end) if window and causal else 1.0
+        before, after = (window, 0) if causal else (window // 2 + 1, window // 2)
+        for first in range(past, end, rows):
+            high = min(end, first + rows + after) if causal or window else end
+            spans.append(high - (max(0, first - before + 1) if window else 0))
+    spans = [max(0, math.ceil(span / c["BLOCK_N"])) * c["BLOCK_N"] for span in spans]
+    heads = math.prod(launch.grid or ()) / len(spans)
+    key, codes = width * size if "k_scales" not in t else width + 4, "k_scales" in t
+    tiles = ((heads, rows * width * size + 2 * span * key, 4 * rows * span * width) for span in reversed(spans))
+    keys = [f"{name}{scales}" for name in ("k", "v", "k_cache", "v_cache") for scales in ("", "_scales")]
+    memory = _nbytes(t) - (1 - share) * _nbytes(t, *keys)
+    if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
+        memory += 2 * len(t["q"]) * t["cos"][0].nbytes - _nbytes(t, "cos", "sin") + _appended_bytes(t, "new_k", "k")
+    vector = (SOFTMAX + CODES * (codes and launch.kernel == "attention_prefill_kernel")) / (4 * width)
+    shared = rows * width * size + 2 * stages * c["BLOCK_N"] * key
+    values = rows * (width + c["BLOCK_N"] * (1 + size / 4))
+    return Work(memory, tuple(tiles), vector, shared, values, stored=rows * width, fp32=size == 4)
+
+
+def _mm(launch: Launch, t: Operands) -> Work:
+    """Count torch.mm in LIBRARY's tiles, its depth split as if there were too few tiles for the GPU."""
+    (T, depth), N, size = t["in_0"].shape, t["in_1"].shape[1], t["in_0"].element_size()
+    rows, columns, step = min(LIBRARY[0], max(16, T)), LIBRARY[1], LIBRARY[2]
+    programs = math.ceil(T / rows) * math.ceil(N / columns) * math.ceil(depth / step)
+    tile = programs, (rows + columns) * step * size, 2 * rows * columns * step
+    return Work(_nbytes(t), (tile,), fp32=size == 4)
+
+
+STREAMED = "add add_ mul copy_ clone _to_copy fill_ full zeros zero_ arange clamp_"  # operations of torch
+WORK: dict[str, Callable[[Launch, Operands], Work]] = {
+    **{f"{name}{path}_kernel": _product for name in PRODUCTS for path in ("", "_decode")},
+    **{f"attention_{name}_kernel": _attention for name in ("prefill", "decode")},
+    **{f"aten::{name}": _stream for name in STREAMED.split()},
+    "aten::mm": _mm,
+}
 
 WARPS, THREADS = 64, 32  # the most warps of an SM, and the threads of each
 REGISTERS, OTHER_REGISTERS = 65536, 64  # of an SM (AMD: more), and of a thread beside its part of the tiles
@@ -32,23 +222,16 @@ Timer = Callable[[Callable[[], Any]], float]
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Estimates of what a busy GPU reaches.
+    """Estimates of what a busy GPU reaches. `tile`: seconds of the first loads and last stores of a tile of TILE sums,
+    which another program on the SM hides; a third of them are those of any tile."""
 
-    memory, matmul, l2  of a data sheet's bandwidth and tensor-core peak, and of `Chip.l2`
-    link                of the rate of the link to host memory
-    tile                seconds of the first loads and last stores of a tile of TILE sums, which another program on the
-                        SM hides; a third of them are those of any tile
-    kernel              seconds that no kernel goes below, however little it does
-    ramp                seconds until a kernel's loads keep device memory busy, and from the last of them to its end
-    """
-
-    memory: float
-    matmul: float
-    l2: float
+    memory: float  # of a data sheet's bandwidth
+    matmul: float  # of its tensor-core peak
+    l2: float  # of `GPU.l2`
     tile: float
-    kernel: float
-    link: float
-    ramp: float
+    kernel: float  # seconds that no kernel goes below, however little it does
+    link: float  # of the link's rate
+    ramp: float  # seconds until a kernel's loads keep device memory busy, and from the last of them to its end
 
 
 TILE = 192 * 256
@@ -67,33 +250,29 @@ def floor(cost: Cost, gpu: GPU) -> tuple[float, str]:
 
 
 def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
-    """Measure the rates of the current GPU by torch's kernels: the better of a copy and a read of `memory` bytes, and a
-    bf16 matrix product of n x n."""
-    source = torch.ones(memory // 4, device=device)
-    copy = torch.empty_like(source)
+    """Measure the current GPU by torch: a copy and a read of `memory` bytes, and a bf16 product of n x n."""
+    source, copy = (torch.ones(memory // 4, device=device) for _ in range(2))
     bandwidth = max(2 * memory / timer(lambda: copy.copy_(source)), memory / timer(source.amax))
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
+    a, b, out = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(3))
     matmul = 2 * n**3 / timer(lambda: torch.mm(a, b, out=out))
     return GPU("", name, arch=arch, bandwidth=bandwidth, matmul=matmul, source="measured")
 
 
 def family_note(arch: str) -> str:
     """Return a line where `arch` uses the launch configurations of another architecture; else nothing."""
-    used = family(arch)
-    line = f"{arch} has no table of launch configurations: the analytic rule takes those of {used}\n"
-    return "" if used == arch else line
+    line = f"{arch} has no table of launch configurations: the analytic rule takes those of {family(arch)}\n"
+    return "" if family(arch) == arch else line
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """seconds, cautious: the range. `limit`: what takes most of the seconds: "memory", "link" (to host memory), "L2",
-    "tensor cores", or "launches" (the gaps, and kernels that do little). parts: seconds and limit of each launch."""
+    """A range of seconds. `limit` is "memory", "link" (to host memory), "L2", "tensor cores", or "launches" (the gaps,
+    and kernels that do little)."""
 
     seconds: float
     cautious: float
-    limit: str
-    parts: tuple[tuple[float, str], ...]
+    limit: str  # what takes most of the seconds
+    parts: tuple[tuple[float, str], ...]  # seconds and limit of each launch
     floor_s: float
 
     @property
@@ -107,17 +286,13 @@ class Prediction:
 
 
 def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
-    """Predict the time of a call with these launches and the compulsory work `cost`; never below its floor.
-
-    ValueError for a GPU of which no more than its rates are known, and for a kernel without a formula.
-    """
-    chip = gpu.chip
-    if chip is None:
+    """Predict the time of a call with these launches and the compulsory work `cost`; never below its floor. ValueError
+    for a GPU of which no more than its rates are known, and for a kernel without a formula."""
+    if not gpu.l2:
         raise ValueError(f"predict: GPU is {gpu.name}, needs one whose L2 bandwidth is known")
-    launches, (least, _) = tuple(launches), floor(cost, gpu)
-    gaps = sum(chip.pdl_gap if launch.dependent else chip.launch_gap for launch in launches)
-    works = tuple(map(count_work, launches))
-    parts, cautious = (_parts(launches, works, gpu, chip, efficiency) for efficiency in (OPTIMISTIC, CAUTIOUS))
+    works, (least, _) = [(launch, count_work(launch)) for launch in launches], floor(cost, gpu)
+    gaps = sum(gpu.gap(launch.dependent) for launch, _ in works)
+    parts, cautious = (_parts(works, gpu, efficiency) for efficiency in (OPTIMISTIC, CAUTIOUS))
     by_limit = defaultdict(float, launches=gaps)
     for seconds, limit in parts:
         by_limit[limit] += seconds
@@ -125,70 +300,52 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
     return Prediction(seconds, most, max(by_limit, key=by_limit.__getitem__), parts, least)
 
 
-def _parts(
-    launches: Iterable[Launch], works: Iterable[Work], gpu: GPU, chip: Chip, efficiency: Efficiency
-) -> tuple[tuple[float, str], ...]:
-    """Return seconds and limit of each launch, less what it prefetches while the launches in front leave memory idle.
-
-    Each dependent launch lets the next one start before it waits itself, so such launches that do little add up.
-    """
-    parts, idle, bandwidth = [], 0.0, gpu.bandwidth * efficiency.memory
-    sms = chip.sms or multiprocessors(gpu.arch)
-    for launch, work in zip(launches, works, strict=True):
+def _parts(works: Iterable[tuple[Launch, Work]], gpu: GPU, efficiency: Efficiency) -> tuple[tuple[float, str], ...]:
+    """Return seconds and limit of each launch, less what it prefetches while the launches in front leave memory idle:
+    each dependent launch lets the next one start before it waits itself, so such launches that do little add up."""
+    parts, idle, bandwidth, sms = [], 0.0, gpu.bandwidth * efficiency.memory, gpu.sms or multiprocessors(gpu.arch)
+    loading = sms / (gpu.l2 * efficiency.l2)  # seconds a byte, and of products seconds a FLOP
+    for launch, work in works:
         resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
-        seconds, limit = _part(work, resident, sms, gpu, chip, efficiency)
-        idle = idle + chip.pdl_gap if launch.dependent else 0.0
-        early = min(work.programs, sms * resident) * work.early / bandwidth
-        if early:
+        multiplying = sms / (gpu.vector if work.fp32 else gpu.matmul * efficiency.matmul)
+        vector = work.vector * sms / (gpu.vector * efficiency.matmul / OPTIMISTIC.matmul)
+        # One program computes while another multiplies.
+        multiplying = max(multiplying, vector) if resident > 1 else multiplying + vector
+        ends = efficiency.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
+        runs = [(count, max(loading * loaded, multiplying * flops) + ends) for count, loaded, flops in work.tiles]
+        slower = "L2" if loading * work.loaded >= multiplying * work.flops else "tensor cores"
+        limits = {"launches": efficiency.kernel, "memory": work.memory / bandwidth + efficiency.ramp}
+        limits[slower] = list_schedule(runs, sms)
+        limit = max(limits, key=limits.__getitem__)
+        most, link = limits[limit], work.host / (LINKS[gpu.link] * efficiency.link)
+        seconds, limit = work.apart * most + max(link, (1 - work.apart) * most), "link" if link > most else limit
+        idle = idle + gpu.gap(True) if launch.dependent else 0.0
+        if early := min(work.programs, sms * resident) * work.early / bandwidth:
             seconds = max(efficiency.kernel, seconds - min(idle, early + efficiency.ramp))
         idle = 0.0 if limit in ("memory", "link") else idle + seconds - work.memory / bandwidth
         parts.append((seconds, limit))
     return tuple(parts)
 
 
-def _part(work: Work, resident: int, sms: int, gpu: GPU, chip: Chip, efficiency: Efficiency) -> tuple[float, str]:
-    loading = sms / (chip.l2 * efficiency.l2)  # seconds a byte, and of products seconds a FLOP
-    multiplying = sms / (chip.vector if work.fp32 else gpu.matmul * efficiency.matmul)
-    vector = work.vector * sms / (chip.vector * efficiency.matmul / OPTIMISTIC.matmul)
-    # One program computes while another multiplies.
-    multiplying = max(multiplying, vector) if resident > 1 else multiplying + vector
-    ends = efficiency.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
-    runs = [(count, max(loading * loaded, multiplying * flops) + ends) for count, loaded, flops in work.tiles]
-    seconds = {
-        "launches": efficiency.kernel,
-        "memory": work.memory / (gpu.bandwidth * efficiency.memory) + efficiency.ramp,
-        "L2" if loading * work.loaded >= multiplying * work.flops else "tensor cores": list_schedule(runs, sms),
-    }
-    limit = max(seconds, key=seconds.__getitem__)
-    most, link = seconds[limit], work.host / (LINKS[gpu.link] * efficiency.link)
-    expected = work.apart * most + max(link, (1 - work.apart) * most)
-    return expected, "link" if link > most else limit
-
-
-def list_schedule(runs: Iterable[tuple[float, float]], places: int) -> float:
-    """Return the makespan of a greedy list schedule of programs on `places` processors, in seconds.
-
-    runs: in order, numbers of programs and the seconds that each takes; a fraction of a program adds to the next run.
-    """
-    free, remaining = [0.0] * places, 0.0
+def list_schedule(runs: Iterable[tuple[float, float]], processors: int) -> float:
+    """Return the makespan of a greedy list schedule on `places` processors, in seconds. runs: in order, numbers of
+    programs and the seconds that each takes; a fraction of a program adds to the next run."""
+    free, remaining = [0.0] * processors, 0.0
     runs = [run for run in runs if run[0] > 0]
     for index, (count, seconds) in enumerate(runs):
         remaining += count
         programs = math.ceil(remaining - 1e-6) if index == len(runs) - 1 else int(remaining)
         remaining -= programs
         if free[0] == max(free):  # whole waves of equal programs
-            waves = programs // places
-            free, programs = [free[0] + waves * seconds] * places, programs - waves * places
+            waves = programs // processors
+            free, programs = [free[0] + waves * seconds] * processors, programs - waves * processors
         for _ in range(programs):
             heapq.heapreplace(free, free[0] + seconds)
     return max(free)
 
 
 def _resident_programs(work: Work, warps: int, sms: int, arch: str) -> int:
-    """Return how many programs an SM holds at once; the busiest SM runs whole waves of them.
-
-    An SM shares its bandwidth and its tensor cores among its programs: more of them are no quicker together.
-    """
+    """Return how many programs an SM holds at once; it shares its bandwidth and its tensor cores among them."""
     most = min(WARPS // warps, int(REGISTERS // (work.values + OTHER_REGISTERS * THREADS * warps)))
     if work.shared:
         reserved = 0 if amd(arch) else 1024  # by CUDA for each block: an SM has that much more than a block's most

@@ -1,7 +1,4 @@
-"""How a command runs: on a GPU, in plain torch or interpreted, and in how many processes.
-
-`select_backend` runs before any kernel is imported: Triton reads TRITON_INTERPRET when it decorates.
-"""
+"""How a command runs: on a GPU, in plain torch or interpreted, and in how many processes."""
 
 from __future__ import annotations
 
@@ -15,10 +12,8 @@ SWITCH = "TRITON_INTERPRET"
 
 
 def select_backend(args: argparse.Namespace, interpret: bool) -> str:
-    """Set TRITON_INTERPRET -> a note to print before the work; empty on a GPU, and where the user has set it.
-
-    `interpret`: without a GPU this command interprets the kernels rather than run the torch backend.
-    """
+    """Set TRITON_INTERPRET, before any kernel is imported -> a note to print; empty on a GPU, and where it was set.
+    `interpret`: without a GPU this command interprets the kernels rather than run the torch backend."""
     requested, switch = getattr(args, "interpret", False), os.environ.get(SWITCH)
     on_cpu = args.device is not None and args.device.startswith("cpu")
     if requested and args.device is not None and not on_cpu:
@@ -48,9 +43,7 @@ def select_backend(args: argparse.Namespace, interpret: bool) -> str:
 @contextmanager
 def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     """Open a DeviceMesh [ep, tp] of the processes that torchrun started; None where this is the only process.
-
-    ValueError unless torchrun started tp * ep of them, with a GPU or a part of the CPU for each.
-    """
+    ValueError unless torchrun started tp * ep of them, with a GPU or a part of the CPU for each."""
     for name in ("tp", "ep"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, needs at least 1")
@@ -73,9 +66,9 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"{rank}--device is {kind!r}, needs cpu or cuda: each of several processes has its own GPU")
     if kind == "cuda":
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            raise ValueError(f"{rank}this machine has {count} GPUs, needs one a process")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"{rank}this machine has {torch.cuda.device_count()} GPUs, needs one a process")
         torch.cuda.set_device(local)
     try:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)

@@ -1,5 +1,4 @@
-"""Text of the command line: prompts, a checkpoint's tokenizer and chat template, and what is generated. It imports no
-torch."""
+"""Text of the command line: prompts, a checkpoint's tokenizer and chat template, generated text; no import of torch."""
 
 from __future__ import annotations
 
@@ -21,8 +20,6 @@ from .terminal import bar
 
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 28  # that a chat template may take
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
-
-
 PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /dev/zero has no end
 
 
@@ -31,37 +28,35 @@ def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
     at the end of an input or a file is not part of the text. ValueError where there is none, or an empty one."""
     if not prompts:
         raise ValueError("--prompt is missing: give a text, - to read standard input, or --prompt-file FILE")
-    texts = []
-    for prompt in prompts:
-        name = f"--prompt-file {prompt}" if isinstance(prompt, Path) else "--prompt -" if prompt == "-" else "--prompt"
-        if name == "--prompt -" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("--prompt - reads standard input, which several processes share: needs --prompt-file")
-        try:
-            text = str(prompt)
-            if name != "--prompt":
-                with prompt.open(encoding="utf-8") if isinstance(prompt, Path) else nullcontext(sys.stdin) as source:
-                    text = source.read(PROMPT_CHARACTERS + 1).removesuffix("\n")
-                if len(text) > PROMPT_CHARACTERS:
-                    raise ValueError(f"{name} is longer than {PROMPT_CHARACTERS:,} characters, the most of a prompt")
-            text.encode()  # fails for Python's stand-ins for bytes that are no UTF-8
-        except UnicodeError:
-            raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
-        if not text:
-            raise ValueError(f"{name} is empty: give at least one character")
-        texts.append(text)
-    return texts
+    return list(map(_read_prompt, prompts))
+
+
+def _read_prompt(prompt: str | Path) -> str:
+    name = f"--prompt-file {prompt}" if isinstance(prompt, Path) else "--prompt -" if prompt == "-" else "--prompt"
+    if name == "--prompt -" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--prompt - reads standard input, which several processes share: needs --prompt-file")
+    try:
+        text = str(prompt)
+        if name != "--prompt":
+            with prompt.open(encoding="utf-8") if isinstance(prompt, Path) else nullcontext(sys.stdin) as source:
+                text = source.read(PROMPT_CHARACTERS + 1).removesuffix("\n")
+        text.encode()  # fails for Python's stand-ins for bytes that are no UTF-8
+    except UnicodeError:
+        raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
+    if not text or len(text) > PROMPT_CHARACTERS:
+        fault = f"longer than {PROMPT_CHARACTERS:,} characters, the most of a prompt"
+        raise ValueError(f"{name} is {fault if text else 'empty: give at least one character'}")
+    return text
 
 
 class FileTokenizer:
-    """A tokenizer of a file. What the library raises, Rust's panics included, becomes a ValueError that names the file.
-    `truncation` and `padding`, which training saves there and which would cut or pad prompts, are off, as in
-    transformers."""
+    """A tokenizer without truncation and padding, whose errors and panics are ValueErrors that name the file."""
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
-        self._path, self._tokenizer = path, Tokenizer
-        self._tokenizer = self.from_file(str(path))
+        self._path = path
+        self._tokenizer = self._call(Tokenizer.from_file, str(path))
         self.no_truncation()
         self.no_padding()
 
@@ -91,26 +86,19 @@ def load_tokenizer(folder: str | Path) -> Any:
     return FileTokenizer(path)
 
 
-def encode(tokenizer: Any, text: str, bos: int | None) -> tuple[list[int], str]:
-    """Return the text's tokens after `bos`, unless the text begins with it, and a warning where the text holds it."""
+def encode(tokenizer: Any, text: str, bos: int | None) -> list[int]:
+    """Return the text's tokens after `bos`, unless the text begins with it."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    warning = ""
-    if bos in ids:
-        name, added = tokenizer.id_to_token(bos), "one more is" if ids[0] != bos else "no second one is"
-        warning = f"the prompt holds {name}, the beginning-of-sequence token: {added} added"
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids], warning
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, in jinja's sandbox as transformers has it."""
+    """A folder's chat template, in jinja's sandbox as transformers has it. ValueError for a missing or broken one."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Read the folder's template; ValueError that names the files where there is none, and for a broken one."""
-        import jinja2
         import jinja2.sandbox
 
-        folder = Path(folder)
-        self.file, file = folder / CONFIG_FILE, folder / TEMPLATE_FILE
+        self.file, file = Path(folder) / CONFIG_FILE, Path(folder) / TEMPLATE_FILE
         config = read_json_object(self.file) if self.file.is_file() else {}
         template = config.get("chat_template")
         if isinstance(template, list):  # several with names
@@ -127,25 +115,52 @@ class ChatTemplate:
         special = ((name, config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token"))
         tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in special}
         self.tokens = {name: token for name, token in tokens.items() if token is not None}
-        options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(**options, extensions=["jinja2.ext.loopcontrols"])
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
         environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
         self._compile = partial(environment.from_string, template)
-        if reason := _limited(lambda: str(self._compile()))[1]:
-            raise ValueError(f"{self.file}: the chat template is not readable: {shown(reason, 200)}")
+        self._limited(lambda: str(self._compile()), "is not readable:")
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return the text that continues with the assistant's next message; ValueError where the template fails, and
-        where it leaves a system message out."""
+        """Return the text up to the assistant's next message; ValueError for a failure or a lost system message."""
         arguments = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         hint = ": it may have no system message; leave --system out" if system else ""
-        text, reason = _limited(lambda: self._compile().render(**arguments, **self.tokens))
-        if reason:
-            raise ValueError(f"{self.file}: the chat template fails with {shown(reason, 200)}{hint}")
+        text = self._limited(lambda: self._compile().render(**arguments, **self.tokens), "fails with", hint)
         if system.strip() not in text:
             raise ValueError(f"{self.file}: the chat template leaves the system message out{hint}")
+        return text
+
+    def _limited(self, function: Callable[[], str], fault: str, hint: str = "") -> str:
+        """Run `function` in a child process: a template may never end or take all memory, even while it is compiled."""
+
+        def child() -> None:
+            import resource
+
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES,) * 2)
+            try:
+                sender.send((function(), ""))
+            except Exception as error:
+                sender.send(("", f"{type(error).__name__}: {error}"))
+
+        fork = multiprocessing.get_context("fork")
+        receiver, sender = fork.Pipe(duplex=False)
+        process = fork.Process(target=child, daemon=True)
+        process.start()
+        sender.close()
+        text, reason = "", f"no end after {TEMPLATE_SECONDS} s"
+        try:
+            if receiver.poll(TEMPLATE_SECONDS):
+                text, reason = receiver.recv()
+        except EOFError:
+            reason = "the end of its process"
+        finally:
+            process.kill()
+        if reason:
+            raise ValueError(f"{self.file}: the chat template {fault} {shown(reason, 200)}{hint}")
         return text
 
 
@@ -153,39 +168,11 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
-def _limited(function: Callable[[], str]) -> tuple[str, str]:
-    """Return the text that `function` returns, and why there is none. It runs a template, a program that may never end
-    or take all memory, even while it is compiled: hence a child process of limited time and memory."""
-
-    def child() -> None:
-        import resource
-
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES,) * 2)
-        try:
-            sender.send((function(), ""))
-        except Exception as error:
-            sender.send(("", f"{type(error).__name__}: {error}"))
-
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=child, daemon=True)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(TEMPLATE_SECONDS) else ("", f"no end after {TEMPLATE_SECONDS} s")
-    except EOFError:
-        return "", "the end of its process"
-    finally:
-        process.kill()
-
-
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}  # options and defaults
 
 
 def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the options of sampling, where not given those `stored` in generation_config.json, else the defaults; and
-    lines that say which are stored and which are ignored."""
+    """Return the options of sampling, given, `stored` in generation_config.json or default, and notes on the stored."""
     explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     stored = stored | {"temperature": stored.get("temperature", 1.0) if stored.get("do_sample") else 0.0}
     found = {name: stored[name] for name in SAMPLING if name in stored and name not in explicit}
@@ -196,60 +183,32 @@ def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], 
     return options, notes
 
 
-class TimedSteps:
-    """The tokens of one sequence of `Mixtral.stream`: how fast they came, and the peak of memory."""
+def speed_of(times: Sequence[float], prompt_tokens: int, device: Any) -> tuple[dict[str, Any], str]:
+    """Return tokens per second (None without a token), and peak_bytes, which torch allocated on the GPU or the process
+    had resident; and a line that says so. times: of the start, and of each token."""
+    import resource
 
-    def __init__(self, steps: Iterator[Any], prompt_tokens: int, device: Any) -> None:
-        self.steps, self.prompt_tokens, self.device = steps, prompt_tokens, device
-        self.times: list[float] = []  # of the start, and of each token
+    import torch
 
-    def __iter__(self) -> Iterator[int]:
-        self.times = self.times or [time.perf_counter()]
-        for step in self.steps:
-            token = int(step[0])  # waits for the GPU
-            self.times.append(time.perf_counter())
-            yield token
-
-    def peak_bytes(self) -> int:
-        """What torch allocated on the GPU, or what the process had resident; 0: unknown."""
-        if self.device.type == "cuda":
-            import torch
-
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            import resource
-        except ImportError:  # not a Unix
-            return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Rates in tokens per second; None where there is no token to count."""
-        times, count = self.times, len(self.times) - 1
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None,
-            "prefill_tokens_per_second": self.prompt_tokens / (times[1] - times[0]) if count > 0 else None,
-            "decode_tokens_per_second": (count - 1) / (times[-1] - times[1]) if count > 1 else None,
-            "peak_bytes": self.peak_bytes(),
-        }
-
-    def __str__(self) -> str:
-        _, _, prefill, decode, peak = self.as_dict().values()
-        first = f"prefill: {self.prompt_tokens} tokens, {prefill or 0:.1f} tokens/s"
-        rest = f"decode: {max(0, len(self.times) - 2)} tokens, {decode or 0:.1f} tokens/s"
-        return f"{first}; {rest}; peak of memory: {peak / 1e9:.2f} GB"
+    count = len(times) - 1
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
+    prefill = prompt_tokens / (times[1] - times[0]) if count > 0 else None
+    decode = (count - 1) / (times[-1] - times[1]) if count > 1 else None
+    speed = {"prompt_tokens": prompt_tokens, "tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
+    speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "peak_bytes": peak}
+    first = f"prefill: {prompt_tokens} tokens, {prefill or 0:.1f} tokens/s"
+    rest = f"decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
+    return speed, f"{first}; {rest}; peak of memory: {peak / 1e9:.2f} GB"
 
 
 def print_stream(
-    steps: TimedSteps, tokenizer: Any, shown: str | None, after: list[int], total: int, stop: Sequence[str] = ()
-) -> tuple[list[int], str]:
-    """Return the tokens and their text, which is printed as it comes, after `shown`; None: it is not.
-
-    after: the tokens that the text follows, without which a decoder drops a space before the first token.
-    stop: the text ends before the first of these. What may become one is not printed until it cannot.
-    The text's line ends even where an error or Ctrl-C ends the work.
-    """
-    tokens: list[int] = []
+    steps: Iterator[Any], tokenizer: Any, shown: str | None, after: list[int], total: int, stop: Sequence[str] = ()
+) -> tuple[list[int], str, list[float]]:
+    """Return the tokens of one sequence of `Mixtral.stream`; their text up to `stop`, printed as it comes after `shown`
+    (None: it is not); and the times of the start and of each token. The text follows the tokens `after`, without which
+    a decoder drops a space before the first token."""
+    tokens, times = list[int](), [time.perf_counter()]
     start, printed, answer = len(tokenizer.decode(after, skip_special_tokens=True)), 0, ""
 
     def decode() -> str:
@@ -257,12 +216,14 @@ def print_stream(
 
     def read() -> Iterator[str]:
         """Yield the text after each token, up to where it ends or may end, and last all of it."""
-        for token in steps:
-            tokens.append(token)
+        for step in steps:
+            tokens.append(int(step[0]))  # waits for the GPU
+            times.append(time.perf_counter())
             text = decode() if stop or shown is not None else ""
             if ends := [text.index(each) for each in stop if each in text]:
                 yield text[: min(ends)]
                 return
+            # What may become a stop string is not printed until it cannot.
             held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
             yield text[: len(text) - held]
         yield decode()
@@ -281,4 +242,4 @@ def print_stream(
                 printed = max(printed, len(text))
     finally:
         print(end="" if shown is None else "\n", flush=True)
-    return tokens, answer
+    return tokens, answer, times

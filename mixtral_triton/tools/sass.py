@@ -1,8 +1,6 @@
 """Count the instructions of the main loops of a kernel for NVIDIA in its machine code (SASS).
 
-The figure is FLOP per instruction: FLOP that a warp's tensor-core instructions do in one turn of the loop, by the other
-instructions the warp issues in that turn. A warpgroup's instruction (HGMMA 64xNxK) is issued by each of its four warps,
-which do a quarter of its FLOP each. More is better: the tensor cores wait less for everything else.
+The figure is the FLOP of a warp's tensor-core instructions in one turn of the loop by its other instructions there.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import struct
 import subprocess
 import tempfile
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -32,16 +30,12 @@ _SPILL = re.compile(r"^(?:@\S+\s+)?(?:STL|LDL)\b")
 
 @dataclass(frozen=True)
 class Loop:
-    """One loop of a kernel: instructions of a turn.
+    """Numbers of instructions of a turn of a loop."""
 
-    tensor  those of the tensor cores; other: all the rest; spills: those of the rest that store or load a spill
-    flops   that a warp's tensor-core instructions do; None where the shape is not in the instruction (sm_100)
-    """
-
-    tensor: int
+    tensor: int  # of the tensor cores
     other: int
-    spills: int
-    flops: float | None
+    spills: int  # among the others, those that store or load a spill
+    flops: float | None  # of a warp's tensor-core instructions; None where no instruction has its shape (sm_100)
 
     @property
     def flop_per_instruction(self) -> float | None:
@@ -49,7 +43,7 @@ class Loop:
 
 
 def _sections(cubin: bytes) -> list[bytes]:
-    """The machine code of an ELF file, a section a function."""
+    """Return the machine code of an ELF file, a section a function."""
     (start,) = struct.unpack_from("<Q", cubin, 0x28)
     size, count, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, start + size * index) for index in range(count)]
@@ -59,7 +53,7 @@ def _sections(cubin: bytes) -> list[bytes]:
 
 
 def _disassemble(sections: Sequence[bytes], arch: str) -> list[Code]:
-    """The instructions of each section. All in one go: the disassembler takes most of a second to start."""
+    """Return the instructions of each section, in one go: the disassembler takes most of a second to start."""
     number = int(arch.removeprefix("sm_"))
     # Those of one generation since sm_100 have the same encodings, and an older disassembler knows the first alone.
     target = f"SM{number // 10 * 10}a" if number >= 90 else f"SM{number}"
@@ -73,18 +67,6 @@ def _disassemble(sections: Sequence[bytes], arch: str) -> list[Code]:
     return [lines[begin:end] for begin, end in pairwise(ends)]
 
 
-def _successors(code: Code) -> list[list[int]]:
-    """Which instructions may come after each, by number."""
-    number = {address: index for index, (address, _) in enumerate(code)}
-    after: list[list[int]] = []
-    for index, (_, text) in enumerate(code):
-        jump = _JUMP.match(text)
-        falls_through = any(jump.groups()[:3]) if jump else not _END.match(text)
-        successors = (index + 1 if falls_through else None, number.get(int(jump[4], 16)) if jump else None)
-        after.append([successor for successor in successors if successor is not None and successor < len(code)])
-    return after
-
-
 def _reachable(graph: list[list[int]], successors: list[int], without: int) -> set[int]:
     """Return the instructions reachable from `successors`, these included, without passing `without`."""
     found, pending = {without}, list(successors)
@@ -95,18 +77,21 @@ def _reachable(graph: list[list[int]], successors: list[int], without: int) -> s
     return found - {without}
 
 
-def _natural_loops(after: list[list[int]]) -> list[set[int]]:
+def _natural_loops(code: Code) -> list[set[int]]:
     """Return the natural loops: for each back edge to an instruction that dominates it, the instructions between."""
-    before: list[list[int]] = [[] for _ in after]
-    for index, successors in enumerate(after):
-        for successor in successors:
-            before[successor].append(index)
+    number = {address: index for index, (address, _) in enumerate(code)}
+    before: list[list[int]] = [[] for _ in code]
+    after: list[list[int]] = [[] for _ in code]
+    for index, (_, text) in enumerate(code):
+        jump = _JUMP.match(text)
+        falls_through = any(jump.groups()[:3]) if jump else not _END.match(text)
+        for successor in (index + 1 if falls_through else None, number.get(int(jump[4], 16)) if jump else None):
+            if successor is not None and successor < len(code):
+                after[index].append(successor)
+                before[successor].append(index)
     loops, every = [], _reachable(after, [0], -1)
-    for head in sorted(
-        {successor for index, successors in enumerate(after) for successor in successors if successor <= index}
-    ):
-        ends = [index for index in before[head] if index in every - _reachable(after, [0], head)]
-        if ends:
+    for head in (head for head, jumps in enumerate(before) if max(jumps, default=-1) >= head):
+        if ends := [index for index in before[head] if index in every - _reachable(after, [0], head)]:
             loops.append(_reachable(before, ends, head) | {head})
     return loops
 
@@ -118,20 +103,13 @@ def main_loops(cubins: Sequence[Path], arch: str) -> list[tuple[Loop, ...]]:
     return [tuple(loop for _ in each for loop in _loops(next(code))) for each in sections]
 
 
-def _loops(code: Code) -> list[Loop]:
-    tensor = {index for index, (_, text) in enumerate(code) if _TENSOR.match(text)}
-    every = _natural_loops(_successors(code))
+def _loops(code: Code) -> Iterator[Loop]:
+    """Count the loops; the FLOP of a warp are those of 64xNxK by four warps, or of 16x8xK by one."""
+    tensor, every = {index for index, (_, text) in enumerate(code) if _TENSOR.match(text)}, _natural_loops(code)
     working = [loop for loop in every if loop & tensor] or every
-    innermost = [loop for loop in working if not any(other < loop for other in working)]
-    return [_count([code[index][1] for index in sorted(loop)]) for loop in innermost]
-
-
-def _count(body: list[str]) -> Loop:
-    """Count a loop; the FLOP of a warp are those of 64xNxK by four warps, or of 16x8xK by one."""
-    tensor = [text for text in body if _TENSOR.match(text)]
-    flops: float | None = 0.0
-    for text in tensor:
-        shape = _SHAPE.search(text)
-        size = 0 if not shape else 64 / 4 * int(shape[1]) * int(shape[2]) if shape[1] else 16 * 8 * int(shape[3])
-        flops = flops + 2 * size if size and flops is not None else None
-    return Loop(len(tensor), len(body) - len(tensor), sum(bool(_SPILL.match(text)) for text in body), flops)
+    for loop in (loop for loop in working if not any(other < loop for other in working)):
+        shapes = [_SHAPE.search(code[index][1]) for index in loop & tensor]
+        sizes = [64 / 4 * int(x[1]) * int(x[2]) if x[1] else 16.0 * 8 * int(x[3]) for x in shapes if x]
+        flops = 2 * sum(sizes) if all(shapes) else None
+        spills = sum(bool(_SPILL.match(code[index][1])) for index in loop)
+        yield Loop(len(shapes), len(loop - tensor), spills, flops)

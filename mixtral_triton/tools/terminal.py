@@ -10,18 +10,19 @@ import sys
 import sysconfig
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import rich.table
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.text import Text
 
 from .processes import is_first
@@ -41,56 +42,48 @@ def console(stderr: bool = False) -> Console:
     return out
 
 
-class Column:
-    """`number`: right-aligned and never wrapped; other cells wrap at spaces. A number's heading wraps, too. Where the
-    table is too wide, the column of the largest `rank` that is furthest to the right is left out first."""
-
-    def __init__(self, heading: str, number: bool = True, rank: int = 0) -> None:
-        self.name, self.rank = heading, rank
-        wrapper = textwrap.TextWrapper(HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
-        self.heading, self.number = wrapper.fill(heading) if number else heading, number
-
-
+@dataclass
 class Table:
-    """rich's table with a title and a caption: a text, or one for each heading that needs it. No cell is cut. Empty
-    columns are left out, and named ones where it is too wide, but never the first `keys`."""
+    """rich's table of rows with their cells by heading. Text wraps at spaces, a number never, and no cell is cut: empty
+    columns are left out, and where the table is too wide those of the largest rank, from the right, but never a key."""
 
-    def __init__(
-        self, title: str, columns: Sequence[Column], caption: str | dict[str, str] = "", keys: int = 1
-    ) -> None:
-        self.title, self.columns, self.caption, self.keys = title, list(columns), caption, keys
-        self.rows: list[tuple[list[Text], str]] = []
+    title: str
+    caption: str | Mapping[str, str] = ""  # or one for each heading that needs it
+    keys: int = 1  # the first columns, which are text
+    text: Collection[str] = ()  # other columns of text; all others hold numbers
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    rows: list[tuple[dict[str, Text], str]] = field(default_factory=list)  # cells and style
 
-    def add(self, *cells: str | Text, style: str = "") -> None:
-        self.rows.append(([cell if isinstance(cell, Text) else Text(cell) for cell in cells], style))
+    def add(self, cells: Mapping[str, str | Text], style: str = "") -> None:
+        self.rows.append(({name: Text.assemble(cell) for name, cell in cells.items()}, style))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield Text(self.title, style="bold")
-        most = max(1, (options.max_width - 2) // (self.keys + 1) - 2)
-        keys = list(range(self.keys))
-        widths = {}
-        for index, column in enumerate(self.columns):
-            cells = [cells[index] for cells, _ in self.rows]
-            if index in keys or any(cells):
-                longest = max([*map(len, column.heading.split("\n")), *map(len, cells)])
-                widths[index] = max(1, min(longest, most, longest if column.number else TEXT_WIDTH))
-        shown, left_out = list(widths), list[str]()
-        while len(shown) > self.keys + 1 and sum(widths[n] + 2 for n in shown) - 1 > options.max_width:
-            last = max(shown[self.keys :], key=lambda n: (self.columns[n].rank, n))
-            shown.remove(last)
-            left_out.insert(0, self.columns[last].name)
+        keys, widths = list(self.rows[0][0])[: self.keys], {}
+        text, most = {*keys, *self.text}, max(1, (options.max_width - 2) // (self.keys + 1) - 2)
+        wrapper = textwrap.TextWrapper(HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
+        headings = {name: name if name in text else wrapper.fill(name) for name in self.rows[0][0]}
+        for name, heading in headings.items():
+            column = [row[name] for row, _ in self.rows]
+            if name in keys or any(column):
+                longest = max([*map(len, heading.split("\n")), *map(len, column)])
+                widths[name] = max(1, min(longest, most, TEXT_WIDTH if name in text else longest))
+        shown = list(widths)
+        while len(shown) > self.keys + 1 and sum(widths[name] + 2 for name in shown) - 1 > options.max_width:
+            shown.remove(max(reversed(shown[self.keys :]), key=lambda name: self.ranks.get(name, 0)))
         table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
-        for column, width in ((self.columns[n], widths[n]) for n in shown):
-            justify: Any = "right" if column.number else "left"
-            table.add_column(Text(column.heading), min_width=width, justify=justify, overflow="fold")
-        for cells, style in self.rows:
-            table.add_row(*(cells[n] for n in shown), style=style)
+        for name in shown:
+            justify: Any = "left" if name in text else "right"
+            table.add_column(Text(headings[name]), min_width=widths[name], justify=justify, overflow="fold")
+        for row, style in self.rows:
+            table.add_row(*map(row.__getitem__, shown), style=style)
         yield table
-        caption, names = self.caption, [self.columns[n].name for n in shown]
-        if isinstance(caption, dict):
-            caption = "; ".join(f"{name}: {text}" for name, text in caption.items() if name in names)
-        note = f"left out at this width: {', '.join(left_out)}; --json has all" if left_out else ""
-        yield Text("".join(f"{line}\n" for line in (caption, note) if line), style="dim")
+        notes, left_out = self.caption, [name for name in widths if name not in shown]
+        if not isinstance(notes, str):
+            notes = "; ".join(f"{name}: {note}" for name, note in notes.items() if name in shown)
+        notes += "\n" * bool(notes)
+        notes += f"left out at this width: {', '.join(left_out)}; --json has all\n" if left_out else ""
+        yield Text(notes, style="dim")
 
 
 def print_message(line: str) -> None:
@@ -102,29 +95,22 @@ def print_message(line: str) -> None:
 
 
 class Bar(NamedTuple):
-    """The progress of one task."""
-
-    progress: Progress
-    task: TaskID
-
-    def advance(self, done: int) -> None:
-        self.progress.update(self.task, advance=done)
-
-    def update(self, done: int, total: int) -> None:
-        self.progress.update(self.task, completed=done, total=total)
+    advance: Callable[[int], None]  # by so much
+    update: Callable[[int, int], None]  # to so much, of so much
 
 
 @contextmanager
 def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> Iterator[Bar]:
     """Show the first process's progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds.
-
-    `total` None: unknown. `count` shows how much is done; None: as a number.
-    """
+    `total` None: unknown. `count` shows how much is done; None: as a number."""
     console, done, count = Console(stderr=True), threading.Event(), count or MofNCompleteColumn()
-    compiled, triton = list[float](), sys.modules.get("triton")  # seconds of each kernel, which no estimate may repeat
-    if triton is not None:
-        record = lambda times, cache_hit, **rest: compiled.extend([times.total / 1e6] * (not cache_hit))  # noqa: E731
-        triton.knobs.compilation.listener = record
+    compiled: list[float] = []  # seconds of each kernel, which no estimate may repeat
+
+    def record(times: Any, cache_hit: bool, **rest: Any) -> None:
+        compiled.extend([times.total / 1e6] * (not cache_hit))
+
+    if "triton" in sys.modules:
+        sys.modules["triton"].knobs.compilation.listener = record
     columns, drawn = (BarColumn(), count, TimeRemainingColumn()), is_first() and console.is_terminal
     with Progress("{task.description}", *columns, console=console, transient=True, disable=not drawn) as progress:
         task = progress.add_task(label, total=total)
@@ -145,7 +131,8 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
             if is_first() and not drawn:
                 thread.submit(report)
             try:
-                yield Bar(progress, task)
+                update = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
+                yield Bar(partial(progress.advance, task), update)
             finally:
                 done.set()
 
@@ -159,9 +146,8 @@ def did_you_mean(message: str) -> str:
 
 
 def exit_status(error: BaseException, command: str | None) -> int:
-    """Report what ended a command in one line on stderr -> its exit status.
-
-    An error that no input explains is a crash; in Python's development mode (`python -X dev`) it is raised again."""
+    """Report what ended a command in one line on stderr -> its exit status. An error that no input explains is a crash;
+    in Python's development mode (`python -X dev`) it is raised again."""
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         error = error.__context__  # rich turns the one into the other
     name = "mixtral-triton" if command is None else f"mixtral-triton {command}"
@@ -173,19 +159,25 @@ def exit_status(error: BaseException, command: str | None) -> int:
     if isinstance(error, KeyboardInterrupt):
         print_message("\r" * sys.stderr.isatty() + f"{name}: interrupted")  # over the terminal's ^C
         return INTERRUPTED
-    message, text = _compiler_message(error), " ".join(str(error).split())
-    if message is None and isinstance(error, (ValueError, OSError)):
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else text
+    message, text = None, " ".join(str(error).split())
+    if isinstance(error, subprocess.CalledProcessError):  # of Triton's build of a launcher
+        message = toolchain_fault()
+    elif isinstance(error, RuntimeError) and "C compiler" in text:
+        message = toolchain_fault() or text
+    elif isinstance(error, OSError) and error.filename:
+        message = f"{error.filename}: {error.strerror}"
         folder = sys.modules["triton"].knobs.cache.dir if "triton" in sys.modules else None
-        if folder and isinstance(error, OSError) and str(error.filename).startswith(folder):
+        if folder and str(error.filename).startswith(folder):
             message += ": Triton keeps compiled kernels there, needs TRITON_CACHE_DIR, a folder that can be written"
-    if message is None and (sys.flags.dev_mode or not isinstance(error, Exception)):
+    elif isinstance(error, (ValueError, OSError)):
+        message = text
+    if message is not None:
+        print_message(f"{name}: {did_you_mean(message.removeprefix(f'{command}: '))}")
+        return 2
+    if sys.flags.dev_mode or not isinstance(error, Exception):
         raise error
-    if message is None:
-        print_message(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
-        return CRASHED
-    print_message(f"{name}: {did_you_mean(message.removeprefix(f'{command}: '))}")
-    return 2
+    print_message(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
+    return CRASHED
 
 
 def toolchain_fault() -> str | None:
@@ -198,24 +190,8 @@ def toolchain_fault() -> str | None:
     return None
 
 
-def _compiler_message(error: BaseException) -> str | None:
-    """Return what is missing, if `error` is Triton's for an absent or failing C compiler."""
-    if isinstance(error, RuntimeError) and "C compiler" in str(error):
-        return toolchain_fault() or str(error)
-    return toolchain_fault() if isinstance(error, subprocess.CalledProcessError) else None
-
-
 def check_writable(option: str, file: Path) -> None:
     """Raise ValueError where an option's file cannot be written: before the work whose result would be lost."""
     folder = file.absolute().parent
     if not folder.is_dir() or file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
         raise ValueError(f"{option} {str(file)!r} needs a file that can be written, in a folder that exists")
-
-
-def check_plot(file: Path) -> None:
-    """Raise ValueError where `--plot FILE` cannot be written: before the work whose result would be lost."""
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {str(file)!r} needs a name that ends in .png, .svg or .pdf")
-    check_writable("--plot", file)
-    if find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'mixtral-triton[plot]'")

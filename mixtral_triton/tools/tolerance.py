@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ from ..kernels.quantized_cache import CODE_MAX, QuantizedCache
 from ..kernels.registry import OPS
 
 RATIO = 2.0  # the error of an operation may be this many times that of torch in the same dtype
-# The least limit, of an operation relative to the largest value, of a layer to a token's norm: one rounding of a result
-# (16-bit types), or another order of a long sum (fp32).
+# The least limit, relative to the largest value: a rounding of a result, in fp32 another order of a long sum.
 FLOOR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-19}
 TOKEN_FLOOR = {dtype: floor / 2 for dtype, floor in FLOOR.items()}
 
@@ -74,19 +74,12 @@ class Tolerance:
 
     @cached_property
     def _raised_limits(self) -> list[float]:
-        """At least what half a rounding of each activation changes, and the worst error of torch on other activations
-        next to these: its own may be small by chance, where several roundings follow each other."""
-
-        def near(seed: int) -> Args:
-            return {
-                key: _perturbed(x, seed) if key in ACTIVATIONS and x is not None else x for key, x in self.args.items()
-            }
-
-        runs = [(_fp64_results(self.op, near(0)), self.exact)]
-        for args in map(near, range(1, PERTURBED + 1)):
-            runs.append((_results(self.op, self.op.call_reference, args), _fp64_results(self.op, args)))
+        """At least the errors of a rounding, and of torch on activations near these: one may be small by chance."""
         limits = self.limits
-        for got, exact in runs:
+        for seed in range(PERTURBED + 1):
+            near = {key: _perturbed(x, seed) for key in ACTIVATIONS if (x := self.args.get(key)) is not None}
+            exact = _fp64_results(self.op, self.args | near)
+            got = _results(self.op, self.op.call_reference, self.args | near) if seed else self.exact
             pairs = list(zip(got, exact, strict=True))[: self.independent]
             errors = [_error(*pair) if pair[0].dtype.is_floating_point else 0.0 for pair in pairs]
             limits = [max(limit, RATIO * error) for limit, error in zip_longest(limits, errors, fillvalue=0.0)]
@@ -115,11 +108,11 @@ def to_fp64(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.dtype.is_floating_point else value
 
 
+@dataclass
 class Fp64Experts:
     """The experts of a projection, each converted to fp64 where it is used, to save memory."""
 
-    def __init__(self, weight: Any) -> None:
-        self.weight = weight
+    weight: Any
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -129,43 +122,29 @@ class Fp64Experts:
 
 
 def _fp64_results(op: Op, args: Args) -> list[Tensor]:
-    """The results of the operation's reference in fp64."""
     convert = dict.fromkeys(("gate_up_proj", "down_proj"), Fp64Experts)
     return _results(op, op.call_reference, {key: convert.get(key, to_fp64)(value) for key, value in args.items()})
 
 
 def _results(op: Op, function: Callable[..., Any], args: Args) -> list[Tensor]:
-    """What a call of `function` returns, then the arguments that the operation mutates, which are copied first; caches
-    of 8 bits dequantized."""
+    """What `function` returns, then the arguments that the operation mutates, as copies; caches dequantized."""
     args = {name: value.clone() if name in op.mutates else value for name, value in args.items()}
     out = function(**args)
     results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
-    caches = (args[name] for name in op.mutates)
-    return results + [x.dequantize() if isinstance(x, QuantizedCache) else x for x in caches]
+    results += [args[name] for name in op.mutates]
+    return [x.dequantize() if isinstance(x, QuantizedCache) else x for x in results]
 
 
-@contextmanager
-def ordered_products() -> Iterator[None]:
+def ordered_products() -> AbstractContextManager[Any]:
     """Sum interpreted products in one order within the block: numpy's depends on a row's place in its tile."""
-    product = interpret.product
-    interpret.product = partial(np.einsum, "mk,kn->mn")  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        interpret.product = product
+    return mock.patch.object(interpret, "product", partial(np.einsum, "mk,kn->mn"))
 
 
 def same_bits(name: str, function: Callable[..., Any], args: Args) -> bool:
-    """Whether rows, or sequences, of a call have the bits that they have alone, and in other batches.
-
-    The GPU has few multiprocessors here, so that a small batch fills them.
-    """
-    op = OPS[name]
-    first = op.arguments[0].shape_spec.split()[0]
-    batched = {
-        arg.name for arg in op.arguments if arg.shape_spec.split()[:1] == [first] and args.get(arg.name) is not None
-    }
-    device = args[op.names[0]].device
+    """Whether rows, or sequences, of a call have the bits of other batches, on a GPU that a small batch fills."""
+    op, device = OPS[name], args[OPS[name].names[0]].device
+    letters = {arg.name: arg.shape_spec.split()[:1] for arg in op.arguments if args.get(arg.name) is not None}
+    batched = [name for name, letter in letters.items() if letter == letters[op.names[0]]]
     sms = 2 * args["k"].shape[2] if "k" in args else multiprocessors(device)
     with ordered_products(), launch_context(arch=target_arch(device), sms=sms):
         whole = _results(op, function, args)
@@ -177,24 +156,21 @@ def same_bits(name: str, function: Callable[..., Any], args: Args) -> bool:
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
-    """The largest difference relative to the largest value; infinite for a NaN, for another shape, and for any
-    difference of integers."""
+    """The largest difference relative to the largest value; infinite for NaN, another shape, or other integers."""
     if got.shape != exact.shape:
         return math.inf
     if not exact.dtype.is_floating_point:
         return 0.0 if torch.equal(got, exact) else math.inf
-    exact = exact.double()
-    error = largest(got.double() - exact) / max(largest(exact), 1e-30)
+    error = largest(got.double() - exact.double()) / max(largest(exact.double()), 1e-30)
     return math.inf if math.isnan(error) else error
 
 
 def fp64_block(
     layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | None = None, quantized: bool = False
 ) -> reference.Values:
-    """`reference.block` on x [B,T,H] in fp64, one matrix, expert and sequence at a time to save memory. quantized: with
-    keys and values as a cache of 8 bits gives them back."""
-    cos, sin = to_fp64(tables["cos"]), to_fp64(tables["sin"])
-    attend = reference.uncached_attention(config.sliding_window, cos, sin, quantized)
+    """`reference.block` on x [B,T,H] in fp64, one matrix, expert and sequence at a time. quantized: an 8-bit cache."""
+    tables = {name: to_fp64(tables[name]) for name in ("cos", "sin")}
+    attend = reference.uncached_attention(config.sliding_window, **tables, quantized=quantized)
 
     def attend_each(*qkv: Tensor) -> Tensor:
         return torch.cat([attend(*each) for each in zip(*(x.split(1) for x in qkv), strict=True)])
@@ -213,21 +189,17 @@ def with_perturbed_input(x: Tensor) -> Tensor:
 def _perturbed(x: Tensor, seed: int = 0) -> Tensor:
     """x in fp64, each value larger or smaller by half a rounding; with a seed, by more, and in x's dtype."""
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed), device="cpu").mul_(2).sub_(1)
-    if seed:
-        return (x.double() * (1 + (1 + 2 * seed) * TOKEN_FLOOR[x.dtype] * signs.to(x.device))).to(x.dtype)
-    return x.double() * (1 + TOKEN_FLOOR[x.dtype] * signs.to(x.device))
+    near = x.double() * (1 + (1 + 2 * seed) * TOKEN_FLOOR[x.dtype] * signs.to(x.device))
+    return near.to(x.dtype) if seed else near
 
 
 @dataclass(frozen=True)
 class Fp64Reference:
-    """Exact values [B,T,H] in fp64, and the limit of one token's error, relative to its norm or to `norm`.
+    """The exact values of a part of a model, and the limit of one token's error, relative to its norm."""
 
-    A token whose own norm is smaller is relative to `norm`, the median of all tokens': few values may cancel nearly.
-    """
-
-    exact: Tensor
+    exact: Tensor  # fp64 [B,T,H]
     limit: float
-    norm: float = 0.0
+    norm: float = 0.0  # the median of all tokens' norms, which replaces a smaller one: few values may cancel nearly
 
     @classmethod
     def from_baseline(
@@ -251,27 +223,19 @@ class Fp64Reference:
 
 @dataclass(frozen=True)
 class LayerReference:
-    """What torch computes in one layer in the weights' dtype, and fp64 references.
+    """What torch computes in one layer in the weights' dtype, and its references in fp64."""
 
-    x, h          the layer's input and its norm [B,T,H]; ids, weights: the experts of every token [B,T,K]
-    logits        the gate's, fp64 [B,T,E]; logits_limit: the absolute limit of a logit's error
-    references    by the names of `reference.Values`
-    """
-
-    x: Tensor
+    x: Tensor  # the layer's input [B,T,H], and its norm
     h: Tensor
-    ids: Tensor
+    ids: Tensor  # the experts of every token [B,T,K], and their weights
     weights: Tensor
-    logits: Tensor
-    logits_limit: float
-    references: dict[str, Fp64Reference]
+    logits: Tensor  # the gate's, fp64 [B,T,E]
+    logits_limit: float  # the absolute limit of a logit's error
+    references: dict[str, Fp64Reference]  # by the names of `reference.Values`
 
     def route_error(self, ids: Tensor, where: Any, weights: Tensor) -> tuple[float, float]:
-        """The worse of two errors of routes [M,K], and its limit. `where`: their places in [B,T].
-
-        One is how far the logit of an expert in `ids` is below one that was left out, relative to the largest logit;
-        infinite where ids are not K distinct experts. The other is that of `weights` against softmax of the logits.
-        """
+        """The worse of two errors of routes [M,K] at `where` in [B,T], with its limit: of `weights`, and how far an
+        expert's logit is below one left out, by the largest; infinite where ids are not K distinct experts."""
         # The limit allows two wrong logits, one too large and one too small.
         scale = max(largest(self.logits), 1e-30)
         limit, logits = 2 * self.logits_limit / scale, self.logits[where]
@@ -280,8 +244,8 @@ class LayerReference:
         if ids.shape[-1] != self.ids.shape[-1] or out_of_range or (ordered[..., 1:] == ordered[..., :-1]).any():
             return math.inf, limit
         left_out = logits.scatter(-1, ordered, -math.inf).amax(-1)
-        below = largest((left_out - logits.gather(-1, ordered).amin(-1)).clamp(min=0.0)) / scale
+        shortfall = largest((left_out - logits.gather(-1, ordered).amin(-1)).clamp(min=0.0)) / scale
         # An error d of each logit changes a weight of a softmax by at most d / 2.
         exact = logits.gather(-1, ids.long()).softmax(-1)
         rounding = FLOOR.get(weights.dtype, 0.0)
-        return worst([(below, limit), (largest(weights.double() - exact), self.logits_limit / 2 + rounding)])
+        return worst([(shortfall, limit), (largest(weights.double() - exact), self.logits_limit / 2 + rounding)])

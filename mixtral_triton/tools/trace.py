@@ -1,7 +1,4 @@
-"""The command `trace`: which experts each token took, layer by layer (Jiang et al. 2024, section 5 and figure 8).
-
-L layers, T tokens, E experts, K experts per token
-"""
+"""The command `trace`: which experts each token took, layer by layer (Jiang et al. 2024, section 5 and figure 8)."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..inputs import check_vocabulary
 from ..model import Mixtral
-from .terminal import Column, Table, bar, check_writable, print_message
+from .terminal import Table, bar, check_writable, print_message
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -46,14 +43,10 @@ class RouteRecorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Trace:
-    """The routes of a text. On a terminal it prints the text of `layers`, coloured and numbered by first choice, and a
-    table of all layers.
+    """The routes of a text, which print as the text of `layers`, coloured and numbered by first choice, and a table."""
 
-    tokens: the text of each, T of them; experts int [L,T,K], a token's first choice first; of num_experts.
-    """
-
-    tokens: tuple[str, ...]
-    experts: torch.Tensor
+    tokens: tuple[str, ...]  # the text of each of T
+    experts: torch.Tensor  # int [L,T,K], a token's first choice first
     num_experts: int
     layers: Sequence[int] = ()
 
@@ -78,30 +71,9 @@ class Trace:
         return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
 
     def as_dict(self) -> dict[str, Any]:
-        parts = {"kept": self.repeated(), "chance": self.chance()}
         tensors = {"tokens": list(self.tokens), "experts": self.experts.tolist(), "share": self.share().tolist()}
-        return tensors | {name: {"first": first, "either": either} for name, (first, either) in parts.items()}
-
-    def annotate(self, layer: int, ascii_only: bool) -> Text:
-        """Return the text, each token with its first choice."""
-        text = Text()
-        for token, expert in zip(self.tokens, self.experts[layer, :, 0].tolist(), strict=True):
-            word = token.rstrip("\n")
-            mark = f"[{expert}]" if ascii_only else str(expert).translate(SUPERSCRIPTS)
-            no_word = (r"\n" if ascii_only else "⏎") if token else "~"  # "~": a part of the character before
-            text.append(word or no_word, self.style(expert)).append(mark, "dim").append(token[len(word) :])
-        return text
-
-    def table(self) -> Table:
-        """Return a row for each layer: the experts' shares, and how many consecutive tokens keep theirs."""
-        title = "% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any"
-        table = Table(title, list(map(Column, ("layer", *map(str, range(self.num_experts)), "first", "any"))))
-        for layer, (shares, *repeated) in enumerate(zip(self.share().tolist(), *self.repeated(), strict=True)):
-            cells = [Text(f"{100 * share:.0f}", style="bold" * (share == max(shares))) for share in shares]
-            table.add(str(layer), *cells, *(f"{100 * part:.0f}" for part in repeated))
-        even = [1 / self.num_experts] * self.num_experts
-        table.add("chance", *(f"{100 * part:.3g}" for part in (*even, *self.chance())), style="dim")
-        return table
+        kept, chance = (dict(zip(("first", "either"), x, strict=True)) for x in (self.repeated(), self.chance()))
+        return {**tensors, "kept": kept, "chance": chance}
 
     def style(self, expert: int) -> Style:
         red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert / self.num_experts, 0.45, 1.0))
@@ -111,12 +83,26 @@ class Trace:
         experts = ((f" {expert} ", self.style(expert)) for expert in range(self.num_experts))
         yield Text.assemble("first choice: ", *(part for expert in experts for part in (expert, " ")))
         for layer in self.layers:
-            yield Text(f"\nlayer {layer}", style="bold")
-            yield self.annotate(layer, options.ascii_only)
+            text = Text.assemble((f"\nlayer {layer}\n", "bold"))
+            for token, expert in zip(self.tokens, self.experts[layer, :, 0].tolist(), strict=True):
+                word = token.rstrip("\n")
+                mark = f"[{expert}]" if options.ascii_only else str(expert).translate(SUPERSCRIPTS)
+                no_word = (r"\n" if options.ascii_only else "⏎") if token else "~"  # "~": part of the one before
+                text.append(word or no_word, self.style(expert)).append(mark, "dim").append(token[len(word) :])
+            yield text
         if left_out := ", ".join(str(n) for n in range(len(self.experts)) if n not in self.layers):
             yield Text(f"\nleft out: the text of layers {left_out}; see --layers", style="dim")
         yield ""
-        yield self.table()
+        table = Table("% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any")
+        names = (*map(str, range(self.num_experts)), "first", "any")
+        for layer, (shares, *kept) in enumerate(zip(self.share().tolist(), *self.repeated(), strict=True)):
+            cells = [Text(f"{100 * share:.0f}", "bold" * (share == max(shares))) for share in shares]
+            cells += [Text(f"{100 * part:.0f}") for part in kept]
+            table.add({"layer": str(layer), **dict(zip(names, cells, strict=True))})
+        even = [1 / self.num_experts] * self.num_experts
+        chance = (f"{100 * part:.3g}" for part in (*even, *self.chance()))
+        table.add({"layer": "chance", **dict(zip(names, chance, strict=True))}, "dim")
+        yield table
 
 
 def trace(
@@ -136,9 +122,9 @@ def token_texts(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
     return special + [text[max(begin, past) : end] for (begin, end), past in zip(offsets, reached, strict=False)]
 
 
-def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, ids: torch.Tensor, note: str) -> int:
-    """Run the command on the prompt's tokens, ids int64 [T] -> exit status. `note` precedes the work."""
-    L = model.config.num_hidden_layers
+def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, prompt: list[int], note: str) -> int:
+    """Run the command on the prompt's tokens -> exit status. `note` precedes the work."""
+    ids, L = torch.tensor(prompt, device=model.device), model.config.num_hidden_layers
     layers = sorted({0, L // 2, L - 1}) if args.layers is None else args.layers
     if not all(0 <= layer < L for layer in layers):
         raise ValueError(f"--layers is {' '.join(map(str, layers))}, needs layers of 0..{L - 1}")
@@ -149,7 +135,7 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, ids: torch.Ten
     if args.counts is not None:
         check_writable("--counts", args.counts)
     check_vocabulary(ids, model.config.vocab_size)  # the tokenizer may be another model's
-    tokens = token_texts(tokenizer, args.prompt, ids.tolist())
+    tokens = token_texts(tokenizer, args.prompt, prompt)
     print_message(note)
     with bar("tracing", L) as progress:
         found = replace(trace(model, ids, tokens, progress.advance), layers=layers)

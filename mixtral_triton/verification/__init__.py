@@ -1,8 +1,7 @@
 """verify: the runtime against torch on the user's own weights: operations, layers, logits and loaded tensors.
 
-Errors are measured against fp64, and the error of torch in the weights' dtype sets their limits (tools/tolerance.py).
-
-B sequences, T tokens of a text, n new tokens, V vocabulary
+B batch, T tokens of a text or window, N = B T rows, H hidden, E experts, K experts per token, V vocabulary, C slots of
+a cache, n new tokens
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,8 +66,7 @@ def verify(
     target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: applied or not.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
-    peer "transformers": layers and logits are also compared with transformers' model of the same folder, in fp32 and
-    one of its layers at a time. What the model quantized is dequantized for it.
+    peer "transformers": layers and logits are also compared with transformers' model of the same folder, in fp32.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
@@ -77,9 +74,10 @@ def verify(
     """
     check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
     is_theirs = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
-    if cache_dtype not in (None, torch.int8) or (cache_dtype and (is_theirs or peer)):
-        needs = "None: transformers has no such cache" if cache_dtype is torch.int8 else "None or torch.int8"
-        raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs {needs}")
+    if cache_dtype not in (None, torch.int8):
+        raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None or torch.int8")
+    if cache_dtype and (is_theirs or peer):
+        raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None: transformers has no such cache")
     if is_theirs and (folder is not None or peer is not None):
         raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
     if isinstance(target, (str, os.PathLike)):
@@ -101,11 +99,13 @@ def verify(
 
 def check_peer(peer: str | None, on_mesh: bool) -> None:
     """ValueError for an unknown peer, one that is not installed, and any on a mesh."""
-    if peer not in (None, "transformers"):
+    if peer is None:
+        return
+    if peer != "transformers":
         raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
-    if peer is not None and on_mesh:
+    if on_mesh:
         raise ValueError(f"verify: peer is {peer!r}, and no rank of a mesh has all weights for it: needs None")
-    if peer is not None and find_spec(peer) is None:
+    if find_spec(peer) is None:
         raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
 
 
@@ -117,9 +117,8 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
     if ids is not None:
         check_ids(ids, config.vocab_size, device)
         check_vocabulary(ids, config.vocab_size)
-        if ids.shape[1] > limit:
-            got = f"input_ids has {ids.shape[1]} tokens"
-            raise ValueError(f"verify: {got}, needs at most {limit}, the model's positions")
+        if (length := ids.shape[1]) > limit:
+            raise ValueError(f"verify: input_ids has {length} tokens, needs at most {limit}, the model's positions")
         return ids
     if tokens is not None and not 2 <= tokens <= 2 * limit:
         raise ValueError(f"verify: tokens is {tokens}, needs 2 to {2 * limit}, in two sequences of {limit} positions")
@@ -131,7 +130,7 @@ def _verify(
     target: Any, input_ids: Tensor | None, progress: Progress, folder: Any, peer: str | None, quick: bool, tokens: Any
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
-    ids = default_text(input_ids, config, device, tokens)
+    ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
     fp32 = target.widens and not quick and dtype != torch.float32 and not target.quantized
     forward_calls = len(list(target.forward_calls(config, *ids.shape)))
     total = config.num_hidden_layers * (1 + forward_calls + (folder is not None) + (peer is not None) + fp32)
@@ -141,49 +140,40 @@ def _verify(
         if progress is not None:
             progress(next(done), total)
 
-    kernels = INTERPRETED or device.type == "cuda"
-    longest = tokens or (4 * PREFILL_CHUNK if device.type == "cuda" else CALL_TOKENS)
-    gpu, cache_dtype = (target_arch(device), multiprocessors(device)), torch.int8 if target.quantized else None
-    sized = SizedCalls(target, longest if kernels else 0, gpu, cache_dtype)
+    kernels, longest = INTERPRETED or on_gpu, tokens or (4 * PREFILL_CHUNK if on_gpu else CALL_TOKENS)
+    sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, step)
     cache_cost = measure_cache_cost(target, folder, ids) if target.quantized else None
     found, expected, exact = compare_layers(target, ids, sized, step)
     if fp32:
         found += compare_in_fp32(target, expected, step)
-    rows += sorted((row for row in found if row.layer is not None), key=lambda row: row.layer or 0)
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
-    rows += target.measure(None, "rms_norm", "final", norm)
-    rows += [row for row in found if row.layer is None]
+    found = [*target.measure(None, "rms_norm", "final", norm), *found]
+    rows += sorted(found, key=lambda row: math.inf if row.layer is None else row.layer)
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.quantized)
-    routes = LayerProbe(expected.layers)
+    routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
     routes.start("end to end")
-    out: tuple[Tensor, Any] = torch.empty(0), ...
     with target.catch_faults(routes.fail):
         out = target.logits(ids, routes)
     rows.append(Row(None, target.output, "end to end", *expected_logits.measure(*out)))
     if peer is not None:
         rows += compare_with_transformers(folder, target.model, ids, expected.layers, expected_logits, step)
     if target.is_mixtral:
-        with target.catch_faults(lambda note: rows.append(Row(None, "generate", "", math.inf, 0.0, note))):
+        with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             rows += check_generate(target, ids, *logits)
     if isinstance(target, MeshUnderTest):
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
-    if device.type == "cuda":
-        backend = f"Triton on {torch.cuda.get_device_name(device)}"
-    on = SimpleNamespace(kernels=kernels, mixtral=target.is_mixtral, half=dtype != torch.float32)
-    on.quantized_cache = target.quantized
-    routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds_not_run(rows, on))
+    backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
+    kinds = kinds_not_run(rows, kernels, target.is_mixtral, dtype != torch.float32, target.quantized)
+    routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run, cache_cost)
 
 
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
-    """Rows for greedy and sampled tokens of two prompts of unequal length, cut from ids [B,T], against torch's logits.
-
-    exact fp64 [2B,T,V]: logits of ids `with_perturbed_input`; baseline [B,T,V]: torch's, in the weights' dtype. Their
-    errors set the limit: how far the logit of a right token may be below the greatest.
-    """
+    """Rows for greedy and sampled tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a
+    right token may be below the greatest is set by the errors of `baseline` [B,T,V] and of `exact` fp64 [2B,T,V]."""
     model, T = copy.copy(target.model), ids.shape[1]
     prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 6)]]
     model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)
@@ -195,12 +185,10 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     options: Any = {"eos_token_id": [], "cache_dtype": torch.int8 if target.quantized else None}
     if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
         return []
-    # A mesh samples the first rank's tokens, whatever the others draw.
-    seeds = 1 + (0 if model.ranks is None else model.ranks.shard.rank), 1
-    scale, draws = max(largest(logits), 1e-30), [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
     next_logits, tokens = _next_logits(target, model.generate(prompts, new, **options), new)
-    below = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
-    rows = [Row(None, "generate", "greedy", below / scale, least / scale)]
+    shortfall = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
+    scale = max(largest(logits), 1e-30)
+    rows = [Row(None, "generate", "greedy", shortfall / scale, least / scale)]
     if can_capture(model):
         eager = copy.copy(model)
         eager.head = model.head  # as a caller's code, which a graph would not run
@@ -208,14 +196,15 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
             warnings.simplefilter("ignore")  # that it is slower
             texts = eager.generate(prompts, new, **options)
         same = torch.equal(tokens, torch.stack([text[-new:] for text in texts]))
-        rows.append(Row(None, "generate", "captured step", 0.0 if same else math.inf, 0.0))
-    rows.append(
-        Row(None, "generate", END, *_end_error(with_layers(model, 1), torch.stack([ids[0], ids[-1]]), min(2, new)))
-    )
+        rows.append(Row.exact(None, "generate", "captured step", same))
+    rows.append(Row.exact(None, "generate", END, _ends(with_layers(model, 1), ids[[0, -1]], min(2, new))))
     new, model.prefill_chunk = min(new, most - 1), PREFILL_CHUNK
+    # A mesh samples the first rank's tokens, whatever the others draw.
+    seeds = 1 + (0 if model.ranks is None else model.ranks.shard.rank), 1
+    draws = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
     sampled = model.generate([prompt[:2] for prompt in prompts], new, TEMPERATURE, generator=draws[0], **options)
     next_logits, tokens = _next_logits(target, sampled, new)
-    error = max(_race_error(next_logits[:, at], tokens[:, at], draws[1]) for at in range(new))
+    error = max(_race_error(next_logits[:, index], tokens[:, index], draws[1]) for index in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
     rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
     rows += [_refusals(model, ids), *_repeated_rows(model, ids)]
@@ -243,19 +232,18 @@ def _refusals(model: Any, ids: Tensor) -> Row:
         except Exception as error:
             refused = isinstance(error, ValueError)
         if not refused:
-            return Row(None, "forward", REFUSALS, math.inf, 0.0, f"{name} is not refused")
-    return Row(None, "forward", REFUSALS, 0.0, 0.0)
+            return Row.exact(None, "forward", REFUSALS, False, f"{name} is not refused")
+    return Row.exact(None, "forward", REFUSALS, True)
 
 
 def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
-    """Whether the logits of a ragged chunk and a step have the same bits: repeated on a GPU, where remembered launch
-    plans and staging buffers are used from the second time on, and of each sequence alone in deterministic mode."""
+    """Whether a ragged chunk and a step have the same bits: repeated on a GPU, or alone in deterministic mode."""
     if not (model.deterministic or model.device.type == "cuda"):
         return []
     T = max(1, min(4, model.config.max_position_embeddings - 1))
-    at = torch.arange(BATCH, device=ids.device)
-    ids = ids.flatten()[(at[:, None] * 2 + at[:T]) % ids.numel()]
-    lengths = (T - at % 3).clamp(min=1).int()
+    b = torch.arange(BATCH, device=ids.device)
+    ids = ids.flatten()[(b[:, None] * 2 + b[:T]) % ids.numel()]
+    lengths = (T - b % 3).clamp(min=1).int()
 
     def run(rows: slice = slice(None), ids: Tensor = ids) -> list[Tensor]:
         new = lengths[rows]
@@ -271,45 +259,41 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
         if model.deterministic:
             parts = slice(1), slice(-1, None), slice(2), slice(1, 6)
             same[BITS] = all(torch.equal(*pair) for part in parts for pair in zip(run(part), whole[part], strict=True))
-    return [Row(None, "generate", case, 0.0 if right else math.inf, 0.0) for case, right in same.items()]
+    return [Row.exact(None, "generate", case, right) for case, right in same.items()]
 
 
-def _end_error(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
-    """Whether sequences end with a token that one of them samples first: each with it included, in a list without what
-    follows, in a tensor padded with it. With the first layer alone."""
+def _ends(model: Any, ids: Tensor, new: int) -> bool:
+    """Whether sequences end with a token that one of them samples first: a list with it included, a tensor padded."""
     prompts = ids[:, : max(1, min(2, model.config.max_position_embeddings - new))]
 
     def run(prompts: Any, eos: Any) -> Any:  # hot, so that the sequences differ
-        return model.generate(
-            prompts, new, HOT, eos_token_id=eos, generator=torch.Generator(model.device).manual_seed(3)
-        )
+        generator = torch.Generator(model.device).manual_seed(3)
+        return model.generate(prompts, new, HOT, eos_token_id=eos, generator=generator)
 
     tokens = run(prompts, [])[:, prompts.shape[1] :]
 
-    def end(row: Tensor, eos: int) -> int:
-        return next((at + 1 for at, token in enumerate(row.tolist()) if token == eos), new)
+    def ends_at(eos: int) -> list[int]:
+        return [row.index(eos) + 1 if eos in row else new for row in tokens.tolist()]
 
     # One sequence shall end where another goes on.
-    spread = {eos: sorted(end(row, eos) for row in tokens) for eos in tokens.flatten().tolist()}
-    eos = max(spread, key=lambda token: (spread[token][-1] - spread[token][0], -spread[token][0]))
-    ends = [end(row, eos) for row in tokens]
+    eos = max(tokens.flatten().tolist(), key=lambda eos: (max(ends_at(eos)) - min(ends_at(eos)), -min(ends_at(eos))))
+    ends = ends_at(eos)
     model.config = replace(model.config, eos_token_id=eos)
     texts, padded = run(list(prompts), None), run(prompts, [eos])
     wants = [torch.cat((prompt, row[:n])) for prompt, row, n in zip(prompts, tokens, ends, strict=True)]
-    right = all(map(torch.equal, texts, wants)) and padded.shape[1] == prompts.shape[1] + new
-    longest = torch.stack([F.pad(want, (0, padded.shape[1] - len(want)), value=eos) for want in wants])
-    right &= torch.equal(padded, longest)
-    return 0.0 if right else math.inf, 0.0
+    longest = torch.stack([F.pad(want, (0, prompts.shape[1] + new - len(want)), value=eos) for want in wants])
+    return all(map(torch.equal, texts, wants)) and torch.equal(padded, longest)
 
 
 def _check_sample(logits: Tensor) -> Row:
-    """The row of `sample` with top-k, top-p and min-p on logits [N,V], against its formula with the same draws. Others
-    are made so that tokens beside the edges of top-k and top-p are likely, and have equals."""
-    draws = [torch.Generator(logits.device).manual_seed(2)]
+    """The row of `sample` on logits [N,V], and on some with likely, equal tokens at the edges of top-k and top-p."""
+
+    def draw() -> torch.Generator:
+        return torch.Generator(logits.device).manual_seed(2)
+
     errors, shape = list[float](), (MADE[0], min(logits.shape[-1], MADE[1]))
     k = min(TOP_K, max(1, shape[1] // 2))
-    rank = torch.rand(shape, device=logits.device, generator=draws[0]).argsort(-1)
-    made = -1e-3 * rank.float()
+    made = -1e-3 * torch.rand(shape, device=logits.device, generator=draw()).argsort(-1).float()
     for texts, top_p, top_k, min_p in (
         (logits, TOP_P, k, 0.0),
         (made, TOP_P, None, 0.0),
@@ -317,9 +301,8 @@ def _check_sample(logits: Tensor) -> Row:
         (made.round(decimals=2), 1.0, k, 0.0),
         (logits, 1.0, None, MIN_P),
     ):
-        draws = [torch.Generator(logits.device).manual_seed(2) for _ in range(2)]
-        sampled_ids = sample(texts, TEMPERATURE, top_p, draws[0], top_k, *([min_p] if min_p else []))
-        errors.append(_race_error(texts, sampled_ids, draws[1], top_p, top_k, min_p))
+        sampled_ids = sample(texts, TEMPERATURE, top_p, draw(), top_k, min_p)
+        errors.append(_race_error(texts, sampled_ids, draw(), top_p, top_k, min_p))
     return Row(None, "generate", "sample", max(errors), RACE_LIMIT)
 
 

@@ -1,15 +1,11 @@
-"""The calls of operations in one layer, on what torch computes in it, and those that `generate` makes, of every size.
-
-B batch, T tokens, N = B T rows, H hidden, E experts, K experts per token, C slots of a cache
-"""
+"""The calls of operations in one layer, on what torch computes in it, and those of `generate`, of every size."""
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +23,7 @@ from ..kernels.quantized import QuantizedWeight
 from ..kernels.quantized_cache import QuantizedCache
 from ..kernels.registry import OPS
 from ..model import Mixtral
-from ..tools import tolerance
-from ..tools.tolerance import Args
+from ..tools.tolerance import Args, fp64_block
 
 Call = tuple[str, str, Args]  # operation, case, arguments
 
@@ -43,11 +38,10 @@ LAYOUTS = ("sliced", "transposed", "expanded")
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
 
 
-def with_layout(layout: str, name: str, x: Any, mutates: Sequence[str]) -> Any:
+def with_layout(layout: str, op: str, name: str, x: Any) -> Any:
     """An argument in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range
-    between; the first dimension last in memory; the first element repeated. A cache keeps a dense last dimension, and
-    no element of one that is written is there twice."""
-    if not isinstance(x, Tensor) or (layout == "expanded" and name in mutates):
+    between; the first dimension last in memory; the first element repeated. Weights stay, a cache stays dense."""
+    if not isinstance(x, Tensor) or name in WEIGHTS or (layout == "expanded" and name in OPS[op].mutates):
         return x
     if layout == "expanded":
         return x[:1].expand(x.shape)
@@ -56,46 +50,39 @@ def with_layout(layout: str, name: str, x: Any, mutates: Sequence[str]) -> Any:
         return x.transpose(0, last).contiguous().transpose(0, last)
     around = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
     steps = [2] * (x.dim() - 1) + [1 if name.endswith("cache") else 2]
-    places = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
-    return around.to(x.dtype)[places].copy_(x)
+    slices = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
+    return around.to(x.dtype)[slices].copy_(x)
 
 
 def with_layouts(calls: Iterable[Call]) -> Iterator[Call]:
-    """Each of the calls with its activations in the LAYOUTS."""
     for op, _, args in calls:
         for layout in LAYOUTS:
-            change = partial(with_layout, layout, mutates=OPS[op].mutates)
-            yield op, layout, {name: x if name in WEIGHTS else change(name, x) for name, x in args.items()}
+            yield op, layout, {name: with_layout(layout, op, name, x) for name, x in args.items()}
 
 
+@dataclass
 class LayerCheck:
-    """The calls of operations in a layer, on what torch computes in it.
+    """The calls of operations in a layer, on what torch computes in it."""
 
-    layer, tables  weights by the names of `model.Layer`; cos and sin fp32
-    local_ids      routes [N,K] -> routes as this layer numbers its experts
-    quantized      caches have 8 bits
-    """
+    values: reference.Values
+    layer: Any  # weights by the names of `model.Layer`
+    config: Any
+    tables: dict[str, Tensor]  # cos and sin fp32
+    quantized: bool = False  # caches have 8 bits
+    local_ids: Callable[[Tensor], Tensor] = lambda ids: ids  # routes [N,K] -> as this layer numbers its experts
 
-    local_ids: Callable[[Tensor], Tensor] = staticmethod(lambda ids: ids)
-
-    def __init__(
-        self, values: reference.Values, layer: Any, config: Any, tables: dict[str, Tensor], quantized: bool = False
-    ) -> None:
-        self.quantized = quantized
-        self.values, self.layer, self.config, self.tables = values, layer, config, tables
-        B, T, _ = values.x.shape
+    def __post_init__(self) -> None:
+        values, (B, T, _) = self.values, self.values.x.shape
         self.at = torch.arange(B * T, device=values.x.device).view(B, T)  # the row of each token
-        self.rq, self.rk = reference.rope(values.q, values.k, **tables, positions=self.at % T)
-        self.norm = {"weight": layer.post_attention_layernorm, "eps": config.rms_norm_eps}
-        self.proj = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
+        self.rq, self.rk = reference.rope(values.q, values.k, **self.tables, positions=self.at % T)
+        self.norm = {"weight": self.layer.post_attention_layernorm, "eps": self.config.rms_norm_eps}
 
     def calls(self, index: int) -> Iterator[Call]:
-        """The calls in layer `index` that no forward of `generate` makes, or none on a mesh. An operation of the
-        registry that neither they nor such a forward name is not verified."""
-        window, layer, values, (B, T) = self.config.sliding_window, self.layer, self.values, self.at.shape
+        """The calls in layer `index` that no forward of `generate` makes, or none on a mesh."""
+        layer, values, (B, T) = self.layer, self.values, self.at.shape
         yield "rms_norm", "input", {"x": values.x, **self.norm, "weight": layer.input_layernorm}
         yield "add_rms_norm", "with residual", {"x": values.attn_output, "residual": values.x, **self.norm}
-        keys = {"k": self.rk, "v": values.v, "window": window}
+        keys = {"k": self.rk, "v": values.v, "window": self.config.sliding_window}
         yield "attention", "prefill", {"q": self.rq, **keys}
         yield "attention", "decode", {"q": self.rq[:, -1:], **keys}
         ends = (T - torch.arange(B, device=self.at.device)).clamp(min=1).int()
@@ -120,28 +107,26 @@ class LayerCheck:
     def deterministic_calls(self) -> Iterator[Call]:
         """Calls of BATCH rows or RAGGED sequences, whose bits must not depend on the batch."""
         values, rows = self.values, torch.arange(BATCH, device=self.at.device)
-        at = (rows[:, None] * 7 + torch.arange(KEYS, device=rows.device)) % len(values.h)
+        index = (rows[:, None] * 7 + torch.arange(KEYS, device=rows.device)) % len(values.h)
         # 16 bits would hide another order of a sum over keys.
-        heads = values.heads.flatten(0, 1)
         rq, rk, v = (x.flatten(0, 1).float() for x in (self.rq, self.rk, values.v))
-        b, sequences, first = rows[:RAGGED], at[:RAGGED], at[:, 0]
+        b, sequences, first = rows[:RAGGED], index[:RAGGED], index[:, 0]
         keys = {"k": rk[sequences], "v": v[sequences], "starts": b, "lengths": KEYS - 7 * b}
         for op, args in (
-            ("linear", {"x": heads[first], "weight": self.layer.o_proj}),
+            ("linear", {"x": values.heads.flatten(0, 1)[first], "weight": self.layer.o_proj}),
             ("expert_swiglu", self._experts(first)),
             ("attention", {"q": rq[sequences[:, :1]], **keys}),
         ):
             yield op, "deterministic", {**args, "deterministic": True}
 
     def _experts(self, rows: Any = ...) -> Args:
-        """Arguments of the experts on these rows of the text."""
         values, ids = self.values, self.local_ids(self.values.ids)
-        return {"x": values.h[rows], **self.proj, "ids": ids[rows], "weights": values.weights[rows]}
+        proj = {"gate_up_proj": self.layer.gate_up_proj, "down_proj": self.layer.down_proj}
+        return {"x": values.h[rows], **proj, "ids": ids[rows], "weights": values.weights[rows]}
 
     def derive(self, op: str, recorded: Args, weights: dict[int, Any], size: tuple[int, int, int]) -> Args:
         """Arguments like those `recorded` on meta tensors in a forward of this size, strides included: `weights`, and
-        rows drawn from the text. Sequences have unequal lengths. KeyError for an argument that has no values here,
-        ValueError where a wrong forward passes arguments that do not fit each other."""
+        rows drawn from the text. KeyError for an argument without values, ValueError for those that do not fit."""
         OPS[op].check(**recorded)
         (B, T, C), values, config, device = size, self.values, self.config, self.at.device
 
@@ -149,25 +134,24 @@ class LayerCheck:
             generator = torch.Generator().manual_seed(seed)
             return torch.randint(len(values.h), (B, count), generator=generator).to(device)
 
-        at, slots = draw(T, B * PREFILL_CHUNK + T), cache_shape(config, B, C)[4]
+        index, slots = draw(T, B * PREFILL_CHUNK + T), cache_shape(config, B, C)[4]
         b = torch.arange(B, device=device)
         # Deterministic torch computes the chunk's padding in another way.
         short = 0 * b if recorded.get("deterministic") else b % 3
         # The first sequence of a step ends where the cache does.
         past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
         limit = len(self.tables["cos"])  # transformers makes them for the text
-        most = limit if config.window else min(limit, slots)
-        past = past.clamp(min=0, max=max(0, most - T)).int()
-        x, gate = values.x, op == "rms_norm_gate_route"
+        past = past.clamp(min=0, max=max(0, limit - T if config.window else min(limit, slots) - T)).int()
         is_o = weights.get(_key(recorded.get("weight"))) is self.layer.o_proj
-        rows = values.heads if is_o else values.normed if op == "linear" else values.attn_output
+        x = values.heads if is_o else values.normed if op == "linear" else values.attn_output
+        residual = values.x if op == "rms_norm_gate_route" else values.x + values.attn_output
         q, k = (self.rq, self.rk) if op in ("cached_attention", "append") else (values.q, values.k)
-        text = {"x": rows, "residual": x if gate else x + values.attn_output, "q": q, "k": k, "v": values.v}
+        text = {"x": x, "residual": residual, "q": q, "k": k, "v": values.v}
         text = {name: part.flatten(0, 1) for name, part in text.items()}
         if op.startswith("expert"):
             text |= {"x": values.h, "ids": self.local_ids(values.ids), "weights": values.weights}
-        found = {"table": x.flatten(0, 1), "input_ids": at, "past": past, "new": (T - short).clamp(min=1).int()}
-        found["positions"] = past[:, None] + torch.arange(T, device=device)
+        found = {"table": values.x.flatten(0, 1), "input_ids": index, "past": past}
+        found |= {"new": (T - short).clamp(min=1).int(), "positions": past[:, None] + torch.arange(T, device=device)}
 
         def value(name: str, like: Any) -> Any:
             if not (isinstance(like, (Tensor, QuantizedCache)) or name in WEIGHTS):
@@ -178,11 +162,11 @@ class LayerCheck:
                 cached = self.rk if name == "k_cache" else values.v
                 cached = cached.flatten(0, 1)[draw(slots, slots)].transpose(1, 2).contiguous()
                 return QuantizedCache.of(cached) if self.quantized else cached
-            if (name not in text and _key(like) not in weights) or (name == "cos" and limit < T):
-                raise KeyError(name)
             if name not in text:
+                if _key(like) not in weights or (name == "cos" and limit < T):
+                    raise KeyError(name)
                 return weights[_key(like)]
-            part = text[name][at.flatten()]
+            part = text[name][index.flatten()]
             if (count := like.numel() // part[0].numel()) > len(part) or like.numel() % part[0].numel():
                 raise ValueError(name)
             out = torch.empty_strided(like.shape, like.stride(), dtype=part.dtype, device=device)
@@ -193,7 +177,7 @@ class LayerCheck:
     def fp64(self, x: Tensor) -> reference.Values:
         """What the layer computes on x fp64 [nB,T,H], in fp64 with torch's routes."""
         ids = self.values.ids.repeat(len(x) // len(self.values.x), 1)
-        return tolerance.fp64_block(self.layer, self.config, self.tables, x, ids, self.quantized)
+        return fp64_block(self.layer, self.config, self.tables, x, ids, self.quantized)
 
 
 class CallRecorder(TorchDispatchMode):
@@ -215,7 +199,6 @@ class CallRecorder(TorchDispatchMode):
 
 
 def with_layers(model: Any, layers: int) -> Any:
-    """A Mixtral of a Mixtral's first layers, on the same weights."""
     model = copy.copy(model)
     model._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[:layers])}
     model.config = replace(model.config, num_hidden_layers=layers)
@@ -227,12 +210,9 @@ def on_meta(model: Any, layers: int) -> Any:
     model, ranks = with_layers(model, layers), model.ranks
     memo: dict[int, Any] = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
     if ranks is not None:
-        memo[id(ranks)] = SimpleNamespace(
-            shard=ranks.shard,
-            local_ids=ranks.local_ids,
-            all_reduce=lambda part, in_order: part,
-            all_gather=lambda part, size: part.new_empty((*part.shape[:-1], size)),
-        )
+        collectives: dict[str, Any] = {"all_reduce": lambda part, in_order: part}
+        collectives["all_gather"] = lambda part, size: part.new_empty((*part.shape[:-1], size))
+        memo[id(ranks)] = SimpleNamespace(shard=ranks.shard, local_ids=ranks.local_ids, **collectives)
     model = copy.deepcopy(model, memo)
     for module in model.modules():  # which may read values
         module._forward_hooks.clear()
@@ -241,16 +221,14 @@ def on_meta(model: Any, layers: int) -> Any:
 
 
 def forwards(config: Any) -> list[tuple[int, int, int]]:
-    """(B, T, C) of the forwards of `generate`, the smallest first: steps of 1 to 64 sequences, contexts up to the
-    model's positions, and chunks of prompts."""
+    """(B, T, C) of `generate`'s forwards, the smallest first: steps of 1 to 64 sequences, every context, and chunks."""
     limit = config.max_position_embeddings
     contexts = [n + 1 for n in (128 << step for step in range(20)) if n < limit]
     sizes = [(B, 1) for B in range(1, SEQUENCES + 1)] + [(1, T) for T in range(2, SEQUENCES + 1)]
-    sizes += [(1, T + at) for T in range(SEQUENCES, PREFILL_CHUNK + 1, SEQUENCES) for at in (0, 1)]
+    sizes += [(1, T + extra) for T in range(SEQUENCES, PREFILL_CHUNK + 1, SEQUENCES) for extra in (0, 1)]
     sizes += [(B, T) for B in (2, 3, 5, MANY, SEQUENCES) for T in (2, 17, SEQUENCES, 500, 900, PREFILL_CHUNK)]
-    found = {
-        (B, T, min(limit, CACHE_SLOTS // (4 if B > MANY else 1))) for B, T in sizes if min(limit, PREFILL_CHUNK) >= T
-    }
+    slots = {True: min(limit, CACHE_SLOTS // 4), False: min(limit, CACHE_SLOTS)}
+    found = {(B, T, slots[B > MANY]) for B, T in sizes if min(limit, PREFILL_CHUNK) >= T}
     found |= {(B, 1, C) for B in (1, MANY, SEQUENCES) for C in (*contexts, limit)}
     return sorted(found, key=lambda size: (size[0] * size[1], size[2]))
 
@@ -258,32 +236,17 @@ def forwards(config: Any) -> list[tuple[int, int, int]]:
 class SizedCalls:
     """The calls of an operation in every layer, and in the first one those that launch what else `generate` launches.
 
-    `generate`'s calls are recorded on the meta device for every size in `forwards`. All layers have the same sizes, and
-    so the same launches. Of each launch configuration the smallest and the largest number of rows are run, and those
-    at an EDGE. A call of more than `limit` tokens is not made: `not_run` says so where no other call launches the same.
-    No kernel is compiled anew for another number of rows, so within one configuration sizes differ in masks alone. A
-    row that a mask loses is the last one, or the same one of every larger size, or ends a full part of a tile: the
-    largest size and those at an EDGE show it, whatever up to 16 the number of rows is.
-
-    target       whose model is recorded; `gpu`: the architecture and number of multiprocessors that it is recorded for
-    limit        0: without kernels, each operation is called once in a layer
-    cache_dtype  of the cache; None: the model's
+    `generate`'s calls are recorded on the meta device for every size in `forwards`, for this `gpu`. Of each launch
+    configuration the smallest and the largest number of rows are run, and those at an EDGE: sizes differ in masks, and
+    a row that a mask loses shows there. A call of more than `limit` tokens (0: without kernels) is not made: `not_run`.
     """
 
-    def __init__(
-        self,
-        target: Any,
-        limit: int = 0,
-        gpu: tuple[str, int | None] = (DEFAULT_ARCH, None),
-        cache_dtype: torch.dtype | None = None,
-    ) -> None:
-        self.target, self.limit, self.gpu, self.cache_dtype = target, limit, gpu, cache_dtype
+    def __init__(self, target: Any, limit: int = 0, gpu: tuple[str, int | None] = (DEFAULT_ARCH, None)) -> None:
+        self.target, self.limit, self.gpu = target, limit, gpu
         self.rows: dict[Any, set[int]] = defaultdict(set)  # that were run, by launch
-        self.not_run: list[str] = []
-        if target.is_mixtral:
-            self.model = on_meta(target.model, 1)
-        else:
-            self.model = Mixtral(replace(target.config, num_hidden_layers=1), "meta", target.embed_tokens.dtype)
+        self.not_run: dict[str, None] = {}  # each line once
+        config, dtype = replace(target.config, num_hidden_layers=1), target.embed_tokens.dtype
+        self.model: Any = on_meta(target.model, 1) if target.is_mixtral else Mixtral(config, "meta", dtype)
         first, outer = self.model.layers[0], ("norm", "embed_tokens", "lm_head", "cos", "sin")
         on = {name: getattr(first, name) for name in (*first._parameters, *first._modules)}
         self.on = on | {name: getattr(self.model, name) for name in outer}  # its weights by name
@@ -306,28 +269,23 @@ class SizedCalls:
     def weights(self, check: LayerCheck) -> dict[int, Any]:
         """The weights of a layer by those of its copy on the meta device."""
         outer = self.target.model if self.target.is_mixtral else self.target
-        places = SimpleNamespace(**check.tables), getattr(check.layer, "local", check.layer), outer
-        found = {name: next(x for each in places if (x := getattr(each, name, self)) is not self) for name in self.on}
+        indices = SimpleNamespace(**check.tables), getattr(check.layer, "local", check.layer), outer
+        found = {name: next(x for each in indices if (x := getattr(each, name, self)) is not self) for name in self.on}
         return {_key(self.on[name]): weight for name, weight in found.items() if weight is not None}
 
     def recorded(self, size: tuple[int, int, int]) -> list[tuple[str, Args, list[Launch]]]:
         """The calls of a forward over a cache: of B sequences, T tokens each, C slots."""
         B, T, C = size
-        cache = KVCache(self.model.config, B, C, "meta", self.cache_dtype or self.model.dtype)
-        with torch.no_grad(), self.target.catch_faults(self._leave_out), CallRecorder(*self.gpu) as recorder:
+        cache = KVCache(self.model.config, B, C, "meta", torch.int8 if self.target.quantized else self.model.dtype)
+        with torch.no_grad(), self.target.catch_faults(self.not_run.setdefault), CallRecorder(*self.gpu) as recorder:
             h = self.model.hidden(torch.empty((B, T), dtype=torch.int64, device="meta"), cache)
             _ = self.target.lm_head is None or self.model.head(h[:, 0])
         return recorder.calls
 
-    def _leave_out(self, what: str) -> None:
-        if what not in self.not_run:
-            self.not_run.append(what)
-
     def _prefix(self, op: str, recorded: Args) -> str:
         """What is before the case of a linear: the name of its weight."""
-        if op != "linear":
-            return ""
-        return self.names.get(_key(recorded["weight"]), "another").removesuffix("_proj") + ", "
+        name = self.names.get(_key(recorded["weight"]), "another") if op == "linear" else ""
+        return name and f"{name.removesuffix('_proj')}, "
 
     def calls_on_text(self, check: LayerCheck) -> Iterator[Call]:
         """Calls of a chunk as long as the text and of a step after it: each operation and weight of a layer once."""
@@ -342,7 +300,7 @@ class SizedCalls:
                 try:
                     args = check.derive(op, recorded, weights, size)
                 except (KeyError, ValueError) as error:
-                    self._leave_out(f"{op}; needs values of {error}")
+                    self.not_run[f"{op}; needs values of {error}"] = None
                     continue
                 yield op, key[1] + case, args
                 if op == "cached_attention":
@@ -351,23 +309,20 @@ class SizedCalls:
 
     def calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
         weights = self.weights(check)
-        calls = [
-            (size, op, args, configurations(args, records))
-            for size in forwards(self.target.config)
-            for op, args, records in self.recorded(size)
-        ]
-        needed: dict[Any, list[int]] = defaultdict(list)
-        for _, _, args, found in calls:
-            for launch in found:
-                needed[launch].append(_rows(args))
+        calls, needed = list[Any](), defaultdict[Any, set[int]](set)
+        for size in forwards(self.target.config):
+            for op, args, records in self.recorded(size):
+                calls.append((size, op, args, N := _rows(args), found := configurations(args, records)))
+                for launch in found:
+                    needed[launch].add(N)
         for launch, rows in needed.items():
-            rows.sort()
             most = max((n for n in rows if n <= min(self.limit, PREFILL_CHUNK)), default=0)
             tiled = any(name in ("BLOCK_T", "BLOCK_M") for name, _ in launch[0][3])
-            needed[launch] = [n for n in rows if n in (rows[0], most) or (tiled and n in (EDGE, 2 * EDGE))]
-        for size, op, args, found in calls:
-            N = _rows(args)
-            new = [launch for launch in found if N in needed[launch] and not self._has(launch, N, needed[launch])]
+            needed[launch] = rows & {min(rows), most, *((EDGE, 2 * EDGE) if tiled else ())}
+        for size, op, args, N, found in calls:
+            new = {launch for launch in found if N in needed[launch] - self.rows[launch]}
+            # More than the most that are needed were run for another launch.
+            new -= {launch for launch in new if N == max(needed[launch]) < max(self.rows[launch], default=0)}
             if not new:
                 continue
             slots = f", {size[2]} slots" * (size[2] > CACHE_SLOTS)
@@ -382,24 +337,16 @@ class SizedCalls:
                 self.rows[launch].add(N)
             if needs:
                 kernels = " and ".join(sorted({kernel for (kernel, *_), *_ in new}))
-                self.not_run.append(f"{op} ({case}): {kernels}; needs {needs}")
+                self.not_run[f"{op} ({case}): {kernels}; needs {needs}"] = None
             else:
                 yield call
-
-    def _has(self, launch: Any, N: int, needed: list[int]) -> bool:
-        """Whether these rows were run, or fewer than the fewest, or more than the most."""
-        ran = self.rows[launch]
-        return N in ran or any(n < N == needed[0] or n > N == needed[-1] for n in ran)
 
 
 def configurations(args: Args, records: list[Launch]) -> set[Any]:
     """((kernel, warps, stages, constants), shapes of weights) of each launch of Triton's."""
     shapes = tuple(tuple(args[name].shape) for name in ("weight", "gate_up_proj") if name in args)
-    return {
-        ((each.kernel, each.num_warps, each.num_stages, tuple(sorted(each.constexprs.items()))), shapes)
-        for each in records
-        if each.grid is not None
-    }
+    found = (each for each in records if each.grid is not None)
+    return {((x.kernel, x.num_warps, x.num_stages, tuple(sorted(x.constexprs.items()))), shapes) for x in found}
 
 
 def _rows(args: Args) -> int:

@@ -1,9 +1,7 @@
 """Every operation of a layer on torch's activations, and every layer's own forward on torch's input.
 
-One flipped route then does not hide later layers. Right operations may make a wrong model, by swapped norms or a window
-off by one, so the model's own forward runs, too. Only what enters a layer is replaced, to show a fault in its layer.
-
-B batch, T tokens, H hidden, E experts, K experts per token, V vocabulary
+Right operations may make a wrong model, by swapped norms or a window off by one, so the model's own forward runs, too.
+What enters a layer is replaced, to show a fault in its layer: one flipped route does not hide the next layers.
 """
 
 from __future__ import annotations
@@ -26,16 +24,8 @@ from ..cache import KVCache
 from ..kernels.registry import dispatched
 from ..model import Layer
 from ..tools import tolerance
-from ..tools.tolerance import (
-    Fp64Reference,
-    LayerReference,
-    Tolerance,
-    largest,
-    same_bits,
-    to_fp64,
-    with_perturbed_input,
-)
-from .calls import LAYOUTS, Call, LayerCheck, SizedCalls
+from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
+from .calls import LAYOUTS, LayerCheck, SizedCalls
 from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
@@ -47,7 +37,6 @@ PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
 
 Step = Callable[[], None]  # called after each layer of each forward
-Calls = Callable[[LayerCheck, int], Iterator[Call]]  # of operations in the layer of this index
 # A call of a forward: its case, the tokens of the text [R,n], False for padding [R,n], the cache, other arguments.
 ForwardCall = tuple[str, Tensor, Tensor, Any, dict[str, Tensor]]
 
@@ -66,7 +55,7 @@ class ModelUnderTest:
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.layers = model, model.full_config, model.layers
         self.embed_tokens, self.norm, self.lm_head = model.embed_tokens, model.norm, model.lm_head
-        self.tables, self.model_head = {"cos": model.cos, "sin": model.sin}, model.head
+        self.tables = {"cos": model.cos, "sin": model.sin}
 
     def check(self, layer: Any, x: Tensor, config: Any) -> LayerCheck:
         """What torch computes in a layer on x [B,T,H]."""
@@ -81,19 +70,16 @@ class ModelUnderTest:
         return replace(self.config, sliding_window=max(1, tokens // WINDOW_FRACTION))
 
     def forward_calls(self, config: Any, B: int, T: int) -> Iterator[ForwardCall]:
-        """Yield the forward calls that read a text [B,T], first without a cache, then in chunks over one.
-
-        Sequence b is b tokens behind sequence 0 after every other call, so the lengths in a batch differ.
-        """
+        """The forwards that read a text [B,T], whole and in chunks over a cache, of unequal lengths."""
         whole = self.make_cache(config, B, T) if self.quantized else None
         yield UNCACHED, (text := torch.arange(T).expand(B, T)), text >= 0, whole, {}
         cache, behind = self.make_cache(config, B, T + PADDING), torch.arange(B)
         num_separate = min(SEPARATE_TOKENS, T - 1) or 1
         bounds = sorted({0, -(-2 * (T - num_separate) // 5), T - num_separate})
-        ends = [(bound - behind * (at % 2) * self.is_mixtral).clamp(min=0) for at, bound in enumerate(bounds)]
-        ends += [ends[-1] + at for at in range(1, num_separate + 1)]
-        for at, (begin, end) in enumerate(pairwise(ends)):
-            is_chunk, counts = at + num_separate < len(ends) - 1, end - begin
+        ends = [(bound - behind * (index % 2) * self.is_mixtral).clamp(min=0) for index, bound in enumerate(bounds)]
+        ends += [ends[-1] + index for index in range(1, num_separate + 1)]
+        for index, (begin, end) in enumerate(pairwise(ends)):
+            is_chunk, counts = index + num_separate < len(ends) - 1, end - begin
             padding = PADDING if self.is_mixtral and begin[0] and is_chunk else 0
             columns = torch.arange(int(counts.max()) + padding)
             valid = columns < counts[:, None]
@@ -107,19 +93,8 @@ class ModelUnderTest:
                 if part.numel():
                     yield ALONE, part, part >= 0, cache, {}
 
-    def probe(self, config: Any, ids: Tensor, probe: LayerProbe) -> None:
-        """The layers' own forwards on ids [B,T]."""
-        config = self.local_config(config)
-        with self.forward(config, probe, probe_layers=True) as forward:
-            for case, tokens, valid, cache, kwargs in self.forward_calls(config, *ids.shape):
-                probe.start(case, tokens, valid)
-                with self.catch_faults(probe.fail):
-                    out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
-                    probe.record_logits(out)
-
     def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
-        """The model's own logits of a text [B,T] over a cache, whose last sequences are a token shorter -> [M,V], and
-        where they are."""
+        """The logits of a text [B,T] over a cache, its last sequences a token shorter -> [M,V], and where they are."""
         (B, T), text = ids.shape, torch.arange(ids.shape[1]).expand(ids.shape)
         lengths = (T - torch.arange(B).clamp(max=1)).clamp(min=1).int()
         probe.start("end to end", text, text < lengths[:, None])
@@ -129,7 +104,7 @@ class ModelUnderTest:
 
     @contextmanager
     def catch_faults(self, record: Callable[[str], None]) -> Iterator[None]:
-        """Pass the message of an error that the runtime raises to `record`. Without memory nothing can be said."""
+        """Pass the message of an error that the runtime raises to `record`, but not that of a lack of memory."""
         try:
             yield
         except Exception as error:
@@ -138,13 +113,12 @@ class ModelUnderTest:
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
     def measure(self, layer: int | None, op: str, case: str, args: tolerance.Args) -> list[Row]:
-        """The row of one call of an operation."""
         expected, rows = Tolerance(op, args), list[Row]()
-        with self.catch_faults(lambda note: rows.append(Row(layer, op, case, math.inf, 0.0, note))):
-            rows.append(Row(layer, op, case, *expected.measure(self.operation(op, args))))
+        with self.catch_faults(lambda note: rows.append(Row.exact(layer, op, case, False, note))):
+            function = self.operation(op, args)
+            rows.append(Row(layer, op, case, *expected.measure(function)))
             if layer == 0 and args.get("deterministic") and case not in LAYOUTS:
-                same = same_bits(op, self.operation(op, args), args)
-                rows.append(Row(layer, op, BITS, 0.0 if same else math.inf, 0.0))
+                rows.append(Row.exact(layer, op, BITS, tolerance.same_bits(op, function, args)))
         return rows
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:
@@ -152,8 +126,7 @@ class ModelUnderTest:
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
-        """The model's forward, of (ids, cache, lengths): a copy of the model, with this config and on the same weights,
-        whose routes `probe` replaces, and the layers' inputs, too, if `probe_layers`."""
+        """A copy of the model on the same weights, whose routes, or also layers' inputs, `probe` replaces."""
 
         def route(forward: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
             h, x, weights, ids = forward(*args)
@@ -179,7 +152,7 @@ def single_layer_model(model: Any, layer: Any, x: Tensor) -> Any:
     config = replace(model.config, num_hidden_layers=1, vocab_size=x[..., 0].numel())
     fp32_model, frozen = copy.copy(model), partial(nn.Parameter, requires_grad=False)
     fp32_model._parameters, fp32_model._modules, fp32_model.config, fp32_model.full_config = {}, {}, config, config
-    # By way of fp64, all experts of a layer would take twice the memory.
+    # Not by way of fp64, in which all experts of a layer would take twice the memory.
     fp32 = {name: frozen(weight.float()) for name, weight in layer.named_parameters(recurse=False)}
     fp32 |= {name: frozen(weight.dequantize()) for name, weight in layer.named_children()}
     fp32_model.layers, fp32_model.norm = nn.ModuleList([Layer(config, fp32)]), frozen(model.norm.float())
@@ -188,12 +161,8 @@ def single_layer_model(model: Any, layer: Any, x: Tensor) -> Any:
 
 
 class TextReference:
-    """The reference of a text, layer by layer.
-
-    layers  a LayerReference each
-    x       torch's residual stream [B,T,H] after them
-    exact   fp64 [2B,T,H]: the last layer's output on its input and on the perturbed input
-    """
+    """The reference of a text in `layers`, torch's residual stream `x` [B,T,H] after them, and the last layer's output
+    on its input and the perturbed input, `exact` fp64 [2B,T,H]."""
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.exact = x, x.double().repeat(2, 1, 1)
@@ -216,11 +185,10 @@ class TextReference:
 
 
 def compare_layers(
-    target: ModelUnderTest, ids: Tensor, calls: Calls | None = None, step: Step = lambda: None
+    target: ModelUnderTest, ids: Tensor, calls: SizedCalls | None = None, step: Step = lambda: None
 ) -> tuple[list[Row], TextReference, Tensor]:
-    """Measure the `calls` of every layer (None: each operation once), and the layers' own forwards with `probe_config`,
-    on ids [B,T] -> rows, references with the model's config, and the last layer's output [2B,T,H] in fp64 from the
-    text `with_perturbed_input` on, with torch's routes."""
+    """Measure the `calls` of every layer (None: each operation once), and the layers' forwards with `probe_config`, on
+    ids [B,T] -> rows, references, and the last layer's fp64 output [2B,T,H] of the text `with_perturbed_input`."""
     calls = SizedCalls(target) if calls is None else calls
     x, probe_config, rows = F.embedding(ids, target.embed_tokens), target.probe_config(ids.shape[1]), list[Row]()
     expected, exact = TextReference(x), with_perturbed_input(x)
@@ -233,19 +201,24 @@ def compare_layers(
         # One pass over the layer's weights in fp64, for torch's input of the layer and for fp64's.
         inputs, size = with_perturbed_input(check.values.x), 2 * len(x)
         both = check.fp64(torch.cat((inputs, exact.to(inputs.device))))
-        values = {name: part[: len(part) // 2] for name, part in vars(both).items()}
-        expected.advance(check, replace(both, **values))
+        expected.advance(check, reference.Values(*(part[: len(part) // 2] for part in both)))
         exact = both.output[size:].clone()  # a view would keep the rest alive
         if probe_expected is not expected:
             check = target.check(layer, probe_expected.x, probe_config)
             probe_expected.advance(check, check.fp64(with_perturbed_input(check.values.x)))
         del layer, check  # on a mesh, a layer that was gathered goes before the next one is
         step()
-    probe = LayerProbe(probe_expected.layers, step)
+    probe, config, logits = LayerProbe(probe_expected.layers, step), target.local_config(probe_config), None
     if target.is_mixtral:
-        logits = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
-        probe.logits = Fp64Reference.from_baseline(*logits, END_RATIO)
-    target.probe(probe_config, ids, probe)
+        pair = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
+        logits = Fp64Reference.from_baseline(*pair, END_RATIO)
+    with target.forward(config, probe, probe_layers=True) as forward:
+        for case, tokens, valid, cache, kwargs in target.forward_calls(config, *ids.shape):
+            probe.start(case, tokens, valid)
+            with target.catch_faults(probe.fail):
+                out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
+                if logits is not None:
+                    probe.rows.append(Row(None, "logits", case, *probe.measure(logits, out)))
     return rows + probe.as_rows(), expected, exact
 
 
@@ -265,23 +238,15 @@ def compare_in_fp32(target: ModelUnderTest, expected: TextReference, step: Step)
 
 
 class LayerProbe:
-    """Compares what enters and leaves each layer of a forward with the references, and replaces what enters it.
-
-    What attention and the experts add to the residual stream is compared before, since a large residual hides it. The
-    gate's routes are compared with torch's and replaced, too. `flips` counts those that differ.
-    """
-
-    logits: Fp64Reference | None = None  # of the model, where its last layer has the reference's input
+    """Compares what enters and leaves each layer with the references, and what attention and experts add, which a large
+    residual stream hides. Replaces what enters, and routes, of which `flips` counts those that differ."""
 
     def __init__(self, layers: list[LayerReference], step: Step = lambda: None) -> None:
         self.layers, self.step, self.flips = layers, step, 0
         self.rows: list[Row] = []
 
     def start(self, case: str, tokens: Tensor | None = None, valid: Tensor | None = None) -> None:
-        """Begin a forward of `tokens` [R,n] of the text's B sequences, row r of sequence r mod B; None: the text.
-
-        valid bool [R,n]: False for padding. Both are on the CPU, as the layers may be on several GPUs.
-        """
+        """Begin a forward of `tokens` [R,n], row r of sequence r mod B (None: the text); valid: no padding."""
         B, T, _ = self.layers[0].x.shape
         tokens = torch.arange(T).expand(B, T) if tokens is None else tokens
         self.where = (torch.arange(len(tokens)) % B)[:, None].expand_as(tokens), tokens
@@ -289,19 +254,16 @@ class LayerProbe:
         self.where_valid = tuple(index[self.valid] for index in self.where)
         self.case, self.layer = case, 0
 
-    def add(self, index: int, case: str, error: float, limit: float, note: str = "") -> None:
-        self.rows.append(Row(index, "layer", case, error, limit, note))
-
     def fail(self, note: str) -> None:
         """Record that the forward raised, in the layer that it had reached."""
-        self.add(min(self.layer, len(self.layers) - 1), self.case, math.inf, 0.0, note)
+        self.rows.append(Row.exact(min(self.layer, len(self.layers) - 1), "layer", self.case, False, note))
 
     def replace_routes(self, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """weights, ids [BT,K] of the gate -> torch's for tokens that torch routes to other experts, else unchanged."""
         expected, shape = self.layers[self.layer], self.valid.shape
         got, want = ids.view(*shape, -1), expected.ids[self.where].to(ids.dtype)
         pair = expected.route_error(got[self.valid], self.where_valid, weights.view_as(got)[self.valid])
-        self.add(self.layer, f"{ROUTES}, {self.case}", *pair)
+        self.rows.append(Row(self.layer, "layer", f"{ROUTES}, {self.case}", *pair))
         self.layer += 1
         if got.shape != want.shape:
             return expected.weights[self.where].to(weights.dtype).flatten(0, 1), want.flatten(0, 1)
@@ -310,27 +272,23 @@ class LayerProbe:
         weights = weights.view_as(got).where(~flipped, expected.weights[self.where].to(weights.dtype))
         return weights.flatten(0, 1), torch.where(flipped, want, got).view_as(ids)
 
+    def measure(self, expected: Fp64Reference, got: Tensor) -> tuple[float, float]:
+        """The largest error of a token of `got` [R,n,...] that is no padding, and its limit."""
+        fits = got.shape[:2] == self.valid.shape
+        return expected.measure(got[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
+
     def record(self, index: int, name: str, got: Tensor) -> Tensor:
         """The error of `name` of a LayerReference -> `got`."""
-        expected, shape = self.layers[index].references[name], self.valid.shape
-        values = got.view(*shape, -1) if got.dim() == 2 else got
-        fits = values.shape[:2] == shape
-        pair = expected.measure(values[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
-        self.add(index, f"{LAYER_PARTS[name]}, {self.case}" if name in LAYER_PARTS else self.case, *pair)
+        values = got.view(*self.valid.shape, -1) if got.dim() == 2 else got
+        case = f"{LAYER_PARTS[name]}, {self.case}" if name in LAYER_PARTS else self.case
+        self.rows.append(Row(index, "layer", case, *self.measure(self.layers[index].references[name], values)))
         return got
-
-    def record_logits(self, out: Tensor) -> None:
-        """The error of the model's logits [R,n,V]."""
-        if self.logits is not None:
-            fits = out.shape[:2] == self.valid.shape
-            pair = self.logits.measure(out[self.valid], self.where_valid) if fits else (math.inf, self.logits.limit)
-            self.rows.append(Row(None, "logits", self.case, *pair))
 
     def enter(self, index: int, x: Tensor) -> Tensor:
         """Record the input of a layer, which must equal the reference's, as the probe put it there -> the latter."""
         expected = self.layers[index].x[self.where]
         same = x.shape == expected.shape and torch.allclose(x[self.valid], expected[self.valid], 0.0, 0.0, True)
-        self.add(index, self.case, 0.0 if same else math.inf, 0.0)
+        self.rows.append(Row.exact(index, "layer", self.case, same))
         return expected
 
     def leave(self, index: int, x: Tensor) -> Tensor:
@@ -339,25 +297,23 @@ class LayerProbe:
         self.step()
         return self.layers[index + 1].x[self.where] if index + 1 < len(self.layers) else x
 
+    # In the place of the methods of `model.Layer`.
     def forward(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
-        """`model.Layer.forward` on the reference's input, in the place of what the model passes."""
         x = self.enter(index, x)
         self.record(index, "normed", h)
         h, x = forward(self.layers[index].h[self.where], x, *args)
         return h, self.leave(index, x)
 
     def attention(self, index: int, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`model.Layer.attention`, its output recorded."""
         return self.record(index, "attn_output", forward(*args))
 
     def experts(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
-        """`model.Layer.experts`, which is also run without a residual stream, its output recorded. How a text is split
-        changes its number of rows alone: many and few are enough."""
+        # Without the residual stream. How a text is split changes its number of rows alone: many and few are enough.
         if self.case in (UNCACHED, ALONE):
             self.record(index, "y", forward(h, torch.zeros_like(x), *args)[1])
         return forward(h, x, *args)
 
     def as_rows(self) -> list[Row]:
-        """A row for each layer and case: attention, the routes, the experts, then the whole layer."""
+        """A row for each layer and case: attention, routes, experts, the whole layer."""
         order = {LAYER_PARTS["attn_output"]: 0, ROUTES: 1, LAYER_PARTS["y"]: 2}
         return sorted(worst_rows(self.rows), key=lambda row: order.get(row.case.partition(",")[0], 3))

@@ -1,6 +1,4 @@
-"""A second reader of a checkpoint folder: config.json and every layout of the hub, written from the formats.
-
-It shares no code with the config, the loader and `quantize`, so that `verify` finds their faults.
+"""A second reader of a checkpoint folder, config.json and every layout of the hub, without code of those it checks.
 
 N rows, K columns (the depth of the sum), G groups of columns that share a scale, P positions, D head size
 """
@@ -32,29 +30,23 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
 PROMPT = "Of 8 experts, two.\n\tZwölf Boxkämpfer: \u4e24\u4e2a <s>"
-TEXTS = {"prompt": "tokens of a prompt", "chat": "chat template"}
 # Arguments of operations that a config.json declares.
 CONSTANTS = {"eps": "rms_norm_eps", "top_k": "num_experts_per_tok", "window": "sliding_window"}
 
 
 class Source:
-    """The tensors of a folder, by layer (None: embedding, final norm and head) and name: each one's opened files by
-    stored name, of which a quantized linear has several. `config` is config.json as it is."""
+    """The tensors of a folder by layer (None: outside of them) and name: each one's opened files by stored name."""
 
     def __init__(self, folder: Any) -> None:
-        def read_json(name: str) -> Any:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-
         self.folder = Path(folder)
-        self.config = read_json("config.json")
-        self.quantization = self.config.get("quantization_config", self.config.get("compression_config"))
-        if self.quantization is None and (self.folder / "hf_quant_config.json").is_file():
-            self.quantization = read_json("hf_quant_config.json")["quantization"]
-        if self.quantization is None and (self.folder / "quantize_config.json").is_file():
-            self.quantization = {"quant_method": "gptq", **read_json("quantize_config.json")}
+        self.config = self.read_json("config.json")
+        modelopt, gptq = (self.read_json(name) for name in ("hf_quant_config.json", "quantize_config.json"))
+        declared = [self.config.get(name) for name in ("quantization_config", "compression_config")]
+        declared += [modelopt.get("quantization"), gptq and {"quant_method": "gptq", **gptq}]
+        self.quantization = next(filter(None, declared), None)
         names = ["model.safetensors"]
         if not (self.folder / "model.safetensors").exists():
-            names = sorted(set(read_json("model.safetensors.index.json")["weight_map"].values()))
+            names = sorted(set(self.read_json("model.safetensors.index.json")["weight_map"].values()))
         self.files = [self.folder / name for name in names]
         modules: dict[str, dict[str, Any]] = defaultdict(dict)
         for path in self.files:
@@ -73,6 +65,11 @@ class Source:
                 tensors[weight] = files
             else:
                 tensors |= {name: {name: file} for name, file in files.items() if not name.endswith(UNUSED)}
+
+    def read_json(self, name: str) -> Any:
+        """The object in a file of the folder; an empty one where there is no such file."""
+        file = self.folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def read(self, files: dict[str, Any], device: Any, expert: Any = ...) -> Tensor:
         """A tensor on the device, or one expert of [E,N,K]; a quantized linear is decoded there, fp32 [N,K]."""
@@ -118,11 +115,8 @@ def decode(parts: dict[str, Tensor], quantization: Any, module: str = "") -> Ten
 
 
 def unpack(words: Tensor, bits: int, columns: Sequence[int] = ()) -> Tensor:
-    """int32 [R,n], 32 / bits values in each, lowest bits first -> int32 [R, n * 32 / bits].
-
-    columns: where each value of a word belongs
-    """
-    fields = [columns.index(at) if columns else at for at in range(32 // bits)]
+    """int32 [R,n], 32 / bits values in each, lowest first -> int32 [R, n * 32 / bits], each word's in these columns."""
+    fields = [columns.index(position) if columns else position for position in range(32 // bits)]
     return torch.stack([words >> bits * field & (1 << bits) - 1 for field in fields], -1).flatten(-2)
 
 
@@ -148,16 +142,13 @@ def config_rows(source: Source, target: Any) -> list[Row]:
     rows = []
     for case, values in ("values", used), ("operations", recorded_constants(model)):
         wrong = next((name for name in values if not values[name] or any(x != raw[name] for x in values[name])), None)
-        rows.append(Row(None, "config", wrong or case, math.inf if wrong else 0.0, 0.0))
+        rows.append(Row.exact(None, "config", wrong or case, not wrong))
     return [*rows, *_rotary_rows(model, raw), *_text_rows(source)]
 
 
 def _text_rows(source: Source) -> list[Row]:
-    """The tokens of a prompt beside those of the tokenizers library, and the text of the chat template beside jinja's,
-    where the folder has them."""
-    folder, bos, rows = source.folder, source.config.get("bos_token_id"), []
-    settings = folder / "tokenizer_config.json"
-    settings = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    """A prompt's tokens beside those of tokenizers, the chat template's text beside jinja's, if the folder has them."""
+    folder, bos, settings = source.folder, source.config.get("bos_token_id"), source.read_json("tokenizer_config.json")
 
     def prompt() -> bool:
         import tokenizers
@@ -166,7 +157,7 @@ def _text_rows(source: Source) -> list[Row]:
         own.no_truncation()
         own.no_padding()
         ids = own.encode(PROMPT).ids
-        return encode(load_tokenizer(folder), PROMPT, bos)[0] == (ids if bos in (None, ids[0]) else [bos, *ids])
+        return encode(load_tokenizer(folder), PROMPT, bos) == (ids if bos in (None, ids[0]) else [bos, *ids])
 
     def chat() -> bool:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -174,29 +165,26 @@ def _text_rows(source: Source) -> list[Row]:
         messages = [{"role": "user", "content": PROMPT}]
         got, options = ChatTemplate(folder).render(messages), {"trim_blocks": True, "lstrip_blocks": True}
         own = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options).from_string(template)
-        tokens = {name: getattr(x, "get", lambda key, x=x: x)("content") for name, x in settings.items() if x}
-        tokens = {name: x for name, x in tokens.items() if name in ("bos_token", "eos_token", "unk_token")}
+        names = "bos_token", "eos_token", "unk_token"
+        tokens = {name: x["content"] if isinstance(x, dict) else x for name in names if (x := settings.get(name))}
         tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime}
         return got == own.render(messages=messages, add_generation_prompt=True, **tokens)  # type: ignore[no-any-return]
 
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}.get("default")
-    template = file.read_text(encoding="utf-8") if file.is_file() else template
-    there = {prompt: (folder / "tokenizer.json").is_file(), chat: template is not None}
-    for check in (check for check, found in there.items() if found):
-        right, note = False, ""
+    template, rows = file.read_text(encoding="utf-8") if file.is_file() else template, []
+    checks = [("tokens of a prompt", prompt)] * (folder / "tokenizer.json").is_file()
+    for case, check in checks + [("chat template", chat)] * (template is not None):
         try:
-            right = check()
+            rows.append(Row.exact(None, "config", case, check()))
         except (ValueError, OSError) as error:
-            note = str(error)
-        rows.append(Row(None, "config", TEXTS[check.__name__], 0.0 if right else math.inf, 0.0, note))
+            rows.append(Row.exact(None, "config", case, False, str(error)))
     return rows
 
 
 def recorded_constants(model: Any) -> dict[str, list[Any]]:
-    """What the operations of the model's forward get without a cache, in a chunk and in a decode step, by the config's
-    names: constants and head sizes, recorded on the meta device, where nothing is computed."""
+    """The constants and head sizes of operations in a forward, a chunk and a step, by the config's names."""
     model, ids = on_meta(model, len(model.layers)), torch.zeros((1, 2), dtype=torch.int64, device="meta")
     cache, used = KVCache(model.config, 1, 3, "meta", model.dtype), {name: list[Any]() for name in CONSTANTS.values()}
     with CallRecorder() as recorder:
@@ -214,21 +202,18 @@ def recorded_constants(model: Any) -> dict[str, list[Any]]:
 
 
 def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:
-    """Positions in a forward, and cos and sin there against fp64.
-
-    The limit allows angles in fp32, whose frequencies have the error of theta's logarithm.
-    """
+    """Positions in a forward, and cos and sin there against fp64; the limit allows angles and log(theta) in fp32."""
     P, D, theta = raw["max_position_embeddings"], raw["head_dim"], max(raw["rope_theta"], default=math.nan)
-    at = torch.arange(P, device=model.device)
-    cache: Any = SimpleNamespace(lengths=at.int())
+    positions = torch.arange(P, device=model.device)
+    cache: Any = SimpleNamespace(lengths=positions.int())
     whole, cached = State(model, 1, P, None, None), State(model, P, 2, cache, None)
     got = torch.stack((whole.positions[0], *cached.positions.t()))
-    error = largest((got - torch.stack((at, at, (at + 1).clamp(max=P - 1)))).double())
+    error = largest((got - torch.stack((positions, positions, (positions + 1).clamp(max=P - 1)))).double())
     rows = [Row(None, "config", "positions", error, 0.0)]
     tables = torch.stack((whole.cos, whole.sin))
     if tuple(tables.shape) != (2, P, D // 2):
-        return [*rows, Row(None, "config", "rotary tables", math.inf, 0.0)]
-    angles = at.double()[:, None] * theta ** -(torch.arange(0, D, 2, device=model.device) / D).double()
+        return [*rows, Row.exact(None, "config", "rotary tables", False)]
+    angles = positions.double()[:, None] * theta ** -(torch.arange(0, D, 2, device=model.device) / D).double()
     errors = (tables.double() - torch.stack((angles.cos(), angles.sin()))).abs().amax(0)
     limits = angles * (4 + abs(math.log(theta))) * 2.0**-24 + 2.0**-22
     worst = (errors / limits).argmax()  # a NaN, if there is one

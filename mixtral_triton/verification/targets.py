@@ -1,9 +1,4 @@
-"""The other targets of verify: a transformers model, whose own modules are the reference, and a model on a mesh.
-
-On a mesh every rank gathers one layer at a time for torch, and runs operations on its own shard.
-
-B batch, T tokens, H hidden
-"""
+"""The other targets of verify: a transformers model, whose own modules are the reference, and a model on a mesh."""
 
 from __future__ import annotations
 
@@ -17,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import hf, reference
@@ -33,7 +27,7 @@ from ..weights import parameter_shapes, qkv_rows
 from .layers import PADDING, ForwardCall, LayerCheck, LayerProbe, ModelUnderTest, Step
 from .report import PEER, Row
 from .source import Source
-from .weights import _place
+from .weights import locate_weight
 
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
 
@@ -71,15 +65,12 @@ class TransformersUnderTest(ModelUnderTest):
         rotary = partial(
             modeling.MixtralRotaryEmbedding.forward, self.backbone.rotary_emb, position_ids=positions[None]
         )
-        normed = norm(block.input_layernorm, x)
-        projections = attn.q_proj, attn.k_proj, attn.v_proj
+        normed, projections = norm(block.input_layernorm, x), (attn.q_proj, attn.k_proj, attn.v_proj)
         q, k, v = (project(normed).view(B, T, -1, attn.head_dim) for project in projections)
         rq, rk = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotary(x))
         hidden = (positions > positions[:, None]) | (positions <= positions[:, None] - (config.sliding_window or T))
         mask = torch.zeros(T, T, dtype=x.dtype, device=x.device).masked_fill_(hidden, torch.finfo(x.dtype).min)
-        heads = modeling.eager_attention_forward(attn, rq, rk, v.transpose(1, 2), mask, attn.scaling)[0].reshape(
-            B, T, -1
-        )
+        heads = modeling.eager_attention_forward(attn, rq, rk, v.transpose(1, 2), mask, attn.scaling)[0].flatten(2)
         attn_output = attn.o_proj(heads)
         h = norm(block.post_attention_layernorm, x + attn_output).view(B * T, H)
         logits, weights, ids = modeling.MixtralTopKRouter.forward(moe.gate, h)
@@ -87,15 +78,10 @@ class TransformersUnderTest(ModelUnderTest):
         y = loop_over_experts(moe.experts, h, ids, weights).view_as(x)
         output = x + attn_output + y
         values = reference.Values(x, normed, q, k, v, heads, attn_output, h, logits, weights, ids.int(), y, output)
-        layer = SimpleNamespace(
-            input_layernorm=block.input_layernorm.weight,
-            qkv_proj=torch.cat([project.weight for project in projections]),
-            o_proj=attn.o_proj.weight,
-            post_attention_layernorm=block.post_attention_layernorm.weight,
-            gate=moe.gate.weight,
-            gate_up_proj=moe.experts.gate_up_proj,
-            down_proj=moe.experts.down_proj,
-        )
+        norms = {name: getattr(block, name).weight for name in ("input_layernorm", "post_attention_layernorm")}
+        experts = {name: getattr(moe.experts, name) for name in ("gate_up_proj", "down_proj")}
+        qkv_proj = torch.cat([project.weight for project in projections])
+        layer = SimpleNamespace(**norms, qkv_proj=qkv_proj, o_proj=attn.o_proj.weight, gate=moe.gate.weight, **experts)
         cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
         return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
 
@@ -109,22 +95,20 @@ class TransformersUnderTest(ModelUnderTest):
         return DynamicCache(config=self.backbone.config)
 
     def forward_calls(self, config: MixtralConfig, B: int, T: int) -> Iterator[ForwardCall]:
-        """Also a left-padded batch, static caches and packed sequences. Their rows are prefixes of the text, whose
-        references hold for them."""
+        """Also left-padded and packed sequences and static caches: prefixes of the text, whose references hold."""
         from transformers import StaticCache
 
         yield from super().forward_calls(config, B, T)
-        at, row = torch.arange(T), torch.arange(max(B, 2))[:, None]
-        padded, packed = at - row % 3 * T // 4, at % (T // 2 + 1 + row % 3)  # positions [R,T], negative for padding
+        t, row = torch.arange(T), torch.arange(max(B, 2))[:, None]
+        padded, packed = t - row % 3 * T // 4, t % (T // 2 + 1 + row % 3)  # positions [R,T], negative for padding
         static = partial(StaticCache, config=self.backbone.config, max_cache_len=T + PADDING)
-        cases: list[tuple[str, Tensor, Any]] = [
+        for case, positions, cache in (
             ("left-padded", padded, None),
             ("padded, cached", padded, self.make_cache(config, B, T)),
-            ("static cache", at.expand_as(padded), static()),
+            ("static cache", t.expand_as(padded), static()),
             ("padded, static", padded, static()),
             ("packed", packed, None),
-        ]
-        for case, positions, cache in cases:
+        ):
             real = positions >= 0
             # Over a cache a prefill, a chunk and one token.
             for begin, end in pairwise([0, T] if cache is None else sorted({0, T // 2, T - 1, T})):
@@ -136,14 +120,10 @@ class TransformersUnderTest(ModelUnderTest):
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
-        """The backbone's forward."""
         from ..hf.attention import CACHE
 
         def enter(index: int, layer: Any, args: Any) -> Any:
             return probe.enter(index, args[0]), *args[1:]
-
-        def leave(index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
-            return probe.leave(index, out)
 
         def record(index: int, name: str, module: Any, args: Any, out: Any) -> None:
             probe.record(index, name, out[0] if isinstance(out, tuple) else out)
@@ -163,7 +143,7 @@ class TransformersUnderTest(ModelUnderTest):
                 if not probe_layers:
                     continue
                 stack.enter_context(layer.register_forward_pre_hook(partial(enter, index)))
-                stack.enter_context(layer.register_forward_hook(partial(leave, index)))
+                stack.enter_context(layer.register_forward_hook(lambda *call, i=index: probe.leave(i, call[-1])))
                 enough = probe.layers[index].x[..., 0].numel() >= MIN_TOKENS
                 for name, module in (("attn_output", layer.self_attn), ("y", layer.mlp)) if enough else ():
                     stack.enter_context(module.register_forward_hook(partial(record, index, name)))
@@ -173,10 +153,7 @@ class TransformersUnderTest(ModelUnderTest):
 def compare_with_transformers(
     folder: Any, model: Mixtral, ids: Tensor, layers: list[LayerReference], logits: Fp64Reference, step: Step
 ) -> list[Row]:
-    """The rows of transformers' own model of the folder: each layer on torch's input, and its logits on ids [B,T].
-
-    One of its layers is in memory at a time, in fp32, so that it shows what 16 bits hide.
-    """
+    """The rows of transformers' model of the folder on ids [B,T], in fp32, with one layer in memory at a time."""
     source, rows, x = Source(folder), list[Row](), None
     for index, layer in enumerate(layers):
         found, x, out = _compare_layer(_load_layer(source, model, index), _in_fp32(layer), ids, x)
@@ -209,7 +186,7 @@ def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
     config.num_hidden_layers, tensors = 1, {}
     vars(config).pop("quantization_config", None)
     for name, files in (source.layers[None] | source.layers[index]).items():
-        parameter = _place(model, name)
+        parameter = locate_weight(model, name)
         tensor = source.read(files, "cpu")
         if not isinstance(parameter, QuantizedWeight):
             tensor = tensor.to(model.dtype)  # which may be another one than the files'
@@ -237,7 +214,7 @@ def _in_fp32(layer: LayerReference) -> LayerReference:
 
 
 class MeshUnderTest(ModelUnderTest):
-    """A `Mixtral` on a mesh, gathered. Every rank must make the same calls."""
+    """A `Mixtral` on a mesh. Every rank gathers one layer at a time for torch, and runs operations on its own shard."""
 
     catches_faults, widens = False, False
 
@@ -247,8 +224,7 @@ class MeshUnderTest(ModelUnderTest):
         self.shards: list[Shard] = ranks.all_gather_object(ranks.shard)
         self.shapes, self.local_config = parameter_shapes(self.config), ranks.shard.config
         self.layers = _GatheredLayers(self)
-        tied = self.config.tie_word_embeddings
-        self.lm_head = self.embed_tokens if tied else self.gather("lm_head", model.lm_head)
+        self.lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.gather("lm_head", model.lm_head)
 
     def check(self, layer: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
         """The whole layer in torch; the calls of operations on this rank's shard."""
@@ -256,9 +232,9 @@ class MeshUnderTest(ModelUnderTest):
         values, queries, keys = check.values, shard.queries(config), shard.keys(config)
         heads = values.heads[..., shard.qkv_rows(config)["q"]]
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
-        values = replace(values, heads=heads, **qkv)
-        local = LayerCheck(values, layer.local, shard.config(config), check.tables, check.quantized)
-        local.local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
+        values = values._replace(heads=heads, **qkv)
+        local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
+        local = LayerCheck(values, layer.local, shard.config(config), check.tables, check.quantized, local_ids)
         for name in ("calls", "derive", "deterministic_calls"):
             setattr(check, name, getattr(local, name))
         return check
@@ -275,23 +251,31 @@ class MeshUnderTest(ModelUnderTest):
             return weight
         if isinstance(weight, Tensor):
             return self._gather_plane(name, weight, 1)
-        size = weight.format, shape, weight.group, weight.scales.dtype, weight.zeros is not None, weight.device
-        whole, codes = _GatheredWeight.empty(*size), unpack(weight.data, weight.format, weight.shape[-1], weight.group)
+        whole = weight.spec.empty(shape, weight.device, _GatheredWeight)
+        codes = unpack(weight.data, weight.format, weight.shape[-1], weight.group)
         zeros = None if weight.zeros is None else self._gather_plane(name, weight.zeros, weight.group) - 128
         put(whole, self._gather_plane(name, codes, 1), self._gather_plane(name, weight.scales, weight.group), zeros)
         return whole
 
     def _gather_plane(self, name: str, local: Tensor, group: int) -> Tensor:
         """One tensor of a parameter, with a value for each of its columns or for each `group` of them."""
+        if name == "lm_head":  # ranks may have one row more than others
+            return self.ranks.all_gather(local.t().contiguous(), self.config.vocab_size).t().contiguous()
         *lead, columns = self.shapes[name]
         whole = torch.empty(*lead, columns // group, dtype=local.dtype, device=local.device)
         if local.is_floating_point():
             whole.fill_(float("nan"))  # where no rank has a part
-        rows = -(-self.config.vocab_size // len(self.shards)) if name == "lm_head" else local.shape[-2]
-        parts = self.ranks.gather(F.pad(local, (0, 0, 0, rows - local.shape[-2])))
-        for shard, part in zip(self.shards, parts, strict=True):
-            index = _indices(name, self.config, shard, group)
-            whole[index] = part[: index.stop - index.start] if name == "lm_head" else part
+        config, all_rows = self.config, qkv_rows(self.config)
+        for shard, part in zip(self.shards, self.ranks.gather(local.contiguous()), strict=True):
+            inner, experts, rows = shard.inner(config), shard.experts(config), shard.qkv_rows(config)
+            gate = torch.arange(inner.start, inner.stop)
+            indices: dict[str, Any] = {
+                "qkv_proj": torch.cat([torch.arange(x.start, x.stop) + all_rows[key].start for key, x in rows.items()]),
+                "o_proj": (..., slice(rows["q"].start // group, rows["q"].stop // group)),
+                "gate_up_proj": (experts, torch.cat((gate, gate + config.intermediate_size))),
+                "down_proj": (experts, ..., slice(inner.start // group, inner.stop // group)),
+            }
+            whole[indices[name.rpartition(".")[2]]] = part
         return whole
 
 
@@ -323,18 +307,3 @@ class _GatheredLayers:
             object.__setattr__(layer, "local", local)  # not as a submodule, whose weights would be the layer's
             self.last[index] = layer
         return self.last[index]
-
-
-def _indices(name: str, config: MixtralConfig, shard: Shard, group: int) -> Any:
-    """Where a rank's part of a parameter is in the whole."""
-    short, inner, experts = name.rpartition(".")[2], shard.inner(config), shard.experts(config)
-    if short == "lm_head":
-        return shard.vocabulary(config)
-    if short == "qkv_proj":
-        runs = zip(qkv_rows(config).values(), shard.qkv_rows(config).values(), strict=True)
-        return torch.cat([torch.arange(run.start, run.stop) + rows.start for rows, run in runs])
-    if short == "gate_up_proj":
-        return experts, torch.cat([torch.arange(inner.start, inner.stop) + at for at in (0, config.intermediate_size)])
-    run = shard.qkv_rows(config)["q"] if short == "o_proj" else inner
-    columns = slice(run.start // group, run.stop // group)
-    return (..., columns) if short == "o_proj" else (experts, ..., columns)

@@ -1,17 +1,10 @@
-"""The loaded weights against the files, and the cost of quantizing them: logits, routes and perplexity without it.
-
-`check_weights` shares no table of names or places with the loader, so that a tensor in another's place is found, and
-no reader of a layout (source.py).
-
-N tokens of a text, B batch, T tokens of a window, H hidden, K experts per token, V vocabulary
-"""
+"""The loaded weights against the files, without the loader's tables of names and places, and the cost of quantizing."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import re
-import timeit
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -24,7 +17,6 @@ from torch import Tensor
 
 from ..config import read_json_object
 from ..inputs import check_ids, check_vocabulary
-from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
 from ..quantize import QUANTIZED_PARTS, QuantizedWeight, QuantSpec
 from ..tools.tolerance import fp64_block, largest, to_fp64
@@ -40,83 +32,72 @@ HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text 
 WINDOW_TOKENS = 2048  # the most tokens of a window
 READ_BYTES = 1 << 16
 LOGIT_ROWS = 256  # tokens whose logits are in memory at once
-CALLS_S = 0.3  # seconds that Python takes for a layer's calls
-PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; tensors of a text's logits at once
+LOGITS = 16  # tensors of a text's logits at once
 
 
 def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -> str:
-    """What `verify` on ids [B,T] will take: bytes of the files, memory beside the model, and seconds of torch's
-    computation in fp64, for which a product with one expert is timed."""
-    config, N, down = model.full_config, ids.numel(), model.layers[0].down_proj[0]
-    x = torch.ones((2 * N, down.shape[-1]), dtype=torch.float64, device=model.device)
-    seconds = min(timeit.repeat(lambda: largest(x @ to_fp64(down).T), number=1, repeat=3))
+    """What `verify` on ids [B,T] will take: bytes of the files, and memory beside the model."""
+    config, N = model.full_config, ids.numel()
     layer = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if name.startswith("layers.0."))
     fp32, quantized = not quick and model.dtype != torch.float32, folder is not None and bool(quantized_formats(model))
-    products = layer / down.shape.numel() * (PASSES * (1 + fp32) + 2 * quantized)
-    seconds = config.num_hidden_layers * (seconds * products + CALLS_S)
     # Every layer's references stay. Beside them are a layer in fp32 or as stored and an expert, or the head and logits.
     references = config.num_hidden_layers * N * config.hidden_size * (8 * 8 + 3 * model.dtype.itemsize)
     inside = layer * max(6 * fp32, 4 * quantized) + 24 * config.intermediate_size * config.hidden_size
     memory = (references + max(inside, 8 * config.vocab_size * (config.hidden_size + LOGITS * N))) / 1e6
     stored = 0 if folder is None else sum(file.stat().st_size for file in Source(folder).files) / 1e6
-    torch_takes = f"torch takes about {memory:,.0f} MB beside the model and {seconds:.0f} s"
-    return f"verifying: reads {stored:,.1f} MB once, {torch_takes}{', without the interpreter' * INTERPRETED}"
+    return f"verifying: reads {stored:,.1f} MB once, torch takes about {memory:,.0f} MB beside the model"
 
 
 def check_weights(
     target: ModelUnderTest, folder: Any, ids: Tensor, step: Step
 ) -> tuple[list[Row], QuantizationCost | None]:
-    """The rows of all weights, and the cost of quantization on ids [B,T] and the folder's held-out text: None where no
-    weight is quantized, or as the files have it. Without a folder, weights must be finite, and nothing else is checked.
-
-    Each tensor of the files is read once, and one layer of them is in memory at a time. On a mesh every rank computes
-    all of it.
-    """
+    """The rows of all weights, without a folder whether they are finite, and on ids [B,T] and the held-out text the
+    cost of quantization, None where files have it, too. One layer of tensors is read at a time, by every rank."""
     layers = [None, *range(len(target.layers))]
     if folder is None:
-        return [row for at in layers for row in _check_layer(target, at)], None
-    source, cost = Source(folder), None
+        return [row for index in layers for row in _check_layer(target, index)], None
+    source, cost, formats = Source(folder), None, quantized_formats(target.model)
     if extra := source.layers.keys() - layers:
         raise ValueError(f"verify: {source.folder} is another model's: it has a layer {extra.pop()}")
     rows = config_rows(source, target)
-    if quantized_formats(target.model) and (source.quantization is None or target.model.requantized):
+    if formats and (source.quantization is None or target.model.requantized):
         cost = _LayerByLayer(target, source, ids)
-    for at in layers:
-        rows += _check_layer(target, at)
-        stored = None if cost is None else cost.empty(at)
-        rows += _compare_layer(source, target, at, stored)
-        if cost is not None:
-            cost.add(at, stored)
+    for index in layers:
+        stored: Any = None if cost is None else cost.empty(index)
+        rows += [*_check_layer(target, index), *_compare_layer(source, target, index, stored)]
+        if cost is not None and index is None:
+            cost.stored_head = stored.lm_head if isinstance(target.lm_head, QuantizedWeight) else None
+        elif cost is not None:
+            cost.compare((target.layers[index], False), (stored.layers[index], False))
         stored = None  # before the next layer is allocated
-        if at is not None:
+        if index is not None:
             step()
-    return rows, None if cost is None else cost.result(quantized_formats(target.model))
+    return rows, None if cost is None else cost.result(formats)
 
 
-def _weights(target: ModelUnderTest, at: int | None) -> dict[str, Any]:
+def _weights(target: ModelUnderTest, index: int | None) -> dict[str, Any]:
     """The weights of a layer (None: outside the layers) by name. A tied head is left out."""
-    if at is None:
-        found = {name: getattr(target, name) for name in ("embed_tokens", "norm", "lm_head")}
-        if found["lm_head"] is None or found["lm_head"] is found["embed_tokens"]:
-            del found["lm_head"]
-        return found
-    layer = target.layers[at]
+    if index is None:
+        has_head = target.lm_head is not None and target.lm_head is not target.embed_tokens
+        return {name: getattr(target, name) for name in ("embed_tokens", "norm", *["lm_head"] * has_head)}
+    layer = target.layers[index]
     quantized = {name: module for name, module in layer.named_modules() if isinstance(module, QuantizedWeight)}
     return dict(layer.named_parameters()) | quantized
 
 
-def _check_layer(target: ModelUnderTest, at: int | None) -> list[Row]:
-    """Rows of one layer, or of None: infinite where a weight is not finite, which a text may not show: of a token or an
-    expert that it does not have."""
-    weights = _weights(target, at).values()
-    passed = {"finite": all(map(_is_finite, weights))}
+def _check_layer(target: ModelUnderTest, index: int | None) -> list[Row]:
+    """Rows of one layer, or None: whether weights are finite, which a text does not show of tokens that it lacks."""
+    weights = _weights(target, index).values()
+    finite = (_dense(weight[expert]).isfinite().all() for weight in weights for expert in _experts(weight))
+    rows = [Row.exact(index, "weights", "finite", all(finite))]
     if tables := [weight for weight in weights if isinstance(weight, OffloadedWeight)]:
-        passed["addresses of experts"] = all(map(_is_addressed, tables))
-    return [Row(at, "weights", case, 0.0 if right else math.inf, 0.0) for case, right in passed.items()]
+        rows.append(Row.exact(index, "weights", "addresses of experts", all(map(_is_addressed, tables))))
+    return rows
 
 
 def _is_addressed(weight: OffloadedWeight) -> bool:
-    """Whether the table has each expert's address, and the memory there, as far as READ_BYTES, its bytes."""
+    """Whether the table has each expert's address, without the loader's own `rows`, and the memory there, as far as
+    READ_BYTES, its bytes."""
     stored = {True: iter(weight.host), False: iter(weight.resident)}
     for expert, address in enumerate(weight.data.tolist()):
         rows = next(stored[expert in weight.on_host])
@@ -131,25 +112,24 @@ def _is_addressed(weight: OffloadedWeight) -> bool:
     return True
 
 
-def _is_finite(weight: Any) -> bool:
-    parts = (weight[at] for at in range(len(weight))) if len(weight.shape) == 3 else [weight]
-    values = (part if isinstance(part, Tensor) else part.dequantize() for part in parts)
-    return all(bool(part.isfinite().all()) for part in values)
+def _experts(weight: Any) -> Iterable[Any]:
+    """Indices of the experts of a weight [E,N,K], which are read one at a time to save memory; of any other, one."""
+    return range(len(weight)) if len(weight.shape) == 3 else (...,)
 
 
-def _compare_layer(source: Source, target: ModelUnderTest, at: int | None, stored: Any) -> list[Row]:
-    """The rows of one layer, or of None, with the largest difference from the files, and one for weights that were
-    quantized while loading, with the error of `_rounding_error`. The files' tensors are put into `stored`, too.
+def _dense(weight: Any) -> Tensor:
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight  # type: ignore[no-any-return]
 
-    A part of a parameter that no tensor or more than one fills is an infinite difference. ValueError for another
-    model's folder.
-    """
-    sizes, rows = 0, list[Row]()
-    for name, files in source.layers[at].items():
-        weight, tied = _place(target, name), name == "lm_head.weight" and target.lm_head is target.embed_tokens
-        copy = None if stored is None or tied else _place(stored, name)
-        sizes += 0 if tied else weight.shape.numel()  # a tied head may be stored, too
-        for expert in range(len(weight)) if len(weight.shape) == 3 else (...,):  # one at a time, to save memory
+
+def _compare_layer(source: Source, target: ModelUnderTest, index: int | None, stored: Any) -> list[Row]:
+    """The rows of one layer, or of None, against the files, whose tensors are put into `stored`, too. A part that no
+    tensor or more than one fills is an infinite difference. ValueError for another model's folder."""
+    missing, rows = sum(weight.shape.numel() for weight in _weights(target, index).values()), list[Row]()
+    for name, files in source.layers[index].items():
+        weight, tied = locate_weight(target, name), name == "lm_head.weight" and target.lm_head is target.embed_tokens
+        copy = None if stored is None or tied else locate_weight(stored, name)
+        missing -= 0 if tied else weight.shape.numel()  # a tied head may be stored, too
+        for expert in _experts(weight):
             loaded, from_file = weight[expert], source.read(files, weight.device, expert)
             shape = list(from_file.shape) if expert is ... else files[name].get_slice(name).get_shape()
             if list(weight.shape) != shape:
@@ -157,44 +137,37 @@ def _compare_layer(source: Source, target: ModelUnderTest, at: int | None, store
             if copy is not None:
                 copy[expert] = from_file
             if isinstance(loaded, QuantizedWeight) and (len(files) == 1 or name in target.model.requantized):
-                rows.append(
-                    Row(at, "weights", "quantized", _rounding_error(loaded, from_file), ROUNDING[loaded.format])
-                )
+                result = "quantized", _rounding_error(loaded, from_file), ROUNDING[loaded.format]
             else:
-                rows.append(Row(at, "weights", "as stored", _difference(loaded, from_file), 0.0))
-    filled = sizes == sum(weight.shape.numel() for weight in _weights(target, at).values())
-    return worst_rows([Row(at, "weights", "as stored", 0.0 if filled else math.inf, 0.0), *rows])
+                loaded = _dense(loaded)
+                from_file = from_file.to(loaded.device, loaded.dtype)
+                error = 0.0 if torch.equal(loaded, from_file) else largest(loaded.double() - from_file.double())
+                result = "as stored", error, 0.0
+            rows.append(Row(index, "weights", *result))
+    return worst_rows([Row.exact(index, "weights", "as stored", missing == 0), *rows])
 
 
-def _place(model: Any, name: str) -> Any:
+def locate_weight(model: Any, name: str) -> Any:
     """Where the tensor of this name belongs: a weight or a part of one."""
     found, parameter = LAYER.match(name), name.removesuffix(".weight").rpartition(".")[2]
     try:
         if found is None:
             return getattr(model, parameter)
-        layer, config = model.layers[int(found[1])], model.config
-        I, D = config.intermediate_size, config.head_dim
-        queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
+        layer, I, D = model.layers[int(found[1])], model.config.intermediate_size, model.config.head_dim
+        queries, keys = model.config.num_attention_heads * D, model.config.num_key_value_heads * D
         rows = {"w1": slice(0, I), "w3": slice(I, None), "q_proj": slice(0, queries)}
         rows |= {"k_proj": slice(queries, queries + keys), "v_proj": slice(queries + keys, None)}
         if expert := EXPERT.search(name):
-            number = int(expert[1])
-            return layer.down_proj[number] if parameter == "w2" else layer.gate_up_proj[number][rows[parameter]]
-        return layer.qkv_proj[rows[parameter]] if parameter in rows else getattr(layer, parameter)
+            weight = (layer.down_proj if parameter == "w2" else layer.gate_up_proj)[int(expert[1])]
+        else:
+            weight = layer.qkv_proj if parameter in rows else getattr(layer, parameter)
+        return weight[rows[parameter]] if parameter in rows else weight
     except (AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
 
 
-def _difference(loaded: Any, from_file: Any) -> float:
-    """The largest difference; infinite where one of the two is NaN."""
-    loaded, from_file = (x.dequantize() if isinstance(x, QuantizedWeight) else x for x in (loaded, from_file))
-    from_file = from_file.to(loaded.device, loaded.dtype)
-    return 0.0 if torch.equal(loaded, from_file) else largest(loaded.double() - from_file.double())
-
-
 def _rounding_error(loaded: QuantizedWeight, from_file: Tensor) -> float:
-    """The root mean square of the difference relative to the largest value, of the worst group of columns that loading
-    gives one scale, however a mesh splits them."""
+    """The RMS difference relative to the largest value, of the worst group of columns that loading gives one scale."""
     group = QuantSpec.default_for(loaded.format, from_file.shape[-1]).group
     groups = from_file.to(loaded.device, torch.float32).unflatten(-1, (-1, group))
     error = (loaded.dequantize().view_as(groups) - groups).square().mean(-1).sqrt()
@@ -202,18 +175,15 @@ def _rounding_error(loaded: QuantizedWeight, from_file: Tensor) -> float:
 
 
 def perplexity(model: Any, ids: Tensor) -> float:
-    """exp of the mean loss of a text, int64 [N] of at least two tokens, by the model's own forward, summed in fp64.
-
-    Each token is predicted from those before it in its window of the model's positions, at most CONTEXT.
-    """
+    """exp of the mean loss of a text, int64 [N] of at least two tokens, by the model's forward, summed in fp64. Each
+    token is predicted from those before it in its window of the model's positions, at most WINDOW_TOKENS."""
     if not isinstance(ids, Tensor) or ids.dim() != 1 or len(ids) < 2:
         got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"perplexity: argument 'ids' is {got}, needs a tensor [N] of at least two tokens")
     check_ids(ids[None], model.config.vocab_size, model.device)
     check_vocabulary(ids, model.config.vocab_size)
     with torch.no_grad():
-        windows = ((model.hidden(x[None])[0], y) for x, y in _windows(ids, model.config))
-        return _perplexity(windows, model.head)
+        return _perplexity(((model.hidden(x[None])[0], y) for x, y in _windows(ids, model.config)), model.head)
 
 
 def _windows(ids: Tensor, config: Any) -> Iterable[tuple[Tensor, Tensor]]:
@@ -247,40 +217,32 @@ def held_out(folder: Any, config: Any) -> Tensor | None:
 
 def quantized_formats(model: Any) -> dict[str, str]:
     """The formats of a model's quantized parts, by their names in QUANTIZED_PARTS."""
-    found: dict[str, set[str]] = {}
-    for name, weight in model.named_weights().items():
-        if isinstance(weight, QuantizedWeight) and weight.format != "dense":
-            part = next(part for part, names in QUANTIZED_PARTS.items() if name.rpartition(".")[2] in names)
-            found.setdefault(part, set()).add(weight.format)
-    return {part: " and ".join(sorted(kinds)) for part, kinds in found.items()}
+    formats = {name: getattr(weight, "format", "dense") for name, weight in model.named_weights().items()}
+    found = {}
+    for part, names in QUANTIZED_PARTS.items():
+        if kinds := {format for name, format in formats.items() if name.endswith(names)} - {"dense"}:
+            found[part] = " and ".join(sorted(kinds))
+    return found
 
 
 class _LayerByLayer:
     """The computation of a QuantizationCost, which gets the files' weights one layer after another."""
 
     def __init__(self, target: ModelUnderTest, source: Source | None, ids: Tensor) -> None:
-        self.target, self.ids, self.flips, config = target, ids, 0, target.config
+        self.target, self.ids, self.flips, self.stored_head = target, ids, 0, None
         # fp32 holds what a quantized file means.
         self.dtype = target.model.dtype if source is None or source.quantization is None else torch.float32
-        text = None if source is None else held_out(source.folder, config)
-        self.windows = [] if text is None else list(_windows(text.to(ids.device), config))
+        text = None if source is None else held_out(source.folder, target.config)
+        self.windows = [] if text is None else list(_windows(text.to(ids.device), target.config))
         inputs = [ids, *(window[None] for window, _ in self.windows)]
-        self.stored_head: Any = None
         self.texts = [[F.embedding(each, target.embed_tokens).double() for each in inputs]] * 2
 
-    def empty(self, at: int | None) -> Any:
-        """Unset tensors for what the files hold for a layer, or None, as `_place` finds them."""
+    def empty(self, index: int | None) -> Any:
+        """Unset tensors for what the files hold for a layer, or None, as `locate_weight` finds them."""
         unset = partial(torch.empty, dtype=self.dtype, device=self.target.model.device)
-        weights = {name: unset(weight.shape) for name, weight in _weights(self.target, at).items()}
-        places = weights if at is None else {"layers": {at: SimpleNamespace(**weights)}}
-        return SimpleNamespace(config=self.target.config, **places)
-
-    def add(self, at: int | None, stored: Any) -> None:
-        """One layer, or None, as the files have it."""
-        if at is None:
-            self.stored_head = stored.lm_head if isinstance(self.target.lm_head, QuantizedWeight) else None
-            return
-        self.compare((self.target.layers[at], False), (stored.layers[at], False))
+        weights: dict[Any, Any] = {name: unset(x.shape) for name, x in _weights(self.target, index).items()}
+        weights = weights if index is None else {"layers": {index: SimpleNamespace(**weights)}}
+        return SimpleNamespace(config=self.target.config, **weights)
 
     def compare(self, *sides: tuple[Any, bool]) -> None:
         """One layer of both, and whether its keys and values have 8 bits."""
@@ -297,8 +259,7 @@ class _LayerByLayer:
             head = partial(self.target.head, convert=to_fp64, lm_head=lm_head)
             logits.append(head(x))
             if texts:
-                targets = (targets for _, targets in self.windows)
-                scores.append(_perplexity(zip((text[0] for text in texts), targets, strict=True), head))
+                scores.append(_perplexity([(x[0], y) for x, (_, y) in zip(texts, self.windows, strict=True)], head))
         cosines = F.cosine_similarity(logits[0], logits[1], dim=-1)
         routed = self.target.config.num_hidden_layers * self.ids.numel()
         return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), self.flips, routed, *scores)

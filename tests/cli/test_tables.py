@@ -1,7 +1,5 @@
 """Tables at the widths of terminals, of which no cell is cut and none is lost, and the estimate of the time left."""
 
-from __future__ import annotations
-
 import re
 import time
 from functools import partial
@@ -10,18 +8,17 @@ from typing import Any
 
 import pytest
 import triton
-from rich.console import Console
 
-from mixtral_triton.cli import main
 from mixtral_triton.kernels.launch import LaunchConfig
 from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, cases
+from mixtral_triton.tools.bench.command import op_table
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
-from mixtral_triton.tools.bench.report import op_table
 from mixtral_triton.tools.bench.tune import kernel_configs, tune_table
 from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import resources_table
-from mixtral_triton.tools.terminal import PIPED, Column, Table, console
+from mixtral_triton.tools.terminal import PIPED, Table, console
+from tests.cli.commands import shown
 
 pytestmark = pytest.mark.compiled
 at_widths = pytest.mark.parametrize("width", [80, 100, 120])
@@ -29,10 +26,7 @@ at_widths = pytest.mark.parametrize("width", [80, 100, 120])
 
 def printed(renderable: Any, width: int) -> str:
     """What a terminal of that width shows: every line fits, none is cut."""
-    out = Console(width=width, color_system=None)
-    with out.capture() as captured:
-        out.print(renderable)
-    text = captured.get()
+    text = shown(renderable, width)
     assert "…" not in text and all(len(line) <= width for line in text.splitlines()), text
     return text
 
@@ -47,11 +41,11 @@ def holds(text: str, *cells: str) -> bool:
 def test_columns_beyond_the_width_are_left_out_by_rank_and_named(width: int) -> None:
     """No row continues elsewhere and no cell is cut; empty columns are left out; long text wraps."""
     ranks = [0, 1, *[0] * 8, 2, -1]
-    columns = [Column("key", number=False), *(Column(f"name of {n}", rank=ranks[n]) for n in range(12)), Column("none")]
-    table = Table("A title", [*columns, Column("text", number=False)], "A caption")
+    names = ["key", *(f"name of {n}" for n in range(12)), "none", "text"]
+    table = Table("A title", "A caption", text=["text"], ranks=dict(zip(names[1:], ranks, strict=False)))
     rows = [[f"k{row}", *(f"{row}{n:09}" for n in range(12)), "", f"words{row} " * 30] for row in range(3)]
     for row in rows:
-        table.add(*row)
+        table.add(dict(zip(names, row, strict=True)))
     text = printed(table, width)
     assert holds(text, "A title", "A caption", "k0", "k1", "k2") and "none" not in text and text.count("k0") == 1
     note = " ".join(text.split("left out at this width: ")[1].split())
@@ -63,9 +57,9 @@ def test_columns_beyond_the_width_are_left_out_by_rank_and_named(width: int) -> 
 
 @pytest.mark.parametrize("width", [12, 20, 40])
 def test_cells_wider_than_the_terminal_are_folded(width: int) -> None:
-    table = Table("A title of several words", [Column("first", number=False), Column("second")], "a caption")
-    table.add("one two three four five six seven", "z" * 50)
-    table.add("short", "-")
+    table = Table("A title of several words", "a caption")
+    table.add({"first": "one two three four five six seven", "second": "z" * 50})
+    table.add({"first": "short", "second": "-"})
     text = printed(table, width)
     assert text.count("z") == 50 and (width == 12 or holds(text, "one two three four five six seven", "short"))
 
@@ -90,10 +84,8 @@ def test_bench_table(name: str, width: int) -> None:
     text = printed(op_table([timed(row) for row in rows]), width)
     table, note = text.split("left out at this width: ")
     left_out = " ".join(note.split())
-    names = [
-        name for name in ("launches", "bound", "GFLOP") if f"{name}," not in left_out and f"{name};" not in left_out
-    ]
-    assert not names, "counts are left out before the peers' times"
+    counts = {"launches", "bound", "GFLOP"}  # are left out before the peers' times
+    assert counts <= set(re.split("[,;] ", left_out))
     assert f"{PEERS[0]} / ours" not in left_out and table.count("2.00") >= len(rows)
     for at, peer in enumerate(PEERS):
         assert f"{peer} / ours" in left_out or table.count(f"{2 + at:.2f}") >= len(rows)
@@ -135,13 +127,6 @@ def test_compile_table(width: int) -> None:
     assert text.count("128x256x128") % 5 == 0 and all(text.count(str(100 + n)) == 1 for n in range(4))
 
 
-def test_compile_command_at_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    assert main(["compile", "route", "--arch", "sm_80"]) == 0
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80 and holds(text, "route", "bf16", "fp16", "fp32")
-
-
 def test_width_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     assert console().width == PIPED
@@ -156,9 +141,8 @@ def test_estimate_of_the_time_left_is_without_compilation(capsys: Any, monkeypat
     with terminal.bar("verifying", 10) as progress:
         for cache_hit in (False, True):
             times = SimpleNamespace(total=90e6)  # microseconds
-            triton.knobs.compilation.listener(
-                src=None, metadata={}, metadata_group={}, times=times, cache_hit=cache_hit
-            )
+            given = {"src": None, "metadata": {}, "metadata_group": {}}
+            triton.knobs.compilation.listener(**given, times=times, cache_hit=cache_hit)
         clock[0] = 100.0
         progress.update(1, 10)
         time.sleep(0.5)

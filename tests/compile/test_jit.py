@@ -1,24 +1,26 @@
 """Every launch by Triton's own JIT, without a GPU: binder, specialization, compiler and cache, and a launcher that
-holds the launch against what CUDA would demand (tests/support/stub)."""
-
-from __future__ import annotations
+holds the launch against what CUDA would demand (tests/support/stub); and a user's call to a launch, on two GPUs:
+results, devices, reads."""
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from mixtral_triton import KVCache, Mixtral, apply, ops
 from mixtral_triton.kernels import norm, router
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.offline import compile_launches
-from tests.support.calls import inputs, offloaded
+from mixtral_triton.tools.offline import compile_ahead, compile_launches
+from tests.support.calls import inputs, with_offload
 from tests.support.models import WIDER_SIZES, random_model
 from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
 
@@ -29,20 +31,15 @@ HEAD_SIZES = (48, 64, 72, 80, 96, 112, 128, 192, 256)
 QUERIES = (1, 16, 20, 33, 37, 65, 150)
 
 
-def shown(launches: list[Any]) -> list[tuple[str, tuple[int, ...]]]:
-    """Kernels and grids of the Triton launches, in order."""
-    return [(each.kernel, tuple(each.grid) + (1,) * (3 - len(each.grid))) for each in launches if each.grid]
-
-
 def launch_as_recorded(op: Op, sizes: Any, dtype: torch.dtype, gpu: Any) -> None:
     """Launch `op` as a GPU's tensors would: the launches are those that are recorded on meta tensors."""
     gpu.driver.executes = False
     begin = len(gpu.driver.launches)
     op.run(**inputs(op.name, sizes, GPU_DEVICE, dtype))
-    launched = gpu.driver.launches[begin:]
+    launched = [(each.kernel, each.grid) for each in gpu.driver.launches[begin:]]
     with record_launches() as recorded:
         op.run(**op.inputs(sizes, dtype, "meta"))
-    assert shown(launched) == shown(recorded)
+    assert launched == [(each.kernel, (*each.grid, 1, 1)[:3]) for each in recorded if each.grid]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -55,6 +52,7 @@ def test_every_operation_at_its_test_shapes(name: str, gpu: Any) -> None:
             launch_as_recorded(op, sizes, dtype, gpu)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
 def test_experts_in_host_memory(format: str | None, gpu: Any) -> None:
     """Their kernels are compiled for a table of addresses, from which no fact about an expert's memory is taken."""
@@ -64,8 +62,7 @@ def test_experts_in_host_memory(format: str | None, gpu: Any) -> None:
         args = inputs("expert_swiglu", sizes, GPU_DEVICE, torch.bfloat16)
         begin, kernels = len(gpu.driver.launches), []
         for on_host in ((), (1, 3), (2,)):
-            names = ("gate_up_proj", "down_proj") if on_host else ()
-            op.run(**args | {name: offloaded(args[name], on_host) for name in names})
+            op.run(**with_offload(args, on_host) if on_host else args)
             launched = [each for each in gpu.driver.launches[begin:] if "LAYOUT" in each.args]
             kernels.append([(each.kernel, each.args["LAYOUT"].table, each.launcher) for each in launched])
             begin = len(gpu.driver.launches)
@@ -74,6 +71,7 @@ def test_experts_in_host_memory(format: str | None, gpu: Any) -> None:
         assert names[0] == names[1] and tables == [[False, False], [True, True]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("D", "window"), [*((D, 0) for D in HEAD_SIZES), *((D, 40) for D in (48, 80, 112))])
 def test_attention_of_every_head_size(D: int, window: int, gpu: Any) -> None:
     """Among them those whose tiles crash an assembler: heads narrower than their tile, in half a tile of rows."""
@@ -82,13 +80,18 @@ def test_attention_of_every_head_size(D: int, window: int, gpu: Any) -> None:
         launch_as_recorded(OPS["attention"], sizes, torch.bfloat16, gpu)
 
 
-def test_kernels_compiled_ahead_are_not_compiled_again(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The day compiles offline, on all cores; its launches find the kernels, those of other divisibility too."""
+@pytest.fixture
+def compile_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
+    """An empty cache, and a function after whose call whatever is not in it raises an error."""
     from triton.backends.nvidia.compiler import CUDABackend
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    anew = mock.Mock(side_effect=AssertionError("compiled anew"))
+    return lambda: monkeypatch.setattr(CUDABackend, "make_cubin", anew)
+
+
+def test_kernels_compiled_ahead_are_not_compiled_again(gpu: Any, compile_nothing: Any) -> None:
+    """The day compiles offline, on all cores; its launches find the kernels, those of other divisibility too."""
     op, dtype = OPS["rms_norm"], torch.bfloat16
     shapes = [{"T": T, "H": H} for T, H in ((1, 64), (3, 64), (16, 64), (3, 72))]
     with record_launches() as recorded:
@@ -96,15 +99,26 @@ def test_kernels_compiled_ahead_are_not_compiled_again(
             op.run(**op.inputs(sizes, dtype, "meta"))
     ahead = list(compile_launches(recorded, "sm_90"))
     assert not [each.error for each in ahead if each.error] and len(ahead) == 2  # H is a multiple of 16, or not
-
-    def anew(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("compiled anew")
-
-    monkeypatch.setattr(CUDABackend, "make_cubin", anew)
+    compile_nothing()
     for sizes in shapes:
         launch_as_recorded(op, sizes, dtype, gpu)
     with pytest.raises(AssertionError, match="compiled anew"):
         launch_as_recorded(op, {"T": 3, "H": 256}, dtype, gpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "on_host"), [(None, ()), ("int4", ()), (None, ((), (1,), ()))])
+def test_a_text_compiles_nothing_anew(weights: str | None, on_host: Any, gpu: Any, compile_nothing: Any) -> None:
+    """What `verify` and `generate` compile on all cores beforehand is what their model launches."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 64}
+    model = random_model(dtype=torch.bfloat16, weights=weights, device="cuda", on_host=on_host, **sizes)
+    finished: list[tuple[int, int]] = []
+    compile_ahead(model, [(1, 1, 12), (1, 5, 12)], [model.dtype], lambda *done: finished.append(done))
+    assert finished[-1][0] == finished[-1][1] >= 8
+    compile_nothing()
+    model.generate(torch.arange(5, device=model.device)[None], max_new_tokens=7)
+    with pytest.raises(AssertionError, match="compiled anew"):
+        model.generate(torch.arange(40, device=model.device)[None], max_new_tokens=2)
 
 
 def norm_launch(T: int, gpu: Any, offset: int = 0) -> tuple[Any, list[Any]]:
@@ -114,13 +128,6 @@ def norm_launch(T: int, gpu: Any, offset: int = 0) -> tuple[Any, list[Any]]:
     OPS["rms_norm"].run(x, torch.ones(64, dtype=torch.bfloat16).to(GPU_DEVICE), 1e-5)
     launched = gpu.driver.launches[-1]
     return launched.compiled(), list(launched.args.values())
-
-
-def test_injected_fault_grid_too_tall(gpu: Any) -> None:
-    kernel, args = norm_launch(4, gpu)
-    kernel[(1, GRID_MOST[1], 1)](*args)
-    with pytest.raises(LaunchError, match=r"grid\.y is 65536, needs 1\.\.65535"):
-        kernel[(1, GRID_MOST[1] + 1, 1)](*args)
 
 
 def test_batch_too_large_for_a_grid_raises_value_error(gpu: Any) -> None:
@@ -138,9 +145,12 @@ def test_batch_too_large_for_a_grid_raises_value_error(gpu: Any) -> None:
         assert not [launch for launch in launches if launch.grid]
 
 
-def test_injected_fault_arguments_of_another_specialization(gpu: Any) -> None:
+def test_injected_fault_grid_or_arguments_that_the_kernel_does_not_take(gpu: Any) -> None:
     """The JIT looks at every pointer; whoever keeps a compiled kernel has to, too."""
-    kernel, _ = norm_launch(4, gpu)
+    kernel, args = norm_launch(4, gpu)
+    kernel[(1, GRID_MOST[1], 1)](*args)
+    with pytest.raises(LaunchError, match=r"grid\.y is 65536, needs 1\.\.65535"):
+        kernel[(1, GRID_MOST[1] + 1, 1)](*args)
     _, args = norm_launch(4, gpu, offset=4)
     with pytest.raises(LaunchError, match="misaligned address: x_ptr"):
         kernel[(4, 1, 1)](*args)
@@ -212,3 +222,87 @@ def test_injected_fault_specialized_length(gpu: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rows, "do_not_specialize", False)
     compiled = kernels_of_prompts(gpu, [70, 80])
     assert [kernel[0] for kernel, times in compiled.items() if times > 1] == ["gate_route_kernel"]
+
+
+OTHER = torch.device("cuda", 1)  # the current one is cuda:0
+IDS = torch.tensor([[3, 5, 7, 1], [2, 9, 11, 4]])
+
+
+def build(device: Any) -> Mixtral:
+    return random_model(device, num_hidden_layers=2, num_local_experts=2, sliding_window=3)
+
+
+def run(device: Any) -> list[torch.Tensor]:
+    """Logits without a cache, of a ragged chunk, and of the token after it."""
+    model, ids = build(device), IDS.to(device)
+    cache = KVCache(model.config, batch=2, device=device, dtype=torch.float32)
+    chunk = model(ids, cache=cache, lengths=torch.tensor([4, 2], device=device))
+    return [x.cpu() for x in (model(ids), chunk[0], chunk[1, :2], model(ids[:, :1], cache=cache))]
+
+
+def test_model_on_another_than_the_current_gpu(gpu: Any) -> None:
+    got, want = run(OTHER), run("cpu")
+    for ours, plain in zip(got, want, strict=True):
+        assert (ours - plain).abs().max() <= 1e-4 * plain.abs().max()
+    assert {launched.device for launched in gpu.driver.launches} == {1} and gpu.current == 0
+
+
+def test_the_current_device_changes_only_for_another_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changing the current device costs host time: on the current one nobody does."""
+    changes: list[int] = []
+    monkeypatch.setattr(torch.cuda, "_exchange_device", lambda index: changes.append(index) or gpu.exchange(index))
+    gpu.driver.executes = False
+    for device, expected in (("cuda:0", []), ("cuda:1", [1])):
+        x, weight = torch.ones(2, 16).to(device), torch.ones(16).to(device)
+        changes.clear()
+        ops.rms_norm(x, weight, 1e-5)
+        assert changes == expected
+
+
+def test_injected_fault_launch_on_the_wrong_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.ones(2, 16).to(OTHER), torch.ones(16).to(OTHER)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    with pytest.raises(LaunchError, match="x_ptr is on cuda:1, the launch on cuda:0"):
+        ops.rms_norm(x, weight, 1e-5)
+
+
+def test_tensors_of_two_gpus_raise_value_error(gpu: Any) -> None:
+    with pytest.raises(ValueError, match="argument 'weight' is on cuda:1, needs to be on cuda:0"):
+        ops.rms_norm(torch.ones(2, 16).to("cuda:0"), torch.ones(16).to(OTHER), 1e-5)
+    with pytest.raises(ValueError, match="'input_ids' is on cuda:0, needs the model's device, cuda:1"):
+        build(OTHER)(IDS.to("cuda:0"))
+
+
+def test_generate_reads_back_once_a_prompt_and_once_a_token(gpu: Any) -> None:
+    gpu.driver.executes = False
+    model = build("cuda:0")
+    prompts = [row.to("cuda:0") for row in IDS]
+    gpu.syncs.clear()
+    model.generate(prompts, max_new_tokens=6)
+    free = len([sync for sync in gpu.syncs if sync != "synchronize"])
+    gpu.syncs.clear()
+    model.generate(prompts, max_new_tokens=6, eos_token_id=23)
+    assert free == 2, "the prompt, and the text at the end"
+    assert len([sync for sync in gpu.syncs if sync != "synchronize"]) <= free + 6
+
+
+def test_an_applied_model_over_two_gpus(gpu: Any, make_hf: Any) -> None:
+    """accelerate's hooks carry activations, masks and tables over; each layer's kernels run where its weights are."""
+    accelerate = pytest.importorskip("accelerate")
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    eager = make_hf(num_local_experts=2)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}
+    places |= {"model.norm": 1, "lm_head": 1}
+    with torch.no_grad():
+        want = eager(IDS, attention_mask=mask).logits
+        model = accelerate.dispatch_model(apply(make_hf(num_local_experts=2)), places)
+        kwargs = {"attention_mask": mask.to("cuda:0")}
+        got = model(IDS.to("cuda:0"), **kwargs).logits.cpu()
+        text = model.generate(IDS.to("cuda:0"), **kwargs, max_new_tokens=2, do_sample=False).cpu()
+        expected = eager.generate(IDS, attention_mask=mask, max_new_tokens=2, do_sample=False)
+    assert (got - want)[mask.bool()].abs().max() <= 1e-4 * want.abs().max()
+    assert torch.equal(text, expected)
+    by_kernel = {(launched.kernel, launched.device) for launched in gpu.driver.launches}
+    for kernel in ("attention_decode_kernel", "gate_route_kernel", "rms_norm_kernel", "rope_kernel"):
+        assert {(kernel, 0), (kernel, 1)} <= by_kernel
+    assert gpu.current == 0

@@ -1,9 +1,15 @@
-"""Every launch, compiled for GPUs that are not here: none spills, all fit shared memory. And the gate catches both."""
-
-from __future__ import annotations
+"""Every launch, compiled for GPUs that are not here: none spills, all fit shared memory, and the gate catches both. The
+command `compile`: its rows and exit status, its progress, its worker processes and how they end."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,19 +17,22 @@ from typing import Any
 import pytest
 import torch
 import triton
+from rich.progress import DownloadColumn
 from triton.runtime.cache import get_cache_key
 
+from mixtral_triton.cli import main
 from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import offline, sass
-from mixtral_triton.tools.offline import Compiled, collect, compile_launch, compile_ops
+from mixtral_triton.tools import offline, sass, terminal
+from mixtral_triton.tools.offline import collect, compile_launch, compile_ops
 
 pytestmark = pytest.mark.compiled
 
 FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
-OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 0  # bytes
+# Bytes that Triton 3.7 spills outside main loops, where 3.6 and 3.9 spill nothing.
+OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 0
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
 MEASURED |= {"loop_instructions_per_byte"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
@@ -53,14 +62,11 @@ def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtyp
     widths = (arch, dtype) == ("sm_90", torch.bfloat16)
     compiled = [compile_launch(launch, arch) for launch in launches_of(OPS[name], arch, dtype, widths)]
     compiled = [replace(kernel, limit_bytes=least_shared(arch)) for kernel in compiled]
-    faults = [(kernel.fault, kernel) for kernel in compiled if kernel.fault and not spills_outside_loops(kernel)]
-    assert compiled and not faults
-
-
-def spills_outside_loops(kernel: Compiled) -> bool:
-    """Whether its only fault is what Triton 3.7 spills outside main loops, where 3.6 and 3.9 spill nothing."""
-    harmless = 0 < kernel.spills <= OUTSIDE_LOOPS and not kernel.loop_spills
-    return harmless and kernel.shared_bytes <= kernel.limit_bytes
+    for kernel in compiled:
+        fits = kernel.shared_bytes <= kernel.limit_bytes
+        harmless = fits and 0 < kernel.spills <= OUTSIDE_LOOPS and not kernel.loop_spills
+        assert kernel.fault is None or harmless, kernel
+    assert compiled
 
 
 PROMPT = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
@@ -286,16 +292,71 @@ def test_files_and_json(tmp_path: Path, arch: str, suffixes: set[str]) -> None:
     assert {row["dtype"] for row in rows} == {"fp32", "bf16", "fp16"}
 
 
-def test_unknown_architecture_or_operation_raises_value_error() -> None:
-    with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*sm_90"):
-        compile_ops(["route"], "sm_70")
-    with pytest.raises(ValueError, match=r"compile: .*'sm_70'.*gfx942"):
-        collect([OPS["route"]], "sm_70")
-    with pytest.raises(ValueError, match=r"compile: .*'rout'.*route"):
-        compile_ops(["rope", "rout"], "sm_90")
+UNKNOWN = [(["route"], "sm_70", "'sm_70'.*sm_90"), (["rope", "rout"], "sm_90", "'rout'.*route")]
 
 
-def test_an_interpreting_process_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "INTERPRETED", True)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
-        compile_ops(["route"], "sm_90")
+@pytest.mark.parametrize(("names", "arch", "message"), UNKNOWN)
+def test_unknown_architecture_or_operation_raises_value_error(names: Any, arch: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"compile: .*{message}"):
+        compile_ops(names, arch)
+
+
+def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(offline, "_attempt", lambda *kernel: offline._describe(*kernel[:3], error="killed"))
+    assert main(["compile", "append", "--arch", "sm_89"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("append, append_kernel, bf16: does not compile: killed") == 2  # over 16 bits and over 8
+    assert "6 of them must not run" in out and "101,376 bytes" in out and "sm_89 has no table" in out
+    assert main(["compile", "append", "--arch", "sm_90", "--json"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 6 and all(row["fault"] and row["file"] is None for row in rows)
+
+
+def lines(error: str) -> list[str]:
+    return [line for line in error.splitlines() if line.startswith("working")]
+
+
+def test_progress_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(terminal, "INTERVAL", 0.2)
+    with terminal.bar("working", None) as bar:
+        time.sleep(0.3)
+        bar.update(40, 200)
+        time.sleep(0.5)
+    first, *_, last = lines(capsys.readouterr().err)
+    assert first == "working: 0/?" and re.fullmatch(r"working: 40/200, about \d+ s left", last)
+    with terminal.bar("working", 3_000_000, DownloadColumn()) as bar:
+        bar.advance(1_000_000)
+        time.sleep(0.3)
+    assert lines(capsys.readouterr().err)[0].startswith("working: 1.0/3.0 MB, ")
+
+
+def test_quick_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    assert terminal.INTERVAL >= 10
+    with pytest.raises(ValueError, match="injected"), terminal.bar("working", 2) as bar:
+        bar.advance(1)
+        raise ValueError("injected")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_interrupt_leaves_no_process(tmp_path: Path) -> None:
+    environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "mixtral_triton", "compile", "--arch", "sm_90", "expert_swiglu"]
+    pipe = subprocess.PIPE
+    # A run that was started with SIGINT ignored, as by `&` or nohup, would pass that on.
+    options = {"start_new_session": True, "preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe, **options) as process:
+        while not list(tmp_path.glob("*/*.ttgir")):  # a worker is at it
+            assert process.poll() is None
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 130 and out == ""
+        assert error.splitlines()[-1] == "mixtral-triton compile: interrupted" and "Traceback" not in error, error
+        for _ in range(200):
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+        pytest.fail("a process is left")

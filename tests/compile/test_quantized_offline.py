@@ -1,7 +1,4 @@
-"""Kernels on quantized weights, compiled offline with the tiles of Mixtral 8x7B: no spill, all fit, few
-instructions."""
-
-from __future__ import annotations
+"""Kernels on quantized weights, compiled offline with the tiles of Mixtral 8x7B: no spill, and few instructions."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,19 +9,17 @@ import triton
 from torch import Tensor
 
 from mixtral_triton.kernels.attention.op import rope_append_attention
-from mixtral_triton.kernels.experts.op import expert_swiglu
 from mixtral_triton.kernels.launch import Launch
-from mixtral_triton.kernels.linear import linear
-from mixtral_triton.kernels.quantized import SCALES, QuantizedWeight
+from mixtral_triton.kernels.quantized import SCALES, QuantSpec
 from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import compile_launch
 from mixtral_triton.tools.sass import main_loops
 from tests.compile.test_offline import FAMILIES, launches_of, least_shared
-from tests.support.calls import offloaded
+from tests.support.calls import inputs, offloaded
 
 pytestmark = pytest.mark.compiled
 
-H, I, E = 4096, 14336, 8
 BF16 = torch.bfloat16
 Format = tuple[str, int, bool]
 # Format, group (0: a scale a row), zeros.
@@ -43,20 +38,17 @@ def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16, offlo
     """Of the expert layer and of the attention's input projection: those that read weights. Format "dense": in bf16."""
     name, group, zeros = format
 
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def weight(*shape: int) -> Any:
-        if name == "dense":
-            stacked: Any = tensor(*shape)
-        else:
-            stacked = QuantizedWeight.empty(name, shape, group or shape[-1], SCALES[name], zeros, "meta")
-        return offloaded(stacked, [0, 1]) if offload and len(shape) == 3 else stacked
+    def weight(dense: Tensor) -> Any:
+        spec = QuantSpec(name, group or dense.shape[-1], SCALES.get(name, dtype), zeros)
+        empty = dense if name == "dense" else spec.empty(dense.shape, "meta")
+        return offloaded(empty, [0, 1]) if offload and dense.dim() == 3 else empty
 
     with record_launches(arch) as found:
-        routing = tensor(T, 2, dtype=torch.int32), tensor(T, 2, dtype=torch.float32)
-        expert_swiglu(tensor(T, H), weight(E, 2 * I, H), weight(E, H, I), *routing)
-        linear(tensor(T, H), weight(6144, H))
+        for op in ("expert_swiglu", "linear"):
+            args = inputs(op, {"T": T, "H": 4096, "I": 14336, "N": 6144, "E": 8, "K": 2}, "meta", dtype)
+            OPS[op].run(
+                **{key: weight(x) if key in ("gate_up_proj", "down_proj", "weight") else x for key, x in args.items()}
+            )
     return [launch for launch in found if "LAYOUT" in launch.constexprs]
 
 

@@ -1,28 +1,28 @@
-"""Documents: links, kernels and files that they name exist, quoted code is the reference's, and README's code runs."""
+"""Documents: links, kernels and files that they name exist, quoted code is the reference's, README's code runs. Every
+command of theirs runs and ends as it says, those for a GPU on the simulated one.
 
-from __future__ import annotations
+What would take minutes is shortened: pytest collects one file with the command's options, `verify` takes one layer and
+few tokens, offline compilation ends before the compiler (tests/compile runs it), and benchmarks and the training, which
+have tests of their own, print their help.
+"""
 
-import os
+import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
-from mixtral_triton import SMALL, MixtralConfig
-from mixtral_triton.cli import parser
-from tests.support.models import random_model
+from mixtral_triton import MixtralConfig
+from mixtral_triton.cli import SMALL, parser
+from tests.cli.commands import ROOT, python
 
 pytestmark = pytest.mark.compiled
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MIXTRAL = (ROOT / "docs" / "mixtral.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/results/README.md", SMALL / "README.md"]
 OUTPUT = {  # of the examples
     "drop_in.py": ["The return statement", "the same text before, with and after apply: True"],
     "batch.py": ["A list is", "the same from both: True"],
@@ -39,7 +39,7 @@ def python_blocks(document: str | Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.S)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_named_files_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     links = [path.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
@@ -47,12 +47,10 @@ def test_links_and_named_files_exist(path: Path) -> None:
     assert not [each for each in (*links, *(ROOT / name for name in names)) if not each.exists()]
 
 
-def test_named_kernels_exist() -> None:
+def test_named_kernels_exist_and_quoted_code_is_in_the_reference() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py"))
-    assert all(f"def {kernel}(" in source for kernel in re.findall(r"`(\w+_kernel)`", MIXTRAL))
-
-
-def test_quoted_code_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "mixtral.md").read_text(encoding="utf-8")
+    assert all(f"def {kernel}(" in source for kernel in re.findall(r"`(\w+_kernel)`", text))
     reference = {line.strip() for line in (ROOT / "kernels" / "reference.py").read_text(encoding="utf-8").splitlines()}
     quoted = [line for block in python_blocks("docs/mixtral.md") for line in block.splitlines()]
     assert len(quoted) > 7 and set(quoted) <= reference
@@ -64,18 +62,13 @@ def test_readme_is_short_and_its_commands_are_those_of_the_command_line() -> Non
     assert "mixtral-triton verify\n" in first
     assert "pytest" in second and "TRITON_INTERPRET=1" in second
     lines = re.findall(r"^mixtral-triton (.*)$", README, re.MULTILINE)
-    assert len(lines) == 5
-    for line in lines:
-        parser().parse_args(shlex.split(line, comments=True))
+    assert len([parser().parse_args(shlex.split(line, comments=True)) for line in lines]) == 5
 
 
 def run_program(how: str, program: Path, *args: Any) -> str:
     """Run a program on a machine of that kind -> what it prints."""
     switch = {"TRITON_INTERPRET": "1"} if how == "interpreted beside a GPU" else {}
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | switch
-    command = [sys.executable, *MACHINES[how], str(program), *map(str, args)]
-    paths = {"cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT)}}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, **paths)
+    done = python(*MACHINES[how], program, *args, **switch)
     assert done.returncode == 0 and "False" not in done.stdout, done.stdout + done.stderr
     return done.stdout
 
@@ -122,12 +115,8 @@ def test_example_runs(how: str, checkpoint: Path) -> None:
 def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:
     """Those of mixtral.md quote the reference, that of bench.md has a test of its own. NCCL has no simulation: a mesh
     is of one rank, on the CPU."""
-    with_code = {path.name for path in DOCUMENTS if python_blocks(path.relative_to(ROOT))} - {
-        "README.md",
-        "mixtral.md",
-        "bench.md",
-    }
-    assert with_code == {"weights.md", "scaling.md"}
+    with_code = {path.name for path in DOCUMENTS if python_blocks(path.relative_to(ROOT))}
+    assert with_code == {"README.md", "mixtral.md", "bench.md", "weights.md", "scaling.md"}
     prelude = "import os, torch\nfolder, ids = 'mixtral_triton/small', torch.tensor([[0, 72]])\n"
     prelude += "os.environ |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '0', 'RANK': '0', 'WORLD_SIZE': '1'}\n"
     for number, block in enumerate((*python_blocks("docs/weights.md"), *python_blocks("docs/scaling.md"))):
@@ -135,7 +124,7 @@ def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:
         run_program(how, tmp_path / f"{number}.py")
 
 
-def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_drawn_or_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import figures
@@ -143,42 +132,120 @@ def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     figures.main(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
     assert figures.visible(5, 2).int().tolist()[3] == [0, 0, 1, 1, 0]
-
-
-def test_window_reach() -> None:
-    """Through L layers a token changes the logits L (W - 1) places later, and no further."""
-    L, W, T = 3, 4, 14
-    sizes = {"vocab_size": 20, "num_hidden_layers": L, "max_position_embeddings": T, "sliding_window": W}
-    model, generator = random_model(deterministic=True, **sizes), torch.Generator().manual_seed(0)
-    ids = torch.randint(20, (1, T), generator=generator)
-
-    def changes(back: int) -> bool:
-        other = ids.clone()
-        other[0, T - 1 - back] = (other[0, T - 1 - back] + 1) % 20
-        return not torch.equal(model(other)[0, -1], model(ids)[0, -1])
-
-    assert changes(0) and changes(L * (W - 1))
-    assert not changes(L * (W - 1) + 1)
+    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_path('docs/figures.py', run_name='__main__')"
+    done = python("-c", code)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == 'docs/figures.py needs matplotlib: pip install "mixtral-triton[plot]"\n'
 
 
 @pytest.mark.slow
 def test_recipe_for_a_kernel_runs_and_finds_a_wrong_one(tmp_path: Path) -> None:
-    """In processes of their own, as it selects the interpreter."""
-    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bench.md").read_text(encoding="utf-8"), re.S)
+    (recipe,) = python_blocks("docs/bench.md")
     assert "TRITON_INTERPRET" in recipe and len(recipe.splitlines()) < 16
     wrong = recipe.replace("swiglu(*args.values())", "1.01 * swiglu(*args.values())")
     for code, word in ((recipe, "right"), (wrong, "WRONG")):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr
+        done = python("-c", code)
         lines = done.stdout.splitlines()
-        assert len(lines) == 3 and all(line.endswith(f" {word}") for line in lines), done.stdout
+        assert done.returncode == 0 and len(lines) == 3 and all(line.endswith(f" {word}") for line in lines), (
+            done.stdout + done.stderr
+        )
 
 
-def test_figures_without_matplotlib_are_one_line() -> None:
-    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_path('docs/figures.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1 and not done.stdout
-    assert done.stderr == 'docs/figures.py needs matplotlib: pip install "mixtral-triton[plot]"\n'
+PROGRAMS = r"(?:TRITON_INTERPRET=1\s+)?(?:mixtral-triton|python|pytest|torchrun)\s"
+# A line of a block, or text in backticks, with options in backticks and parentheses behind it.
+LINE = re.compile(rf"^ *({PROGRAMS}[^`\n]+)$", re.MULTILINE)
+INLINE = re.compile(rf"(?<!`)`({PROGRAMS}[^`]+)`((?:\s\(?`--[^`]+`[,)]?)*)")
+# What a user puts there. The checkpoint has one layer of the small one's, and a chat template.
+PLACEHOLDERS = {"[FOLDER]": "checkpoint", "FOLDER": "checkpoint", "mistralai/Mixtral-8x7B-Instruct-v0.1": "checkpoint"}
+PLACEHOLDERS |= {"OUT": "out", "DIR": "out", "FILE": "out.png", "TEXT": "'A list'", "MODEL": "mixtral-8x7b"}
+PLACEHOLDERS |= {"GPU": "h100", "OP": "route", "<name>": "route"}
+WITHOUT_COMPILER = """
+import sys
+from mixtral_triton.tools import offline
+offline._attempt = lambda launch, arch, op, out: offline._describe(launch, arch, op, registers=1)
+from mixtral_triton.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+COLLECT = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+QUICK = ("mixtral-triton fit mixtral-8x7b --gpu h100", "mixtral-triton compile route")
+SHORTER = {"verify": "--quick --tokens 12", "generate": "--max-new-tokens 4", "tune": "--arch sm_90"}
+
+
+def commands() -> list[str]:
+    """Return the distinct commands, with values for the placeholders."""
+    found: dict[str, None] = {}
+    for text in (path.read_text(encoding="utf-8") for path in DOCUMENTS):
+        for line in (match[1] for match in LINE.finditer(text)):
+            found[line] = None
+        for command, options in (match.groups() for match in INLINE.finditer(text)):
+            found |= dict.fromkeys([command, *(f"{command} {each}" for each in re.findall("`([^`]+)`", options))])
+    lines = (" ".join(shlex.split(line, comments=True, posix=False)) for line in found)
+    pattern = re.compile("|".join(rf"(?<![\w/-]){re.escape(name)}(?![\w/])" for name in PLACEHOLDERS))
+    distinct = {" ".join(pattern.sub(lambda match: PLACEHOLDERS[match[0]], line).split()) for line in lines}
+    # Where no folder is named it would be the small checkpoint, for a minute each.
+    return sorted({re.sub(r"-triton verify( checkpoint)?", "-triton verify checkpoint", line) for line in distinct})
+
+
+# test_example_runs has the examples.
+COMMANDS = [line for line in commands() if "-m venv" not in line and not line.startswith("python examples/")]
+
+
+def test_commands_are_found() -> None:
+    needed = (
+        "tune expert_swiglu --at T=4096 --arch sm_90",
+        "bench --plot out.png",
+        "verify checkpoint --peer",
+        "fit mi",
+    )
+    assert len(COMMANDS) > 30 and all(any(text in line for line in COMMANDS) for text in needed)
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the small one's first layer, with a chat template."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tensors = load_file(SMALL / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if ".layers." not in name or ".layers.0." in name}
+    save_file(kept, folder / "model.safetensors")
+    changes = {"config.json": {"num_hidden_layers": 1}, "tokenizer.json": {}}
+    changes["tokenizer_config.json"] = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+    for name, values in changes.items():
+        (folder / name).write_text(json.dumps(json.loads((SMALL / name).read_text()) | values))
+    return folder
+
+
+def shortened(words: list[str]) -> list[str]:
+    """Return Python's arguments, as this test runs the command; nothing where there is nothing to run."""
+    program, *rest = words
+    if program == "torchrun":
+        return ["-m", "torch.distributed.run", *rest, "--device", "cpu"]
+    if program == "mixtral-triton":
+        entry = ["-c", WITHOUT_COMPILER] if rest[0] in ("compile", "tune") else ["-m", "mixtral_triton"]
+        return [*entry, *rest, *SHORTER.get(rest[0], "").split()]
+    rest = rest if program == "python" else ["-m", "pytest", *rest]
+    if rest[:2] == ["-m", "pytest"]:
+        paths = [word for word in rest[2:] if "/" in word or word == "tests"]
+        assert all((ROOT / path).exists() for path in paths)
+        options = [word for word in rest[2:] if word not in ("-n", "auto", *paths)]
+        return options and [*COLLECT, *options, "tests/ops/test_launches.py"]
+    more = ["figures"] if rest[0].endswith("figures.py") else ["--help"] if rest[0].startswith("benchmarks/") else []
+    return [*rest, *more]
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(x, marks=[] if x.startswith(QUICK) else pytest.mark.slow) for x in COMMANDS]
+)
+def test_command_runs(line: str, one_layer: Path, tmp_path: Path) -> None:
+    for name in ("benchmarks", "docs", "examples", "kernels", "mixtral_triton", "tests", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "checkpoint").symlink_to(one_layer)
+    words = shlex.split(line)
+    settings = dict(word.split("=", 1) for word in words[:1] if word.startswith("TRITON_INTERPRET="))
+    command = shortened(words[len(settings) :])
+    if not command:
+        return
+    folder, collects = (ROOT, True) if "--collect-only" in command else (tmp_path, False)
+    done = python(*command, cwd=folder, GLOO_SOCKET_IFNAME="lo", **settings)
+    allowed = {0, 1} if " fit " in line else {0, 5} if collects else {0}  # 1: no format fits; 5: no test is selected
+    assert done.returncode in allowed, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert "Traceback" not in done.stderr

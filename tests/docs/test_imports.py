@@ -1,11 +1,11 @@
-"""Imports go one way: kernels never import the package, the runtime never imports tools, and there are no cycles."""
-
-from __future__ import annotations
+"""Imports go one way: kernels never import the package, the runtime never imports tools, and there are no cycles. Wheel
+and sdist hold what they should, the package lives beside Hugging Face's `kernels`, and mypy sees every argument of an
+operation, checked and unchecked, where users and the model call it."""
 
 import ast
-import os
-import subprocess
-import sys
+import shutil
+import tarfile
+import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import pytest
 
 import mixtral_triton
 from mixtral_triton.kernels.registry import OPERATIONS
+from tests.cli.commands import ROOT, python
 
 pytestmark = pytest.mark.compiled
-ROOT = Path(__file__).parents[2]
+TOOLS = [path for folder in ("tests/emulator", "tests/support/stub") for path in sorted((ROOT / folder).glob("*.py"))]
 FORBIDDEN = {  # folder or file: what it must not import, directly or through others
     "kernels": ("model", "ops", "weights", "quantize", "hf", "verification", "tools", "cli"),
     "model": ("tools", "verification", "cli", "hf"),
@@ -43,7 +44,8 @@ MODULES = modules()
 def imported(name: str) -> set[str]:
     """The package's modules that a module imports, inside functions too, except for type checkers."""
     path, tree = MODULES[name], ast.parse(MODULES[name].read_text())
-    typing = {id(node) for found in ast.walk(tree) if is_for_types(found) for node in ast.walk(found)}
+    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    typing = {id(node) for branch in branches for node in ast.walk(branch)}
     package = ["", *name.split(".")][: None if path.stem == "__init__" else -1]
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -54,10 +56,6 @@ def imported(name: str) -> set[str]:
                 full = f"{prefix}.{alias.name}".strip(".")
                 found.add(full if full in MODULES else prefix)
     return found & MODULES.keys()
-
-
-def is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
 
 
 def reachable(names: set[str], graph: dict[str, set[str]]) -> set[str]:
@@ -71,21 +69,20 @@ def reachable(names: set[str], graph: dict[str, set[str]]) -> set[str]:
 GRAPH = {name: imported(name) for name in MODULES}
 
 
-def test_no_cycle_of_files() -> None:
-    assert len(GRAPH) > 50 and "ops" in GRAPH["model"] and "kernels.registry" in GRAPH["kernels.record"]
-    TopologicalSorter(GRAPH).prepare()  # CycleError names a cycle
-
-
-def test_no_cycle_of_folders() -> None:
-    graph: dict[str, set[str]] = {}
-    for name, imports in GRAPH.items():
-        graph.setdefault(top(name), set()).update({top(other) for other in imports} - {top(name)})
-    TopologicalSorter(graph).prepare()
-
-
 def top(name: str) -> str:
     """The top folder, or the file, that a module belongs to."""
     return name.partition(".")[0]
+
+
+def test_no_cycle_of_files_or_folders() -> None:
+    """`load` makes a model and `generate` is its method: both name its type, under TYPE_CHECKING alone."""
+    assert len(GRAPH) > 50 and "kernels.registry" in GRAPH["kernels.record"]
+    assert {"ops", "load", "generate"} <= GRAPH["model"]
+    TopologicalSorter(GRAPH).prepare()  # CycleError names a cycle
+    folders: dict[str, set[str]] = {}
+    for name, imports in GRAPH.items():
+        folders.setdefault(top(name), set()).update({top(other) for other in imports} - {top(name)})
+    TopologicalSorter(folders).prepare()
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
@@ -107,22 +104,16 @@ def test_reference_imports_torch_alone() -> None:
 def test_operations_are_reached_through_ops_alone(name: str) -> None:
     """The runtime imports helpers from the file of `kernels` that defines them, and operations from `ops`."""
     nodes = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.ImportFrom)]
-    of_kernels = [
-        node for node in nodes if (node.module or "").startswith("kernels") and node.module != "kernels.reference"
-    ]
-    assert not {alias.name for node in of_kernels for alias in node.names} & OPERATIONS.keys()
-
-
-def test_types_alone_go_both_ways_between_model_load_and_generate() -> None:
-    """`load` makes a model and `generate` is its method: both name its type, under TYPE_CHECKING."""
-    assert {"load", "generate"} <= GRAPH["model"] and not {"model"} & (GRAPH["load"] | GRAPH["generate"])
+    helpers = [node for node in nodes if str(node.module).startswith("kernels") and node.module != "kernels.reference"]
+    assert not {alias.name for node in helpers for alias in node.names} & OPERATIONS.keys()
 
 
 def test_importing_the_model_loads_no_tools() -> None:
-    code = "import sys; from mixtral_triton import Mixtral; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    loaded = done.stdout.split()
-    assert "mixtral_triton.model" in loaded
+    """Nor does the package alone load transformers."""
+    code = "import sys; from mixtral_triton import Mixtral; print(*sys.modules)\n"
+    code += "from mixtral_triton import apply, revert, verify; print('transformers' in sys.modules)"
+    *loaded, transformers = python("-c", code).stdout.split()
+    assert "mixtral_triton.model" in loaded and transformers == "False"
     assert not [name for name in loaded if name.startswith(("rich", "mixtral_triton.tools", "mixtral_triton.verif"))]
 
 
@@ -130,9 +121,6 @@ def test_importing_the_model_loads_no_tools() -> None:
 def test_no_submodule_hides_a_public_name(name: str) -> None:
     assert not (ROOT / "mixtral_triton" / f"{name}.py").exists()
     assert getattr(mixtral_triton, name) is not None
-
-
-TOOLS = [path for folder in ("tests/emulator", "tests/support/stub") for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -147,8 +135,93 @@ def test_emulator_and_simulated_gpu_know_the_project_by_an_adapter_alone(path: P
 def test_their_readmes_run_any_kernel(folder: str, result: str, tmp_path: Path) -> None:
     text = (ROOT / "tests" / folder / "README.md").read_text()
     (tmp_path / "block.py").write_text(text.partition("```python\n")[2].partition("```")[0])
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment = {**kept, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(tmp_path / "block.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = python(tmp_path / "block.py")
     assert done.returncode == 0 and done.stdout.strip().endswith(result), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a wheel that was built from the sdist, and the sdist."""
+    source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("dist")
+    ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
+    done = python("-m", "build", "--no-isolation", "--outdir", out, source, cwd=out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_wheel(built: Path) -> None:
+    shipped = ("config.json", "heldout.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    names = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
+    kernels = {f"mixtral_triton/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "mixtral_triton").rglob("*.py")}
+    small = {f"mixtral_triton/small/{name}" for name in shipped}
+    assert "mixtral_triton/kernels/attention/op.py" in kernels
+    assert kernels | package | small | {"mixtral_triton/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
+
+
+def test_sdist(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"kernels/op.py", "mixtral_triton/model.py", "mixtral_triton/small/model.safetensors", "LICENSE"} <= names
+    folders = ("tests", "tests/support/stub", "benchmarks", "docs", "docs/figures", "examples")
+    wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.*")}
+    assert "tests/conftest.py" in wanted and wanted <= names, sorted(wanted - names)
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+
+
+def test_installed_wheel_imports_from_anywhere(built: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import mixtral_triton, mixtral_triton.kernels.registry as registry\n"
+        "assert mixtral_triton.__file__.startswith(sys.path[0]), mixtral_triton.__file__\n"
+        "assert registry.__file__.startswith(sys.path[0]), registry.__file__\n"
+        "mixtral_triton.Mixtral, mixtral_triton.KVCache, mixtral_triton.verify\n"
+    )
+    done = python("-c", code, cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_kernels_package_of_hugging_face_is_not_shadowed() -> None:
+    """From the repository's root, where a folder `kernels` stands: theirs is imported, and transformers too."""
+    code = "import kernels, transformers, mixtral_triton.ops; print(kernels.__file__); kernels.get_kernel"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "site-packages" in done.stdout
+
+
+RIGHT = """
+import torch
+from mixtral_triton import ops
+from mixtral_triton.model import Layer, State
+
+x = torch.ones(2, 4)
+total: tuple[torch.Tensor, torch.Tensor] = ops.rms_norm(x, x[0], 1e-5, residual=x)
+y: torch.Tensor = ops.linear.unchecked(x, weight=x, deterministic=True)
+def step(layer: Layer, state: State) -> None:
+"""
+WRONG = """
+    ops.linear(x, 1)
+    ops.linear(x, x, deterministic="yes")
+    ops.linear.unchecked(1, 2, 3, 4, 5, bogus=6)
+    ops.linear.unchecked(x, weights=x)
+    ops.route(x)
+    ops.rms_norm(x, x, 1e-5, residuals=x)
+    ops.attention.unchecked(x, x, x, True, True, None, x, x, False, x)
+    ops.rope_append_attention.unchecked(x, x, x, x, x, x, x, x, x, window=2.5)
+    layer.route(x, x)
+    state.attend(x, x, x, x)
+""".strip("\n")
+
+
+@pytest.mark.slow
+def test_ten_wrong_calls_are_ten_errors(tmp_path: Path) -> None:
+    file = tmp_path / "calls.py"
+    file.write_text(RIGHT + WRONG + "\n")
+    config = ("--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache")
+    out = python("-m", "mypy", *config, file).stdout
+    lines = {int(line.split(":")[1]) for line in out.splitlines() if ": error:" in line}
+    first = RIGHT.count("\n") + 1
+    assert lines == set(range(first, first + 10)), out

@@ -104,14 +104,10 @@ def _in_fp32(function: Callable[[Any, Any], Any], a: Array, b: Array, kind: str)
     return function(to_fp32(a, kind), to_fp32(b, kind))
 
 
-SIXTEEN_BITS: dict[str, tuple[int, Callable[..., Array]]] = {
-    "add": (2, lambda a, b, kind: from_fp32(_in_fp32(np.add, a, b, kind), kind)),
-    "mul": (2, lambda a, b, kind: from_fp32(_in_fp32(np.multiply, a, b, kind), kind)),
-    "fma.rn": (3, fma16),
-    "abs": (1, lambda a, kind: a & U16(0x7FFF)),
-}
-for _name, _pick in EXTREMES.items():
-    SIXTEEN_BITS[_name] = 2, lambda a, b, kind, pick=_pick: from_fp32(_in_fp32(pick, a, b, kind), kind)
+SIXTEEN_BITS: dict[str, tuple[int, Callable[..., Array]]] = {"fma.rn": (3, fma16)}
+SIXTEEN_BITS["abs"] = 1, lambda a, kind: a & U16(0x7FFF)
+for _name, _function in {"add": np.add, "mul": np.multiply, **EXTREMES}.items():
+    SIXTEEN_BITS[_name] = 2, lambda a, b, kind, f=_function: from_fp32(_in_fp32(f, a, b, kind), kind)
 
 
 def _cvt_pair(high: Array, low: Array, kind: str) -> Array:

@@ -1,9 +1,4 @@
-"""The fixture that runs compiled kernels in the PTX emulator, as on a machine with such a GPU.
-
-The emulator cannot see: ptxas and its spills, time, bank conflicts, memory order between blocks, clusters, tcgen05,
-the last bits of approximate instructions and of a tensor core's sum, and reads outside a tensor's rows but inside its
-extent.
-"""
+"""The fixture that runs compiled kernels in the PTX emulator, as on a machine with such a GPU."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +11,8 @@ import torch
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
 
+from ..support.stub.adapter import INTERPRETED
 from ..support.stub.gpu import gpu
-from .adapter import INTERPRETED
 from .launch import Executor
 from .machine import SCHEDULES, Schedule
 

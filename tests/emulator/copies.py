@@ -9,7 +9,7 @@ import numpy as np
 
 from .memory import CHUNKS, SHARED_BASE, Fault, describe_lane, effective, where
 from .parser import Address, Imm, Instruction, Unmodelled
-from .values import Array, executes, lane_indices, per_lane, read
+from .values import Array, executes, per_lane, read
 
 SPACES = ("shared::cta", "shared")
 
@@ -22,23 +22,19 @@ class AsyncGroups:
     """Pending asynchronous operations of a frame, in order; each lane counts its own groups."""
 
     def __init__(self, n: int) -> None:
-        self.n, self.pending = n, list[AsyncOperation]()
-        self.committed = np.zeros(n, np.int32)
+        self.pending, self.committed = list[AsyncOperation](), np.zeros(n, np.int32)
 
     def begin(self, inst: Instruction, mask: Any, data: Any) -> None:
-        lanes = np.ones(self.n, bool) if mask is None else mask.copy()
-        self.pending.append(AsyncOperation(inst, lanes, self.committed.copy(), data))
+        self.pending.append(AsyncOperation(inst, mask.copy(), self.committed.copy(), data))
 
     def commit(self, mask: Any) -> None:
-        self.committed += 1 if mask is None else mask.astype(np.int32)
+        self.committed += mask
 
     def complete(self, youngest: int, mask: Any) -> Iterator[tuple[AsyncOperation, Array]]:
         """Complete all but the `youngest` committed groups; yield each operation and its completed lanes."""
         rest = []
         for op in self.pending:
-            completed = op.lanes & (op.group < self.committed - youngest)
-            if mask is not None:
-                completed &= mask
+            completed = op.lanes & mask & (op.group < self.committed - youngest)
             if completed.any():
                 np.logical_and(op.lanes, ~completed, out=op.lanes)
                 yield op, completed
@@ -56,14 +52,14 @@ def copy(inst: Instruction, frame: Any, mask: Any) -> None:
     machine, size = frame.machine, size_operand.value
     offsets = machine.shared.offsets(frame, effective(frame, to, "u32"), size, mask)
     bytes_read = per_lane(frame, read(frame, (*counts, size_operand)[0], "u32"))
-    reads = (bytes_read != 0) if mask is None else (bytes_read != 0) & mask
+    reads = (bytes_read != 0) & mask
     if (reads & (bytes_read != size)).any():
         raise Unmodelled(f"copy of a part of {size} bytes: {inst.text}")
     values = np.zeros(frame.n, CHUNKS[size])
     if reads.any():
         addresses = effective(frame, source, "u64")[reads]
         values[reads] = machine.memory.load(addresses, size, describe_lane(frame, reads, inst.text))
-    lanes = slice(None) if mask is None else np.flatnonzero(mask)
+    lanes = np.flatnonzero(mask)
     machine.log.begin_copy(frame, lanes, offsets[lanes], size, inst)
     frame.copies.begin(inst, mask, (offsets, values, size))
     if not machine.schedule.late:
@@ -161,7 +157,7 @@ class Barriers:
 def lane_offsets(frame: Any, mask: Any, address: Address) -> Iterator[tuple[int, int]]:
     """Yield each lane and the offset of the mbarrier at its address."""
     offsets = frame.machine.shared.offsets(frame, effective(frame, address, "u32"), 8, mask)
-    for lane in lane_indices(frame, mask).tolist():
+    for lane in np.flatnonzero(mask).tolist():
         yield lane, int(offsets[lane])
 
 
@@ -241,7 +237,7 @@ def bulk_copy(inst: Instruction, frame: Any, mask: Any) -> None:
     starts, objects = (effective(frame, address, "u32") for address in (to, barrier))
     maps = effective(frame, Address(source.base), "u64")
     corners = [per_lane(frame, read(frame, item, "s32")) for item in source.coordinates]
-    for lane in lane_indices(frame, mask).tolist():
+    for lane in np.flatnonzero(mask).tolist():
         name = machine.params.at.get(int(maps[lane]))
         if name not in machine.params.descriptors:
             raise Fault(f"no descriptor at this address: {inst.text}: {where(frame, lane)}")

@@ -1,7 +1,4 @@
-"""A launch in the PTX emulator: arguments packed as by Triton's launcher, and three schedules that must agree.
-
-The tensors are this process's memory. Every schedule must leave the same bits there.
-"""
+"""A launch in the PTX emulator: arguments packed as by Triton's launcher; all schedules must leave the same bits."""
 
 import struct
 from collections import Counter
@@ -14,13 +11,14 @@ import numpy as np
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..support.stub.adapter import memories_of
 from ..support.stub.driver import SWIZZLE_SPANS, with_memory
-from .adapter import memories_of
 from .copies import Descriptor
 from .machine import SCHEDULES, Code, Schedule, execute
 from .memory import Fault, Global, Params, Span
-from .parser import Param, Unmodelled, parse
+from .parser import Unmodelled, parse
 from .races import Writes, changed_bytes
+from .values import Array
 
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 FORMATS |= {"u64": "Q", "fp32": "f", "f32": "f"}
@@ -47,44 +45,49 @@ def tensor_map(descriptor: TensorDescriptor, meta: Mapping[str, Any] | None) -> 
     return Descriptor(descriptor.base.data_ptr(), size, sizes, strides, box, SWIZZLE_SPANS[meta["swizzle"]] or 0)
 
 
-class PackedArgs:
-    """The bytes of each parameter, the memory that they point to, and tensor maps by the number of a parameter.
+class Launch:
+    """A launch's parameters, as packed by Triton's launcher, and the memory that they point to; it can run repeatedly.
 
     Triton's launcher omits constants and appends two addresses of scratch memory.
     """
 
-    def __init__(self, launcher: Any, args: Mapping[str, Any], on_gpu: Mapping[str, Any]) -> None:
-        self.values: list[bytes] = []
-        self.spans: list[Span] = []
-        self.maps: dict[int, Descriptor] = {}
-        metadata = launcher.metadata
+    def __init__(self, code: Code, launched: Any, args: Mapping[str, Any]) -> None:
+        self.code, self.launched = code, launched
+        values, spans, maps = list[bytes](), list[Span](), dict[int, Descriptor]()  # maps: by number of the parameter
+        metadata = launched.launcher.metadata
         metas = iter(getattr(metadata, "tensordesc_meta", None) or ())
-        for (name, value), kind in zip(args.items(), launcher.signature, strict=True):
+        for (name, value), kind in zip(args.items(), launched.launcher.signature, strict=True):
             if isinstance(value, TensorDescriptor):
-                self.spans.append(span_of(name, value.base))
-                self.maps[len(self.values)] = tensor_map(value, next(metas, None))
-                self.values.append(bytes(128))
-                self.values += [struct.pack("<i", n) for n in value.shape]
-                self.values += [struct.pack("<q", n) for n in value.strides]
+                spans.append(span_of(name, value.base))
+                maps[len(values)] = tensor_map(value, next(metas, None))
+                values.append(bytes(128))
+                values += [struct.pack("<i", n) for n in value.shape]
+                values += [struct.pack("<q", n) for n in value.strides]
             elif kind.startswith("*"):
-                self.spans.append(span_of(name, value))
-                memories = zip(("resident", "host"), memories_of(on_gpu[name]), strict=False)
-                self.spans += [span_of(f"{name} {memory}", with_memory(tensor)) for memory, tensor in memories]
-                self.values.append(struct.pack("<Q", value.data_ptr()))
+                spans.append(span_of(name, value))
+                memories = zip(("resident", "host"), memories_of(launched.args[name]), strict=False)
+                spans += [span_of(f"{name} {memory}", with_memory(tensor)) for memory, tensor in memories]
+                values.append(struct.pack("<Q", value.data_ptr()))
             elif kind in FORMATS:
-                self.values.append(struct.pack("<" + FORMATS[kind], value))
+                values.append(struct.pack("<" + FORMATS[kind], value))
             elif kind != "constexpr":
                 raise Unmodelled(f"argument of type {kind}: {name}")
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise Unmodelled("scratch memory")
-        self.values += [bytes(8), bytes(8)]
-
-    def params(self, declared: Sequence[Param]) -> Params:
-        """Return the parameters, whose sizes must be the declared ones."""
-        sizes, expected = [len(value) for value in self.values], [param.size for param in declared]
+        values += [bytes(8), bytes(8)]
+        declared = code.program.params
+        sizes, expected = [len(value) for value in values], [param.size for param in declared]
         if sizes != expected:
             raise Unmodelled(f"parameters of {expected} bytes, packed {sizes}")
-        return Params(declared, self.values, {declared[at].name: each for at, each in self.maps.items()})
+        self.params = Params(declared, values, {declared[at].name: each for at, each in maps.items()})
+        self.memory = Global(spans)
+        self.before = self.memory.save()
+
+    def run(self, code: Code, schedule: Schedule) -> list[Array]:
+        """Return the memory after a run that starts with the memory before the launch."""
+        self.memory.restore(self.before)
+        execute(code, schedule, self.launched.grid, self.memory, self.params, self.launched.shared)
+        return self.memory.save()
 
 
 @dataclass
@@ -102,25 +105,23 @@ class Executor:
         variants = self.codes.setdefault(launched.kernel, [])
         if not any(code is variant for variant in variants):
             variants.append(code)
-        packed = PackedArgs(launched.launcher, args, launched.args)
-        params, memory = packed.params(code.program.params), Global(packed.spans)
+        launch = Launch(code, launched, args)
+        memory = launch.memory
         if launched.launcher.metadata.launch_pdl:
             memory.pending = self.pending
         else:
             self.pending = []
-        before, results = memory.save(), []
+        first = None
         for schedule in self.schedules:
-            memory.restore(before)
             try:
-                execute(code, schedule, launched.grid, memory, params, launched.shared)
+                result = launch.run(code, schedule)
+                first = first or result
+                for region, old, new in zip(memory.regions, first, result, strict=True):
+                    if not np.array_equal(old, new):
+                        at = int(np.flatnonzero(old != new)[0])
+                        raise Fault(f"{region.name}, byte {at} differs from the first schedule")
             except Fault as fault:
                 raise Fault(f"{launched.kernel} ({schedule.name}): {fault}") from None
-            results.append(memory.save())
-            for region, old in zip(memory.regions, results[0], strict=True):
-                if not np.array_equal(old, region.bytes):
-                    at = int(np.flatnonzero(old != region.bytes)[0])
-                    message = f"{region.name}, byte {at} differs from the first schedule"
-                    raise Fault(f"{launched.kernel} ({schedule.name}): {message}")
         self.loaded.update({region.name: region.loaded for region in memory.regions})
-        changed = changed_bytes(memory.regions, before)
+        changed = changed_bytes(memory.regions, launch.before)
         self.pending = self.pending + changed if memory.released_early else changed

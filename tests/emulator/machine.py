@@ -4,8 +4,6 @@ A frame is the set of lanes that run together: all lanes of a batch of blocks in
 The first basic block that has ready lanes runs next, on these lanes; lanes that reach the same block reconverge.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import namedtuple
 from collections.abc import Sequence
@@ -75,7 +73,7 @@ def leave(queue: Queue, at: int, lanes: Array) -> Array:
 class Frame:
     """Lanes that run together: `ready`, waiting `at_barrier` of the block, or waiting `at_mbarrier`."""
 
-    def __init__(self, machine: Machine, warps: Sequence[int]) -> None:
+    def __init__(self, machine: "Machine", warps: Sequence[int]) -> None:
         program, blocks = machine.code.program, machine.blocks
         self.machine, self.ran = machine, machine.code.ran
         lanes = np.concatenate([np.arange(32) + 32 * w for w in warps])
@@ -95,7 +93,7 @@ class Frame:
         self.at_barrier: Queue = {}
         self.at_mbarrier: Queue = {}
         self.try_failed = np.zeros(self.n, bool)
-        self.done = np.zeros(self.n, bool)
+        self.done, self.all = np.zeros(self.n, bool), np.ones(self.n, bool)
         self.before_wait = np.full(self.n, machine.memory.pending is not None)
         self.copies = AsyncGroups(self.n)
         self.tensor = TensorCore(self.n)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .parser import Address, Instruction, Param, Reg, Symbol, Unmodelled
-from .values import TYPES, Array, assign, destinations, executes, lane_indices, per_lane, read, suffix
+from .values import TYPES, Array, assign, destinations, executes, per_lane, read, suffix
 
 # The dtype in which elements of each size are copied; 16 bytes are a complex number that nothing computes with.
 CHUNKS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
@@ -128,16 +128,13 @@ class Shared:
     def offsets(self, frame: Any, addresses: Array, size: int, mask: Any) -> Array:
         """Return offsets into `bytes`; addresses of lanes outside the mask are not checked."""
         local = addresses.astype(np.int64) - SHARED_BASE
-        wrong = (local < 0) | (local + size > self.size) | (local & (size - 1) != 0)
-        if mask is not None:
-            wrong &= mask
-            local = np.where(mask, local, 0)
+        wrong = mask & ((local < 0) | (local + size > self.size) | (local & (size - 1) != 0))
         if wrong.any():
             lane = int(np.flatnonzero(wrong)[0])
             what = "misaligned" if 0 <= local[lane] <= self.size - size else "illegal"
             access = f"{int(local[lane])} of {size} bytes, of {self.size}"
             raise Fault(f"{what} shared address {access}: {where(frame, lane)}")
-        return frame.begins + local
+        return frame.begins + np.where(mask, local, 0)
 
 
 class Params:
@@ -168,11 +165,11 @@ def effective(frame: Any, address: Address, kind: str) -> Array:
 
 def describe_lane(frame: Any, mask: Any, text: str) -> Any:
     """Return a function of an index among the masked lanes, which describes the lane in an error."""
-    return lambda at: f": {where(frame, int(lane_indices(frame, mask)[at]))}: {text}"
+    return lambda at: f": {where(frame, int(np.flatnonzero(mask)[at]))}: {text}"
 
 
 def store_shared(frame: Any, offsets: Array, values: Array, size: int, mask: Any, inst: Instruction) -> None:
-    lanes = slice(None) if mask is None else np.flatnonzero(mask)
+    lanes = np.flatnonzero(mask)
     frame.machine.log.write(frame, lanes, offsets[lanes], values[lanes], size, inst)
 
 
@@ -197,13 +194,13 @@ def access(inst: Instruction, frame: Any, registers: Any, address: Any) -> tuple
 @executes(*(f"ld.{form}".replace("global", space) for form in _FORMS for space in ("global", "global.cg")))
 def load(inst: Instruction, frame: Any, mask: Any) -> None:
     is_global, targets, at, kind, size = access(inst, frame, *inst.operands)
-    machine, active = frame.machine, slice(None) if mask is None else mask
+    machine = frame.machine
     if is_global:
         chunks = np.zeros(frame.n, CHUNKS[size])
-        chunks[active] = machine.memory.load(at[active], size, describe_lane(frame, mask, inst.text))
+        chunks[mask] = machine.memory.load(at[mask], size, describe_lane(frame, mask, inst.text))
     else:
         offsets = machine.shared.offsets(frame, at, size, mask)
-        machine.log.read(frame, active, offsets, size, inst)
+        machine.log.read(frame, mask, offsets, size, inst)
         chunks = machine.shared.views[size][offsets // size]
     parts = chunks.view(TYPES[kind]).reshape(frame.n, -1)
     for i, reg in enumerate(targets):
@@ -213,11 +210,11 @@ def load(inst: Instruction, frame: Any, mask: Any) -> None:
 @executes(*(f"st.{form}" for form in _FORMS))
 def store(inst: Instruction, frame: Any, mask: Any) -> None:
     is_global, sources, at, kind, size = access(inst, frame, *inst.operands[::-1])
-    machine, active = frame.machine, slice(None) if mask is None else mask
+    machine = frame.machine
     values = [per_lane(frame, read(frame, source, kind)) for source in sources]
     chunks = np.stack(values, 1).view(CHUNKS[size])[:, 0]
     if is_global:
-        machine.memory.store(at[active], chunks[active], size, describe_lane(frame, mask, inst.text))
+        machine.memory.store(at[mask], chunks[mask], size, describe_lane(frame, mask, inst.text))
     else:
         store_shared(frame, machine.shared.offsets(frame, at, size, mask), chunks, size, mask, inst)
 
@@ -226,7 +223,7 @@ def store(inst: Instruction, frame: Any, mask: Any) -> None:
 def prefetch(inst: Instruction, frame: Any, mask: Any) -> None:
     """Check that the address is in bounds: a GPU ignores others."""
     at = per_lane(frame, effective(frame, *inst.operands, "u64"))
-    for _ in frame.machine.memory.locate(at if mask is None else at[mask], 1, describe_lane(frame, mask, inst.text)):
+    for _ in frame.machine.memory.locate(at[mask], 1, describe_lane(frame, mask, inst.text)):
         pass
 
 

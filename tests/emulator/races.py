@@ -207,8 +207,7 @@ class RaceDetector:
 
     def fence(self, frame: Any, mask: Any) -> None:
         self.tick += 1
-        lanes = slice(None) if mask is None else mask
-        self.fenced[frame.block[lanes], frame.warp[lanes]] = self.tick
+        self.fenced[frame.block[mask], frame.warp[mask]] = self.tick
 
     def set_barrier(self, frame: Any, lanes: Any, offsets: Array, inst: Instruction, exists: bool) -> None:
         block, warp, units = frame.block[lanes], frame.warp[lanes], self._units(offsets, 8)
@@ -229,13 +228,12 @@ def changed_bytes(regions: Iterable[Region], before: Iterable[Array]) -> Writes:
 
 @executes("griddepcontrol.launch_dependents")
 def launch_dependents(inst: Instruction, frame: Any, mask: Any) -> None:
-    early = frame.before_wait if mask is None else frame.before_wait & mask
-    frame.machine.memory.released_early |= bool(early.any())
+    frame.machine.memory.released_early |= bool((frame.before_wait & mask).any())
 
 
 @executes("griddepcontrol.wait")
 def wait(inst: Instruction, frame: Any, mask: Any) -> None:
-    frame.before_wait &= False if mask is None else ~mask
+    frame.before_wait &= ~mask
 
 
 def checked(inst: Instruction, step: Step) -> Step:

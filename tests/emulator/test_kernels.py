@@ -1,10 +1,7 @@
-"""The PTX emulator executes every kernel, compiled by Triton's JIT for sm_90 and sm_80, and a complete model.
-
-Their results are as expected, and faults that are injected into compiled kernels are detected.
-"""
+"""The PTX emulator executes every kernel, compiled by Triton's JIT for sm_90 and sm_80, and a complete model."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,26 +14,21 @@ from triton.language.extra.cuda import gdc_wait
 
 from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.kernels.launch import override_configs
-from mixtral_triton.kernels.op import Op, Sizes
+from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
 from mixtral_triton.tools.offline import compile_launch
 from mixtral_triton.tools.tolerance import Tolerance
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
 from tests.ops.test_deterministic import CASES, check
-from tests.support.calls import inputs_without_padding
-from tests.support.models import cache_of, random_model
+from tests.support.calls import inputs, inputs_without_padding, with_offload
 
-from . import launch
-from .machine import SCHEDULES, Code
 from .memory import Fault
-from .parser import Unmodelled, parse
-from .test_mutations import mutations
+from .parser import Unmodelled
 
 pytestmark = pytest.mark.emulator
 
 GPU_DEVICE, BF16 = torch.device("cuda", 0), torch.bfloat16
-SMALL_CHECKPOINT = Path(__file__).parents[2] / "mixtral_triton" / "small"
 ARCHS = ("sm_90", "sm_80")
 BOUND = 0.97  # of the instructions of one variant with the tiles of 8x7B, for each kernel
 
@@ -63,26 +55,18 @@ def test_every_operation(name: str, arch: str, dtype: torch.dtype, ptx_emulator:
     covers("errors in the PTX emulator", f"{name} {str(dtype)[6:]} {arch}: at most {worst:.0%} of the limit")
 
 
-LONG = list(itertools.product((64, 128), (0, 100, 200)))  # D, window
-
-
-def with_keys(sizes: Sizes) -> dict[str, Any]:
-    """Return sizes with so many keys that every query of a tile attends to several tiles of them."""
-    window = 200 if sizes["window"] else 0
-    more = {"C": window or 400, "past": 300} if "C" in sizes else {"S": 300}
-    return sizes | more | {"window": window}
-
-
 @pytest.mark.parametrize("dtype", OPS["attention"].dtypes, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_attention_with_a_maskless_loop(arch: str, dtype: torch.dtype, ptx_emulator: Any) -> None:
-    """The configs of the test shapes with more keys, and long prompts."""
+    """The configs of the test shapes with so many keys that every query attends to several tiles, and long prompts."""
     with ptx_emulator(arch):
         for name in ("attention", "cached_attention"):
             for sizes in (dict(shape) for shape in OPS[name].test_shapes if shape["T"] > 1):
+                window = 200 if sizes["window"] else 0
+                more = {"C": window or 400, "past": 300} if "C" in sizes else {"S": 300}
                 with override_configs(OPS[name].configs(sizes, dtype, arch)):
-                    check_error(OPS[name], with_keys(sizes), dtype)
-        for D, window in LONG if dtype == BF16 else LONG[:1]:
+                    check_error(OPS[name], sizes | more | {"window": window}, dtype)
+        for D, window in itertools.product((64, 128), (0, 100, 200)) if dtype == BF16 else [(64, 0)]:
             sizes = {"B": 1, "T": 300, "S": 300, "Hq": 2, "Hkv": 1, "D": D, "window": window}
             check_error(OPS["attention"], sizes, dtype)
 
@@ -160,52 +144,36 @@ def test_compiled_kernels_are_deterministic(name: str, sizes: Any, ptx_emulator:
         check(name, sizes, 8, supported(OPS[name], BF16), GPU_DEVICE)
 
 
-def without(kind: str, opcode: str) -> Callable[[str], Code]:
-    """Return a function that builds PTX with all mutations of this kind and opcode."""
-
-    def build(ptx: str) -> Code:
-        program = parse(ptx)
-        for mutation in mutations(program):
-            if mutation.kind == kind and program.instructions[mutation.at].opcode.startswith(opcode):
-                program = mutation.apply(program)
-        return Code(program)
-
-    return build
+ON_HOST = (0, 3)
 
 
-EXPERTS = {"T": 70, "H": 64, "I": 48, "E": 2, "K": 2}
+def expert_arguments(T: int, format: str | None) -> dict[str, Any]:
+    sizes = {"T": T, "H": 256, "I": 128, "E": 4, "K": 2, "gate_up": format, "down": format}
+    return inputs("expert_swiglu", sizes, GPU_DEVICE, BF16)
 
 
-@pytest.mark.parametrize("schedule", [None, *SCHEDULES], ids=lambda schedule: schedule.name if schedule else "all")
-def test_wrong_tma_swizzle_is_detected(schedule: Any, ptx_emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ptx_emulator(schedules=[schedule] if schedule else SCHEDULES):
-        check_error(OPS["expert_swiglu"], EXPERTS)
-        monkeypatch.setattr(launch, "SWIZZLE_SPANS", (None, 64, 128, 64))
-        with pytest.raises((AssertionError, Fault)):
-            check_error(OPS["expert_swiglu"], EXPERTS)
+def experts(args: dict[str, Any]) -> torch.Tensor:
+    return OPS["expert_swiglu"].run(**args).held
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes", "kind", "opcode"),
-    [
-        ("linear", {"T": 2, "H": 1536, "N": 32}, "wait", "cp.async.wait_group"),
-        ("expert_swiglu", EXPERTS, "wait", "wgmma.wait_group"),
-        ("expert_swiglu", EXPERTS, "wait", "mbarrier.try_wait"),
-        ("linear", {"T": 16, "H": 3072, "N": 32}, "fence", "fence.proxy.async"),
-        ("expert_swiglu", EXPERTS, "fence", "wgmma.fence"),
-        ("expert_swiglu", EXPERTS, "expect_tx", "mbarrier.arrive"),
-        ("rms_norm", {"T": 2, "H": 1000}, "barrier", "bar.sync"),
-        ("rms_norm", {"T": 1, "H": 1000}, "predicate", "st.global"),
-        ("rms_norm", {"T": 1, "H": 1000}, "predicate", "ld.global"),
-        ("attention", {"B": 1, "T": 40, "S": 40, "Hq": 1, "Hkv": 1, "D": 64, "window": 0}, "predicate", "cp.async"),
-    ],
-)
-def test_removed_instruction_is_detected(name: str, sizes: Any, kind: str, opcode: str, ptx_emulator: Any) -> None:
-    with ptx_emulator() as gpu:
-        check_error(OPS[name], sizes)
-        gpu.driver.execute.build = without(kind, opcode)
-        with pytest.raises((AssertionError, Fault)):
-            check_error(OPS[name], sizes)
+@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_offload_gives_the_same_bits_and_reads_each_byte_once(arch: str, format: Any, ptx_emulator: Any) -> None:
+    """Two memories, whose bytes are counted apart. In prefill, kernels read a copy of what lies in host memory, and
+    more than once."""
+    with ptx_emulator(arch) as gpu:
+        for T in (1, 16, 70):
+            args, loaded = expert_arguments(T, format), gpu.driver.execute.loaded
+            with_host, want = with_offload(args, ON_HOST), experts(args)
+            loaded.clear()
+            assert torch.equal(experts(with_host), want)
+            selected = set(args["ids"].held.unique().tolist())
+            for name in ("gate_up_proj", "down_proj") if T < 70 else ():
+                of_expert, argument = with_host[name].host[0].nbytes, name.replace("_proj", "_ptr")
+                assert loaded[f"{argument} host"] == len(selected & {*ON_HOST}) * of_expert
+                assert loaded[f"{argument} resident"] == len(selected - {*ON_HOST}) * of_expert
+        with_host["down_proj"].host.zero_()
+        assert not torch.equal(experts(with_host), want)
 
 
 @triton.jit
@@ -270,36 +238,11 @@ def test_pdl_launch_must_wait(pdl: bool, reads: str, waits: str, message: str, p
             assert out.cpu().equal(torch.full((64,), want))
 
 
-def without_pdl_waits(ptx: str) -> Code:
-    return Code(parse("\n".join(line for line in ptx.splitlines() if "griddepcontrol.wait" not in line)))
-
-
-def with_early_release(ptx: str) -> Code:
-    """The next launch may start before the wait, also after the up projection, whose wait its dependent relies on."""
-    lines = [line for line in ptx.splitlines() if "griddepcontrol.launch_dependents" not in line]
-    wait = next((at for at, line in enumerate(lines) if "griddepcontrol.wait" in line), len(lines))
-    return Code(
-        parse("\n".join([*lines[:wait], *["griddepcontrol.launch_dependents;"] * (wait < len(lines)), *lines[wait:]]))
-    )
-
-
-@pytest.mark.parametrize("build", [without_pdl_waits, with_early_release])
-def test_misplaced_waits_of_a_model_are_detected(build: Any, ptx_emulator: Any) -> None:
-    with ptx_emulator(schedules=SCHEDULES[:1]) as gpu:
-        model = random_model(GPU_DEVICE, dtype=torch.bfloat16, hidden_size=64, intermediate_size=512)
-        ids = torch.zeros(1, 1, dtype=torch.int64).to(GPU_DEVICE)
-        cache = cache_of(model, 1)
-        model(ids, cache=cache)
-        gpu.driver.execute.build = build
-        with pytest.raises(Fault, match="before the wait for the launch that writes there"):
-            model(ids, cache=cache)
-
-
 def test_small_checkpoint_generates_the_same_text(ptx_emulator: Any) -> None:
     """A prefill of 70 tokens, more than the window, and a captured decode of eight equal the torch backend."""
     ids = torch.randint(3, 2000, (1, 70), generator=torch.Generator().manual_seed(0))
     with ptx_emulator() as gpu:
-        reference, model = (Mixtral.from_pretrained(SMALL_CHECKPOINT, device) for device in ("cpu", GPU_DEVICE))
+        reference, model = (Mixtral.from_pretrained("small", device) for device in ("cpu", GPU_DEVICE))
         want = reference.generate(ids, max_new_tokens=8)
         assert model.generate(ids.to(GPU_DEVICE), max_new_tokens=8).cpu().equal(want)
         assert any(launched.launcher.metadata.launch_pdl for launched in gpu.driver.launches)

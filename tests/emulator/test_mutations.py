@@ -2,8 +2,8 @@
 
 from collections import Counter, namedtuple
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,11 +14,11 @@ from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import inputs
 
 from .copies import Descriptor
-from .launch import Executor, PackedArgs, compiled
-from .machine import SCHEDULES, Code, execute
-from .memory import Fault, Global
-from .parser import Imm, Instruction, Program, Reg, Unmodelled
-from .values import Array, executes
+from .launch import Executor, Launch, compiled
+from .machine import SCHEDULES, Code
+from .memory import Fault
+from .parser import Imm, Instruction, Program, Unmodelled
+from .values import executes
 
 pytestmark = pytest.mark.emulator
 
@@ -71,8 +71,7 @@ def removed(inst: Instruction, frame: Any, mask: Any) -> None:
     """Do nothing."""
 
 
-@dataclass(frozen=True)
-class Mutation:
+class Mutation(NamedTuple):
     """The replacement of instruction `at` by `new`; `kind`: what that removes."""
 
     kind: str
@@ -85,8 +84,6 @@ class Mutation:
 
 
 def mutations(program: Program) -> Iterator[Mutation]:
-    """Yield all mutations; of instructions with one opcode and predicate only the first loses its predicate."""
-    guarded: set[tuple[str, Any]] = set()
     for at, inst in enumerate(program.instructions):
         name, operands = inst.opcode, inst.operands
         for kind, prefixes in REMOVED.items():
@@ -100,15 +97,6 @@ def mutations(program: Program) -> Iterator[Mutation]:
             yield Mutation("trans", at, inst._replace(opcode=name.replace(".trans.", ".")))
         elif name.startswith("wgmma.mma_async") and operands[-1] == Imm(1):
             yield Mutation("trans", at, inst._replace(operands=(*operands[:-1], Imm(0))))
-        is_copy = name.startswith(("cp.async.ca", "cp.async.cg")) and isinstance(operands[-1], Reg)
-        predicate = operands[-1] if is_copy else inst.guard
-        if predicate is None or (name, predicate) in guarded or not (is_copy or name.startswith(("ld.", "st."))):
-            continue
-        guarded.add((name, predicate))
-        if is_copy:
-            yield Mutation("predicate", at, inst._replace(operands=(*operands[:-1], operands[2])))
-        else:
-            yield Mutation("predicate", at, inst._replace(guard=None, negated=False))
 
 
 def _short(opcode: str) -> str:
@@ -127,45 +115,33 @@ def neighbours(program: Program, at: int) -> str:
     return " ... ".join((*opcodes, "-")[0] for opcodes in ordering)
 
 
-class Trial:
-    """A launch that runs repeatedly on the same memory."""
+class Trial(Launch):
+    """A launch that runs repeatedly, and the memory `after` it."""
 
-    def __init__(self, code: Code, launched: Any, args: Mapping[str, Any]) -> None:
-        self.code, self.launched, self.packed = code, launched, PackedArgs(launched.launcher, args, launched.args)
-        self.memory = Global(self.packed.spans)
-        self.before = self.memory.save()
-        self.descriptors = self.packed.params(code.program.params).descriptors
-        self.after = self.run(code, SCHEDULES[0])
-
-    def run(self, code: Code, schedule: Any, descriptors: Mapping[str, Any] | None = None) -> list[Array]:
-        """Return the memory after a run that starts with the memory before the launch."""
+    def __init__(self, launched: Any, args: Mapping[str, Any]) -> None:
+        # A copy of the code, because the cached one also records what ran in other tests.
+        super().__init__(Code(compiled(launched.ptx).program), launched, args)
+        self.after = self.run(self.code, SCHEDULES[0])
         self.memory.restore(self.before)
-        params = self.packed.params(code.program.params)
-        params.descriptors = dict(self.descriptors if descriptors is None else descriptors)
-        try:
-            execute(code, schedule, self.launched.grid, self.memory, params, self.launched.shared)
-            return self.memory.save()
-        finally:
-            self.memory.restore(self.before)
 
     def detect(self, program: Program, descriptors: Mapping[str, Any] | None = None) -> str:
         """Return how a schedule detects a mutated program; "" if none does."""
-        code = Code(program)
-        for schedule in SCHEDULES[::-1]:
-            try:
-                results = self.run(code, schedule, descriptors)
-            except (Fault, Unmodelled) as fault:
-                return str(fault)
-            if not all(map(np.array_equal, results, self.after)):
-                return "other results"
-        return ""
+        code, right = Code(program), self.params.descriptors
+        self.params.descriptors = right if descriptors is None else descriptors
+        try:
+            same = (all(map(np.array_equal, self.run(code, each), self.after)) for each in SCHEDULES[::-1])
+            return "" if all(same) else "other results"
+        except (Fault, Unmodelled) as fault:
+            return str(fault)
+        finally:
+            self.params.descriptors = right
 
     def without_swizzles(self) -> Iterator[tuple[str, dict[str, Descriptor]]]:
         """Yield tensor maps in which one map that the kernel uses has no swizzle."""
-        for name, descriptor in self.descriptors.items():
-            rest = {other: self.descriptors[other] for other in self.descriptors if other != name}
+        for name, descriptor in (known := self.params.descriptors).items():
+            rest = {other: known[other] for other in known if other != name}
             if descriptor.span and "no descriptor" in self.detect(self.code.program, rest):
-                yield name, self.descriptors | {name: replace(descriptor, span=0)}
+                yield name, known | {name: replace(descriptor, span=0)}
 
 
 # Sizes with which each loop of an operation repeats; prefixes of the kernels' names; sizes whose configs apply.
@@ -205,28 +181,17 @@ class Recorder(Executor):
 
     def __init__(self, kernels: tuple[str, ...]) -> None:
         super().__init__(SCHEDULES[:1])
-        self.kernels = kernels
-        self.trials: dict[str, Trial] = {}
+        self.kernels, self.trials = kernels, dict[str, Trial]()
 
     def __call__(self, launched: Any, args: Mapping[str, Any]) -> None:
         if launched.ptx not in self.trials and launched.kernel.startswith(self.kernels):
-            # A copy, because the cached code also records what ran in other tests.
-            self.trials[launched.ptx] = Trial(Code(compiled(launched.ptx).program), launched, args)
+            self.trials[launched.ptx] = Trial(launched, args)
         super().__call__(launched, args)
-
-
-def is_justified(trial: Trial, mutation: Mutation, purpose: str) -> bool:
-    """Return whether a trial detects a mutation, or the mutation has no effect."""
-    keys = {f"{mutation.kind}: {purpose}", f"{mutation.kind}: {trial.launched.kernel}"}
-    if trial.code.program.threads == 32:
-        keys.add("barrier")  # no other warp waits there
-    return mutation.kind in keys or bool(keys & REDUNDANT) or bool(trial.detect(mutation.apply(trial.code.program)))
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
 @pytest.mark.parametrize("case", TRIALS, ids=[f"{case.op}-{i}" for i, case in enumerate(TRIALS)])
-def test_each_mutation_is_detected(case: Case, arch: str, ptx_emulator: Any, covers: Any) -> None:
-    """Without predicates, because some of them exclude accesses that do no harm."""
+def test_each_removed_instruction_is_detected(case: Case, arch: str, ptx_emulator: Any, covers: Any) -> None:
     op, counts, missed = OPS[case.op], Counter[str](), []
     dtype = BF16 if BF16 in op.dtypes else op.dtypes[0]
     configs = op.configs(case.like, dtype, arch) if case.like else {}
@@ -239,10 +204,14 @@ def test_each_mutation_is_detected(case: Case, arch: str, ptx_emulator: Any, cov
             for name, descriptors in trial.without_swizzles():
                 assert trial.detect(program, descriptors), f"{kernel}: tensor map {name} without its swizzle"
             for mutation in mutations(program):
-                if trial.code.ran[mutation.at] and mutation.kind != "predicate":
-                    counts[mutation.kind] += 1
-                    purpose = neighbours(program, mutation.at)
-                    if not is_justified(trial, mutation, purpose):
-                        missed.append(f"{kernel}: {program.instructions[mutation.at].text}: {purpose}")
+                kind, at, _ = mutation
+                if not trial.code.ran[at]:
+                    continue
+                counts[kind] += 1
+                purpose = neighbours(program, at)
+                redundant = {f"{kind}: {purpose}", f"{kind}: {kernel}"} & REDUNDANT
+                no_other_warp = kind == "barrier" and program.threads == 32
+                if not (redundant or no_other_warp or trial.detect(mutation.apply(program))):
+                    missed.append(f"{kernel}: {program.instructions[at].text}: {purpose}")
     covers("instructions removed from compiled kernels", f"{case.op} {case.sizes} {arch}: {dict(counts)}")
     assert missed == []

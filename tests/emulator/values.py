@@ -5,7 +5,6 @@ arrays and never write into them. Types belong to opcodes: an operand is read as
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,8 @@ def assign(frame: Any, reg: Reg | Sink, value: Any, mask: Any) -> None:
         if value.dtype.itemsize < dtype.itemsize:
             value = value.astype(f"{'i' if value.dtype.kind == 'i' else 'u'}{dtype.itemsize}")
         value = np.full(frame.n, value).view(dtype) if value.ndim == 0 else value.view(dtype)
-    frame.R[reg.slot] = value if mask is None else np.where(mask, value, frame.R[reg.slot])
+    whole = mask is None or mask is frame.all
+    frame.R[reg.slot] = value if whole else np.where(mask, value, frame.R[reg.slot])
 
 
 def guarded(inst: Instruction, step: Step, at: int) -> Step:
@@ -82,21 +82,14 @@ def guarded(inst: Instruction, step: Step, at: int) -> Step:
     return guarded_step
 
 
-def models(*opcodes: str) -> Callable[[Any], Any]:
-    """Register a function of an instruction and its program, which returns the step, for these opcodes."""
-
-    def register(build: Any) -> Any:
-        MODELLED.update(dict.fromkeys(opcodes, build))
-        return build
-
-    return register
-
-
 def executes(*opcodes: str) -> Callable[[Any], Any]:
-    """Register a function of an instruction, a frame and a mask, which executes these opcodes."""
+    """Register a function of an instruction, a frame and the mask of its active lanes, which executes these opcodes."""
 
     def register(function: Any) -> Any:
-        models(*opcodes)(lambda inst, program: partial(function, inst))
+        def build(inst: Instruction, program: Program) -> Step:
+            return lambda frame, mask: function(inst, frame, frame.all if mask is None else mask)
+
+        MODELLED.update(dict.fromkeys(opcodes, build))
         return function
 
     return register
@@ -105,13 +98,15 @@ def executes(*opcodes: str) -> Callable[[Any], Any]:
 def elementwise(opcode: str, function: Callable[..., Any], *types: str) -> None:
     """Model an opcode by a numpy function of its source operands, which have these types."""
 
-    @models(opcode)
     def build(inst: Instruction, program: Program) -> Step:
         target, *sources = inst.operands
         if not isinstance(target, (Reg, Sink)):
             raise Unmodelled(f"result of: {inst.text}")
         reads = [reader(source, kind) for source, kind in zip(sources, types, strict=True)]
         return lambda frame, mask: assign(frame, target, function(*(read(frame) for read in reads)), mask)
+
+    build.types = types
+    MODELLED[opcode] = build
 
 
 def by_type(table: dict[str, Callable[..., Any]], arity: int, *types: str) -> None:
@@ -131,10 +126,6 @@ def read(frame: Any, operand: Any, kind: str) -> Array:
 
 def per_lane(frame: Any, value: Any) -> Array:
     return np.broadcast_to(value, frame.n)
-
-
-def lane_indices(frame: Any, mask: Any) -> Array:
-    return np.arange(frame.n) if mask is None else np.flatnonzero(mask)
 
 
 def per_warp(frame: Any, operand: Any, kind: str = "b32") -> Array:

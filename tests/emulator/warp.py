@@ -17,12 +17,10 @@ def check_full_warps(frame: Any, mask: Any, inst: Instruction, members: Any = AL
     """Raise unless all 32 lanes of each active warp run the instruction, and it names all of them as members."""
     if np.any(np.asarray(members) != ALL):
         raise Unmodelled(f"part of a warp: {inst.text}")
-    if mask is not None:
-        warps = mask.reshape(-1, 32)
-        partial = warps.any(1) & ~warps.all(1)
-        if partial.any():
-            lane = 32 * int(np.flatnonzero(partial)[0])
-            raise Fault(f"part of the warp of {where(frame, lane)} runs {inst.text}")
+    warps = mask.reshape(-1, 32)
+    if (partial := warps.any(1) & ~warps.all(1)).any():
+        lane = 32 * int(np.flatnonzero(partial)[0])
+        raise Fault(f"part of the warp of {where(frame, lane)} runs {inst.text}")
 
 
 # lane, b, the segment's first lane, the segment mask -> the lane whose value is read
@@ -82,9 +80,7 @@ def bar_warp(inst: Instruction, frame: Any, mask: Any) -> None:
 def _rows(inst: Instruction, frame: Any, mask: Any, address: Any, count: int) -> tuple[Array, Array]:
     """Return the lanes that hold row addresses of `count` tiles, and the offsets of these rows."""
     check_full_warps(frame, mask, inst)
-    lanes = frame.lane < 8 * count
-    if mask is not None:
-        lanes = lanes & mask
+    lanes = mask & (frame.lane < 8 * count)
     return lanes, frame.machine.shared.offsets(frame, effective(frame, address, "u32"), 16, lanes)
 
 

@@ -5,7 +5,6 @@ operands; operands in registers must be written before a `wgmma.fence`.
 """
 
 from collections import namedtuple
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,19 +15,15 @@ from .copies import AsyncGroups, swizzle
 from .memory import SHARED_BASE, Fault, where
 from .parser import Imm, Instruction, Program, Unmodelled, Vector
 from .races import bits_of
-from .values import Array, executes, models, per_lane, reader
+from .values import MODELLED, Array, executes, per_lane, reader
 from .warp import check_full_warps, registers, registers_of_c, rows_of_a, rows_of_c
 
 SPANS = {1: 128, 2: 64, 3: 32}
 UNDEFINED = np.uint32(0xFFFF_FFFF)  # NaN
 
 
-@dataclass
-class PendingResult:
-    """The values that result registers will hold, [warps, 16, columns]; by lane the pending product's number, or 0."""
-
-    rows: Array
-    number: Array
+# The values that result registers will hold, [warps, 16, columns]; by lane the pending product's number, or 0
+PendingResult = namedtuple("PendingResult", "rows number")
 
 
 class TensorCore:
@@ -40,7 +35,6 @@ class TensorCore:
         self.fenced: list[Array] = []  # the registers at the last fence
         self.results: dict[int, Array] = {}  # by register: the last product's result
         self.pending: dict[tuple[int, ...], PendingResult] = {}
-        self.undefined = np.full(n, UNDEFINED)
         self.count = 0
 
 
@@ -106,8 +100,8 @@ class WgmmaStep:
         self.b, self.adds = reader(b, "u64"), reader(scale_d, "pred")
 
     def __call__(self, frame: Any, mask: Any) -> None:
-        check_full_warps(frame, mask, self.inst)
-        tensor, lanes = frame.tensor, np.ones(frame.n, bool) if mask is None else mask
+        tensor, lanes = frame.tensor, frame.all if mask is None else mask
+        check_full_warps(frame, lanes, self.inst)
         pending = tensor.pending.get(self.slots)
         accumulates = pending is not None and bool((pending.number[lanes] > 0).all())
         self._check_fence(frame, lanes, accumulates)
@@ -118,7 +112,14 @@ class WgmmaStep:
         total = (a.reshape(len(b), -1, 16) @ b.swapaxes(1, 2)).reshape(len(warps), 16, -1)
         adds = _uniform(frame, self.adds(frame), warps, self.inst)
         if adds.any():
-            before = pending.rows[warps] if accumulates and pending else self._load_c(frame, warps, pending)
+            if pending and not accumulates and (pending.number.reshape(-1, 32)[warps] > 0).any():
+                raise Unmodelled(f"accumulator that is pending in some warps only: {self.inst.text}")
+            c = (
+                pending.rows
+                if accumulates
+                else rows_of_c(np.stack([frame.R[slot].reshape(-1, 32) for slot in self.slots], 1))
+            )
+            before = c[warps]
             total = np.where(adds[:, None, None], total + before, total)
         self._set_result(frame, lanes, warps, total.astype(np.float32), product, accumulates)
 
@@ -130,8 +131,8 @@ class WgmmaStep:
         slots = [reg.slot for reg in self.a_registers.items] if self.a_registers else []
         for slot in (*slots, *(() if accumulates else self.slots)):
             current, fenced, result = frame.R[slot], tensor.fenced[slot], tensor.results.get(slot)
-            same = current is fenced or current is result or (current == fenced)[lanes].all()
-            if not same and (result is None or (current != result)[lanes].any()):
+            same = (current == fenced)[lanes].all() or (result is not None and (current == result)[lanes].all())
+            if not same:
                 raise Fault(f"no wgmma.fence after a register was written: {self.inst.text}")
 
     def _load_a(self, frame: Any, warps: Array, product: Product) -> Array:
@@ -166,41 +167,31 @@ class WgmmaStep:
         values = to_fp32(chunks.view(np.uint16), self.kind).astype(np.float64)
         return values.reshape(-1, 16, rows).swapaxes(1, 2) if transposed else values.reshape(-1, rows, 16)
 
-    def _load_c(self, frame: Any, warps: Array, pending: PendingResult | None) -> Array:
-        """Return the accumulator as fp32 [warps, 16, columns]."""
-        if pending is not None and (pending.number.reshape(-1, 32)[warps] > 0).any():
-            raise Unmodelled(f"accumulator that is pending in some warps only: {self.inst.text}")
-        return rows_of_c(np.stack([frame.R[slot].reshape(-1, 32)[warps] for slot in self.slots], 1))
-
-    def _set_result(
-        self, frame: Any, lanes: Array, warps: Array, new: Array, product: Product, accumulates: bool
-    ) -> None:
+    def _set_result(self, frame: Any, lanes: Any, warps: Any, new: Any, product: Product, accumulates: bool) -> None:
         """Keep the result, fp32 [warps, 16, columns], until a wait; until then its registers are undefined."""
-        tensor, all_lanes = frame.tensor, bool(lanes.all())
-        pending = tensor.pending.get(self.slots)
-        if pending is None:
+        tensor = frame.tensor
+        if (pending := tensor.pending.get(self.slots)) is None:
             if any(set(self.slots) & set(slots) for slots in tensor.pending):
                 raise Fault(f"two pending products share a register: {self.inst.text}")
-            pending = PendingResult(np.zeros((frame.n // 32, *new.shape[1:]), np.float32), np.zeros(frame.n, np.int64))
-            tensor.pending[self.slots] = pending
-        pending.rows = new if all_lanes else pending.rows.copy()
-        pending.rows[warps] = new
-        pending.number = np.where(lanes, product.number, pending.number)
+            rows = np.zeros((frame.n // 32, *new.shape[1:]), np.float32)
+            pending = tensor.pending[self.slots] = PendingResult(rows, np.zeros(frame.n, np.int64))
+        pending.rows[warps], pending.number[lanes] = new, product.number
         for slot in () if accumulates else self.slots:
-            frame.R[slot] = tensor.undefined if all_lanes else np.where(lanes, tensor.undefined, frame.R[slot])
-        tensor.groups.begin(self.inst, None if all_lanes else lanes, product)
+            frame.R[slot] = np.where(lanes, UNDEFINED, frame.R[slot])
+        tensor.groups.begin(self.inst, lanes, product)
 
 
-models(*(f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"
-         for n in range(8, 257, 8) for kind in HALVES))(WgmmaStep)  # fmt: skip
+for _kind in HALVES:
+    for _n in range(8, 257, 8):
+        MODELLED[f"wgmma.mma_async.sync.aligned.m64n{_n}k16.f32.{_kind}.{_kind}"] = WgmmaStep
 
 
 @executes("wgmma.fence.sync.aligned")
 def fence(inst: Instruction, frame: Any, mask: Any) -> None:
     check_full_warps(frame, mask, inst)
     tensor = frame.tensor
-    tensor.unfenced &= False if mask is None else ~mask
-    if mask is None or not tensor.fenced:
+    tensor.unfenced &= ~mask
+    if mask.all() or not tensor.fenced:
         tensor.fenced = list(frame.R)
     else:
         pairs = zip(frame.R, tensor.fenced, strict=True)
@@ -215,7 +206,7 @@ def commit(inst: Instruction, frame: Any, mask: Any) -> None:
 @executes("wgmma.wait_group.sync.aligned")
 def wait(inst: Instruction, frame: Any, mask: Any) -> None:
     check_full_warps(frame, mask, inst)
-    frame.tensor.unfenced |= True if mask is None else mask
+    frame.tensor.unfenced |= mask
     for op, completed in frame.tensor.groups.complete(inst.operands[0].value, mask):
         _complete(frame, op.inst, op.data, completed)
 
@@ -228,18 +219,17 @@ def _complete(frame: Any, inst: Instruction, product: Product, completed: Array)
         if (shared[offsets[rows] // 16].view(np.uint64) != chunks[rows].view(np.uint64)).any():
             raise Fault(f"shared memory changed under {inst.text} of {frame.machine.code.program.name}")
     for slot, value in product.sources.items():
-        if frame.R[slot] is not value and (frame.R[slot] != value)[completed].any():
+        if (frame.R[slot] != value)[completed].any():
             raise Fault(f"a register changed under {inst.text}")
     pending = tensor.pending[product.slots]
     lanes = completed & (pending.number == product.number)
     if not lanes.any():
         return
-    values, all_lanes = registers_of_c(pending.rows).view(np.uint32), bool(lanes.all())
+    values = registers_of_c(pending.rows).view(np.uint32)
     for slot, value in zip(product.slots, values.swapaxes(0, 1), strict=True):
-        if frame.R[slot] is not tensor.undefined and (frame.R[slot] != UNDEFINED)[lanes].any():
+        if (frame.R[slot] != UNDEFINED)[lanes].any():
             raise Fault(f"the result's register was written under {inst.text}")
-        new = value.reshape(-1)
-        frame.R[slot] = tensor.results[slot] = new if all_lanes else np.where(lanes, new, frame.R[slot])
-    pending.number = np.where(lanes, 0, pending.number)
+        frame.R[slot] = tensor.results[slot] = np.where(lanes, value.reshape(-1), frame.R[slot])
+    pending.number[lanes] = 0
     if not pending.number.any():
         del tensor.pending[product.slots]

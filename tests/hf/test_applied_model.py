@@ -1,8 +1,6 @@
 """An applied model as transformers and users call it: attention weights, modules, implementations, compilers; PEFT's
 adapters, and accelerate's layers on the CPU and on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from mixtral_triton import apply, revert
 from mixtral_triton.kernels.record import record_launches
+from tests.hf.test_apply import IDS, LEFT
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.mixtral import modeling_mixtral as modeling  # noqa: E402
@@ -21,9 +20,6 @@ from transformers.models.mixtral import modeling_mixtral as modeling  # noqa: E4
 from mixtral_triton.hf.attention import CACHE  # noqa: E402
 
 pytestmark = pytest.mark.compiled
-IDS = torch.randint(1, 48, (2, 14), generator=torch.Generator().manual_seed(0))
-LEFT = torch.ones_like(IDS)
-LEFT[1, :6] = 0
 REAL = LEFT.bool()
 
 
@@ -229,23 +225,25 @@ WRONG_MASKS = [
     (torch.ones(3, 14), r"attention_mask is of shape \[3, 14\], needs \[2, 14\]"),
     *((torch.ones(2, n), r"needs \[2, 14\], one value a token") for n in (12, 15)),
     (torch.ones(2, 1, 14, 9), r"broadcasts to \[2, 4, 14, 14\]"),
-    *((torch.ones(2, 1, 14, 14, dtype=each), f"attention_mask is {each}") for each in (torch.int64, torch.int32)),
 ]
+for _dtype in (torch.int64, torch.int32):
+    WRONG_MASKS.append((torch.ones(2, 1, 14, 14, dtype=_dtype), f"attention_mask is {_dtype}"))
+    # One of two keys has the size of an interval, one that begins with 0 that of a sequence.
+    for _tokens in (1, 2, 3):
+        WRONG_MASKS.append((torch.tensor([0, 1], dtype=_dtype).expand(1, 1, _tokens, 2), f"is {_dtype} of shape"))
 
 
 def test_wrong_mask_raises_value_error(make_hf: Any) -> None:
-    """Also one of the new tokens alone, after a cache."""
     model = apply(make_hf())
     for mask, message in WRONG_MASKS:
         with pytest.raises(ValueError, match=message):
-            model(IDS, attention_mask=mask)
+            model(IDS[: mask.shape[0], : mask.shape[2]] if len(mask) == 1 else IDS, attention_mask=mask)
     cache = model(IDS, use_cache=True)[1]
     with pytest.raises(ValueError, match=r"shape \[2, 1\], needs \[2, 15\] \(14 past, 1 new\)"):
         model(IDS[:, :1], torch.ones(2, 1), None, cache)
 
 
 def test_compiles_without_a_graph_break(make_hf: Any, parity: Any) -> None:
-    """Plain, left-padded, with attention weights, and generate's decode steps on a static cache."""
     model = apply(make_hf())
     calls: list[dict[str, Any]] = [{}, {"attention_mask": LEFT, "use_cache": False}, {"output_attentions": True}]
     settings = {"attention_mask": LEFT, "max_new_tokens": 4, "cache_implementation": "static", "do_sample": False}
@@ -304,21 +302,17 @@ def test_launches_per_layer_are_at_most_half_of_eagers(tokens: int, make_hf: Any
     assert 0 < counts["meta"] <= counts["cpu"] / 2
 
 
-TRAINING: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "training": ("CausalLM", lambda m: m.train()(IDS, labels=IDS).loss),
-    "evaluation mode": ("CausalLM", lambda m: m(IDS, labels=IDS).loss),
-    "checkpoints": (
-        "TokenClassification",
-        lambda m: m.gradient_checkpointing_enable() or m.train()(IDS, labels=IDS).loss,
-    ),
-    "hidden states": ("CausalLM", lambda m: m.train()(IDS, output_hidden_states=True).hidden_states[0].sum()),
-    "problem types": ("SequenceClassification", lambda m: m.train()(IDS, labels=torch.tensor([0, 1])).loss),
-}
+# The head, and its loss. In evaluation mode each part of apply refuses the backward pass (test_apply).
+TRAINING: list[tuple[str, Callable[[Any], Any]]] = [
+    ("CausalLM", lambda m: m.train()(IDS, labels=IDS).loss),
+    ("TokenClassification", lambda m: m.gradient_checkpointing_enable() or m.train()(IDS, labels=IDS).loss),
+    ("CausalLM", lambda m: m.train()(IDS, output_hidden_states=True).hidden_states[0].sum()),
+    ("SequenceClassification", lambda m: m.train()(IDS, labels=torch.tensor([0, 1])).loss),
+]
 
 
-@pytest.mark.parametrize("case", TRAINING)
-def test_training_raises_value_error(case: str, make_hf: Any) -> None:
-    kind, compute_loss = TRAINING[case]
+@pytest.mark.parametrize(("kind", "compute_loss"), TRAINING)
+def test_training_raises_value_error(kind: str, compute_loss: Callable[[Any], Any], make_hf: Any) -> None:
     with pytest.raises(ValueError, match="inference only"):
         compute_loss(apply(make_hf(f"MixtralFor{kind}"))).backward()
 
@@ -354,7 +348,7 @@ def test_adapters_of_peft(first: str, parameters: Any, make_hf: Any, calls: set[
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_device_map_of_accelerate(place: str, make_hf: Any, tmp_path: Path, calls: set[str]) -> None:
+def test_device_map_of_accelerate(place: str, make_hf: Any, tmp_path: Path, calls: set[str], parity: Any) -> None:
     """Hooks bring a layer's weights when it runs; until then they are on the meta device."""
     pytest.importorskip("accelerate")
     hf = make_hf()
@@ -371,3 +365,4 @@ def test_device_map_of_accelerate(place: str, make_hf: Any, tmp_path: Path, call
     texts = [each.generate(IDS[:1], max_new_tokens=4, do_sample=False) for each in (model, hf)]
     assert torch.equal(*texts)
     assert close(revert(model)(IDS).logits, want)
+    parity(f"placement: device_map, weights on {place}", "holds")

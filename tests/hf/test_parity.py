@@ -1,20 +1,20 @@
 """The parity table: features of transformers' Mixtral, applied and eager, in fp32: equal tokens, values within 1e-4.
+And what a user passes or replaces after `apply`: honoured as transformers does, or refused by name.
 
-`python -m pytest tests/hf` prints it. Several rows restate transformers' own tests of generate and outputs.
+`python -m pytest tests/hf` prints the table. Several rows restate transformers' own tests of generate and outputs.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixtral_triton import apply, hf, revert
+from mixtral_triton import apply, hf
 from mixtral_triton.kernels.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
@@ -25,7 +25,6 @@ T, NEW = (9, 3) if INTERPRETED else (14, 8)
 IDS = torch.randint(1, 48, (2, T), generator=torch.Generator().manual_seed(0))
 LEFT = torch.ones_like(IDS)
 LEFT[1, : T // 2] = 0
-RIGHT = LEFT.flip(1)
 HOLES = LEFT.clone()
 HOLES[0, 4:6] = 0
 COUNTED = (LEFT.cumsum(-1) - 1).clamp(min=0)
@@ -34,25 +33,33 @@ Results = dict[str, Any]
 
 
 def logits(model: Any, mask: Tensor | None = None, **kwargs: Any) -> Results:
-    """Of the real tokens. On padding they mean nothing, but must be finite."""
+    """Logits, and attention weights if asked for, of the real tokens; on padding they are finite, and mean nothing."""
     ids = {} if "inputs_embeds" in kwargs else {"input_ids": IDS}
-    out = model(**ids, attention_mask=mask, **kwargs).logits
-    assert out.isfinite().all()
-    return {"logits": out if mask is None or mask.dim() != 2 else out[mask.bool()]}
+    out = model(**ids, attention_mask=mask, **kwargs)
+    assert out.logits.isfinite().all()
+    real = torch.ones_like(IDS).bool() if mask is None or mask.dim() != 2 else mask.bool()
+    weights = {str(index): layer.transpose(1, 2)[real] for index, layer in enumerate(out.attentions or ())}
+    assert len(weights) in (0, model.config.num_hidden_layers)
+    return {"logits": out.logits[real], **weights}
 
 
-def in_chunks(make_cache: Callable[[Any], Any], mask: Tensor | None) -> Callable[[Any], Results]:
-    """The text in chunks through a cache, with a mask that grows."""
+attn_output = partial(logits, output_attentions=True)
+
+
+def in_chunks(make_cache: Callable[[Any], Any], mask: Tensor | None, weights: bool = False) -> Callable[[Any], Results]:
+    """The text in chunks through a cache, with a mask that grows; attention's weights or the logits of each chunk."""
 
     def run(model: Any) -> Results:
-        outs, begin, cache = [], 0, make_cache(model)
-        for size in CHUNKS:
-            end = begin + size
+        found, begin, cache = {}, 0, make_cache(model)
+        for end in accumulate(CHUNKS):
             part = None if mask is None else mask[:, :end]
-            out = model(IDS[:, begin:end], attention_mask=part, use_cache=True, **{CACHE: cache}).logits
-            outs.append(out if mask is None else out[mask[:, begin:end].bool()])
+            kwargs = {"attention_mask": part, "use_cache": True, CACHE: cache, "output_attentions": weights}
+            out = model(IDS[:, begin:end], **kwargs)
+            real = torch.ones_like(IDS[:, begin:end]).bool() if mask is None else mask[:, begin:end].bool()
+            layers = [layer.transpose(1, 2) for layer in out.attentions] if weights else [out.logits]
+            found |= {f"{begin} {index}": layer[real] for index, layer in enumerate(layers)}
             begin = end
-        return {"logits": torch.cat([out.flatten(0, -2) for out in outs])}
+        return found
 
     return run
 
@@ -70,10 +77,6 @@ def generated(model: Any, ids: Tensor = IDS, mask: Tensor | None = None, **kwarg
     mask = torch.ones_like(ids) if mask is None else mask
     settings = {"max_new_tokens": NEW, "do_sample": False} | kwargs
     return {"tokens": model.generate(ids, attention_mask=mask, **settings)}
-
-
-def generate(**settings: Any) -> Callable[[Any], Results]:
-    return lambda model: generated(model, **settings)
 
 
 def causal(model: Any, mask: Tensor | None = None) -> Tensor:
@@ -212,36 +215,6 @@ def cropped(model: Any) -> Results:
     return {"logits": model(IDS[:, -4:], **kwargs).logits}
 
 
-def device_map(model: Any) -> Results:
-    """accelerate's hooks for a device_map, which keep weights on the CPU until they are needed."""
-    accelerate = pytest.importorskip("accelerate")
-    applied = hf.applied(model)
-    accelerate.cpu_offload(revert(model), execution_device="cpu")
-    return logits(apply(model) if applied else model, LEFT)
-
-
-def attn_output(model: Any, mask: Tensor | None = None, **kwargs: Any) -> Results:
-    """Attention's weights of the real tokens, and the logits beside them."""
-    out = model(IDS, attention_mask=mask, output_attentions=True, **kwargs)
-    real = torch.ones_like(IDS).bool() if mask is None or mask.dim() != 2 else mask.bool()
-    weights = {str(i): layer.transpose(1, 2)[real] for i, layer in enumerate(out.attentions)}
-    assert len(weights) == model.config.num_hidden_layers
-    return {"logits": out.logits[real], **weights}
-
-
-def attended_steps(model: Any, make_cache: Callable[[Any], Any]) -> Results:
-    """Weights over the keys of a cache, a tensor for each chunk."""
-    found, begin, cache = {}, 0, make_cache(model)
-    for size in CHUNKS:
-        end = begin + size
-        kwargs = {CACHE: cache, "attention_mask": LEFT[:, :end], "use_cache": True, "output_attentions": True}
-        real = LEFT[:, begin:end].bool()
-        layers = model(IDS[:, begin:end], **kwargs).attentions
-        found |= {f"{begin} {i}": layer.transpose(1, 2)[real] for i, layer in enumerate(layers)}
-        begin = end
-    return found
-
-
 def rope(kind: str) -> dict[str, Any]:
     return {"head_dim": 8, "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}}
 
@@ -276,8 +249,6 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "mask: left padding": ({}, partial(logits, mask=LEFT)),
     "mask: left padding, no window": (NO_WINDOW, partial(logits, mask=LEFT)),
     "mask: left padding, positions counted": (NO_WINDOW, lambda m: logits(m, LEFT, position_ids=COUNTED)),
-    "mask: right padding": ({}, partial(logits, mask=RIGHT)),
-    "mask: right padding, no window": (NO_WINDOW, partial(logits, mask=RIGHT)),
     "mask: holes": ({}, partial(logits, mask=HOLES)),
     "mask: one sequence of padding only": (NO_WINDOW, lambda m: logits(m, LEFT * torch.tensor([[1], [0]]))),
     "mask: user's 4-D, added": (NO_WINDOW, user_float),
@@ -299,31 +270,30 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "cache: static sliding window, beyond it": ({}, in_chunks(static, None)),
     "cache: static sliding window, left padding": ({}, in_chunks(static, LEFT)),
     "cache: cut back": (NO_WINDOW, cropped),
-    "generate: left padding": ({}, generate(mask=LEFT)),
-    "generate: without a cache": ({}, generate(mask=LEFT, use_cache=False)),
-    "generate: beams": ({}, generate(mask=LEFT, num_beams=3)),
-    "generate: sampling": ({}, generate(mask=LEFT, do_sample=True, top_p=0.9, top_k=20)),
-    "generate: static cache": (NO_WINDOW, generate(mask=LEFT, cache_implementation="static")),
-    "generate: static cache, window": ({}, generate(mask=LEFT, cache_implementation="static")),
+    "generate: left padding": ({}, partial(generated, mask=LEFT)),
+    "generate: without a cache": ({}, partial(generated, mask=LEFT, use_cache=False)),
+    "generate: beams": ({}, partial(generated, mask=LEFT, num_beams=3)),
+    "generate: sampling": ({}, partial(generated, mask=LEFT, do_sample=True, top_p=0.9, top_k=20)),
+    "generate: static cache": (NO_WINDOW, partial(generated, mask=LEFT, cache_implementation="static")),
+    "generate: static cache, window": ({}, partial(generated, mask=LEFT, cache_implementation="static")),
     "generate: every output": ({}, generated_outputs()),
     "generate: every output, beams": ({}, generated_outputs(num_beams=2)),
     "generate: every output, beams, sampled": ({}, generated_outputs(do_sample=True, num_beams=2)),
     "generate: processors, end of sequence": ({}, processed),
     "generate: assisted": (NO_WINDOW, assisted),
     "generate: assisted, sampling": (NO_WINDOW, partial(assisted, do_sample=True)),
-    "generate: prompt lookup": (NO_WINDOW, generate(ids=IDS[:1], prompt_lookup_num_tokens=3)),
+    "generate: prompt lookup": (NO_WINDOW, partial(generated, ids=IDS[:1], prompt_lookup_num_tokens=3)),
     "generate: twice on one cache": (NO_WINDOW, conversation),
-    "generate: prefill in chunks": (NO_WINDOW, generate(prefill_chunk_size=4)),
+    "generate: prefill in chunks": (NO_WINDOW, partial(generated, prefill_chunk_size=4)),
     "attention weights: left padding": ({}, partial(attn_output, mask=LEFT)),
     "attention weights: one key/value head": ({"num_key_value_heads": 1}, attn_output),
     "attention weights: holes": ({}, partial(attn_output, mask=HOLES)),
     "attention weights: packed sequences": ({}, lambda m: attn_output(m, position_ids=RESTARTED, use_cache=False)),
     "attention weights: user's 4-D, added": ({}, lambda m: attn_output(m, added(causal(m, HOLES)))),
-    "attention weights: dynamic cache": (NO_WINDOW, partial(attended_steps, make_cache=dynamic)),
-    "attention weights: sliding window, cached": ({}, partial(attended_steps, make_cache=dynamic)),
-    "attention weights: static cache": (NO_WINDOW, partial(attended_steps, make_cache=static)),
-    "attention weights: static sliding window": ({}, partial(attended_steps, make_cache=static)),
-    "placement: accelerate's hooks, weights offloaded": ({}, device_map),
+    "attention weights: dynamic cache": (NO_WINDOW, in_chunks(dynamic, LEFT, weights=True)),
+    "attention weights: sliding window, cached": ({}, in_chunks(dynamic, LEFT, weights=True)),
+    "attention weights: static cache": (NO_WINDOW, in_chunks(static, LEFT, weights=True)),
+    "attention weights: static sliding window": ({}, in_chunks(static, LEFT, weights=True)),
 }
 SHORT = ("forward: sliding window", "mask: left padding", "cache: static, left padding", "generate: left padding")
 
@@ -351,3 +321,67 @@ def test_parity(feature: str, make_hf: Any, parity: Any) -> None:
     with torch.no_grad():
         want, got = run(make_hf(**sizes)), run(apply(make_hf(**sizes)))
     parity(feature, compare(got, want))
+
+
+LENGTH = 9
+ROWS = torch.randint(1, 48, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+LENGTHS = torch.tensor([[LENGTH], [1], [4]])
+TO_THE_RIGHT = (torch.arange(LENGTH) < LENGTHS).long()
+BOTH = TO_THE_RIGHT * (torch.arange(LENGTH) > torch.tensor([[2], [-1], [1]]))
+
+
+@pytest.mark.parametrize("mask", [TO_THE_RIGHT, BOTH], ids=["right", "both sides"])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.compiled
+def test_padding_on_the_right_sees_the_text_alone(cache: Any, window: Any, mask: torch.Tensor, make_hf: Any) -> None:
+    """Equal to transformers on every row, padding included, unless it sees no key at all, where nothing is defined."""
+    model = make_hf(attn_implementation="sdpa", sliding_window=window)
+    t = torch.arange(LENGTH)
+    visible = (mask[:, None] > 0) & (t <= t[:, None]) & (t > t[:, None] - (window or LENGTH))
+    defined = visible.any(-1)
+    found = []
+    for each in (lambda: model, lambda: apply(model)):
+        held = transformers.StaticCache(config=model.config, max_cache_len=16) if cache else None
+        found.append(each()(ROWS, attention_mask=mask, past_key_values=held).logits)
+    want, got = found
+    assert (got - want)[defined].abs().max() <= 1e-4 * want.abs().max() and not bool(mask[defined].all())
+
+
+@pytest.mark.parametrize("lookup", [{}, {"prompt_lookup_num_tokens": 2}])
+@pytest.mark.parametrize(("window", "row"), [(None, 1), (6, 2)])
+@pytest.mark.compiled
+def test_generate_of_a_right_padded_prompt(window: int | None, row: int, lookup: dict[str, int], make_hf: Any) -> None:
+    model, ids = make_hf(sliding_window=window), ROWS[row, None]
+    kwargs = {"attention_mask": TO_THE_RIGHT[row, None], "max_new_tokens": 8, "do_sample": False} | lookup
+    want = model.generate(ids, **kwargs)
+    assert torch.equal(apply(model).generate(ids, **kwargs), want)
+
+
+REPLACED: dict[str, Callable[[Any], None]] = {
+    "act_fn of the experts is GELU": lambda layer: setattr(layer.mlp.experts, "act_fn", nn.GELU()),
+    "act_fn of the experts is Mine": lambda layer: setattr(layer.mlp.experts, "act_fn", MINE),
+    "act_fn of the experts is": lambda layer: setattr(layer.mlp.experts.act_fn, "forward", torch.tanh),
+    "is_causal of self_attn is False": lambda layer: setattr(layer.self_attn, "is_causal", False),
+}
+MINE = type("Mine", (nn.SiLU,), {})()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("message", REPLACED)
+def test_what_fused_operations_never_read_is_refused_at_the_call(message: str, make_hf: Any) -> None:
+    model = apply(make_hf(sliding_window=None))
+    REPLACED[message](model.model.layers[-1])
+    with pytest.raises(ValueError, match=message):
+        model(ROWS)
+
+
+@pytest.mark.compiled
+def test_a_hook_that_replaces_the_angles_is_honoured(make_hf: Any) -> None:
+    """It makes the rotary embedding's result anew, of the class that it got."""
+    found = []
+    for fused in (False, True):
+        model = apply(make_hf()) if fused else make_hf()
+        model.model.rotary_emb.register_forward_hook(lambda module, args, out: type(out)(x * 0.5 for x in out))
+        found.append(model(ROWS).logits)
+    assert (found[0] - found[1]).abs().max() <= 1e-4 * found[0].abs().max()

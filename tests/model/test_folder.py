@@ -1,8 +1,12 @@
-"""A checkpoint's folder: names on the hub against a cache on disk, and folders of other layouts."""
+"""A checkpoint's folder: names on the hub against a cache on disk, other layouts, and the one that ships with the
+package: a trained Mixtral, balanced, small, and what its training log says. Its config.json: how MixtralConfig reads
+and normalizes it, and errors that name the field."""
 
-from __future__ import annotations
-
+import dataclasses
 import json
+import math
+import platform
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from mixtral_triton import Mixtral, MixtralConfig, apply, verify
-from mixtral_triton.cli import SMALL, main
-from mixtral_triton.config import checkpoint_folder
+from mixtral_triton import Mixtral, MixtralConfig, verify
+from mixtral_triton.cli import SMALL
+from mixtral_triton.config import SIZES, checkpoint_folder
 from mixtral_triton.quantize.write import write
+from mixtral_triton.verification import held_out, perplexity
+from tests.cli.commands import error_line, output, run_json
 from tests.quantize.test_quantize_write import sharded
 
-pytestmark = [
-    pytest.mark.compiled,
-    pytest.mark.usefixtures("in_process"),
-]
+pytestmark = pytest.mark.compiled
 NAME, COMMIT = "someone/Mixtral-small", "0123456789" * 4
 
 
@@ -44,7 +48,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(remote=remote, cache=cache, downloads=downloads)
 
 
-def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixtral_triton.inputs.default_device", lambda: "cpu")
     assert MixtralConfig.from_pretrained(NAME) == MixtralConfig.from_pretrained(SMALL)
     assert not list(hub.cache.glob("*.safetensors")) and hub.downloads[-1][:2] == (NAME, None)
@@ -58,14 +62,11 @@ def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, capsys: Any, monkeypa
     write(NAME, "out", "int8", "cpu")
     assert not verify(NAME, ids, quick=True).wrong and (Path("out") / "config.json").is_file()
     for command in ("generate", "trace"):
-        assert main([command, NAME, "--device", "cpu", "--prompt", "The return", "--json"]) == 0
-    assert main(["fit", NAME, "--gpu", "h100"]) == 0
-    assert "FITS" in capsys.readouterr().out
-
-
-def test_a_folder_comes_before_a_name(hub: Any) -> None:
-    shutil.copytree(SMALL, NAME)
-    assert checkpoint_folder(NAME) == Path(NAME) and not hub.downloads
+        assert output(f"{command} {NAME} --device cpu --prompt 'The return' --json")
+    assert "FITS" in output(f"fit {NAME} --gpu h100")
+    shutil.copytree(SMALL, NAME)  # a folder comes before a name
+    count = len(hub.downloads)
+    assert checkpoint_folder(NAME) == Path(NAME) and len(hub.downloads) == count
 
 
 ERRORS = {
@@ -126,7 +127,7 @@ OTHERS: dict[str, tuple[dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_layouts_are_refused_with_what_to_do(case: str, tmp_path: Path, capsys: Any) -> None:
+def test_other_layouts_are_refused_with_what_to_do(case: str, tmp_path: Path) -> None:
     files, message = OTHERS[case]
     for name, text in files.items():
         (tmp_path / name).write_text(text or (SMALL / name).read_text() if name == "config.json" else text)
@@ -134,39 +135,12 @@ def test_other_layouts_are_refused_with_what_to_do(case: str, tmp_path: Path, ca
         with pytest.raises(ValueError, match=message) as caught:
             call(tmp_path)
         assert str(tmp_path) in str(caught.value)
-    assert main(["generate", str(tmp_path), "--device", "cpu", "--prompt", "x"]) == 2
-    line = capsys.readouterr().err
-    assert str(caught.value) in line and line.count("\n") == 1
+    assert str(caught.value) in error_line("generate --device cpu --prompt x", tmp_path)
 
 
-def test_lfs_pointer_of_a_tokenizer(tmp_path: Path) -> None:
-    from mixtral_triton.tools.prompt import load_tokenizer
-
-    (tmp_path / "tokenizer.json").write_text(LFS)
-    with pytest.raises(ValueError, match="is a pointer of Git LFS"):
-        load_tokenizer(tmp_path)
-
-
-def test_fit_names_the_models_that_it_knows(capsys: Any) -> None:
-    assert main(["fit", "mixtral-9x9"]) == 2
-    assert "mixtral-9x9: no such folder, needs one, a name on the hub, or mixtral-8x7b or" in capsys.readouterr().err
-    for text in ("24", "24GiB", "24 gib", "25.76980378GB"):
-        assert main(["fit", "--memory", text, "--json"]) in (0, 1)
-        assert json.loads(capsys.readouterr().out)["gpu"]["bytes"] == pytest.approx(24 * 2**30, rel=1e-4)
-    for text in ("24TB", "GiB", "1.2.3"):
-        with pytest.raises(SystemExit):
-            main(["fit", f"--memory={text}"])
-
-
-def test_apply_names_the_model_of_a_pipeline_and_weights_for_bitsandbytes(make_hf: Any) -> None:
-    hf = make_hf()
-    with pytest.raises(ValueError, match=r"apply: model is a SimpleNamespace, .*; give it the model inside, \.model$"):
-        apply(SimpleNamespace(model=hf))  # type: ignore[type-var]
-    transformers = pytest.importorskip("transformers")
-    for config in ({"quant_method": "bitsandbytes"}, transformers.BitsAndBytesConfig(load_in_8bit=True)):
-        hf.config.quantization_config = config
-        with pytest.raises(ValueError, match=r'from_pretrained\(folder, weights="int4"\) on the folder in bf16'):
-            apply(hf)
+@pytest.mark.parametrize("text", ["24", "24GiB", "'24 gib'", "25.76980378GB"])
+def test_memory_of_fit_has_units(text: str) -> None:
+    assert run_json(f"fit small --memory {text}")["gpu"]["bytes"] == pytest.approx(24 * 2**30, rel=1e-4)
 
 
 def test_no_weight_is_fetched_for_what_will_be_refused(hub: Any) -> None:
@@ -179,3 +153,220 @@ def test_no_weight_is_fetched_for_what_will_be_refused(hub: Any) -> None:
     with pytest.raises(ValueError, match=r"config.json: model_type is 'llama'"):
         Mixtral.from_pretrained(NAME, "cpu")
     assert len(hub.downloads) == 2
+
+
+TOKENIZER = str(SMALL / "tokenizer.json")
+LOG = json.loads((SMALL / "training.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model() -> Mixtral:
+    return Mixtral.from_pretrained(SMALL, device="cpu", dtype=torch.float32)
+
+
+def test_the_small_model_is_balanced_and_has_learnt_english(model: Mixtral) -> None:
+    assert (SMALL / "model.safetensors").stat().st_size < 10_000_000
+    config, shares = model.config, torch.tensor(LOG["expert_shares"])
+    assert (config.num_local_experts, config.num_experts_per_tok, config.sliding_window) == (8, 2, 64)
+    assert shares.shape == (4, 8) and shares.min() >= 0.03
+    torch.testing.assert_close(shares.sum(1), torch.ones(4), rtol=0, atol=1e-2)
+    tokenizer = Tokenizer.from_file(TOKENIZER)
+    config, text = model.config, held_out(SMALL, model.config)
+    assert text is not None and len(text) > 4000
+    ends = (text == config.eos_token_id).nonzero().flatten()  # of whole documents, each from <s> to </s>
+    assert text[0] == config.bos_token_id and ends[-1] == len(text) - 1
+    assert (text[ends[:-1] + 1] == config.bos_token_id).all() and len(ends) == (text == config.bos_token_id).sum()
+    assert "breaking out of the normal flow of control" in " ".join(tokenizer.decode(text.tolist()).split())
+    loss = math.log(perplexity(model, text))
+    assert loss < 0.6 * math.log(config.vocab_size)
+    assert abs(loss - LOG["held_out_loss"]) < 0.4  # a part of what the log is about, read in longer windows
+    prompt = torch.tensor([[config.bos_token_id, *tokenizer.encode("The function", add_special_tokens=False).ids]])
+    words = tokenizer.decode(model.generate(prompt, max_new_tokens=40)[0].tolist()).lower().split()
+    assert len({"the", "a", "is", "of", "and", "to", "in", "be", "an", "or"} & set(words)) >= 3
+
+
+def test_its_tokenizer_has_a_beginning_an_end_and_padding() -> None:
+    transformers = pytest.importorskip("transformers")
+    found, tokenizer = transformers.AutoTokenizer.from_pretrained(SMALL), Tokenizer.from_file(TOKENIZER)
+    config = json.loads((SMALL / "config.json").read_text())
+    assert (found.bos_token_id, found.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])
+    assert found.pad_token_id == found.eos_token_id and found.model_max_length == config["max_position_embeddings"]
+    text = "The return statement , a list .\n    x = [1, 2]  # naïve"
+    ids = found(text).input_ids
+    assert ids == tokenizer.encode(text).ids and found.decode(ids, skip_special_tokens=True) == text
+    padded = found([text, "A list"], padding=True, return_tensors="pt")
+    assert padded.attention_mask.sum(1).tolist() == [len(ids), len(found("A list").input_ids)]
+
+
+def test_what_the_training_writes_besides_weights_is_what_is_shipped(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.train_small import save_text
+
+    save_text(Tokenizer.from_file(TOKENIZER), tmp_path)
+    same_topics = platform.python_version() == LOG["python"]  # of help(), which are the held-out text
+    for name in ("tokenizer.json", "tokenizer_config.json", *(["heldout.json"] if same_topics else [])):
+        assert (tmp_path / name).read_bytes() == (SMALL / name).read_bytes()
+
+
+TINY = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "vocab_size": 48}
+TINY |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 64}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+TINY |= {"rope_theta": 1e6, "router_jitter_noise": 0.1, "use_cache": True}
+ROPE = {"rope_theta": 5e5, "rope_type": "default"}
+
+
+def write_config(folder, **changes):
+    (folder / "config.json").write_text(json.dumps(TINY | changes))
+    return folder
+
+
+def without(*names):
+    return {name: value for name, value in TINY.items() if name not in names}
+
+
+def test_from_pretrained_reads_the_file(tmp_path):
+    config = MixtralConfig.from_pretrained(write_config(tmp_path, torch_dtype="bfloat16"))
+    assert {name: getattr(config, name) for name in SIZES} == {name: TINY[name] for name in SIZES}
+    assert (config.head_dim, config.rope_theta, config.rms_norm_eps) == (4, 1e6, 1e-5)
+    assert (config.sliding_window, config.tie_word_embeddings, config.dtype) == (None, False, "bfloat16")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
+    again = MixtralConfig.from_pretrained(str(tmp_path)), MixtralConfig.from_dict(TINY | {"dtype": config.dtype})
+    assert again == (config, config)
+
+
+def test_config_is_frozen_and_hashable():
+    config = MixtralConfig(rope_theta=1e6)
+    assert (config.hidden_size, config.head_dim, hash(config)) == (4096, 128, hash(MixtralConfig(rope_theta=1000000)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hidden_size = 1
+    with pytest.raises(TypeError, match="rope_theta"):
+        MixtralConfig()
+    assert dataclasses.replace(config, sliding_window=7).sliding_window == 7
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_reads_what_transformers_writes(tmp_path, window):
+    fields = without("model_type", "architectures", "rope_theta") | {"rope_parameters": ROPE, "eos_token_id": [2, 7]}
+    hf = pytest.importorskip("transformers").MixtralConfig(**fields, sliding_window=window)
+    hf.save_pretrained(tmp_path)
+    for config in (MixtralConfig.from_pretrained(tmp_path), MixtralConfig.from_dict(hf.to_dict())):
+        assert (config.rope_theta, config.sliding_window, config.eos_token_id) == (5e5, window, (2, 7))
+
+
+NORMALIZED = {
+    "sliding_window": [(0, None), (-1, None), (1, 1)],
+    "head_dim": [(10, 10), (None, 4)],
+    "rms_norm_eps": [(1, 1.0)],
+    "tie_word_embeddings": [(True, True)],
+    "eos_token_id": [([5], (5,)), (None, None)],
+    "bos_token_id": [(None, None)],
+    "pad_token_id": [(-1, None), (0, 0)],
+    "dtype": [("torch.float16", "float16"), (None, None)],
+}
+
+
+@pytest.mark.parametrize("field", NORMALIZED)
+def test_field_is_normalized(field):
+    for value, normalized in NORMALIZED[field]:
+        found = getattr(MixtralConfig.from_dict(TINY | {field: value}), field)
+        assert found == normalized and type(found) is type(normalized)
+
+
+def test_theta_is_read_from_either_place_and_needed():
+    default = {"type": "default", "partial_rotary_factor": 1.0}
+    for parameters in ({}, {"rope_parameters": ROPE}, {"rope_parameters": default}):
+        assert MixtralConfig.from_dict(TINY | {"rope_theta": 500000} | parameters).rope_theta == 5e5
+    for scaling in (None, {"type": "default"}):
+        assert MixtralConfig.from_dict(TINY | {"rope_theta": 5e5, "rope_scaling": scaling}).rope_theta == 5e5
+    assert MixtralConfig.from_dict(TINY | {"rope_theta": None, "rope_parameters": ROPE}).rope_theta == 5e5
+    for values in (without("rope_theta"), without("rope_theta") | {"rope_parameters": {}}):
+        with pytest.raises(ValueError, match=r"rope_theta is missing"):
+            MixtralConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("name", [*SIZES, "model_type"])
+def test_missing_field_or_wrong_size_raises_value_error(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(without(name)))
+    with pytest.raises(ValueError, match=rf"config\.json: .*{name}.* is missing"):
+        MixtralConfig.from_pretrained(tmp_path)
+    for value in (0, -1, 2**31, True, "4", 4.0, None, [4]) if name in SIZES else ():
+        with pytest.raises(ValueError, match=rf"^config: {name} is .*, needs an integer from 1"):
+            MixtralConfig.from_dict(TINY | {name: value})
+        with pytest.raises(ValueError, match=rf"^{name} is"):
+            MixtralConfig(**{"rope_theta": 1e6, name: value})
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = {  # values that are wrong by themselves
+    "head_dim": (0, "8"),
+    "rms_norm_eps": (0, NAN, "1e-5", True),
+    "rope_theta": (-1.0, INF, "1e6"),
+    "sliding_window": (-2, "full", False),
+    "tie_word_embeddings": (1, None),
+    "bos_token_id": ("<s>",),
+    "pad_token_id": (True,),
+    "dtype": ("int8",),
+    "attention_bias": (True,),
+    "mlp_bias": (True,),
+    "partial_rotary_factor": (0.5,),
+    "rope_scaling": ("yarn",),
+}
+REJECTED = [
+    ({"num_experts_per_tok": 4}, "num_experts_per_tok is 4, .* num_local_experts = 3"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads is 3, .* num_attention_heads = 4"),
+    ({"hidden_size": 18}, "hidden_size is 18, .* multiple of num_attention_heads = 4"),
+    ({"hidden_size": 12}, "head_dim is 3, .* even"),
+    ({"head_dim": 5}, "head_dim is 5, .* even"),
+    ({"rope_theta": 10**400}, "rope_theta is 1000"),
+    ({"eos_token_id": []}, r"eos_token_id is \(\)"),
+    ({"eos_token_id": [2, -1]}, r"eos_token_id is \(2, -1\)"),
+    ({"torch_dtype": 16}, "dtype is 16"),
+    ({"model_type": "mistral"}, "model_type is 'mistral', needs 'mixtral'"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', needs 'silu'"),
+    ({"attention_dropout": 0.1}, r"attention_dropout is 0\.1, .* training"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.type is 'linear'"),
+    ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has factor"),
+    ({"rope_parameters": ROPE | {"rope_type": "yarn"}}, r"rope_parameters\.rope_type is 'yarn'"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"rope_parameters\.partial_rotary_factor is 0\.5"),
+    ({"rope_parameters": ROPE}, r"rope_theta = 1000000\.0 and rope_parameters\.rope_theta = 500000\.0 disagree"),
+    ({"rope_parameters": ROPE | {"rope_theta": 0}}, r"rope_parameters\.rope_theta is 0"),
+    *(({name: value}, re.escape(f"{name} is {value!r}")) for name, values in WRONG.items() for value in values),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REJECTED)
+def test_wrong_field_raises_value_error(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        MixtralConfig.from_pretrained(write_config(tmp_path, **changes))
+    assert str(error.value).startswith(str(tmp_path / "config.json"))
+    assert "\n" not in str(error.value)
+
+
+BROKEN = {
+    "not readable as JSON": (b"", b"{", b"\xff\xfe{}"),
+    "not readable as JSON: nested too deeply": (b"[" * 100_000,),
+    "holds a JSON list, needs an object": (b"[1]",),
+    "not readable as JSON: the key 'vocab_size' occurs 2 times": (b'{"vocab_size": 1, "vocab_size": 2}',),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_json_raises_value_error(tmp_path, message):
+    for content in BROKEN[message]:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+            MixtralConfig.from_pretrained(tmp_path)
+
+
+def test_source_that_is_no_config_is_rejected(tmp_path):
+    for values in (None, [], "mixtral"):
+        with pytest.raises(ValueError, match=r"here: .*, needs a JSON object"):
+            MixtralConfig.from_dict(values, source="here")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        MixtralConfig.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        MixtralConfig.from_pretrained(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"config\.json: is a file"):
+        MixtralConfig.from_pretrained(write_config(tmp_path) / "config.json")
+    with pytest.raises(ValueError, match="folder is None"):
+        MixtralConfig.from_pretrained(None)

@@ -1,10 +1,10 @@
 """Generation beside a loop of argmax over the whole text; ragged prompts, EOS, sampling, and what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -17,22 +17,15 @@ from tests.support.models import cache_of, random_model, tokens
 
 V, P = 23, 30
 NEW = 3 if INTERPRETED else 12
+LIMITS = [(1.0, 1e-9, V), (5.0, 1e-3, V), (1e-4, 1.0, V), (1e-39, 1.0, V), (5e-324, 0.5, V), (50.0, 1.0, 1)]
 Make = Callable[..., Mixtral]
 
 
 @pytest.fixture
 def make(device: torch.device) -> Make:
     """Changes of the configuration -> a model with random weights in fp32."""
-
-    def build(**changes: Any) -> Mixtral:
-        return random_model(device, **{"vocab_size": V, "max_position_embeddings": P, "sliding_window": 5} | changes)
-
-    return build
-
-
-@pytest.fixture
-def model(make: Make) -> Mixtral:
-    return make()
+    sizes = {"vocab_size": V, "max_position_embeddings": P, "sliding_window": 5}
+    return lambda **changes: random_model(device, **sizes | changes)
 
 
 def logits_of(model: Mixtral, ids: Tensor) -> Tensor:
@@ -50,7 +43,6 @@ def argmax_loop(model: Mixtral, ids: Tensor, n: int) -> Tensor:
 @pytest.mark.parametrize(("T", "new"), [*((T, NEW) for T in (1, 4, 5, 12)), (P - 2, 2)])
 @pytest.mark.parametrize("window", (5, None, 1))
 def test_greedy(T: int, new: int, window: int | None, make: Make, device: torch.device) -> None:
-    """Up to the last position, too."""
     model, ids = make(sliding_window=window), tokens(2, T, device=device)
     before = ids.clone()
     got = model.generate(ids, max_new_tokens=new)
@@ -79,17 +71,12 @@ def test_prompt_in_several_chunks(window: int | None, chunk: int, make: Make, de
     assert all(torch.equal(*pair) for pair in zip(model.generate(prompts, max_new_tokens=2), want, strict=True))
 
 
-def first(row: list[int], stops: set[int]) -> int:
-    """How many of `row` stay: up to and with its first EOS."""
-    return next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
-
-
 def check_eos(model: Mixtral, ids: Tensor, stops: set[int], **options: Any) -> None:
     T, plain = ids.shape[1], argmax_loop(model, ids, NEW).tolist()
     padded = model.generate(ids, max_new_tokens=NEW, **options).tolist()
     alone = [row.tolist() for row in model.generate(list(ids), max_new_tokens=NEW, **options)]
     for row, got, short in zip(plain, padded, alone, strict=True):
-        end = T + first(row[T:], stops)
+        end = next((at + 1 for at in range(T, T + NEW) if row[at] in stops), T + NEW)  # its first EOS stays
         assert got == row[:end] + row[end - 1 : end] * (T + NEW - end)
         assert short == row[:end]
 
@@ -115,8 +102,9 @@ def test_generation_stops_after_eos(source: str, step: int, make: Make, device: 
 
 
 @pytest.mark.compiled
-def test_it_stops_when_all_have_ended(model: Mixtral, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, calls, hidden = tokens(1, 4, device=device), [], model.hidden
+def test_it_stops_when_all_have_ended(make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, calls = make(), tokens(1, 4, device=device), []
+    hidden = model.hidden
     eos = int(argmax_loop(model, ids, 1)[0, -1])
     monkeypatch.setattr(model, "hidden", lambda *args: (calls.append(1), hidden(*args))[1])
     assert model.generate(ids, max_new_tokens=26, eos_token_id=eos)[0, 4:].tolist() == [eos] * 26
@@ -145,7 +133,6 @@ def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: Any =
 @pytest.mark.parametrize("top_p", (0.01, 0.5, 0.9, 1.0))
 @pytest.mark.parametrize(("top_k", "min_p"), [*((k, 0.0) for k in (None, 1, 3, V - 1, V, 10 * V)), (None, 0.3), (9, 1)])
 def test_sample(top_k: int | None, min_p: float, top_p: float, temperature: float, device: torch.device) -> None:
-    """Never a token that the filters exclude, and each other one as often as it should be."""
     logits, draws = torch.randn(V, generator=torch.Generator().manual_seed(1)), 20000
     logits[[2, 5, 11]] = logits.topk(3).values[-1]  # a tie for third place
     want = probabilities(logits, temperature, top_p, top_k, min_p)
@@ -157,8 +144,8 @@ def test_sample(top_k: int | None, min_p: float, top_p: float, temperature: floa
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (2.0, 0.3)])
-def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, model: Mixtral, device: torch.device) -> None:
-    """The same generator gives the same text, and another one another."""
+def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, make: Make, device: torch.device) -> None:
+    model = make()
     options = {"max_new_tokens": NEW, "temperature": temperature, "top_p": top_p}
     ids = tokens(3, 3, device=device)
     out, again, other = (model.generate(ids, generator=seeded(device, seed), **options) for seed in (0, 0, 1))
@@ -168,14 +155,15 @@ def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, model: 
         assert all(probabilities(scores[t - 1], temperature, top_p)[row[t]] > 0 for t in range(3, len(row)))
 
 
-LIMITS = [(1.0, 1e-9, V), (5.0, 1e-3, V), (1e-4, 1.0, V), (1e-39, 1.0, V), (5e-324, 0.5, V), (50.0, 1.0, 1)]
-
-
 @pytest.mark.compiled
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), LIMITS)
-def test_greedy_at_the_limits(temperature: float, top_p: float, top_k: Any, model: Mixtral, device: Any) -> None:
+def test_greedy_at_the_limits(temperature: float, top_p: float, top_k: Any, make: Make, device: Any) -> None:
     """`top_k` is an argument by name alone: the positions of those before it are what they were."""
-    ids, settings = tokens(2, 4, device=device), {"temperature": temperature, "generator": seeded(device)}
+    model, ids, settings = (
+        make(),
+        tokens(2, 4, device=device),
+        {"temperature": temperature, "generator": seeded(device)},
+    )
     greedy = model.generate(ids, max_new_tokens=NEW)
     assert torch.equal(model.generate(ids, max_new_tokens=NEW, top_p=top_p, top_k=top_k, **settings), greedy)
     if top_k == 1:
@@ -202,13 +190,8 @@ def test_stream_yields_the_tokens_of_generate(make: Make, device: torch.device) 
 
 @pytest.fixture
 def idle(make: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Models that must not run."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the model ran")
-
-    monkeypatch.setattr(Mixtral, "hidden", refuse)
-    monkeypatch.setattr("mixtral_triton.generate.KVCache", refuse)
+    for name in ("model.Mixtral.hidden", "generate.KVCache"):
+        monkeypatch.setattr(f"mixtral_triton.{name}", Mock(side_effect=AssertionError("the model ran")))
     return make
 
 
@@ -221,21 +204,16 @@ def test_no_new_tokens_and_a_model_without_values(idle: Make, device: torch.devi
         idle().to("meta").generate(ids.to("meta"))
 
 
-IDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "no tokens": (lambda x: x[:, :0], "prompt|input_ids"),
-    "no rows": (lambda x: x[:0], "prompt|input_ids"),
-    "no prompts": (lambda x: [], "prompt|input_ids"),
-    "an empty prompt": (lambda x: [x[0], x[0, :0]], "prompt 1"),
-    "rank 2 in the list": (lambda x: [x], "prompt 0"),
-    "rank 0": (lambda x: x[0, 0], "prompt|input_ids"),
-    "rank 1": (lambda x: x[0], "prompt|input_ids"),
-    "rank 3": (lambda x: x[None], "prompt|input_ids"),
-    "lists": (lambda x: x.tolist(), "prompt 0.*list"),
-    "beyond the vocabulary": (lambda x: x * 0 + V, f"{V}"),
-    "None": (lambda x: None, "prompt|input_ids"),
-    "text": (lambda x: "hello", "prompt|input_ids"),
-    "on meta": (lambda x: x.to("meta"), "meta"),
-}
+IDS: list[tuple[Callable[[Tensor], Any], str]] = [
+    (lambda x: [x[0], x[0, :0]], "prompt 1"),
+    (lambda x: [x], "prompt 0"),
+    (lambda x: x.tolist(), "prompt 0.*list"),
+    (lambda x: x * 0 + V, f"{V}"),
+    (lambda x: x.to("meta"), "meta"),
+]
+for _change in (lambda x: x[:, :0], lambda x: x[:0], lambda x: x[0, 0], lambda x: x[0], lambda x: x[None]):
+    IDS.append((_change, "prompt|input_ids"))
+IDS += [(lambda x, wrong=wrong: wrong, "prompt|input_ids") for wrong in ([], None, "hello")]
 NAN, INF = float("nan"), float("inf")
 WRONG: dict[str, tuple[Any, ...]] = {
     "max_new_tokens": (-1, 1.5, None, True),
@@ -246,12 +224,13 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "eos_token_id": ("2", 1.5, [1, "2"], 1 << 63),
 }
 OPTIONS: list[dict[str, Any]] = [{name: value} for name, values in WRONG.items() for value in values]
-OPTIONS.append({"generator": 7, "temperature": 1.0})
+ELSEWHERE = type("Elsewhere", (torch.Generator,), {"device": torch.device("xpu")})
+GENERATORS = 7, ELSEWHERE(), numpy.zeros(1)  # an array has a device, which is text
+OPTIONS += [{"generator": each, "temperature": 1.0} for each in GENERATORS]
 
 
-@pytest.mark.parametrize("case", IDS)
-def test_bad_prompts(case: str, idle: Make, device: torch.device) -> None:
-    change, message = IDS[case]
+@pytest.mark.parametrize(("change", "message"), IDS)
+def test_bad_prompts(change: Callable[[Tensor], Any], message: str, idle: Make, device: torch.device) -> None:
     with pytest.raises(ValueError, match=f"(?s){message}"):
         idle().generate(change(tokens(2, 4, device=device)), max_new_tokens=2)
 

@@ -1,11 +1,10 @@
 """The decode loop as a graph. Without a GPU, tests/support/stub captures: what it captured does not run, and a replay
 runs the same operations and launches on the same memory."""
 
-from __future__ import annotations
-
 import gc
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +16,13 @@ from mixtral_triton.model import Layer
 from mixtral_triton.parallel import UNSHARDED
 from tests.support.models import cache_of, random_model, tokens
 
-V = 23
-NEW = 8
+V, NEW = 23, 8
 GPU_DEVICE = torch.device("cuda", 1)  # not the current one
+QUANTIZED = {"weights": {"experts": "int4", "linear": "int8"}, "hidden_size": 32, "intermediate_size": 32}
 
 
-def build(window: int | None, device: torch.device | str, **more: Any) -> Mixtral:
-    return random_model(device, sliding_window=window, **more)
+def build(window: int | None, device: torch.device | str) -> Mixtral:
+    return random_model(device, sliding_window=window)
 
 
 def prompts(device: torch.device | str) -> list[torch.Tensor]:
@@ -32,9 +31,6 @@ def prompts(device: torch.device | str) -> list[torch.Tensor]:
 
 def texts(model: Mixtral, **settings: Any) -> list[list[int]]:
     return [text.tolist() for text in model.generate(prompts(model.device), **settings)]
-
-
-QUANTIZED = {"weights": {"experts": "int4", "linear": "int8"}, "hidden_size": 32, "intermediate_size": 32}
 
 
 @pytest.mark.exhaustive
@@ -124,7 +120,6 @@ def test_failed_capture_leaves_everything_usable(
 
 def test_a_model_that_is_collected_during_a_step_does_not_end_its_capture(gpu: Any) -> None:
     """Its pinned memory is returned after a synchronization, which CUDA does not permit in a capture."""
-
     models, kept = [random_model(GPU_DEVICE, on_host=(1,))], list[Any]()
 
     def step() -> None:
@@ -156,25 +151,15 @@ def test_a_capture_that_fails_with_dependent_launches_is_tried_without_them(gpu:
     assert len(found) == 1 and len(gpu.captures) == 2 and gpu.replays == NEW - 3 and any(launched)
 
 
-class OneRank:
-    """A mesh of one rank: its collectives are copies, which a graph holds."""
-
-    shard = UNSHARDED
-
-    def local_ids(self, ids: Any, experts: int) -> Any:
-        return ids
-
-    def all_reduce(self, part: Any, in_order: bool) -> Any:
-        return part.clone()
-
-    def all_gather(self, part: Any, size: int) -> Any:
-        return part.clone()
-
-    def broadcast(self, x: Any) -> Any:
-        return x.clone()
-
-    def synchronize(self, device: Any) -> None:
-        pass
+# A mesh of one rank: its collectives are copies, which a graph holds.
+ONE_RANK = SimpleNamespace(
+    shard=UNSHARDED,
+    local_ids=lambda ids, experts: ids,
+    all_reduce=lambda part, in_order: part.clone(),
+    all_gather=lambda part, size: part.clone(),
+    broadcast=torch.clone,
+    synchronize=lambda device: None,
+)
 
 
 @pytest.mark.exhaustive
@@ -184,7 +169,7 @@ def test_the_end_of_a_stream_resets_its_graph(end: str, gpu: Any) -> None:
     steps = []
     for device in (torch.device("cuda", 0), GPU_DEVICE):
         model: Any = build(None, device)
-        model.ranks = OneRank()
+        model.ranks = ONE_RANK
         steps.append(model.stream(prompts(device), NEW, eos_token_id=[]))
     for _ in range(3):
         assert all(next(each) is not None for each in steps)
@@ -217,9 +202,7 @@ def test_captures_take_turns_on_one_stream_a_device(gpu: Any) -> None:
 
 
 @pytest.mark.slow
-def test_sampling_without_a_generator_leaves_torch_s_own_to_other_threads(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampling_without_a_generator_leaves_torch_s_own_to_other_threads(gpu: Any, monkeypatch: Any) -> None:
     drawn = []
     monkeypatch.setattr(generate, "capture", lambda step, *rest: drawn.append(rest[0]) or capture(step, *rest))
     model, found = build(None, GPU_DEVICE), []
@@ -247,6 +230,8 @@ def change_layer(model: Mixtral, change: str, called: list[Any]) -> Any:
     layer, edit = model.layers[0], double(called)
     if change == "hook":
         return layer.register_forward_hook(lambda module, args, out: edit(out))
+    if change == "hook before":
+        return layer.register_forward_pre_hook(lambda module, args: (*edit(args[:2]), *args[2:]))
     if change == "hook of all modules":
         run = torch.nn.modules.module.register_module_forward_hook
         return run(lambda module, args, out: edit(out) if module is layer else None)
@@ -261,11 +246,10 @@ def change_layer(model: Mixtral, change: str, called: list[Any]) -> Any:
     return None
 
 
-CHANGES = ["hook", "hook of all modules", "forward", "experts", "subclass", "parametrization"]
-
-
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", ["hook", "hook before", "hook of all modules", "forward", "experts", "subclass", "parametrization"]
+)
 def test_no_capture_and_no_pdl_where_a_layer_is_changed(change: str, gpu: Any) -> None:
     found: list[Any] = []
     for device in ("cpu", GPU_DEVICE):
@@ -280,12 +264,14 @@ def test_no_capture_and_no_pdl_where_a_layer_is_changed(change: str, gpu: Any) -
                 handle.remove()
         assert not any(each.launcher.metadata.launch_pdl for each in gpu.driver.launches[start:])
     assert found[0] == found[1] and gpu.replays == 0
+    if handle is not None:  # the hook is removed
+        texts(model, max_new_tokens=NEW)
+        assert any(each.launcher.metadata.launch_pdl for each in gpu.driver.launches[start:])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fault", [None, looks, raises])
 def test_graph_of_cuda(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its text is that of the plain loop, also after a capture that failed."""
     model, settings = build(5, "cuda"), {"max_new_tokens": 20}
     with monkeypatch.context() as patch:
         patch.setattr(generate, "can_capture", lambda model: False)
@@ -302,7 +288,6 @@ def test_graph_of_cuda(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.compiled
 def test_forward_compiles_whole_and_once() -> None:
-    """One graph for all steps of one token, wherever the sequences stand."""
     torch._dynamo.reset()
     model, ids = build(None, "cpu"), tokens(2, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -337,11 +322,3 @@ def test_forward_in_a_cuda_graph(T: int) -> None:
     ids[1, 0] = V
     graph.replay()
     assert logits[1].isnan().all() and logits[0].isfinite().all()
-
-
-def test_a_generator_of_another_device_is_refused() -> None:
-    class Elsewhere(torch.Generator):
-        device = torch.device("xpu")
-
-    with pytest.raises(ValueError, match="generator is on xpu, needs the model's device"):
-        build(None, "cpu").generate(prompts("cpu"), temperature=1.0, generator=Elsewhere())

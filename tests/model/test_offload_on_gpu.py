@@ -3,8 +3,6 @@
 The simulated GPU completes all work at once; `gpu.work` knows which order streams and events impose.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import math
@@ -19,12 +17,13 @@ import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral
-from mixtral_triton.cli import SMALL, main
+from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels import offload, plan
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.load import TIGHT, Placement, movable_bytes
 from mixtral_triton.tools.fit import memory_need
 from mixtral_triton.weights import parameter_shapes
+from tests.cli.commands import run
 from tests.support.models import random_model, tokens
 from tests.support.stub.gpu import Stream
 from tests.support.stub.tensors import Factories
@@ -32,8 +31,6 @@ from tests.support.stub.tensors import Factories
 GPU_DEVICE = torch.device("cuda", 0)
 LAYERS, CHUNK = 4, 80  # tokens: more than decode takes
 INT4: dict[str, Any] = {"weights": "int4", "hidden_size": 32, "intermediate_size": 32}
-
-
 UNEVEN = ((0, 1, 3), (), (2,), (1, 3))
 
 
@@ -108,10 +105,8 @@ def test_prefill_copies_each_expert_once_a_chunk_in_order(on_host: Any, gpu: Any
 def test_one_projection_is_copied_while_the_other_computes(gpu: Any) -> None:
     model = prefill(gpu)
     kernels = [getattr(work.what, "kernel", "") for work in gpu.work]
-    up, down = (
-        [work for work, kernel in zip(gpu.work, kernels, strict=True) if kernel == f"experts_{name}_kernel"]
-        for name in ("up", "down")
-    )
+    pairs, names = [*zip(gpu.work, kernels, strict=True)], ("experts_up_kernel", "experts_down_kernel")
+    up, down = ([work for work, kernel in pairs if kernel == name] for name in names)
     gate_up = {layer.gate_up_proj.host.data_ptr() for layer in model.layers}
     for work in copies(gpu, model):
         layer, is_up = hosts(model)[work.what[1]], work.what[1] in gate_up
@@ -120,25 +115,17 @@ def test_one_projection_is_copied_while_the_other_computes(gpu: Any) -> None:
         assert layer == 0 or (up if is_up else down)[layer - 1].precedes(work)
 
 
-@pytest.mark.parametrize("fault", ["wait_event", "wait_stream"])
-def test_injected_fault_no_wait(fault: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stream, fault, lambda *args: None)
+@pytest.mark.parametrize("fault", ["wait_event", "wait_stream", "one buffer"])
+def test_injected_fault_in_the_order_of_copies(fault: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wait, or one buffer: the next layer's rows arrive where this layer's kernel reads."""
+    if fault == "one buffer":
+        stage = OffloadedWeight.stage_in_turn
+        by_projection = lambda layers: [stage([[each] for each in weights]) for weights in zip(*layers, strict=True)]  # noqa: E731
+        monkeypatch.setattr(OffloadedWeight, "stage_in_turn", by_projection)
+    else:
+        monkeypatch.setattr(Stream, fault, lambda *args: None)
     model = prefill(gpu, chunks=2)
-    with pytest.raises(AssertionError, match="read before" if fault == "wait_event" else "overwritten"):
-        check_order(gpu, model)
-
-
-def test_injected_fault_one_buffer(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next layer's rows arrive where this layer's kernel reads."""
-    stage_in_turn = OffloadedWeight.stage_in_turn
-
-    def by_projection(layers: Any) -> None:
-        for weights in zip(*layers, strict=True):
-            stage_in_turn([[weight] for weight in weights])
-
-    monkeypatch.setattr(OffloadedWeight, "stage_in_turn", by_projection)
-    model = prefill(gpu)
-    with pytest.raises(AssertionError, match="read before it has arrived"):
+    with pytest.raises(AssertionError, match="overwritten" if fault == "wait_stream" else "read before"):
         check_order(gpu, model)
 
 
@@ -156,7 +143,7 @@ def test_same_tokens_in_graph_replays(sizes: dict[str, Any], gpu: Any, ordered: 
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_generate_places_what_the_memory_lacks(gpu: Any, in_process: None, capsys: Any, tmp_path: Path) -> None:
+def test_generate_places_what_the_memory_lacks(gpu: Any, tmp_path: Path) -> None:
     """Memory that three experts of all layers are too much for: they, the last ones or those used least, and the
     embedding are in host memory."""
     config, each = Mixtral.from_pretrained(SMALL, "meta").config, 3 * 128 * 256 * 2
@@ -168,14 +155,14 @@ def test_generate_places_what_the_memory_lacks(gpu: Any, in_process: None, capsy
     by, lacks = ["--offload-by", str(counts)], weights["total"] - embedding - 2 * each
     for room, more in ((weights["total"], []), (lacks, []), (lacks, by)):
         gpu.properties.total_memory = math.ceil(room / (1 - TIGHT)) + 1
-        options = ["--prompt", "The return", "--max-new-tokens", "2", "--context", "64", "--offload", "auto", *more]
-        assert main(["generate", *options]) == 0
-        texts.append(capsys.readouterr())
-    assert len({text.out for text in texts}) == 1 and "all experts fit the device, so none is offloaded" in texts[0].err
+        command = "generate --prompt 'The return' --max-new-tokens 2 --context 64 --offload auto"
+        texts.append(run(command, *more))
+    assert len({text[:2] for text in texts}) == 1 and texts[0][0] == 0
+    assert "all experts fit the device, so none is offloaded" in texts[0][2]
     placed = "3 of 32 experts and the embedding in host memory (1.1 MB): expert"
-    assert f"offload='auto': {placed} 7 of layers 1, 2, 3\n" in texts[1].err
+    assert f"offload='auto': {placed} 7 of layers 1, 2, 3\n" in texts[1][2]
     used = f"they had {100 * (1 + 2 + 8) / 256:.1f}% of the routes in {counts}\n"
-    assert f"offload='auto': {placed} 2 of layer 0; expert 0 of layers 1, 2; {used}" in texts[2].err
+    assert f"offload='auto': {placed} 2 of layer 0; expert 0 of layers 1, 2; {used}" in texts[2][2]
 
 
 def test_generate_reads_prompts_in_the_chunks_that_auto_takes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,23 +170,16 @@ def test_generate_reads_prompts_in_the_chunks_that_auto_takes(gpu: Any, monkeypa
     config, hidden, chunks = Mixtral.from_pretrained(SMALL, "meta").config, Mixtral.hidden, list[int]()
     embedding = config.vocab_size * config.hidden_size * 2
     gpu.properties.total_memory = math.ceil((memory_need(config, {}, 1, 1024)["total"] - embedding - 1) / (1 - TIGHT))
-    with pytest.warns(
-        UserWarning, match=r"0 of 32 experts and the embedding in host memory, prompts in chunks of 512 "
-    ):
+    placed = "0 of 32 experts and the embedding in host memory, prompts in chunks of 512 "
+    with pytest.warns(UserWarning, match=placed):
         model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload="auto", context=1024)
-
-    def spy(self: Any, ids: Any, *args: Any) -> Any:
-        chunks.append(ids.shape[1])
-        return hidden(self, ids, *args)
-
-    monkeypatch.setattr(Mixtral, "hidden", spy)
+    monkeypatch.setattr(Mixtral, "hidden", lambda *args: (chunks.append(args[1].shape[1]), hidden(*args))[1])
     model.generate(tokens(1, 600, device=GPU_DEVICE), 1)
     assert chunks == [512, 88] and model.prefill_chunk == 512
     assert gpu.pinned == {model.embed_tokens.data_ptr(): embedding}
 
 
 def test_the_embedding_in_host_memory_is_an_ordinary_tensor(gpu: Any) -> None:
-    """It is of the device, at its address in host memory, is part of the state, and its memory is returned with it."""
     model = random_model(GPU_DEVICE, embedding=True)
     table = model.embed_tokens
     assert table.device == GPU_DEVICE and gpu.pinned == {table.data_ptr(): table.nbytes}
@@ -215,7 +195,7 @@ def test_the_embedding_in_host_memory_is_an_ordinary_tensor(gpu: Any) -> None:
 
 
 def test_decode_copies_nothing_and_waits_for_nothing(gpu: Any) -> None:
-    gpu.driver.executes = False
+    gpu.driver.executes, launched = False, []
     for count in (0, 2):
         model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload=count)
         cache, ids = KVCache(model.config, 1, 64, GPU_DEVICE, model.dtype), tokens(1, 1, device=GPU_DEVICE)
@@ -223,8 +203,8 @@ def test_decode_copies_nothing_and_waits_for_nothing(gpu: Any) -> None:
         gpu.work.clear()
         with gpu.no_syncs(), mock.patch.object(plan, "_run_and_record", side_effect=AssertionError("no plan")):
             model(ids, cache=cache)
-        launched = [work.what.kernel for work in gpu.work if not isinstance(work.what, tuple)]
-        assert len(launched) == len(gpu.work) <= 8 * 4 + 3
+        launched.append([getattr(work.what, "kernel", "a copy") for work in gpu.work])
+    assert launched[0] == launched[1] and "a copy" not in launched[1] and len(launched[1]) <= 8 * 4 + 3
 
 
 def test_host_memory_is_pinned_at_its_size_and_returned(gpu: Any) -> None:
@@ -283,11 +263,10 @@ def test_prefill_of_a_model_loaded_in_inference_mode(inference: bool, gpu: Any, 
     """Its tensors have no version counter."""
     with torch.inference_mode():
         model = random_model(GPU_DEVICE, on_host=(0, 2), max_position_embeddings=128)
+    ids, resident = tokens(1, 70, device=GPU_DEVICE), random_model(GPU_DEVICE, max_position_embeddings=128)
     with torch.inference_mode(inference):
-        got = model(tokens(1, 70, device=GPU_DEVICE)).to("cpu")
-    assert torch.equal(
-        got, random_model(GPU_DEVICE, max_position_embeddings=128)(tokens(1, 70, device=GPU_DEVICE)).to("cpu")
-    )
+        got = model(ids).to("cpu")
+    assert torch.equal(got, resident(ids).to("cpu"))
 
 
 def test_staging_buffers_of_earlier_streams_are_freed(gpu: Any) -> None:

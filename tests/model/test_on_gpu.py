@@ -1,7 +1,5 @@
 """What a simulated GPU cannot show of launches and captures; `gpu_day.py --dry` runs the first test on one."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +56,6 @@ def test_plans_give_the_bits_of_operations(decode: tuple[dict[str, Any], Repeat]
 
 
 def test_a_captured_step_is_one_chain(decode: tuple[dict[str, Any], Repeat], tmp_path: Path) -> None:
-    """Nothing runs beside something else, or before what it reads."""
     args, repeat = decode
     repeat(partial(decode_step, **args), 1)
     with torch.no_grad(), mock.patch.object(torch.cuda, "CUDAGraph", partial(torch.cuda.CUDAGraph, keep_graph=True)):
@@ -70,7 +67,6 @@ def test_a_captured_step_is_one_chain(decode: tuple[dict[str, Any], Repeat], tmp
 
 
 def test_two_threads_generate_what_each_generates_alone(decode: tuple[dict[str, Any], Repeat]) -> None:
-    """Each on a stream of its own; one of them samples while the other captures."""
     args, _ = decode
 
     def text(temperature: float) -> list[int]:

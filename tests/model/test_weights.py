@@ -104,19 +104,6 @@ def test_every_value_reaches_its_parameter(tmp_path, monkeypatch, layout, shards
     assert total_bytes(read_headers(tmp_path)) == sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("original", [True, False], ids=LAYOUTS)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("shard_size", ["1GB", "10KB"])
-def test_checkpoint_of_transformers_loads(tmp_path, original, tied, shard_size):
-    transformers = pytest.importorskip("transformers")
-    fields = vars(CONFIG) | {"tie_word_embeddings": tied, "dtype": "float32"}
-    hf = transformers.MixtralForCausalLM(transformers.MixtralConfig(**fields))
-    hf.save_pretrained(tmp_path, save_original_format=original, max_shard_size=shard_size)
-    assert (tmp_path / INDEX).exists() == (shard_size == "10KB")
-    config = MixtralConfig.from_pretrained(tmp_path)
-    assert_loads(tmp_path, hf.state_dict(), config, "fused", torch.float32)  # in memory it is always fused
-
-
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_values_are_cast_to_the_parameters_dtype(tmp_path, stored, wanted):

@@ -1,19 +1,14 @@
 """A toy operation with a shape letter and a flag of its own and two results, added to a copy of the repository as
 CONTRIBUTING.md describes, passes what iterates over the registry, and breaks nothing else."""
 
-from __future__ import annotations
-
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mixtral_triton.kernels.launch import INTERPRETED
+from tests.cli.commands import ROOT, python
 
-ROOT = Path(__file__).parents[2]
 TOY = '''"""gated_silu: silu(a) * b, and its negative. T rows, N columns, Z planes."""
 
 from __future__ import annotations
@@ -59,7 +54,11 @@ Planes = Annotated[Tensor, "T N Z"]
     bench_shapes=({"T": 64, "N": 14336, "Z": 1},),
 )
 def gated_silu(a: Planes, b: Planes, squared: bool = False) -> tuple[Planes, Planes]:
-    """silu(a) * b, squared where the flag says so, and its negative."""
+    """Returns silu(a) * b, where `squared` its square, and the negative.
+
+    >>> ops.gated_silu(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), squared=True)[0].sum()
+    tensor(0.)
+    """
     a, b = a.contiguous(), b.contiguous()
     y, negative = torch.empty_like(a), torch.empty_like(a)
     sizes = {"T": a.shape[0], "N": a.shape[1], "Z": a.shape[2], "squared": squared}
@@ -99,8 +98,8 @@ def copy(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *command: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder, env=environment)
+    switch = {"TRITON_INTERPRET": "1"} if INTERPRETED else {}
+    done = python(*command, cwd=folder, PYTHONPATH=str(folder), TRITON_CACHE_DIR=str(folder / "cache"), **switch)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -1,7 +1,5 @@
 """Every operation as a custom operator: compiled, exported, with fake tensors; wrong calls raise ValueError."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from inspect import signature
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.registry import OPERATIONS, OPS
 from tests.support.calls import as_tuple, copies, inputs, public, tensors
 
@@ -94,30 +93,41 @@ def test_fake_results_have_the_layout_of_real_ones(name: str, sizes: Any, change
     assert [layout(x) for x in as_tuple(fake)] == [layout(x) for x in as_tuple(meta)] == want
 
 
+QUANTIZED = {"H": 128, "E": 4, "K": 2, "gate_up": "int4:32", "down": "int8", "weight": "int4:64"}
+GRAPHS = [
+    *SIZES.items(),
+    *((name, SIZES[name] | QUANTIZED) for name in ("linear", "expert_swiglu", "experts_add_rms_norm")),
+    *((name, SIZES[name] | {"cache": "int8"}) for name in ("append", "cached_attention", "rope_append_attention")),
+]
+
+
 class Call(torch.nn.Module):
-    """`ops.<name>` between two other operations of a graph."""
+    """`ops.<name>` between two other operations of a graph, its caches of 8 bits made within the graph."""
 
     def __init__(self, name: str, numbers: dict[str, Any]) -> None:
         super().__init__()
-        self.name, self.numbers = name, numbers
+        weights = {key: x for key, x in numbers.items() if isinstance(x, torch.nn.Module)}
+        self.name, self.numbers, self.weights = name, numbers, torch.nn.ModuleDict(weights)
 
-    def forward(self, args: dict[str, Tensor]) -> list[Tensor]:
-        args = {key: value + 0 for key, value in args.items()}
-        out = public(self.name)(**args, **self.numbers)
-        return [x * 2 for x in (*as_tuple(out), *(args[key] for key in OPS[self.name].mutates))]
+    def forward(self, args: dict[str, list[Tensor]]) -> list[Tensor]:
+        copied = {key: [x + 0 for x in parts] for key, parts in args.items()}
+        made = {key: QuantizedCache(*parts) if len(parts) > 1 else parts[0] for key, parts in copied.items()}
+        out = public(self.name)(**self.numbers | dict(self.weights.items()) | made)
+        return [x * 2 for x in (*as_tuple(out), *(x for key in OPS[self.name].mutates for x in copied[key]))]
 
 
-def graph_call(name: str, device: Any = "cpu") -> tuple[Call, dict[str, Tensor]]:
-    args = make_inputs(name, device)
-    return Call(name, {key: value for key, value in args.items() if not isinstance(value, Tensor)}), tensors(args)
+def graph_call(name: str, sizes: Any, device: Any) -> tuple[Call, dict[str, list[Tensor]]]:
+    args = make_inputs(name, device, sizes)
+    parts = {key: list(getattr(x, "tensors", [x])) for key, x in tensors(args).items()}
+    return Call(name, {key: value for key, value in args.items() if key not in parts}), parts
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-@pytest.mark.parametrize("name", OPS)
-def test_compile(name: str, dynamic: bool, device: torch.device) -> None:
+@pytest.mark.parametrize(("name", "sizes"), GRAPHS, ids=str)
+def test_compile(name: str, sizes: Any, dynamic: bool, device: torch.device) -> None:
     torch._dynamo.reset()
-    call, args = graph_call(name, device)
+    call, args = graph_call(name, sizes, device)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     assert same(compiled(args), call(args))
 
@@ -137,9 +147,9 @@ def test_compile_with_a_dynamic_number(name: str, argument: str, least: int) -> 
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("name", OPS)
-def test_export(name: str, device: torch.device) -> None:
-    call, args = graph_call(name, device)
+@pytest.mark.parametrize(("name", "sizes"), GRAPHS, ids=str)
+def test_export(name: str, sizes: Any, device: torch.device) -> None:
+    call, args = graph_call(name, sizes, device)
     program = torch.export.export(call, (args,))
     assert same(program.module()(args), call(args))
     assert f"mixtral_triton.{name}" in str(program.graph)
@@ -151,7 +161,7 @@ I32, I64 = torch.int32, torch.int64
 WRONG: dict[tuple[str, str], list[Any]] = {
     ("rms_norm", "x"): [zeros(3, 8, dtype=I64)],
     ("rms_norm", "weight"): [ones(7), ones(1, 8)],
-    ("rms_norm", "eps"): [-1.0, NAN, "small"],
+    ("rms_norm", "eps"): [-1.0, NAN, "small", 2**70],
     ("add_rms_norm", "residual"): [zeros(1, 8)],
     ("route", "logits"): [zeros(6), zeros(3, 0)],
     ("route", "top_k"): [-1, 0, 7, 2.0, True],
@@ -217,6 +227,7 @@ UNSUITABLE: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: x.new_zeros(()), r"\[\]"),
     (Tensor.double, "float64"),
     (Tensor.bfloat16, "bfloat16"),
+    (Tensor.to_sparse, "sparse_coo"),
     (lambda x: x.to(META), "meta"),  # the message names the argument on meta, or the next one
 ]
 

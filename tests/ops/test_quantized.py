@@ -1,9 +1,9 @@
-"""QuantizedWeight: its layout, its checks, and its use in operations; and the PTX that unpacks it.
+"""QuantizedWeight: its layout, its checks, its use in operations and in interpreted matrix kernels; and the PTX that
+unpacks it.
 
-The PTX emulator runs the strings that are compiled, for every pair of 16-bit halves.
+The PTX emulator runs the strings that are compiled, for every pair of 16-bit halves. Compiled kernels: tests/emulator,
+and test_quantized_offline.py.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -14,36 +14,31 @@ import torch
 from mixtral_triton import ops
 from mixtral_triton.kernels import unpack as ptx_unpack
 from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, sample_quantized, unit_columns, unpack
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools.tolerance import Tolerance
 from tests.emulator.harness import run
-from tests.support.calls import Args, as_tuple, inputs, tensors
+from tests.support.calls import Args, as_tuple, inputs, randn
+from tests.support.traffic import count_traffic
 
-CASES = [("int4", 256, 128), ("int4", 256, 64), ("int4", 128, 32), ("int4", 96, 32), ("int4", 80, 80)]
-CASES += [("int8", 80, 80), ("fp8", 300, 300), ("fp8", 256, 128)]
-
-
-def random_codes(format: str, *shape: int) -> torch.Tensor:
-    codes = torch.randint(0, 1 << BITS[format], shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return codes.where((codes & 127) != 127, 0) if format == "fp8" else codes  # those are NaN
+FORMATS = [("int4", 256, 128), ("int4", 256, 64), ("int4", 128, 32), ("int4", 96, 32), ("int4", 80, 80)]
+FORMATS += [("int8", 80, 80), ("fp8", 300, 300), ("fp8", 256, 128)]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-STEP = {"int4": 0.3, "int8": 0.02, "fp8": 0.01}  # between codes, so that a row's values are about 1
+def random_weight(name: str, *shape: int, zeros: bool = False, scales: Any = torch.float16, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    weight = sample_quantized(name, *shape, device="cpu", generator=generator)
+    weight.scales = weight.scales.to(scales)
+    if zeros:
+        weight.zeros = (torch.randint(16, weight.scales.shape, generator=generator) + 128).bfloat16()
+    return weight
 
 
-def random_weight(
-    format: str, group: int, *shape: int, zeros: bool = False, scales: torch.dtype = torch.float16, seed: int = 0
-) -> QuantizedWeight:
-    """Group 0: a scale a row."""
-    generator, K, group = torch.Generator().manual_seed(seed), shape[-1], group or shape[-1]
-    groups = (*shape[:-1], K // group)
-    scale = (torch.rand(groups, generator=generator) + 0.5).mul(STEP[format] * K**-0.5).to(scales)
-    zero = (torch.randint(0, 16, groups, generator=generator) + 128).bfloat16() if zeros else None
-    return QuantizedWeight(format, pack(random_codes(format, *shape), format, group), scale, zero, shape, group)
-
-
-@pytest.mark.parametrize(("format", "K", "group"), CASES)
+@pytest.mark.parametrize(("format", "K", "group"), FORMATS)
 def test_unpack_inverts_pack_and_a_field_is_a_tile_of_neighbouring_columns(format: str, K: int, group: int) -> None:
-    codes, bits = random_codes(format, 3, 5, K), BITS[format]
-    data, unit = pack(codes, format, group), unit_columns(format, K, group)
+    bits, unit = BITS[format], unit_columns(format, K, group)
+    codes = torch.randint(1 << bits, (3, 5, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = pack(codes, format, group)
     assert data.dtype == torch.int16 and torch.equal(unpack(data, format, K, group), codes)
     J = unit * bits // 16
     for k in (0, 1, K // 2, K - 1):
@@ -51,18 +46,15 @@ def test_unpack_inverts_pack_and_a_field_is_a_tile_of_neighbouring_columns(forma
         assert element >> (bits * (k % unit // J)) & ((1 << bits) - 1) == int(codes[2, 4, k])
 
 
-def test_dequantize_is_code_minus_zero_times_scale() -> None:
+@pytest.mark.parametrize("name", ["int4:128", "int4", "int8", "fp8"])
+def test_dequantize_is_code_minus_zero_times_scale(name: str) -> None:
     """Slices and conversions keep the values."""
-    weight = random_weight("int4", 128, 3, 5, 256, zeros=True)
-    codes, values = random_codes("int4", 3, 5, 256), weight.dequantize()
-    for e, n, k in ((0, 0, 0), (1, 4, 127), (2, 3, 128), (2, 4, 255)):
-        zero, scale = (part[e, n, k // 128].float() for part in (weight.zeros, weight.scales))
-        assert values[e, n, k] == (int(codes[e, n, k]) - (zero - 128)) * scale
-    for format, read in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-        codes, one = random_codes(format, 3, 80).view(read).float(), random_weight(format, 0, 3, 80)
-        assert torch.equal(one.dequantize(), codes * one.scales.float())
-    codes, one = random_codes("int4", 3, 96).float(), random_weight("int4", 0, 3, 96)
-    assert torch.equal(one.dequantize(), (codes - 8) * one.scales.float())
+    weight = random_weight(name, 3, 5, 256, zeros=name == "int4:128")
+    codes, values = unpack(weight.data, weight.format, 256, weight.group), weight.dequantize()
+    read = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(name, torch.uint8)
+    zeros = 8 * (name == "int4") if weight.zeros is None else weight.zeros.float()[..., None] - 128
+    by_group = codes.view(read).float().unflatten(-1, (-1, weight.group))
+    assert torch.equal(values, ((by_group - zeros) * weight.scales.float()[..., None]).flatten(-2))
     assert torch.equal(weight[1].dequantize(), values[1]) and len(weight[1:]) == 2
     assert torch.equal(torch.nn.Sequential(weight).to(torch.bfloat16)[0].dequantize(), values)
     assert weight.to("meta").data.is_meta
@@ -71,8 +63,8 @@ def test_dequantize_is_code_minus_zero_times_scale() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 200])
 @pytest.mark.parametrize("K", [80, 128, 300])
 def test_product_of_codes_is_as_exact_as_that_of_dequantized_values(K: int, rows: int) -> None:
-    weight = random_weight("int8", 0, 3, 5, K)[1]
-    x = torch.randn(rows, K, generator=torch.Generator().manual_seed(2)).bfloat16()
+    weight = random_weight("int8", 3, 5, K)[1]
+    x = randn(rows, K).bfloat16()
     exact = x.double() @ weight.dequantize().double().T
     dequantized = torch.nn.functional.linear(x, weight.dequantize().bfloat16())
     error, limit = ((y.double() - exact).abs().max() for y in (weight.product(x.view(1, rows, K))[0], dequantized))
@@ -103,40 +95,23 @@ LINEAR = {"T": 3, "H": 128, "N": 40, "weight": "int4:64"}
 SIZES = {"linear": LINEAR, "expert_swiglu": EXPERTS, "experts_add_rms_norm": EXPERTS}
 
 
-def arguments(name: str, device: str = "cpu") -> Args:
-    return inputs(name, SIZES[name], device, torch.float32)
-
-
-def first(out: Any) -> torch.Tensor:
-    return as_tuple(out)[0]
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SIZES)
 def test_operation_of_a_quantized_weight_equals_that_of_its_values(name: str) -> None:
-    args = arguments(name)
+    args = inputs(name, SIZES[name])
     dense = {key: x.dequantize() if isinstance(x, QuantizedWeight) else x for key, x in args.items()}
-    got, want = (first(getattr(ops, name)(**one)) for one in (args, dense))
+    got, want = (as_tuple(getattr(ops, name)(**one))[0] for one in (args, dense))
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
-    assert torch.equal(got, first(getattr(ops, name).unchecked(**args)))
+    assert torch.equal(got, as_tuple(getattr(ops, name).unchecked(**args))[0])
     for weight in args.values():
         if isinstance(weight, QuantizedWeight):
             weight.data = weight.data.mT.contiguous().mT
-    assert torch.equal(got, first(getattr(ops, name)(**args)))
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("name", SIZES)
-def test_compiled_operation_of_a_quantized_weight(name: str) -> None:
-    args, call = arguments(name), getattr(ops, name)
-    parts = {key: x for key, x in args.items() if key not in tensors(args)}
-    compiled = torch.compile(lambda args: first(call(**args, **parts)) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(tensors(args)), first(call(**args)) * 2)
+    assert torch.equal(got, as_tuple(getattr(ops, name)(**args))[0])
 
 
 def test_wrong_quantized_weight_raises_value_error() -> None:
     x = torch.ones(3, 128)
-    ops.linear(**arguments("linear"))  # a cached check must not let another layout pass
+    ops.linear(**inputs("linear", LINEAR))  # a cached check must not let another layout pass
     for weights, columns in (("int8", 96), ("int4:64", 64)):
         message = rf"linear: argument 'weight' is of shape \[40, {columns}\], needs \[N H\] with H = 128"
         with pytest.raises(ValueError, match=message):
@@ -147,8 +122,113 @@ def test_wrong_quantized_weight_raises_value_error() -> None:
         ops.route(sample_quantized("int8", 3, 8, device="cpu"), 2)  # type: ignore[arg-type]
 
 
+# Names, H, I, and whether there are zeros.
+CASES = [
+    ("int4:128", 256, 384, True),  # units of 256 and of 128 columns
+    ("int4:64", 256, 64, False),
+    ("int4:32", 96, 32, True),  # neither is whole units
+    ("int4", 80, 48, True),
+    ("int8", 80, 96, False),
+    ("int8:128", 256, 128, False),
+    ("int8:32", 96, 64, False),
+    ("fp8", 96, 80, False),
+    ("fp8:128", 256, 128, False),
+    ("int4:128", 384, 128, False),
+]
+
+
+def layer(name: str, H: int, I: int, zeros: bool, T: int, dtype: torch.dtype, E: int = 2) -> Args:
+    """Arguments of expert_swiglu."""
+    gate_up, down = (random_weight(name, E, *s, zeros=zeros, seed=s[0]) for s in ((2 * I, H), (H, I)))
+    ids = torch.rand(T, E, generator=torch.Generator().manual_seed(3)).argsort(-1)[:, :2].int()
+    x, weights = randn(T, H).to(dtype), randn(T, 2).softmax(-1)
+    return {"x": x, "gate_up_proj": gate_up, "down_proj": down, "ids": ids, "weights": weights}
+
+
+def check(name: str, args: Args, **changes: Any) -> None:
+    """The error is at most twice that of plain torch, whose weights are rounded. `changes`: for the kernel alone."""
+    error, limit = Tolerance(name, args).measure(lambda **args: OPS[name].run(**args | changes))
+    assert error <= limit
+
+
+PATHS = [*((T, False, dtype) for T in (5, 70) for dtype in FLOATS), (5, True, torch.bfloat16)]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.interpreted
+# For rows, experts and splits; `test_linear` has all formats.
+@pytest.mark.parametrize(("T", "deterministic", "dtype"), PATHS)
+@pytest.mark.parametrize("case", [CASES[number] for number in (0, 2, 4, 8)], ids=str)
+def test_experts(case: Any, T: int, deterministic: bool, dtype: torch.dtype) -> None:
+    check("expert_swiglu", layer(*case, T, dtype) | {"deterministic": deterministic})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.interpreted
+@pytest.mark.parametrize("T", [5, 70])
+@pytest.mark.parametrize("dense", ["gate_up_proj", "down_proj", None])
+def test_experts_with_the_next_norm_and_with_one_dense_weight(dense: str | None, T: int) -> None:
+    args = layer(*CASES[0], T, torch.bfloat16 if dense else torch.float32)
+    if dense:
+        check("expert_swiglu", args | {dense: args[dense].dequantize().bfloat16()})
+    else:
+        norm = {"residual": randn(T, 256), "norm_weight": torch.rand(256) + 0.5, "eps": 1e-5}
+        check("experts_add_rms_norm", args | norm)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("T", "deterministic"), [(0, False), (3, False), (40, False), (3, True)])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("name", "H", "I", "zeros"), CASES, ids=str)
+def test_linear(name: str, H: int, I: int, zeros: bool, dtype: torch.dtype, T: int, deterministic: bool) -> None:
+    """37 rows are no multiple of a tile."""
+    args = {"x": randn(T, H).to(dtype), "weight": random_weight(name, 37, H, zeros=zeros, scales=torch.bfloat16)}
+    check("linear", args | {"deterministic": deterministic})
+
+
+@pytest.mark.interpreted
+def test_linear_of_views() -> None:
+    """One expert, and rows that are apart in memory."""
+    weight = random_weight("int4:128", 4, 33, 256, zeros=True)
+    for part in (weight[2], weight[1][::2]):
+        check("linear", {"x": randn(3, 256), "weight": part})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("name", "zeros"), [("int4:128", True), ("int4:64", False), ("int8", False), ("fp8:128", False)]
+)
+@pytest.mark.parametrize("T", [1, 4, 64])
+def test_decode_reads_the_packed_experts_once(name: str, zeros: bool, T: int, covers: Any) -> None:
+    """Decode reads codes, scales and zeros of the selected experts, and nothing of the rest."""
+    args = layer(name, 256, 512, zeros, T, torch.bfloat16, E=8)
+    with count_traffic() as traffic:
+        OPS["expert_swiglu"].run(**args)
+    packed = sum(args[name][e].nbytes for name in ("gate_up_proj", "down_proj") for e in args["ids"].unique().tolist())
+    ratio = traffic.moved("gate_up", "down", "scales", "zeros") / packed
+    assert ratio <= 1.05
+    covers("traffic", f"{name} expert weights, T {T}: {ratio:.2f} of what is packed (bound 1.05)")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("fault", ["zeros are 8", "fields in another order", "scale of the next group"])
+def test_wrong_unpacking_is_caught(fault: str) -> None:
+    right = random_weight("int4:128", 33, 256, zeros=True)
+    data, scales, zeros = right.data, right.scales, right.zeros
+    wrong = {
+        "zeros are 8": (data, scales, None),
+        "fields in another order": ((data << 4) | ((data >> 12) & 15), scales, zeros),
+        "scale of the next group": (data, scales.roll(1, -1), zeros),
+    }[fault]
+    args = {"x": randn(3, 256), "weight": right}
+    check("linear", args)
+    with pytest.raises(AssertionError):
+        check("linear", args, weight=QuantizedWeight("int4", *wrong, (33, 256), 128))
+
+
 HALVES = np.arange(1 << 16, dtype=np.uint32)
-FLOATS = {"BF16": torch.bfloat16, "FP16": torch.float16}
+HALF_TYPES = {"BF16": torch.bfloat16, "FP16": torch.float16}
 BIAS = {"BF16": 128, "FP16": 1024}  # of int4
 
 
@@ -176,7 +256,7 @@ def expected_field(format: str, number: int) -> torch.Tensor:
     return codes.view(torch.int8).double() if format == "INT8" else codes.view(torch.float8_e4m3fn).double()
 
 
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", HALF_TYPES)
 @pytest.mark.parametrize("format", ["INT4", "INT8", "FP8"])
 def test_ptx_unpacks_every_half(format: str, name: str) -> None:
     """Each of the 65,536 values is the low half and the high half beside another value: no bit leaks."""
@@ -187,14 +267,14 @@ def test_ptx_unpacks_every_half(format: str, name: str) -> None:
         want = expected_field(format, number) + (BIAS[name] if format == "INT4" else 0)
         finite = want.isfinite()  # codes 0x7F and 0xFF of fp8 are NaN, and rejected where weights are made
         for place, words in enumerate((HALVES | neighbours << 16, neighbours | HALVES << 16)):
-            got = to_halves(evaluate(ptx, words, shift), FLOATS[name])[place]
+            got = to_halves(evaluate(ptx, words, shift), HALF_TYPES[name])[place]
             assert torch.equal(got[finite], want[finite])
 
 
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", HALF_TYPES)
 def test_ptx_subtracts_zeros_and_multiplies_by_scales(name: str) -> None:
     """The difference is exact, the product rounded once."""
-    dtype, bias = FLOATS[name], BIAS[name]
+    dtype, bias = HALF_TYPES[name], BIAS[name]
     codes, zeros = (x.flatten() for x in torch.meshgrid(*[torch.arange(16.0).double()] * 2, indexing="ij"))
     words = (to_words(x + bias, x.flip(0) + bias, dtype) for x in (codes, zeros))
     minus = evaluate(getattr(ptx_unpack, f"MINUS_{name}").value, *words)

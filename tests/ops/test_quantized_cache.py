@@ -1,7 +1,5 @@
 """QuantizedCache: its layout and its checks, in operations, in a model and in graphs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -9,15 +7,14 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, ops, reference
-from mixtral_triton.cache import cache_bytes
 from mixtral_triton.config import SMALL
 from mixtral_triton.kernels import quantized_cache
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.quantized_cache import QuantizedCache, as_stored, quantize
+from mixtral_triton.kernels.quantized_cache import QuantizedCache, quantize
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.weights import measure_cache_cost
-from tests.support.calls import Args, copies, inputs, outputs
+from tests.support.calls import Args, copies, inputs, outputs, randn
 from tests.support.models import WIDER_SIZES, random_model, tokens
 
 SIZES: dict[str, Any] = {} if INTERPRETED else WIDER_SIZES
@@ -30,13 +27,9 @@ INPUTS = {
 }
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def test_codes_and_scales() -> None:
     """An element holds columns j and j + D / 2, a code is the nearest one, and a scale is the largest / 127."""
-    x = normal(6, 10) * torch.tensor([1e-3, 1.0, 1e4, 1e-30, 1e30, 0.0])[:, None]
+    x = randn(6, 10) * torch.tensor([1e-3, 1.0, 1e4, 1e-30, 1e30, 0.0])[:, None]
     x = torch.cat((x, torch.full((1, 10), 3.4e38)))
     cache = QuantizedCache.of(x)
     codes = cache.codes.view(torch.int8).view(7, 5, 2).transpose(1, 2).reshape(7, 10).double()
@@ -47,12 +40,6 @@ def test_codes_and_scales() -> None:
     assert (codes - exact).abs().max() <= 0.5 + 1e-5 and cache.scales.isfinite().all()
     halves = torch.tensor([127.0, 0.5, 1.5, -2.5])  # ties go to even codes
     assert QuantizedCache.of(halves).dequantize().tolist() == [127.0, 0.0, 2.0, -2.0]
-
-
-def test_a_vector_is_quantized_from_itself_alone() -> None:
-    x = normal(5, 8)
-    for i in range(5):
-        assert all(torch.equal(a[i], b) for a, b in zip(quantize(x), quantize(x[i]), strict=True))
 
 
 @pytest.mark.parametrize(("argument", "bad"), [("k", NAN), ("k", -INF), ("v", NAN), ("v", INF)])
@@ -81,14 +68,10 @@ def test_zero_vectors_and_small_values(dtype: torch.dtype, device: Any) -> None:
     args["v_cache"] = QuantizedCache.of(args["v_cache"].dequantize() * 1e-3)
     args["k"][0], args["k_cache"][0] = 0.0, torch.zeros(args["k_cache"].shape[1:])
     args = {key: x.to(device) if hasattr(x, "to") else x for key, x in args.items()}
-    got, want = (outputs("rope_append_attention", f, args)[0] for f in (ops.rope_append_attention, reference_fp32))
+    in_fp32 = {key: x.float() if key in "qkv" else x for key, x in args.items()}
+    calls = (ops.rope_append_attention, args), (OPS["rope_append_attention"].call_reference, in_fp32)
+    got, want = (outputs("rope_append_attention", *call)[0] for call in calls)
     assert (got - want).abs().max() <= (2e-3 if dtype == torch.float16 else 1e-5) * want.abs().max()
-
-
-def reference_fp32(**args: Any) -> Tensor:
-    args = {key: x.float() if key in "qkv" else x for key, x in args.items()}
-    out: Tensor = OPS["rope_append_attention"].call_reference(**args)
-    return out
 
 
 def wrong_caches(args: Args) -> dict[str, tuple[Args, str]]:
@@ -127,45 +110,6 @@ def test_odd_head_size_raises_value_error() -> None:
         QuantizedCache.empty(2, 3, 5)
 
 
-class Graph(torch.nn.Module):
-    """An operation on caches made within a graph, which writes into their tensors."""
-
-    def __init__(self, name: str, numbers: Args) -> None:
-        super().__init__()
-        self.name, self.numbers = name, numbers
-
-    def forward(self, args: dict[str, Tensor], caches: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
-        quantized = {key: QuantizedCache(codes + 0, scales + 0) for key, (codes, scales) in caches.items()}
-        out = getattr(ops, self.name)(**args, **quantized, **self.numbers)
-        return [*([] if out is None else [out]), *(x for cache in quantized.values() for x in cache.tensors)]
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("mode", ["compile", "export"])
-@pytest.mark.parametrize("name", INPUTS)
-def test_graphs_hold_the_operator_and_its_writes(name: str, mode: str) -> None:
-    args = inputs(name, INPUTS[name])
-    caches = {key: x.tensors for key, x in args.items() if isinstance(x, QuantizedCache)}
-    given = {key: x for key, x in args.items() if isinstance(x, Tensor)}
-    graph = Graph(name, {key: x for key, x in args.items() if key not in given and key not in caches})
-    want = graph(given, caches)
-    if mode == "compile":
-        torch._dynamo.reset()
-        got = torch.compile(graph, fullgraph=True, backend="aot_eager")(given, caches)
-    else:
-        got = torch.export.export(graph, (given, caches)).module()(given, caches)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-def test_memory_of_a_cache() -> None:
-    """1 byte and 4 / 128 an element of 8x7B's heads, in place of 2."""
-    config = random_model("meta", num_hidden_layers=3, head_dim=128, num_key_value_heads=2).config
-    caches = [KVCache(config, batch=2, max_len=40, device="cpu", dtype=dtype) for dtype in (torch.int8, torch.bfloat16)]
-    sizes = [sum(x.nbytes for x in (*cache.keys, *cache.values)) for cache in caches]
-    assert sizes == [cache_bytes(config, 2, 40, cache.dtype) for cache in caches] and sizes[0] <= 0.52 * sizes[1]
-    assert caches[0].dtype == torch.int8 and caches[0].keys[1].shape == caches[1].keys[1].shape
-
-
 def logits_with_cache(model: Mixtral, ids: Tensor, sizes: Any, **options: Any) -> Tensor:
     cache = KVCache(model.config, batch=len(ids), max_len=ids.shape[1], device=ids.device, dtype=torch.int8)
     return torch.cat([model(part, cache=cache, **options) for part in ids.split(sizes, 1)], dim=1)
@@ -186,15 +130,6 @@ def test_model_over_8_bits_equals_the_reference(window: int | None, device: Any)
         got = logits_with_cache(model, ids, sizes)
         assert (got - want).norm() <= 1e-3 * want.norm(), sizes
     assert (model(ids) - want).norm() > 1e-3 * want.norm()  # without a cache nothing is quantized
-
-
-@pytest.mark.usefixtures("unguarded", "ordered")
-def test_deterministic_model_over_8_bits(device: Any) -> None:
-    """The bits of a sequence do not depend on other sequences."""
-    model = random_model(device, deterministic=True, num_hidden_layers=2, sliding_window=4)
-    ids = tokens(3, 9, device=device)
-    batch = logits_with_cache(model, ids, [5, 1, 3])
-    assert torch.equal(batch[1:2], logits_with_cache(model, ids[1:2], [5, 1, 3]))
 
 
 @pytest.mark.usefixtures("unguarded")
@@ -271,8 +206,3 @@ def test_another_quantization_of_the_reference_is_caught(fault: str, monkeypatch
     assert all(map(torch.equal, got, want))
     monkeypatch.setattr(quantized_cache, "quantize", faulty)
     assert not all(map(torch.equal, got, outputs("append", OPS["append"].call_reference, args)))
-
-
-def test_as_stored_is_what_a_cache_gives_back() -> None:
-    x = normal(2, 3, 8).bfloat16()
-    assert torch.equal(as_stored(x), QuantizedCache.of(x).dequantize().bfloat16())

@@ -1,16 +1,20 @@
-"""Every operation of the registry, every test shape and dtype: interpreted (or on the GPU) against the reference."""
+"""Every operation of the registry: each test shape and dtype, interpreted or on the GPU, against the reference; its
+declarations, its docstring, and calls that no operation has."""
 
-from __future__ import annotations
-
+import doctest
+import inspect
+import re
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
+from mixtral_triton import ops
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.registry import OPS, dispatched
+from mixtral_triton.kernels.registry import OPERATIONS, OPS, dispatched
 from mixtral_triton.tools.tolerance import Tolerance
 from tests.support.calls import as_tuple, inputs_without_padding
 
@@ -49,3 +53,53 @@ def test_declarations_of_an_operation_are_consistent(op: Op) -> None:
             assert describe(got) == describe(op.empty(**args))
             kernels = {launch.kernel for launch in launches}
             assert kernels & set(op.configs(sizes, dtype, "sm_90")) or (op.name == "linear" and kernels == {"aten::mm"})
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_docstring_names_every_argument_and_its_example_runs(name: str) -> None:
+    function = getattr(ops, name)
+    doc, signature = inspect.getdoc(function) or "", inspect.signature(function)
+    named = set(re.findall(r"\w+", doc))
+    assert set(signature.parameters) <= named and "Annotated" not in str(signature) and "Returns" in doc
+    torch.manual_seed(0)
+    test = doctest.DocTestParser().get_doctest(doc, {"ops": ops, "torch": torch}, name, None, None)
+    result = doctest.DocTestRunner().run(test)
+    assert result.attempted >= 1 and result.failed == 0
+
+
+def test_dir_lists_the_operations_alone() -> None:
+    assert dir(ops) == sorted(OPERATIONS) and set(ops.__all__) == set(OPERATIONS)
+
+
+X, WEIGHT = torch.randn(3, 8), torch.randn(8)
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return ops.rms_norm(x, WEIGHT, 1e-5)
+
+
+def forward_derivative() -> None:
+    with forward_ad.dual_level():
+        norm(X)  # no derivative is asked for
+        norm(forward_ad.make_dual(X, X))
+
+
+TRANSFORMS = {
+    "vmap": lambda: torch.func.vmap(norm)(X[None]),
+    "jvp": lambda: torch.func.jvp(norm, (X,), (X,)),
+    "grad": lambda: torch.func.grad(lambda x: norm(x).sum())(X),
+    "forward": forward_derivative,
+}
+
+
+@pytest.mark.parametrize("case", TRANSFORMS)
+def test_transforms_raise_value_error_with_the_name(case: str) -> None:
+    with pytest.raises(ValueError, match=r"mixtral_triton\.ops\.rms_norm is for inference only: vmap, jvp, grad"):
+        TRANSFORMS[case]()
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError])
+def test_wrong_signatures_name_the_operation(kind: Any) -> None:
+    for args, more in (((X,), {}), ((X,) * 20, {}), ((X,) * 3, {"size": 1})):
+        with pytest.raises(kind, match=r"^attention: "):
+            ops.attention(*args, **more)

@@ -3,8 +3,6 @@
 Sizes are small, but the tiles are those of Mixtral 8x7B on sm_90, so the ratios are the GPU's.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from mixtral_triton.kernels.launch import LaunchConfig, describe, launch
 from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import inputs
-from tests.support.inject_fault import module_with_fault
+from tests.support.faults import module_with_fault
 from tests.support.traffic import Traffic, count_traffic
 
 pytestmark = pytest.mark.interpreted
@@ -112,12 +110,6 @@ def test_small_experts_use_the_tiles_of_mixtral(T: int, sizes: Sizes) -> None:
         assert small[kernel] == real[kernel]
 
 
-def weights_read(traffic: Traffic, sizes: Sizes, selected: int) -> float:
-    """Weight bytes moved / those of the selected experts."""
-    with_weights, without = (OPS["expert_swiglu"].cost({**sizes, "distinct": n}, BF16).bytes for n in (selected, 0))
-    return traffic.moved("gate_up", "down") / (with_weights - without)
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["balanced", "two experts", "random"])
 @pytest.mark.parametrize("T", [1, 4, 64])
@@ -125,7 +117,9 @@ def test_decode_reads_only_selected_experts_once(T: int, kind: str, within: Any)
     sizes, ids = {**SMALL, "T": T}, routing(kind, T)
     traffic = count("expert_swiglu", sizes, ids=ids)
     selected = ids.unique().tolist()
-    within(f"expert weights, T {T}, {kind}", weights_read(traffic, sizes, len(selected)), 1.05 if T == 1 else 1.10)
+    bytes_with, without = (OPS["expert_swiglu"].cost({**sizes, "distinct": n}, BF16).bytes for n in (len(selected), 0))
+    ratio = traffic.moved("gate_up", "down") / (bytes_with - without)
+    within(f"expert weights, T {T}, {kind}", ratio, 1.05 if T == 1 else 1.10)
     for kernel, weight in WEIGHTS.items():
         touched = traffic[f"experts_{kernel}_decode_kernel"].arguments[weight].touched.reshape(E, -1)
         assert touched.any(1).nonzero()[0].tolist() == selected and touched[selected].all()
@@ -138,9 +132,9 @@ def test_combine_moves_each_byte_once(name: str) -> None:
     assert all(each.loaded + each.stored == each.distinct for each in moved)
 
 
-def flops_issued(traffic: Traffic, sizes: Sizes) -> float:
+def issued(traffic: Traffic, name: str, sizes: Sizes) -> float:
     """Matrix FLOP issued / those that the tokens need."""
-    return traffic.flops / OPS["expert_swiglu"].cost(sizes, BF16).flops
+    return traffic.flops / OPS[name].cost(sizes, BF16).flops
 
 
 # Below 1024 tokens the bytes of the weights limit the layer, and a tile may be up to half empty.
@@ -156,7 +150,7 @@ def test_flops_of_experts_in_prefill(T: int, kind: str, bound: float | None, wit
     traffic = count("expert_swiglu", sizes, ids=ids)
     rows = experts.configs({**MIXTRAL, "T": T}, BF16, "sm_90")["experts_up_kernel"].constexprs["BLOCK_M"]
     bound = bound or round(1 + len(ids.unique()) * (rows - 1) / (T * K), 2)
-    within(f"expert FLOP, T {T}, {kind}", flops_issued(traffic, sizes), bound)
+    within(f"expert FLOP, T {T}, {kind}", issued(traffic, "expert_swiglu", sizes), bound)
     for kernel, weight in WEIGHTS.items() if kind == "balanced" else ():
         assert traffic[f"experts_{kernel}_kernel"].arguments[weight].touched.all()
 
@@ -172,43 +166,37 @@ def test_groups_padded_to_128_rows_are_caught(monkeypatch: pytest.MonkeyPatch, w
     monkeypatch.setattr(experts, "configs", padded)
     sizes = {**TINY, "T": 128}
     with pytest.raises(AssertionError, match=r"padded: 4\.000 .* at most 2"):
-        within("padded", flops_issued(count("expert_swiglu", sizes, ids=routing("balanced", 128)), sizes), 2.0)
+        traffic = count("expert_swiglu", sizes, ids=routing("balanced", 128))
+        within("padded", issued(traffic, "expert_swiglu", sizes), 2.0)
 
 
 HEADS = {"Hq": 8, "Hkv": 2, "D": 128}
 
 
-def keys_read(traffic: Traffic, keys: int, heads: int) -> float:
-    """K and V bytes moved / those of `keys` keys of `heads` key/value heads."""
-    assert traffic["attention_decode_kernel"].grid[1] == heads
-    moved = traffic.moved("k", "v", "k_cache", "v_cache", "k_scales", "v_scales")
-    return moved / (2 * keys * HEADS["Hkv"] * HEADS["D"] * BF16.itemsize)
-
-
 RING = {"B": 2, "T": 1, "C": 512, "fresh": False}
-DECODE = [
-    pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 0}, 700, id="split"),
-    pytest.param("attention", {"B": 3, "T": 1, "S": 700, "window": 0, "ragged": True}, 3 * 700 - 9, id="ragged"),
-    pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 300}, 300, id="window"),
-    pytest.param("attention", {"B": 1, "T": 3, "S": 700, "window": 300}, 302, id="three queries"),
-    pytest.param("cached_attention", RING | {"window": 512, "past": 1000}, 512 + 511, id="wrapped ring"),
-    pytest.param("cached_attention", RING | {"window": 0, "past": 40}, 41 + 43, id="short cache"),
+IN_8_BITS = RING | {"window": 0, "past": 400, "cache": "int8"}
+DECODE = [  # operation, sizes, keys read or written by each key/value head, bound
+    pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 0}, 700, 1.05, id="split"),
+    pytest.param("attention", {"B": 3, "T": 1, "S": 700, "window": 0, "ragged": True}, 3 * 700 - 9, 1.05, id="ragged"),
+    pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 300}, 300, 1.05, id="window"),
+    pytest.param("attention", {"B": 1, "T": 3, "S": 700, "window": 300}, 302, 1.05, id="three queries"),
+    pytest.param("cached_attention", RING | {"window": 512, "past": 1000}, 512 + 511, 1.05, id="wrapped ring"),
+    pytest.param("cached_attention", RING | {"window": 0, "past": 40}, 41 + 43, 1.05, id="short cache"),
+    pytest.param("cached_attention", IN_8_BITS, 401 + 403, 0.52, id="8 bits"),
+    pytest.param("rope_append_attention", IN_8_BITS, 400 + 403 + 1, 0.52, id="8 bits, with the append"),
 ]
 
 
-@pytest.mark.parametrize(("name", "sizes", "keys"), DECODE)
-def test_decode_reads_keys_once_for_each_group(name: str, sizes: Any, keys: int, within: Any, request: Any) -> None:
+@pytest.mark.parametrize(("name", "sizes", "keys", "bound"), DECODE)
+def test_decode_reads_keys_once_a_group(
+    name: str, sizes: Any, keys: int, bound: Any, within: Any, request: Any
+) -> None:
     """In the wrapped ring sequence 1 has no new token, so its window holds one key less."""
     traffic = count(name, HEADS | sizes)
-    within(f"{name} K and V, {request.node.callspec.id}", keys_read(traffic, keys, HEADS["Hkv"]), 1.05)
-
-
-@pytest.mark.parametrize("name", ["cached_attention", "rope_append_attention"])
-def test_8_bits_halve_the_traffic_of_a_cache(name: str, within: Any) -> None:
-    """Of a step: keys and values read, and the new ones written."""
-    sizes = HEADS | RING | {"window": 0, "past": 400, "cache": "int8"}
-    keys = 401 + 403 if name == "cached_attention" else 400 + 403 + 1
-    within(f"{name} cache traffic in 8 bits", keys_read(count(name, sizes), keys, HEADS["Hkv"]), 0.52)
+    assert traffic["attention_decode_kernel"].grid[1] == HEADS["Hkv"]
+    moved = traffic.moved("k", "v", "k_cache", "v_cache", "k_scales", "v_scales")
+    ratio = moved / (2 * keys * HEADS["Hkv"] * HEADS["D"] * BF16.itemsize)
+    within(f"{name} K and V, {request.node.callspec.id}", ratio, bound)
 
 
 def test_keys_read_by_each_query_head_are_caught(within: Any) -> None:
@@ -229,9 +217,9 @@ def test_flops_of_a_query_beyond_the_window_are_constant(within: Any) -> None:
     """A query takes the keys of its window, rounded up to tiles, wherever it is in the text."""
     window, D = 512, ONE_HEAD["D"]
     sizes = ONE_HEAD | {"window": window}
-    issued = [count("attention", sizes | {"T": n * window, "S": n * window}).flops for n in (1, 2, 3)]
-    assert issued[2] - issued[1] == issued[1] - issued[0]
-    within("windowed prefill FLOP, a query beyond the window", (issued[2] - issued[1]) / window / (4 * D * window), 1.3)
+    flops = [count("attention", sizes | {"T": n * window, "S": n * window}).flops for n in (1, 2, 3)]
+    assert flops[2] - flops[1] == flops[1] - flops[0]
+    within("windowed prefill FLOP, a query beyond the window", (flops[2] - flops[1]) / window / (4 * D * window), 1.3)
 
 
 CHUNK = {"T": 512, "C": 512, "window": 512, "past": 2000, "fresh": True}
@@ -244,8 +232,8 @@ PREFILL = [
 
 @pytest.mark.parametrize(("name", "sizes", "bound"), PREFILL)
 def test_flops_of_attention_in_prefill(name: str, sizes: Any, bound: float, within: Any, request: Any) -> None:
-    issued, useful = count(name, ONE_HEAD | sizes).flops, OPS[name].cost(ONE_HEAD | sizes, BF16).flops
-    within(f"{name} FLOP, {request.node.callspec.id}", issued / useful, bound)
+    sizes = ONE_HEAD | sizes
+    within(f"{name} FLOP, {request.node.callspec.id}", issued(count(name, sizes), name, sizes), bound)
 
 
 # By the number of rows, the most bytes from L2 for each byte of a weight.

@@ -1,21 +1,31 @@
-"""A model on a mesh of processes is compared with the same on one process and with transformers, over gloo."""
+"""A model on a mesh of processes is compared with the same on one process and with transformers, over gloo; and several
+processes on the command line, as torchrun starts them: the same text, one report, and no endless wait."""
 
 import itertools
+import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mixtral_triton import Mixtral, MixtralConfig
+from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.parallel import Shard
 from mixtral_triton.quantize import QUANTIZED_PARTS
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.weights import check_weights
+from tests.cli.commands import ROOT, error_line, output, python
 from tests.support import hub
 from tests.support import ranks as work
 from tests.support.ranks import Ranks
@@ -36,6 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 MESHES = {"tp 2": {"tp": 2}, "tp 4": {"tp": 4}, "ep 2": {"ep": 2}, "ep 4": {"ep": 4}, "ep 2 x tp 2": {"ep": 2, "tp": 2}}
 IDS = torch.randint(50, (2, 10), generator=torch.Generator().manual_seed(1))
+NO_ANSWER = "another rank does not answer: "
 Checkpoint = Callable[..., Path]
 
 
@@ -74,24 +85,19 @@ def expert_bytes(sizes: dict[str, int]) -> int:
     return sum(size for name, size in sizes.items() if name.endswith(("gate_up_proj", "down_proj")))
 
 
-def alike(found: list[dict[str, Any]], model: Mixtral, limit: float = 1e-5) -> None:
-    """All ranks hold the same bits, and one rank's numbers."""
-    want = model(IDS)
-    for rank in found:
-        close(rank["logits"], want, limit)
-        close(rank["cached"], want, limit)
-        first = found[rank["first"]]
-        assert all(torch.equal(rank[what], first[what]) for what in ("logits", "cached", "greedy", "drawn"))
-        assert torch.equal(rank["greedy"], model.generate(IDS[:, :4], max_new_tokens=8))
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "per_expert"), [("window", True), ("no window, tied", False)])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_mesh_equals_one_rank(mesh: str, name: str, per_expert: bool, ranks: Ranks, checkpoint: Checkpoint) -> None:
     folder = checkpoint(name, per_expert)
     found, model = ranks(work.everything, folder, IDS, **MESHES[mesh]), Mixtral.from_pretrained(folder, "cpu")
-    alike(found, model)
+    want = model(IDS)
+    for rank in found:  # all hold the same bits, and one rank's numbers
+        close(rank["logits"], want)
+        close(rank["cached"], want)
+        first = found[rank["first"]]
+        assert all(torch.equal(rank[what], first[what]) for what in ("logits", "cached", "greedy", "drawn"))
+        assert torch.equal(rank["greedy"], model.generate(IDS[:, :4], max_new_tokens=8))
     theirs = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         close(found[-1]["logits"], theirs(IDS).logits)
@@ -185,9 +191,8 @@ def test_what_is_refused(ranks: Ranks, checkpoint: Checkpoint) -> None:
     folder = checkpoint()
     for said in ranks(work.refusal, folder, given="tp", tp=2):
         assert "mesh is 'tp', needs a torch.distributed.device_mesh.DeviceMesh whose dimensions are named" in said
-    assert all(
-        "mesh has dimensions named ('replica', 'tp')" in said for said in ranks(work.refusal, folder, root=True, tp=2)
-    )
+    for said in ranks(work.refusal, folder, root=True, tp=2):
+        assert "mesh has dimensions named ('replica', 'tp')" in said
     assert all("device" in said and "cuda" in said for said in ranks(work.refusal, folder, device="cuda", tp=2))
     for peer, mode in ranks(work.watched, folder, IDS, tp=2):
         assert "no rank of a mesh has all weights" in peer and "dispatch mode" in mode
@@ -211,18 +216,16 @@ def test_what_is_bad_for_one_rank_ends_all(reason: str, ranks: Ranks, checkpoint
 @pytest.mark.slow
 def test_a_rank_that_does_not_come_to_load(ranks: Ranks, checkpoint: Checkpoint) -> None:
     """The process group's own timeout, 30 minutes here as where the caller sets none, does not end the wait."""
-    for _ in range(2):
-        *refusals, _ = ranks(work.absent, checkpoint(), tp=4)
-        for rank, said in enumerate(refusals):
-            assert said.startswith(f"rank {rank} of 4: rank 3 did not come to load within 0:00:02 (parallel.LOADING"), (
-                said
-            )
+    message = "rank 3 did not come to load within 0:00:02 (parallel.LOADING"
+    for rank, said in itertools.chain(*(enumerate(ranks(work.absent, checkpoint(), tp=4)[:3]) for _ in range(2))):
+        assert said.startswith(f"rank {rank} of 4: {message}"), said
 
 
-def test_a_rank_that_does_not_come(ranks: Ranks, checkpoint: Checkpoint) -> None:
-    *refusals, _ = ranks(work.silent, checkpoint(), IDS, tp=4)
-    for rank, said in enumerate(refusals):
-        assert said.startswith(f"rank {rank} of 4: another rank does not answer: ")
+def test_a_rank_that_does_not_come_or_is_never_done(ranks: Ranks, checkpoint: Checkpoint) -> None:
+    for rank, said in enumerate(ranks(work.silent, checkpoint(), IDS, tp=4)[:3]):
+        assert said.startswith(f"rank {rank} of 4: {NO_ANSWER}")
+    for rank, said in enumerate(ranks(work.stuck, checkpoint(), tp=4)):
+        assert said == f"rank {rank} of 4: {NO_ANSWER}its part of an all-reduce did not arrive"
 
 
 @pytest.mark.exhaustive
@@ -287,6 +290,66 @@ def test_decode_step_is_a_graph(mesh: str, deterministic: bool, ranks: Ranks, ch
         assert calls["broadcast"] == 2 + replays and calls[sums] >= 2 * layers * (2 + replays)
 
 
-def test_a_wait_for_a_gpu_that_is_never_done_ends(ranks: Ranks, checkpoint: Checkpoint) -> None:
-    for rank, said in enumerate(ranks(work.stuck, checkpoint(), tp=4)):
-        assert said == f"rank {rank} of 4: another rank does not answer: its part of an all-reduce did not arrive"
+PROMPT = ("--device", "cpu", "--dtype", "float32", "--prompt", "The return statement", "--temperature", "0.8", "--json")
+
+
+def torchrun(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    start = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "mixtral_triton")
+    return python(*start, *command, GLOO_SOCKET_IFNAME="lo", **environment)
+
+
+def test_torchrun_writes_the_same_text() -> None:
+    command = ("generate", str(SMALL), *PROMPT, "--max-new-tokens", "8")
+    run = torchrun(*command, "--ep", "2")
+    assert run.returncode == 0, run.stderr
+    alone, several = (json.loads(text) for text in (output("", *command), run.stdout))
+    assert alone["tokens"] == several["tokens"] and alone["text"] == several["text"]
+
+
+@pytest.mark.slow
+def test_torchrun_verifies_each_rank_s_part() -> None:
+    """One report, the first rank's. In plain torch, which is quick: all is near, and nothing was compared."""
+    run = torchrun("verify", str(SMALL), "--tp", "2", "--prompt", "return", "--json", TRITON_INTERPRET="0")
+    assert run.returncode != 0
+    report = json.loads(run.stdout)
+    assert all(row["ok"] for row in report["rows"]) and not report["compared"]
+    assert {"weights", "layer", "logits"} <= {row["op"] for row in report["rows"]}
+
+
+def test_a_killed_rank_ends_the_others() -> None:
+    command = (sys.executable, "-m", "mixtral_triton", "generate", str(SMALL), *PROMPT[:-1], "--tp", "2")
+    common = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    common |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first, second = (
+        subprocess.Popen((*command, "--max-new-tokens", "1000"), env=common | {"RANK": str(rank)}, **pipes)
+        for rank in range(2)
+    )
+    try:
+        assert first.stdout is not None and first.stdout.read(len("The return statement") + 1)  # it writes
+        second.send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        _, stderr = first.communicate(timeout=60)
+        assert time.monotonic() - start < 30 and first.returncode == 2
+        assert "mixtral-triton generate: rank 0 of 2: rank 1 is gone: " in stderr.splitlines()[-1]
+    finally:
+        for one in (first, second):
+            one.kill()
+            one.communicate()
+
+
+INVALID = [
+    (("--prompt", "-"), {"WORLD_SIZE": "2"}, "--prompt - reads standard input, which several processes share"),
+    (("--tp", "2"), {}, "--tp 2 times --ep 1 needs 2 processes, and torchrun started 1: torchrun --nproc-per-node 2"),
+    (("--tp", "2"), {"WORLD_SIZE": "3", "RANK": "1"}, "rank 1 of 3: --tp 2 times --ep 1 needs 2 processes"),
+    ((), {"WORLD_SIZE": "2", "RANK": "0"}, "rank 0 of 2: --tp 1 times --ep 1 needs 1 processes"),
+    (("--ep", "0"), {}, "--ep is 0, needs at least 1"),
+    (("--tp", "2", "--device", "cuda:1"), {"WORLD_SIZE": "2", "RANK": "1"}, "--device is 'cuda:1', needs cpu or cuda"),
+]
+
+
+@pytest.mark.parametrize(("options", "environment", "message"), INVALID, ids=[message for _, _, message in INVALID])
+def test_invalid_processes(options: Any, environment: Any, message: str, monkeypatch: Any) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert message in error_line("generate --prompt x", *options)

@@ -1,7 +1,5 @@
 """Quantizers: their error and their checks; models whose weights are quantized while they load."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
@@ -21,10 +19,10 @@ from mixtral_triton.verification import held_out, perplexity
 from mixtral_triton.weights import parameter_shapes, read_headers, table, total_bytes
 from tests.support import hub
 from tests.support.memory import anonymous_peak, needs_proc
-from tests.support.models import check_loaded
 
 pytestmark = pytest.mark.compiled
 FORMATS = ("int4", "int8", "fp8")
+REQUESTS = [*FORMATS, {"experts": "int4", "linear": "int8"}, {"linear": "fp8"}, {"experts": "fp8", "linear": "int4"}]
 STEP = {"int8": 1 / 127, "fp8": 32 / 448}  # at the largest value of a row, relative to it
 
 
@@ -97,6 +95,7 @@ def test_zeros_tiny_and_huge_values_and_rows_in_pieces(format: str, monkeypatch:
         ((torch.ones(4, 96, dtype=torch.int8), "int8"), r"'tensor' is torch\.int8"),
         (([1.0], "int8"), "'tensor' is list"),
         ((torch.ones(0, 96), "int8"), "'tensor' is empty"),
+        ((torch.ones(4, 96, device="meta"), "int8"), "'tensor' is on the meta device"),
         ((torch.full((4, 96), torch.nan), "int8"), "not finite everywhere"),
         ((torch.full((4, 96), torch.inf), "fp8"), "not finite everywhere"),
     ],
@@ -108,9 +107,6 @@ def test_wrong_argument_raises_value_error(args: Any, message: str) -> None:
 
 def load(weights: Any = None, folder: Any = SMALL, **settings: Any) -> Mixtral:
     return Mixtral.from_pretrained(folder, device="cpu", weights=weights, **settings)
-
-
-REQUESTS = [*FORMATS, {"experts": "int4", "linear": "int8"}, {"linear": "fp8"}, {"experts": "fp8", "linear": "int4"}]
 
 
 @pytest.mark.parametrize("weights", REQUESTS, ids=str)
@@ -190,15 +186,15 @@ def test_tied_head_stays_dense_and_casts_keep_the_values(tmp_path: Path) -> None
     del tensors["lm_head.weight"]
     model = load({"linear": "int8"}, checkpoint(tmp_path, tensors, tie_word_embeddings=True))
     assert model.lm_head is model.embed_tokens and isinstance(model.layers[0].o_proj, QuantizedWeight)
-    model = Mixtral.from_pretrained(SMALL, device="meta", weights="int4")
-    assert model.layers[0].gate_up_proj.device.type == "meta" and model.layers[0].gate_up_proj.shape == (8, 512, 128)
     model = load("int4")
     before = model.layers[0].down_proj.dequantize()
     assert torch.equal(model.to(torch.float32).layers[0].down_proj.dequantize(), before)
     assert model.dtype == torch.float32 and model.layers[0].gate.dtype == torch.float32
 
 
-@pytest.mark.parametrize("weights", ["int3", 4, {}, {"experts": "nf4"}, {"heads": "int4"}, ["int4"]])
+@pytest.mark.parametrize(
+    "weights", ["int3", 4, {}, {"experts": "nf4"}, {"experts": ["int4"]}, {"heads": "int4"}, ["int4"]]
+)
 def test_wrong_weights_raise_value_error(weights: Any) -> None:
     with pytest.raises(ValueError, match=r"weights is .*, needs None, one of int4, int8, fp8 \(the experts\), or"):
         load(weights)
@@ -243,13 +239,11 @@ def test_loading_peaks_below_the_weights_and_an_expert(tmp_path: Path, weights: 
     assert peak < size + EXPERT, f"{(peak - size) / 1e6:.1f} MB beside the weights"
 
 
-BOUNDS = {("int8", None): 0.1, ("fp8", None): 0.3, ("int4", 128): 2.0, ("int4", 32): 1.2}  # per cent of perplexity
-
-
 def test_perplexity_of_the_small_checkpoint(covers: Any) -> None:
+    bounds = {("int8", None): 0.1, ("fp8", None): 0.3, ("int4", 128): 2.0, ("int4", 32): 1.2}  # per cent of perplexity
     ids = held_out(SMALL, MixtralConfig.from_pretrained(SMALL))
     before = perplexity(load(dtype=torch.float32), ids)
-    for (format, group), bound in BOUNDS.items():
+    for (format, group), bound in bounds.items():
         model = load(dtype=torch.float32)
         for layer, name in itertools.product(model.layers, ("gate_up_proj", "down_proj")):
             weight = quantize(getattr(layer, name), format, group)
@@ -258,16 +252,6 @@ def test_perplexity_of_the_small_checkpoint(covers: Any) -> None:
         more = 100 * (perplexity(model, ids) / before - 1)
         covers("quantized", f"{format}, {group or 'a scale a row'}: perplexity {more:+.2f} % on {ids.numel()} tokens")
         assert more <= bound, (format, group)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("weights", ["int4", {"experts": "fp8", "linear": "int8"}], ids=str)
-def test_verify_finds_a_changed_tensor(weights: Any) -> None:
-    model = load(weights)
-    with torch.no_grad():
-        assert all(row.ok for row in check_loaded(SMALL, model))
-        model.layers[2].down_proj.data[3] = model.layers[2].down_proj.data[5]
-        assert [row.layer for row in check_loaded(SMALL, model) if not row.ok] == [2]
 
 
 def test_loading_checks_memory_before_it_allocates(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

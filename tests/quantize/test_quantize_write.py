@@ -1,12 +1,10 @@
-"""`mixtral-triton quantize` writes checkpoints of compressed-tensors that load bit for bit."""
-
-from __future__ import annotations
+"""`mixtral-triton quantize` writes checkpoints of compressed-tensors that load bit for bit; and `weights=` on a
+quantized checkpoint: its values, by loops that share no code with the reader, quantized anew."""
 
 import errno
 import json
 import os
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mixtral_triton import Mixtral
-from mixtral_triton.cli import SMALL, main
+from mixtral_triton import Mixtral, verify
+from mixtral_triton.cli import SMALL
 from mixtral_triton.quantize import QuantizedWeight, quantize
-from mixtral_triton.quantize import write as writer
-from mixtral_triton.quantize.hub import read_headers
+from mixtral_triton.quantize.hub import plan, read_headers
 from mixtral_triton.quantize.write import write
-from mixtral_triton.verification import verify
-from mixtral_triton.weights import total_bytes
-from tests.model.test_weights import save
+from mixtral_triton.weights import parameter_shapes, total_bytes
+from tests.cli.commands import python, run_json
+from tests.model.test_weights import expected, save
 from tests.quantize.test_quantize import EXPERT, FORMATS, IMPORTS, LOADED, checkpoint, fused, large, small_tensors
 from tests.quantize.test_quantize_hub import load
+from tests.support import hub
 from tests.support.memory import anonymous_peak, needs_proc
 
 pytestmark = pytest.mark.compiled
@@ -40,30 +38,25 @@ def same(a: Mixtral, b: Mixtral) -> bool:
 
 
 def sharded(folder: Path) -> Path:
-    """Write the small checkpoint in three files."""
     folder.mkdir()
-    save(folder, small_tensors(), shards=3)
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_bytes((SMALL / name).read_bytes())
-    return folder
+    return save(folder, small_tensors(), shards=3)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("format", [*FORMATS, {"experts": "int4", "linear": "fp8"}, MIXED], ids=str)
 @pytest.mark.parametrize("source", ["one file", "shards", "fused"])
 def test_written_checkpoint_loads_exactly(tmp_path: Path, format: Any, source: str, monkeypatch: Any) -> None:
-    makers = {"shards": sharded, "fused": fused}
-    folder = makers[source](tmp_path / "in") if source in makers else SMALL
-    read: list[int] = []
+    folder, read = {"shards": sharded, "fused": fused}.get(source, lambda _: SMALL)(tmp_path / "in"), list[int]()
     monkeypatch.setattr("mixtral_triton.quantize.PIECE", 5000)
     size = write(folder, tmp_path / "out", format, "cpu", read.append)
     assert sum(read) == total_bytes(read_headers(SMALL)) and size == total_bytes(read_headers(tmp_path / "out"))
     assert same(load(tmp_path / "out"), load(SMALL, weights=format))
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    if source == "shards":
-        assert names == {path.name for path in (tmp_path / "in").iterdir()}
-    if source == "one file":
-        assert names == {path.name for path in SMALL.iterdir() if path.is_file()}
+    if source != "fused":
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            at.name for at in folder.iterdir() if at.is_file()
+        }
         assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (SMALL / "tokenizer.json").read_bytes()
 
 
@@ -119,9 +112,7 @@ ERROR = {"int4": 5e-3, "exact": 2e-6}
 @pytest.mark.parametrize("format", [*FORMATS, *PAIRS], ids=str)
 @pytest.mark.parametrize("head", ["untied", "tied", "tied, in the file"])
 @pytest.mark.parametrize("dequantize", [False, True])
-def test_transformers_computes_the_logits_of_the_dequantized_model(
-    tmp_path: Path, format: Any, head: str, dequantize: bool
-) -> None:
+def test_transformers_computes_the_dequantized_model(tmp_path: Path, format: Any, head: str, dequantize: bool) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
     folder = SMALL if head == "untied" else tied(tmp_path / "in", head != "tied")
@@ -171,15 +162,13 @@ def test_quantized_folder_and_existing_out_raise_value_error(tmp_path: Path) -> 
     assert (tmp_path / "file").read_text() == "mine"
 
 
-WRITTEN = "write(sys.argv[1], sys.argv[2], 'int4', 'cpu'); size = 0"
-
-
 @pytest.mark.slow
 @needs_proc
 def test_peak_memory_is_one_shard(tmp_path: Path) -> None:
     large(tmp_path)
     out = str(tmp_path / "out")
-    peak, _ = anonymous_peak("from mixtral_triton.quantize.write import write", WRITTEN, str(tmp_path), out)
+    work = "write(sys.argv[1], sys.argv[2], 'int4', 'cpu'); size = 0"
+    peak, _ = anonymous_peak("from mixtral_triton.quantize.write import write", work, str(tmp_path), out)
     shard = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert peak < shard + EXPERT, f"{(peak - shard) / 1e6:.1f} MB beside the one shard"
     peak, size = anonymous_peak(IMPORTS, LOADED, out)
@@ -204,34 +193,22 @@ def test_files_are_removed_after_an_error(tmp_path: Path, there: bool) -> None:
 
 def test_full_disk_names_the_file_and_removes_it(tmp_path: Path) -> None:
     """The system limits files to half a megabyte."""
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     out = tmp_path / "out"
-    code = f"from mixtral_triton.cli import main; raise SystemExit(main(['quantize', {str(SMALL)!r}, {str(out)!r}, "
-    command = [sys.executable, "-c", f"{code}'--weights', 'int8', '--device', 'cpu']))"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))  # noqa: E731 (one use)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, preexec_fn=limit, env=environment, capture_output=True, text=True, timeout=120)
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))\n"
+    code += "from mixtral_triton.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = ("quantize", SMALL, out, "--weights", "int8", "--device", "cpu")
+    done = python("-c", code, *command, PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 2 and not out.exists()
     assert done.stderr == f"mixtral-triton quantize: {out / 'model.safetensors'}: {os.strerror(errno.EFBIG)}\n"
 
 
-def test_command_writes_a_checkpoint_for_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "out")
-    assert main(["quantize", str(SMALL), out, "--weights", "int4", "--device", "cpu", "--json"]) == 0
-    sizes = json.loads(capsys.readouterr().out)
+def test_command_writes_a_checkpoint_for_other_commands(tmp_path: Path) -> None:
+    out, prompt = str(tmp_path / "out"), "--device cpu --prompt 'The return statement'"
+    sizes = run_json("quantize small --weights int4 --device cpu", out)
     assert sizes["weights"] == "int4" and sizes["bytes"] < sizes["bytes_before"] and sizes["out"] == out
-    assert main(["quantize", str(SMALL), out, "--weights", "int4"]) == 2
-    line = capsys.readouterr().err
-    assert line == f"mixtral-triton quantize: {out} is there already and not an empty folder\n"
-    generate = ["--device", "cpu", "--prompt", "The return statement", "--max-new-tokens", "4", "--json"]
-    assert main(["generate", out, *generate]) == 0
-    read = json.loads(capsys.readouterr().out)["tokens"]
-    assert main(["generate", "--weights", "int4", *generate]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] == read
-    trace = ["trace", "--device", "cpu", "--prompt", "The return statement", "--json"]
-    assert main([*trace, out]) == main([*trace, "--weights", "int4"]) == 0
-    read, quantized = map(json.loads, capsys.readouterr().out.splitlines())
-    assert read["experts"] == quantized["experts"]
+    for command, field in (("generate --max-new-tokens 4", "tokens"), ("trace", "experts")):
+        assert run_json(f"{command} {prompt} {out}")[field] == run_json(f"{command} {prompt} --weights int4")[field]
 
 
 @pytest.mark.parametrize("format", ["int4", MIXED], ids=str)
@@ -243,11 +220,111 @@ def test_verify_accepts_the_written_checkpoint(tmp_path: Path, format: Any) -> N
     assert [(row.case, row.error) for row in stored] == [("as stored", 0.0)] * 5
 
 
-def test_injected_swapped_nibbles_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def swapped(codes: Tensor, format: str) -> Tensor:
-        return codes[:, 1::2] | codes[:, 0::2] << 4
+def gptq(group: int, off: int = 1, symmetric: bool = False, bits: int = 4, reorder: bool = False) -> Any:
+    config = hub.gptq_config(group, off, symmetric, bits=bits, desc_act=reorder or group == -1)
+    return hub.gptq(group, off, symmetric, bits, reorder), config
 
-    monkeypatch.setattr(writer, "_pack", swapped)
-    write(SMALL, tmp_path / "out", "int4", "cpu")
-    assert not same(load(tmp_path / "out"), load(SMALL, weights="int4"))
-    assert isinstance(load(tmp_path / "out").layers[0].down_proj, QuantizedWeight)
+
+ACT_ORDER = gptq(64, reorder=True)
+# Layouts that no kernel runs, and how they are refused.
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "act-order": (ACT_ORDER, "the weight is in act-order"),
+    "8 bits": (gptq(-1, bits=8), "bits is 8, needs 4"),
+    "8 bits act-order": (gptq(32, bits=8, reorder=True), "bits is 8, needs 4"),
+    "8 bits symmetric": (gptq(128, 0, True, bits=8), "bits is 8, needs 4"),
+    "groups of 16": ((hub.compressed(4, 16), hub.pack_config(4, 16)), "the group size is 16, needs 32, 64, 128"),
+}
+
+
+def different(model: Mixtral, meaning: dict[str, Tensor], formats: dict[str, str | None]) -> list[str]:
+    """The names of weights that are not what `meaning` becomes in `formats`; None: dense."""
+    wrong = []
+    for name, value in expected(model.config, meaning, "per_expert").items():
+        format, got = formats.get(name.rpartition(".")[2]), model.named_weights()[name]
+        want = value.to(model.dtype).float() if format is None else quantize(value, format).dequantize()
+        got = got.dequantize() if isinstance(got, QuantizedWeight) else got.float()
+        wrong += [] if torch.equal(got, want) else [name]
+    return wrong
+
+
+EXPERTS = dict.fromkeys(("gate_up_proj", "down_proj"), "int8")
+QUANTIZED_PARTS = dict.fromkeys(EXPERTS, "int4") | dict.fromkeys(("qkv_proj", "o_proj", "lm_head"), "int8")
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized anew")
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_layouts_are_quantized_anew_with_weights(tmp_path: Path, case: str, monkeypatch: Any) -> None:
+    layout, message = UNSUPPORTED[case]
+    monkeypatch.setattr("mixtral_triton.quantize.hub.PIECE", 5000)
+    meaning = hub.write(tmp_path, *layout)
+    message = rf"{tmp_path}.*{message}.*; or quantize it anew with weights=\"int8\""
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path)
+    assert str(caught.value).isprintable()
+    model = load(tmp_path, weights="int8")
+    assert different(model, meaning, EXPERTS) == []
+    assert different(load(tmp_path, weights=MIXED), meaning, QUANTIZED_PARTS) == []
+    report = verify(model, torch.arange(12)[None] % 40, folder=tmp_path)
+    assert {row.op for row in report.wrong} <= {"expert_swiglu", "experts_add_rms_norm", "layer"}
+    assert all(row.ok for row in report.rows if row.op == "weights") and 0.9 < report.quantization.min_cosine < 1
+
+
+@pytest.mark.parametrize("layout", [None, "awq 64"], ids=["dense", "quantized"])
+def test_a_config_far_beyond_the_files_is_refused_at_once(tmp_path: Path, layout: str | None, monkeypatch: Any) -> None:
+    hub.write(tmp_path, *hub.LAYOUTS[layout or "awq 64"], only="" if layout else "none of them")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 << 30}))
+    monkeypatch.setattr("mixtral_triton.weights.table", lambda *args: pytest.fail("lists all tensors of that config"))
+    with pytest.raises(ValueError, match="the config asks for"):
+        load(tmp_path, weights="int8")
+
+
+def test_what_is_not_named_stays_as_stored(tmp_path: Path) -> None:
+    meaning = hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load(tmp_path, weights="int8")
+    assert [str(each.message) for each in caught] == [
+        f"{tmp_path}: awq is dequantized and quantized anew (weights='int8'); `verify` tells what that costs"
+    ]
+    exact = expected(model.config, meaning, "per_expert")["layers.0.qkv_proj"]
+    assert torch.equal(model.layers[0].qkv_proj.dequantize(), exact)
+    assert model.layers[0].down_proj.format == "int8"
+
+
+def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
+    from mixtral_triton.parallel import Shard
+    from mixtral_triton.quantize.hub import load as fill
+
+    hub.write(tmp_path, *ACT_ORDER)
+    whole = load(tmp_path, weights="int8")
+    config, headers, parts = whole.config, read_headers(tmp_path), []
+    for rank in range(2):
+        shard = Shard(tp=2, tp_rank=rank, rank=rank)
+        shapes, local = parameter_shapes(config), parameter_shapes(config, shard)
+        found = plan(headers, config, shard, "int8")
+        specs = shard.specs(found.specs, shapes, local)
+        weights: dict[str, Any] = {name: torch.empty(shape) for name, shape in local.items()}
+        weights |= {name: spec.empty(local[name], "cpu") for name, spec in specs.items()}
+        fill(headers, found, config, weights, shard=shard)
+        parts.append(weights["layers.0.down_proj"].dequantize())
+    assert torch.equal(torch.cat(parts, dim=-1), whole.layers[0].down_proj.dequantize())
+
+
+def test_quantize_config_of_autogptq_is_read(tmp_path: Path) -> None:
+    config = hub.gptq_config(64)
+    del config["quant_method"], config["checkpoint_format"]
+    meaning = hub.write(tmp_path, hub.gptq(64), None)
+    (tmp_path / "quantize_config.json").write_text(json.dumps(config | {"model_name_or_path": None}))
+    exact = expected(load(tmp_path).config, meaning, "per_expert")["layers.0.qkv_proj"]
+    assert torch.equal(load(tmp_path).layers[0].qkv_proj.dequantize(), exact)
+    (tmp_path / "quantize_config.json").write_text(json.dumps(config | {"bits": 5}))
+    with pytest.raises(ValueError, match=r"quantize_config\.json: .*bits is 5"):
+        load(tmp_path)
+
+
+def test_group_out_of_range_raises_value_error(tmp_path: Path) -> None:
+    name = "model.layers.0.block_sparse_moe.experts.1.w1"
+    hub.write(tmp_path, *ACT_ORDER, **{f"{name}.g_idx": torch.full((128,), 2, dtype=torch.int32)})
+    with pytest.raises(ValueError, match=rf"{name}: g_idx is from 2 to 2, needs groups in 0\.\.1"):
+        load(tmp_path, weights="int8")

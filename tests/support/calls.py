@@ -23,6 +23,10 @@ def inputs(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | No
     return op.inputs(sizes, dtype or op.dtypes[0], device, torch.Generator().manual_seed(0))
 
 
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
 def inputs_without_padding(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | None = None) -> Args:
     """`inputs` whose chunks have no padding, for which results are undefined."""
     args = inputs(name, sizes, device, dtype)
@@ -59,8 +63,7 @@ def outputs(name: str, function: Callable[..., Any], args: Args) -> list[Tensor]
 
 def tensors_of_launch(args: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors among a launch's arguments by name, including the bases of descriptors."""
-    bases = {name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()}
-    return tensors(bases)
+    return tensors({name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()})
 
 
 def replace_base(arg: Any, tensor: Tensor) -> Any:
@@ -68,13 +71,25 @@ def replace_base(arg: Any, tensor: Tensor) -> Any:
     return replace(arg, base=tensor) if isinstance(arg, TensorDescriptor) else tensor
 
 
+def memory_of(tensor: Tensor) -> Tensor:
+    """Return all elements in memory from the tensor's first to its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,))
+
+
 def offloaded(weight: Any, on_host: Any) -> OffloadedWeight:
     """A copy of a stacked weight, on its device, with these experts in host memory."""
     quantized = isinstance(weight, QuantizedWeight)
-    copy = OffloadedWeight(weight.on_meta() if quantized else weight.to("meta"), on_host, weight.device)
+    like = weight.spec.empty(weight.shape, "meta") if quantized else weight.to("meta")
+    copy = OffloadedWeight(like, on_host, weight.device)
     for expert, rows in enumerate(weight.data if weight.device.type != "meta" else ()):
         copy.rows(expert).copy_(rows)
     for name in ("scales", "zeros") if quantized else ():
         if getattr(weight, name) is not None:
             getattr(copy, name).copy_(getattr(weight, name))
     return copy
+
+
+def with_offload(args: Args, on_host: Any) -> Args:
+    """Arguments of `expert_swiglu` whose weights have these experts in host memory."""
+    return args | {name: offloaded(args[name], on_host) for name in ("gate_up_proj", "down_proj")}

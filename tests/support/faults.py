@@ -1,12 +1,15 @@
-"""The model that tests of verify inject faults into, and faults that several of them inject."""
-
-from __future__ import annotations
+"""The model that tests of verify inject faults into, faults that several of them inject, and modules with a fault."""
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -55,9 +58,7 @@ def in_router(**changes: Any) -> Inject:
     return replace_by(Layer, "route", faulty)
 
 
-def one_at_a_time(
-    patch: Patch, place: Any, name: str, part: Callable[[Any], Any] = lambda result: result
-) -> list[weakref.ref[Any]]:
+def one_at_a_time(patch: Patch, place: Any, name: str, part: Any = lambda result: result) -> list[weakref.ref[Any]]:
     """Fail where the function `place.name` is called while a `part` of what it made before is alive -> the parts."""
     results, make = list[Any](), getattr(place, name)
 
@@ -69,3 +70,22 @@ def one_at_a_time(
 
     patch.setattr(place, name, checked)
     return results
+
+
+def module_with_fault(module: ModuleType, folder: Path, *changes: tuple[str, str]) -> Any:
+    """`module` imported from a copy in `folder`, with the first text of each change replaced by the second: for faults
+    in a kernel's source, which no patch of a function can inject."""
+    source = Path(str(module.__file__)).read_text()
+    for old, new in changes:
+        if old not in source:
+            raise ValueError(f"module_with_fault: {module.__name__} does not contain {old!r}")
+        source = source.replace(old, new)
+    name = f"{module.__name__}_fault_{folder.name}".replace("-", "_")
+    file = folder / f"{name.rpartition('.')[2]}.py"
+    file.write_text(source)
+    spec = spec_from_file_location(name, file)
+    faulty = module_from_spec(spec)
+    sys.modules[name] = faulty  # dataclasses and the JIT look modules up there
+    with mock.patch("mixtral_triton.kernels.call._register"):  # torch's operator stays that of the right module
+        spec.loader.exec_module(faulty)
+    return faulty

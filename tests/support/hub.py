@@ -1,4 +1,4 @@
-"""Quantized checkpoints in the hub's layouts, packed by loops that share no code with the reader, and their values."""
+"""Quantized checkpoints in the hub's layouts, packed by code that shares nothing with the reader, and their values."""
 
 import json
 from collections.abc import Callable
@@ -60,25 +60,19 @@ def write(folder: Path, packer: Packer, config: Any, only: str = "", **changes: 
 
 def packed_words(values: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
     """[R, n] -> int32 [R, n * bits / 32]; `order`: which value of a word stands in each of its fields."""
-    many = 32 // bits
-    words = np.zeros((values.shape[0], -(-values.shape[1] * bits // 32)), np.uint32)
-    for column in range(values.shape[1]):
-        at = column if order is None else column // many * many + order.index(column % many)
-        for bit in range(bits):
-            word, place = divmod(at * bits + bit, 32)
-            words[:, word] |= (values[:, column].astype(np.uint32) >> np.uint32(bit) & 1) << np.uint32(place)
-    return torch.from_numpy(words.view(np.int32))
+    if order is not None:
+        values = values.reshape(len(values), -1, len(order))[..., list(order)].reshape(len(values), -1)
+    fields = values[..., None] >> np.arange(bits) & 1
+    stream = np.packbits(fields.astype(bool).reshape(len(values), -1), axis=1, bitorder="little")
+    return torch.from_numpy(np.pad(stream, ((0, 0), (0, -stream.shape[1] % 4))).view(np.int32))
 
 
 def dequantize(codes: np.ndarray, zeros: Any, scales: Tensor, groups: Any = None) -> Tensor:
-    """(code - zero) * scale in fp32, column by column: codes [N,K], zeros [N,G], scales [N,G]; the group of each."""
+    """(code - zero) * scale in fp32: codes [N,K], zeros [N,G], scales [N,G]; the group of each column."""
     K, G = codes.shape[1], scales.shape[1]
-    columns = []
-    for k in range(K):
-        at = k * G // K if groups is None else int(groups[k])
-        zero = zeros if isinstance(zeros, int) else zeros[:, at].astype(np.float32)
-        columns.append(torch.from_numpy(codes[:, k].astype(np.float32) - zero) * scales[:, at].float())
-    return torch.stack(columns, dim=1)
+    at = np.arange(K) * G // K if groups is None else groups
+    zero = zeros if isinstance(zeros, int) else zeros[:, at]
+    return torch.from_numpy((codes - zero).astype(np.float32)) * scales.float()[:, at]
 
 
 def scales_of(random: Any, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -94,12 +88,8 @@ def fp8(
         values = torch.from_numpy(random.uniform(-400, 400, (N, K))).to(torch.float8_e4m3fn)
         shape = {"scalar": (), "tensor": (1,), "channel": (N, 1), "block": (-(-N // rows), K // 128)}[scale]
         scales = scales_of(random, *shape, dtype=dtype) / 16
-        exact = torch.empty(N, K)
-        for n in range(N):
-            for at in range(0, K, 128):
-                one = {"block": (n // rows, at // 128), "channel": (n, 0)}.get(scale, ())
-                exact[n, at : at + 128] = values[n, at : at + 128].float() * scales[one].float()
-        return {"weight": values, name: scales}, exact
+        of_each = scales[np.arange(N)[:, None] // rows, np.arange(K) // 128] if scale == "block" else scales
+        return {"weight": values, name: scales}, values.float() * of_each.float()
 
     return pack
 

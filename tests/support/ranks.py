@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -102,17 +102,11 @@ def mesh_of(count: int, tp: int, ep: int) -> Any:
 
 @contextmanager
 def counted_calls() -> Iterator[Counter[str]]:
-    calls: Counter[str] = Counter()
-
-    def counting(name: str, function: Any) -> Any:
-        def call(*args: Any, **options: Any) -> Any:
-            calls[name] += 1
-            return function(*args, **options)
-
-        return call
-
-    with mock.patch.multiple(dist, **{name: counting(name, getattr(dist, name)) for name in COLLECTIVES}):
+    """Count calls of the collectives; the counts are there when the block has ended."""
+    calls, counted = Counter[str](), {name: mock.Mock(wraps=getattr(dist, name)) for name in COLLECTIVES}
+    with mock.patch.multiple(dist, **counted):
         yield calls
+    calls.update({name: function.call_count for name, function in counted.items() if function.called})
 
 
 class _Counting:
@@ -252,14 +246,11 @@ def on_memory() -> Iterator[None]:
     """Do NCCL's part: send the memory behind a GPU's tensors, in a capture when it is replayed."""
     from tests.support.stub.tensors import stage
 
-    def acting(function: Any) -> Any:
-        def call(*args: Any, **options: Any) -> None:
-            memory = tree_map(lambda x: getattr(x, "held", x), args)
-            stage.run(lambda: function(*memory, **options))
+    def act(function: Any, *args: Any, **options: Any) -> None:
+        memory = tree_map(lambda x: getattr(x, "held", x), args)
+        stage.run(lambda: function(*memory, **options))
 
-        return call
-
-    with mock.patch.multiple(dist, **{name: acting(getattr(dist, name)) for name in COLLECTIVES[:3]}):
+    with mock.patch.multiple(dist, **{name: partial(act, getattr(dist, name)) for name in COLLECTIVES[:3]}):
         yield
 
 

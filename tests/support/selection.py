@@ -4,8 +4,6 @@ Tests that need a GPU, a compiling process or an interpreting one are left out w
 end says how many. conftest.py imports the hooks.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Counted as a GPU's memory would see it without a cache: masked lanes move nothin
 load name moves once, and what two programs load counts twice. Descriptors (TMA) count as pointers do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ import torch
 from mixtral_triton.kernels import launch as launching
 from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.offload import find_weight
-from tests.support.calls import replace_base, tensors_of_launch
+from tests.support.calls import memory_of, replace_base, tensors_of_launch
 
 
 def active_addresses(pointers: Any, mask: Any) -> np.ndarray:
@@ -107,32 +105,29 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
     short = {name: name.removesuffix("_ptr").removesuffix("_desc") for name in tensors}
     for name, tensor in tensors.items():
         if short[name] not in counted.arguments:
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            buffer = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,)).clone()
+            buffer = memory_of(tensor).clone()
             counted.arguments[short[name]] = Argument(buffer, np.zeros(len(buffer), bool))
         copy = counted.arguments[short[name]].buffer.as_strided(tensor.shape, tensor.stride())
         call[name] = replace_base(args[name], copy)
         if (weight := find_weight(tensor)) is not None:
             for memory, rows in (("resident", weight.resident.flatten()), ("host", weight.host.flatten())):
                 counted.arguments[f"{short[name]} {memory}"] = Argument(rows, np.zeros(len(rows), bool))
+
+    def counting(function: Any, count: Any) -> Any:
+        return lambda *args, **kwargs: (count(*args), function(*args, **kwargs))[1]
+
+    def count_dot(a: Any, b: Any, *rest: Any) -> None:
+        counted.flops += 2 * a.data.size * b.data.shape[-1]
+
     with interpreting() as builder:
-        load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
-
-        def counting_load(pointers: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
-            counted.touch(pointers, mask, stores=False)
-            return load(pointers, mask, *rest, **kwargs)
-
-        def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
-            counted.touch(pointers, mask, stores=True)
-            return store(pointers, value, mask, *rest, **kwargs)
-
-        def counting_dot(a: Any, b: Any, *rest: Any) -> Any:
-            counted.flops += 2 * a.data.size * b.data.shape[-1]
-            return dot(a, b, *rest)
-
-        # A descriptor's loads and stores end in the same functions.
-        counting: dict[str, Any] = {"create_masked_load": counting_load, "create_masked_store": counting_store}
-        with patch.multiple(builder, create_dot=counting_dot, **counting):
+        counts = {  # a descriptor's loads and stores end in these functions, too
+            "create_masked_load": lambda pointers, mask, *rest: counted.touch(pointers, mask, stores=False),
+            "create_masked_store": lambda pointers, value, mask, *rest: counted.touch(pointers, mask, stores=True),
+            "create_dot": count_dot,
+        }
+        with patch.multiple(
+            builder, **{name: counting(getattr(builder, name), count) for name, count in counts.items()}
+        ):
             kernel[counted.grid](**call)
     for name, tensor in tensors.items():  # not an offloaded weight's rows: kernels only read these
         argument = counted.arguments[short[name]]
@@ -143,14 +138,11 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
     """Count interpreted launches within the block, which run without the tests' guard."""
-    traffic, before = Traffic(), launching.interpret
+    traffic = Traffic()
 
     def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
         traffic.kernels.append(Kernel(kernel.__name__, grid))
         _interpret(traffic.kernels[-1], kernel, args)
 
-    launching.interpret = interpret
-    try:
+    with patch.object(launching, "interpret", interpret):
         yield traffic
-    finally:
-        launching.interpret = before

@@ -1,11 +1,10 @@
-"""The benchmark: cases, peers checked against the reference, tables, with a device and without."""
-
-from __future__ import annotations
+"""The benchmark: cases, peers checked against the reference, tables, with a device and without; and its plot."""
 
 import argparse
 import json
 from contextlib import suppress
-from functools import partial
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,13 +12,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mixtral_triton.cli import main
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import command, decode_step, measure
 from mixtral_triton.tools.bench.cases import BENCHED, QUICK, TOKENS, Case, Oracle, cases, check_of
-from mixtral_triton.tools.bench.measure import our_call, timed_row, untimed_row, wall_seconds
+from mixtral_triton.tools.bench.command import figure_of
+from mixtral_triton.tools.bench.measure import Outcome, Row, our_call, timed_row, untimed_row, wall_seconds
 from mixtral_triton.tools.bench.peers import PEERS, Peer, Unsupported
 from mixtral_triton.tools.gpus import GPUS, LINKS
+from tests.cli.commands import output, run, run_json
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
 SLOW = ("torch.compile", "FlexAttention", "HF static cache")  # minutes of compilation on a CPU
@@ -117,18 +117,20 @@ def test_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.Monk
     assert [rows for _, rows in oracle.parts] == [slice(0, 8), slice(28, 36), slice(56, 64)]
     assert oracle.fault(case.op.reference) is None
 
-    def off(place: int, **args: Any) -> Any:
-        out = case.op.call_reference(**args)
-        out[:, place] += 1e-2
-        return out
-
-    assert all("wrong" in str(oracle.fault(partial(off, place))) for place in (3, 30, 60))
+    for place in (3, 30, 60):
+        off = 1e-2 * (torch.arange(64) == place)[None, :, None, None]
+        assert "wrong" in str(oracle.fault(lambda off=off, **args: case.op.call_reference(**args) + off))
 
 
 @pytest.mark.compiled
-def test_wrong_decode_step_is_detected() -> None:
-    case = small("decode_step", torch.float32)
-    args = case.inputs(CPU)
+@pytest.mark.parametrize("on_host", [(), pytest.param((3,), marks=pytest.mark.slow)])
+def test_wrong_decode_step_is_detected(on_host: tuple[int, ...]) -> None:
+    """Also with an offloaded expert, which transformers has none of."""
+    case = Case(decode_step.STEP, decode_step.STEP.test_shapes[len(on_host)], torch.float32)
+    args, peer = case.inputs(CPU), next(peer for peer in PEERS if peer.name == "HF eager")
+    assert getattr(args["model"].layers[1].down_proj, "on_host", ()) == on_host
+    row = timed_row(case, H100, CPU, lambda call: (call(), 1.0)[1], [peer])
+    assert row.ours.right and row.peers["HF eager"].note == ("its weights are dense" if on_host else None)
     check, step = check_of(case.op, args), decode_step.decode_step
     assert check(step) is None
     assert "wrong: 3 of 3 rows" in str(check(lambda **args: step(**args) * 1.2))
@@ -157,117 +159,132 @@ def test_decode_step_is_captured_after_its_kernels_are_compiled(monkeypatch: pyt
 
 @pytest.mark.compiled
 @pytest.mark.skipif(torch.cuda.is_available(), reason="prints what is known without a GPU")
-def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["bench", "route", "rope", "--quick", "--plot", str(tmp_path / "a.svg")]) == 0
-    out, plot = capsys.readouterr().out, tmp_path / "a.svg"
+def test_command_without_a_gpu(tmp_path: Path) -> None:
+    out, plot = output("bench route rope --quick --plot", tmp_path / "a.svg"), tmp_path / "a.svg"
     assert "No time was measured: there is no GPU." in out and "H100 80GB" in out and plot.stat().st_size
-    assert main(["bench", "route", "--quick", "--json", "--gpu", "a100"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = run_json("bench route --quick --gpu a100")
     assert [line["kind"] for line in lines] == ["gpu"] + ["row"] * QUICK
     assert lines[0]["name"] == "A100 80GB" and lines[0]["source"] == "data sheet"
     assert all(line["time_us"] is None and line["floor_us"] > 0 for line in lines[1:])
 
 
-def test_decode_step_with_experts_in_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its floor counts the link. `auto` is what `fit` says: 32 of 256 for an H100, none for an H200."""
-    for offload, gpu, host in (("3", "h200", 0.75), ("auto", "h100", 2 * 32 / 256), ("auto", "h200", 0)):
-        args = ["bench", "decode_step", "--sizes", STEP_OF_8X7B, "--offload", offload, "--gpu", gpu, "--json"]
-        assert main(args) == 0
-        row = json.loads(capsys.readouterr().out.splitlines()[1])
-        assert row["host_bytes"] == host * 32 * 3 * 4096 * 14336 * 2 and row["sizes"]["offload"] == 4 * host
-        assert row["bound"] == row["predicted"]["limit"] == ("link" if host else "memory")
-        if host:
-            assert row["floor_us"] == pytest.approx(1e6 * row["host_bytes"] / LINKS[GPUS[gpu].link])
-        assert 0.5 < row["predicted"]["of_floor"] <= 1
-    assert main([*args[:-2], "h100"]) == 0 and "MB of host" in capsys.readouterr().out
-    # As `fit` says: 135 and, beside a cache of 8 bits, 86 of 256; all but one of a layer where nothing is enough.
-    for gpu, more, experts in (("h100", (), 135), ("h100", ("--cache-dtype", "int8"), 86), ("rtx4090", (), 7 * 32)):
-        sizes = STEP_OF_8X7B.replace("B=1,S=1024", "B=8,S=32768")
-        args = ["bench", "decode_step", "--sizes", sizes, "--offload", "auto", "--json", "--gpu", gpu, *more]
-        assert main(args) == 0
-        assert 32 * json.loads(capsys.readouterr().out.splitlines()[1])["sizes"]["offload"] == experts
+BENCH_STEP, INT8 = "bench decode_step --sizes {sizes} --gpu {gpu} --offload {offload}", " --cache-dtype int8"
 
 
-@pytest.mark.slow
-def test_offloaded_decode_step_is_checked_and_has_no_peer_of_transformers() -> None:
-    case = Case(decode_step.STEP, decode_step.STEP.test_shapes[1], torch.float32)
-    args = case.inputs(CPU)
-    assert args["model"].layers[1].down_proj.on_host == (3,) and untimed_row(case, H100).cost.host_bytes > 0
-    peers = [peer for peer in PEERS if peer.does("decode_step") and peer.name in ("torch", "HF eager")]
-    row = timed_row(case, H100, CPU, lambda call: (call(), 1.0)[1], peers)
-    assert row.ours.right and row.peers["torch"].right and row.peers["HF eager"].note == "its weights are dense"
-    step = decode_step.decode_step
-    assert "wrong: 3 of 3 rows" in str(check_of(case.op, args)(lambda **args: step(**args) * 1.2))
+@pytest.mark.parametrize(("offload", "gpu", "host"), [("3", "h200", 0.75), ("auto", "h100", 0.25), ("auto", "h200", 0)])
+def test_floor_of_a_decode_step_with_experts_in_host_memory(offload: str, gpu: str, host: float) -> None:
+    """It counts the link. `auto` is what `fit` says: 32 of 256 for an H100, none for an H200."""
+    _, row = run_json(BENCH_STEP.format(sizes=STEP_OF_8X7B, gpu=gpu, offload=offload))
+    assert row["host_bytes"] == host * 32 * 3 * 4096 * 14336 * 2 and row["sizes"]["offload"] == 4 * host
+    assert row["bound"] == row["predicted"]["limit"] == ("link" if host else "memory")
+    assert not host or row["floor_us"] == pytest.approx(1e6 * row["host_bytes"] / LINKS[GPUS[gpu].link])
+    assert 0.5 < row["predicted"]["of_floor"] <= 1
+    assert not host or "MB of host" in output(BENCH_STEP.format(sizes=STEP_OF_8X7B, gpu=gpu, offload=3))
+
+
+@pytest.mark.parametrize(("gpu", "more", "experts"), [("h100", "", 135), ("h100", INT8, 86), ("rtx4090", "", 224)])
+def test_offload_auto_is_what_fit_says(gpu: str, more: str, experts: int) -> None:
+    """All but one expert of a layer where nothing is enough."""
+    sizes = STEP_OF_8X7B.replace("B=1,S=1024", "B=8,S=32768")
+    _, row = run_json(BENCH_STEP.format(sizes=sizes, gpu=gpu, offload=f"auto{more}"))
+    assert 32 * row["sizes"]["offload"] == experts
 
 
 @pytest.mark.compiled
-def test_wrong_result_on_a_device_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_result_on_a_device_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
     use_bench(monkeypatch)
     monkeypatch.setattr(command, "cases", lambda *args: [small("rms_norm")])
-    args = ["bench", "rms_norm", "--quick", "--json", *WITHOUT_PEERS]
-    assert main(args) == 0
-    _, row = map(json.loads, capsys.readouterr().out.splitlines())
+    _, row = run_json("bench rms_norm --quick", *WITHOUT_PEERS)
     assert row["time_us"] > 0 and row["peers"]["torch"]["ratio"] > 0 and set(row["peers"]) == {"torch"}
     monkeypatch.setattr(measure, "our_call", lambda case, args: lambda x, weight, eps: x)
-    assert main(args) == 1
-    assert "wrong" in json.loads(capsys.readouterr().out.splitlines()[1])["note"]
+    assert "wrong" in run_json("bench rms_norm --quick", *WITHOUT_PEERS, status=1)[1]["note"]
 
 
 @pytest.mark.parametrize(
     ("error", "note", "status"),
     [(torch.OutOfMemoryError(), "out of memory", 0), (ValueError("no tile\nor"), "fails: ValueError: no tile", 1)],
 )
-def test_a_case_that_cannot_start_has_a_row_with_the_error(
-    error: Exception, note: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_case_that_cannot_start_has_its_row(error: Exception, note: str, status: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(measure, "check_of", Mock(side_effect=error))
     use_bench(monkeypatch)
-    assert main(["bench", "route", "--quick", "--at", "T=1", "--json"]) == status
-    assert json.loads(capsys.readouterr().out.splitlines()[1])["note"] == note
+    assert run_json("bench route --quick --at T=1", status=status)[1]["note"] == note
 
 
 @pytest.mark.compiled
-def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use_bench(monkeypatch, torch.device("cuda", 0))
     gpu.driver.breaks = "rms_norm_kernel"
-    sizes = [word for T in (1, 2, 3) for word in ("--sizes", f"T={T},H=16")]
-    args = ["bench", "rms_norm", "--json", *sizes, *(word for p in PEERS for word in ("--without", p.name))]
-    assert main(args) == 1
-    printed = capsys.readouterr()
-    lines = list(map(json.loads, printed.out.splitlines()))
-    assert [line["kind"] for line in lines] == ["gpu", "row"]
-    assert "illegal memory access" in lines[1]["note"] and "cuda:0 is lost to this process" in printed.err
+    sizes = "".join(f" --sizes T={T},H=16" for T in (1, 2, 3))
+    status, out, error = run(f"bench rms_norm --json{sizes}", *WITHOUT_PEERS, "--without", "torch")
+    lines = list(map(json.loads, out.splitlines()))
+    assert status == 1 and [line["kind"] for line in lines] == ["gpu", "row"]
+    assert "illegal memory access" in lines[1]["note"] and "cuda:0 is lost to this process" in error
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ("nonsense", "nonsense"),
-        ("--gpu voodoo", "MI300X"),
-        ("--gpu l4", "whose bandwidth and matmul rate are unknown, needs one of rtx4080, a10,"),
-        ("--without nobody", "FlexAttention"),
-        ("route --at many", "T=4096"),
-        ("route --at T=3", "T=3"),
-        ("--sizes T=3", "--sizes"),
-        ("--peer a:b", "goes with the one operation"),
-        ("route rope --peer a:b", "goes with the one operation"),
-        ("route --at T=1 --sizes T=3,E=8,K=2", "--at"),
-        ("route --sizes T=3", "lacks E, K: route needs T, E, K"),
-        ("route --sizes T=3,E=8,K=2,H=4", "has H, and route has T, E, K"),
-        ("route --sizes T=3,E=8,K=9", "K=9, needs at most E=8"),
-        ("route --sizes T=3,T=4", "each letter once"),
-        ("rms_norm --sizes T=0,H=8", "T=0"),
-        ("sort_by_expert --dtype float16", "sort_by_expert has int32, int64"),
-        ("decode_step rope --offload 2", "--offload is 2, and goes with decode_step"),
-        (f"decode_step --sizes {STEP_OF_8X7B},offload=9", "offload is 9, needs 0 to 7 experts"),
-        ("decode_step --gpu h100 --offload 8", "offload is 8, needs 0 to 7 experts of each layer"),
-        ("--plot roofline.txt", ".png"),
-        ("--plot no/such/folder/a.png", "no/such/folder"),
-    ],
-)
-def test_bad_input_is_one_line(args: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *args.split()]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
+def floors(*names: str) -> list[Row]:
+    return [untimed_row(case, H100) for case in cases(names)]
+
+
+def dense(*names: str) -> list[Row]:
+    """Return rows that differ in the tokens alone."""
+    return [row for row in floors(*names) if row.case.sizes["H"] == 4096 and "down" not in row.case.as_dict()]
+
+
+def with_times(row: Row) -> Row:
+    peers = {name: Outcome(row.floor_s * 3, right=True) for name in ("torch", "examples.my_experts:swiglu")}
+    peers["mine:off"] = Outcome(note="wrong: an error of 1.0e-01", right=False)
+    return replace(row, ours=Outcome(row.floor_s * 2, right=True), peers=peers)
+
+
+def labels(axes: Any) -> list[str]:
+    return [label.get_text() for label in axes.get_legend().get_texts()]
+
+
+@pytest.mark.compiled
+def test_plot_of_floors_predicted_times_and_times() -> None:
+    pytest.importorskip("matplotlib")
+    rows = dense("expert_swiglu", "rms_norm")
+    figure = figure_of(rows, H100)
+    experts, norm = figure.axes
+    assert "these are floors and predicted times" in " ".join(figure.get_suptitle().split())
+    assert labels(experts) == labels(norm) == ["predicted", "floor"]
+    assert experts.get_title() == "expert_swiglu, bfloat16, H4096 I14336 E8 K2"
+    assert [tick.get_text() for tick in experts.get_yticklabels()] == [f"T{T}" for T in TOKENS]
+    (bars,) = experts.collections
+    ends = [segment[:, 0].tolist() for segment in bars.get_segments()]
+    said = [row.predicted for row in rows if row.case.op.name == "expert_swiglu"]
+    assert ends == [pytest.approx([1e6 * one.seconds, 1e6 * one.cautious]) for one in said if one]
+    figure = figure_of([replace(row, predicted=None) for row in rows], GPUS["a10"])
+    assert "these are floors" in figure.get_suptitle() and labels(figure.axes[0]) == ["floor"]
+
+
+@pytest.mark.compiled
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("timed", [False, True])
+def test_no_label_of_the_plot_overlaps_another(timed: bool, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = floors("expert_swiglu", "attention", "linear")
+    figure = figure_of(list(map(with_times, rows)) if timed else rows, H100)
+    figure_of([], H100).savefig(tmp_path / "empty.pdf")
+    figure.savefig(tmp_path / "a.png")  # computes the layout
+    texts = [label for axes in figure.axes for label in (axes.title, *axes.get_legend().get_texts())]
+    for axes in figure.axes:
+        texts += axes.get_yticklabels()
+    boxes = [(label.get_text(), label.get_window_extent()) for label in texts]
+    boxes += [("axes", axes.get_window_extent()) for axes in figure.axes]
+    assert [(a, b) for (a, one), (b, other) in combinations(boxes, 2) if one.overlaps(other)] == []
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for _, box in boxes)
+
+
+@pytest.mark.compiled
+def test_cases_are_horizontal_bars_by_their_floors() -> None:
+    pytest.importorskip("matplotlib")
+    rows = floors("linear")
+    (axes,) = figure_of(list(map(with_times, rows)), H100).axes
+    assert len(axes.patches) == len(rows)
+    floors_us = [bar.get_width() for bar in axes.patches]
+    assert floors_us == sorted(1e6 * row.floor_s for row in rows)
+    (times, *_) = axes.lines
+    assert times.get_xdata() == pytest.approx([2 * one for one in floors_us]) and axes.get_xscale() == "log"
+    assert len(axes.get_yticklabels()) == len(rows) and axes.get_xlabel() == "time, us"
+    assert labels(axes) == ["ours", "torch", "examples.my_experts:swiglu", "predicted", "floor"]

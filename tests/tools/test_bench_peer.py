@@ -1,8 +1,5 @@
 """A user's function as a peer: found, called, and checked before it is timed."""
 
-from __future__ import annotations
-
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +11,6 @@ import torch
 from torch import Tensor
 
 from examples.my_experts import swiglu
-from mixtral_triton.cli import main
 from mixtral_triton.kernels import reference
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
@@ -22,12 +18,13 @@ from mixtral_triton.tools.bench.cases import Case, Oracle, cases
 from mixtral_triton.tools.bench.measure import checked_row, timed_row
 from mixtral_triton.tools.bench.peers import PEERS, import_peer, user_peer
 from mixtral_triton.tools.gpus import GPUS
+from tests.cli.commands import error_line, output, run_json
 from tests.tools.test_bench import use_bench
 
-ROOT = Path(__file__).parents[2]
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
+NORM = {"x": None, "weight": None, "eps": 0.0}
 SIZES = {"T": 7, "H": 32, "I": 24, "E": 4, "K": 2}
-TEXT = ",".join(f"{letter}={size}" for letter, size in SIZES.items())
+BENCH = "bench expert_swiglu --sizes T=7,H=32,I=24,E=4,K=2"
 EXAMPLE = "examples.my_experts:swiglu"
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="prints what a machine without a GPU prints")
 
@@ -82,11 +79,6 @@ def peer_options(*names: str) -> list[str]:
     return [word for name in names for word in ("--peer", f"mine_for_bench:{name}")]
 
 
-def read_row(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    lines = map(json.loads, capsys.readouterr().out.splitlines())
-    return next(line for line in lines if line["kind"] == "row")
-
-
 WRONG = {
     "off": "wrong: an error of ",
     "shaped": "wrong: results of shape [1, 7, 32], where [7, 32] would be right",
@@ -100,42 +92,36 @@ WRONG = {
 
 @pytest.mark.compiled
 @without_gpu
-def test_wrong_peers_have_notes_and_exit_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["bench", "expert_swiglu", "--sizes", TEXT, "--peer", EXAMPLE, *peer_options(*WRONG), "--json"]
-    assert main(args) == 1
-    peers = {name.partition(":")[2]: outcome for name, outcome in read_row(capsys)["peers"].items()}
+def test_wrong_peers_have_notes_and_exit_1(folder: Path) -> None:
+    row = run_json(f"{BENCH} --peer {EXAMPLE}", *peer_options(*WRONG), status=1)[1]
+    peers = {name.partition(":")[2]: outcome for name, outcome in row["peers"].items()}
     assert peers["swiglu"]["right"] and peers["swiglu"]["note"].startswith("right, not timed")
     for name, note in WRONG.items():
         assert peers[name]["right"] is False and peers[name]["time_us"] is None and note in peers[name]["note"]
 
 
 @without_gpu
-def test_triton_peers_are_checked_where_their_kernels_are_interpreted(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_triton_peers_are_checked_where_their_kernels_are_interpreted(folder: Path) -> None:
     (folder / "kernel_for_bench.py").write_text(TRITON)
     outcomes = {"norm": (0, True, "right, not timed"), "double": (1, False, "wrong: an error of")}
     for name, (status, right, note) in outcomes.items():
         if not INTERPRETED:  # a process that compiles has no driver to launch by
             status, right, note = 0, None, "not checked: its Triton kernels need a GPU, or TRITON_INTERPRET=1"
-        peer = ["--peer", f"kernel_for_bench:{name}"]
-        assert main(["bench", "rms_norm", "--sizes", "T=3,H=80", "--dtype", "float32", "--json", *peer]) == status
-        (found,) = read_row(capsys)["peers"].values()
+        command = f"bench rms_norm --sizes T=3,H=80 --dtype float32 --peer kernel_for_bench:{name}"
+        (found,) = run_json(command, status=status)[1]["peers"].values()
         assert found["right"] is right and found["time_us"] is None and found["note"].startswith(note)
 
 
 @pytest.mark.compiled
-def test_only_right_peers_are_timed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_right_peers_are_timed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     use_bench(monkeypatch, timer=lambda call: (calls.append(call()), 1e-3)[1])
     without = [word for name in ("torch.compile", "HF grouped_mm", "Liger", "vLLM") for word in ("--without", name)]
-    args = ["bench", "expert_swiglu", "--sizes", TEXT, *without, "--peer", EXAMPLE]
-    assert main([*args, "--json"]) == 0 and len(calls) == 3, "ours, torch, and the example"
-    assert read_row(capsys)["peers"][EXAMPLE] == {"time_us": 1e3, "note": None, "right": True, "ratio": 1.0}
-    assert main([*args, *peer_options("off", "writes")]) == 1 and len(calls) == 6
-    assert capsys.readouterr().out.count("wrong: ") == 2
+    args = [f"{BENCH} --peer {EXAMPLE}", *without]
+    _, row = run_json(*args)
+    assert row["peers"][EXAMPLE] == {"time_us": 1e3, "note": None, "right": True, "ratio": 1.0}
+    assert len(calls) == 3, "ours, torch, and the example"
+    assert output(*args, *peer_options("off", "writes"), status=1).count("wrong: ") == 2 and len(calls) == 6
 
 
 def unrooted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -183,11 +169,9 @@ def test_a_peer_must_be_right_in_fp32_and_with_ties(fault: str) -> None:
     assert outcome.right is right and str(outcome.note).endswith(note), outcome
 
 
-def test_help_after_an_operation_lists_arguments_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["bench", "rms_norm", "attention", "--help"])
-    text = capsys.readouterr().out
-    assert left.value.code == 0 and "--sizes T=1,H=4096" in text and "weight    [H]" in text
+def test_help_after_an_operation_lists_arguments_and_sizes() -> None:
+    text = output("bench rms_norm attention --help")
+    assert "--sizes T=1,H=4096" in text and "weight    [H]" in text
     assert "attention --sizes B=" in text and "causal           False: iff" in text
 
 
@@ -226,19 +210,6 @@ def test_a_case_too_large_for_a_cpu_is_not_checked() -> None:
     assert Case(OPS["expert_swiglu"], SIZES).too_large_for_cpu() is None
 
 
-@pytest.mark.compiled
-@without_gpu
-def test_documented_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    documented = (ROOT / "docs" / "bench.md").read_text().replace("\n\n", "\n")
-    line = f"bench expert_swiglu --sizes T=16,H=256,I=512,E=8,K=2 --peer {EXAMPLE}"
-    assert line in documented and main(line.split()) == 0
-    note = "right, not timed: there is no GPU"
-    assert f"{EXAMPLE}, T16 H256 I512 E8 K2: {note}" in " ".join(capsys.readouterr().out.split())
-
-
-NORM = {"x": None, "weight": None, "eps": 0.0}
-
-
 def test_modules_are_imported_from_the_current_folder_first(folder: Path) -> None:
     (folder / "json_for_bench.py").write_text("from operator import add\nclass Kept:\n    f = staticmethod(add)\n")
     later = "def f(*args):\n    import mine_for_bench\n    return mine_for_bench.NUMBER\n"
@@ -259,10 +230,8 @@ def test_modules_are_imported_from_the_current_folder_first(folder: Path) -> Non
         ("mine_for_bench:NUMBER", "is a int, needs a function"),
     ],
 )
-def test_bad_peer_is_one_line(peer: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "expert_swiglu", "--peer", peer]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
+def test_bad_peer_is_one_line(peer: str, message: str, folder: Path) -> None:
+    assert message in error_line("bench expert_swiglu --peer", peer)
 
 
 def test_quantized_weights_have_sizes_and_no_dense_peer() -> None:

@@ -1,32 +1,199 @@
-"""`pytest benchmarks/` collects its cases, and without a GPU runs them with the torch backend and says so."""
-
-from __future__ import annotations
+"""The GPU day: stand-ins for its commands run, die, resume or exceed a budget; the real ones use a simulated GPU. And
+`pytest benchmarks/` collects its cases, and without a GPU runs them with the torch backend and says so."""
 
 import json
 import os
+import re
+import shlex
 import subprocess
-import sys
+import time
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-pytest.importorskip("pytest_benchmark")
-pytestmark = [
-    pytest.mark.compiled,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says"),
-]
+from benchmarks import gpu_day
+from benchmarks.gpu_day import day, parts
+from mixtral_triton.kernels.op import Cost
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools import terminal
+from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
+from mixtral_triton.tools.bench.measure import Outcome, Row
+from tests.cli.commands import ROOT
+from tests.cli.commands import python as start
+
+pytestmark = pytest.mark.compiled
 
 
-def run(*args: str, plugins: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run pytest as a user does, from the root and not as a worker of another pytest."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(plugins), str(ROOT)])
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", "-p", "no:xdist", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+def python(*codes: str) -> gpu_day.Part:
+    return 9, {f"c{number}": f"-c {shlex.quote(code)} bench " for number, code in enumerate(codes)}
 
 
+def row(time_us: float, **sizes: int) -> dict[str, Any]:
+    case = Case(BENCHED["decode_step"], {**BENCHED["decode_step"].bench_shapes[0], **sizes})
+    peers = {"HF eager": Outcome(4e-6 * time_us), "HF static cache": Outcome(note="fails: RuntimeError: no")}
+    line = Row(case, Cost(10, 20), time_us * 5e-7, "memory", ("k",), Outcome(time_us * 1e-6), peers).as_dict()
+    return {"kind": "row", **line}
+
+
+ROWS = [row(400.0, L=1), row(1000.0, L=4)]
+HOST = {"rows": [{"layer": "ours", "us": 1.0, "of eager": 0.25}], "plain_launch_us": 5.0}
+TESTS = """print('''t.py::a PASSED [ 25%]
+t.py::b[x y] FAILED [ 50%]
+t.py::c SKIPPED (needs more) [ 75%]
+t.py::d ''', end="", flush=True)
+import os; os.abort()"""
+
+
+def read(folder: Path) -> tuple[dict[str, Any], str]:
+    return json.loads((folder / "gpu_day.json").read_text()), (folder / "gpu_day.md").read_text()
+
+
+def test_results_and_report(tmp_path: Path) -> None:
+    rows = "\n".join(map(json.dumps, ROWS))
+    codes = {"tests": TESTS, "decode": f"print({rows!r})", "host": f"print({json.dumps(HOST)!r})"}
+    state = day({name: python(code) for name, code in codes.items()}, tmp_path, budget_s=600)
+    assert [part["status"] for part in state.values()] == ["failed", "done", "done"]
+    found, page = read(tmp_path)
+    outcomes = {"t.py::a": "passed", "t.py::b[x y]": "failed", "t.py::c": "skipped", "t.py::d": "died"}
+    assert found["tests"] == outcomes and found["rows"] == ROWS
+    assert f"torch {metadata.version('torch')}" in found["setup"][0]
+    for text in ("| t.py::d | died |", "| tests | failed |", "| ours | 1 | 0.25 |"):
+        assert text in page
+    assert "| 1,000 | 500 | 0.5 | - | HF eager 4.00 | HF static cache: fails: RuntimeError: no |" in page
+    lines = page.splitlines()
+    for at, line in enumerate(lines):  # a row has as many cells as the head
+        if line.startswith("| ---"):
+            assert lines[at - 1].count("|") == line.count("|") == lines[at + 1].count("|")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+@pytest.mark.slow
+def test_a_part_over_budget_is_killed_with_its_children_and_a_second_run_continues(tmp_path: Path) -> None:
+    pid, log = tmp_path / "pid", tmp_path / "log"
+    child = f"""
+import os, subprocess, sys, time
+print({json.dumps(ROWS[0])!r}, flush=True)
+if os.path.exists({str(pid)!r}):
+    sys.exit()
+p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(pid)!r}, "w").write(str(p.pid))
+print('{{"kind": "ro', flush=True)
+time.sleep(60)"""
+    selected = {"decode": python(child), "next": python(f"open({str(log)!r}, 'a').write('n')")}
+    start = time.monotonic()
+    state = day(selected, tmp_path, budget_s=300)
+    assert time.monotonic() - start < 30 and [part["status"] for part in state.values()] == ["over budget", "done"]
+    deadline = time.monotonic() + 5
+    while is_alive(int(pid.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(int(pid.read_text()))
+    found, page = read(tmp_path)
+    assert found["rows"] == ROWS[:1] and "over budget" in page
+    assert {part["status"] for part in day(selected, tmp_path, budget_s=600).values()} == {"done"}
+    assert read(tmp_path)[0]["rows"] == ROWS[:1] and log.read_text() == "n", "what was done is not repeated"
+
+
+def test_no_part_starts_without_budget(tmp_path: Path) -> None:
+    state = day({"slow": (570, python("import time; time.sleep(60)")[1]), "late": python("print(1)")}, tmp_path, 1.5)
+    assert [part["status"] for part in state.values()] == ["over budget", "not started"]
+
+
+def test_parts_cover_every_operation_within_ten_minutes() -> None:
+    every = parts()
+    assert sum(seconds for seconds, _ in every.values()) < 600
+    commands = [shlex.split(command) for _, commands in every.values() for command in commands.values()]
+    assert set(BENCHED) == {args[4] for args in commands if "bench" in args}
+    tests = [args for args in commands if "pytest" in args]
+    simulated = parts(dry=True)["tests"][1]
+    assert simulated.keys() == every["tests"][1].keys()
+    assert all(" --first" in command and "--executes" in command for command in simulated.values())
+    assert {f"-k=-{name}-" for name in OPS} == {args[-1] for args in tests if args[-1].startswith("-k")}
+    files = {args[-1] for args in tests if not args[-1].startswith("-k")}
+    assert "tests/model/test_model.py" in files and all((ROOT / file).is_file() for file in files)
+    decode = shlex.split(every["decode"][1]["decode_step"])
+    at = [decode[place + 1] for place, word in enumerate(decode) if word == "--at"]
+    assert {case.sizes["L"] for case in cases(["decode_step"], at=at)} == {1, 4}, "two depths give the time of a layer"
+    # Ours and eager transformers are timed before torch.compile runs.
+    order = list(every)
+    for part in order[: order.index("decode compiled")]:
+        for command in (command for command in every[part][1].values() if " bench " in command):
+            assert "torch.compile" in command and ("decode_step" not in command or "HF static cache" in command)
+    (layer,) = every["experts in bf16"][1].values()
+    sizes = {int(text) for text in re.findall(r"T=(\d+),", layer)}
+    assert order[1] == "experts in bf16" and sizes == {1, 8, 64, 512, 1024, 1536, 2048, 4096}
+    assert order[0] == "compile"
+
+
+def run_dry(out: Path, *options: str) -> tuple[int, dict[str, Any], str]:
+    run = start("benchmarks/gpu_day.py", "--dry", *options, "--out", out, "--budget-s", "20000")
+    return run.returncode, *read(out)
+
+
+@pytest.mark.slow
+def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_commands(tmp_path: Path) -> None:
+    share, commands = parts(dry=True, breaks="append_kernel")["tests"]
+    day({"tests": (share, {name: commands[name] for name in ("append", "route")})}, tmp_path, budget_s=20000)
+    status, found, _ = run_dry(tmp_path, "append_kernel", "--parts", "compile", "attention", "decode")
+    codes = {(name, command): code for name, part in found["parts"].items() for command, code in part["exit"].items()}
+    failed = {name for name, code in codes.items() if code}
+    assert status == 1 and failed == {("attention", "append"), ("tests", "append")}
+    notes = {each["op"]: each["note"] for each in found["rows"]}
+    assert "illegal memory access" in notes.pop("append")
+    assert notes == dict.fromkeys(("attention", "cached_attention", "rope_append_attention", "decode_step"))
+    ends = {(re.search("append|route", test)[0], end) for test, end in found["tests"].items()}  # type: ignore[index]
+    assert ends == {("append", "failed"), ("route", "passed")}
+
+
+@pytest.mark.slow
+def test_rates_host_time_and_offloaded_experts_run_on_the_simulated_gpu(tmp_path: Path) -> None:
+    selected = ["experts in bf16", "rates", "decode offloaded", "host"]
+    status, found, page = run_dry(tmp_path, "--parts", *selected)
+    assert status == 0 and list(found["parts"]) == selected
+    assert len(found["host"]) == 3
+    assert [(each["op"], each["right"]) for each in found["rows"]] == [("expert_swiglu", True), ("decode_step", True)]
+    assert found["rows"][1]["sizes"]["offload"] == 2 and found["rows"][1]["host_bytes"] > 0
+    figures = {each[""] for each in found["checks"] if each["check"] == "rates"}
+    assert figures >= {"l2", "launch_gap", "pdl_gap", "tile", "clocks under load"} and "| rates | l2 |" in page
+
+
+BAD_INPUT = {"--parts tests lunch": "lunch", "": "there is no GPU: nothing was measured"}
+BAD_INPUT |= {"no compiler": "no gcc or clang", "no header": "Python.h is not there: install python3-dev"}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line(case: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    on_gpu = case.startswith("no ")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(terminal.shutil, "which", lambda name: None if case == "no compiler" else "/bin/gcc")
+    monkeypatch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(SystemExit) as error:
+        gpu_day.main([] if on_gpu else case.split())
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and BAD_INPUT[case] in printed and len(printed.splitlines()) == 1
+
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+
+
+def run(*args: Any, plugins: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run pytest as a user does, from the root."""
+    pytest.importorskip("pytest_benchmark")
+    paths = os.pathsep.join([str(plugins), str(ROOT)])
+    return start("-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", "-p", "no:xdist", *args, PYTHONPATH=paths)
+
+
+@without_gpu
 def test_cases_of_every_kind_run_and_name_the_device(tmp_path: Path) -> None:
     file, kinds = tmp_path / "times.json", {"rms_norm", "expert_swiglu", "linear", "decode_step"}
     done = run("-q", "-k", " or ".join(kinds), f"--benchmark-json={file}")
@@ -45,6 +212,7 @@ bench.our_call = lambda case, args: lambda **kwargs: correct(case, args)(**kwarg
 """
 
 
+@without_gpu
 @pytest.mark.slow
 def test_wrong_operation_fails(tmp_path: Path) -> None:
     (tmp_path / "off_for_benchmarks.py").write_text(OFF)

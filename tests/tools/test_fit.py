@@ -1,7 +1,5 @@
 """fit: its bytes beside independent arithmetic and what the code allocates; its command, GPUs and offloaded experts."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace
@@ -13,19 +11,20 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.cache import cache_bytes
-from mixtral_triton.cli import SMALL, main, parser
+from mixtral_triton.cli import SMALL, parser
 from mixtral_triton.generate import prefill, sample
 from mixtral_triton.inputs import WEIGHT_FORMATS as FORMATS
 from mixtral_triton.inputs import check_memory
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, select_experts, table_bytes, workspace_bytes
+from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, table_bytes, workspace_bytes
 from mixtral_triton.quantize import select_specs
 from mixtral_triton.tools.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
 from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
-from mixtral_triton.tools.work import count_work
+from mixtral_triton.tools.predict import count_work
 from mixtral_triton.weights import parameter_shapes
+from tests.cli.commands import error_line, output, run, run_json
 from tests.support import hub
-from tests.support.live_bytes import LiveBytes
+from tests.support.memory import LiveBytes
 
 pytestmark = pytest.mark.compiled
 SMALLER, LARGER = KNOWN["mixtral-8x7b"], KNOWN["mixtral-8x22b"]
@@ -51,7 +50,6 @@ def plan(config: MixtralConfig, specs: Any, mib: int, batch: int, context: int) 
 
 
 def test_the_published_counts_and_sizes() -> None:
-    """GB; the experts alone quantized."""
     assert parameters(SMALLER) == (46_702_792_704, 12_879_925_248)
     # Published with 32,000 words: 768 more in the embedding, and as many in the head.
     assert parameters(LARGER)[0] == 140_620_634_112 + 2 * 768 * 6144
@@ -60,12 +58,17 @@ def test_the_published_counts_and_sizes() -> None:
         assert [round(one, 1) for one in sizes] == want
 
 
-def test_a_tied_head_is_not_quantized() -> None:
-    """It is the embedding, whose rows are read one at a time."""
+def test_a_tied_head_is_not_quantized_and_columns_that_are_no_whole_unit_are_padded() -> None:
+    """The head is the embedding, whose rows are read one at a time."""
     tied = replace(SMALLER, tie_word_embeddings=True)
     assert size(SMALLER, None) - size(tied, None) == 2 * 32000 * 4096
     gone = size(SMALLER, {"linear": "int8"}) - size(tied, {"linear": "int8"})
     assert gone == 32000 * 4096 + 4 * 32000
+    config = replace(MixtralConfig.from_pretrained(SMALL), hidden_size=208, intermediate_size=333)
+    assert list(format_specs(config)) == ["as stored", "fp8", "int8"]  # int4 has no group that divides the columns
+    padded = 4 * 8 * (2 * 333 * 256 + 208 * 384) + 4 * 4 * 8 * (2 * 333 + 208)
+    dense = 4 * 8 * (2 * 333 * 208 + 208 * 333)
+    assert size(config, "int8") - size(config, None) == padded - 2 * dense
 
 
 @pytest.mark.parametrize("weights", FORMATS.values(), ids=FORMATS)
@@ -74,14 +77,6 @@ def test_weights_are_the_bytes_of_the_loaded_model(weights: Any) -> None:
     held = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers()) if x.dtype != torch.float32}
     scales = sum(x.nbytes for x in model.buffers() if x.dtype == torch.float32) - model.cos.nbytes - model.sin.nbytes
     assert size(model.config, weights) == sum(held.values()) + scales
-
-
-def test_columns_that_are_no_whole_unit_are_padded() -> None:
-    config = replace(MixtralConfig.from_pretrained(SMALL), hidden_size=208, intermediate_size=333)
-    assert list(format_specs(config)) == ["as stored", "fp8", "int8"]  # int4 has no group that divides the columns
-    padded = 4 * 8 * (2 * 333 * 256 + 208 * 384) + 4 * 4 * 8 * (2 * 333 + 208)
-    dense = 4 * 8 * (2 * 333 * 208 + 208 * 333)
-    assert size(config, "int8") - size(config, None) == padded - 2 * dense
 
 
 def test_cache_bytes_are_those_of_a_kv_cache() -> None:
@@ -159,7 +154,6 @@ def test_tight_is_within_two_percent_and_counts_another_gpu() -> None:
 
 
 def test_find_gpu_by_name() -> None:
-    """No two share one."""
     sizes = {"h100": 81559, "H100 80GB HBM3": 81559, "rtx 5090": 32607, "NVIDIA GeForce RTX 4090": 24564}
     sizes |= {"A100": 81920, "a100-sxm4-40gb": 40960, "6000 ada": 49140, "AMD Instinct MI300X": 196592}
     assert {name: find_gpu(name).bytes for name in sizes} == {name: mib * 2**20 for name, mib in sizes.items()}
@@ -167,35 +161,27 @@ def test_find_gpu_by_name() -> None:
     assert len(names) == len(set(names))
 
 
-def fit(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
-    status = main(["fit", *args])
-    return status, capsys.readouterr().out
-
-
 def row(text: str, label: str) -> list[str]:
     """The words of a table's row, behind its label."""
     return re.search(rf"^{re.escape(label)} +(\S.*)$", text, re.M)[1].split()  # type: ignore[index]
 
 
-def test_an_h100_holds_eight_bits_and_a_4090_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    status, text = fit(capsys, "--gpu", "h100")
-    assert status == 0 and "FITS: int4, linear int8; fp8; int8; int4\n" in text
+    text = output("fit --gpu h100")
+    assert "FITS: int4, linear int8; fp8; int8; int4\n" in text
     assert row(text, "bf16")[:2] == ["93.4", "GB"] and row(text, "bf16")[-3:] == ["-", "2", "no"]
     for label, size in (("fp8", "48.3"), ("int8", "48.3"), ("int4", "26.5"), ("int4, linear int8", "25.0")):
         assert row(text, label)[0] == size and row(text, label)[-3:] == ["32,768", "1", "fits"]
     assert "Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8 (" in text
-    status, text = fit(capsys, "mixtral-8x7b", "--gpu", "rtx4090")
-    assert status == 1 and {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
+    text = output("fit mixtral-8x7b --gpu rtx4090", status=1)
+    assert {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
     assert row(text, "int4, linear int8")[-2:] == ["2", "no"] and "\nNO FORMAT FITS\n" in text
 
 
-def test_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
-    status, text = fit(capsys, "mixtral-8x22b", "--gpu", "H200", "--batch", "2", "--context", "4096", "--json")
-    found = json.loads(text)
-    assert status == 0 and found["gpu"] == {"name": "H200", "bytes": 143771 * 2**20}
+def test_json_is_exact() -> None:
+    found = run_json("fit mixtral-8x22b --gpu H200 --batch 2 --context 4096")
+    assert found["gpu"] == {"name": "H200", "bytes": 143771 * 2**20}
     assert (found["parameters"], found["batch"], found["context"]) == (parameters(LARGER)[0], 2, 4096)
     for one in found["formats"]:
         parts = one["bytes"]
@@ -205,57 +191,43 @@ def test_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     assert [one["format"] for one in found["formats"]] == list(FORMATS)
 
 
-def test_a_folder_needs_its_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_bytes((SMALL / "config.json").read_bytes())
-    status, text = fit(capsys, str(tmp_path), "--memory", "2.5", "--json")
-    assert status == 0 and json.loads(text)["parameters"] == sum(
-        x.numel() for x in Mixtral.from_pretrained(SMALL, "meta").parameters()
-    )
-
-
 @pytest.mark.parametrize(("field", "status"), [("num_hidden_layers", 2), ("num_local_experts", 1), ("vocab_size", 1)])
-def test_absurd_sizes_end_at_once(field: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_absurd_sizes_end_at_once(field: str, status: int, tmp_path: Path) -> None:
     values = json.loads((SMALL / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, field: 2**31 - 8}))
-    assert main(["fit", str(tmp_path), "--gpu", "b300"]) == status
-    assert "Traceback" not in capsys.readouterr().err
+    assert run("fit --gpu b300", tmp_path)[0] == status
 
 
-def test_without_a_gpu_all_gpus_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_all_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, text = fit(capsys, "--json", "--context", "1000")
-    needs = {gpu["name"]: gpu["gpus_needed"] for gpu in json.loads(text)["gpus"]}
-    assert status == 0 and list(needs) == [gpu.name for gpu in GPUS.values()]
+    found = run_json("fit --context 1000")["gpus"]
+    needs, gpus = ({gpu["name"]: gpu[key] for gpu in found} for key in ("gpus_needed", "offload"))
+    assert list(needs) == [gpu.name for gpu in GPUS.values()]
     assert needs["H100 80GB"] == {"as stored": 2, "fp8": 1, "int8": 1, "int4": 1, "int4, linear int8": 1}
-    gpus = {gpu["name"]: gpu["offload"] for gpu in json.loads(text)["gpus"]}
     assert {format: one["experts"] for format, one in gpus["H100 80GB"].items()} == {"as stored": 32}
     assert all(one["tokens_per_second"] for name in gpus if name[:5] == "RTX 4" for one in gpus[name].values())
     assert gpus["H200"] == {} and gpus["A40"]["as stored"]["tokens_per_second"] == []
 
 
-def test_the_gpu_at_hand_gives_its_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_at_hand_gives_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         name, total_memory = "A GPU", 50_000 * 2**20 + 17
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    status, text = fit(capsys, "--json")
-    found = json.loads(text)
-    assert status == 0 and found["gpu"] == {"name": "A GPU", "bytes": 50_000 * 2**20}
+    assert run_json("fit")["gpu"] == {"name": "A GPU", "bytes": 50_000 * 2**20}
 
 
-def test_a_quantized_folder_has_one_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What its tensors take; no other format can be asked for."""
+def test_a_quantized_folder_has_one_format(tmp_path: Path) -> None:
     hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
     held = Mixtral.from_pretrained(tmp_path, "cpu")
-    status, text = fit(capsys, str(tmp_path), "--memory", "2", "--json")
-    (one,) = json.loads(text)["formats"]
+    (one,) = run_json("fit --memory 2", tmp_path)["formats"]
     rest = held.cos.nbytes + held.sin.nbytes
-    assert status == 0 and one["weights"] is None
+    assert one["weights"] is None
     assert one["bytes"]["weights"] == sum(x.nbytes for x in (*held.parameters(), *held.buffers())) - rest
-    assert "awq" in fit(capsys, str(tmp_path), "--memory", "2")[1]
+    assert "awq" in output("fit --memory 2", tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    assert main(["fit", str(tmp_path)]) == 2
+    assert error_line("fit", tmp_path)
 
 
 def bytes_of(weights: Any) -> int:
@@ -295,15 +267,16 @@ def test_memory_check_passes_what_fits_and_ignores_a_cpu(monkeypatch: pytest.Mon
 OFFLOADED = {
     ("rtx4080", "int4, linear int8"): (117, 512, 8),
     ("rtx3090", "int4, linear int8"): (18, 512, 28),
+    ("rtx4090", "int4, linear int8"): (18, 512, 28),
     ("rtx5090", "fp8"): (98, 512, 7),
     ("h100", "as stored"): (35, 2048, 10),
 }
 
 
 @pytest.mark.parametrize(("gpu", "format"), OFFLOADED)
-def test_experts_in_host_memory(gpu: str, format: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(fit(capsys, "--gpu", gpu, "--context", "4096", "--json")[1])
-    one = next(one for one in found["formats"] if one["format"] == format)
+def test_experts_in_host_memory(gpu: str, format: str) -> None:
+    formats = json.loads(run(f"fit --gpu {gpu} --context 4096 --json")[1])["formats"]
+    one = next(one for one in formats if one["format"] == format)
     experts, chunk, least = OFFLOADED[gpu, format]
     offload, width = one["offload"], {"as stored": 2, "fp8": 1}.get(format, 0.5)
     assert (offload["experts"], offload["of"], offload["chunk"]) == (experts, 256, chunk) and offload["embedding"]
@@ -321,56 +294,18 @@ def test_experts_in_host_memory(gpu: str, format: str, capsys: pytest.CaptureFix
     assert total + workspace[1] - embedding - (experts - 1) * each + -(-(experts - 1) // 32) * each > limit
 
 
-def test_the_rtx_4090_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
-    """8x7B in int4 with linear int8, one sequence of 4,096 tokens: all sums, in bytes."""
-    expert = 3 * 14336 * 4096 // 2  # gate, up and down in 4 bits: 88,080,384
-    scales = 3 * 14336 * 4096 // 128 * 2  # bf16, of 128 columns: 2,752,512
-    attention = (4096 + 1024 + 1024 + 4096) * (4096 + 4)  # q, k, v and o in 8 bits, fp32 scales of rows: 41,984,000
-    layer = 8 * (expert + scales) + attention + 8 * 4096 * 2 + 2 * 4096 * 2  # the gate, two norms: 768,729,088
-    embedding, head = 32000 * 4096 * 2, 32000 * (4096 + 4)  # 262,144,000 and 131,200,000
-    weights = 32 * layer + embedding + head + 4096 * 2
-    cache = 32 * 2 * 8 * 128 * 4096 * 2  # layers, keys and values, heads, columns, tokens, bf16: 536,870,912
-    rest = 2 * 32768 * 64 * 4 + 64 * 32000 + 5 * 2**28  # rotary tables, logits, the driver: 1,361,002,496
-    # A token of a chunk: seven vectors of H, two slots of two of H and one of I, the gate's logits; the chunk before.
-    token = (7 * 4096 + 2 * (2 * 4096 + 14336) + 8 + 4096) * 2 + 16 + 2 * 12  # 155,704
-    limit = 24564 * 2**20 * 98 // 100  # 25,242,076,446
-    sums = {"weights": weights, "cache": cache, "workspace": 2048 * token + 8 * 4096, "total": 27_209_470_976}
-    formats = json.loads(fit(capsys, "--gpu", "rtx4090", "--context", "4096", "--json")[1])["formats"]
-    (one,) = (one for one in formats if one["format"] == "int4, linear int8")
-    assert sums == {name: one["bytes"][name] for name in sums} and weights == 24_992_683_008
-    fewest = {}
-    for chunk in (2048, 1024, 512):
-        on_gpu = weights - embedding + cache + rest + chunk * token + 8 * 4096
-        for count in range(1, 33):  # the buffers hold one expert of a layer
-            if on_gpu - count * expert + expert <= limit:
-                fewest[chunk] = count, on_gpu - count * expert + expert, count * expert + embedding
-                break
-    assert {chunk: count for chunk, (count, _, _) in fewest.items()} == {2048: 21, 1024: 19, 512: 18}
-    offload = one["offload"]
-    assert (offload["chunk"], offload["staging_bytes"], offload["embedding"]) == (512, expert, True)
-    assert fewest[512] == tuple(offload[name] for name in ("experts", "device_bytes", "host_bytes"))
-    # Of a token: 2 of 8 experts a layer by uniform routing, of which 18 of 256 lie there, and a row of the embedding.
-    placed = select_experts(SMALLER, 18), True
-    model = Mixtral(SMALLER, "meta", BF16, False, format_specs(SMALLER)["int4, linear int8"], None, *placed)
-    with record_launches("sm_89") as launches, torch.no_grad():
-        model.hidden(torch.zeros(1, 1, dtype=torch.int64, device="meta"), KVCache(SMALLER, 1, 64, "meta"))
-    crossing = sum(count_work(each).host for each in launches)
-    assert crossing == pytest.approx(32 * 2 * 18 / 256 * expert + 4096 * 2)  # 396,369,920
-
-
-def test_offloading_is_the_command_to_run(capsys: pytest.CaptureFixture[str]) -> None:
-    status, text = fit(capsys, "mixtral-8x7b", "--gpu", "rtx4090", "--context", "4096")
+def test_offloading_is_the_command_to_run() -> None:
+    text = output("fit mixtral-8x7b --gpu rtx4090 --context 4096", status=1)
     command = "mixtral-triton generate FOLDER --weights experts=int4,linear=int8 --offload auto\n"
-    assert status == 1 and text.endswith(f"NO FORMAT FITS\nWith experts in host memory: {command}")
+    assert text.endswith(f"NO FORMAT FITS\nWith experts in host memory: {command}")
     placed = "18 of 256 experts and the embedding in host memory, prompts in chunks of 512 tokens (3 experts fewer)"
     text = " ".join(text.split())
     assert re.search(rf"int4, linear int8, {re.escape(placed)}: \d+-\d+ tokens/s predicted", text)
     arguments = parser().parse_args(command.split()[1:])
     assert (arguments.weights, arguments.offload) == (FORMATS["int4, linear int8"], "auto")
-    text = fit(capsys, "--memory", "24", "--context", "8192")[1]
-    assert text.endswith(f"{command[:-1]} --context 8192\n") and "(3 experts fewer): no prediction" in " ".join(
-        text.split()
-    )
+    text = output("fit --memory 24 --context 8192", status=1)
+    assert text.endswith(f"{command[:-1]} --context 8192\n")
+    assert "(3 experts fewer): no prediction" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("T", [1, 3, 100])
@@ -383,9 +318,7 @@ def test_work_of_offloaded_experts(T: int, format: str) -> None:
         model = Mixtral(config, "meta", specs=format_specs(config)[format], on_host=on_host)
         with record_launches("sm_89") as launches, torch.no_grad():
             model.hidden(torch.zeros(1, T, dtype=torch.int64, device="meta"), KVCache(config, 1, 128, "meta"))
-        works.append(
-            [count_work(one) for one in launches if "experts_up" in one.kernel or "experts_down" in one.kernel]
-        )
+        works.append([count_work(one) for one in launches if one.kernel.startswith(("experts_up", "experts_down"))])
     each = 3 * 4096 * 14336 * (2 if format == "as stored" else 0.5)
     resident, offloaded = (sum(one.memory for one in each) for each in works)
     host, share = sum(one.host for one in works[1]), 2 * (1.0 if T > 64 else 1 - 0.75**T)
@@ -393,9 +326,9 @@ def test_work_of_offloaded_experts(T: int, format: str) -> None:
     assert offloaded == pytest.approx(resident + (host if T > 64 else -host))
 
 
-def test_host_memory_and_link_limit_what_is_offloaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_host_memory_and_link_limit_what_is_offloaded() -> None:
     def offloads(*args: str) -> dict[str, Any]:
-        found = json.loads(fit(capsys, "--gpu", "rtx4090", "--context", "4096", "--json", *args)[1])["formats"]
+        found = run_json("fit --gpu rtx4090 --context 4096", *args, status=1)["formats"]
         return {one["format"]: one["offload"] for one in found if one["offload"]}
 
     assert list(offloads("--host-memory", "3")) == ["int4, linear int8"]

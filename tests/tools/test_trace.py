@@ -1,33 +1,25 @@
 """trace: the routes are the model's, the figures are right, and the command says what it cannot do."""
 
-from __future__ import annotations
-
-import json
+import re
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from mixtral_triton import cli
-from mixtral_triton.cli import SMALL, main
+from mixtral_triton.cli import SMALL
 from mixtral_triton.tools.trace import Trace
+from tests.cli.commands import run_json, shown
 
 PROMPT = "The for statement\n  is used to iterate: naïve."
-pytestmark = [
-    pytest.mark.compiled,
-    pytest.mark.usefixtures("in_process"),
-]
+pytestmark = pytest.mark.compiled
 
 
-def test_the_routes_are_those_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_routes_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
-    assert main(["trace", "--device", "cpu", "--prompt", PROMPT, "--json", "--dtype", "float32"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = run_json("trace --device cpu --dtype float32 --prompt", PROMPT)
     assert found["tokens"][0] == "<s>" and "".join(found["tokens"][1:]) == PROMPT
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        SMALL, dtype=torch.float32, experts_implementation="eager"
-    )
+    settings: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(SMALL, **settings)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(SMALL / "tokenizer.json"))
     ids = torch.tensor([[0, *tokenizer(PROMPT, add_special_tokens=False).input_ids]])
     with torch.no_grad():
@@ -52,40 +44,12 @@ def test_figures_of_a_text_counted_by_hand() -> None:
     assert trace.repeated()[1][0] == pytest.approx(either, abs=0.02)
 
 
-def shown(trace: Trace, color: Any = None) -> str:
-    out = Console(force_terminal=color is not None, color_system=color, width=100)
-    with out.capture() as captured:
-        out.print(trace)
-    return captured.get()
-
-
-def test_text_on_a_terminal() -> None:
+def test_text_on_a_terminal_names_omitted_layers() -> None:
     experts = torch.tensor([[[0, 1], [1, 0], [11, 0]]])
     trace = Trace(("<s>", "def\n", "\n"), experts, 12, [0])
     assert "<s>⁰def¹\n⏎¹¹\n" in shown(trace) and "\x1b" not in shown(trace)
-    assert len({part.split("m")[0] for part in shown(trace, "truecolor").split("48;2;")[1:]}) == 12  # backgrounds
-
-
-@pytest.mark.parametrize(
-    ("layers", "said"), [([0, 2, 5], "layers 1, 3, 4"), ([0, 1, 2, 3, 4], "layers 5"), (range(6), None)]
-)
-def test_omitted_layers_are_named(layers: Any, said: str | None) -> None:
-    text = shown(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2, layers))
-    assert text.count("\nlayer ") == len(layers)
-    assert f"left out: the text of {said}; see --layers" in text if said else "left out" not in text
-
-
-@pytest.mark.parametrize(
-    ("ids", "named"),
-    [([1, 5000], "holds token 5000"), ([1] * 2000, "2000 tokens, needs at most max_position_embeddings, 1024")],
-    ids=("another model's tokenizer", "too long"),
-)
-def test_tokens_outside_the_model_s_limits(
-    ids: list[int], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The error comes before the note about the backend."""
-    monkeypatch.setattr(cli, "select_backend", lambda *_, **__: "plain torch, on the CPU")
-    monkeypatch.setattr(cli, "_tokens", lambda *_: torch.tensor(ids))
-    assert main(["trace", "--device", "cpu", "--prompt", "x"]) == 2
-    error = capsys.readouterr().err
-    assert named in error and len(error.strip().splitlines()) == 1, error
+    assert len({part.split("m")[0] for part in shown(trace, color="truecolor").split("48;2;")[1:]}) == 12  # backgrounds
+    for layers, said in (([0, 2, 5], "layers 1, 3, 4"), ([0, 1, 2, 3, 4], "layers 5"), (range(6), "")):
+        text = shown(Trace(("a", "b"), torch.zeros(6, 2, 1, dtype=torch.long), 2, layers))
+        assert len(re.findall(r"\nlayer \d", text)) == len(layers) and ("left out" in text) == bool(said)
+        assert not said or f"left out: the text of {said}; see --layers" in text

@@ -1,8 +1,5 @@
 """The tuner: the configurations it considers, the faults it finds, how it climbs, and what it prints."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.cli import main
 from mixtral_triton.kernels import launch
-from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig, target_arch
+from mixtral_triton.kernels.launch import LaunchConfig, target_arch
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import measure, tune
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
+from tests.cli.commands import error_line, output, run_json
 
 CPU = torch.device("cpu")
 PREFILL = LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128, "SPLIT_K": 4}, num_warps=8, num_stages=1)
@@ -66,19 +63,6 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
                         assert oracle.fault(measure.our_call(case, args)) is None, (kernel, other)
                     assert used[kernel] == other
         assert candidates or name not in TILED
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_an_overridden_config_reaches_the_launch(name: str) -> None:
-    for case in small(name):
-        found = tune.kernel_configs(case, "sm_90")
-        assert found
-        for kernel, (recorded, config) in found.items():
-            assert (recorded.num_warps, recorded.num_stages) == (config.num_warps, config.num_stages)
-            other = replace(config, num_warps=2 * config.num_warps)
-            changed, _ = tune.kernel_configs(case, "sm_90", {kernel: other})[kernel]
-            assert changed.num_warps == 2 * config.num_warps
-        assert tune.kernel_configs(case, "sm_90")[kernel][1] == config, "the override has ended"
 
 
 @pytest.mark.compiled
@@ -148,64 +132,36 @@ def test_a_config_with_a_wrong_result_is_never_the_best(monkeypatch: pytest.Monk
     assert best == 0 and sum("wrong" in str(outcome.note) for _, outcome in candidates) >= 2
 
 
+@pytest.mark.interpreted
+def test_an_interpreting_process_compiles_nothing() -> None:
+    assert "TRITON_INTERPRET is set" in error_line("tune route --at T=64 --arch sm_90")
+
+
 @pytest.mark.compiled
-def test_command_that_compiles_alone_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "route", "--at", "T=64", "--arch", "sm_120"]) == 0
-    out = capsys.readouterr().out
+def test_command_that_compiles_alone_claims_nothing() -> None:
+    out = output("tune route --at T=64 --arch sm_120")
     assert "Nothing is timed" in out and "sm_120 has no table" in out and "fastest" not in out and "time, us" not in out
-    assert main(["tune", "route", "--at", "T=64", "--dry-run", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = run_json("tune route --at T=64 --arch sm_90")
     assert found["sizes"]["T"] == 64 and found["kernel"] == "route_kernel" and len(found["candidates"]) > 2
     assert all(one["time_us"] is None for one in found["candidates"]) and found["change"] == {}
 
 
 @pytest.mark.compiled
-def test_command_prints_what_to_change_and_where(
-    gpu: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_prints_what_to_change_and_where(gpu: Any, monkeypatch: Any) -> None:
     def climb(case: Case, kernel: str, *rest: Any) -> Any:
         config = tune.kernel_configs(case, "sm_90")[kernel][1]
         faster = replace(config, constexprs={**config.constexprs, "BLOCK_N": 7}, num_stages=9)
         return [(config, measure.Outcome(2.0)), (faster, measure.Outcome(1.0))], 1
 
     monkeypatch.setattr(tune, "tune", climb)
-    assert main(["tune", "linear", "--at", "T=1"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
+    out = " ".join(output("tune linear --at T=1").split())
     assert "kernels/linear.py: BLOCK_N=7 (now 16), num_stages=9 (now 4)" in out, out
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes", "file"),
-    [
-        ("expert_swiglu", {}, "kernels/experts/tiles.py"),
-        ("experts_add_rms_norm", {}, "kernels/experts/tiles.py"),
-        ("expert_swiglu", {"gate_up": "int8"}, "kernels/linear.py"),
-        ("attention", {}, "kernels/attention/tiles.py"),
-    ],
-)
+TABLES = [("expert_swiglu", {}, "experts/tiles"), ("experts_add_rms_norm", {}, "experts/tiles")]
+TABLES += [("expert_swiglu", {"gate_up": "int8"}, "linear"), ("attention", {}, "attention/tiles")]
+
+
+@pytest.mark.parametrize(("name", "sizes", "file"), TABLES)
 def test_file_of_the_tables(name: str, sizes: dict[str, Any], file: str) -> None:
-    assert tune.config_file(Case(OPS[name], sizes)) == file
-
-
-@pytest.mark.compiled
-def test_without_a_gpu_it_says_at_once_what_compile_tells(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert main(["tune", "expert_swiglu", "--at", "T=4096"]) == 2
-    error = capsys.readouterr().err
-    assert "there is no GPU" in error and "compile expert_swiglu --arch sm_90" in error and len(error.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ("decode_step", "route"),
-        ("linear --at T=2048 --at N=32000 --arch sm_90", "TRITON_INTERPRET" if INTERPRETED else "nothing to tune"),
-    ],
-)
-def test_bad_input_is_one_line(
-    args: str, message: str, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-) -> None:
-    assert main(["tune", *args.split()]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1 and not recwarn.list
+    assert tune.config_file(Case(OPS[name], sizes)) == f"kernels/{file}.py"

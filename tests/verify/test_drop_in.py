@@ -1,7 +1,5 @@
 """verify of a transformers model finds faults of the drop-in in padded, packed and cached forwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +85,7 @@ last_slot = lambda k: {"q_offset": k["q_offset"] * 0 + k["kv_length"] - k["q_len
 # The case of the first wrong row, which is attention's, and the faults, written before any was tried. The model of a
 # fault with "window" in its name has one.
 FAULTS: dict[str, dict[str, Inject]] = {
+    "whole text": {"no window": attend("causal", no_window)},
     "left-padded": {
         "padding ignored": result(attention, "first_key", lambda *_: (True, None)),
         "one token of padding seen": result(attention, "first_key", lambda out, _: (True, (out[1] - 1).relu())),

@@ -1,7 +1,5 @@
 """verify runs what generate runs: each launch configuration, batches of unequal length, and generate itself."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter
@@ -14,9 +12,7 @@ import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, ops, reference, verification, verify
-from mixtral_triton.cli import SMALL, main
 from mixtral_triton.kernels import linear, offload, plan
-from mixtral_triton.kernels.attention import op as attention_op
 from mixtral_triton.kernels.experts import op
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
@@ -35,7 +31,6 @@ once = pytest.mark.skipif(INTERPRETED, reason="about the comparison: run once, w
 
 
 def meta_check(model: Mixtral) -> LayerCheck:
-    """The calls of a layer of 8x7B on meta tensors."""
     layer, tables = model.layers[0], {"cos": model.cos, "sin": model.sin}
     x = torch.empty(2, 72, model.config.hidden_size, dtype=torch.bfloat16, device="meta")
     attend = reference.uncached_attention(None, **tables)
@@ -55,6 +50,7 @@ DRAW = torch.Generator().manual_seed(0)
 SIZES = [(B, 1, 4096) for B in range(1, 65)] + [(1, 1, C) for C in (1, 300, 5000, 9000, 20000, 32768)]
 SIZES += [(1, int(T), 4096) for T in torch.randint(2, 2049, (60,), generator=DRAW)]
 SIZES += [(int(B), int(T), 4096) for B, T in torch.randint(2, 65, (20, 2), generator=DRAW)] + [(64, 2048, 4096)]
+EVERY_LENGTH = pytest.param([(1, T, 4096) for T in range(1, 2049)], False, marks=pytest.mark.slow, id="every length")
 
 
 def left_out(
@@ -78,24 +74,14 @@ def left_out(
 
 
 @once
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("sizes", "deterministic"), [(SIZES, False), (SIZES, True), EVERY_LENGTH])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_every_launch_of_generate_is_run(arch: str, deterministic: bool) -> None:
-    missing, not_run, run = left_out(arch, deterministic=deterministic)
+def test_every_launch_of_generate_is_run(arch: str, sizes: Any, deterministic: bool) -> None:
+    missing, not_run, run = left_out(arch, sizes, deterministic=deterministic)
     assert not missing and not not_run
-    constants = {text for kernel, _, text, _ in run if kernel in ("attention_decode_kernel", "gather_by_expert_kernel")}
-    if arch == "sm_90":
-        splits = [] if deterministic else [f"('SPLITS', {n})" for n in (16, 32, 64)]
-        assert all(
-            any(n in text for text in constants) for n in [*splits, *(f"('BLOCK_S', {n})" for n in (16, 32, 64))]
-        )
-
-
-@once
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_every_length_of_a_chunk_is_run(arch: str) -> None:
-    assert not left_out(arch, [(1, T, 4096) for T in range(1, 2049)])[0]
+    constants = "".join(each[2] for each in run if each[0] in ("attention_decode_kernel", "gather_by_expert_kernel"))
+    for n in (16, 32, 64) if arch == "sm_90" else ():
+        assert f"('BLOCK_S', {n})" in constants and (deterministic or f"('SPLITS', {n})" in constants)
 
 
 @once
@@ -128,7 +114,6 @@ def test_a_tile_of_one_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(place, "configs", with_a_tile)
-    monkeypatch.setattr(op, "norm_configs", lambda sizes, *args: op.configs({**sizes, "norm": True}, *args))
     missing = left_out(sizes=[*SIZES, (1, 1001, 4096)])[0]
     assert {name for name, *_ in missing} == ({kernel} if rows > 64 else set())
 
@@ -181,10 +166,6 @@ def one_expert_more(route: Any) -> Any:
     return faulty
 
 
-def one_token_less(attention: Any) -> Any:
-    return lambda layer, *args: attention(layer, *args)[:, 1:]
-
-
 def last_of_the_longest(prefill: Any) -> Any:
     return lambda model, cache, ids, lengths: prefill(model, cache, ids, torch.full_like(lengths, ids.shape[1]))
 
@@ -193,71 +174,67 @@ def second_best(sample: Any) -> Any:
     return lambda x, *args: sample(x.masked_fill(x == x.amax(-1, True), -INF), *args)
 
 
-def no_temperature(sample: Any) -> Any:
-    return lambda x, t, *args: sample(x, t and 1e3, *args)
-
-
 def with_draw(sample: Any) -> Any:
     return lambda *args: (args[3] and torch.rand(1, generator=args[3]), sample(*args))[1]
-
-
-def halved(forward: Any) -> Any:
-    return lambda *args, **kwargs: forward(*args, **kwargs) / 2
 
 
 def without_lengths(forward: Any) -> Any:
     return lambda model, ids, cache=None, lengths=None: forward(model, ids, cache)
 
 
-def full_cache(reserve: Any) -> Any:
-    return lambda cache, new: reserve(cache, new + cache.max_len)
-
-
-# Written down before any was tried: what is injected -> the operation and the case of the first wrong row.
-FAULTS: dict[str, tuple[Inject, str, str]] = {
-    "first sequence's positions": (partial(first_row_for_all, 0), "layer", "attention, in chunks"),
-    "first sequence's lengths": (partial(first_row_for_all, 1), "layer", "attention, in chunks"),
-    "attention 10 % too large": (scale_attention(1.1), "layer", "attention, whole text"),
-    "attention 1 % too large": (scale_attention(1.01), "layer", "attention, whole text, fp32"),
-    "experts 10 % too large": (scale_experts(1.1), "layer", "experts, whole text"),
-    "experts 1 % too large": (scale_experts(1.01), "layer", "experts, whole text, fp32"),
-    "eps x 100": (in_router(rms_norm_eps=1e-3), "layer", "routes, whole text, fp32"),
-    "top_k + 1": (replace_by(Layer, "route", one_expert_more), "layer", "routes, whole text"),
-    "a token less": (replace_by(Layer, "attention", one_token_less), "layer", "attention, whole text"),
-    "forward halves the logits": (replace_by(Mixtral, "forward", halved), "logits", "whole text"),
-    "forward drops the lengths": (replace_by(Mixtral, "forward", without_lengths), "layer", "attention, in chunks"),
-    "a cache that is full too early": (replace_by(KVCache, "reserve", full_cache), "layer", "in chunks"),
-    "last token of the longest prompt": (replace_by(generate, "prefill", last_of_the_longest), "generate", "greedy"),
-    "greedy takes the second": (replace_by(generate, "sample", second_best), "generate", "greedy"),
-    "no temperature": (replace_by(generate, "sample", no_temperature), "generate", "sampled"),
-    "a draw too many": (replace_by(generate, "sample", with_draw), "generate", "sampled"),
+# Written down before any was tried: the operation and the case of the first wrong row, and what is injected.
+FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
+    ("layer", "attention, in chunks"): {
+        "first sequence's positions": partial(first_row_for_all, 0),
+        "first sequence's lengths": partial(first_row_for_all, 1),
+        "forward drops the lengths": replace_by(Mixtral, "forward", without_lengths),
+    },
+    ("layer", "attention, whole text"): {
+        "attention 10 % too large": scale_attention(1.1),
+        "a token less": replace_by(Layer, "attention", lambda f: lambda layer, *args: f(layer, *args)[:, 1:]),
+    },
+    ("layer", "attention, whole text, fp32"): {"attention 1 % too large": scale_attention(1.01)},
+    ("layer", "experts, whole text"): {"experts 10 % too large": scale_experts(1.1)},
+    ("layer", "experts, whole text, fp32"): {"experts 1 % too large": scale_experts(1.01)},
+    ("layer", "routes, whole text, fp32"): {"eps x 100": in_router(rms_norm_eps=1e-3)},
+    ("layer", "routes, whole text"): {"top_k + 1": replace_by(Layer, "route", one_expert_more)},
+    ("logits", "whole text"): {
+        "logits are halved": replace_by(Mixtral, "forward", lambda f: lambda *args, **kwargs: f(*args, **kwargs) / 2),
+    },
+    ("layer", "in chunks"): {
+        "full too early": replace_by(KVCache, "reserve", lambda f: lambda cache, new: f(cache, new + cache.max_len)),
+    },
+    ("generate", "greedy"): {
+        "last token of the longest prompt": replace_by(generate, "prefill", last_of_the_longest),
+        "greedy takes the second": replace_by(generate, "sample", second_best),
+    },
+    ("generate", "sampled"): {
+        "no temperature": replace_by(generate, "sample", lambda f: lambda x, t, *args: f(x, t and 1e3, *args)),
+        "a draw too many": replace_by(generate, "sample", with_draw),
+    },
 }
 
 
 @once
 @bf16_then_others
-@pytest.mark.parametrize("name", FAULTS)
-def test_injected_fault(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "name"), [(place, name) for place in FAULTS for name in FAULTS[place]])
+def test_injected_fault(place: tuple[str, str], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What 16 bits hide is found in fp32, and fp16 hides less than bf16."""
-    inject, op, case = FAULTS[name]
-    model = small_model(dtype)
-    inject(monkeypatch)
+    (op, case), model = place, small_model(dtype)
+    FAULTS[place][name](monkeypatch)
     first = verify(model, IDS).wrong[0]
     found = case if dtype == torch.bfloat16 else case.removesuffix(FP32)
     assert first.op == op and first.case in (found, case if dtype != torch.float32 else found)
 
 
 @once
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [((0.8, 0.9, 50), (0.8, 1.0, 50)), ((0.8, 0.9, 5), (0.8, 0.9, 50)), ((0.8, 0.5, 50), (0.8, 0.9, 50))],
-    ids=["top_p off", "top_k off", "top_p larger"],
-)
+@pytest.mark.parametrize(("old", "new"), [((0.9, 50), (1.0, 50)), ((0.9, 5), (0.9, 50)), ((0.5, 50), (0.9, 50))])
 def test_fault_in_sample(old: Any, new: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "TOP_P", old[1])
-    monkeypatch.setattr(verification, "TOP_K", old[2])
+    """top_p is off, top_k is off, top_p is larger."""
+    monkeypatch.setattr(verification, "TOP_P", old[0])
+    monkeypatch.setattr(verification, "TOP_K", old[1])
     sample = verification.sample
-    monkeypatch.setattr(verification, "sample", lambda x, t, p, g, k, *rest: sample(x, t, new[1], g, new[2], *rest))
+    monkeypatch.setattr(verification, "sample", lambda x, t, p, g, k, *rest: sample(x, t, new[0], g, new[1], *rest))
     logits = torch.randn(400, 60, generator=torch.Generator().manual_seed(0))
     assert not verification._check_sample(logits).ok
 
@@ -273,7 +250,6 @@ def test_sample_on_a_real_vocabulary() -> None:
 @once
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_not_finite_is_wrong(value: float) -> None:
-    """In each kind of row: operations, layers, routes, tensors that no token reads."""
     x = torch.randn(2, 4, 8)
     args = {"x": x, "weight": torch.ones(8), "eps": 1e-5}
     error, limit = Tolerance("rms_norm", args).measure(lambda **kwargs: torch.full_like(x, value))
@@ -299,38 +275,8 @@ def test_overflow_of_fp16_is_named() -> None:
     with torch.no_grad():
         model.layers[0].down_proj *= 3e4
     report = verify(model, IDS)
-    assert (
-        not report.ok and not report.wrong and report.verdict.startswith("OVERFLOW: plain torch overflows in float16")
-    )
-    assert not verify(small_model(torch.bfloat16), IDS).wrong
-
-
-@once
-def test_peer_on_a_cpu_counts_as_compared() -> None:
-    pytest.importorskip("transformers")
-    model = Mixtral.from_pretrained(SMALL, "cpu", torch.float32)
-    report = verify(model, IDS[:1, :8], folder=SMALL, peer="transformers")
-    assert report.compared and report.ok, str(report)
-
-
-@once
-def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: Any, in_process: None) -> None:
-    for options, message in (
-        (["--tokens", "4096"], "needs 2 to 2048"),
-        (["--tokens", "1"], "needs 2 to 2048"),
-        (["--prompt", "a text", "--tokens", "99"], "fewer than --tokens 99"),
-    ):
-        assert main(["verify", "--device", "cpu", *options]) == 2
-        error = capsys.readouterr().err.strip()
-        assert message in error and len(error.splitlines()) == 1
-
-    def crash(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr(reference, "block", crash)
-    assert main(["verify", "--device", "cpu"]) == 3
-    error = capsys.readouterr().err.strip()
-    assert "crashed: OutOfMemoryError: no memory" in error.splitlines()[-1] and len(error.splitlines()) == 2
+    assert not report.ok and not report.wrong
+    assert report.verdict.startswith("OVERFLOW: plain torch overflows in float16")
 
 
 def stale_buffer(begin: Any) -> Any:
@@ -353,42 +299,21 @@ def stale_base(describe: Any) -> Any:
     return lambda fields, base: describe(fields, first.setdefault((base.shape, base.dtype), base))
 
 
+STALE = {"buffer": replace_by(offload._Staging, "begin", stale_buffer)}
+STALE |= {"key": replace_by(plan, "call_key", key_without_shapes)}
+STALE |= {"descriptor": replace_by(plan, "_descriptor", stale_base)}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("fault", ["none", "buffer", "key", "descriptor"])
+@pytest.mark.parametrize("fault", ["none", *STALE])
 def test_repeated_calls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is remembered from the first call is wrong in later ones."""
     device = torch.device("cuda")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "vocab_size": 40,
-        "sliding_window": None,
-    }
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 40}
     on_host = () if fault == "descriptor" else (1, 3)  # TMA reads resident experts
     model = random_model(device, torch.bfloat16, on_host=on_host, **sizes)
-    faults: dict[str, Inject] = {
-        "buffer": replace_by(offload._Staging, "begin", stale_buffer),
-        "key": replace_by(plan, "call_key", key_without_shapes),
-        "descriptor": replace_by(plan, "_descriptor", stale_base),
-    }
-    if fault != "none":
-        faults[fault](monkeypatch)
+    if fault in STALE:
+        STALE[fault](monkeypatch)
     ids, rows = torch.arange(40, device=device)[None], []
     with suppress(RuntimeError):  # another call's shape
         rows = verification._repeated_rows(model, ids)
     assert [row.ok for row in rows] == [True] if fault == "none" else not any(row.ok for row in rows)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
-@pytest.mark.usefixtures("unguarded")
-@pytest.mark.parametrize("fault", [False, True])
-def test_splits_by_batch(fault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model(torch.bfloat16, num_hidden_layers=1)
-    target, configs = ModelUnderTest(model), attention_op.configs
-    if fault:
-        by_batch = lambda sizes, *args: configs({**sizes, "deterministic": False}, *args)  # noqa: E731
-        monkeypatch.setattr(attention_op, "configs", by_batch)
-    check = target.check(model.layers[0], torch.nn.functional.embedding(IDS, model.embed_tokens), model.config)
-    call = next(call for call in check.deterministic_calls() if call[0] == "attention")
-    assert [row.ok for row in target.measure(0, *call)] == [True, not fault]

@@ -1,28 +1,24 @@
 """verify on a Mixtral, a folder and a transformers model: what it compares, reports and rejects."""
 
-from __future__ import annotations
-
-import io
 import json
 import math
 import random
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from mixtral_triton import Mixtral, apply, hf, verify
-from mixtral_triton.cli import main
 from mixtral_triton.kernels import registry
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.tools.tolerance import Tolerance
 from mixtral_triton.verification.report import Report, Row
+from tests.cli.commands import run_json, shown
 from tests.support.faults import DTYPES, small_model
-from tests.support.hub import LAYOUTS, awq, write
+from tests.support.hub import LAYOUTS, write
 from tests.support.models import random_model
 
 IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -90,21 +86,7 @@ def test_quantized_checkpoint(layout: str, tmp_path: Path) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.slow
-def test_quantized_while_loading(tmp_path: Path) -> None:
-    """The rows compare with the dequantized weights, and the report has the cost of quantizing."""
-    write(tmp_path, awq(), None, only="none of them")
-    weights, steps = {"experts": "int4", "linear": "int8"}, []
-    model = Mixtral.from_pretrained(tmp_path, "cpu", weights=weights)
-    report = verify(model, IDS[:1, :6] % 40, lambda *done: steps.append(done), folder=tmp_path)
-    assert not report.wrong and "Quantized: " in str(report), str(report)
-    assert report.quantization is not None and report.quantization.formats == weights
-    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
-    assert report.as_dict()["quantization"]["flips"] == report.quantization.flips
-
-
 def random_case(seed: int, dtype: torch.dtype, *gains: float) -> tuple[Mixtral, Tensor]:
-    """A model of random sizes, and a text."""
     draw = random.Random(seed)
     groups, experts = draw.choice([1, 2]), draw.choice([2, 4, 5, 8])
     sizes: dict[str, Any] = {
@@ -142,10 +124,7 @@ def test_no_false_positives(seed: int, gains: tuple[float, ...], dtypes: list[to
 def test_roundings_in_a_row_are_no_fault(seed: int) -> None:
     """With an outlier in the norm's weights torch's own error is small by chance, the kernels' beyond twice it."""
     generator, T, H, E = torch.Generator().manual_seed(seed), 2, 32, 4
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
+    draw = partial(torch.randn, generator=generator)
     norm = 1 + 0.1 * draw(H)
     norm[seed % H] *= 100
     ids = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(T)]).int()
@@ -160,9 +139,8 @@ def test_roundings_in_a_row_are_no_fault(seed: int) -> None:
 
 
 @once
-def test_small_checkpoint_compared_with_itself_exits_1(in_process: None, capsys: Any) -> None:
-    assert main(["verify", "--device", "cpu", "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
+def test_small_checkpoint_compared_with_itself_exits_1() -> None:
+    found = run_json("verify --device cpu", status=1)
     assert not found["ok"] and not found["compared"] and all(row["ok"] for row in found["rows"])
     assert found["verdict"].startswith("NOTHING WAS COMPARED")
     assert set(found["rows"][0]) == {"layer", "op", "case", "error", "limit", "note", "ok"}
@@ -170,18 +148,13 @@ def test_small_checkpoint_compared_with_itself_exits_1(in_process: None, capsys:
 
 
 @once
-def test_other_transformers_models(make_hf: Any) -> None:
+def test_other_and_applied_transformers_models(make_hf: Any) -> None:
     for kind in ("MixtralModel", "MixtralForSequenceClassification"):
         report = verify(make_hf(kind), IDS[:, :10])
         assert report.ok and report.rows[-1].op == "hidden"
     assert verify(make_hf(head_dim=8, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})).ok
-
-
-@once
-def test_applied_model_stays_as_it_is(make_hf: Any) -> None:
-    model = apply(make_hf(), attention=False)
-    assert verify(model).ok
-    assert hf.applied(model) and model.config._attn_implementation == "eager"
+    model = apply(make_hf(), attention=False)  # stays as it is
+    assert verify(model).ok and hf.applied(model) and model.config._attn_implementation == "eager"
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -195,9 +168,8 @@ def test_report_names_every_kind_of_row_that_did_not_run(make_hf: Any) -> None:
     always = {"kernels;", "config.json,", "transformers'", "captured", "deterministic", "caches"}
     assert not_run(verify(small_model(), IDS[:, :4])) == always
     assert not_run(verify(small_model(torch.bfloat16), IDS[:, :4], quick=True)) == {*always, "layers"}
-    assert (
-        "caches of the model's dtype; needs no --cache-dtype" in verify(small_model(), cache_dtype=torch.int8).not_run
-    )
+    of_int8 = verify(small_model(), cache_dtype=torch.int8).not_run
+    assert "caches of the model's dtype; needs no --cache-dtype" in of_int8
     assert not_run(verify(make_hf(), IDS[:, :10])) == {"kernels;", "experts", "generate;"}
     assert not_run(verify(make_hf().bfloat16(), IDS[:, :15])) == {"kernels;", "layers", "generate;"}
 
@@ -209,19 +181,11 @@ def test_json_has_null_and_a_text_for_what_is_not_finite() -> None:
     assert found["error"] is found["limit"] is None and (found["error_text"], found["limit_text"]) == ("nan", "inf")
 
 
-@once
-def test_unknown_operation_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.OPS, "toy", registry.OPS["rms_norm"])
-    report = verify(small_model(), IDS[:1, :4])
-    assert not report.wrong and all(row.op != "toy" for row in report.rows)
-
-
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_report_fits_the_terminal(width: int) -> None:
     rows = [Row(31, op, case, 1.5e-3, 1e-3) for op in (*OPERATIONS, "layer") for case in ("every expert, prefill", "x")]
-    console = Console(file=io.StringIO(), width=width)
-    console.print(Report((*rows, Row(None, "logits", "end to end", 1e-3, 2e-3)), 1, 384, "Triton", "bfloat16"))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    end = Row(None, "logits", "end to end", 1e-3, 2e-3)
+    lines = shown(Report((*rows, end), 1, 384, "Triton", "bfloat16"), width).splitlines()
     assert not any("…" in line for line in lines) and max(map(len, lines)) <= width
     text = " ".join(" ".join(lines).split())
     assert all(f"{row.op} {row.case} 1.5e-03 1.0e-03 31 0/1" in text for row in rows)
@@ -230,7 +194,9 @@ def test_report_fits_the_terminal(width: int) -> None:
 
 @once
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
-def test_fault_in_an_operation(name: str, inject_fault: Callable[[str], None]) -> None:
+def test_fault_in_an_operation(name: str, inject_fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation that no model calls is skipped."""
+    monkeypatch.setitem(registry.OPS, "toy", registry.OPS["rms_norm"])
     inject_fault(name)
     report = verify(small_model(), IDS[:1])
     assert not report.ok and report.verdict.startswith("WRONG")
@@ -239,33 +205,14 @@ def test_fault_in_an_operation(name: str, inject_fault: Callable[[str], None]) -
 
 @once
 @pytest.mark.parametrize("name", ["rms_norm", "rope", "attention", "gate_route", "expert_swiglu"])
-def test_fault_in_an_operation_of_an_applied_model(
-    name: str, make_hf: Any, inject_fault: Callable[[str], None]
-) -> None:
+def test_fault_in_an_operation_of_an_applied_model(name: str, make_hf: Any, inject_fault: Any) -> None:
     inject_fault(name)
     assert any(row.op == name for row in verify(make_hf(), IDS[:, :10]).wrong)
 
 
-@once
-def test_attention_without_window_in_an_applied_model(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every operation is right, and the layers call attention without its window."""
-    from mixtral_triton.hf import modules
-
-    attention = modules.attention
-    no_window = {"sliding_window": None}
-    monkeypatch.setattr(modules, "attention", lambda *args, **kwargs: attention(*args, **kwargs | no_window))
-    report = verify(make_hf(), IDS[:, :10])
-    assert (report.wrong[0].layer, report.wrong[0].op) == (0, "layer")
-    assert {row.op for row in report.wrong} == {"layer", "logits"}
-
-
 @pytest.mark.slow
 def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
-    model = small_model()
-    with torch.no_grad():
-        model.layers[1].gate_up_proj[3, 0, 0] = float("nan")
-        model.layers[1].gate[3] = 0.0
-    assert verify(model, torch.zeros((1, 2), dtype=torch.int64)).wrong
+    """Of transformers; of a model of ours: test_not_finite_is_wrong."""
     theirs = make_hf()
     with torch.no_grad():
         theirs.model.layers[-1].mlp.gate.weight[3] = 0.0

@@ -14,24 +14,25 @@ from ...kernels.checks import dtype_name
 from ...kernels.op import Cost, Op, Sizes
 from ...kernels.quantized import BITS
 from ...kernels.registry import OPS
-from ..fit import KNOWN
+from ...load import check_offload, movable_bytes, usable_bytes
+from ...weights import parameter_shapes
+from ..fit import KNOWN, placement
 from ..gpus import GPU
 from ..tolerance import Tolerance
 from . import decode_step
 
+Texts = Sequence[str]
 Check = Callable[[Callable[..., Any]], "str | None"]  # of a function: what is wrong with its results
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK = 6  # cases per operation with --quick
 BENCHED: dict[str, Op] = {**OPS, decode_step.STEP.name: decode_step.STEP}
 CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
-QUANTIZED = {"weight", "gate_up", "down"}  # switches that hold the format of a quantized weight
+QUANTIZED = {"weight", "gate_up", "down"}  # flags that hold the format of a quantized weight
 FORMATS = QUANTIZED | {"cache"}
 DEFAULTS = {"window": 0, "past": 0}  # of sizes that `--sizes` may leave out: no window, an empty cache
-# Peers round at other points than the reference: they may err this many times as much as our own limit.
-PEER_SLACK = 2.0
-# The error of fp32 products in TF32, Triton's default; these operations have none.
-TF32 = 2.0**-9
+PEER_SLACK = 2.0  # peers round at other points than the reference: they may err twice as much as our own limit
+TF32 = 2.0**-9  # the error of fp32 products in TF32, Triton's default; these operations have none:
 NO_PRODUCT = {"rms_norm", "add_rms_norm", "embed_rms_norm", "rope", "append", "route", "sort_by_expert"}
 # A longer attention is checked in blocks of queries: the scores of all would not fit any GPU.
 UNBLOCKED_MOST, BLOCK = 1024, 256
@@ -58,9 +59,17 @@ class Case:
         return {name: int(value) if isinstance(value, bool) else value for name, value in self.sizes.items()}
 
     def offloaded(self, experts: int | str, gpu: GPU | None = None) -> Case:
-        """Return this decode step with so many experts of each layer in host memory; "auto": as many as `gpu` needs."""
-        count = decode_step.resolve_offload(self.sizes, self.dtype, experts, gpu)
-        return replace(self, sizes={**self.sizes, "offload": count})
+        """Return this decode step with so many experts of each layer in host memory; "auto": what `fit` says."""
+        config, sizes = replace(decode_step.config(self.sizes), dtype=self.dtype_name), self.sizes
+        most = (config.num_local_experts - 1) * config.num_hidden_layers
+        if experts == "auto" and gpu is not None:
+            cache_dtype = torch.int8 if "cache" in sizes else None
+            found = placement(config, {}, sizes["B"], sizes["S"], cache_dtype, usable_bytes(gpu.bytes))
+            count = found.count if found else most  # where no number is enough, as in loading
+        else:
+            movable = movable_bytes(config, parameter_shapes(config), {}, self.dtype)
+            count = check_offload(experts, config, None, torch.device("meta"), 0, movable).count
+        return replace(self, sizes={**sizes, "offload": count / config.num_hidden_layers})
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Return the arguments by name. Random values are drawn on the device, where a layer's weights take no time."""
@@ -72,38 +81,24 @@ class Case:
         return args
 
     def too_large_for_cpu(self) -> str | None:
-        """Return why a check on a CPU would take too long, or None for a case that is small enough."""
         cost = self.cost()
-        if cost.flops <= CPU_FLOPS and cost.bytes + cost.host_bytes <= CPU_BYTES:
-            return None
-        return f"too large for a CPU ({cost.bytes / 1e6:,.0f} MB, {cost.flops / 1e9:,.0f} GFLOP)"
+        text = f"too large for a CPU ({cost.bytes / 1e6:,.0f} MB, {cost.flops / 1e9:,.0f} GFLOP)"
+        return text if cost.flops > CPU_FLOPS or cost.bytes + cost.host_bytes > CPU_BYTES else None
 
     def cost(self, args: dict[str, Any] | None = None) -> Cost:
         """Return the compulsory work, for the experts that `args` select, or those expected of uniform routing."""
-        routed: dict[str, Any] = {}
-        if args is not None and "ids" in args:
+        routed: dict[str, Any] = decode_step.routed(args) if args and self.op is decode_step.STEP else {}
+        if args and "ids" in args:
             routed["distinct"] = len(args["ids"].unique())
-        elif args is not None and self.op is decode_step.STEP:
-            routed = decode_step.routed(args)
         return self.op.cost({**self.sizes, **routed}, self.dtype)
 
 
 def cases(
-    names: Sequence[str] = (),
-    quick: bool = False,
-    at: Sequence[str] = (),
-    sizes: Sequence[str] = (),
-    dtype: torch.dtype | None = None,
+    names: Texts = (), quick: bool = False, at: Texts = (), sizes: Texts = (), dtype: torch.dtype | None = None
 ) -> list[Case]:
-    """Return the distinct cases of the operations `names` (empty: all): Mixtral's sizes.
-
-    quick  at most QUICK cases per operation, of 8x7B
-    at     only the cases of these sizes ("T=4096"); of several sizes of one letter, any of them
-    sizes  these sizes in place of the table's ("T=32,H=1024,I=512,E=8,K=2")
-    dtype  None: bf16
-
-    ValueError for an unknown name, sizes that no case has, that an operation lacks or needs, or a dtype it lacks.
-    """
+    """Return the distinct cases of the operations `names` (empty: all) at Mixtral's sizes. quick: at most QUICK each,
+    of 8x7B. at: only those of these sizes ("T=4096"), of several of one letter any. sizes: in place of the table's
+    ("T=32,H=1024"). ValueError for a name, sizes or a dtype that there is not, or sizes that are missing."""
     if unknown := [name for name in names if name not in BENCHED]:
         raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(BENCHED)}")
     for op in (BENCHED[name] for name in names):
@@ -118,9 +113,14 @@ def cases(
     for name, size in (item for text in at for item in _parse_sizes("--at", [text]).items()):
         wanted.setdefault(name, []).append(size)
     for op in (op for name, op in BENCHED.items() if name in names or not names):
-        shapes = _table_shapes(op, quick)
-        shapes = [sizes for sizes in shapes if all(sizes.get(name) in wanted[name] for name in wanted)]
+        shapes: list[dict[str, Any]] = []
+        for shape in map(dict, op.bench_shapes):
+            swept = "T" in shape and not {"S", "C"} & set(shape)  # only the tokens vary
+            shapes += [shape | {"T": T} for T in TOKENS] if swept else [shape]
+        distinct = [shape for at, shape in enumerate(shapes) if shape not in shapes[:at]]
+        shapes = [shape for shape in distinct if all(shape.get(name) in wanted[name] for name in wanted)]
         if quick:  # evenly spread by their bytes, with the first and the last
+            shapes = [shape for shape in shapes if shape.get("H") != KNOWN["mixtral-8x22b"].hidden_size]
             shapes.sort(key=lambda shape: op.cost(shape, _dtype(op, dtype)).bytes)
             step = max(1.0, (len(shapes) - 1) / (QUICK - 1))
             shapes = [shapes[round(at * step)] for at in range(min(QUICK, len(shapes)))]
@@ -135,17 +135,6 @@ def _dtype(op: Op, wanted: torch.dtype | None) -> torch.dtype:
     return next((dtype for dtype in (wanted, torch.bfloat16) if dtype in op.dtypes), op.dtypes[0])  # type: ignore[return-value]
 
 
-def _table_shapes(op: Op, quick: bool) -> list[dict[str, Any]]:
-    """Return the distinct sizes of the table, if `quick` of 8x7B alone; at TOKENS where only tokens vary."""
-    found = {}
-    for shape in map(dict, op.bench_shapes):
-        swept = "T" in shape and not {"S", "C"} & set(shape)
-        for each in [shape | {"T": T} for T in TOKENS] if swept else [shape]:
-            if not (quick and shape.get("H") == KNOWN["mixtral-8x22b"].hidden_size):
-                found[str(each)] = each
-    return list(found.values())
-
-
 def sizes_of(op: Op) -> tuple[list[str], list[str]]:
     """Return the sizes and flags of an operation, and those that each of its cases has."""
     shapes = [*op.test_shapes, *op.bench_shapes]
@@ -155,19 +144,17 @@ def sizes_of(op: Op) -> tuple[list[str], list[str]]:
 
 def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
     """Return the case of `op` at the sizes that a user wrote; those of DEFAULTS may be left out."""
-    sizes = _parse_sizes("--sizes", text.split(","))
-    known, needed = sizes_of(op)
+    sizes, (known, needed) = _parse_sizes("--sizes", text.split(",")), sizes_of(op)
     if foreign := [name for name in sizes if name not in known]:
         raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
     sizes = {name: size for name, size in DEFAULTS.items() if name in needed} | sizes
     if missing := [name for name in needed if name not in sizes]:
         raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
-    case = Case(op, sizes, _dtype(op, dtype))
-    if empty := [name for name in ("B", "T", "H", "I", "E", "V", "N") if case.sizes.get(name) == 0]:
+    if empty := [name for name in ("B", "T", "H", "I", "E", "V", "N") if sizes.get(name) == 0]:
         raise ValueError(f"--sizes has {empty[0]}=0, needs at least 1: there is nothing to time")
-    K, E = case.sizes.get("K", 0), case.sizes.get("E")
-    if E is not None and K > E:
-        raise ValueError(f"--sizes has K={K}, needs at most E={E}: a token's experts differ")
+    if "E" in sizes and (K := sizes.get("K", 0)) > sizes["E"]:
+        raise ValueError(f"--sizes has K={K}, needs at most E={sizes['E']}: a token's experts differ")
+    case = Case(op, sizes, _dtype(op, dtype))
     if "offload" in sizes:
         case.offloaded(sizes["offload"])
     try:
@@ -177,17 +164,18 @@ def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
     return case
 
 
-def _parse_sizes(option: str, texts: Sequence[str]) -> dict[str, Any]:
+def _parse_sizes(option: str, texts: Texts) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in texts:
         name, _, size = text.partition("=")
-        if name == "cache" and size != "int8":
-            raise ValueError(f"{option} is {text!r}, needs int8, or no cache=: the cache is then in the model's dtype")
-        if name in QUANTIZED and not re.fullmatch(rf"({'|'.join(BITS)})(:\d+)?", size):
-            known = ", ".join(BITS)
-            raise ValueError(f"{option} is {text!r}, needs one of {known}, and maybe a group: {name}=int4:128")
-        if name not in FORMATS and not (name and size.isdecimal()):
-            raise ValueError(f"{option} is {text!r}, needs a size letter and a number: T=4096")
+        form, need = r"\d+", "a size letter and a number: T=4096"
+        if name == "cache":
+            form, need = "int8", "int8, or no cache=: the cache is then in the model's dtype"
+        elif name in QUANTIZED:
+            need = f"one of {', '.join(BITS)}, and maybe a group: {name}=int4:128"
+            form = rf"({'|'.join(BITS)})(:\d+)?"
+        if not (name and re.fullmatch(form, size)):
+            raise ValueError(f"{option} is {text!r}, needs {need}")
         if name in found:
             raise ValueError(f"{option} is {','.join(texts)!r}, needs each letter once")
         found[name] = size if name in FORMATS else int(size)
@@ -195,17 +183,23 @@ def _parse_sizes(option: str, texts: Sequence[str]) -> dict[str, Any]:
 
 
 class Oracle:
-    """The reference's results of one call, for ours and for every peer."""
+    """The reference's results of one call, or for the first, middle and last queries. least: an error that is right."""
 
     def __init__(self, op: Op, args: dict[str, Any], least: float = 0.0) -> None:
-        """least: an error that is right in any case."""
-        self.args, self.least = args, least
-        self.parts = [(Tolerance(op.name, {**args, **part}), rows) for part, rows in _blocks(op, args)]
+        self.args, self.least, blocks = args, least, [slice(None)]
+        T = args["q"].shape[1] if op.name == "attention" else 0
+        causal = args.get("causal", True) and args.get("lengths") is None
+        if T > UNBLOCKED_MOST and args["k"].shape[1] == T and causal:
+            blocks = [slice(start, start + BLOCK) for start in (0, (T - BLOCK) // 2, T - BLOCK)]
+        self.parts = list[tuple[Tolerance, slice]]()
+        for rows in blocks:  # queries align with the end of the keys: those of a block see no key beyond it
+            part = {"q": args["q"][:, rows]} | {name: args[name][:, : rows.stop] for name in "kv"} if rows.stop else {}
+            self.parts.append((Tolerance(op.name, {**args, **part}), rows))
 
     def fault(self, function: Callable[..., Any]) -> str | None:
         """Return what is wrong with `function` on these arguments, or None."""
         for tolerance, rows in self.parts:
-            part = function if rows is None else lambda rows=rows, **_: function(**self.args)[:, rows]
+            part = (lambda rows=rows, **_: function(**self.args)[:, rows]) if rows.stop else function
             try:
                 error, limit = tolerance.measure(partial(_check_call, part, tolerance))
             except WrongResult as wrong:
@@ -227,31 +221,16 @@ def stricter_oracles(case: Case, args: dict[str, Any]) -> Iterator[tuple[str, Or
 
 
 def check_of(op: Op, args: dict[str, Any]) -> Check:
-    """Return the check of a function's results for these arguments."""
     return partial(decode_step.fault, args=args) if op is decode_step.STEP else Oracle(op, args).fault
 
 
-def _blocks(op: Op, args: dict[str, Any]) -> list[tuple[dict[str, Any], slice | None]]:
-    """Return the parts of a call to check: all of it, or of a long attention the first, middle and last queries."""
-    T = args["q"].shape[1] if op.name == "attention" else 0
-    prompt = T > UNBLOCKED_MOST and args["k"].shape[1] == T and args.get("causal", True)
-    if not prompt or args.get("lengths") is not None:
-        return [({}, None)]
-    blocks = [slice(start, start + BLOCK) for start in (0, (T - BLOCK) // 2, T - BLOCK)]
-    # Queries align with the end of the keys: those of a block see no key beyond it.
-    keys = [{name: args[name][:, : rows.stop] for name in "kv"} for rows in blocks]
-    return [({"q": args["q"][:, rows], **kv}, rows) for rows, kv in zip(blocks, keys, strict=True)]
-
-
 def _check_call(function: Callable[..., Any], tolerance: Tolerance, /, **args: Any) -> Any:
-    """Call `function` and check what an error does not show: number and shapes of the results, unchanged arguments.
-
-    An argument that it writes into is restored.
-    """
+    """Call `function` and check number and shapes of the results; an argument that it writes into is restored."""
     tensors = {name: x for name, x in args.items() if isinstance(x, torch.Tensor) and name not in tolerance.op.mutates}
     before = {name: x.clone() for name, x in tensors.items()}
     out = function(**args)
-    if written := [name for name, x in before.items() if not _equal(x, args[name])]:
+    # NaN in uninitialized memory equals NaN.
+    if written := [name for name, x in before.items() if not torch.allclose(x, args[name], 0.0, 0.0, equal_nan=True)]:
         for name in written:
             args[name].copy_(before[name])
         raise WrongResult(f"it writes into {', '.join(written)}")
@@ -264,8 +243,3 @@ def _check_call(function: Callable[..., Any], tolerance: Tolerance, /, **args: A
         raise WrongResult(f"results of shape {got}, where {needed} would be right")
     pairs = zip(results, wanted, strict=True)
     return tuple(result if want.dtype.is_floating_point else result.to(want.dtype) for result, want in pairs)
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal, where NaN in uninitialized memory equals NaN."""
-    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

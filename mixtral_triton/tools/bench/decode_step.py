@@ -1,14 +1,11 @@
-"""The whole decode step as an operation of the benchmark: one new token for each of B sequences of S positions.
-
-The model has L layers and a head of V rows with random weights. On average, `offload` experts of each layer are in host
-memory, and the embedding with them.
-"""
+"""The decode step as an operation of the benchmark: one new token for each of B sequences of S positions, by a model of
+L layers and a head of V rows. On average `offload` experts of each layer are in host memory, and the embedding, too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,38 +16,31 @@ from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture, capture
 from ...kernels import reference
-from ...kernels.checks import FLOATS, dtype_name
 from ...kernels.dispatch import expected_distinct_experts
 from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op, Sizes
 from ...kernels.registry import OPS
-from ...load import check_offload, fewest, movable_bytes, select_experts, usable_bytes
+from ...load import select_experts
 from ...model import Mixtral
 from ...reference import block
-from ...weights import parameter_shapes
-from ..fit import memory_need
-from ..gpus import GPU
 from ..trace import RouteRecorder
 
 Args = dict[str, Any]
 STEPS_MOST = 4096  # positions beyond S that repeated steps may reach
 LOGITS_ERROR = 0.05  # of the norm of a row of logits: the limit of its distance from the torch backend
+FIELDS = {"vocab_size": "V", "hidden_size": "H", "intermediate_size": "I", "num_hidden_layers": "L", "head_dim": "D"}
+FIELDS |= {"num_attention_heads": "Hq", "num_key_value_heads": "Hkv", "num_local_experts": "E"}
+FIELDS |= {"num_experts_per_tok": "K"}
 
 
 def config(sizes: Sizes) -> MixtralConfig:
-    names = {"vocab_size": "V", "hidden_size": "H", "intermediate_size": "I", "num_hidden_layers": "L", "head_dim": "D"}
-    names |= {"num_attention_heads": "Hq", "num_key_value_heads": "Hkv"}
-    names |= {"num_local_experts": "E", "num_experts_per_tok": "K"}
-    fields: dict[str, Any] = {field: sizes[letter] for field, letter in names.items()}
+    fields: dict[str, Any] = {field: sizes[letter] for field, letter in FIELDS.items()}
     return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=sizes["S"] + STEPS_MOST)
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> Args:
-    """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1].
-
-    All experts of a layer hold the same values in separate memory, so that a near tie in a 16-bit router, which may
-    select another expert, changes no logits.
-    """
+    """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1]. Experts of a layer are equal: a
+    near tie in a 16-bit router changes no logits."""
     settings = config(sizes)
     on_host = select_experts(settings, round(sizes.get("offload", 0) * sizes["L"]))
     model = Mixtral(settings, device, dtype, on_host=on_host, embedding_on_host=any(on_host))
@@ -65,9 +55,9 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
             copy.copy_(first)
     cache = KVCache(model.config, sizes["B"], sizes["S"], device, torch.int8 if "cache" in sizes else dtype)
     cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
-    for buffer in (*cache.keys, *cache.values):
-        for b in range(len(buffer)):  # one sequence at a time: a draw for all of them may not fit beside them
-            buffer[b] = torch.randn(buffer.shape[1:], generator=generator, device=device, dtype=dtype)
+    for buffer, b in product((*cache.keys, *cache.values), range(sizes["B"])):
+        # One sequence at a time: a draw for all of them may not fit beside them.
+        buffer[b] = torch.randn(buffer.shape[1:], generator=generator, device=device, dtype=dtype)
     rewind(cache)
     return {"model": model, "cache": cache, "token": torch.arange(sizes["B"], device=device)[:, None] % sizes["V"]}
 
@@ -121,11 +111,9 @@ def fault(function: Callable[..., Any], args: Args) -> str | None:
     want, got = results
     if got.shape != want.shape:
         return f"wrong: logits of shape {list(got.shape)}, where {list(want.shape)} would be right"
-    error = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf"))
-    if not (wrong := int((error > LOGITS_ERROR).sum())):
-        return None
-    rows = f"{wrong} of {len(error)} rows of logits"
-    return f"wrong: {rows} are farther than {LOGITS_ERROR} of their norm from plain torch"
+    wrong = ~((got - want).norm(dim=-1) <= LOGITS_ERROR * want.norm(dim=-1))  # also where a logit is NaN
+    rows = f"{int(wrong.sum())} of {len(wrong)} rows of logits"
+    return f"wrong: {rows} are farther than {LOGITS_ERROR} of their norm from plain torch" if wrong.any() else None
 
 
 def routed(args: Args) -> dict[str, float]:
@@ -140,32 +128,11 @@ def routed(args: Args) -> dict[str, float]:
     return {name: sum(each) / len(selected) for name, each in counts.items()}
 
 
-def resolve_offload(sizes: Sizes, dtype: torch.dtype, offload: int | str, gpu: GPU | None = None) -> float:
-    """Return how many experts of each layer stay in host memory; "auto": on average, what `fit` says that `gpu` needs.
-
-    ValueError for a number that the model cannot offload.
-    """
-    settings = replace(config(sizes), dtype=dtype_name(dtype))
-    movable = movable_bytes(settings, parameter_shapes(settings), {}, dtype)
-    if offload == "auto" and gpu is not None:
-        cache_dtype = torch.int8 if "cache" in sizes else None
-        need = partial(memory_need, settings, {}, sizes["B"], sizes["S"], cache_dtype=cache_dtype)
-        found = fewest(settings, movable, lambda chunk: need(chunk=chunk)["total"], usable_bytes(gpu.bytes))
-        # All but one where no number is enough, as in loading.
-        return found.count / settings.num_hidden_layers if found else settings.num_local_experts - 1
-    placement = check_offload(offload, settings, None, torch.device("meta"), 0, movable)
-    return placement.count / settings.num_hidden_layers
-
-
 def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-    """Count each needed weight once, and per layer the cache and the selected experts: their expected number under
-    uniform routing where `distinct` and `distinct_on_host` do not name it.
-
-    Activations between operations do not count: further fusion would keep them on the chip.
-    """
+    """Count each needed weight once, and per layer the cache and the selected experts, or as many as uniform routing
+    would select. Activations between operations do not count: further fusion would keep them on the chip."""
     B, H, I, E, K, D, L, V = (sizes[letter] for letter in "BHIEKDLV")
-    heads = sizes["Hq"], sizes["Hkv"]
-    rows = 2 * (heads[0] + heads[1]) * D + E  # of q, k, v, o and the gate, each H long
+    rows = 2 * (sizes["Hq"] + sizes["Hkv"]) * D + E  # of q, k, v, o and the gate, each H long
     attention = OPS["cached_attention"].cost({**sizes, "T": 1, "past": sizes["S"] - 1, "window": 0}, dtype)
     experts = OPS["expert_swiglu"].cost({**sizes, "T": B}, dtype)
     layer = (rows * H + 2 * H) * dtype.itemsize + attention.bytes + experts.bytes
@@ -178,6 +145,9 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 SMALL = {"B": 3, "S": 12, "L": 2, "H": 64, "I": 96, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 100}
+MIXTRAL = {"H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128, "V": 32000}
+# B, S, L: two depths of one step give the time of a layer.
+STEPS = [(1, 1024, 1), *product((1, 8, 32), (1024, 4096, 32768), (4,))]
 STEP = Op(
     name="decode_step",
     run=decode_step,
@@ -186,10 +156,5 @@ STEP = Op(
     configs=lambda sizes, dtype, arch: {},
     cost=cost,
     test_shapes=(SMALL, {**SMALL, "offload": 1}, {**SMALL, "cache": "int8"}),
-    bench_shapes=tuple(
-        {"B": B, "S": S, "L": L, "H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128, "V": 32000}
-        # Two depths of one step give the time of a layer.
-        for B, S, L in ((1, 1024, 1), *((B, S, 4) for B in (1, 8, 32) for S in (1024, 4096, 32768)))
-    ),
-    dtypes=FLOATS,
+    bench_shapes=tuple({"B": B, "S": S, "L": L, **MIXTRAL} for B, S, L in STEPS),
 )

@@ -47,11 +47,8 @@ def wall_seconds(call: Call, device: torch.device | None = None) -> float:
 
 
 class DeviceTimer:
-    """Median seconds of a call's device kernels between two events, from a cold L2.
-
-    `triton.testing.do_bench` clears L2 with one write. Here reads evict it, because dirty lines would be written back
-    while the call is timed, and they repeat until the host has enqueued the whole call, so that launches are not timed.
-    """
+    """Median seconds of a call's device kernels between two events, from a cold L2. Reads evict it (dirty lines would
+    be written back while the call is timed) until the host has enqueued the whole call: launches are not timed."""
 
     def __init__(self, device: torch.device, budget: float = 0.2) -> None:
         self.device, self.budget = device, budget
@@ -111,10 +108,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One case on one GPU: its work, its floor, the device kernels of a call in order, and times where measured.
-
-    `predicted` follows from the data sheet of a known GPU (tools/predict.py), measured or not.
-    """
+    """One case on one GPU; `predicted` follows from the data sheet of a known one."""
 
     case: Case
     cost: Cost
@@ -132,8 +126,8 @@ class Row:
 
     def ratio(self, peer: str) -> float | None:
         """The peer's time over ours: above 1, ours is faster."""
-        theirs = self.peers[peer].seconds
-        return None if theirs is None or self.ours.seconds is None else theirs / self.ours.seconds
+        seconds = self.peers[peer].seconds
+        return None if seconds is None or self.ours.seconds is None else seconds / self.ours.seconds
 
     def as_dict(self) -> dict[str, Any]:
         case = {"op": self.case.op.name, "sizes": self.case.as_dict(), "dtype": self.case.dtype_name}
@@ -155,16 +149,13 @@ def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row
     with record_launches(gpu.arch) as launches, torch.no_grad():
         case.op.run(**shapes)
     names = tuple(launch.kernel for launch in launches)
-    known = gpu if gpu.chip is not None else data_sheet(gpu.name)
-    prediction = None if known is None or known.chip is None else predict(launches, known, cost)
+    known = gpu if gpu.l2 else data_sheet(gpu.name)
+    prediction = predict(launches, known, cost) if known is not None and known.l2 else None
     return Row(case, cost, *floor(cost, gpu), names, predicted=prediction)
 
 
 def attempt(build: Callable[[], Function], args: dict[str, Any], check: Check, timer: Timer | str) -> Outcome:
-    """Build a function, check it once on the actual inputs, then time it. Any failure becomes the outcome's note.
-
-    `timer`: a reason in its place, and no time is taken.
-    """
+    """Build a function, check it, then time it, unless `timer` is a reason not to. A failure becomes the note."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of compilers and other libraries
@@ -179,10 +170,8 @@ def attempt(build: Callable[[], Function], args: dict[str, Any], check: Check, t
 
 
 def _failure(error: Exception) -> Outcome:
-    if isinstance(error, Unsupported):
-        return Outcome(note=str(error))
-    if isinstance(error, torch.OutOfMemoryError):
-        return Outcome(note="out of memory")
+    if isinstance(error, (Unsupported, torch.OutOfMemoryError)):
+        return Outcome(note=str(error) if isinstance(error, Unsupported) else "out of memory")
     if NO_DRIVER in str(error):
         return Outcome(note=f"{NOT_CHECKED}: its Triton kernels need a GPU, or TRITON_INTERPRET=1")
     return Outcome(note=f"fails: {summary(error)}", right=False)
@@ -214,27 +203,22 @@ def _attempt_peer(case: Case, args: dict[str, Any], timer: Timer | str, check: C
 
 
 @torch.no_grad()
-def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer, peers: Sequence[Peer]) -> Row:
-    """Return the row with the times of `case` and of its peers on `device`."""
+def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer | str, peers: Sequence[Peer]) -> Row:
+    """Time `case` and its peers on `device`; where `timer` is a reason not to, the peers are checked alone."""
     args = case.inputs(device)
-    row, check = untimed_row(case, gpu, args), check_of(case.op, args)
-    ours = attempt(lambda: our_call(case, args), args, check, timer)
+    row, check = untimed_row(case, gpu, None if isinstance(timer, str) else args), check_of(case.op, args)
+    ours = Outcome() if isinstance(timer, str) else attempt(lambda: our_call(case, args), args, check, timer)
     return replace(row, ours=ours, peers={peer.name: _attempt_peer(case, args, timer, check, peer) for peer in peers})
 
 
-@torch.no_grad()
 def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], reason: str) -> Row:
     """Return the row without times, for a `reason`, with the user's `peers` checked on the CPU."""
-    row, large = untimed_row(case, gpu), case.too_large_for_cpu() if peers else None
-    if not peers or large:
-        return replace(row, peers={peer.name: Outcome(note=f"{NOT_CHECKED}: {large}") for peer in peers})
-    args = case.inputs(torch.device("cpu"))
-    check = check_of(case.op, args)
-    return replace(row, peers={peer.name: _attempt_peer(case, args, reason, check, peer) for peer in peers})
+    if peers and not (large := case.too_large_for_cpu()):
+        return timed_row(case, gpu, torch.device("cpu"), reason, peers)
+    return replace(untimed_row(case, gpu), peers={p.name: Outcome(note=f"{NOT_CHECKED}: {large}") for p in peers})
 
 
 def current_gpu() -> tuple[torch.device, GPU, Timer]:
-    """Return the current GPU, its measured rates, and the timer of its operations."""
     device, properties = torch.device("cuda"), torch.cuda.get_device_properties("cuda")
     timer, sheet = DeviceTimer(device), data_sheet(properties.name)
     gpu = measure_gpu(properties.name, target_arch(device), device, timer)
@@ -242,10 +226,7 @@ def current_gpu() -> tuple[torch.device, GPU, Timer]:
 
 
 def timed_rows(cases: list[Case], peers: list[Peer], device: torch.device, gpu: GPU, timer: Timer) -> Iterator[Row]:
-    """Yield a row per case with the `peers` that do its operation.
-
-    The last is that of a case that leaves the device in an error: all later calls would fail.
-    """
+    """Yield a row per case with the `peers` that do its operation, up to a case that leaves the device in an error."""
     for case in cases:
         able = [peer for peer in peers if peer.does(case.op.name)]
         try:

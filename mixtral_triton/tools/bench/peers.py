@@ -1,8 +1,4 @@
-"""Other implementations of each operation, if they are installed, and a user's own function.
-
-A peer's `build(op, args)` imports and prepares what need not be timed (masks, compiled code) and returns a function
-that takes the operation's arguments by name. It raises `Unsupported` for a case that it cannot do.
-"""
+"""Other implementations of each operation, if they are installed, and a user's own function."""
 
 from __future__ import annotations
 
@@ -25,9 +21,8 @@ from ...kernels.op import Op
 from ...kernels.quantized import QuantizedWeight
 from ...kernels.quantized_cache import QuantizedCache
 from ...weights import table
-from .decode_step import STEPS_MOST
+from .decode_step import STEPS_MOST, Args
 
-Args = dict[str, Any]
 Function = Callable[..., Any]
 
 
@@ -37,19 +32,16 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """`op` None: any operation. `needs`: the module that must be installed, "" for torch alone.
-
-    strict  it must also be right by `stricter_oracles`, if it takes their inputs
-    """
+    """Another implementation of an operation. `build` imports and prepares what need not be timed (masks, compiled
+    code) and returns a function of the operation's arguments by name, or raises `Unsupported`."""
 
     name: str
-    op: str | None
-    needs: str
+    op: str | None  # None: any
+    needs: str  # the module that must be installed; "": torch alone
     build: Callable[[Op, Args], Function]
-    strict: bool = False
+    strict: bool = False  # it must also be right by `stricter_oracles`, if it takes their inputs
 
     def does(self, op: str) -> bool:
-        """Whether it is installed and does the operation."""
         return self.op in (None, op) and (not self.needs or importlib.util.find_spec(self.needs) is not None)
 
 
@@ -92,19 +84,13 @@ def _grouped_mm(op: Op, args: Args) -> Function:
     return lambda x, weights, **_: module(x, ids, weights)
 
 
-def _window(args: Args) -> int:
-    return max(0, args.get("window") or 0)
-
-
-def _require_unpadded(args: Args) -> None:
+def _mask(args: Args) -> tuple[int, int, int, bool, Function]:
+    """Return T, S, the window (0: none) and causal of an `attention`, and whether query t sees key j as a function."""
     if args.get("starts") is not None or args.get("lengths") is not None:
         raise Unsupported("ragged keys")
-
-
-def _visible(args: Args, t: Any, j: Any) -> Any:
-    """Return the mask of `attention` for query and key indices; queries align with the end of the keys."""
-    shift = args["k"].shape[1] - args["q"].shape[1]
-    return reference._visible(t + shift, j, args.get("window"), args.get("causal", True))
+    T, S, window, causal = args["q"].shape[1], args["k"].shape[1], args.get("window") or 0, args.get("causal", True)
+    window = max(0, window)
+    return T, S, window, causal, lambda t, j: reference._visible(t + S - T, j, window, causal)
 
 
 def _sdpa_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
@@ -114,35 +100,27 @@ def _sdpa_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
 
 
 def _sdpa(op: Op, args: Args) -> Function:
-    _require_unpadded(args)
-    T, S, mask = args["q"].shape[1], args["k"].shape[1], None
-    if not (args.get("causal", True) and T in (1, S) and not 0 < _window(args) < S):
+    (T, S, window, causal, visible), mask = _mask(args), None
+    if not (causal and T in (1, S) and not 0 < window < S):
         t, j = (torch.arange(n, device=args["q"].device) for n in (T, S))
-        mask = _visible(args, t[:, None], j)
-    causal = mask is None and T == S
-    return lambda q, k, v, **_: _sdpa_call(q, k.transpose(1, 2), v.transpose(1, 2), mask, causal)
+        mask = visible(t[:, None], j)
+    return lambda q, k, v, **_: _sdpa_call(q, k.transpose(1, 2), v.transpose(1, 2), mask, mask is None and T == S)
 
 
 def _flex(op: Op, args: Args) -> Function:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    _require_unpadded(args)
+    T, S, *_, visible = _mask(args)
     torch.compiler.reset()
-    T, S = args["q"].shape[1], args["k"].shape[1]
-    block = create_block_mask(lambda b, h, t, j: _visible(args, t, j), None, None, T, S, args["q"].device)
-    flex: Any = torch.compile(flex_attention, dynamic=False)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        return flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=block, enable_gqa=True).transpose(1, 2)
-
-    return run
+    block = create_block_mask(lambda b, h, t, j: visible(t, j), None, None, T, S, args["q"].device)
+    flex: Any = partial(torch.compile(flex_attention, dynamic=False), block_mask=block, enable_gqa=True)
+    return lambda q, k, v, **_: flex(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def _flash(op: Op, args: Args) -> Function:
     from flash_attn import flash_attn_func
 
-    _require_unpadded(args)
-    causal, window = args.get("causal", True), _window(args)
+    _, _, window, causal, _ = _mask(args)
     sides = (-1, -1) if not window else (window - 1, 0) if causal else (window // 2, window // 2)
     return lambda q, k, v, **_: flash_attn_func(q, k, v, causal=causal, window_size=sides)
 
@@ -153,7 +131,7 @@ def _cached_slots(args: Args) -> Tensor:
     if args["k"] is not None:
         raise Unsupported("a chunk beside the cache")
     slots = args["k_cache"].shape[2]
-    if 0 < _window(args) < slots:
+    if 0 < (args.get("window") or 0) < slots:
         raise Unsupported("a window shorter than the ring")
     return (args["past"] + args["new"]).clamp(max=slots)
 
@@ -168,20 +146,12 @@ def _sdpa_cached(op: Op, args: Args) -> Function:
 def _flash_cached(op: Op, args: Args) -> Function:
     from flash_attn import flash_attn_with_kvcache
 
-    lengths = _cached_slots(args).int()
-
-    def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Tensor:
-        caches = (x.transpose(1, 2) for x in (k_cache, v_cache))
-        return flash_attn_with_kvcache(q, *caches, cache_seqlens=lengths, causal=True)
-
-    return run
+    flash = partial(flash_attn_with_kvcache, cache_seqlens=_cached_slots(args).int(), causal=True)
+    return lambda q, k_cache, v_cache, **_: flash(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2))
 
 
 def _hf_step(op: Op, args: Args, kind: str) -> Function:
-    """Return a step of transformers' model on our weights and a copy of our cache, with transformers' default experts.
-
-    kind  "eager", or "applied" by `apply`: with a growing cache; "static cache": compiled, in CUDA graphs
-    """
+    """Return an "eager" step of transformers on our weights, "applied", or in CUDA graphs over a "static cache"."""
     from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, StaticCache
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
@@ -230,8 +200,7 @@ PEERS = (
 
 
 def user_peer(name: str, function: Function) -> Peer:
-    """Return a peer that calls `function` by position with the operation's arguments, in its order and with defaults,
-    up to the last one that the case sets."""
+    """Return a peer that calls `function` by position with the arguments, up to the last one that the case sets."""
     if not callable(function):
         raise ValueError(f"peer {name!r} is a {type(function).__name__}, needs a function")
 
@@ -249,10 +218,7 @@ def user_peer(name: str, function: Function) -> Peer:
 
 
 def import_peer(text: str) -> Peer:
-    """Return the peer that `--peer` names, from a module in the current folder, as `python -m` finds it, or installed.
-
-    ValueError for a module that does not exist or import, a name that it lacks, or something that is no function.
-    """
+    """Return the peer that `--peer` names, of a module in this folder or installed; ValueError where there is none."""
     sys.path.insert(0, os.getcwd())
     try:
         return user_peer(text, pkgutil.resolve_name(text if ":" in text else f"{text}:"))

@@ -1,8 +1,4 @@
-"""The command `tune`: climb from a kernel's launch configuration over neighbours that compile, fit and are faster.
-
-A configuration is overridden where an operation selects its own, so that grids, partial sums and tile descriptors
-follow it.
-"""
+"""The command `tune`: climb from a kernel's launch configuration over neighbours that compile, fit and are faster."""
 
 from __future__ import annotations
 
@@ -21,14 +17,14 @@ from ...kernels.record import record_launches
 from ...kernels.registry import OPS
 from ..offline import compile_launches
 from ..predict import family_note
-from ..terminal import Column, Table, bar, console
+from ..terminal import Table, bar, console
 from . import measure
 from .cases import Case, cases, check_of
-from .report import micro, sizes_text
+from .command import micro, sizes_text
 
 # What may vary: tiles, how many tiles share a stretch of L2, and a decode's splits. SPLIT_K decides a result's bits.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
-# Tiles that must cover a full dimension, in every kernel or in one: a smaller one is wrong, a larger one idle.
+# Tiles that must cover a full dimension, in every kernel or in some: a smaller one is wrong, a larger one idle.
 FULL_DIM_TILES_OF_ALL = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
 FULL_DIM_TILES = {
     "BLOCK_M": ("attention_decode_kernel",),
@@ -52,9 +48,9 @@ def fixed_tiles(launch: Launch) -> set[str]:
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
     """Return the configurations one step away: a tile or the warps doubled or halved, one stage more or less."""
-    tiles = [name for name in config.constexprs if name.startswith(VARIED) and name not in fixed]
-    steps = [(name, size) for name in tiles for size in (config.constexprs[name] // 2, config.constexprs[name] * 2)]
-    found = [replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps if size]
+    tiles = {name: size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in fixed}
+    steps = [(name, size) for name, now in tiles.items() for size in (now // 2, now * 2) if size]
+    found = [replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps]
     found += [replace(config, num_warps=n) for n in (config.num_warps // 2, config.num_warps * 2) if n in WARPS]
     found += [replace(config, num_stages=n) for n in (config.num_stages - 1, config.num_stages + 1) if n in STAGES]
     return found
@@ -82,10 +78,7 @@ def compile_fault(case: Case, kernel: str, config: LaunchConfig, arch: str) -> s
 def tune(
     case: Case, kernel: str, arch: str, timer: measure.Timer | None = None, device: torch.device | None = None
 ) -> tuple[list[Candidate], int]:
-    """Climb from the current configuration -> what was tried, that one first, and the place of the fastest.
-
-    The current one stays where nothing is faster by more than noise. Without a timer its neighbours are compiled only.
-    """
+    """Climb from the current configuration -> what was tried, that one first, and the fastest's place."""
     args = None if device is None else case.inputs(device)
 
     def visit(config: LaunchConfig) -> Candidate:
@@ -109,53 +102,44 @@ def tune(
 
 
 def config_file(case: Case) -> str:
-    """Return the file with the tables of the case's configurations; those of quantized weights stand in linear.py."""
+    """Return the file with the case's configurations; those of quantized weights stand in linear.py."""
     quantized = any(case.sizes.get(flag) for flag in ("weight", "gate_up", "down"))
     module = linear.__name__ if quantized else case.op.configs.__module__
     return module.removeprefix("mixtral_triton.").replace(".", "/") + ".py"
 
 
-def changes(current: LaunchConfig, best: LaunchConfig) -> dict[str, tuple[int, int]]:
-    """Return what differs between two configurations by the names that tables use: now, and the fastest."""
-    now, then = (
-        {**each.constexprs, "num_warps": each.num_warps, "num_stages": each.num_stages} for each in (current, best)
-    )
-    return {name: (size, then[name]) for name, size in now.items() if size != then[name]}
+def _settings(config: LaunchConfig) -> dict[str, int]:
+    return {**config.constexprs, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def tune_table(title: str, candidates: Sequence[Candidate], best: int, timed: bool) -> Table:
-    """Return a line per configuration, the current one first."""
-    headings = ("", *candidates[0][0].constexprs, "warps", "stages", *["time, us"] * timed, "note")
-    sizes = [(*config.constexprs.values(), config.num_warps, config.num_stages) for config, _ in candidates]
-    ranks = [0, *(len(set(column)) == 1 for column in zip(*sizes, strict=True)), *[-1] * timed, -1]
-    columns = [Column(each, each not in ("", "note"), rank) for each, rank in zip(headings, ranks, strict=True)]
-    table = Table(title, columns)
-    for at, (_, outcome) in enumerate(candidates):
-        mark = "now" if at == 0 else "best" if at == best else ""
-        note = outcome.note or ""
-        time = [micro(outcome.seconds)] * timed
-        table.add(mark, *map(str, sizes[at]), *time, note, style="dim" if note else "")
+    settings = [_settings(config) for config, _ in candidates]
+    equal = {name: 1 for name, now in settings[0].items() if all(one[name] == now for one in settings)}
+    table = Table(title, text=["note"], ranks=equal | {"time, us": -1, "note": -1})
+    for index, (_, outcome) in enumerate(candidates):
+        cells = {"": "now" if index == 0 else "best" if index == best else ""}
+        cells |= {name: str(value) for name, value in settings[index].items()}
+        cells |= {"time, us": micro(outcome.seconds)} if timed else {}
+        table.add(cells | {"note": outcome.note or ""}, "dim" if outcome.note else "")
     return table
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command `tune` and return its exit status."""
     if unknown := [name for name in args.ops if name not in OPS]:
         raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
     if INTERPRETED:
         raise ValueError("tune compiles its kernels, and TRITON_INTERPRET is set: needs it unset")
-    if not (args.dry_run or args.arch or torch.cuda.is_available()):
+    if not (args.arch or torch.cuda.is_available()):
         name = (args.ops or ["OP"])[0]
         raise ValueError(
             f"tune times configurations, and there is no GPU: `mixtral-triton compile {name} --arch sm_90` shows "
             f"registers, spills and instructions, and `tune {name} --arch sm_90` which other configurations compile"
         )
     selected = cases(args.ops or tuple(OPS), quick=not args.at, at=args.at)  # a few of each, or those of these sizes
-    out, timed = console(stderr=args.json), not (args.dry_run or args.arch) and torch.cuda.is_available()
-    device = torch.device("cuda") if timed else None
+    out, device = console(stderr=args.json), None if args.arch else torch.device("cuda")
     timer, arch = measure.DeviceTimer(device) if device else None, args.arch or target_arch(device)
     out.print(family_note(arch), end="")
-    if not timed:
+    if timer is None:
         out.print(f"Nothing is timed: neighbours of the present configurations, compiled for {arch}.")
     kernels = [(case, kernel) for case in selected for kernel in kernel_configs(case, arch)]
     if not kernels:
@@ -164,16 +148,16 @@ def run(args: argparse.Namespace) -> int:
         for done, (case, kernel) in enumerate(kernels, 1):
             candidates, best = tune(case, kernel, arch, timer, device)
             progress.update(done, len(kernels))
-            file, change = config_file(case), changes(candidates[0][0], candidates[best][0])
+            file, now, fastest = config_file(case), *(_settings(candidates[index][0]) for index in (0, best))
+            change = {name: (old, fastest[name]) for name, old in now.items() if fastest[name] != old}
             if args.json:
-                about = {"op": case.op.name, "sizes": case.as_dict(), "arch": arch, "kernel": kernel}
-                about |= {"file": file, "change": change}
+                about = {"op": case.op.name, "sizes": case.as_dict(), "arch": arch, "kernel": kernel, "file": file}
                 each = [{**vars(config), **outcome.as_dict()} for config, outcome in candidates]
-                print(json.dumps({**about, "candidates": each}), flush=True)
+                print(json.dumps({**about, "change": change, "candidates": each}), flush=True)
                 continue
             title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
-            out.print(tune_table(title, candidates, best, timed))
-            if timed:
+            out.print(tune_table(title, candidates, best, timer is not None))
+            if timer is not None:
                 lines = ", ".join(f"{name}={new} (now {old})" for name, (old, new) in change.items())
                 out.print(Text(f"{file}: {lines or 'the present configuration is the fastest'}"), soft_wrap=True)
     return 0

@@ -1,8 +1,4 @@
-"""Run a program as if this machine had GPUs: `python -m tests.support.stub [--gpus N] (-m MODULE | FILE) ARGUMENTS`.
-
-Triton's JIT compiles kernels, and the driver checks launches as CUDA would. Kernels run, in Triton's interpreter, only
-with `--executes`; without it results are undefined.
-"""
+"""Run a program as if this machine had GPUs: `python -m tests.support.stub [--gpus N] (-m MODULE | FILE) ARGUMENTS`."""
 
 import argparse
 import runpy

@@ -1,14 +1,15 @@
-"""What the simulated GPU knows of this project. The other files of this folder run any Triton program."""
-
-from __future__ import annotations
+"""What the simulated GPU and the PTX emulator know of this project. Their other files run any Triton program."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 from mixtral_triton import generate
 from mixtral_triton.kernels import call, offload, plan
 from mixtral_triton.kernels.interpret import interpreting as interpreting
+from mixtral_triton.kernels.launch import INTERPRETED as INTERPRETED
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weight import Layout as Layout
 from mixtral_triton.tools.bench import measure
@@ -23,16 +24,19 @@ def call_operator(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return call.call_checked(op, op.bind(*call.unflatten_args(op.arguments, args), **kwargs))
 
 
+def memories_of(table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return where the experts lie whose addresses a table holds: those on the device, and in host memory or a copy."""
+    weight = offload.find_weight(table)
+    return getattr(table, "memories", ()) if weight is None else (weight.resident, weight.host)
+
+
 def patches(tensor_class: type, call_runtime: Callable[..., int]) -> list[tuple[Any, str, Any]]:
     """Return what to patch while GPUs are simulated: module, name, value."""
-    plain = (*call.PLAIN_TYPES, tensor_class)
-    runtime = [
-        (module, name, call_runtime) for module, name in ((generate, "_call_runtime"), (offload, "call_runtime"))
-    ]
-    return [(call, "PLAIN_TYPES", plain), *runtime, (generate, "_streams", {})]
+    runtime = [(generate, "_call_runtime", call_runtime), (offload, "call_runtime", call_runtime)]
+    return [(call, "PLAIN_TYPES", (*call.PLAIN_TYPES, tensor_class)), (generate, "_streams", {}), *runtime]
 
 
 def small_benchmarks() -> dict[str, Any]:
     """Return small values for what benchmarks make large, or repeat because of a real GPU's clocks: of `measure`."""
-    small: dict[str, Any] = {"SWEEP_BYTES": 1 << 10, "RUNS_LEAST": 1, "RUNS_MOST": 1}
-    return small | {"measure_gpu": partial(measure.measure_gpu, memory=1 << 12, n=16)}
+    measure_gpu = partial(measure.measure_gpu, memory=1 << 12, n=16)
+    return {"SWEEP_BYTES": 1 << 10, "RUNS_LEAST": 1, "RUNS_MOST": 1, "measure_gpu": measure_gpu}

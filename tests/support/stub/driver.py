@@ -1,10 +1,4 @@
-"""A Triton driver without a GPU: Triton's JIT runs up to the launch, which is checked against CUDA's requirements.
-
-Argument binding, specialization, compilation (ptxas included) and caches are Triton's. On request Triton's interpreter
-runs the kernel on the tensors' memory.
-"""
-
-from __future__ import annotations
+"""A Triton driver without a GPU: Triton's JIT runs up to the launch, which is checked against CUDA's requirements."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +10,7 @@ from unittest import mock
 import torch
 import triton
 from torch.utils._python_dispatch import _disable_current_modes
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import GPUDriver
+from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
@@ -46,7 +39,7 @@ class Launched:
     num_warps: int
     shared: int
     args: Mapping[str, Any] = field(repr=False)
-    launcher: Launcher = field(repr=False, compare=False)
+    launcher: "Launcher" = field(repr=False, compare=False)
     binary: bytes = field(default=b"", repr=False, compare=False)
 
     @property
@@ -125,7 +118,7 @@ class Launcher:
                 raise LaunchError(f"misaligned address: {name}, which the kernel was compiled to find at 16 bytes")
 
 
-class Driver(GPUDriver):
+class Driver(CudaDriver):
     """`launches`: all launches, in order. `executes`: whether kernels run, by `execute`.
 
     `breaks`: a kernel whose launch accesses invalid memory; it and all later work fail, as on a GPU.
@@ -155,26 +148,6 @@ class Driver(GPUDriver):
         self.kernels: set[JITFunction] = set()
         self.executes, self.breaks, self.broken = True, "", False
         self.execute: Callable[[Launched, Mapping[str, Any]], None] = interpret
-
-    def get_current_target(self) -> GPUTarget:
-        major, minor = self.get_device_capability()
-        return GPUTarget("cuda", 10 * major + minor, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", self.gpu.current)
-
-    def get_device_interface(self) -> Any:
-        return torch.cuda
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise LaunchError("the stub builds no launcher in C++")
-
-    def get_benchmarker(self) -> Any:
-        return triton.testing.do_bench
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
 
     def forget(self) -> None:
         """Clear the caches of kernels that were compiled for this GPU."""

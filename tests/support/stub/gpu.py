@@ -1,12 +1,8 @@
-"""Simulated GPUs: the part of `torch.cuda` that a program needs, with the tensors and the driver of this package.
-
-python -m tests.support.stub -m mixtral_triton generate --prompt "def"
-"""
-
-from __future__ import annotations
+"""Simulated GPUs: the part of `torch.cuda` that a program needs, with the tensors and the driver of this package."""
 
 import itertools
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -24,28 +20,23 @@ H100 = {"name": "NVIDIA H100 80GB HBM3 (stub)", "major": 9, "minor": 0, "multi_p
 H100 |= {"total_memory": 80 << 30, "L2_cache_size": 50 << 20, "shared_memory_per_block_optin": 232448}
 POOL = 32  # streams of a device, which torch hands out in turn
 _handles = itertools.count(1)
+_active: list["GPU"] = []
 
 
-class Stream:
+class Stream(namedtuple("Stream", "device cuda_stream")):
     """A stream, on which all work completes at once; `stage` knows which order it would have to wait for."""
 
-    def __init__(self, device: Any = None, priority: int = 0, number: int | None = None) -> None:
-        self.device = indexed("cuda" if device is None else device)
-        self.cuda_stream = 1 + next(_handles) % POOL if number is None else number
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stream) and (self.device, self.cuda_stream) == (other.device, other.cuda_stream)
-
-    def __hash__(self) -> int:
-        return hash((self.device, self.cuda_stream))
+    def __new__(cls, device: Any = None, priority: int = 0, number: int | None = None) -> Any:
+        number = 1 + next(_handles) % POOL if number is None else number
+        return super().__new__(cls, indexed("cuda" if device is None else device), number)
 
     def synchronize(self) -> None:
         stage.sync("Stream.synchronize")
 
-    def wait_stream(self, other: Stream) -> None:
+    def wait_stream(self, other: "Stream") -> None:
         stage.wait(self.cuda_stream, stage.clocks[other.cuda_stream])
 
-    def wait_event(self, event: Event) -> None:
+    def wait_event(self, event: "Event") -> None:
         stage.wait(self.cuda_stream, event.clock)
 
 
@@ -63,7 +54,7 @@ class Event:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end: Event) -> float:
+    def elapsed_time(self, end: "Event") -> float:
         return 1e3 * (end.at - self.at)
 
 
@@ -75,9 +66,6 @@ class Generator(torch.Generator):
         generator.fake_device = indexed(device) if torch.device(device).type == "cuda" else torch.device("cpu")
         generator.captured_by, generator.seed_device = None, None
         return generator
-
-    def __init__(self, device: Any = "cpu") -> None:
-        """Do nothing: __new__ initializes."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -154,9 +142,6 @@ class Graph:
     def reset(self) -> None:
         self.calls.clear()
         self.ended = False
-
-
-_active: list[GPU] = []
 
 
 class GPU:
@@ -265,11 +250,8 @@ def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
     machine = GPU(count, **properties)
     patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
-    patches += [
-        *project_patches(FakeGPUTensor, machine.call_runtime),
-        (stage, "last_error", 0),
-        (stage, "pinned", machine.pinned),
-    ]
+    patches += project_patches(FakeGPUTensor, machine.call_runtime)
+    patches += [(stage, "last_error", 0), (stage, "pinned", machine.pinned)]
     patches += [(torch._C, "_host_emptyCache", lambda: None), (triton.runtime.driver, "_active", machine.driver)]
     with ExitStack() as stack:
         for module, name, value in patches:

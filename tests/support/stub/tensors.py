@@ -1,10 +1,4 @@
-"""Tensors on simulated GPUs, whose memory is the CPU's.
-
-torch's operations run on that memory under a GPU's rules: operands are on one device, and the host synchronizes where
-it reads a value. A capture runs nothing that writes; a replay runs everything on the same memory.
-"""
-
-from __future__ import annotations
+"""Tensors on simulated GPUs, whose memory is the CPU's: torch's operations run there under a GPU's rules."""
 
 import ctypes
 import math
@@ -39,7 +33,7 @@ class FakeGPUTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, held: Tensor, device: torch.device) -> FakeGPUTensor:
+    def __new__(cls, held: Tensor, device: torch.device) -> "FakeGPUTensor":
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
         tensor = Tensor._make_wrapper_subclass(cls, held.shape, device=device, **layout)
         tensor.held = held
@@ -80,7 +74,7 @@ class Work:
     stream: int
     clock: Mapping[int, int]
 
-    def precedes(self, other: Work) -> bool:
+    def precedes(self, other: "Work") -> bool:
         """Return whether streams and events order this work before the other."""
         return self.clock[self.stream] <= other.clock.get(self.stream, 0)
 

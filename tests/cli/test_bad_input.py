@@ -1,0 +1,291 @@
+"""Bad input: options, and files, names and texts of a checkpoint that do harm. Exit status 2, one line that names what
+is wrong and what would do, and never a hang or a crash."""
+
+import io
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixtral_triton import cli, verification
+from mixtral_triton.cli import SMALL
+from mixtral_triton.quantize.write import write
+from mixtral_triton.tools import prompt
+from mixtral_triton.tools.prompt import load_tokenizer
+from tests.cli.commands import error_line
+
+pytestmark = pytest.mark.compiled
+STEP_OF_8X7B = "B=1,S=1024,L=32,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
+PROMPT, TRACE, TEXT = "generate --prompt x", "trace --device cpu --prompt", "verify --device cpu --prompt 'a text'"
+H100, RTX4090 = "fit --gpu h100", "fit --gpu rtx4090"
+# The command, and a pattern of its one line.
+BAD_INPUT = {
+    "verify --nonsense": r"--nonsense \(see mixtral-triton verify --help\)",
+    "verfy": "did you mean verify\\?",
+    "bench rms_nrm": "did you mean rms_norm\\?",
+    "compile rop --arch sm_90": "did you mean rope\\?",
+    "compile rope --arch sm_91": "did you mean sm_90\\?",
+    "fit --gpu rtx4900": "did you mean RTX 4090\\?",
+    "bench --gpu mi300": "did you mean MI300X\\?",
+    "verify --weights int3": "--weights.*'int3' needs one of int4, int8, fp8, in a form like int4, or experts=int4,",
+    "verify --weights experts=int3": "'int3' needs one of int4, int8, fp8",
+    "verify --weights expert=int4": "'expert' needs one of experts, linear, .* did you mean experts\\?",
+    **{
+        f"verify --weights {text}": "--weights"
+        for text in ("experts=int4,experts=int8", "experts=", "experts=int4,", "=")
+    },
+    "verify --device gpu": "'gpu' is unknown to torch: needs cuda, cuda:1, ... or cpu",
+    "verify no/such/folder": "no/such/folder",
+    "verify --device cuda:99": "cuda:99",
+    "verify --device cpu --tokens 4096": "needs 2 to 2048",
+    "verify --device cpu --tokens 1": "needs 2 to 2048",
+    f"{TEXT} --tokens 99": "fewer than --tokens 99",
+    "verify --tp 2 --peer transformers": "peer is 'transformers', and no rank of a mesh has all weights for it: needs",
+    **{f"{name} --device meta --prompt x": "meta" for name in ("verify", "generate", "trace")},
+    "generate": "--prompt",
+    "generate --prompt ''": "--prompt is empty",
+    "generate --prompt -": "--prompt - is empty",
+    f"generate --prompt-file {SMALL / 'tokenizer.bin'}": "No such file",
+    "generate --prompt a --prompt b": "need --chat",
+    "generate --prompt a --system b": "need --chat",
+    f"{PROMPT} --max-new-tokens 5000": "max_position_embeddings",
+    f"{PROMPT} --max-new-tokens -1": "max_new_tokens",
+    f"{PROMPT} --seed {1 << 64}": "--seed",
+    f"{PROMPT} --temperature -1": "mixtral-triton generate: temperature is -1.0, needs",
+    f"{PROMPT} --interpret --device cuda": "mixtral-triton generate: --interpret runs",
+    f"{PROMPT} --top-p 0": "top_p",
+    f"{PROMPT} --stop ''": "--stop is empty",
+    f"{PROMPT} --context 64": "--context is 64, and goes with --offload auto",
+    f"{PROMPT} --device cpu --offload 9": "needs 0 to 7",
+    f"{PROMPT} --offload x": "number of experts, or auto",
+    f"{TRACE} ''": "--prompt is empty",
+    f"{TRACE} x --layers 4": "--layers is 4, needs layers of 0..3",
+    "trace no/such/folder --prompt x": "no/such/folder",
+    f"{TRACE} 'x y' --counts no/such/file": "--counts 'no/such/file' needs a file that can be",
+    "fit --gpu abacus": "abacus.*H100 80GB.*MI300X",
+    "fit --gpu v100": "v100.*sm_80 or later",
+    f"{H100} --memory 5": "--gpu is given, and --memory",
+    "fit --memory 0": "--memory is 0",
+    "fit --memory inf": "--memory is inf",
+    **{f"fit --memory {text}": f"argument --memory: '{text}' needs GiB" for text in ("1e300", "24TB", "GiB", "1.2.3")},
+    "fit --batch 0": "--batch is 0",
+    "fit --context 32769": "--context is 32769.*32768",
+    "fit --context 0": "--context is 0",
+    "fit no/such/folder": "no/such/folder",
+    "fit mixtral-9x9": "mixtral-9x9: no such folder, needs one, a name on the hub, or mixtral-8x7b or",
+    f"{RTX4090} --link pcie9x16": "--link.*pcie9x16.*pcie4x16",
+    f"{RTX4090} --host-memory -1": "--host-memory is -1, needs GiB, at least 0",
+    f"{RTX4090} --host-memory 2": "--host-memory is 2.1 GB, and int4.* with 62 of 256 .* needs 5.7 GB",
+    "quantize small no/such/out --weights int8 --device meta": "device is 'meta', which holds no numbers",
+    f"quantize small {SMALL} --weights int4": f"{SMALL} is there already and not an empty folder$",
+    "bench nonsense": "nonsense",
+    "bench --gpu voodoo": "MI300X",
+    "bench --gpu l4": "whose bandwidth and matmul rate are unknown, needs one of rtx4080, a10,",
+    "bench --without nobody": "FlexAttention",
+    "bench route --at many": "T=4096",
+    "bench route --at T=3": "T=3",
+    "bench --sizes T=3": "--sizes",
+    "bench --peer a:b": "goes with the one operation",
+    "bench route rope --peer a:b": "goes with the one operation",
+    "bench route --at T=1 --sizes T=3,E=8,K=2": "--at",
+    "bench route --sizes T=3": "lacks E, K: route needs T, E, K",
+    "bench route --sizes T=3,E=8,K=2,H=4": "has H, and route has T, E, K",
+    "bench route --sizes T=3,E=8,K=9": "K=9, needs at most E=8",
+    "bench route --sizes T=3,T=4": "each letter once",
+    "bench rms_norm --sizes T=0,H=8": "T=0",
+    **{f"bench linear --gpu h100 --sizes T={T},H={T},N=64": "--sizes is 'T=99999" for T in ("9" * 10, "9" * 30)},
+    "bench sort_by_expert --dtype float16": "sort_by_expert has int32, int64",
+    "bench decode_step rope --offload 2": "--offload is 2, and goes with decode_step",
+    f"bench decode_step --sizes {STEP_OF_8X7B},offload=9": "offload is 9, needs 0 to 7 experts",
+    "bench decode_step --gpu h100 --offload 8": "offload is 8, needs 0 to 7 experts of each layer",
+    "bench --plot roofline.txt": r"\.png",
+    "bench --plot no/such/folder/a.png": "no/such/folder",
+    f"compile append --arch sm_90 --out {SMALL / 'config.json'}": "config.json: File exists",
+    f"compile append --arch sm_90 --out {SMALL / 'config.json' / 'below'}": "config.json/below: Not a directory",
+    "tune decode_step": "route",
+    "tune linear --at T=2048 --at N=32000 --arch sm_90": "nothing to tune",
+    "tune expert_swiglu --at T=4096": "there is no GPU.*compile expert_swiglu --arch sm_90",
+}
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input_is_one_line_on_stderr(command: str, recwarn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    line = error_line(command)
+    assert re.search(BAD_INPUT[command], line) and not recwarn.list, line
+
+
+EARLY = {
+    TEXT + " --peer transformers": "pip install",
+    "verify --device cpu --prompt x": "2000 tokens, needs at most 1024, the model's positions",
+    "trace --device cpu --prompt x": "2000 tokens, needs at most max_position_embeddings, 1024",
+    "trace --device cpu --prompt y": "holds token 5000",
+}
+
+
+@pytest.mark.parametrize("command", EARLY)
+def test_the_error_comes_before_the_note_about_the_backend(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model's tokenizer, a text that is too long, and a peer that is not installed."""
+    monkeypatch.setattr(cli, "select_backend", lambda *_, **__: "plain torch, on the CPU")
+    monkeypatch.setattr(cli, "encode", lambda *_: [1, 5000] if command[-1] == "y" else [1] * 2000)
+    monkeypatch.setattr(verification, "find_spec", lambda name: None)
+    assert EARLY[command] in error_line(command)
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_truncation_and_padding_of_the_tokenizer_are_ignored(folder: Path) -> None:
+    text, padding = "The return statement of a function", {"strategy": {"Fixed": 41}, "direction": "Right"}
+    padding |= {"pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    want = load_tokenizer(SMALL).encode(text).ids
+    for values in ({"truncation": CUT}, {"padding": padding}, {"padding": padding | {"strategy": {"Fixed": 10**9}}}):
+        change(folder / "tokenizer.json", **{"truncation": None, "padding": None, **values})
+        assert load_tokenizer(folder).encode(text).ids == want and len(want) > 3
+
+
+@pytest.fixture
+def seconds() -> Iterator[None]:
+    """A test that hangs fails after 20 seconds."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+GENERATE = "generate --device cpu --prompt x --max-new-tokens 1"
+CHAT, VERIFY, COUNTS = f"{GENERATE} --chat", "verify --device cpu", f"{GENERATE} --offload 1 --offload-by counts.json"
+MODEL, CONFIG, TOKENIZER, INDEX = "model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"
+CUT = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+WORDS = {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}, "pre_tokenizer": None}
+DOUBLE = "{% set n = namespace(s='aa') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+Harm = Callable[[Path], object]
+
+
+def holds(name: str, content: bytes) -> Harm:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def values(name: str, **changes: Any) -> Harm:
+    return lambda folder: change(folder / name, **changes)
+
+
+def template(text: Any) -> Harm:
+    return values("tokenizer_config.json", chat_template=text)
+
+
+def ignoring(pattern: str) -> Harm:
+    kind = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": kind, "format": "int-quantized"}}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": [f"re:{pattern}"]}
+    return values(CONFIG, quantization_config=quantization)
+
+
+def without_weights(harm: Harm) -> Harm:
+    return lambda folder: ((folder / MODEL).unlink(), harm(folder))
+
+
+# What is wrong in the folder, the command, and a part of its one line. tests/model has what else can be wrong.
+NEVER_ENDS = "is a pipe, a device or a folder, needs a regular file"
+HARM: list[tuple[Harm, str, str]] = [
+    (holds(MODEL, (SMALL / MODEL).read_bytes()[: 10**6]), VERIFY, MODEL),
+    (holds(CONFIG, b"{"), VERIFY, CONFIG),
+    (
+        lambda folder: os.truncate(folder / CONFIG, 1 << 28),
+        "fit",
+        "config.json: has more than 134217728 bytes, needs at",
+    ),
+    (holds(TOKENIZER, b"version https://git-lfs.github.com/spec/v1"), GENERATE, "tokenizer.json: is a pointer of Git"),
+]
+for _make in (os.mkfifo, lambda file: file.symlink_to("/dev/zero")):
+    for _name, _harm in ((INDEX, without_weights), ("counts.json", lambda harm: harm)):
+        HARM.append((_harm(lambda folder, make=_make, name=_name: make(folder / name)), COUNTS, NEVER_ENDS))
+for _changes in (
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # the library panics
+    {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["bad"]}},
+    WORDS | {"truncation": CUT},  # a token that it does not know
+):
+    HARM.append((values(TOKENIZER, **_changes), GENERATE, "tokenizer.json is not a tokenizer that"))
+for _text, _message in (
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "no end after 1 s"),
+    ("{{ 'a' * 9000000000 }}", "MemoryError"),
+    (DOUBLE, "fails with MemoryError"),
+    ([{"name": ["default"], "template": "x"}], "--chat needs a template"),
+    ([{"name": "rag", "template": "x"}], "--chat needs a template"),
+    (None, "--chat needs a template, and neither chat_template.jinja nor a chat_template in"),
+    ("{% if %}", "tokenizer_config.json: the chat template is not readable"),
+    ("{{ raise_exception('no: never') }}", "the chat template fails with ValueError: no: never"),
+    ("{{ nothing.at.all }}", "the chat template fails with UndefinedError"),
+    ("{{ 1 / 0 }}", "the chat template fails with ZeroDivisionError"),
+    ("{{ messages.__class__.__mro__ }}", "fails with SecurityError"),
+    ("{{ messages.append(1) }}", "fails with SecurityError"),
+):
+    HARM.append((template(_text), CHAT, _message))
+HARM.append((template("{{ messages[-1].content }}"), f"{CHAT} --system s", "leaves the system message out"))
+HARM.append((holds("chat_template.jinja", b"\xff"), CHAT, "the chat template holds bytes that are no text in UTF-8"))
+for _pattern in ("(a+)+$", "(a|a)*b", ".*" * 9 + "x", "(a|b)" * 30, r"(\d{1,9}){1,9}x"):
+    HARM.append((ignoring(_pattern), GENERATE, "a pattern of ignore or targets is 're:"))
+
+
+@pytest.mark.parametrize(("harm", "command", "message"), HARM)
+def test_a_harmful_folder_is_one_line(
+    harm: Harm, command: str, message: str, folder: Path, seconds: None, capfd: Any, monkeypatch: Any
+) -> None:
+    """A panic, too, whose backtrace Rust would print."""
+    monkeypatch.chdir(folder)  # counts.json is there
+    monkeypatch.setattr(prompt, "TEMPLATE_SECONDS", 1 if message == "no end after 1 s" else 10)
+    harm(folder)
+    line = error_line(command, folder)
+    assert message in line and (str(folder) in line or "counts.json" in line) and not capfd.readouterr().err
+
+
+def test_a_prompt_without_an_end_or_of_other_bytes_is_refused(tmp_path: Path, monkeypatch: Any, seconds: None) -> None:
+    monkeypatch.setattr(prompt, "PROMPT_CHARACTERS", 1000)
+    line = error_line("generate --prompt-file /dev/zero --device cpu")
+    assert "--prompt-file /dev/zero is longer than 1,000 characters" in line
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    assert "holds bytes that are no text in UTF-8" in error_line("generate --prompt-file", tmp_path / "bytes")
+
+
+def test_what_files_say_is_escaped_and_cut(folder: Path) -> None:
+    """Names of tensors, keys of the rope, texts of templates: none reaches the terminal as it is."""
+    name = f"\x1b]0;title\x07\x9b31m{'n' * 5000}"
+    tensors = load_file(folder / "model.safetensors") | {name: torch.zeros(1, dtype=torch.bfloat16)}
+    save_file(tensors, folder / "model.safetensors")
+    lines = [error_line(GENERATE, folder)]
+    change(folder / "tokenizer_config.json", chat_template="{{ raise_exception('" + name + "') }}")
+    lines.append(error_line(GENERATE, "--chat", folder))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: name}}))
+    (folder / "model.safetensors").unlink()
+    lines.append(error_line(GENERATE, folder))
+    change(folder / "config.json", rope_parameters={"rope_theta": 1e4, name: 1})
+    lines.append(error_line("fit", folder))
+    for line in lines:
+        assert line.isprintable() and r"\x1b]0;title\x07\x9b31m" in line and len(line) < 600
+
+
+def test_links_out_of_the_folder_are_not_copied(folder: Path, tmp_path: Path) -> None:
+    """The hub's cache holds links, to its blobs."""
+    (tmp_path / "secret").write_text("password")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match="notes.txt is a link out of the folder, and is not copied"):
+        write(folder, tmp_path / "out", "int8", "cpu")
+    assert not (tmp_path / "out" / "notes.txt").exists() and (tmp_path / "out" / "tokenizer.json").is_file()
+    snapshot, blobs = tmp_path / "models" / "snapshots" / "1", tmp_path / "models" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in folder.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    with pytest.warns(UserWarning, match="notes.txt is a link"):
+        write(snapshot, tmp_path / "again", "int8", "cpu")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (blobs / "tokenizer.json").read_bytes()
