@@ -233,6 +233,14 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     return model
 
 
+def _encode(args: argparse.Namespace, tokenizer: Any, text: str, model: Mixtral) -> list[int]:
+    """Return a prompt's tokens. Print the warning about a beginning-of-sequence token in its text."""
+    ids, warning = encode(tokenizer, text, model.config.bos_token_id)
+    if warning and is_first():
+        print_message(f"mixtral-triton {args.command}: {warning}")
+    return ids
+
+
 def _compile(model: Mixtral, sizes: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype], cache: Any) -> None:
     """Compile what forwards of [B,T] tokens over a cache of C slots and a dtype launch on a GPU; show the progress."""
     if model.device.type == "cuda":  # a CPU needs no compiler
@@ -255,7 +263,7 @@ def _verify(args: argparse.Namespace) -> int:
         model = _load(args, mesh)
         prompt = None
         if text is not None:
-            ids = encode(load_tokenizer(args.folder), text, model.config.bos_token_id)
+            ids = _encode(args, load_tokenizer(args.folder), text, model)
             prompt = torch.tensor([ids], device=model.device)
             if args.tokens is not None and prompt.shape[1] < args.tokens:
                 raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
@@ -296,7 +304,7 @@ def _generate(args: argparse.Namespace) -> int:
         sampling |= {"generator": torch.Generator(model.device).manual_seed(args.seed), "cache_dtype": args.cache_dtype}
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
-            ids = encode(tokenizer, text, model.config.bos_token_id)
+            ids = _encode(args, tokenizer, text, model)
             if template is not None:  # it begins with the beginning-of-sequence token itself
                 ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
             if number == 0:
@@ -330,7 +338,7 @@ def _trace(args: argparse.Namespace) -> int:
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(args, model, tokenizer, encode(tokenizer, args.prompt, model.config.bos_token_id), note)
+    return run(args, model, tokenizer, _encode(args, tokenizer, args.prompt, model), note)
 
 
 def _quantize(args: argparse.Namespace) -> int:

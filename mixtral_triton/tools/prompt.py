@@ -86,10 +86,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     return FileTokenizer(path)
 
 
-def encode(tokenizer: Any, text: str, bos: int | None) -> list[int]:
-    """Return the text's tokens after `bos`, unless the text begins with it."""
+def encode(tokenizer: Any, text: str, bos: int | None) -> tuple[list[int], str]:
+    """Return the text's tokens after `bos`, unless the text begins with it, and a warning where the text holds it."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    warning = ""
+    if bos in ids:
+        name, added = tokenizer.id_to_token(bos), "one more is" if ids[0] != bos else "no second one is"
+        warning = f"the prompt holds {name}, the beginning-of-sequence token: {added} added"
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids], warning
 
 
 class ChatTemplate:

@@ -97,12 +97,16 @@ def test_command_answers_each_turn_of_a_chat(folder: Path, monkeypatch: pytest.M
 
 def test_the_tokenizer_s_bos_is_not_doubled() -> None:
     tokenizer = load_tokenizer(SMALL)
-    plain = encode(tokenizer, "The return", 0)
-    assert plain[0] == 0 and plain.count(0) == 1 and encode(tokenizer, "<s>The return", 0) == plain
-    ids = encode(tokenizer, "The <s> return", 0)
-    assert ids[0] == 0 and ids.count(0) == 2 and encode(tokenizer, "x", None)[0] != 0
-    status, out, _ = run(f"{ANSWER} --json --prompt '<s>The return'")
+    plain, warning = encode(tokenizer, "The return", 0)
+    assert plain[0] == 0 and plain.count(0) == 1 and warning == ""
+    ids, warning = encode(tokenizer, "<s>The return", 0)
+    assert ids == plain and "the prompt holds <s>" in warning and "no second one" in warning
+    ids, warning = encode(tokenizer, "The <s> return", 0)
+    assert ids[0] == 0 and ids.count(0) == 2 and "holds <s>" in warning and "second" not in warning
+    assert encode(tokenizer, "x", None)[0][0] != 0
+    status, out, error = run(f"{ANSWER} --json --prompt '<s>The return'")
     assert status == 0 and json.loads(out)["prompt_tokens"] == len(plain)
+    assert "mixtral-triton generate: the prompt holds <s>" in error
 
 
 def test_a_space_before_the_first_token_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
