@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
+import timeit
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..config import read_json_object
 from ..inputs import check_ids, check_vocabulary
+from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
 from ..quantize import QUANTIZED_PARTS, QuantizedWeight, QuantSpec
 from ..tools.tolerance import fp64_block, largest, to_fp64
@@ -32,20 +34,27 @@ HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text 
 WINDOW_TOKENS = 2048  # the most tokens of a window
 READ_BYTES = 1 << 16
 LOGIT_ROWS = 256  # tokens whose logits are in memory at once
-LOGITS = 16  # tensors of a text's logits at once
+CALLS_S = 0.3  # seconds that Python takes for a layer's calls
+PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; tensors of a text's logits at once
 
 
 def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -> str:
-    """What `verify` on ids [B,T] will take: bytes of the files, and memory beside the model."""
-    config, N = model.full_config, ids.numel()
+    """What `verify` on ids [B,T] will take: bytes of the files, memory beside the model, and seconds of torch's
+    computation in fp64, for which a product with one expert is timed."""
+    config, N, down = model.full_config, ids.numel(), model.layers[0].down_proj[0]
+    x = torch.ones((2 * N, down.shape[-1]), dtype=torch.float64, device=model.device)
+    seconds = min(timeit.repeat(lambda: largest(x @ to_fp64(down).T), number=1, repeat=3))
     layer = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if name.startswith("layers.0."))
     fp32, quantized = not quick and model.dtype != torch.float32, folder is not None and bool(quantized_formats(model))
+    products = layer / down.shape.numel() * (PASSES * (1 + fp32) + 2 * quantized)
+    seconds = config.num_hidden_layers * (seconds * products + CALLS_S)
     # Every layer's references stay. Beside them are a layer in fp32 or as stored and an expert, or the head and logits.
     references = config.num_hidden_layers * N * config.hidden_size * (8 * 8 + 3 * model.dtype.itemsize)
     inside = layer * max(6 * fp32, 4 * quantized) + 24 * config.intermediate_size * config.hidden_size
     memory = (references + max(inside, 8 * config.vocab_size * (config.hidden_size + LOGITS * N))) / 1e6
     stored = 0 if folder is None else sum(file.stat().st_size for file in Source(folder).files) / 1e6
-    return f"verifying: reads {stored:,.1f} MB once, torch takes about {memory:,.0f} MB beside the model"
+    torch_takes = f"torch takes about {memory:,.0f} MB beside the model and {seconds:.0f} s"
+    return f"verifying: reads {stored:,.1f} MB once, {torch_takes}{', without the interpreter' * INTERPRETED}"
 
 
 def check_weights(
