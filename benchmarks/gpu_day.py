@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -39,13 +40,14 @@ from mixtral_triton.kernels.launch import Launch, LaunchConfig, multiprocessors,
 from mixtral_triton.kernels.pdl import pdl_wait
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools import predict
 from mixtral_triton.tools.bench import decode_step
 from mixtral_triton.tools.bench.cases import BENCHED, QUANTIZED, Case, cases
 from mixtral_triton.tools.bench.command import number, sizes_text
-from mixtral_triton.tools.bench.measure import DeviceTimer
+from mixtral_triton.tools.bench.measure import DeviceTimer, untimed_row
 from mixtral_triton.tools.bench.peers import PEERS
+from mixtral_triton.tools.gpus import GPU, GPUS, data_sheet
 from mixtral_triton.tools.offline import compile_launches
-from mixtral_triton.tools.predict import TILE
 from mixtral_triton.tools.terminal import toolchain_fault
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 570.0
@@ -77,26 +79,26 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
         command = f"{computes}-m mixtral_triton bench --json"
         return {name: f"{command} {name} {_smallest(name) if dry else options} {more}" for name in names}
 
-    small = "--small" if dry else ""
+    small = "--dry" if dry else ""
     launcher = "-m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
     on_two = {"verify": f"{launcher} verify --tp 2", "generate": f"{launcher} generate --tp 2 --prompt The"}
     layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
     return {
         # Nothing is timed while another core compiles.
-        "compile": (80, {"compile": f"{prefix}-m benchmarks.gpu_day check compile {small}"}),
+        "compile": (80, {"compile": f"{prefix}-m benchmarks.gpu_day --check compile {small}"}),
         "experts in bf16": (40, bench(["expert_swiglu"], f"{layer} {no_compile}")),
-        "rates": (15, {"rates": f"{computes}-m benchmarks.gpu_day check rates {small}"}),
+        "rates": (15, {"rates": f"{computes}-m benchmarks.gpu_day --check rates {small}"}),
         "tests": (90, _tests(computes, first=dry)),
         "experts": (45, bench(experts, f"--quick {no_compile}")),
         "attention": (55, bench(cache, f"--quick {no_compile}")),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
         "decode": (70, bench(["decode_step"], f"{two_depths} {eager}")),
-        "prefetch": (10, {"prefetch": f"{computes}-m benchmarks.gpu_day check prefetch {small}"}),
+        "prefetch": (10, {"prefetch": f"{computes}-m benchmarks.gpu_day --check prefetch {small}"}),
         "decode batches": (40, bench(["decode_step"], f"--quick --at L=4 {eager}")),
         "decode offloaded": (15, bench(["decode_step"], f"{two_depths} {eager}", "--offload 2")),
         "decode compiled": (35, bench(["decode_step"], f"{two_depths} {no_compile}")),
         "one token and many": (40, bench(rest, "--quick --at T=1 --at T=4096")),
-        "sanitizer": (30, {"sanitizer": f"{prefix}-m benchmarks.gpu_day check sanitizer {small}"}),
+        "sanitizer": (30, {"sanitizer": f"{prefix}-m benchmarks.gpu_day --check sanitizer {small}"}),
         "host": (15, {"host_time": f"benchmarks/host_time.py --json --rounds {1 if dry else 40}"}),
         **({"two GPUs": (25, on_two)} if torch.cuda.device_count() > 1 and not dry else {}),
     }
@@ -136,6 +138,7 @@ def wait_kernel(x_ptr, PDL: tl.constexpr):
 
 
 def rates(small: bool) -> Figures:
+    """Measure what the cost model estimates, and predict an expert layer by it."""
     device, properties = torch.device("cuda"), torch.cuda.get_device_properties("cuda")
     timer, sms, n = DeviceTimer(device), 2 if small else properties.multi_processor_count, 1 << (12 if small else 22)
     x, out = torch.zeros(n, device=device), torch.zeros(4 * sms, device=device)
@@ -158,7 +161,8 @@ def rates(small: bool) -> Figures:
     with override_configs({"linear_kernel": LaunchConfig(tiles, 8, 3)}):  # a program an SM: twice the depth, one end
         ends = 2 * product(128 if small else 2048) - product(256 if small else 4096)
     figures: Figures = {"l2": l2, "launch_gap": gap(False), "pdl_gap": gap(True) if properties.major >= 9 else None}
-    figures["tile"] = max(0.0, 3 * ends / (1 + 2 * 128 * 256 / TILE))
+    figures["tile"] = max(0.0, 3 * ends / (1 + 2 * 128 * 256 / predict.TILE))
+    figures |= _predict_experts(figures)
     a = torch.ones(16 if small else 8192, 16 if small else 8192, device=device)
     with subprocess.Popen(["sh", "-c", f"sleep 1; {CLOCKS}"], stdout=-1, stderr=-1, text=True) as run:
         while run.poll() is None:
@@ -166,6 +170,23 @@ def rates(small: bool) -> Figures:
             torch.cuda.synchronize()
         figures["clocks under load"] = run.communicate()[0].strip()
     return {"ok": True, **figures}
+
+
+def _predict_experts(rates: Figures) -> Figures:
+    """Return the predicted microseconds of an expert layer on this GPU, whose estimated rates are the measured ones."""
+    gpu = replace(data_sheet(torch.cuda.get_device_name()) or GPUS["h100"], l2=rates["l2"])
+    efficiency = replace(predict.OPTIMISTIC, l2=1.0, tile=rates["tile"])
+    gaps = {False: rates["launch_gap"], True: rates["pdl_gap"] or rates["launch_gap"]}
+    figures: Figures = {}
+    for T in (512, 1024, 1536, 4096):
+        case = Case(OPS["expert_swiglu"], {"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2})
+        with (
+            mock.patch.object(predict, "OPTIMISTIC", efficiency),
+            mock.patch.object(GPU, "gap", lambda _, dependent: gaps[dependent]),
+        ):
+            predicted = untimed_row(case, gpu).predicted
+        figures[f"expert_swiglu T{T}, predicted, us"] = predicted and predicted.seconds * 1e6
+    return figures
 
 
 def compile_ahead(small: bool) -> Figures:
@@ -280,6 +301,7 @@ def day(selected: dict[str, Part], out: Path, budget_s: float) -> dict[str, Any]
 
 
 def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return tests by outcome, rows of the benchmarks, and what the scripts and checks print."""
     found: dict[str, Any] = {"tests": {}, "rows": [], "host": [], "checks": []}
     for file in (file for part in done for file in sorted(out.glob(f"{part}-*.out".replace(" ", "_")))):
         text = file.read_text(errors="replace")
@@ -289,10 +311,13 @@ def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
             event: dict[str, Any] = {}
             with suppress(json.JSONDecodeError):  # the last line may be incomplete
                 event = json.loads(line)
-            kind, check = event.pop("kind", None), event.pop("check", None)
-            found["rows"] += [{"kind": kind, **event}] * (kind == "row")
-            found["checks"] += [{"check": check, "": name, "value": x} for name, x in event.items() if kind == "check"]
-            found["host"] = event["rows"] if "plain_launch_us" in event else found["host"]
+            if event.get("kind") == "row":
+                found["rows"].append(event)
+            elif event.get("kind") == "check":
+                figures = [(name, value) for name, value in event.items() if name not in ("kind", "check")]
+                found["checks"] += [{"check": event["check"], "": name, "value": value} for name, value in figures]
+            elif "plain_launch_us" in event:
+                found["host"] = event["rows"]
     return found
 
 
@@ -320,8 +345,9 @@ def markdown(found: dict[str, Any]) -> str:
     }
     page = HEAD + "\n".join(["", *found["setup"], f"({QUERY}: before and after)", ""])
     for title, rows in sections.items():
-        lines = [[*rows[0]], ["---"] * len(rows[0]), *(map(_cell, row.values()) for row in rows)] if rows else []
-        page += f"\n## {title}\n\n" * bool(rows) + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        if rows:
+            lines = [[*rows[0]], ["---"] * len(rows[0]), *(map(_cell, row.values()) for row in rows)]
+            page += f"\n## {title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return page
 
 
@@ -330,14 +356,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(parts())
     parser = cli.Parser(prog="gpu_day", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the results; none: one in benchmarks/results")
+    parser.add_argument("--check", choices=CHECKS, help="run this check alone, here, and print its figures as JSON")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help="none: all")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for everything together")
     text = "on a simulated GPU, which measures nothing; KERNEL: one that leaves it in an error"
     parser.add_argument("--dry", nargs="?", const="", metavar="KERNEL", help=text)
     args = parser.parse_args(argv)
     fault = toolchain_fault() if torch.cuda.is_available() else "there is no GPU: nothing was measured"
-    if fault and args.dry is None:
+    if fault and (args.dry is None or args.check):
         parser.error(fault)
+    if args.check:
+        return check(args.check, small=args.dry is not None)
     every = parts(args.dry is not None, args.dry or "")
     name = "dry" if args.dry is not None else torch.cuda.get_device_name().lower().replace(" ", "-")
     out = args.out or ROOT / "benchmarks" / "results" / name
@@ -347,4 +376,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(check(sys.argv[2], "--small" in sys.argv) if sys.argv[1:2] == ["check"] else main())
+    sys.exit(main())

@@ -163,10 +163,13 @@ def test_rates_host_time_and_offloaded_experts_run_on_the_simulated_gpu(tmp_path
     assert [(each["op"], each["right"]) for each in found["rows"]] == [("expert_swiglu", True), ("decode_step", True)]
     assert found["rows"][1]["sizes"]["offload"] == 2 and found["rows"][1]["host_bytes"] > 0
     figures = {each[""] for each in found["checks"] if each["check"] == "rates"}
-    assert figures >= {"l2", "launch_gap", "pdl_gap", "tile", "clocks under load"} and "| rates | l2 |" in page
+    predicted = {f"expert_swiglu T{T}, predicted, us" for T in (512, 1024, 1536, 4096)}
+    assert figures >= {"l2", "launch_gap", "pdl_gap", "tile", "clocks under load"} | predicted
+    assert "| rates | l2 |" in page
 
 
-BAD_INPUT = {"--parts tests lunch": "lunch", "": "there is no GPU: nothing was measured"}
+BAD_INPUT = {"--parts tests lunch": "lunch", "--check lunch": "lunch"}
+BAD_INPUT |= dict.fromkeys(("", "--check rates --dry"), "there is no GPU: nothing was measured")
 BAD_INPUT |= {"no compiler": "no gcc or clang", "no header": "Python.h is not there: install python3-dev"}
 
 
