@@ -40,7 +40,8 @@ class Source:
     def __init__(self, folder: Any) -> None:
         self.folder = Path(folder)
         self.config = self.read_json("config.json")
-        modelopt, gptq = (self.read_json(name) for name in ("hf_quant_config.json", "quantize_config.json"))
+        files = "hf_quant_config.json", "quantize_config.json"
+        modelopt, gptq = (self.read_json(name, optional=True) for name in files)
         declared = [self.config.get(name) for name in ("quantization_config", "compression_config")]
         declared += [modelopt.get("quantization"), gptq and {"quant_method": "gptq", **gptq}]
         self.quantization = next(filter(None, declared), None)
@@ -66,10 +67,10 @@ class Source:
             else:
                 tensors |= {name: {name: file} for name, file in files.items() if not name.endswith(UNUSED)}
 
-    def read_json(self, name: str) -> Any:
-        """The object in a file of the folder; an empty one where there is no such file."""
+    def read_json(self, name: str, optional: bool = False) -> Any:
+        """The object in a file of the folder; an empty one where an optional file is not there."""
         file = self.folder / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return {} if optional and not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
 
     def read(self, files: dict[str, Any], device: Any, expert: Any = ...) -> Tensor:
         """A tensor on the device, or one expert of [E,N,K]; a quantized linear is decoded there, fp32 [N,K]."""
@@ -148,7 +149,8 @@ def config_rows(source: Source, target: Any) -> list[Row]:
 
 def _text_rows(source: Source) -> list[Row]:
     """A prompt's tokens beside those of tokenizers, the chat template's text beside jinja's, if the folder has them."""
-    folder, bos, settings = source.folder, source.config.get("bos_token_id"), source.read_json("tokenizer_config.json")
+    folder, bos = source.folder, source.config.get("bos_token_id")
+    settings = source.read_json("tokenizer_config.json", optional=True)
 
     def prompt() -> bool:
         import tokenizers
@@ -157,7 +159,7 @@ def _text_rows(source: Source) -> list[Row]:
         own.no_truncation()
         own.no_padding()
         ids = own.encode(PROMPT).ids
-        return encode(load_tokenizer(folder), PROMPT, bos) == (ids if bos in (None, ids[0]) else [bos, *ids])
+        return encode(load_tokenizer(folder), PROMPT, bos)[0] == (ids if bos in (None, ids[0]) else [bos, *ids])
 
     def chat() -> bool:
         from jinja2.sandbox import ImmutableSandboxedEnvironment

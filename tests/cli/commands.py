@@ -50,8 +50,8 @@ def run_json(command: str, *more: Any, status: int = 0) -> Any:
 
 def error_line(command: str, *more: Any) -> str:
     """Return the one line with which a command refuses its input."""
-    status, _, error = run(command, *more)
-    assert status == 2 and len(error.strip().splitlines()) == 1, (status, error)
+    status, out, error = run(command, *more)
+    assert status == 2 and not out and len(error.strip().splitlines()) == 1, (status, out, error)
     return error.strip()
 
 

@@ -135,7 +135,7 @@ EARLY = {
 def test_the_error_comes_before_the_note_about_the_backend(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another model's tokenizer, a text that is too long, and a peer that is not installed."""
     monkeypatch.setattr(cli, "select_backend", lambda *_, **__: "plain torch, on the CPU")
-    monkeypatch.setattr(cli, "encode", lambda *_: [1, 5000] if command[-1] == "y" else [1] * 2000)
+    monkeypatch.setattr(cli, "encode", lambda *_: ([1, 5000] if command[-1] == "y" else [1] * 2000, ""))
     monkeypatch.setattr(verification, "find_spec", lambda name: None)
     assert EARLY[command] in error_line(command)
 
@@ -208,11 +208,13 @@ HARM: list[tuple[Harm, str, str]] = [
 ]
 for _make in (os.mkfifo, lambda file: file.symlink_to("/dev/zero")):
     for _name, _harm in ((INDEX, without_weights), ("counts.json", lambda harm: harm)):
-        HARM.append((_harm(lambda folder, make=_make, name=_name: make(folder / name)), COUNTS, NEVER_ENDS))
+        _harm = _harm(lambda folder, make=_make, name=_name: make(folder / name))
+        HARM.append((_harm, COUNTS, f"{_name}: {NEVER_ENDS}"))
 for _changes in (
     {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # the library panics
     {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["bad"]}},
-    WORDS | {"truncation": CUT},  # a token that it does not know
+    WORDS,  # a token that it does not know
+    WORDS | {"truncation": CUT | {"stride": 3}},
 ):
     HARM.append((values(TOKENIZER, **_changes), GENERATE, "tokenizer.json is not a tokenizer that"))
 for _text, _message in (
@@ -231,7 +233,7 @@ for _text, _message in (
 ):
     HARM.append((template(_text), CHAT, _message))
 HARM.append((template("{{ messages[-1].content }}"), f"{CHAT} --system s", "leaves the system message out"))
-HARM.append((holds("chat_template.jinja", b"\xff"), CHAT, "the chat template holds bytes that are no text in UTF-8"))
+HARM.append((holds("chat_template.jinja", b"\xff"), CHAT, "chat_template.jinja: the chat template holds bytes that"))
 for _pattern in ("(a+)+$", "(a|a)*b", ".*" * 9 + "x", "(a|b)" * 30, r"(\d{1,9}){1,9}x"):
     HARM.append((ignoring(_pattern), GENERATE, "a pattern of ignore or targets is 're:"))
 

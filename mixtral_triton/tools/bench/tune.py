@@ -138,12 +138,12 @@ def run(args: argparse.Namespace) -> int:
     selected = cases(args.ops or tuple(OPS), quick=not args.at, at=args.at)  # a few of each, or those of these sizes
     out, device = console(stderr=args.json), None if args.arch else torch.device("cuda")
     timer, arch = measure.DeviceTimer(device) if device else None, args.arch or target_arch(device)
-    out.print(family_note(arch), end="")
-    if timer is None:
-        out.print(f"Nothing is timed: neighbours of the present configurations, compiled for {arch}.")
     kernels = [(case, kernel) for case in selected for kernel in kernel_configs(case, arch)]
     if not kernels:
         raise ValueError("nothing to tune: at these sizes a library does the work")
+    out.print(family_note(arch), end="")
+    if timer is None:
+        out.print(f"Nothing is timed: neighbours of the present configurations, compiled for {arch}.")
     with bar("tuning", len(kernels)) as progress:
         for done, (case, kernel) in enumerate(kernels, 1):
             candidates, best = tune(case, kernel, arch, timer, device)
