@@ -36,7 +36,7 @@ _ALIGNMENT = 16  # bytes: kernels are specialized on addresses that are multiple
 _BUFFER_MAX = (1 << 31) - 1  # bytes that AMD's buffer instructions reach
 
 _plans: dict[tuple[Any, ...], LaunchPlan | None] = {}  # None: not cached
-clear = _plans.clear  # there are too many, or the device that they are for was replaced
+clear = _plans.clear  # needed where there are too many plans, or the device that they are for was replaced
 
 
 def call_key(args: Sequence[Any]) -> tuple[Any, ...]:

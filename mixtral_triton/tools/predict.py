@@ -328,8 +328,8 @@ def _parts(works: Iterable[tuple[Launch, Work]], gpu: GPU, efficiency: Efficienc
 
 
 def list_schedule(runs: Iterable[tuple[float, float]], processors: int) -> float:
-    """Return the makespan of a greedy list schedule on `places` processors, in seconds. runs: in order, numbers of
-    programs and the seconds that each takes; a fraction of a program adds to the next run."""
+    """Return the makespan of a greedy list schedule on `processors`, in seconds. runs: in order, numbers of programs
+    and the seconds that each takes; a fraction of a program adds to the next run."""
     free, remaining = [0.0] * processors, 0.0
     runs = [run for run in runs if run[0] > 0]
     for index, (count, seconds) in enumerate(runs):

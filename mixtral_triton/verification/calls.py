@@ -269,8 +269,8 @@ class SizedCalls:
     def weights(self, check: LayerCheck) -> dict[int, Any]:
         """The weights of a layer by those of its copy on the meta device."""
         outer = self.target.model if self.target.is_mixtral else self.target
-        indices = SimpleNamespace(**check.tables), getattr(check.layer, "local", check.layer), outer
-        found = {name: next(x for each in indices if (x := getattr(each, name, self)) is not self) for name in self.on}
+        owners = SimpleNamespace(**check.tables), getattr(check.layer, "local", check.layer), outer
+        found = {name: next(x for each in owners if (x := getattr(each, name, self)) is not self) for name in self.on}
         return {_key(self.on[name]): weight for name, weight in found.items() if weight is not None}
 
     def recorded(self, size: tuple[int, int, int]) -> list[tuple[str, Args, list[Launch]]]:

@@ -125,6 +125,9 @@ class TransformersUnderTest(ModelUnderTest):
         def enter(index: int, layer: Any, args: Any) -> Any:
             return probe.enter(index, args[0]), *args[1:]
 
+        def leave(index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
+            return probe.leave(index, out)
+
         def record(index: int, name: str, module: Any, args: Any, out: Any) -> None:
             probe.record(index, name, out[0] if isinstance(out, tuple) else out)
 
@@ -143,7 +146,7 @@ class TransformersUnderTest(ModelUnderTest):
                 if not probe_layers:
                     continue
                 stack.enter_context(layer.register_forward_pre_hook(partial(enter, index)))
-                stack.enter_context(layer.register_forward_hook(lambda *call, i=index: probe.leave(i, call[-1])))
+                stack.enter_context(layer.register_forward_hook(partial(leave, index)))
                 enough = probe.layers[index].x[..., 0].numel() >= MIN_TOKENS
                 for name, module in (("attn_output", layer.self_attn), ("y", layer.mlp)) if enough else ():
                     stack.enter_context(module.register_forward_hook(partial(record, index, name)))

@@ -117,13 +117,13 @@ def cases(
         for shape in map(dict, op.bench_shapes):
             swept = "T" in shape and not {"S", "C"} & set(shape)  # only the tokens vary
             shapes += [shape | {"T": T} for T in TOKENS] if swept else [shape]
-        distinct = [shape for at, shape in enumerate(shapes) if shape not in shapes[:at]]
+        distinct = [shape for index, shape in enumerate(shapes) if shape not in shapes[:index]]
         shapes = [shape for shape in distinct if all(shape.get(name) in wanted[name] for name in wanted)]
         if quick:  # evenly spread by their bytes, with the first and the last
             shapes = [shape for shape in shapes if shape.get("H") != KNOWN["mixtral-8x22b"].hidden_size]
             shapes.sort(key=lambda shape: op.cost(shape, _dtype(op, dtype)).bytes)
             step = max(1.0, (len(shapes) - 1) / (QUICK - 1))
-            shapes = [shapes[round(at * step)] for at in range(min(QUICK, len(shapes)))]
+            shapes = [shapes[round(index * step)] for index in range(min(QUICK, len(shapes)))]
         found += [Case(op, shape, _dtype(op, dtype)) for shape in shapes]
     if not found:
         raise ValueError(f"--at {' '.join(at)}: no case of the benchmark has these sizes")
