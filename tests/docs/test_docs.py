@@ -125,6 +125,10 @@ def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:
 
 
 def test_figures_are_drawn_or_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_path('docs/figures.py', run_name='__main__')"
+    done = python("-c", code)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == 'docs/figures.py needs matplotlib: pip install "mixtral-triton[plot]"\n'
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import figures
@@ -132,10 +136,6 @@ def test_figures_are_drawn_or_need_matplotlib(tmp_path: Path, monkeypatch: pytes
     figures.main(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
     assert figures.visible(5, 2).int().tolist()[3] == [0, 0, 1, 1, 0]
-    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_path('docs/figures.py', run_name='__main__')"
-    done = python("-c", code)
-    assert done.returncode == 1 and not done.stdout
-    assert done.stderr == 'docs/figures.py needs matplotlib: pip install "mixtral-triton[plot]"\n'
 
 
 @pytest.mark.slow

@@ -56,6 +56,19 @@ def test_arithmetic_is_rounded_once(name: str, kind: str) -> None:
         assert result == rounded(ARITHMETIC[name](*args), one), list(map(float, args))
 
 
+def test_division_and_functions() -> None:
+    a, b = numbers("f32", 0), np.abs(numbers("f32", 1)) + np.float32(0.01)
+    body = "div.full.f32 %q, %a, %b; rsqrt.approx.ftz.f32 %s, %b; ex2.approx.ftz.f32 %e, %a; ex2.approx.f32 %x, %a;"
+    inputs, outputs = {"%a": as_bits(a, "f32"), "%b": as_bits(b, "f32")}, dict.fromkeys(("%q", "%s", "%e", "%x"), 32)
+    got = {name: as_floats(values, "f32") for name, values in run(body, inputs, outputs, threads=N).items()}
+    for lane in range(N):
+        exact = Fraction(float(a[lane])) / Fraction(float(b[lane]))
+        assert got["%q"][lane] == rounded(exact, "f32")
+    assert np.allclose(got["%s"], b.astype(float) ** -0.5, rtol=2**-23, atol=0)
+    for name in ("%e", "%x"):
+        assert np.allclose(got[name], 2.0 ** a.astype(float), rtol=2**-22, atol=0)
+
+
 def test_ftz_flushes_subnormals() -> None:
     values = {"%x": -130.0, "%t": 2.0**-130, "%one": 1.0, "%z": 0.0}
     inputs = {name: as_bits(np.full(32, value, np.float32), "f32") for name, value in values.items()}
@@ -194,6 +207,17 @@ for _selector in (0x7701, 0x3210, 0x7654, 0x8F19, 0x0123):
     CASES[f"prmt.b32 {_selector:#x}U"] = ["u32"] * 2, "u32", partial(prmt, selector=_selector)
 
 
+@pytest.mark.parametrize("opcode", [name for name in CASES if name in MODELLED])
+def test_operands_have_the_types_that_the_opcode_names(opcode: str) -> None:
+    """Its own, but for the bits of a shift, the choice of a selection, a wide sum and two halves in a word."""
+    name, *_, kind = opcode.split(".")
+    last = {"shl": "u32", "shr": "u32", "selp": "pred"}.get(name, kind.replace("s16x2", "b32").replace("u16x2", "b32"))
+    if opcode.startswith("mad.wide"):
+        last = f"{kind[0]}{2 * int(kind[1:])}"
+    *first, found = getattr(MODELLED[opcode], "types", (kind,))
+    assert found == last and {*first} <= {"b32" if kind.endswith("x2") else kind}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_results_equal_those_of_unlimited_integers(case: str) -> None:
     (opcode, _, constants), (kinds, to, formula) = case.partition(" "), CASES[case]
@@ -209,6 +233,18 @@ def test_results_equal_those_of_unlimited_integers(case: str) -> None:
     for lane in range(N):
         args = [value(int(inputs[f"%a{i}"][lane]), kind) for i, kind in enumerate(kinds)]
         assert int(got[lane]) == value(value(formula(*args), to), f"u{width}"), args
+
+
+def test_moves_split_and_join_registers() -> None:
+    x, y = samples(32, 32), samples(64, 32)
+    body = """mov.b32 {%l, %h}, %x; mov.b32 %j, {%h, %l}; mov.b64 {_, %u}, %y; mov.b64 {%v, _}, %y;
+        mov.b64 %w, {%u, %v}; mov.b16 %k, -3; mov.u32 %c, 0x1F; mov.b64 %z, 0; mov.pred %t, -1; mov.pred %f, 0;"""
+    outputs = dict.fromkeys(("%l", "%h", "%k"), 16) | dict.fromkeys(("%j", "%u", "%v", "%c"), 32)
+    outputs |= {"%w": 64, "%z": 64, "%t": 1, "%f": 1}
+    got = run(body, {"%x": x, "%y": y}, outputs)
+    assert (got["%j"] == (x << 16 | x >> 16)).all() and (got["%w"] == (y << 32 | y >> 32)).all()
+    for name, constant in {"%k": 65533, "%c": 31, "%z": 0, "%t": True, "%f": False}.items():
+        assert (got[name] == constant).all(), name
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.kernels.launch import override_configs
@@ -202,8 +202,10 @@ def test_unmasked_access_is_a_fault_and_an_atomic_is_refused(ptx_emulator: Any) 
 
 
 @triton.jit
-def pdl_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
+def pdl_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr, RELEASES: tl.constexpr):
     offs = tl.arange(0, BLOCK)
+    if RELEASES:
+        gdc_launch_dependents()
     if WAITS == "first":
         gdc_wait()
     x = tl.load(x_ptr + offs)
@@ -234,8 +236,19 @@ def test_pdl_launch_must_wait(pdl: bool, reads: str, waits: str, message: str, p
         double_kernel[(1,)](constant, written, 64, BLOCK=64, MASKED=True)
         x, want = (constant, 2.0) if reads == "constant" else (written, 4.0)
         with pytest.raises(Fault, match=message) if message else nullcontext():
-            pdl_kernel[(1,)](x, out, BLOCK=64, WAITS=waits, launch_pdl=pdl)
+            pdl_kernel[(1,)](x, out, BLOCK=64, WAITS=waits, RELEASES=False, launch_pdl=pdl)
             assert out.cpu().equal(torch.full((64,), want))
+
+
+@pytest.mark.parametrize("releases", [False, True])
+def test_launch_that_releases_before_it_waits_leaves_those_before_it_running(releases: bool, ptx_emulator: Any) -> None:
+    with ptx_emulator():
+        constant, written, other, out = (torch.ones(64).to(GPU_DEVICE) for _ in range(4))
+        options: dict[str, Any] = {"BLOCK": 64, "WAITS": "before it stores", "launch_pdl": True}
+        double_kernel[(1,)](constant, written, 64, BLOCK=64, MASKED=True)
+        pdl_kernel[(1,)](constant, other, RELEASES=releases, **options)
+        with pytest.raises(Fault, match="before the wait") if releases else nullcontext():
+            pdl_kernel[(1,)](written, out, RELEASES=False, **options)
 
 
 def test_small_checkpoint_generates_the_same_text(ptx_emulator: Any) -> None:

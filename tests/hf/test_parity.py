@@ -39,7 +39,7 @@ def logits(model: Any, mask: Tensor | None = None, **kwargs: Any) -> Results:
     assert out.logits.isfinite().all()
     real = torch.ones_like(IDS).bool() if mask is None or mask.dim() != 2 else mask.bool()
     weights = {str(index): layer.transpose(1, 2)[real] for index, layer in enumerate(out.attentions or ())}
-    assert len(weights) in (0, model.config.num_hidden_layers)
+    assert len(weights) == (model.config.num_hidden_layers if kwargs.get("output_attentions") else 0)
     return {"logits": out.logits[real], **weights}
 
 

@@ -1,6 +1,6 @@
 """The whole model beside transformers' MixtralForCausalLM on random checkpoints, with and without the ring cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, reference
+from mixtral_triton.kernels.experts.tiles import DECODE_TOKENS
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.linear import SKINNY_M
+from mixtral_triton.kernels.record import record_launches
 from tests.conftest import HF_SIZES
 from tests.support.models import cache_of as make_cache
 from tests.support.models import random_model
@@ -350,3 +353,52 @@ def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, i
             caches[1].lengths.zero_()
         for _ in range(2):
             assert torch.equal(model(chunk, cache=caches[0]), model(chunk, cache=caches[1]))
+
+
+def test_window_reach() -> None:
+    """Through L layers a token changes the logits L (W - 1) places later, and no further."""
+    L, W, T = 3, 4, 14
+    sizes = {"vocab_size": 20, "num_hidden_layers": L, "max_position_embeddings": T, "sliding_window": W}
+    model, generator = random_model(deterministic=True, **sizes), torch.Generator().manual_seed(0)
+    ids = torch.randint(20, (1, T), generator=generator)
+
+    def changes(back: int) -> bool:
+        other = ids.clone()
+        other[0, T - 1 - back] = (other[0, T - 1 - back] + 1) % 20
+        return not torch.equal(model(other)[0, -1], model(ids)[0, -1])
+
+    assert changes(0) and changes(L * (W - 1))
+    assert not changes(L * (W - 1) + 1)
+
+
+def stems(launches: list[Any]) -> Iterator[str]:
+    """What computes, in order, runs of kernels of one operation as one; torch's bookkeeping left out."""
+    last = ""
+    for launch in launches:
+        stem = launch.kernel.split("_")[0]
+        if stem != last and (launch.grid or launch.kernel == "aten::mm"):
+            yield stem
+        last = stem
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "gfx942"))
+@pytest.mark.parametrize("T", (1, 9, DECODE_TOKENS))
+@pytest.mark.parametrize("cached", (True, False))
+def test_launches_of_a_step(T: int, cached: bool, arch: str, load: Callable[..., Mixtral]) -> None:
+    meta = load("window", device="meta")
+    ids = torch.empty(2, T, dtype=torch.int64, device="meta")
+    with record_launches(arch=arch) as launches:
+        logits = meta(ids, cache=cache_of(meta, 2) if cached else None)
+    assert logits.is_meta and logits.shape == (2, T, V) and logits.dtype == torch.float32
+    middle = ["append"] if cached and T > 1 else []
+    sort = ["sort"] if 2 * T > DECODE_TOKENS else []
+    mm = "linear" if 2 * T <= SKINNY_M else "aten::mm"
+    rope = [] if cached and T == 1 else ["rope"]
+    layer = [mm, *rope, "attention", *middle, mm, "gate", *sort, "experts"]
+    assert list(stems(launches)) == ["embed", *layer * LAYERS, mm]
+    triton = [launch for launch in launches if launch.grid is not None]
+    assert triton[0].kernel == "embed_rms_norm_kernel" and triton[-1].kernel != "rms_norm_kernel"
+    for launch in launches:
+        assert (launch.grid is None) == launch.kernel.startswith("aten::")
+    for launch in triton:
+        assert all(n >= 1 for n in launch.grid) and launch.num_warps >= 1 and launch.num_stages >= 1

@@ -216,3 +216,13 @@ def test_tiles_of_keys_do_not_depend_on_the_queries() -> None:
     cache = keys, values, *bounds, 400, True
     padded, short = (ops.cached_attention(*(x[:, :T] for x in chunk), *cache)[:, :3] for T in (128, 3))
     assert padded.equal(short)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+def test_quantized_model_is_deterministic(format: str, device: torch.device) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "sliding_window": 3}
+    model = random_model(device, deterministic=True, weights={"experts": format, "linear": "int8"}, **sizes)
+    ids = torch.randint(20, (5, 5), generator=torch.Generator().manual_seed(1)).to(device)
+    lengths = torch.tensor([5, 3, 1, 4, 2], device=device)
+    check_model(model, ids, lengths, [[3], [4, 0, 3, 2, 1]])

@@ -24,8 +24,7 @@ from tests.model.test_weights import expected, save
 from tests.support import hub
 
 pytestmark = pytest.mark.compiled
-W1, W2, W3 = (f"model.layers.0.block_sparse_moe.experts.1.{name}" for name in ("w1", "w2", "w3"))
-Q = "model.layers.0.self_attn.q_proj"
+W1, Q = "model.layers.0.block_sparse_moe.experts.1.w1", "model.layers.0.self_attn.q_proj"
 
 
 load = partial(Mixtral.from_pretrained, device="cpu")

@@ -21,8 +21,10 @@ from mixtral_triton.tools.gpus import GPU, GPUS, data_sheet
 from mixtral_triton.tools.predict import (
     CAUTIOUS,
     OPTIMISTIC,
+    TILE,
     Prediction,
     floor,
+    list_schedule,
     measure_gpu,
     predict,
 )
@@ -146,6 +148,24 @@ def test_range_of_the_expert_layer_holds_an_independent_estimate(T: int) -> None
     assert said.seconds * 1e6 < INDEPENDENT[T] < said.cautious * 1e6 < 1.3 * said.seconds * 1e6
 
 
+def test_list_schedule() -> None:
+    """A program starts on the processor that is free first; long ones at the end are what the others wait for."""
+    assert list_schedule([(264, 1.0)], 132) == 2.0 and list_schedule([(265, 1.0)], 132) == 3.0
+    assert list_schedule([(1, 3.0), (3, 1.0)], 2) == 3.0 and list_schedule([(3, 1.0), (1, 3.0)], 2) == 4.0
+    assert list_schedule([(1.5, 2.0), (0.5, 2.0)], 1) == 4.0  # an expected number of programs
+    falling, rising = (list_schedule([(32, float(n)) for n in each], 132) for each in (range(32, 0, -1), range(1, 33)))
+    assert 32 * 33 * 16 / 132 <= falling < rising
+
+
+def test_one_program_more_than_a_wave_takes_another_wave() -> None:
+    full, more = ({"T": 64 * m, "H": 4096, "N": 64 * n, "deterministic": True} for m, n in ((12, 11), (7, 19)))
+    assert [launch.grid for sizes in (full, more) for launch in recorded("linear", sizes)] == [(132,), (133,)]
+    one, two = (foreseen("linear", sizes).parts[0] for sizes in (full, more))
+    assert one[1] == two[1] == "L2"
+    ends = OPTIMISTIC.tile * (1 + 2 * 64 * 64 / TILE) / 3  # which two on an SM hide
+    assert two[0] == pytest.approx(2 * (one[0] - ends))
+
+
 @pytest.mark.parametrize("name", PREDICTABLE)
 def test_no_prediction_is_below_the_floor(name: str) -> None:
     """Nor is the sum of its parts, with no help from the floor; and no kernel below the least time of one."""
@@ -178,6 +198,7 @@ def test_linear_is_ours_where_that_is_no_slower(name: str, T: int, monkeypatch: 
     for sizes in (*({"H": H, "N": N} for H, N in widths), *({"H": 4096, "N": 6144, "weight": one} for one in weights)):
         sizes = {"T": T, **sizes}
         if not linear.use_skinny_kernel(sizes, BF16, gpu.arch):
+            assert "weight" not in sizes
             continue
         seconds = []
         for ours in (True, False):
@@ -267,6 +288,13 @@ def test_range_of_prefill_attention_is_near_an_independent_estimate(name: str) -
     heads = {"Hq": 32, "Hkv": 8, "D": 128, "window": 0}
     said = foreseen(name, {"B": 1, "T": 4096, "S": 4096, "C": 4096, "past": 0, **heads})
     assert said.seconds * 1e6 == pytest.approx(327, rel=0.15) and said.cautious * 1e6 == pytest.approx(416, rel=0.15)
+
+
+def test_streaming_kernels_have_a_ramp() -> None:
+    sizes = {"T": 1, "H": 4096, "N": 4096}
+    said, bytes_of = foreseen("linear", sizes), OPS["linear"].cost(sizes, BF16).bytes
+    (part,) = said.parts
+    assert part[0] == pytest.approx(bytes_of / (H100.bandwidth * OPTIMISTIC.memory) + OPTIMISTIC.ramp, rel=0.01)
 
 
 def test_prefetches_shorten_a_step_by_what_the_launches_in_front_leave_idle(monkeypatch: pytest.MonkeyPatch) -> None:

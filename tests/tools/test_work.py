@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mixtral_triton.kernels import linear, reference
+from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.experts import tiles as expert_tiles
 from mixtral_triton.kernels.launch import Launch, LaunchConfig, override_configs
 from mixtral_triton.kernels.op import Sizes
@@ -174,6 +175,12 @@ def test_x_is_gathered_where_tma_reads_it() -> None:
     for arch, sizes, dtype in (*gathered, *sorted_alone):
         gathers = "gather_by_expert_kernel" in expert_tiles.configs(sizes, dtype, arch)
         assert gathers == ((arch, sizes, dtype) in gathered), (arch, sizes, dtype)
+
+
+@pytest.mark.compiled
+def test_two_programs_of_32_tokens_fit_an_sm() -> None:
+    for launch in recorded("expert_swiglu", LAYER | {"T": 32})[:2]:
+        assert 2 * (count_work(launch).shared + 1024) < ARCHS["sm_90"].shared_bytes + 1024
 
 
 # Thread instructions that a byte of a dense weight may cost, of which an H200 has 6.0 to spare and a B200 4.4.

@@ -107,7 +107,7 @@ def test_fault_in_the_model(name: str, dtype: torch.dtype, monkeypatch: pytest.M
         fault(monkeypatch)
     wrong = verify(model, IDS).wrong
     assert (wrong[0].op, wrong[0].case) == ("logits" if layers == {None} else "layer", case)
-    assert {row.layer for row in wrong if row.case == case} == layers == {wrong[0].layer, *layers}
+    assert wrong[0].layer == min(layers, key=str) and {row.layer for row in wrong if row.case == case} == layers
     assert name != "tokens reordered" or (LAYER, f"{ROUTES}, {UNCACHED}") in {(row.layer, row.case) for row in wrong}
     assert layers != {None} or {row.op for row in wrong} <= {"logits", "generate"}
 
@@ -214,7 +214,7 @@ FAULTS_AROUND: dict[tuple[str, str], dict[str, Inject]] = {
         "a step is not counted": replace_by(KVCache, "advance", lambda f: lambda kv, n, m: f(kv, n * (m != 1), m)),
     },
     ("config", "tokens of a prompt"): {
-        "no BOS": replace_by(verification.source, "encode", lambda f: lambda *args: f(*args)[1:]),
+        "no BOS": replace_by(verification.source, "encode", lambda f: lambda *args: (f(*args)[0][1:], "")),
     },
 }
 
@@ -291,12 +291,18 @@ def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monk
     if weights == "awq":
         hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
     model = Mixtral.from_pretrained(folder, "cpu", weights=None if weights == "awq" else weights)
-    report = verify(model, IDS % 40, folder=folder, peer="transformers", quick=True)
+    steps: list[tuple[int, int]] = []
+    report = verify(model, IDS % 40, lambda *done: steps.append(done), folder=folder, peer="transformers", quick=True)
     assert report.ok and len(loaded) == len(model.layers), str(report)
+    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
+    assert ("Quantized: " in str(report)) == isinstance(weights, dict)
+    assert not isinstance(weights, dict) or report.as_dict()["quantization"]["formats"] == weights
     assert {row.layer for row in report.rows if row.case == "transformers"} == {None, *range(len(loaded))}
 
 
-def test_wrong_folder_or_peer_raises_value_error() -> None:
+def test_wrong_folder_or_peer_raises_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        verify(small_model(torch.bfloat16), IDS, folder=tmp_path)
     with pytest.raises(ValueError, match=r"another model's: \S+ has shape"):
         verify(small_model(torch.bfloat16, num_hidden_layers=4), IDS, folder=SMALL)
     model = Mixtral.from_pretrained(SMALL, "cpu")
