@@ -40,8 +40,8 @@ class Source:
     def __init__(self, folder: Any) -> None:
         self.folder = Path(folder)
         self.config = self.read_json("config.json")
-        files = "hf_quant_config.json", "quantize_config.json"
-        modelopt, gptq = (self.read_json(name, optional=True) for name in files)
+        others = "hf_quant_config.json", "quantize_config.json"
+        modelopt, gptq = (self.read_json(name, optional=True) for name in others)
         declared = [self.config.get(name) for name in ("quantization_config", "compression_config")]
         declared += [modelopt.get("quantization"), gptq and {"quant_method": "gptq", **gptq}]
         self.quantization = next(filter(None, declared), None)
