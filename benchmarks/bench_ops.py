@@ -4,8 +4,6 @@ With a GPU: Mixtral's sizes, each with every installed peer. Without: small size
 result fails before it is timed, a peer that cannot do the case is skipped. Times include the host's launches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -6,8 +6,6 @@ A part that exceeds its share of the budget is killed, and its output so far is 
 is not done. OUT/gpu_day.json and OUT/gpu_day.md hold the results.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

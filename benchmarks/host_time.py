@@ -5,8 +5,6 @@ operations on the CPU, on tiny tensors. A step of one token is timed and divided
 launch of a small kernel, `kernel[grid](...)`; figures and ratios are medians over rounds that time all.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -1,7 +1,5 @@
 """GPU architectures: the family whose launch configurations each uses, and its limits; no import of torch or Triton."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from dataclasses import dataclass

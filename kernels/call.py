@@ -4,8 +4,6 @@ Backends: `triton` for a GPU's tensor; `interpreter`, the same kernels, for a CP
 before the import; `torch`, the reference, for any other CPU tensor.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps

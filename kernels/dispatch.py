@@ -3,8 +3,6 @@
 N = T * K slots (slot t*K + k is token t's k-th choice), E experts
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import torch

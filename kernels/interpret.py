@@ -5,8 +5,6 @@ truncates where hardware rounds to nearest even. It also derives the same few ty
 which takes a third of its time: here they are remembered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """The only entry point to a Triton launch, its configuration and context, and TMA's descriptors."""
 
-from __future__ import annotations
-
 import ctypes
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence

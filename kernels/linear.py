@@ -6,8 +6,6 @@ torch's library multiplies more rows (`use_skinny_kernel`), except in determinis
 kernel, with another order of the sum, for another T.
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """What an operation declares about itself: one entry in the registry serves tests, compile, bench and verify."""
 
-from __future__ import annotations
-
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -11,8 +11,6 @@ them before its wait, because the launch before it, the up projection, lets it s
 from L2 (.cg), since the L1 cache of its SM may hold an earlier step's until the wait.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait

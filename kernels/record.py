@@ -1,7 +1,5 @@
 """Recording what a call launches on meta tensors, for a GPU that need not be there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

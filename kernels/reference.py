@@ -4,8 +4,6 @@ B batch, T query tokens (or rows), S key positions, H hidden, I intermediate, E 
 Hq query heads, Hkv key/value heads, D head size, P rows of the rotary tables, C slots of the ring cache
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import Any

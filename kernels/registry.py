@@ -1,7 +1,5 @@
 """The one list of operations: tests, compile, bench and verify iterate over it, `mixtral_triton.ops` exports it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ B batch, T tokens, Hq query heads, Hkv key/value heads, D head size, P rows of t
 p mod C holds position p
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any
 

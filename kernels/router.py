@@ -6,8 +6,6 @@ The gate's kernel has one token a program against the whole gate: a tile of seve
 fewer SMs busy. So a token's bits never depend on the other tokens.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import torch

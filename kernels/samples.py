@@ -1,7 +1,5 @@
 """Sizes, random arguments and compulsory bytes of an operation, from its annotations: for tests, compile and bench."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from itertools import product

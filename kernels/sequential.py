@@ -1,7 +1,5 @@
 """The torch backend in deterministic mode: one token, or one sequence, at a time."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -11,8 +11,6 @@ int8    128 + low seven bits, less 128 or 256 by the sign  1024 + 128 + number, 
 fp8     exponent 120 too low                              exponent 8 too low
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

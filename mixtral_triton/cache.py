@@ -1,7 +1,5 @@
 """KVCache: cached keys and values, a ring where the model has a window (Mistral 7B, section 2)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Checks of a caller's arguments: devices, memory, token ids, lengths."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress

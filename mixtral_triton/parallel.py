@@ -8,8 +8,6 @@ over "ep" and the intermediate size of each over "tp"; embedding, norms and gate
 attention and the experts (Megatron-LM, Shoeybi et al. 2019, section 3).
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The plain torch reference: every operation (from kernels/reference.py), a block, and the forward without a cache."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ Headers are checked in full before data are read. Data go from the mapped file i
 second copy. Format: https://github.com/huggingface/safetensors#format
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

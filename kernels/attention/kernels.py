@@ -6,8 +6,6 @@ Positions count from the start of a sequence. A key at position j is at index j 
 beside the queries, and at slot j mod C of the cache.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -4,8 +4,6 @@ B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G
 P rows of the rotary tables
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any

@@ -3,8 +3,6 @@
 The letters are those of kernels.py. Keys are in 16 or 32 bits, or in 8 (quantized_cache.py).
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import triton

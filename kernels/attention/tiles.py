@@ -3,8 +3,6 @@
 The literals compile without a spill; not measured on a GPU.
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import torch

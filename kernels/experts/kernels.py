@@ -11,8 +11,6 @@ of BLOCK_M rows may have two parts, 128 + 64, which share each tile of the weigh
 short as its rows allow: SHORT_M, the upper part alone, or full.
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import triton

@@ -10,8 +10,6 @@ The combine of experts_add_rms_norm also adds the residual and applies the next 
 their tiles in tiles.py.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import torch

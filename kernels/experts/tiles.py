@@ -3,8 +3,6 @@
 The literals compile without a spill and are the best by the cost model; not measured on a GPU.
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ The modules of the instance become instances of subclasses, which know the class
 its config do not use this package, as the config stays.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from types import MethodType

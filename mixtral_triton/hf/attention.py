@@ -9,8 +9,6 @@ custom patterns, and what a tracer cannot read. transformers' models use a mask 
 B batch, T query tokens, Hq query heads, Hkv key/value heads, D head size, S keys
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from itertools import pairwise

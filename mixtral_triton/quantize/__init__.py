@@ -3,8 +3,6 @@
 Rows are quantized independently, so that any piece of rows can be. K columns, in G groups that share a scale
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

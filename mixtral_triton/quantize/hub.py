@@ -4,8 +4,6 @@ where a caller asks for other formats, its values.
 As in `weights.py`, names and shapes on disk are checked in full before data are read.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

@@ -5,8 +5,6 @@ N rows, K columns (the depth of the sum), G groups of columns that share a scale
 eight values of 4 bits or four of 8, the first in the lowest bits.
 """
 
-from __future__ import annotations
-
 import itertools
 import operator
 import re

@@ -3,8 +3,6 @@
 int4 and int8: pack-quantized. fp8: float-quantized, for engines that also quantize activations, token by token.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The table of GPUs: memory, rates by data sheet, links, and the estimates of the cost model. It needs no torch."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The command `compile`: compile what operations launch for a GPU that need not be there."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import io

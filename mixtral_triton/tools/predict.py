@@ -4,8 +4,6 @@ A floor is a call's compulsory work (`Op.cost`) at full rates. A predicted time 
 a range, OPTIMISTIC to CAUTIOUS; docs/bench.md says what the model assumes: routing is uniform, caches are full.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """How a command runs: on a GPU, in plain torch or interpreted, and in how many processes."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Text of the command line: prompts, a checkpoint's tokenizer and chat template, generated text; no import of torch."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import multiprocessing

@@ -3,8 +3,6 @@
 The figure is the FLOP of a warp's tensor-core instructions in one turn of the loop by its other instructions there.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 import subprocess

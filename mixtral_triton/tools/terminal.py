@@ -1,7 +1,5 @@
 """What a command shows: tables, progress on stderr, plots in files, and one line for the error that ends it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

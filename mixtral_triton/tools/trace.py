@@ -1,7 +1,5 @@
 """The command `trace`: which experts each token took, layer by layer (Jiang et al. 2024, section 5 and figure 8)."""
 
-from __future__ import annotations
-
 import argparse
 import colorsys
 import json

@@ -4,8 +4,6 @@ B batch, T tokens of a text or window, N = B T rows, H hidden, E experts, K expe
 a cache, n new tokens
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import os

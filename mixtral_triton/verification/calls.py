@@ -1,7 +1,5 @@
 """The calls of operations in one layer, on what torch computes in it, and those of `generate`, of every size."""
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator

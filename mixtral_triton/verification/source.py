@@ -3,8 +3,6 @@
 N rows, K columns (the depth of the sum), G groups of columns that share a scale, P positions, D head size
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import math

@@ -1,7 +1,5 @@
 """The other targets of verify: a transformers model, whose own modules are the reference, and a model on a mesh."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

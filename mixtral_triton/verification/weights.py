@@ -1,7 +1,5 @@
 """The loaded weights against the files, without the loader's tables of names and places, and the cost of quantizing."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import re

@@ -97,7 +97,7 @@ def test_reference_imports_torch_alone() -> None:
     for node in ast.walk(ast.parse((ROOT / "kernels" / "reference.py").read_text())):
         names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
         names |= {str(node.module)} if isinstance(node, ast.ImportFrom) else set()
-    assert names == {"__future__", "itertools", "math", "typing", "torch", "torch.nn.functional"}
+    assert names == {"itertools", "math", "typing", "torch", "torch.nn.functional"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if top(name) not in ("kernels", "tools", "verification")])

@@ -1,7 +1,5 @@
 """The command `bench`: measured on the current GPU, or what is known without one, as tables, JSON lines and a plot."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json

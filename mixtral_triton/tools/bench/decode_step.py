@@ -1,8 +1,6 @@
 """The decode step as an operation of the benchmark: one new token for each of B sequences of S positions, by a model of
 L layers and a head of V rows. On average `offload` experts of each layer are in host memory, and the embedding, too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import product

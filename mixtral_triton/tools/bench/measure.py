@@ -1,7 +1,5 @@
 """Check and time one operation, its peers and their results; without a GPU, collect what is known about a case."""
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Other implementations of each operation, if they are installed, and a user's own function."""
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import os

@@ -1,7 +1,5 @@
 """The command `tune`: climb from a kernel's launch configuration over neighbours that compile, fit and are faster."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
