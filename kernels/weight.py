@@ -98,13 +98,14 @@ class Weight:
     def takes_tma(self, arch: str) -> bool:
         return self.scales is None and self.memory is None and tma_can_read(self.data, arch)
 
-    def descriptor(self, parts: int, block_n: int, block_k: int, arch: str) -> TensorDescriptor | None:
-        """Describe [E, N, K], or with 2 parts [E, 2, N / 2, K]: loads have block_n rows a part. None: pointers."""
+    def descriptor(self, parts: int, config: LaunchConfig, arch: str) -> TensorDescriptor | None:
+        """Describe [E, N, K], or with 2 parts [E, 2, N / 2, K]: loads have BLOCK_N rows a part. None: pointers."""
         if self.scales is not None or self.memory is not None:
             return None
+        block = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_K"]
         if parts == 1:
-            return describe(self.data, (1, block_n, block_k), arch)
-        return describe(self.data.unflatten(1, (parts, -1)), (1, parts, block_n, block_k), arch)
+            return describe(self.data, (1, *block), arch)
+        return describe(self.data.unflatten(1, (parts, -1)), (1, parts, *block), arch)
 
 
 _ALIGNMENT = tl.constexpr(ALIGNMENT)

@@ -33,7 +33,7 @@ from ..rope import (
     rope_tables,
     strides,
 )
-from ..samples import sampler, shape_grid, shapes
+from ..samples import draw, shape_grid, shapes
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
 from .tiles import PACKED_ROWS, configs
 
@@ -94,8 +94,8 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> di
 
 
 def _cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    fresh = sampler(dtype, device, generator) if sizes.get("fresh", True) else lambda *shape: None
-    k, v = (fresh(sizes["B"], sizes["T"], sizes["Hkv"], sizes["D"]) for _ in range(2))
+    shape, fresh = [sizes[letter] for letter in ("B", "T", "Hkv", "D")], sizes.get("fresh", True)
+    k, v = (draw(shape, dtype, device, generator) if fresh else None for _ in range(2))
     return {"k": k, "v": v, **cache_inputs(sizes, dtype, device, generator)}
 
 
