@@ -62,7 +62,7 @@ def test_unknown_gpu_warns_once(arch: str) -> None:
     assert [launch.kernel for launch in launches if launch.fn] == ["attention_prefill_kernel"]
 
 
-@pytest.mark.parametrize("arch", ["h100", 90])
+@pytest.mark.parametrize("arch", ["h100", 90, "sm_90a", "sm_"])
 def test_recording_for_no_gpu_raises_value_error(arch: Any) -> None:
     with pytest.raises(ValueError, match=f"arch is {arch!r}, needs one of sm_80,"), record_launches(arch):
         pass
