@@ -6,7 +6,7 @@ before the import; `torch`, the reference, for any other CPU tensor.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import wraps
+from functools import cache, wraps
 from operator import itemgetter
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import plan
-from .checks import PACKED, SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
+from .checks import SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
 from .op import Cost, Op, Sizes
@@ -149,7 +149,7 @@ def _schema(op: Op) -> str:
     signature = op.plain_signature(Tensor)
     parameters = [*signature.parameters.values()]
     for argument in op.arguments:
-        for part, kind in _PARTS[argument.kind] if argument.kind in PACKED else ():
+        for part, kind in _PARTS.get(argument.kind, ()):
             more = inspect.Parameter(f"{argument.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
             parameters.append(more.replace(annotation=kind | None))
 
@@ -163,7 +163,7 @@ def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[An
     """Turn all arguments of `run` into those of torch's operator."""
     parts: list[Any] = []
     for argument, x in zip(arguments, args, strict=True):
-        for name, _ in _PARTS[argument.kind] if argument.kind in PACKED else ():
+        for name, _ in _PARTS.get(argument.kind, ()):
             parts.append(None if isinstance(x, Tensor) else getattr(x, name, None))
     return (*map(_first_tensor, args), *parts)
 
@@ -241,22 +241,19 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
     order of each set of names, since a decode step repeats the same calls thousands of times."""
     # This computes `names`, too, before a compiler would: it cannot trace a cached_property's lock (Python < 3.12).
     defaults = op.defaults
-    orders: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
 
-    def new_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+    @cache
+    def new_order(count: int, *keywords: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
         """Return what picks the arguments from those given and all defaults; None where they are in order."""
-        op.bind(*args, **kwargs)  # SignatureError where a name is unknown, missing or given twice
-        names = (*op.names[: len(args)], *kwargs)
+        op.bind(*range(count), **dict.fromkeys(keywords))  # SignatureError: a name is unknown, missing or given twice
+        names = (*op.names[:count], *keywords)
         if names == op.names[: len(names)]:
             return None
         given = {name: index for index, name in enumerate(names)}
         return itemgetter(*(given.get(name, len(names) + index) for index, name in enumerate(op.names)))
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        names = (len(args), *kwargs)
-        if names not in orders:
-            orders[names] = new_order(args, kwargs)
-        pick = orders[names]
+        pick = new_order(len(args), *kwargs)
         values = (*args, *kwargs.values())
         return values if pick is None else pick((*values, *defaults))
 
