@@ -91,8 +91,8 @@ class Op:
 
     @cached_property
     def defaults(self) -> tuple[Any, ...]:
-        """Of the arguments in `names`; `inspect.Parameter.empty` for a required one."""
-        return tuple(self.signature.parameters[name].default for name in self.names)
+        """The default of each argument in `names`; `inspect.Parameter.empty` for a required one."""
+        return tuple(parameter.default for parameter in self.signature.parameters.values())
 
     @cached_property
     def deterministic_index(self) -> int | None:

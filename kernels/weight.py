@@ -78,15 +78,16 @@ class Weight:
         columns  of a row that one program reads, of BLOCK_N rows
 
         What resident programs prefetch together stays below half of L2. Shared memory bounds their number: it holds
-        num_stages - 1 tiles of the weight and of x at the least. Experts in host memory are not prefetched.
+        num_stages - 1 tiles of the weight and of x, or one, at the least. Experts in host memory are not prefetched.
         """
         known, tile = ARCHS.get(arch), config.constexprs
         dense_fp32 = self.name is None and self.data.dtype == torch.float32  # whose decode kernels load nothing early
         if not launch.PREFETCH or known is None or not known.l2_bytes or self.memory is not None or dense_fp32:
             return 0
         depth, rows = tile["BLOCK_K"], tile["BLOCK_N"]
-        buffers = 2 * (config.num_stages - 1) * depth * (rows + tile["BLOCK_T"] * 16 // BITS.get(self.format, 16))
-        resident = max(1, min(prod(grid), known.sms * max(1, known.shared_bytes // buffers)))
+        buffers = max(1, config.num_stages - 1)
+        nbytes = 2 * buffers * depth * (rows + tile["BLOCK_T"] * 16 // BITS.get(self.format, 16))
+        resident = max(1, min(prod(grid), known.sms * max(1, known.shared_bytes // nbytes)))
         row = columns * BITS.get(self.format, 16) // 8
         most = min(row, known.l2_bytes // 2 // (resident * rows))
         return 1 << most.bit_length() - 1 if most >= 128 else 0
