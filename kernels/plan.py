@@ -194,11 +194,11 @@ def _make_plan(
         return place
 
     results = out if isinstance(out, tuple) else () if out is None else (out,)
+    steps: list[_Step] = []
     try:
-        steps = tuple(
-            (each.kernel, each.grid, _picker([locate(each.args.get(p.name, p.default)) for p in each.fn.params]))
-            for each in launches
-        )
+        for each in launches:
+            places = [locate(each.args.get(p.name, p.default)) for p in each.fn.params]
+            steps.append((each.kernel, each.grid, itemgetter(*places)))  # a tuple: kernels have several parameters
         outputs = [locate(x) for x in results]
     except KeyError:
         return None
@@ -208,8 +208,4 @@ def _make_plan(
         return None
     allocations = tuple((tuple(x.shape), x.stride(), x.dtype) for x in allocated)
     pick_results = itemgetter(*outputs) if outputs else lambda values: None
-    return LaunchPlan(device, quantized, allocations, tuple(descriptors), tuple(constants), steps, pick_results)
-
-
-def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    return itemgetter(*indices) if len(indices) > 1 else lambda values: (values[indices[0]],)
+    return LaunchPlan(device, quantized, allocations, tuple(descriptors), tuple(constants), tuple(steps), pick_results)

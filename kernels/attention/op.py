@@ -94,7 +94,8 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> di
 
 
 def _cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    shape, fresh = [sizes[letter] for letter in ("B", "T", "Hkv", "D")], sizes.get("fresh", True)
+    shape = [sizes[letter] for letter in ("B", "T", "Hkv", "D")]
+    fresh = sizes.get("fresh", True)
     k, v = (draw(shape, dtype, device, generator) if fresh else None for _ in range(2))
     return {"k": k, "v": v, **cache_inputs(sizes, dtype, device, generator)}
 

@@ -18,22 +18,21 @@ from torch import Tensor
 
 from .. import reference
 from ..call import operation
-from ..checks import FP32, INTS, Matrix, Within
+from ..checks import INTS, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..launch import Configs, LaunchConfig, dense_rows, describe, launch, power_of_2, select_configs, target_arch
-from ..norm import fused_norm_args
+from ..norm import NormWeight, fused_norm_args
 from ..op import Cost, Sizes
 from ..quantized import QUANT_NAMES, matrix_bytes
+from ..router import RoutingWeights, Tokens
 from ..samples import draw, shape_grid, shapes
 from ..weight import Weight
 from . import kernels
 from .tiles import DECODE_TOKENS, configs, norm_configs
 
-Tokens = Annotated[Tensor, "T H"]
 GateUp = Annotated[Matrix, "E 2*I H"]
 Down = Annotated[Matrix, "E H I"]
 Ids = Annotated[Tensor, "T K", INTS, Within(0, "E - 1")]
-RoutingWeights = Annotated[Tensor, "T K", FP32]
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def experts_add_rms_norm(
     ids: Ids,
     weights: RoutingWeights,
     residual: Tokens,
-    norm_weight: Annotated[Tensor, "H"],
+    norm_weight: NormWeight,
     eps: float,
     deterministic: bool = False,
 ) -> tuple[Tokens, Tokens]:
