@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .arch import amd, supports_pdl, tma
 from .interpret import interpreting
 
-# `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
+# `triton.jit` reads the flag when it decorates, so one process either interprets or compiles.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DEFAULT_ARCH = "sm_90"
 PREFETCH = True  # weights into L2, before the wait of a dependent launch (pdl.py)

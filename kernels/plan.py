@@ -1,6 +1,6 @@
 """The launch cache: a call that was seen before is launched again from its plan, with only the addresses replaced.
 
-An operation looks at shapes, strides, dtypes, devices, switches and the alignment of addresses, never at a value. So
+An operation looks at shapes, strides, dtypes, devices, flags and the alignment of addresses, never at a value. So
 calls that agree in all of these compute the same grids, configurations and numbers. The first call runs the operation
 under observation; later ones allocate what it allocated and hand the same compiled kernels the new addresses.
 
