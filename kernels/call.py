@@ -184,8 +184,8 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
 
 
 def _reject_transforms(op: Op, args: tuple[Any, ...]) -> None:
-    """ValueError where torch.func (vmap, jvp, grad) or a forward derivative would see a tensor: no operation has a rule
-    for them, and the kernels would not see them."""
+    """Raise ValueError where torch.func (vmap, jvp, grad) or a forward derivative would see a tensor: no operation has
+    a rule for them, and the kernels would not see them."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
     if wrapped or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if forward_ad._current_level >= 0):

@@ -80,7 +80,7 @@ class Argument:
 
 
 def _strip_none(kind: Any) -> tuple[Any, bool]:
-    """`X | None` -> X, True."""
+    """Return X and True for `X | None`; another annotation and False."""
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
     optional = typing.get_origin(kind) in (UnionType, typing.Union) and len(parts) == 1
     return (parts[0], True) if optional else (kind, False)

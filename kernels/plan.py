@@ -62,7 +62,7 @@ def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
-    """`op.run(*args)`, from its plan where there is one. `key`: the call key of `args`, where it is known."""
+    """Run `op.run(*args)`, from its plan where there is one. `key`: the call key of `args`, where it is known."""
     context = launch.launch_context_key()
     if context is None or args[0].is_meta:
         return op.run(*args)
@@ -172,7 +172,7 @@ def _make_plan(
     launches: Sequence[CompiledLaunch],
     out: Any,
 ) -> LaunchPlan | None:
-    """Return None where an address is unknown, or a result is not fresh memory as it was allocated."""
+    """Return the plan of a call; None where an address is unknown, or a result is not fresh memory as allocated."""
     sources = [*inputs, *allocated]
     indices = {x.data_ptr(): index for index, x in enumerate(sources) if isinstance(x, Tensor) and x.numel()}
     descriptors: list[tuple[int, dict[str, Any], int]] = []

@@ -93,7 +93,7 @@ class Weight:
         return 1 << most.bit_length() - 1 if most >= 128 else 0
 
     def staged(self) -> Tensor:
-        """`data`, or a table of addresses that all lie on the device."""
+        """Return `data`, or a table of addresses that all lie on the device."""
         return self.data if self.memory is None else self.memory.staged()
 
     def takes_tma(self, arch: str) -> bool:

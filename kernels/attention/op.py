@@ -87,7 +87,7 @@ def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    """With "ragged": the keys of sequence b are in [b, S - 2 b)."""
+    """Return bounds where "ragged" is set: the keys of sequence b are in [b, S - 2 b)."""
     b = torch.arange(sizes["B"], dtype=torch.int32)
     bounds = {"starts": b.to(device), "lengths": (sizes["S"] - 2 * b).to(device)}
     return bounds if sizes.get("ragged") else {}
@@ -374,7 +374,7 @@ def _prefill(args: KernelArgs, sizes: Sizes, cache: Any, causal: bool) -> Tensor
 
 
 def _decode(args: KernelArgs, sizes: Sizes, ring: bool, newest: KernelArgs) -> Tensor:
-    """`newest`: the kernel's arguments about a key that is neither rotated nor in the ring yet."""
+    """Launch the decode kernel. `newest`: its arguments about a key that is neither rotated nor in the ring yet."""
     q = args["q_ptr"]
     B, T, Hq, D = q.shape
     selected = select_configs(configs, sizes, q.dtype, q.device)

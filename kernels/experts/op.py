@@ -210,7 +210,7 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
 
 
 def _prefill_grid(N: int, E: int, columns: int, config: LaunchConfig) -> tuple[int]:
-    """Each group wastes less than one row tile, so these suffice; surplus programs exit at once."""
+    """Return a sufficient grid: each group wastes less than one row tile. Surplus programs exit at once."""
     row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
     return (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
 
