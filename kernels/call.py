@@ -263,11 +263,11 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
 def _order_traced(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Put the arguments in the order of `run`. A compiler follows neither inspect.Signature nor itemgetter."""
     names, defaults = op.names[len(args) :], op.defaults[len(args) :]
-    if any(name not in names for name in kwargs):
-        return op.bind(*args, **kwargs)
     rest = [kwargs.get(name, default) for name, default in zip(names, defaults, strict=True)]
     missing = any(value is inspect.Parameter.empty for value in rest)
-    return op.bind(*args, **kwargs) if missing else (*args, *rest)
+    if missing or any(name not in names for name in kwargs):
+        return op.bind(*args, **kwargs)  # SignatureError
+    return (*args, *rest)
 
 
 def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
