@@ -260,7 +260,7 @@ def rope(
     return q_out, k_out
 
 
-_APPENDED = {"B": 1, "T": 2048, "Hkv": 8, "D": 128, "C": 4096, "past": 0}
+_APPEND_SIZES = {"B": 1, "T": 2048, "Hkv": 8, "D": 128, "C": 4096, "past": 0}
 
 
 @operation(
@@ -273,7 +273,7 @@ _APPENDED = {"B": 1, "T": 2048, "Hkv": 8, "D": 128, "C": 4096, "past": 0}
         *shape_grid(B=2, Hkv=2, D=80, C=64, past=40, T=(1, 15, 40)),
         *shapes("B T Hkv D C past", "2 15 2 80 16 13, 3 2 1 128 64 40", cache="int8"),
     ),
-    bench_shapes=(*shape_grid(**_APPENDED), *shape_grid(**_APPENDED, cache="int8")),
+    bench_shapes=(*shape_grid(**_APPEND_SIZES), *shape_grid(**_APPEND_SIZES, cache="int8")),
     mutates=("k_cache", "v_cache"),
     rule=check_caches,
 )
