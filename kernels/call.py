@@ -239,18 +239,18 @@ def operation(
 def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
     """Return a function that puts the arguments of a call that nothing traces in the order of `run`. It remembers the
     order of each set of names, since a decode step repeats the same calls thousands of times."""
-    # This computes `names`, too, before a compiler would: it cannot trace a cached_property's lock (Python < 3.12).
-    defaults = op.defaults
+    # Before a compiler reads them: it cannot trace a cached_property's lock (Python < 3.12).
+    names, defaults = op.names, op.defaults
 
     @cache
     def new_order(count: int, *keywords: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
         """Return what picks the arguments from those given and all defaults; None where they are in order."""
         op.bind(*range(count), **dict.fromkeys(keywords))  # SignatureError: a name is unknown, missing or given twice
-        names = (*op.names[:count], *keywords)
-        if names == op.names[: len(names)]:
+        given = (*names[:count], *keywords)
+        if given == names[: len(given)]:
             return None
-        given = {name: index for index, name in enumerate(names)}
-        return itemgetter(*(given.get(name, len(names) + index) for index, name in enumerate(op.names)))
+        places = {name: index for index, name in enumerate(given)}
+        return itemgetter(*(places.get(name, len(given) + index) for index, name in enumerate(names)))
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         pick = new_order(len(args), *kwargs)
