@@ -58,6 +58,6 @@ def supports_pdl(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
 
 
-def multiprocessors(arch: str) -> int:
+def max_multiprocessors(arch: str) -> int:
     """Return the multiprocessors of the largest GPU of `arch`."""
     return ARCHS[arch if arch in ARCHS else family(arch)].sms

@@ -6,7 +6,7 @@ before the import; `torch`, the reference, for any other CPU tensor.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import wraps
+from functools import cache, wraps
 from operator import itemgetter
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import plan
-from .checks import PACKED, SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
+from .checks import SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
 from .op import Cost, Op, Sizes
@@ -149,7 +149,7 @@ def _schema(op: Op) -> str:
     signature = op.plain_signature(Tensor)
     parameters = [*signature.parameters.values()]
     for argument in op.arguments:
-        for part, kind in _PARTS[argument.kind] if argument.kind in PACKED else ():
+        for part, kind in _PARTS.get(argument.kind, ()):
             more = inspect.Parameter(f"{argument.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
             parameters.append(more.replace(annotation=kind | None))
 
@@ -163,7 +163,7 @@ def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[An
     """Turn all arguments of `run` into those of torch's operator."""
     parts: list[Any] = []
     for argument, x in zip(arguments, args, strict=True):
-        for name, _ in _PARTS[argument.kind] if argument.kind in PACKED else ():
+        for name, _ in _PARTS.get(argument.kind, ()):
             parts.append(None if isinstance(x, Tensor) else getattr(x, name, None))
     return (*map(_first_tensor, args), *parts)
 
@@ -184,8 +184,8 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
 
 
 def _reject_transforms(op: Op, args: tuple[Any, ...]) -> None:
-    """ValueError where torch.func (vmap, jvp, grad) or a forward derivative would see a tensor: no operation has a rule
-    for them, and the kernels would not see them."""
+    """Raise ValueError where torch.func (vmap, jvp, grad) or a forward derivative would see a tensor: no operation has
+    a rule for them, and the kernels would not see them."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
     if wrapped or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if forward_ad._current_level >= 0):
@@ -239,24 +239,21 @@ def operation(
 def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
     """Return a function that puts the arguments of a call that nothing traces in the order of `run`. It remembers the
     order of each set of names, since a decode step repeats the same calls thousands of times."""
-    # This computes `names`, too, before a compiler would: it cannot trace a cached_property's lock (Python < 3.12).
-    defaults = op.defaults
-    orders: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
+    # Before a compiler reads them: it cannot trace a cached_property's lock (Python < 3.12).
+    names, defaults = op.names, op.defaults
 
-    def new_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+    @cache
+    def new_order(count: int, *keywords: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
         """Return what picks the arguments from those given and all defaults; None where they are in order."""
-        op.bind(*args, **kwargs)  # SignatureError where a name is unknown, missing or given twice
-        names = (*op.names[: len(args)], *kwargs)
-        if names == op.names[: len(names)]:
+        op.bind(*range(count), **dict.fromkeys(keywords))  # SignatureError: a name is unknown, missing or given twice
+        given = (*names[:count], *keywords)
+        if given == names[: len(given)]:
             return None
-        given = {name: index for index, name in enumerate(names)}
-        return itemgetter(*(given.get(name, len(names) + index) for index, name in enumerate(op.names)))
+        places = {name: index for index, name in enumerate(given)}
+        return itemgetter(*(places.get(name, len(given) + index) for index, name in enumerate(names)))
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        names = (len(args), *kwargs)
-        if names not in orders:
-            orders[names] = new_order(args, kwargs)
-        pick = orders[names]
+        pick = new_order(len(args), *kwargs)
         values = (*args, *kwargs.values())
         return values if pick is None else pick((*values, *defaults))
 
@@ -266,11 +263,11 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
 def _order_traced(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Put the arguments in the order of `run`. A compiler follows neither inspect.Signature nor itemgetter."""
     names, defaults = op.names[len(args) :], op.defaults[len(args) :]
-    if any(name not in names for name in kwargs):
-        return op.bind(*args, **kwargs)
     rest = [kwargs.get(name, default) for name, default in zip(names, defaults, strict=True)]
     missing = any(value is inspect.Parameter.empty for value in rest)
-    return op.bind(*args, **kwargs) if missing else (*args, *rest)
+    if missing or any(name not in names for name in kwargs):
+        return op.bind(*args, **kwargs)  # SignatureError
+    return (*args, *rest)
 
 
 def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:

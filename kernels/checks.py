@@ -80,7 +80,7 @@ class Argument:
 
 
 def _strip_none(kind: Any) -> tuple[Any, bool]:
-    """`X | None` -> X, True."""
+    """Return X and True for `X | None`; another annotation and False."""
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
     optional = typing.get_origin(kind) in (UnionType, typing.Union) and len(parts) == 1
     return (parts[0], True) if optional else (kind, False)
@@ -142,11 +142,10 @@ class Binder:
 
     def bind_tensor(self, argument: Argument, value: Any) -> None:
         name, spec = argument.name, argument.shape_spec
-        is_weight = argument.kind == Matrix and isinstance(value, QuantizedWeight)
-        is_cache = argument.kind == Cache and isinstance(value, QuantizedCache)
-        quantized = is_cache or (is_weight and value.format != "dense")  # dense: offload.py
-        if not isinstance(value, Tensor) and not is_weight and not is_cache:
+        if not isinstance(value, argument.kind):
             raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{spec}]")
+        is_cache = isinstance(value, QuantizedCache)
+        quantized = is_cache or (isinstance(value, QuantizedWeight) and value.format != "dense")  # dense: offload.py
         dtypes = argument.dtypes or (FLOATS if self.dtype is None else (self.dtype,))
         if not quantized and value.dtype not in dtypes:
             raise fail(self.op, name, dtype_name(value.dtype), " or ".join(map(dtype_name, dtypes)))

@@ -140,7 +140,7 @@ def sort_by_expert(
     return order, offsets
 
 
-def gather_configs(slots: int, experts: int, hidden: int) -> LaunchConfig:
+def gather_config(slots: int, experts: int, hidden: int) -> LaunchConfig:
     """About 256 programs; each holds a block of ids times all experts in registers."""
     block_e = power_of_2(experts)
     tiles = {"BLOCK_S": power_of_2(slots // 256, low=16, high=64), "BLOCK_E": block_e}

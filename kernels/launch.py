@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .arch import amd, supports_pdl, tma
 from .interpret import interpreting
 
-# `triton.jit` reads the switch when it decorates, so one process either interprets or compiles.
+# `triton.jit` reads the flag when it decorates, so one process either interprets or compiles.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DEFAULT_ARCH = "sm_90"
 PREFETCH = True  # weights into L2, before the wait of a dependent launch (pdl.py)
@@ -127,7 +127,7 @@ def pdl_region() -> Iterator[None]:
         yield
 
 
-def launches_dependently(device: torch.device | None) -> bool:
+def launches_dependently(device: torch.device) -> bool:
     """Return whether kernels that know PDL use it on the device."""
     return not INTERPRETED and supports_pdl(target_arch(device))
 
@@ -219,21 +219,21 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
             f"{kernel.__name__}: the grid is {programs} programs, needs at most {GRID_MAX:,} along axes 2 and 3"
         )
     constants = {**config.constexprs, **constexprs}
-    first = next((arg for arg in args.values() if isinstance(arg, torch.Tensor)), None)
+    device = next(arg.device for arg in args.values() if isinstance(arg, torch.Tensor))
     context, dependent = _context.get(), False
     if "PDL" in kernel.arg_names:
-        constants["PDL"] = launches_dependently(None if first is None else first.device)
+        constants["PDL"] = launches_dependently(device)
         dependent = constants["PDL"] and context.pdl
     if context.records is not None:
         name, warps, stages = kernel.__name__, config.num_warps, config.num_stages
         context.records.append(Launch(name, grid, warps, stages, constants, kernel, dict(args), dependent))
-    if first is not None and first.is_meta:
+    if device.type == "meta":
         return
     if INTERPRETED:
         interpret(kernel, grid, {**args, **constants})
-    elif first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device, whatever device its pointers lead to.
-        with torch.cuda.device(first.device):
+        with torch.cuda.device(device):
             _launch_compiled(kernel, grid, {**args, **constants}, config, dependent)
     else:
         _launch_compiled(kernel, grid, {**args, **constants}, config, dependent)

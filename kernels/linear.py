@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .arch import amd, family, multiprocessors
+from .arch import amd, family, max_multiprocessors
 from .call import operation
 from .checks import Matrix
 from .launch import LaunchConfig, dense_rows, is_overridden, launch, power_of_2, select_configs, target_arch
@@ -166,7 +166,7 @@ def use_skinny_kernel(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
         return T <= SKINNY_M
     if sizes.get("weight"):
         return True
-    return family(arch) in ("sm_80", "sm_90") and _decode_tile(T).BLOCK_N * multiprocessors(arch) <= N
+    return family(arch) in ("sm_80", "sm_90") and _decode_tile(T).BLOCK_N * max_multiprocessors(arch) <= N
 
 
 def _decode_tile(T: int) -> DecodeTile:

@@ -234,7 +234,7 @@ def embed_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
 
 
 def _embed_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    """With "past": sequence b is at past + b and has T - b new tokens."""
+    """Return ids, and where "past" is set the bounds: sequence b is at past + b and has T - b new tokens."""
     B, T, past = sizes["B"], sizes["T"], sizes.get("past")
     args = {"input_ids": (torch.arange(B * T, device=device) * 7 % sizes["V"]).view(B, T)}
     b = torch.arange(B, dtype=torch.int32, device=device)

@@ -94,7 +94,7 @@ class OffloadedWeight(QuantizedWeight):
     host: Tensor
 
     def __init__(self, like: QuantizedWeight | Tensor, on_host: Sequence[int], device: Any) -> None:
-        """Unset, with the shape, dtypes, format and group of `like`, a weight on the meta device."""
+        """Make an unset weight of the shape, dtypes, format and group of `like`, a weight on the meta device."""
         torch.nn.Module.__init__(self)
         self.shape, self.on_host = torch.Size(like.shape), tuple(sorted(on_host))
         self.format, self.group = getattr(like, "format", "dense"), getattr(like, "group", 0)
@@ -116,13 +116,13 @@ class OffloadedWeight(QuantizedWeight):
         _weights[id(self)] = self
 
     def _table(self) -> Tensor:
-        """The address of each expert's rows."""
+        """Return the address of each expert's rows."""
         on_meta = self.resident.is_meta
         addresses = [0 if on_meta else self.rows(expert).data_ptr() for expert in range(len(self))]
         return torch.tensor(addresses, dtype=torch.int64, device=self.resident.device)
 
     def rows(self, expert: int) -> Tensor:
-        """The memory of an expert's rows [N, K'], where it lies."""
+        """Return the memory of an expert's rows [N, K'], where it lies."""
         index = bisect_left(self.on_host, expert)
         return self.host[index] if expert in self.on_host else self.resident[expert - index]
 
@@ -154,7 +154,7 @@ class OffloadedWeight(QuantizedWeight):
         return _weights[int(layout.removeprefix(OFFLOADED))]
 
     def __getitem__(self, index: Any) -> Any:
-        """An expert by number, to read, on the device; by a tuple or a slice of one expert, the memory to write to."""
+        """Return an expert by number, to read, on the device; by a tuple or a slice of one expert, memory to write."""
         if index == ():
             return self
         first, *rest = index if isinstance(index, tuple) else (index,)
@@ -176,8 +176,8 @@ class OffloadedWeight(QuantizedWeight):
         return torch.stack([x.float() if self.format == "dense" else x.dequantize() for x in experts])
 
     def staged(self) -> Tensor:
-        """A table of addresses on the device, where the host's experts are copied: each byte once, on another stream,
-        which begins with the next weight's, too. The host does not wait. On a CPU, the table itself."""
+        """Return a table of addresses on the device, where the host's experts are copied: each byte once, on another
+        stream, which begins with the next weight's, too. The host does not wait. On a CPU, return the table itself."""
         if self.device.type != "cuda":
             return self.data
         stream = torch.cuda.current_stream(self.device)
@@ -248,7 +248,7 @@ def find_weight(table: Tensor) -> OffloadedWeight | None:
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Unset host memory of exactly this size, which a CUDA device can read; on the meta device nothing.
+    """Return unset host memory of exactly this size, which a CUDA device can read; on the meta device none.
 
     torch's own allocator of pinned memory rounds up to powers of two.
     """
@@ -278,7 +278,7 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 
 def _call_runtime(function: str, *args: Any) -> int:
-    """Call the CUDA runtime where it has symbols to call -> its status; 0 elsewhere."""
+    """Call the CUDA runtime where it has symbols to call, and return its status; 0 elsewhere."""
     with suppress(AttributeError, OSError):
         return call_runtime(function, *args)
     return 0

@@ -91,8 +91,8 @@ class Op:
 
     @cached_property
     def defaults(self) -> tuple[Any, ...]:
-        """Of the arguments in `names`; `inspect.Parameter.empty` for a required one."""
-        return tuple(self.signature.parameters[name].default for name in self.names)
+        """The default of each argument in `names`; `inspect.Parameter.empty` for a required one."""
+        return tuple(parameter.default for parameter in self.signature.parameters.values())
 
     @cached_property
     def deterministic_index(self) -> int | None:
@@ -152,7 +152,7 @@ class Op:
         return results if len(results) > 1 else results[0] if results else None
 
     def plain_signature(self, packed: Any = None) -> inspect.Signature:
-        """The signature without what only checks read: Tensor, int, ..., and `packed` for a Matrix or a Cache."""
+        """Return the signature without what only checks read: Tensor, int, ..., `packed` for a Matrix or a Cache."""
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
         parameters = []

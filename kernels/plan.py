@@ -1,6 +1,6 @@
 """The launch cache: a call that was seen before is launched again from its plan, with only the addresses replaced.
 
-An operation looks at shapes, strides, dtypes, devices, switches and the alignment of addresses, never at a value. So
+An operation looks at shapes, strides, dtypes, devices, flags and the alignment of addresses, never at a value. So
 calls that agree in all of these compute the same grids, configurations and numbers. The first call runs the operation
 under observation; later ones allocate what it allocated and hand the same compiled kernels the new addresses.
 
@@ -62,7 +62,7 @@ def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
-    """`op.run(*args)`, from its plan where there is one. `key`: the call key of `args`, where it is known."""
+    """Run `op.run(*args)`, from its plan where there is one. `key`: the call key of `args`, where it is known."""
     context = launch.launch_context_key()
     if context is None or args[0].is_meta:
         return op.run(*args)
@@ -83,14 +83,14 @@ class LaunchPlan:
     """The launches of a call. The values from which their arguments are picked are, in this order:
 
     the call's arguments; the tensors of those that are several, whose places are `quantized`; fresh memory of the
-    shapes, strides and dtypes in `allocations`; descriptors, each the fields but the base, and the base's place;
-    `constants`.
+    shapes, strides and dtypes in `allocations`; `constants`. Each call replaces some constants by descriptors:
+    `descriptors` has the place of each, its fields but the base, and the base's place.
     """
 
     device: torch.device
     quantized: tuple[int, ...]
     allocations: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
-    descriptors: tuple[tuple[dict[str, Any], int], ...]
+    descriptors: tuple[tuple[int, dict[str, Any], int], ...]
     constants: tuple[Any, ...]
     steps: tuple[_Step, ...]
     results: Callable[[Sequence[Any]], Any]
@@ -106,9 +106,9 @@ class LaunchPlan:
             values += args[index].tensors
         for shape, stride, dtype in self.allocations:  # with strides torch reads the arguments faster
             values.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        for fields, index in self.descriptors:
-            values.append(_descriptor(fields, values[index]))
         values += self.constants
+        for place, fields, base in self.descriptors:
+            values[place] = _descriptor(fields, values[base])
         stream = driver.get_current_stream(current)
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # a profiler's
         if not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave)):
@@ -172,45 +172,40 @@ def _make_plan(
     launches: Sequence[CompiledLaunch],
     out: Any,
 ) -> LaunchPlan | None:
-    """Return None where an address is unknown, or a result is not fresh memory as it was allocated."""
+    """Return the plan of a call; None where an address is unknown, or a result is not fresh memory as allocated."""
     sources = [*inputs, *allocated]
     indices = {x.data_ptr(): index for index, x in enumerate(sources) if isinstance(x, Tensor) and x.numel()}
-    descriptors: list[tuple[dict[str, Any], int]] = []
+    descriptors: list[tuple[int, dict[str, Any], int]] = []
     constants: list[Any] = []
 
-    def locate(x: Any) -> tuple[str, int]:
-        """Which list of values an argument comes from, and its place there."""
+    def locate(x: Any) -> int:
+        """Return the place of an argument among the plan's values."""
         if isinstance(x, Tensor):
             index = indices[x.data_ptr()]
             if x.dtype != sources[index].dtype or x.device != device:
                 raise KeyError(x.dtype)
-            return "source", index
+            return index
+        place = len(sources) + len(constants)
         if isinstance(x, TensorDescriptor):
             fields = {name: value for name, value in vars(x).items() if name != "base"}
-            descriptors.append((fields, locate(x.base)[1]))
-            return "descriptor", len(descriptors) - 1
+            descriptors.append((place, fields, locate(x.base)))
+            x = None  # a plan holds no memory
         constants.append(x)
-        return "constant", len(constants) - 1
+        return place
 
     results = out if isinstance(out, tuple) else () if out is None else (out,)
+    steps: list[_Step] = []
     try:
-        picks = [[locate(each.args.get(p.name, p.default)) for p in each.fn.params] for each in launches]
-        outputs = [locate(x)[1] for x in results]
+        for each in launches:
+            places = [locate(each.args.get(p.name, p.default)) for p in each.fn.params]
+            steps.append((each.kernel, each.grid, itemgetter(*places)))  # a tuple: kernels have several parameters
+        outputs = [locate(x) for x in results]
     except KeyError:
         return None
     pairs = zip(outputs, results, strict=True)
     changed = (i < len(inputs) or x.shape != sources[i].shape or not x.is_contiguous() for i, x in pairs)
     if any(changed) or any(not x.is_contiguous() or x.data_ptr() % _ALIGNMENT for x in allocated):
         return None
-    starts = {"source": 0, "descriptor": len(sources), "constant": len(sources) + len(descriptors)}
-    steps = tuple(
-        (each.kernel, each.grid, _picker([starts[kind] + index for kind, index in pick]))
-        for each, pick in zip(launches, picks, strict=True)
-    )
     allocations = tuple((tuple(x.shape), x.stride(), x.dtype) for x in allocated)
     pick_results = itemgetter(*outputs) if outputs else lambda values: None
-    return LaunchPlan(device, quantized, allocations, tuple(descriptors), tuple(constants), steps, pick_results)
-
-
-def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    return itemgetter(*indices) if len(indices) > 1 else lambda values: (values[indices[0]],)
+    return LaunchPlan(device, quantized, allocations, tuple(descriptors), tuple(constants), tuple(steps), pick_results)

@@ -171,7 +171,7 @@ class QuantizedWeight(nn.Module):
         return cls(format, data, scales, zeros, tuple(shape), group)
 
     def get_extra_state(self) -> Tensor:
-        """The layout as bytes, which safetensors takes: formats of 8 bits have the same shapes and dtypes."""
+        """Return the layout as bytes, which safetensors takes: formats of 8 bits have the same shapes and dtypes."""
         return torch.tensor(list(self.layout.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:

@@ -1,5 +1,6 @@
 """Recording what a call launches on meta tensors, for a GPU that need not be there."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,7 +52,7 @@ def record_launches(arch: str = launch.DEFAULT_ARCH, sms: int | None = None) -> 
     A Triton launch is one entry, and so is each torch operation that is not a view (`aten::mm`, its grid None; its
     meta tensors are `args` in_0, in_1, ... and out).
     """
-    if not str(arch).startswith(("sm_", "gfx")):
+    if not re.fullmatch(r"sm_\d+|gfx[0-9a-f]+", str(arch)):
         raise ValueError(f"record_launches: arch is {arch!r}, needs one of {', '.join(ARCHS)}")
     records: list[Launch] = []
     with launch.launch_context(arch=arch, sms=sms, records=records), _Recorder(records):

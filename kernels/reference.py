@@ -287,11 +287,16 @@ def rope_append_attention(
     new: Tensor,
     window: int | None = None,
 ) -> Tensor:
-    """Rotate q and k of one token a sequence at past[b], append k and v to the caches, and attend over them."""
+    """Rotate q and k of one token a sequence at past[b], append k and v to the caches, and attend over them.
+
+    A new token beyond the tables cos and sin is NaN.
+    """
     begin = _common_value(past)
     if begin is not None and begin < len(cos):
         q, k = _rotate(torch.cat((q, k), dim=2), cos[begin], sin[begin]).split((q.shape[2], k.shape[2]), dim=2)
     else:
         q, k = rope(q, k, cos, sin, past[:, None].clamp(max=len(cos) - 1))
+        beyond = ((past >= len(cos)) & (new > 0))[:, None, None, None]  # padding may lie there, but must not be NaN
+        q, k = q.masked_fill(beyond, math.nan), k.masked_fill(beyond, math.nan)
     append(k, v, k_cache, v_cache, past, new)
     return cached_attention(q, None, None, k_cache, v_cache, past, new, window)

@@ -214,7 +214,7 @@ def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    """Sequence b has past `past` + 3 b and T - b new tokens."""
+    """Return `past` and `new`: sequence b is at position past + 3 b and has T - b new tokens."""
     b = torch.arange(sizes["B"], dtype=torch.int32)
     return {"past": (sizes["past"] + 3 * b).to(device), "new": (sizes["T"] - b).clamp(min=0).to(device)}
 
@@ -260,7 +260,7 @@ def rope(
     return q_out, k_out
 
 
-_APPENDED = {"B": 1, "T": 2048, "Hkv": 8, "D": 128, "C": 4096, "past": 0}
+_APPEND_SIZES = {"B": 1, "T": 2048, "Hkv": 8, "D": 128, "C": 4096, "past": 0}
 
 
 @operation(
@@ -273,7 +273,7 @@ _APPENDED = {"B": 1, "T": 2048, "Hkv": 8, "D": 128, "C": 4096, "past": 0}
         *shape_grid(B=2, Hkv=2, D=80, C=64, past=40, T=(1, 15, 40)),
         *shapes("B T Hkv D C past", "2 15 2 80 16 13, 3 2 1 128 64 40", cache="int8"),
     ),
-    bench_shapes=(*shape_grid(**_APPENDED), *shape_grid(**_APPENDED, cache="int8")),
+    bench_shapes=(*shape_grid(**_APPEND_SIZES), *shape_grid(**_APPEND_SIZES, cache="int8")),
     mutates=("k_cache", "v_cache"),
     rule=check_caches,
 )
@@ -298,7 +298,7 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
 
 
 def launch_append(k: Tensor, v: Tensor, k_cache: Cache, v_cache: Cache, past: Tensor | None, new: Tensor) -> None:
-    """`append`; past None: 0."""
+    """Launch `append`; past None: 0."""
     k, v = dense_rows(k), dense_rows(v)
     B, T, Hkv, D = k.shape
     args: dict[str, Any] = {"k_ptr": k, "v_ptr": v, "past_ptr": past, "new_ptr": new, "T": T, "Hkv": Hkv, "D": D}

@@ -17,7 +17,7 @@ from . import reference
 from .call import operation
 from .checks import FP32, INT32, Within
 from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
-from .norm import fused_norm_args, normed
+from .norm import NormWeight, fused_norm_args, normed
 from .op import Sizes
 from .pdl import pdl_wait
 from .samples import shape_grid, shapes
@@ -256,7 +256,7 @@ def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) 
 def rms_norm_gate_route(
     x: Tokens,
     residual: Tokens,
-    weight: Annotated[Tensor, "H"],
+    weight: NormWeight,
     eps: float,
     gate: Gate,
     top_k: TopK,

@@ -1,7 +1,7 @@
 """Sizes, random arguments and compulsory bytes of an operation, from its annotations: for tests, compile and bench."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -26,15 +26,13 @@ def shape_grid(**values: Any) -> tuple[dict[str, Any], ...]:
     return tuple(dict(zip(values, row, strict=True)) for row in product(*options))
 
 
-def sampler(dtype: torch.dtype, device: Any, generator: torch.Generator | None) -> Callable[..., torch.Tensor]:
-    """Return draw(*shape, scale=1.0): normal values for `Op.inputs`, the same on every device; unset on meta."""
-
-    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        if torch.device(device).type == "meta":
-            return torch.empty(shape, dtype=dtype, device=device)
-        return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
-
-    return draw
+def draw(
+    shape: Sequence[int], dtype: torch.dtype, device: Any, generator: torch.Generator | None, scale: float = 1.0
+) -> torch.Tensor:
+    """Draw normal values for `Op.inputs`, the same on every device; unset on meta."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
 
 def streaming_cost(run: Callable[..., Any], flops: Callable[[Sizes], int]) -> Callable[[Sizes, torch.dtype], Cost]:
@@ -70,9 +68,9 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
             if argument.kind == checks.Matrix and (format := sizes.get(argument.name.removesuffix("_proj"))):
                 return sample_quantized(format, *shape, device=device, generator=generator)
             if argument.kind == checks.Cache and sizes.get("cache"):
-                return QuantizedCache.of(sampler(dtype, device, generator)(*shape))
+                return QuantizedCache.of(draw(shape, dtype, device, generator))
             is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "T", "...")
-            return sampler(dtype, device, generator)(*shape, scale=shape[-1] ** -0.5 if is_weight else 1.0)
+            return draw(shape, dtype, device, generator, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 
         args = {} if special is None else special(sizes, dtype, device, generator)
         names = {*args, *sizes}

@@ -78,33 +78,35 @@ class Weight:
         columns  of a row that one program reads, of BLOCK_N rows
 
         What resident programs prefetch together stays below half of L2. Shared memory bounds their number: it holds
-        num_stages - 1 tiles of the weight and of x at the least. Experts in host memory are not prefetched.
+        num_stages - 1 tiles of the weight and of x, or one, at the least. Experts in host memory are not prefetched.
         """
         known, tile = ARCHS.get(arch), config.constexprs
         dense_fp32 = self.name is None and self.data.dtype == torch.float32  # whose decode kernels load nothing early
         if not launch.PREFETCH or known is None or not known.l2_bytes or self.memory is not None or dense_fp32:
             return 0
         depth, rows = tile["BLOCK_K"], tile["BLOCK_N"]
-        buffers = 2 * (config.num_stages - 1) * depth * (rows + tile["BLOCK_T"] * 16 // BITS.get(self.format, 16))
-        resident = max(1, min(prod(grid), known.sms * max(1, known.shared_bytes // buffers)))
+        buffers = max(1, config.num_stages - 1)
+        nbytes = 2 * buffers * depth * (rows + tile["BLOCK_T"] * 16 // BITS.get(self.format, 16))
+        resident = max(1, min(prod(grid), known.sms * max(1, known.shared_bytes // nbytes)))
         row = columns * BITS.get(self.format, 16) // 8
         most = min(row, known.l2_bytes // 2 // (resident * rows))
         return 1 << most.bit_length() - 1 if most >= 128 else 0
 
     def staged(self) -> Tensor:
-        """`data`, or a table of addresses that all lie on the device."""
+        """Return `data`, or a table of addresses that all lie on the device."""
         return self.data if self.memory is None else self.memory.staged()
 
     def takes_tma(self, arch: str) -> bool:
         return self.scales is None and self.memory is None and tma_can_read(self.data, arch)
 
-    def descriptor(self, parts: int, block_n: int, block_k: int, arch: str) -> TensorDescriptor | None:
-        """Describe [E, N, K], or with 2 parts [E, 2, N / 2, K]: loads have block_n rows a part. None: pointers."""
+    def descriptor(self, parts: int, config: LaunchConfig, arch: str) -> TensorDescriptor | None:
+        """Describe [E, N, K], or with 2 parts [E, 2, N / 2, K]: loads have BLOCK_N rows a part. None: pointers."""
         if self.scales is not None or self.memory is not None:
             return None
+        block = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_K"]
         if parts == 1:
-            return describe(self.data, (1, block_n, block_k), arch)
-        return describe(self.data.unflatten(1, (parts, -1)), (1, parts, block_n, block_k), arch)
+            return describe(self.data, (1, *block), arch)
+        return describe(self.data.unflatten(1, (parts, -1)), (1, parts, *block), arch)
 
 
 _ALIGNMENT = tl.constexpr(ALIGNMENT)

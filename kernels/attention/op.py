@@ -33,7 +33,7 @@ from ..rope import (
     rope_tables,
     strides,
 )
-from ..samples import sampler, shape_grid, shapes
+from ..samples import draw, shape_grid, shapes
 from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
 from .tiles import PACKED_ROWS, configs
 
@@ -87,15 +87,16 @@ def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    """With "ragged": the keys of sequence b are in [b, S - 2 b)."""
+    """Return bounds where "ragged" is set: the keys of sequence b are in [b, S - 2 b)."""
     b = torch.arange(sizes["B"], dtype=torch.int32)
     bounds = {"starts": b.to(device), "lengths": (sizes["S"] - 2 * b).to(device)}
     return bounds if sizes.get("ragged") else {}
 
 
 def _cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    fresh = sampler(dtype, device, generator) if sizes.get("fresh", True) else lambda *shape: None
-    k, v = (fresh(sizes["B"], sizes["T"], sizes["Hkv"], sizes["D"]) for _ in range(2))
+    shape = [sizes[letter] for letter in ("B", "T", "Hkv", "D")]
+    fresh = sizes.get("fresh", True)
+    k, v = (draw(shape, dtype, device, generator) if fresh else None for _ in range(2))
     return {"k": k, "v": v, **cache_inputs(sizes, dtype, device, generator)}
 
 
@@ -187,7 +188,7 @@ def attention(
     args = _common_args(q, k, v, sizes, (starts, lengths, None), scale)
     # Few causal queries, times the heads of a group, fill a tile of the decode kernel.
     if causal and (args["T"] == 1 or args["T"] * args["G"] <= PACKED_ROWS):
-        return _decode(args, sizes, False, _NO_NEWEST)
+        return _decode(args, sizes)
     return _prefill(args, sizes, None, causal)
 
 
@@ -247,7 +248,7 @@ def cached_attention(
     keys, values, scales = _slots(k_cache, v_cache)
     sizes, bounds = _sizes(q, keys, window, deterministic, scales), (None, new, past)
     if k is None or v is None:
-        return _decode(_common_args(q, keys, values, sizes, bounds) | scales, sizes, True, _NO_NEWEST)
+        return _decode(_common_args(q, keys, values, sizes, bounds) | scales, sizes)
     if scales:
         B, T, Hkv, D = k.shape
         chunk = [QuantizedCache.empty(B, Hkv, T, D, device=k.device) for _ in range(2)]
@@ -310,7 +311,7 @@ def rope_append_attention(
     k, v = dense_rows(k), dense_rows(v)
     newest = {"new_k_ptr": k, "new_v_ptr": v, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "P": len(cos)}
     newest |= strides("nk", k[:, 0], "bh") | strides("nv", v[:, 0], "bh")
-    return _decode(_common_args(q, keys, values, sizes, (None, new, past)) | scales, sizes, True, newest)
+    return _decode(_common_args(q, keys, values, sizes, (None, new, past)) | scales, sizes, newest)
 
 
 KernelArgs = dict[str, Any]
@@ -372,8 +373,8 @@ def _prefill(args: KernelArgs, sizes: Sizes, cache: Any, causal: bool) -> Tensor
     return out
 
 
-def _decode(args: KernelArgs, sizes: Sizes, ring: bool, newest: KernelArgs) -> Tensor:
-    """`newest`: the kernel's arguments about a key that is neither rotated nor in the ring yet."""
+def _decode(args: KernelArgs, sizes: Sizes, newest: KernelArgs = _NO_NEWEST) -> Tensor:
+    """Launch the decode kernel. `newest`: its arguments about a key that is neither rotated nor in the ring yet."""
     q = args["q_ptr"]
     B, T, Hq, D = q.shape
     selected = select_configs(configs, sizes, q.dtype, q.device)
@@ -385,7 +386,7 @@ def _decode(args: KernelArgs, sizes: Sizes, ring: bool, newest: KernelArgs) -> T
         part = torch.empty((*q.shape[:3], splits, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
     args |= {"out_ptr": part, "lse_ptr": lse, **newest}
-    flags = {"D": D, "RING": ring, "WINDOWED": sizes["window"] > 0}
+    flags = {"D": D, "RING": args["past_ptr"] is not None, "WINDOWED": sizes["window"] > 0}
     flags["PTX"] = "cache" in sizes and unpacks_by_ptx(target_arch(q.device))
     launch(attention_decode_kernel, (splits, sizes["Hkv"], B if T else 0), args, config, **flags)
     if splits > 1:

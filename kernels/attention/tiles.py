@@ -8,7 +8,7 @@ from collections import namedtuple
 import torch
 import triton
 
-from ..arch import amd, family, multiprocessors, tma
+from ..arch import amd, family, max_multiprocessors, tma
 from ..launch import LaunchConfig, power_of_2
 from ..op import Sizes
 
@@ -100,7 +100,7 @@ def _two_per_sm(sizes: Sizes, dtype: torch.dtype, arch: str, block_m: int) -> bo
         return False
     tiles = sizes["B"] * sizes["Hq"] * triton.cdiv(sizes["T"], block_m)
     keys = sizes.get("S", sizes["T"]) + sizes.get("C", 0)
-    few = keys <= 1024 or tiles <= (sizes.get("sms") or multiprocessors(arch))
+    few = keys <= 1024 or tiles <= (sizes.get("sms") or max_multiprocessors(arch))
     return sizes["T"] > block_m // 2 and few
 
 
@@ -110,7 +110,7 @@ def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     stored = sizes["C"] if "C" in sizes else sizes["S"]
     keys = min(stored, sizes.get("window", 0) or stored)
     programs = max(1, sizes["B"] * sizes["Hkv"])
-    sms = sizes.get("sms") or multiprocessors(arch)
+    sms = sizes.get("sms") or max_multiprocessors(arch)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
     if sizes.get("deterministic"):
         splits = DETERMINISTIC_SPLITS

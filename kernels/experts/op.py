@@ -18,26 +18,25 @@ from torch import Tensor
 
 from .. import reference
 from ..call import operation
-from ..checks import FP32, INTS, Matrix, Within
+from ..checks import INTS, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..launch import Configs, LaunchConfig, dense_rows, describe, launch, power_of_2, select_configs, target_arch
-from ..norm import fused_norm_args
+from ..norm import NormWeight, fused_norm_args
 from ..op import Cost, Sizes
 from ..quantized import QUANT_NAMES, matrix_bytes
-from ..samples import sampler, shape_grid, shapes
+from ..router import RoutingWeights, Tokens
+from ..samples import draw, shape_grid, shapes
 from ..weight import Weight
 from . import kernels
 from .tiles import DECODE_TOKENS, configs, norm_configs
 
-Tokens = Annotated[Tensor, "T H"]
 GateUp = Annotated[Matrix, "E 2*I H"]
 Down = Annotated[Matrix, "E H I"]
 Ids = Annotated[Tensor, "T K", INTS, Within(0, "E - 1")]
-RoutingWeights = Annotated[Tensor, "T K", FP32]
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    weights = sampler(torch.float32, device, generator)(sizes["T"], sizes["K"]).softmax(-1)
+    weights = draw((sizes["T"], sizes["K"]), torch.float32, device, generator).softmax(-1)
     return {"ids": sample_ids(sizes, device, generator), "weights": weights}
 
 
@@ -62,8 +61,8 @@ def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 _SIZES = {"H": 4096, "I": 14336, "E": 8, "K": 2}
-_BENCHED = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
-_DENSE_SHAPES = (*shape_grid(T=_BENCHED, **_SIZES), *shape_grid(T=_BENCHED, **_SIZES | {"H": 6144, "I": 16384}))
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
+_DENSE_SHAPES = (*shape_grid(T=_TOKENS, **_SIZES), *shape_grid(T=_TOKENS, **_SIZES | {"H": 6144, "I": 16384}))
 _LETTERS = "T H I E K"
 
 
@@ -120,7 +119,7 @@ def experts_add_rms_norm(
     ids: Ids,
     weights: RoutingWeights,
     residual: Tokens,
-    norm_weight: Annotated[Tensor, "H"],
+    norm_weight: NormWeight,
     eps: float,
     deterministic: bool = False,
 ) -> tuple[Tokens, Tokens]:
@@ -196,14 +195,14 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
     config = selected["experts_up_kernel"]
     h = torch.empty((N, I), dtype=x.dtype, device=x.device)
     args = {"x_ptr": x, **_row_descriptors("x", x if gather is not None else None, config, arch)}
-    args |= {"gate_up_ptr": gate_up.staged(), "gate_up_desc": _weight_descriptor(gate_up, 2, config, arch)}
+    args |= {"gate_up_ptr": gate_up.staged(), "gate_up_desc": gate_up.descriptor(2, config, arch)}
     args |= {"h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0), **groups, **gate_up.args}
     grid = _prefill_grid(N, E, I, config)
     launch(kernels.experts_up_kernel, grid, args, config, **constants, LAYOUT=gate_up.layout(arch))
     config = selected["experts_down_kernel"]
     y = torch.empty((1, N, H), dtype=x.dtype, device=x.device)
     args = {"h_ptr": h, **_row_descriptors("h", h, config, arch)}
-    args |= {"down_ptr": down.staged(), "down_desc": _weight_descriptor(down, 1, config, arch)}
+    args |= {"down_ptr": down.staged(), "down_desc": down.descriptor(1, config, arch)}
     args |= {"y_ptr": y, **groups, **down.args}
     grid = _prefill_grid(N, E, H, config)
     launch(kernels.experts_down_kernel, grid, args, config, **constants, LAYOUT=down.layout(arch))
@@ -211,7 +210,7 @@ def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes
 
 
 def _prefill_grid(N: int, E: int, columns: int, config: LaunchConfig) -> tuple[int]:
-    """Each group wastes less than one row tile, so these suffice; surplus programs exit at once."""
+    """Return a sufficient grid: each group wastes less than one row tile. Surplus programs exit at once."""
     row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
     return (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
 
@@ -223,7 +222,3 @@ def _row_descriptors(name: str, rows: Tensor | None, config: LaunchConfig, arch:
     m, short_m, k = (config.constexprs[constant] for constant in ("BLOCK_M", "SHORT_M", "BLOCK_K"))
     full = describe(rows, (kernels.main_rows(m, short_m), k), arch)
     return {f"{name}_desc": full, "short_desc": describe(rows, (short_m, k), arch) if short_m else None}
-
-
-def _weight_descriptor(weight: Weight, halves: int, config: LaunchConfig, arch: str) -> Any:
-    return weight.descriptor(halves, config.constexprs["BLOCK_N"], config.constexprs["BLOCK_K"], arch)

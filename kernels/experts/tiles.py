@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..arch import amd, family, tma
-from ..dispatch import gather_configs
+from ..dispatch import gather_config
 from ..launch import LaunchConfig, power_of_2
 from ..linear import skinny_config, wide_config
 from ..op import Sizes
@@ -73,7 +73,7 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
         "experts_down_kernel": config(sizes["H"], tile.DOWN_BLOCK_N, sizes["I"], sizes.get("down"), 1),
     }
     if sorted_x:
-        kernels["gather_by_expert_kernel"] = gather_configs(slots, sizes["E"], sizes["H"])
+        kernels["gather_by_expert_kernel"] = gather_config(slots, sizes["E"], sizes["H"])
     return kernels
 
 

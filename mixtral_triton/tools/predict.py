@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
-from ..kernels.arch import ARCHS, amd, family, multiprocessors
+from ..kernels.arch import ARCHS, amd, family, max_multiprocessors
 from ..kernels.dispatch import expected_distinct_experts
 from ..kernels.experts.kernels import main_rows
 from ..kernels.launch import Launch
@@ -301,7 +301,7 @@ def predict(launches: Iterable[Launch], gpu: GPU, cost: Cost) -> Prediction:
 def _parts(works: Iterable[tuple[Launch, Work]], gpu: GPU, efficiency: Efficiency) -> tuple[tuple[float, str], ...]:
     """Return seconds and limit of each launch, less what it prefetches while the launches in front leave memory idle:
     each dependent launch lets the next one start before it waits itself, so such launches that do little add up."""
-    parts, idle, bandwidth, sms = [], 0.0, gpu.bandwidth * efficiency.memory, gpu.sms or multiprocessors(gpu.arch)
+    parts, idle, bandwidth, sms = [], 0.0, gpu.bandwidth * efficiency.memory, gpu.sms or max_multiprocessors(gpu.arch)
     loading = sms / (gpu.l2 * efficiency.l2)  # seconds a byte, and of products seconds a FLOP
     for launch, work in works:
         resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)

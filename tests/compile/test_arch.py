@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixtral_triton.kernels import arch as arch_module
-from mixtral_triton.kernels.arch import ARCHS, family, multiprocessors, tma
+from mixtral_triton.kernels.arch import ARCHS, family, max_multiprocessors, tma
 from mixtral_triton.kernels.launch import target_arch, tma_can_read
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -54,7 +54,7 @@ def test_a_family_fits_its_gpus() -> None:
 def test_unknown_gpu_warns_once(arch: str) -> None:
     with pytest.warns(UserWarning, match=f"^{arch} .*{FALLBACK_FAMILIES[arch]}'s$") as said:
         assert launch_configs(arch) == launch_configs(FALLBACK_FAMILIES[arch])
-        assert multiprocessors(arch) == ARCHS[FALLBACK_FAMILIES[arch]].sms
+        assert max_multiprocessors(arch) == ARCHS[FALLBACK_FAMILIES[arch]].sms
     assert len(said) == 1
     with warnings.catch_warnings(), record_launches(arch) as launches:
         warnings.simplefilter("error")
@@ -62,7 +62,7 @@ def test_unknown_gpu_warns_once(arch: str) -> None:
     assert [launch.kernel for launch in launches if launch.fn] == ["attention_prefill_kernel"]
 
 
-@pytest.mark.parametrize("arch", ["h100", 90])
+@pytest.mark.parametrize("arch", ["h100", 90, "sm_90a", "sm_"])
 def test_recording_for_no_gpu_raises_value_error(arch: Any) -> None:
     with pytest.raises(ValueError, match=f"arch is {arch!r}, needs one of sm_80,"), record_launches(arch):
         pass

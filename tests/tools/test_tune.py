@@ -66,6 +66,16 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("linear", "linear_decode_kernel"), ("expert_swiglu", "experts_down_decode_kernel")]
+)
+def test_decode_kernel_with_one_stage_can_be_built(name: str, kernel: str) -> None:
+    case = next(case for case in cases([name]) if case.sizes["T"] == 1)
+    config = replace(tune.kernel_configs(case, "sm_90")[kernel][1], num_stages=1)
+    assert tune.kernel_configs(case, "sm_90", {kernel: config})[kernel][0].constexprs["PREFETCH"] > 0
+
+
+@pytest.mark.compiled
 def test_spills_shared_memory_and_compile_errors_have_notes() -> None:
     case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 4096)
     kernel = "experts_up_kernel"
