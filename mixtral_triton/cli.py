@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import re
 import sys
 import warnings
@@ -83,7 +84,7 @@ def parse_memory(text: str) -> float:
     found = re.fullmatch(r"(.*?) ?(GiB|GB)?", text, re.IGNORECASE)
     try:
         size = float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]
-        if 2**40 < size < float("inf"):
+        if 2**40 < size < math.inf or math.isnan(size):
             raise ValueError
         return size
     except (ValueError, TypeError):

@@ -6,7 +6,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -179,7 +180,7 @@ class MixtralConfig:
         All sizes and theta are required, since a default would silently be another model. Fields that do not change
         inference (router_jitter_noise, use_cache, ...) are ignored; those that would need other code are refused.
         """
-        try:
+        with error_prefix(source):
             if not isinstance(values, Mapping):
                 raise ValueError(f"the value is a {type(values).__name__}, needs a JSON object")
             if missing := [name for name in ("model_type", *SIZES) if name not in values]:
@@ -188,8 +189,15 @@ class MixtralConfig:
             fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             fields.setdefault("dtype", values.get("torch_dtype"))  # transformers < 5 wrote it under this name
             return cls(**fields | {"rope_theta": _read_theta(values)})
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+
+
+@contextmanager
+def error_prefix(prefix: str) -> Iterator[None]:
+    """Put what an error is about before its text."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}: {error}") from None
 
 
 def _check(name: str, value: object, need: str, right: bool) -> None:

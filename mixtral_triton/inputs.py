@@ -79,13 +79,11 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def check_memory(
-    device: torch.device, needed: int, bytes_of: Callable[[Any], int] | None = None, free: int | None = None
-) -> None:
+def check_memory(device: torch.device, needed: int, bytes_of: Callable[[Any], int] | None = None) -> None:
     """ValueError where `needed` bytes of weights are more than a CUDA `device` has `free`, before they are allocated.
     bytes_of: the bytes that another value of `weights` takes; None: the files are quantized, and there is no choice."""
-    free = free_memory(device) if free is None else free
-    if device.type != "cuda" or free is None or needed <= free:
+    free = free_memory(device)
+    if free is None or needed <= free:
         return
     sizes = {}
     for weights in WEIGHT_FORMATS.values() if bytes_of is not None else ():

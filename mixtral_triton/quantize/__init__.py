@@ -1,6 +1,8 @@
 """Weights in 4 or 8 bits: which parameters `weights=` quantizes, their formats, and codes and scales of a dense weight.
 
-Rows are quantized independently, so that any piece of rows can be. K columns, in G groups that share a scale
+Rows are quantized independently, so that any piece of rows can be.
+
+K columns, in G groups that share a scale
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import error_prefix
 from ..kernels.offload import OffloadedWeight
 from ..kernels.quantized import BITS, ZERO_INT4, QuantizedWeight, QuantSpec, pack
 
@@ -33,24 +36,22 @@ def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | 
 
 
 def select_specs(
-    weights: Any, shapes: Mapping[str, tuple[int, ...]], caller: str = "Mixtral.from_pretrained"
+    quantization: Any, shapes: Mapping[str, tuple[int, ...]], caller: str = "Mixtral.from_pretrained"
 ) -> dict[str, QuantSpec]:
-    """Return the specs by name of the parameters that `weights` quantizes: None, a format, or a dict; see ALLOWED.
+    """Return the specs by name of the parameters that `quantization` names: None, a format, or a dict; see ALLOWED.
     ValueError for anything else, and where int4's groups do not fit a parameter. A tied head stays dense."""
-    if weights is None:
+    if quantization is None:
         return {}
-    wanted = {"experts": weights} if isinstance(weights, str) else weights
-    known = isinstance(wanted, Mapping) and {*wanted} <= {*QUANTIZED_PARTS} and {*map(str, wanted.values())} <= {*BITS}
-    if not wanted or not known:
-        raise ValueError(f"{caller}: weights is {weights!r}, needs {ALLOWED}")
-    formats = {name: format for part, format in wanted.items() for name in QUANTIZED_PARTS[part]}
+    parts = {"experts": quantization} if isinstance(quantization, str) else quantization
+    known = isinstance(parts, Mapping) and {*parts} <= {*QUANTIZED_PARTS} and {*map(str, parts.values())} <= {*BITS}
+    if not parts or not known:
+        raise ValueError(f"{caller}: weights is {quantization!r}, needs {ALLOWED}")
+    formats = {name: format for part, format in parts.items() for name in QUANTIZED_PARTS[part]}
     specs: dict[str, QuantSpec] = {}
     for name, shape in shapes.items():
         if (format := formats.get(name.rpartition(".")[2])) is not None:
-            try:
+            with error_prefix(f"{caller}: weights is {quantization!r}, {name}"):
                 specs[name] = QuantSpec.default_for(format, shape[-1])
-            except ValueError as error:
-                raise ValueError(f"{caller}: weights is {weights!r}, {name}: {error}") from None
     return specs
 
 

@@ -8,8 +8,8 @@ import itertools
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import weights
-from ..config import MixtralConfig, checkpoint_folder
+from ..config import MixtralConfig, checkpoint_folder, error_prefix
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Destination, Headers, Stored
@@ -108,7 +108,7 @@ def plan(
 def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
     """Return the tensors that a linear needs by name, with the stored shape where it is allowed."""
     need = {}
-    with _error_prefix(f"{folder}: {linear.name}"):
+    with error_prefix(f"{folder}: {linear.name}"):
         for name, (dtypes, shapes, required) in linear.layout.parts(*linear.target.shape).items():
             stored = linear.parts.get(name)
             if stored is not None and stored.dtype not in dtypes:
@@ -127,7 +127,7 @@ def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Destination])
         raise ValueError(f"{folder}: {name} needs one format, {first.name} is quantized, {other} dense")
     specs = []
     for linear in linears:
-        with _error_prefix(f"{folder}: {linear.name}"):
+        with error_prefix(f"{folder}: {linear.name}"):
             dtype = weights.DTYPES[linear.parts[linear.layout.scales.name].dtype]
             specs.append(linear.layout.spec(linear.target.shape[-1], dtype))
         if specs[-1] != specs[0]:
@@ -168,15 +168,6 @@ def load(
                     progress(size * kept // math.prod(target.shape))
 
 
-@contextmanager
-def _error_prefix(prefix: str) -> Iterator[None]:
-    """Put what an error is about before its text."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{prefix}: {error}") from None
-
-
 def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -> None:
     """Read what this rank keeps of a linear into `weight` [N,K], some rows at a time, unpacked on its device. exact:
     codes, scales and zeros; else values, which are quantized anew unless `weight` is a tensor."""
@@ -186,7 +177,7 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
         name, file = f"{linear.name}.{part}", files[linear.parts[part].file]
         return (file.get_slice(name)[index] if index else file.get_tensor(name)).to(weight.device)
 
-    with _error_prefix(f"{linear.parts[layout.codes.name].file}: {linear.name}"):
+    with error_prefix(f"{linear.parts[layout.codes.name].file}: {linear.name}"):
         if exact and layout.group not in (None, -1) and (columns.start % layout.group or columns.stop % layout.group):
             count = columns.stop - columns.start
             raise ValueError(f"a mesh leaves a rank {count} of its {K} columns: groups of {layout.group} cannot be cut")

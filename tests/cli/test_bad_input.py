@@ -82,6 +82,7 @@ BAD_INPUT = {
     "fit mixtral-9x9": "mixtral-9x9: no such folder, needs one, a name on the hub, or mixtral-8x7b or",
     f"{RTX4090} --link pcie9x16": "--link.*pcie9x16.*pcie4x16",
     f"{RTX4090} --host-memory -1": "--host-memory is -1, needs GiB, at least 0",
+    f"{RTX4090} --host-memory nan": "argument --host-memory: 'nan' needs GiB",
     f"{RTX4090} --host-memory 2": "--host-memory is 2.1 GB, and int4.* with 62 of 256 .* needs 5.7 GB",
     "quantize small no/such/out --weights int8 --device meta": "device is 'meta', which holds no numbers",
     f"quantize small {SMALL} --weights int4": f"{SMALL} is there already and not an empty folder$",
