@@ -222,9 +222,9 @@ def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / GENERATION_FILE
     if not os.path.lexists(path):
         return {}
-    values = read_json_object(path)
-    fields = {name: (f"{path}: {name}", values.get(name), field) for name, field in GENERATION_FIELDS.items()}
-    return {name: value for name, found in fields.items() if (value := _check_field(*found)) is not None}
+    raw = read_json_object(path)
+    values = {name: _check_field(f"{path}: {name}", raw.get(name), field) for name, field in GENERATION_FIELDS.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_fixed(prefix: str, values: Mapping[str, Any], table: Fixed) -> None:
@@ -307,7 +307,7 @@ def _snapshot(name: str, tensors: bool) -> Path:
         index = Path(path) / INDEX_FILE
         patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
         revision = index.parent.name  # the same commit, whatever is pushed meanwhile
-    if missing := [file for file in needed[:1] if offline and not (Path(path) / file).is_file()]:
+    if missing := [file for file in needed if offline and not (Path(path) / file).is_file()]:
         raise FileNotFoundError(f"{name}: {missing[0]} is not in the hub's cache, and HF_HUB_OFFLINE is set")
     return Path(path)
 

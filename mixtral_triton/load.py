@@ -22,7 +22,7 @@ from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
 from .kernels.offload import ALIGNMENT
 from .parallel import UNSHARDED, Ranks
-from .quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
+from .quantize import QUANTIZED_PARTS, Formats, QuantSpec, hub, select_specs
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -98,7 +98,7 @@ def load(
     folder: str | os.PathLike[str],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-    quantized: str | Mapping[str, str] | None,
+    quantization: Formats,
     deterministic: bool,
     offload: int | str,
     offload_by: str | os.PathLike[str] | None,
@@ -120,13 +120,13 @@ def load(
     requantized: frozenset[str] = frozenset()
     if headers.scheme is None:
         fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantize.fill)
-        specs = select_specs(quantized, weights.parameter_shapes(config))
+        specs = select_specs(quantization, weights.parameter_shapes(config))
     else:
-        plan = hub.plan(headers, config, shard, quantized)
+        plan = hub.plan(headers, config, shard, quantization)
         fill, specs = partial(hub.load, headers, plan), plan.specs
         anew = (each.name for each in plan.linears if each.target.parameter in plan.requantized)
         if requantized := frozenset(f"{name}.weight" for name in anew):
-            text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantized!r})"
+            text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantization!r})"
             warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
     dtype = dtype or weights.stored_dtype(headers)
     target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
@@ -138,8 +138,8 @@ def load(
     def bytes_of(specs: Mapping[str, QuantSpec]) -> int:
         return table_bytes(config) + weight_bytes(own_shapes, specs, dtype)
 
-    def bytes_if(quantized: Any) -> int:
-        return bytes_of(shard.specs(select_specs(quantized, shapes), shapes, own_shapes))
+    def bytes_if(quantization: Any) -> int:
+        return bytes_of(shard.specs(select_specs(quantization, shapes), shapes, own_shapes))
 
     needed, sizes = bytes_of(specs), movable_bytes(config, own_shapes, specs, dtype)
     placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context, cache_dtype)

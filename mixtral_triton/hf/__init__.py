@@ -78,8 +78,8 @@ def import_modules(function: str, model: Any) -> Any:
     if isinstance(model, base):
         return modules
     holder = model if isinstance(model, nn.Module) else getattr(model, "model", None)  # a pipeline has it
-    modules = holder.named_modules() if isinstance(holder, nn.Module) else ()
-    inner = next((name for name, module in modules if isinstance(module, base)), None)
+    parts = holder.named_modules() if isinstance(holder, nn.Module) else ()
+    inner = next((name for name, module in parts if isinstance(module, base)), None)
     path = ".".join(filter(None, ("model" if holder is not model else "", inner)))
     hint = f"; give it the model inside, .{path}" if inner is not None else ""
     need = f"transformers' MixtralForCausalLM or MixtralModel{hint}"

@@ -19,6 +19,7 @@ __all__ = ["OffloadedWeight", "QuantSpec", "QuantizedWeight", "quantize"]
 
 QUANTIZED_PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
 ALLOWED = f"None, one of {', '.join(BITS)} (the experts), or a dict of these with the keys {', '.join(QUANTIZED_PARTS)}"
+Formats = str | Mapping[str, str] | None  # the experts' format, or one for each of QUANTIZED_PARTS; None: as stored
 LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # value of each format at scale 1
 # Elements that are quantized at once: in fp32 they fit a CPU's cache, or keep a GPU busy.
 PIECE, GPU_PIECE = 1 << 18, 1 << 23

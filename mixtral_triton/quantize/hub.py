@@ -22,7 +22,7 @@ from ..config import MixtralConfig, checkpoint_folder, error_prefix
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Destination, Headers, Stored
-from . import QUANTIZED_PARTS, QuantSpec, fill, put, select_specs
+from . import QUANTIZED_PARTS, Formats, QuantSpec, fill, put, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
 
 PIECE = 1 << 22  # codes that are unpacked at once
@@ -57,12 +57,12 @@ def read_headers(folder: weights.Folder) -> Headers:
     return weights.read_headers(path, read_scheme(path))
 
 
-def plan(
-    headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, anew: str | Mapping[str, str] | None = None
-) -> LoadPlan:
-    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts. anew:
-    None, where every parameter is read exactly, or refused; else the formats of what is quantized anew (`weights`), and
-    of the others, those that no QuantizedWeight holds exactly become dense."""
+def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, quantization: Formats = None) -> LoadPlan:
+    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts.
+
+    quantization: None, where every parameter is read exactly, or refused; else the formats of what is quantized anew,
+    and of the others, those that no QuantizedWeight holds exactly become dense.
+    """
     scheme, folder = headers.scheme, headers.folder
     unused = {name for name in headers.tensors if name.rpartition(".")[2] in UNUSED}
     by_linear: dict[str, dict[str, Stored]] = defaultdict(dict)
@@ -89,17 +89,17 @@ def plan(
     shapes = {name: stored.shape for name, stored in headers.tensors.items() if name not in unused}
     weights.compare(str(folder), f"the config ({scheme.name})", need, shapes)
     weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
-    specs = select_specs(anew, weights.parameter_shapes(config))
+    specs = select_specs(quantization, weights.parameter_shapes(config))
     requantized = by_parameter.keys() & specs.keys()
     for name, linears in by_parameter.items():
         # Act-order's groups may be scattered, which only the data show.
-        if anew is not None and any(linear.layout.reordered for linear in linears):
+        if quantization is not None and any(linear.layout.reordered for linear in linears):
             requantized.add(name)
         elif name not in requantized:
             try:
                 specs[name] = _spec(folder, linears, dense)
             except ValueError:
-                if anew is None:
+                if quantization is None:
                     raise
                 requantized.add(name)
     return LoadPlan([*itertools.chain(*by_parameter.values())], specs, dense, unused, frozenset(requantized))
