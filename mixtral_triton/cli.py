@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 
 from . import __version__
-from .config import SMALL, checkpoint_folder, read_generation_config
+from .config import DTYPES, SMALL, checkpoint_folder, read_generation_config
 from .kernels.arch import ARCHS
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     shared: dict[str, dict[str, Any]] = {
         "folder": {"nargs": "?", "default": SMALL, "help": f"{FOLDER}; default: small, the package's"},
         "--device": {"help": "cpu, cuda, cuda:1, ...; default: the GPU if there is one"},
-        "--dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "default: as stored"},
+        "--dtype": {"choices": DTYPES, "help": "default: as stored"},
         "--weights": {"type": parse_weights, "metavar": "FORMAT", "help": f"{QUANTIZE}; default: as stored"},
         "--tp": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that split each expert; " + TORCHRUN},
         "--ep": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that share the experts; " + TORCHRUN},

@@ -132,16 +132,16 @@ def load(
     target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None and target_device.type not in (need := ranks.device_type, "meta"):
         raise ValueError(f"Mixtral.from_pretrained: device is {target_device}, needs the mesh's type, {need}")
-    shapes, own_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
-    specs = shard.specs(specs, shapes, own_shapes)
+    shapes, local_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
+    specs = shard.specs(specs, shapes, local_shapes)
 
     def bytes_of(specs: Mapping[str, QuantSpec]) -> int:
-        return table_bytes(config) + weight_bytes(own_shapes, specs, dtype)
+        return table_bytes(config) + weight_bytes(local_shapes, specs, dtype)
 
     def bytes_if(quantization: Any) -> int:
-        return bytes_of(shard.specs(select_specs(quantization, shapes), shapes, own_shapes))
+        return bytes_of(shard.specs(select_specs(quantization, shapes), shapes, local_shapes))
 
-    needed, sizes = bytes_of(specs), movable_bytes(config, own_shapes, specs, dtype)
+    needed, sizes = bytes_of(specs), movable_bytes(config, local_shapes, specs, dtype)
     placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context, cache_dtype)
     has_choice = headers.scheme is None and not placement.host_bytes
     check_memory(target_device, needed - placement.freed_bytes, bytes_if if has_choice else None)
@@ -310,11 +310,11 @@ def host_memory() -> int | None:
     if available is not None and "microsoft" in os.uname().release.lower():
         available = min(available, sizes["MemTotal"] // 2)
     with suppress(OSError):
-        available = available and min([available, *_left_in_groups()])
+        available = available and min([available, *_remaining_in_groups()])
     return available
 
 
-def _left_in_groups() -> Iterator[int]:
+def _remaining_in_groups() -> Iterator[int]:
     """Yield the bytes that each limited control group of this process, of version 1 or 2, has left."""
     names = {"memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"), "": ("memory.max", "memory.current")}
     for line in (PROC / "self" / "cgroup").read_text().splitlines():

@@ -68,8 +68,8 @@ class TritonRMSNorm(Applied, modeling.MixtralRMSNorm):
 class TritonRouter(Applied, modeling.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden_states.reshape(-1, self.hidden_dim)
-        logits, weights, ids = checked_if_needed(ops.gate_route)(rows, self.weight, self.top_k)
-        return logits, weights, ids.long()  # int64, as hooks of the gate expect
+        logits, routing_weights, ids = checked_if_needed(ops.gate_route)(rows, self.weight, self.top_k)
+        return logits, routing_weights, ids.long()  # int64, as hooks of the gate expect
 
 
 class TritonExperts(Applied, modeling.MixtralExperts):
