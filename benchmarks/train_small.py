@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from rich.progress import track
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -79,12 +79,10 @@ def split() -> tuple[list[str], list[str]]:
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     """A byte-level BPE, so that no text is out of the vocabulary."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=["<s>", "</s>"], show_progress=False)
-    trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainer)
+    trained = ByteLevelBPETokenizer()
+    options = {"min_frequency": 0, "special_tokens": ["<s>", "</s>"], "show_progress": False}
+    trained.train_from_iterator(texts, VOCAB_SIZE, **options)
+    tokenizer = Tokenizer.from_str(trained.to_str())
     # As with the published Mixtral tokenizers, encode() puts <s> first unless add_special_tokens=False.
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
     return tokenizer
