@@ -102,12 +102,11 @@ def _import_modules() -> Any:
 
 def _check_weights(model: Any) -> None:
     """Parameters need a dtype of the operations, and must be whole on one device each."""
-    quantization = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
-    if getattr(model, "is_quantized", False) or quantization != (None, None):
-        config = quantization[1] if isinstance(quantization[1], dict) else vars(quantization[1] or object)
+    config, quantizer = getattr(model.config, "quantization_config", None), getattr(model, "hf_quantizer", None)
+    if getattr(model, "is_quantized", False) or quantizer is not None or config is not None:
         loader, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
-        method = config.get("quant_method")
-        if getattr(method, "value", method) == "bitsandbytes":
+        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+        if method == "bitsandbytes":  # a member of an enumeration of strings is equal to its string, too
             loader, reads = f'{loader}(folder, weights="int4")', " on the folder in bf16"
         plain = "load it without quantization_config (bf16, fp16 or fp32)"
         raise ValueError(f"apply: model is quantized; {plain}, or the folder with {loader}{reads}")
