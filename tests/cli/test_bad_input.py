@@ -63,6 +63,7 @@ BAD_INPUT = {
     f"{PROMPT} --top-p 0": "top_p",
     f"{PROMPT} --stop ''": "--stop is empty",
     f"{PROMPT} --context 64": "--context is 64, and goes with --offload auto",
+    f"{PROMPT} --offload-by counts.json": "--offload-by is 'counts.json', and goes with --offload$",
     f"{PROMPT} --device cpu --offload 9": "needs 0 to 7",
     f"{PROMPT} --offload x": "number of experts, or auto",
     f"{TRACE} ''": "--prompt is empty",
