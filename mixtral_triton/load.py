@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import quantize, weights
+from . import weights
 from .cache import cache_bytes
 from .config import MixtralConfig, checkpoint_folder, read_json_object
 from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
 from .kernels.offload import ALIGNMENT
 from .parallel import UNSHARDED, Ranks
-from .quantize import QUANTIZED_PARTS, Formats, QuantSpec, hub, select_specs
+from .quantize import QUANTIZED_PARTS, Formats, QuantSpec, hub, quantize_into, select_specs
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -119,7 +119,7 @@ def load(
     fill: Callable[..., None]
     requantized: frozenset[str] = frozenset()
     if headers.scheme is None:
-        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantize.fill)
+        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantize_into)
         specs = select_specs(quantization, weights.parameter_shapes(config))
     else:
         plan = hub.plan(headers, config, shard, quantization)

@@ -104,7 +104,7 @@ class Angles(tuple):
         return moved
 
 
-def rope_tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """transformers' cos and sin [B or 1,T,D] -> `Angles.tables`."""
     rows, half = cos.shape[0] * cos.shape[1], cos.shape[2] // 2
     numbers = torch.arange(rows, device=cos.device).view(cos.shape[:2]).expand(batch, cos.shape[1])
@@ -118,7 +118,7 @@ class TritonRotaryEmbedding(Applied, modeling.MixtralRotaryEmbedding):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = super().forward(x.new_empty(0, dtype=torch.float32), position_ids)  # reads only the dtype of x
         angles = Angles((cos.to(x.dtype), sin.to(x.dtype)))
-        angles.tables = rope_tables(cos, sin, x.shape[0])
+        angles.tables = token_tables(cos, sin, x.shape[0])
         return angles
 
 
@@ -138,7 +138,7 @@ class TritonAttention(Applied, modeling.MixtralAttention):
         cache = past_key_values if cache is None else cache
         q, k, v = (x(hidden_states).view(*tokens, -1, self.head_dim) for x in (self.q_proj, self.k_proj, self.v_proj))
         if parts.rope:
-            tables = getattr(position_embeddings, "tables", None) or rope_tables(*position_embeddings, tokens[0])
+            tables = getattr(position_embeddings, "tables", None) or token_tables(*position_embeddings, tokens[0])
             q, k = checked_if_needed(ops.rope)(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not parts.rope:

@@ -73,17 +73,17 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
         what = "empty" if 0 in tensor.shape else "not finite everywhere"
         raise ValueError(f"quantize: argument 'tensor' is {what}, needs at least one number, and none NaN or infinite")
     weight = QuantSpec.default_for(format, tensor.shape[-1], group).empty(tuple(tensor.shape), tensor.device)
-    fill(weight, tensor)
+    quantize_into(weight, tensor)
     return weight
 
 
 @torch.no_grad()
-def fill(weight: QuantizedWeight, x: Tensor, columns: slice | None = None) -> None:
+def quantize_into(weight: QuantizedWeight, x: Tensor, columns: slice | None = None) -> None:
     """Quantize x [..., K], finite, into `weight` of the same shape, on its device, a few rows at a time. columns:
     `weight` holds only these columns of x, whose rows have one scale each for all columns."""
     if x.dim() > 2:
         for expert, rows in enumerate(x):
-            fill(weight[expert], rows, columns)
+            quantize_into(weight[expert], rows, columns)
         return
     group, kept = (weight.group, slice(None)) if columns is None else (x.shape[-1], columns)
     for piece in pieces(len(x), x.shape[-1], weight.device):

@@ -22,7 +22,7 @@ from ..config import MixtralConfig, checkpoint_folder, error_prefix
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Destination, Headers, Stored
-from . import QUANTIZED_PARTS, Formats, QuantSpec, fill, put, select_specs
+from . import QUANTIZED_PARTS, Formats, QuantSpec, put, quantize_into, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
 
 PIECE = 1 << 22  # codes that are unpacked at once
@@ -153,7 +153,7 @@ def load(
         warnings.warn(f"{headers.folder}: {text}", stacklevel=4)
         if progress:
             progress(sum(headers.tensors[name].nbytes for name in plan.unused))
-    weights.fill(headers.tensors, plan.dense, parameters, progress, fill)
+    weights.fill(headers.tensors, plan.dense, parameters, progress, quantize_into)
     weights.check_tied_head(headers, config, parameters, progress, shard)
     with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
         paths = {stored.file for linear in plan.linears for stored in linear.parts.values()}
@@ -194,8 +194,8 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
                 continue
             values = layout.values((codes, scales, zeros), groups)
             if isinstance(weight, QuantizedWeight) and weights.one_scale_a_row(weight, K):
-                fill(destination, values, columns)
+                quantize_into(destination, values, columns)
             elif isinstance(weight, QuantizedWeight):
-                fill(destination, values[:, columns])
+                quantize_into(destination, values[:, columns])
             elif not torch.isfinite(destination.copy_(values[:, columns])).all():
                 raise ValueError(f"{destination.dtype} cannot hold a value")
