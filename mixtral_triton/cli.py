@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_weights(text: str) -> str | dict[str, str]:
-    """`--weights` as `Mixtral.from_pretrained` takes it: a format, or a format for each part of the model."""
+    """Read `--weights` for `Mixtral.from_pretrained`: a format, or a format for each part of the model."""
     pairs = [part.partition("=") for part in (text if "=" in text else f"experts={text}").split(",")]
     formats = {name: format for name, _, format in pairs}
     for names, known in ((formats, ("experts", "linear")), (formats.values(), FORMATS)):
@@ -80,7 +80,7 @@ def parse_weights(text: str) -> str | dict[str, str]:
 
 
 def parse_memory(text: str) -> float:
-    """`--memory` in GiB: a number of them, or with a unit."""
+    """Read `--memory`, a number of GiB, or with a unit -> GiB."""
     found = re.fullmatch(r"(.*?) ?(GiB|GB)?", text, re.IGNORECASE)
     try:
         size = float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]

@@ -350,7 +350,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """What a file says, for a message: no character that a terminal would act on, and at most so many."""
+    """Return what a file says, for a message: no character that a terminal would act on, and at most so many."""
     return ascii(str(value))[1:-1][:most]
 
 

@@ -43,7 +43,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 
 def check_dtype(argument: str, dtype: Any, of_cache: bool = False) -> None:
-    """ValueError for a dtype that no operation computes in, or no cache holds. `argument`: as in "KVCache: dtype"."""
+    """Raise ValueError for a dtype that nothing computes in, or no cache holds. `argument`: as in "KVCache: dtype"."""
     if dtype not in FLOATS and not (of_cache and dtype is torch.int8):
         last = ", float16 or int8" if of_cache else " or float16"
         raise ValueError(f"{argument} is {dtype!r}, needs torch.float32, bfloat16{last}")
@@ -55,7 +55,7 @@ def default_dtype(config: MixtralConfig) -> torch.dtype:
 
 
 def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
-    """Bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
+    """Return the bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
     return sum(
         math.prod(shape[:-1]) * (_row_bytes(specs[name], shape[-1]) if name in specs else dtype.itemsize * shape[-1])
         for name, shape in shapes.items()
@@ -72,7 +72,7 @@ def in_decimal(size: int) -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a CUDA device has free, those that torch keeps of freed memory included; None for another device."""
+    """Return a CUDA device's free bytes, those that torch keeps of freed memory included; None for another device."""
     if device.type != "cuda":
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -80,7 +80,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def check_memory(device: torch.device, needed: int, bytes_of: Callable[[Any], int] | None = None) -> None:
-    """ValueError where `needed` bytes of weights are more than a CUDA `device` has `free`, before they are allocated.
+    """Raise ValueError, before anything is allocated, where `needed` bytes of weights exceed a CUDA `device`'s memory.
     bytes_of: the bytes that another value of `weights` takes; None: the files are quantized, and there is no choice."""
     free = free_memory(device)
     if free is None or needed <= free:

@@ -57,7 +57,7 @@ class Placement:
 
     @property
     def freed_bytes(self) -> int:
-        """Bytes of the device that are free then, buffers counted."""
+        """Return the bytes of the device that are free then, buffers counted."""
         return self.host_bytes - self.staging_bytes
 
     @classmethod
@@ -152,12 +152,12 @@ def load(
 
 
 def table_bytes(config: MixtralConfig) -> int:
-    """Bytes of the rotary tables, fp32."""
+    """Return the bytes of the rotary tables, fp32."""
     return 4 * config.max_position_embeddings * config.head_dim
 
 
 def workspace_bytes(config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK) -> int:
-    """The most that `generate` holds at one time while it reads prompts, in chunks of `chunk` tokens.
+    """Return the most bytes that `generate` holds at one time while it reads prompts, in chunks of `chunk` tokens.
 
     A layer's experts hold their input and its norm, attention's result, the sum and its norm, the next sum and its
     norm; for each slot its row in sorted order, the inner values and the result, since a launch plan allocates all of
@@ -174,7 +174,7 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int, chunk: int 
 def running_bytes(
     config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK, cache_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """Bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
+    """Return bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
     return {
         "cache": cache_bytes(config, batch, context, cache_dtype),
         "workspace": workspace_bytes(config, batch, context, chunk),
@@ -183,14 +183,14 @@ def running_bytes(
 
 
 def usable_bytes(memory: int) -> int:
-    """Bytes that may be planned for, of all memory of a GPU."""
+    """Return the bytes that may be planned for, of all memory of a GPU."""
     return memory - math.ceil(memory * TIGHT)
 
 
 def movable_bytes(
     config: MixtralConfig, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype
 ) -> Movable:
-    """Bytes that offloading moves: an expert of each layer, without scales and zeros; the embedding, 0 if tied."""
+    """Return the bytes to move: an expert of each layer, without scales and zeros; the embedding, 0 if tied."""
     each = [0] * config.num_hidden_layers
     for name, shape in shapes.items():
         if name.endswith(QUANTIZED_PARTS["experts"]):
@@ -242,7 +242,7 @@ def fewest(
 
 
 def room_for_model(device: torch.device) -> int | None:
-    """Bytes that `fit` counts on for a model on a CUDA device, at most those that are free; None for another device."""
+    """Return the bytes that `fit` counts on for a model on a CUDA device, at most the free ones; None for another."""
     free = free_memory(device)
     if free is None:
         return None

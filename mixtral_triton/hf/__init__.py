@@ -72,7 +72,7 @@ def applied(model: nn.Module) -> bool:
 
 
 def import_modules(function: str, model: Any) -> Any:
-    """hf.modules; ValueError that names `function` where `model` is none of transformers' Mixtral models."""
+    """Return hf.modules; ValueError that names `function` where `model` is none of transformers' Mixtral models."""
     modules = _import_modules()
     base = modules.modeling.MixtralPreTrainedModel
     if isinstance(model, base):
@@ -101,7 +101,7 @@ def _import_modules() -> Any:
 
 
 def _check_weights(model: Any) -> None:
-    """Parameters need a dtype of the operations, and must be whole on one device each."""
+    """Raise ValueError unless each parameter has a dtype of the operations and is whole on one device."""
     config, quantizer = getattr(model.config, "quantization_config", None), getattr(model, "hf_quantizer", None)
     if getattr(model, "is_quantized", False) or quantizer is not None or config is not None:
         loader, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
@@ -121,7 +121,7 @@ def _check_weights(model: Any) -> None:
 
 
 def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any) -> None:
-    """ValueError unless modules to replace have transformers' own class and forward, and hooks name GPUs that exist."""
+    """Raise ValueError unless modules to replace have transformers' class and forward, and hooks name existing GPUs."""
     backbone, gpus = modules.modeling.MixtralModel, torch.cuda.device_count()
     for name, module in model.named_modules() if blocks else ():
         hook = module.__dict__.get("_hf_hook")

@@ -56,7 +56,7 @@ class Applied:
 
 
 def rebuild(kind: Any) -> Any:
-    """For pickle: an instance of what `kind` of transformers' becomes, without a state."""
+    """Return, for pickle, an instance of what `kind` of transformers' becomes, without a state."""
     return Applied.__new__(applied_class(kind))
 
 
@@ -83,7 +83,7 @@ class TritonExperts(Applied, modeling.MixtralExperts):
 
 
 def check_unhooked(act_fn: nn.Module, name: str) -> None:
-    """ValueError for another activation and for hooks, which fused experts would never call."""
+    """Raise ValueError for another activation and for hooks, which fused experts would never call."""
     if type(act_fn) not in SILU or "forward" in vars(act_fn):
         needs = "needs silu as transformers made it; or apply(model, experts=False)"
         raise ValueError(f"{name} is {act_fn!r:.80}, {needs}")
@@ -185,7 +185,7 @@ class ImplementationsMixin(Applied):
 
 class GenerateMixin(ImplementationsMixin):
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
-        """The mask of a step on a static cache, which `generate` makes before the compiled forward."""
+        """Return the mask of a step on a static cache, which `generate` makes before the compiled forward."""
         if not self._uses("attention"):
             return getattr(super(), "create_masks_for_generate", create_masks_for_generate)(config=config, **kwargs)
         args = (kwargs.get(name) for name in ("attention_mask", "position_ids", CACHE))
@@ -216,7 +216,7 @@ class Backbone(ImplementationsMixin):
 
 
 def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the backbone's forward with the mask that `attention` reads."""
+    """Return the arguments of the backbone's forward with the mask that `attention` reads."""
     get = (dict(zip(ARGUMENTS, args, strict=False)) | kwargs).get
     tokens = get("input_ids") if get("inputs_embeds") is None else get("inputs_embeds")
     if "output_attentions" not in kwargs and config.output_attentions:
@@ -239,7 +239,7 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 @functools.cache
 def applied_class(kind: Any) -> Any:
-    """The class that replaces `kind`; a model's keeps its name and module, by which transformers looks classes up."""
+    """Return the class that replaces `kind`; a model's keeps name and module, by which transformers looks it up."""
     for block in (TritonRMSNorm, TritonRouter, TritonExperts, TritonRotaryEmbedding, TritonAttention):
         if block.original is kind:
             return block
