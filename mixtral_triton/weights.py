@@ -347,6 +347,8 @@ def opened_file(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
+    except torch.OutOfMemoryError as error:  # of the device that the tensors go to
+        raise ValueError(f"no memory is left for the weights: {error}") from error
     except (SafetensorError, RuntimeError) as error:
         size = file.stat().st_size
         raise ValueError(f"{file}: cut off, damaged or not safetensors ({size} bytes): {error}") from error

@@ -256,6 +256,15 @@ def test_damaged_file_raises_value_error(tmp_path, message):
         assert_refused(tmp_path, rf"model\.safetensors.*{message}")
 
 
+def test_a_lack_of_memory_is_not_a_damaged_file(tmp_path):
+    folder = save(tmp_path, tensors_of(CONFIG))
+    with (
+        pytest.raises(ValueError, match=r"^no memory is left for the weights: 2 GiB$"),
+        weights.opened_file(folder / "model.safetensors"),
+    ):
+        raise torch.OutOfMemoryError("2 GiB")
+
+
 @pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", "a\\x", None, 3, ["x"], "model.bin", "x.pt"])
 def test_index_of_other_files_raises_value_error(tmp_path, file):
     file = f"{file}.safetensors" if str(file).endswith("x") else file
