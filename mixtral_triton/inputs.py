@@ -103,11 +103,11 @@ def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
     is_tensor = isinstance(input_ids, Tensor)
     if not is_tensor or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
         got = f"{input_ids.dtype} {list(input_ids.shape)}" if is_tensor else type(input_ids).__name__
-        raise ValueError(f"Mixtral: argument 'input_ids' is {got}, needs an int64 tensor [B, T]")
+        raise fail("Mixtral", "input_ids", got, "an int64 tensor [B, T]")
     if 0 in input_ids.shape:
-        raise ValueError(f"Mixtral: argument 'input_ids' is empty, {list(input_ids.shape)}: needs at least one token")
+        raise fail("Mixtral", "input_ids", f"empty, {list(input_ids.shape)}", "at least one token")
     if input_ids.device != device:
-        raise ValueError(f"Mixtral: argument 'input_ids' is on {input_ids.device}, needs the model's device, {device}")
+        raise fail("Mixtral", "input_ids", f"on {input_ids.device}", f"the model's device, {device}")
     if readable(input_ids):
         check_vocabulary(input_ids, vocab_size)
 
