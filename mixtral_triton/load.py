@@ -147,7 +147,7 @@ def load(
     check_memory(target_device, needed - placement.freed_bytes, bytes_if if has_choice else None)
     model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
     model.requantized, model.prefill_chunk = requantized, placement.chunk
-    fill(config, model.named_weights(), progress, shard)
+    fill(config, model.named_weights(), progress or (lambda size: None), shard)
     return model
 
 

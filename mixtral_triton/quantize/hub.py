@@ -141,7 +141,7 @@ def load(
     plan: LoadPlan,
     config: MixtralConfig,
     parameters: Mapping[str, Any],
-    progress: weights.Progress = None,
+    progress: weights.Progress = lambda size: None,
     shard: Shard = UNSHARDED,
 ) -> None:
     """Fill the parameters of a model that has the specs of `plan`, from what the shard keeps. Raises as `weights.load`
@@ -151,8 +151,7 @@ def load(
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plan.unused}))
         text = f"{len(plan.unused)} scales of activations or caches ({kinds}) are not used: both stay in 16 bits here"
         warnings.warn(f"{headers.folder}: {text}", stacklevel=4)
-        if progress:
-            progress(sum(headers.tensors[name].nbytes for name in plan.unused))
+        progress(sum(headers.tensors[name].nbytes for name in plan.unused))
     weights.fill(headers.tensors, plan.dense, parameters, progress, quantize_into)
     weights.check_tied_head(headers, config, parameters, progress, shard)
     with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
@@ -162,10 +161,9 @@ def load(
             target, parameter = linear.target, parameters[linear.target.parameter]
             if target.is_kept and parameter.device.type != "meta":
                 _fill(parameter[target.index], linear, files, target.parameter not in plan.requantized)
-                if progress:
-                    size = sum(stored.nbytes for stored in linear.parts.values())
-                    kept = math.prod(runs[0].stop - runs[0].start for runs in target.kept)
-                    progress(size * kept // math.prod(target.shape))
+                size = sum(stored.nbytes for stored in linear.parts.values())
+                kept = math.prod(runs[0].stop - runs[0].start for runs in target.kept)
+                progress(size * kept // math.prod(target.shape))
 
 
 def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -> None:

@@ -34,7 +34,7 @@ def allocate(config, dtype=torch.bfloat16, device="cpu"):
     return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in parameter_shapes(config).items()}
 
 
-def load(folder, config, parameters, progress=None):
+def load(folder, config, parameters, progress=lambda size: None):
     headers = read_headers(folder)
     weights.load(headers, check(headers, config), config, parameters, progress)
 
