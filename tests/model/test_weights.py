@@ -257,11 +257,8 @@ def test_damaged_file_raises_value_error(tmp_path, message):
 
 
 def test_a_lack_of_memory_is_not_a_damaged_file(tmp_path):
-    folder = save(tmp_path, tensors_of(CONFIG))
-    with (
-        pytest.raises(ValueError, match=r"^no memory is left for the weights: 2 GiB$"),
-        weights.opened_file(folder / "model.safetensors"),
-    ):
+    file = save(tmp_path, tensors_of(CONFIG)) / "model.safetensors"
+    with pytest.raises(ValueError, match=r"^no memory is left for the weights: 2 GiB"), weights.opened_file(file):
         raise torch.OutOfMemoryError("2 GiB")
 
 

@@ -243,9 +243,7 @@ def bytes_of(weights: Any) -> int:
         ("int4", 24 * GB, False, "free: no format fits, the least is 26.5 GB with weights=None; needs more memory"),
     ],
 )
-def test_memory_check_names_what_fits(
-    weights: Any, free: int, choice: bool, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_check_names_what_fits(weights: Any, free: int, choice: bool, message: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(inputs, "free_memory", lambda device: free)
     with pytest.raises(ValueError, match=f"^Mixtral.from_pretrained: .*{re.escape(message)}"):
         check_memory(CUDA, bytes_of(weights), bytes_of if choice else None)
