@@ -225,15 +225,8 @@ def sanitizer(small: bool) -> Figures:
     return {"ok": not any(run([*command, tool, *tests]).returncode for tool in ("memcheck", "initcheck"))}
 
 
+# Parts of the day that run in this process, given whether the GPU is a simulated one, and return their figures.
 CHECKS = {"compile": compile_ahead, "rates": rates, "prefetch": prefetch, "sanitizer": sanitizer}
-
-
-def check(name: str, small: bool) -> int:
-    """Run a part of the day in this process and print its figures, a line of JSON; small: for a simulated GPU."""
-    with torch.no_grad():
-        found = CHECKS[name](small)
-    print(json.dumps({"kind": "check", "check": name, **found}), flush=True)
-    return int(not found["ok"])
 
 
 def run_part(part: str, commands: dict[str, str], out: Path, limit_s: float, done: dict[str, int]) -> dict[str, Any]:
@@ -364,7 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if fault and (args.dry is None or args.check):
         parser.error(fault)
     if args.check:
-        return check(args.check, small=args.dry is not None)
+        with torch.no_grad():
+            found = CHECKS[args.check](args.dry is not None)
+        print(json.dumps({"kind": "check", "check": args.check, **found}), flush=True)
+        return int(not found["ok"])
     every = parts(args.dry is not None, args.dry or "")
     name = "dry" if args.dry is not None else torch.cuda.get_device_name().lower().replace(" ", "-")
     out = args.out or ROOT / "benchmarks" / "results" / name

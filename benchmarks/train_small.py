@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from rich.progress import track
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -32,7 +32,7 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "
 
 
 def clean(text: str) -> str:
-    """The prose of `text`: no grammar, sessions, underlines, repeated paragraphs or quotes around code words."""
+    """Return the prose of `text`: no grammar, sessions, underlines, repeated paragraphs or quotes around code words."""
     lines = re.sub(r"(?m)^(?=.*([=*~^#\"_+-])\1{3})[ =*~^#\"_+-]+$", "", text.expandtabs()).split("\n")
     # Sources mark code words in different ways, or not at all; indented lines are code, where a quote has a meaning.
     text = "\n".join(line.rstrip() if line.startswith("   ") else re.sub(r"[\"`]|\s+$", "", line) for line in lines)
@@ -41,7 +41,7 @@ def clean(text: str) -> str:
 
 
 def module_text(source: str) -> str:
-    """The docstrings of a module, the outermost first, and then its blocks of comments."""
+    """Return the docstrings of a module, the outermost first, and then its blocks of comments."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
     texts += [re.sub(r"(?m)^[ \t]*#+ ?", "", block) for block in re.findall(r"(?m)(?:^[ \t]*#.*\n)+", source)]
@@ -50,7 +50,7 @@ def module_text(source: str) -> str:
 
 
 def documents() -> Iterator[list[str]]:
-    """Two lists of documents: the topics of `help()`, and the modules of the standard library."""
+    """Yield two lists of documents: the topics of `help()`, and the modules of the standard library."""
     yield [clean(text) for _, text in sorted(topics.items())]
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in sorted(root.rglob("*.py")) if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)]
@@ -58,7 +58,7 @@ def documents() -> Iterator[list[str]]:
 
 
 def hold_out(kind: list[str]) -> tuple[list[str], list[str]]:
-    """Whole documents of one kind: those to train on, and those that are held out."""
+    """Split whole documents of one kind into those to train on and those that are held out."""
     train, held_out, shuffled = [], [], list(kind)
     random.Random(SEED).shuffle(shuffled)
     remaining = HELD_OUT_SHARE * sum(map(len, kind))
@@ -78,20 +78,18 @@ def split() -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE, so that no text is out of the vocabulary."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=["<s>", "</s>"], show_progress=False)
-    trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainer)
+    """Train a byte-level BPE, so that no text is out of the vocabulary."""
+    trained = ByteLevelBPETokenizer()
+    options = {"min_frequency": 0, "special_tokens": ["<s>", "</s>"], "show_progress": False}
+    trained.train_from_iterator(texts, VOCAB_SIZE, **options)
+    tokenizer = Tokenizer.from_str(trained.to_str())
     # As with the published Mixtral tokenizers, encode() puts <s> first unless add_special_tokens=False.
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
     return tokenizer
 
 
 def encoded(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
-    """One after the other, <s> before each and </s> behind it."""
+    """Return the tokens of all documents, one after the other, <s> before each and </s> behind it."""
     eos = tokenizer.token_to_id("</s>")
     return [token for found in tokenizer.encode_batch(documents) for token in (*found.ids, eos)]
 
@@ -107,7 +105,7 @@ def save_text(tokenizer: Tokenizer, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(model: MixtralForCausalLM, stream: torch.Tensor) -> tuple[float, list[list[float]]]:
-    """Mean loss per token over the whole windows of `stream`, and for each layer each expert's share of the routes."""
+    """Return the mean loss per token of `stream`'s whole windows, and by layer each expert's share of the routes."""
     windows, loss, routes = stream.unfold(0, SEQUENCE_LENGTH + 1, SEQUENCE_LENGTH), 0.0, 0
     for batch in windows.split(BATCH_SIZE):
         output = model(batch[:, :-1], output_router_logits=True, use_cache=False)

@@ -1,7 +1,5 @@
 """Mixtral 8x7B and its family on fused Triton kernels, each checked against plain torch."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import re
 import sys
 import warnings
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 
 from . import __version__
-from .config import SMALL, checkpoint_folder, read_generation_config
+from .config import DTYPES, SMALL, checkpoint_folder, read_generation_config
 from .kernels.arch import ARCHS
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
@@ -68,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_weights(text: str) -> str | dict[str, str]:
-    """`--weights` as `Mixtral.from_pretrained` takes it: a format, or a format for each part of the model."""
+    """Read `--weights` for `Mixtral.from_pretrained`: a format, or a format for each part of the model."""
     pairs = [part.partition("=") for part in (text if "=" in text else f"experts={text}").split(",")]
     formats = {name: format for name, _, format in pairs}
     for names, known in ((formats, ("experts", "linear")), (formats.values(), FORMATS)):
@@ -79,11 +80,11 @@ def parse_weights(text: str) -> str | dict[str, str]:
 
 
 def parse_memory(text: str) -> float:
-    """`--memory` in GiB: a number of them, or with a unit."""
+    """Read `--memory`, a number of GiB, or with a unit -> GiB."""
     found = re.fullmatch(r"(.*?) ?(GiB|GB)?", text, re.IGNORECASE)
     try:
         size = float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]
-        if 2**40 < size < float("inf"):
+        if 2**40 < size < math.inf or math.isnan(size):
             raise ValueError
         return size
     except (ValueError, TypeError):
@@ -103,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     shared: dict[str, dict[str, Any]] = {
         "folder": {"nargs": "?", "default": SMALL, "help": f"{FOLDER}; default: small, the package's"},
         "--device": {"help": "cpu, cuda, cuda:1, ...; default: the GPU if there is one"},
-        "--dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "default: as stored"},
+        "--dtype": {"choices": DTYPES, "help": "default: as stored"},
         "--weights": {"type": parse_weights, "metavar": "FORMAT", "help": f"{QUANTIZE}; default: as stored"},
         "--tp": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that split each expert; " + TORCHRUN},
         "--ep": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that share the experts; " + TORCHRUN},
@@ -220,6 +221,8 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     if args.context is not None and args.offload != "auto":
         raise ValueError(f"--context is {args.context}, and goes with --offload auto")
+    if args.offload_by is not None and args.offload == 0:
+        raise ValueError(f"--offload-by is {str(args.offload_by)!r}, and goes with --offload")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))

@@ -6,7 +6,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -137,16 +138,16 @@ class MixtralConfig:
             value = getattr(self, name)
             if name == "head_dim" and value is None:
                 need = f"a multiple of num_attention_heads = {heads} where head_dim is missing"
-                _check("hidden_size", self.hidden_size, need, self.hidden_size % heads == 0)
+                check_value("hidden_size", self.hidden_size, need, self.hidden_size % heads == 0)
                 value = self.hidden_size // heads
             value = value.removeprefix("torch.") if isinstance(value, str) else value
             value = _check_field(name, value, field)
             # The only assignment that a frozen dataclass allows.
             object.__setattr__(self, name, float(value) if field is _NUMBER else value)
         need = f"at most num_local_experts = {experts}"
-        _check("num_experts_per_tok", self.num_experts_per_tok, need, self.num_experts_per_tok <= experts)
+        check_value("num_experts_per_tok", self.num_experts_per_tok, need, self.num_experts_per_tok <= experts)
         need = f"a divisor of num_attention_heads = {heads}"
-        _check("num_key_value_heads", self.num_key_value_heads, need, heads % self.num_key_value_heads == 0)
+        check_value("num_key_value_heads", self.num_key_value_heads, need, heads % self.num_key_value_heads == 0)
 
     @property
     def window(self) -> int | None:
@@ -168,7 +169,7 @@ class MixtralConfig:
         found = read_generation_config(path.parent).get("eos_token_id"), config.eos_token_id
         added, ids = ([] if each is None else each if isinstance(each, tuple) else [each] for each in found)
         name, need = f"{path.parent / GENERATION_FILE}: eos_token_id", f"ids below vocab_size = {config.vocab_size}"
-        _check(name, found[0], need, max(added, default=0) < config.vocab_size)
+        check_value(name, found[0], need, max(added, default=0) < config.vocab_size)
         new = [token for token in dict.fromkeys(added) if token not in ids]
         return replace(config, eos_token_id=(*ids, *new)) if new else config
 
@@ -179,7 +180,7 @@ class MixtralConfig:
         All sizes and theta are required, since a default would silently be another model. Fields that do not change
         inference (router_jitter_noise, use_cache, ...) are ignored; those that would need other code are refused.
         """
-        try:
+        with error_prefix(source):
             if not isinstance(values, Mapping):
                 raise ValueError(f"the value is a {type(values).__name__}, needs a JSON object")
             if missing := [name for name in ("model_type", *SIZES) if name not in values]:
@@ -188,11 +189,19 @@ class MixtralConfig:
             fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             fields.setdefault("dtype", values.get("torch_dtype"))  # transformers < 5 wrote it under this name
             return cls(**fields | {"rope_theta": _read_theta(values)})
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
 
 
-def _check(name: str, value: object, need: str, right: bool) -> None:
+@contextmanager
+def error_prefix(prefix: str) -> Iterator[None]:
+    """Put what an error is about before its text."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}: {error}") from None
+
+
+def check_value(name: str, value: object, need: str, right: bool) -> None:
+    """Raise ValueError, which names the value, unless it is right."""
     if not right:
         raise ValueError(f"{name} is {value!r:.80}, needs {need}")  # cut: a broken file may hold anything
 
@@ -202,7 +211,7 @@ def _check_field(name: str, value: Any, field: Field) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     if any(type(value) is type(null) and value == null for null in field.null):
         return None
-    _check(name, value, field.need, field.check(value))
+    check_value(name, value, field.need, field.check(value))
     return value
 
 
@@ -213,15 +222,15 @@ def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / GENERATION_FILE
     if not os.path.lexists(path):
         return {}
-    values = read_json_object(path)
-    fields = {name: (f"{path}: {name}", values.get(name), field) for name, field in GENERATION_FIELDS.items()}
-    return {name: value for name, found in fields.items() if (value := _check_field(*found)) is not None}
+    raw = read_json_object(path)
+    values = {name: _check_field(f"{path}: {name}", raw.get(name), field) for name, field in GENERATION_FIELDS.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_fixed(prefix: str, values: Mapping[str, Any], table: Fixed) -> None:
     for key, (allowed, reason) in table.items():
         right = key not in values or values[key] in allowed
-        _check(f"{prefix}{key}", values.get(key), f"{allowed[0]!r}: {reason}", right)
+        check_value(f"{prefix}{key}", values.get(key), f"{allowed[0]!r}: {reason}", right)
 
 
 def _read_theta(values: Mapping[str, Any]) -> float:
@@ -229,14 +238,14 @@ def _read_theta(values: Mapping[str, Any]) -> float:
     thetas: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
     for name in ("rope_parameters", "rope_scaling"):
         rope = values.get(name) or {}
-        _check(name, rope, "an object or null", isinstance(rope, Mapping))
+        check_value(name, rope, "an object or null", isinstance(rope, Mapping))
         _check_fixed(f"{name}.", rope, FIXED_ROPE)
         if unknown := sorted(shown(key) for key in rope if key not in ROPE_KEYS and rope[key] is not None):
             raise ValueError(f"{name} has {', '.join(unknown[:4])}, needs no key but {', '.join(sorted(ROPE_KEYS))}")
         thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
     thetas = {name: theta for name, theta in thetas.items() if theta is not None}
     for name, theta in thetas.items():
-        _check(name, theta, _NUMBER.need, _is_positive(theta))
+        check_value(name, theta, _NUMBER.need, _is_positive(theta))
     if not thetas:
         raise ValueError("rope_theta is missing, in rope_parameters too, and has no safe default")
     if len(set(thetas.values())) > 1:
@@ -298,7 +307,7 @@ def _snapshot(name: str, tensors: bool) -> Path:
         index = Path(path) / INDEX_FILE
         patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
         revision = index.parent.name  # the same commit, whatever is pushed meanwhile
-    if missing := [file for file in needed[:1] if offline and not (Path(path) / file).is_file()]:
+    if missing := [file for file in needed if offline and not (Path(path) / file).is_file()]:
         raise FileNotFoundError(f"{name}: {missing[0]} is not in the hub's cache, and HF_HUB_OFFLINE is set")
     return Path(path)
 
@@ -341,7 +350,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """What a file says, for a message: no character that a terminal would act on, and at most so many."""
+    """Return what a file says, for a message: no character that a terminal would act on, and at most so many."""
     return ascii(str(value))[1:-1][:most]
 
 

@@ -43,7 +43,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 
 def check_dtype(argument: str, dtype: Any, of_cache: bool = False) -> None:
-    """ValueError for a dtype that no operation computes in, or no cache holds. `argument`: as in "KVCache: dtype"."""
+    """Raise ValueError for a dtype that nothing computes in, or no cache holds. `argument`: as in "KVCache: dtype"."""
     if dtype not in FLOATS and not (of_cache and dtype is torch.int8):
         last = ", float16 or int8" if of_cache else " or float16"
         raise ValueError(f"{argument} is {dtype!r}, needs torch.float32, bfloat16{last}")
@@ -55,7 +55,7 @@ def default_dtype(config: MixtralConfig) -> torch.dtype:
 
 
 def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
-    """Bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
+    """Return the bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
     return sum(
         math.prod(shape[:-1]) * (_row_bytes(specs[name], shape[-1]) if name in specs else dtype.itemsize * shape[-1])
         for name, shape in shapes.items()
@@ -72,20 +72,18 @@ def in_decimal(size: int) -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a CUDA device has free, those that torch keeps of freed memory included; None for another device."""
+    """Return a CUDA device's free bytes, those that torch keeps of freed memory included; None for another device."""
     if device.type != "cuda":
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def check_memory(
-    device: torch.device, needed: int, bytes_of: Callable[[Any], int] | None = None, free: int | None = None
-) -> None:
-    """ValueError where `needed` bytes of weights are more than a CUDA `device` has `free`, before they are allocated.
+def check_memory(device: torch.device, needed: int, bytes_of: Callable[[Any], int] | None = None) -> None:
+    """Raise ValueError, before anything is allocated, where `needed` bytes of weights exceed a CUDA `device`'s memory.
     bytes_of: the bytes that another value of `weights` takes; None: the files are quantized, and there is no choice."""
-    free = free_memory(device) if free is None else free
-    if device.type != "cuda" or free is None or needed <= free:
+    free = free_memory(device)
+    if free is None or needed <= free:
         return
     sizes = {}
     for weights in WEIGHT_FORMATS.values() if bytes_of is not None else ():
@@ -105,11 +103,11 @@ def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
     is_tensor = isinstance(input_ids, Tensor)
     if not is_tensor or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
         got = f"{input_ids.dtype} {list(input_ids.shape)}" if is_tensor else type(input_ids).__name__
-        raise ValueError(f"Mixtral: argument 'input_ids' is {got}, needs an int64 tensor [B, T]")
+        raise fail("Mixtral", "input_ids", got, "an int64 tensor [B, T]")
     if 0 in input_ids.shape:
-        raise ValueError(f"Mixtral: argument 'input_ids' is empty, {list(input_ids.shape)}: needs at least one token")
+        raise fail("Mixtral", "input_ids", f"empty, {list(input_ids.shape)}", "at least one token")
     if input_ids.device != device:
-        raise ValueError(f"Mixtral: argument 'input_ids' is on {input_ids.device}, needs the model's device, {device}")
+        raise fail("Mixtral", "input_ids", f"on {input_ids.device}", f"the model's device, {device}")
     if readable(input_ids):
         check_vocabulary(input_ids, vocab_size)
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import quantize, weights
+from . import weights
 from .cache import cache_bytes
 from .config import MixtralConfig, checkpoint_folder, read_json_object
 from .generate import PREFILL_CHUNK
 from .inputs import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
 from .kernels.offload import ALIGNMENT
 from .parallel import UNSHARDED, Ranks
-from .quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
+from .quantize import QUANTIZED_PARTS, Formats, QuantSpec, hub, quantize_into, select_specs
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -57,7 +57,7 @@ class Placement:
 
     @property
     def freed_bytes(self) -> int:
-        """Bytes of the device that are free then, buffers counted."""
+        """Return the bytes of the device that are free then, buffers counted."""
         return self.host_bytes - self.staging_bytes
 
     @classmethod
@@ -98,7 +98,7 @@ def load(
     folder: str | os.PathLike[str],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-    quantized: str | Mapping[str, str] | None,
+    quantization: Formats,
     deterministic: bool,
     offload: int | str,
     offload_by: str | os.PathLike[str] | None,
@@ -119,45 +119,45 @@ def load(
     fill: Callable[..., None]
     requantized: frozenset[str] = frozenset()
     if headers.scheme is None:
-        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantize.fill)
-        specs = select_specs(quantized, weights.parameter_shapes(config))
+        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantize_into)
+        specs = select_specs(quantization, weights.parameter_shapes(config))
     else:
-        plan = hub.plan(headers, config, shard, quantized)
+        plan = hub.plan(headers, config, shard, quantization)
         fill, specs = partial(hub.load, headers, plan), plan.specs
         anew = (each.name for each in plan.linears if each.target.parameter in plan.requantized)
         if requantized := frozenset(f"{name}.weight" for name in anew):
-            text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantized!r})"
+            text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantization!r})"
             warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
     dtype = dtype or weights.stored_dtype(headers)
     target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None and target_device.type not in (need := ranks.device_type, "meta"):
         raise ValueError(f"Mixtral.from_pretrained: device is {target_device}, needs the mesh's type, {need}")
-    shapes, own_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
-    specs = shard.specs(specs, shapes, own_shapes)
+    shapes, local_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
+    specs = shard.specs(specs, shapes, local_shapes)
 
     def bytes_of(specs: Mapping[str, QuantSpec]) -> int:
-        return table_bytes(config) + weight_bytes(own_shapes, specs, dtype)
+        return table_bytes(config) + weight_bytes(local_shapes, specs, dtype)
 
-    def bytes_if(quantized: Any) -> int:
-        return bytes_of(shard.specs(select_specs(quantized, shapes), shapes, own_shapes))
+    def bytes_if(quantization: Any) -> int:
+        return bytes_of(shard.specs(select_specs(quantization, shapes), shapes, local_shapes))
 
-    needed, sizes = bytes_of(specs), movable_bytes(config, own_shapes, specs, dtype)
+    needed, sizes = bytes_of(specs), movable_bytes(config, local_shapes, specs, dtype)
     placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context, cache_dtype)
     has_choice = headers.scheme is None and not placement.host_bytes
     check_memory(target_device, needed - placement.freed_bytes, bytes_if if has_choice else None)
     model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
     model.requantized, model.prefill_chunk = requantized, placement.chunk
-    fill(config, model.named_weights(), progress, shard)
+    fill(config, model.named_weights(), progress or (lambda size: None), shard)
     return model
 
 
 def table_bytes(config: MixtralConfig) -> int:
-    """Bytes of the rotary tables, fp32."""
+    """Return the bytes of the rotary tables, fp32."""
     return 4 * config.max_position_embeddings * config.head_dim
 
 
 def workspace_bytes(config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK) -> int:
-    """The most that `generate` holds at one time while it reads prompts, in chunks of `chunk` tokens.
+    """Return the most bytes that `generate` holds at one time while it reads prompts, in chunks of `chunk` tokens.
 
     A layer's experts hold their input and its norm, attention's result, the sum and its norm, the next sum and its
     norm; for each slot its row in sorted order, the inner values and the result, since a launch plan allocates all of
@@ -174,7 +174,7 @@ def workspace_bytes(config: MixtralConfig, batch: int, context: int, chunk: int 
 def running_bytes(
     config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK, cache_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """Bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
+    """Return bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
     return {
         "cache": cache_bytes(config, batch, context, cache_dtype),
         "workspace": workspace_bytes(config, batch, context, chunk),
@@ -183,14 +183,14 @@ def running_bytes(
 
 
 def usable_bytes(memory: int) -> int:
-    """Bytes that may be planned for, of all memory of a GPU."""
+    """Return the bytes that may be planned for, of all memory of a GPU."""
     return memory - math.ceil(memory * TIGHT)
 
 
 def movable_bytes(
     config: MixtralConfig, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype
 ) -> Movable:
-    """Bytes that offloading moves: an expert of each layer, without scales and zeros; the embedding, 0 if tied."""
+    """Return the bytes to move: an expert of each layer, without scales and zeros; the embedding, 0 if tied."""
     each = [0] * config.num_hidden_layers
     for name, shape in shapes.items():
         if name.endswith(QUANTIZED_PARTS["experts"]):
@@ -242,7 +242,7 @@ def fewest(
 
 
 def room_for_model(device: torch.device) -> int | None:
-    """Bytes that `fit` counts on for a model on a CUDA device, at most those that are free; None for another device."""
+    """Return the bytes that `fit` counts on for a model on a CUDA device, at most the free ones; None for another."""
     free = free_memory(device)
     if free is None:
         return None
@@ -310,11 +310,11 @@ def host_memory() -> int | None:
     if available is not None and "microsoft" in os.uname().release.lower():
         available = min(available, sizes["MemTotal"] // 2)
     with suppress(OSError):
-        available = available and min([available, *_left_in_groups()])
+        available = available and min([available, *_remaining_in_groups()])
     return available
 
 
-def _left_in_groups() -> Iterator[int]:
+def _remaining_in_groups() -> Iterator[int]:
     """Yield the bytes that each limited control group of this process, of version 1 or 2, has left."""
     names = {"memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"), "": ("memory.max", "memory.current")}
     for line in (PROC / "self" / "cgroup").read_text().splitlines():

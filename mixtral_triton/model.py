@@ -382,10 +382,10 @@ class Mixtral(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixtral:
         """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits."""
+        cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
-        if self.cos.dtype in (torch.bfloat16, torch.float16):
-            theta, P, D = self.config.rope_theta, self.config.max_position_embeddings, self.config.head_dim
-            self.cos, self.sin = rope_tables(theta, P, D, self.cos.device)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Mixtral:

@@ -36,7 +36,7 @@ KeyLayout = Literal["per_expert", "fused"]
 Shape = tuple[int, ...]
 Runs = tuple[slice, ...]
 Folder = str | os.PathLike[str]
-Progress = Callable[[int], object] | None
+Progress = Callable[[int], object]  # called with the number of bytes just read
 # Quantizes rows into a weight of the same rows, and of the columns that the slice keeps.
 Quantizer = Callable[[Any, Tensor, Any], None]
 
@@ -231,7 +231,7 @@ def load(
     found: Mapping[str, Destination],
     config: MixtralConfig,
     parameters: Mapping[str, Any],
-    progress: Progress = None,
+    progress: Progress = lambda size: None,
     shard: Shard = UNSHARDED,
     quantizer: Quantizer | None = None,
 ) -> None:
@@ -286,8 +286,7 @@ def _fill(
         # A sum may overflow by itself: then each value is checked.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
             raise _not_finite(name, stored, index, source, copied)
-        if progress:
-            progress(source.nbytes)
+        progress(source.nbytes)
 
 
 def one_scale_a_row(weight: QuantizedWeight, K: int) -> bool:
@@ -314,8 +313,7 @@ def check_tied_head(
         stored = head_file.get_slice(HEAD)[rows]
         if not torch.equal(stored, embedding_file.get_slice(EMBEDDING)[rows]):
             raise ValueError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
-        if progress:
-            progress(stored.nbytes)
+        progress(stored.nbytes)
 
 
 def chunks(stored: Stored, kept: tuple[Runs, ...]) -> Iterator[tuple[Runs, Runs]]:
@@ -347,6 +345,8 @@ def opened_file(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
+    except torch.OutOfMemoryError as error:  # of the device that the tensors go to
+        raise ValueError(f"no memory is left for the weights: {error}") from error
     except (SafetensorError, RuntimeError) as error:
         size = file.stat().st_size
         raise ValueError(f"{file}: cut off, damaged or not safetensors ({size} bytes): {error}") from error

@@ -72,14 +72,14 @@ def applied(model: nn.Module) -> bool:
 
 
 def import_modules(function: str, model: Any) -> Any:
-    """hf.modules; ValueError that names `function` where `model` is none of transformers' Mixtral models."""
+    """Return hf.modules; ValueError that names `function` where `model` is none of transformers' Mixtral models."""
     modules = _import_modules()
     base = modules.modeling.MixtralPreTrainedModel
     if isinstance(model, base):
         return modules
     holder = model if isinstance(model, nn.Module) else getattr(model, "model", None)  # a pipeline has it
-    modules = holder.named_modules() if isinstance(holder, nn.Module) else ()
-    inner = next((name for name, module in modules if isinstance(module, base)), None)
+    parts = holder.named_modules() if isinstance(holder, nn.Module) else ()
+    inner = next((name for name, module in parts if isinstance(module, base)), None)
     path = ".".join(filter(None, ("model" if holder is not model else "", inner)))
     hint = f"; give it the model inside, .{path}" if inner is not None else ""
     need = f"transformers' MixtralForCausalLM or MixtralModel{hint}"
@@ -101,13 +101,12 @@ def _import_modules() -> Any:
 
 
 def _check_weights(model: Any) -> None:
-    """Parameters need a dtype of the operations, and must be whole on one device each."""
-    quantization = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
-    if getattr(model, "is_quantized", False) or quantization != (None, None):
-        config = quantization[1] if isinstance(quantization[1], dict) else vars(quantization[1] or object)
+    """Raise ValueError unless each parameter has a dtype of the operations and is whole on one device."""
+    config, quantizer = getattr(model.config, "quantization_config", None), getattr(model, "hf_quantizer", None)
+    if getattr(model, "is_quantized", False) or quantizer is not None or config is not None:
         loader, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
-        method = config.get("quant_method")
-        if getattr(method, "value", method) == "bitsandbytes":
+        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+        if method == "bitsandbytes":  # a member of an enumeration of strings is equal to its string, too
             loader, reads = f'{loader}(folder, weights="int4")', " on the folder in bf16"
         plain = "load it without quantization_config (bf16, fp16 or fp32)"
         raise ValueError(f"apply: model is quantized; {plain}, or the folder with {loader}{reads}")
@@ -122,7 +121,7 @@ def _check_weights(model: Any) -> None:
 
 
 def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any) -> None:
-    """ValueError unless modules to replace have transformers' own class and forward, and hooks name GPUs that exist."""
+    """Raise ValueError unless modules to replace have transformers' class and forward, and hooks name existing GPUs."""
     backbone, gpus = modules.modeling.MixtralModel, torch.cuda.device_count()
     for name, module in model.named_modules() if blocks else ():
         hook = module.__dict__.get("_hf_hook")

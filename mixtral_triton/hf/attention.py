@@ -118,7 +118,7 @@ class MaskConfig:
 
 
 def causal_mask(config: Any, tokens: Tensor, mask: Any, position_ids: Any, cache: Any, is_causal: Any = None) -> Any:
-    """The mask for `tokens` [B,T] or [B,T,H], by transformers' functions and `interval_mask`; a 4-D `mask` stays."""
+    """Return the mask for `tokens` [B,T] or [B,T,H] of transformers' functions and `interval_mask`; a 4-D one stays."""
     if cache is not None and not hasattr(cache, "get_mask_sizes"):
         raise ValueError(f"mixtral_triton: {CACHE} is a {type(cache).__name__}, needs a Cache of transformers; {PAGED}")
     create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
@@ -199,7 +199,7 @@ def is_interval(mask: Any) -> bool:
 
 
 def packed_sequences(mask: Any, tokens: int) -> list[tuple[int, int]] | None:
-    """(begin, end) of each packed sequence among all `tokens`; None for another mask."""
+    """Return (begin, end) of each packed sequence among all `tokens`; None for another mask."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or mask.shape[:3] != (1, 1, 1):
         return None
     bounds = mask.flatten().tolist()

@@ -56,7 +56,7 @@ class Applied:
 
 
 def rebuild(kind: Any) -> Any:
-    """For pickle: an instance of what `kind` of transformers' becomes, without a state."""
+    """Return, for pickle, an instance of what `kind` of transformers' becomes, without a state."""
     return Applied.__new__(applied_class(kind))
 
 
@@ -68,8 +68,8 @@ class TritonRMSNorm(Applied, modeling.MixtralRMSNorm):
 class TritonRouter(Applied, modeling.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden_states.reshape(-1, self.hidden_dim)
-        logits, weights, ids = checked_if_needed(ops.gate_route)(rows, self.weight, self.top_k)
-        return logits, weights, ids.long()  # int64, as hooks of the gate expect
+        logits, routing_weights, ids = checked_if_needed(ops.gate_route)(rows, self.weight, self.top_k)
+        return logits, routing_weights, ids.long()  # int64, as hooks of the gate expect
 
 
 class TritonExperts(Applied, modeling.MixtralExperts):
@@ -83,7 +83,7 @@ class TritonExperts(Applied, modeling.MixtralExperts):
 
 
 def check_unhooked(act_fn: nn.Module, name: str) -> None:
-    """ValueError for another activation and for hooks, which fused experts would never call."""
+    """Raise ValueError for another activation and for hooks, which fused experts would never call."""
     if type(act_fn) not in SILU or "forward" in vars(act_fn):
         needs = "needs silu as transformers made it; or apply(model, experts=False)"
         raise ValueError(f"{name} is {act_fn!r:.80}, {needs}")
@@ -104,7 +104,7 @@ class Angles(tuple):
         return moved
 
 
-def rope_tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """transformers' cos and sin [B or 1,T,D] -> `Angles.tables`."""
     rows, half = cos.shape[0] * cos.shape[1], cos.shape[2] // 2
     numbers = torch.arange(rows, device=cos.device).view(cos.shape[:2]).expand(batch, cos.shape[1])
@@ -118,7 +118,7 @@ class TritonRotaryEmbedding(Applied, modeling.MixtralRotaryEmbedding):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = super().forward(x.new_empty(0, dtype=torch.float32), position_ids)  # reads only the dtype of x
         angles = Angles((cos.to(x.dtype), sin.to(x.dtype)))
-        angles.tables = rope_tables(cos, sin, x.shape[0])
+        angles.tables = token_tables(cos, sin, x.shape[0])
         return angles
 
 
@@ -138,7 +138,7 @@ class TritonAttention(Applied, modeling.MixtralAttention):
         cache = past_key_values if cache is None else cache
         q, k, v = (x(hidden_states).view(*tokens, -1, self.head_dim) for x in (self.q_proj, self.k_proj, self.v_proj))
         if parts.rope:
-            tables = getattr(position_embeddings, "tables", None) or rope_tables(*position_embeddings, tokens[0])
+            tables = getattr(position_embeddings, "tables", None) or token_tables(*position_embeddings, tokens[0])
             q, k = checked_if_needed(ops.rope)(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not parts.rope:
@@ -185,7 +185,7 @@ class ImplementationsMixin(Applied):
 
 class GenerateMixin(ImplementationsMixin):
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
-        """The mask of a step on a static cache, which `generate` makes before the compiled forward."""
+        """Return the mask of a step on a static cache, which `generate` makes before the compiled forward."""
         if not self._uses("attention"):
             return getattr(super(), "create_masks_for_generate", create_masks_for_generate)(config=config, **kwargs)
         args = (kwargs.get(name) for name in ("attention_mask", "position_ids", CACHE))
@@ -216,7 +216,7 @@ class Backbone(ImplementationsMixin):
 
 
 def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the backbone's forward with the mask that `attention` reads."""
+    """Return the arguments of the backbone's forward with the mask that `attention` reads."""
     get = (dict(zip(ARGUMENTS, args, strict=False)) | kwargs).get
     tokens = get("input_ids") if get("inputs_embeds") is None else get("inputs_embeds")
     if "output_attentions" not in kwargs and config.output_attentions:
@@ -239,7 +239,7 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 @functools.cache
 def applied_class(kind: Any) -> Any:
-    """The class that replaces `kind`; a model's keeps its name and module, by which transformers looks classes up."""
+    """Return the class that replaces `kind`; a model's keeps name and module, by which transformers looks it up."""
     for block in (TritonRMSNorm, TritonRouter, TritonExperts, TritonRotaryEmbedding, TritonAttention):
         if block.original is kind:
             return block

@@ -1,6 +1,8 @@
 """Weights in 4 or 8 bits: which parameters `weights=` quantizes, their formats, and codes and scales of a dense weight.
 
-Rows are quantized independently, so that any piece of rows can be. K columns, in G groups that share a scale
+Rows are quantized independently, so that any piece of rows can be.
+
+K columns, in G groups that share a scale
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import error_prefix
 from ..kernels.offload import OffloadedWeight
 from ..kernels.quantized import BITS, ZERO_INT4, QuantizedWeight, QuantSpec, pack
 
@@ -16,6 +19,7 @@ __all__ = ["OffloadedWeight", "QuantSpec", "QuantizedWeight", "quantize"]
 
 QUANTIZED_PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
 ALLOWED = f"None, one of {', '.join(BITS)} (the experts), or a dict of these with the keys {', '.join(QUANTIZED_PARTS)}"
+Formats = str | Mapping[str, str] | None  # the experts' format, or one for each of QUANTIZED_PARTS; None: as stored
 LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # value of each format at scale 1
 # Elements that are quantized at once: in fp32 they fit a CPU's cache, or keep a GPU busy.
 PIECE, GPU_PIECE = 1 << 18, 1 << 23
@@ -33,24 +37,22 @@ def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | 
 
 
 def select_specs(
-    weights: Any, shapes: Mapping[str, tuple[int, ...]], caller: str = "Mixtral.from_pretrained"
+    quantization: Any, shapes: Mapping[str, tuple[int, ...]], caller: str = "Mixtral.from_pretrained"
 ) -> dict[str, QuantSpec]:
-    """Return the specs by name of the parameters that `weights` quantizes: None, a format, or a dict; see ALLOWED.
+    """Return the specs by name of the parameters that `quantization` names: None, a format, or a dict; see ALLOWED.
     ValueError for anything else, and where int4's groups do not fit a parameter. A tied head stays dense."""
-    if weights is None:
+    if quantization is None:
         return {}
-    wanted = {"experts": weights} if isinstance(weights, str) else weights
-    known = isinstance(wanted, Mapping) and {*wanted} <= {*QUANTIZED_PARTS} and {*map(str, wanted.values())} <= {*BITS}
-    if not wanted or not known:
-        raise ValueError(f"{caller}: weights is {weights!r}, needs {ALLOWED}")
-    formats = {name: format for part, format in wanted.items() for name in QUANTIZED_PARTS[part]}
+    parts = {"experts": quantization} if isinstance(quantization, str) else quantization
+    known = isinstance(parts, Mapping) and {*parts} <= {*QUANTIZED_PARTS} and {*map(str, parts.values())} <= {*BITS}
+    if not parts or not known:
+        raise ValueError(f"{caller}: weights is {quantization!r}, needs {ALLOWED}")
+    formats = {name: format for part, format in parts.items() for name in QUANTIZED_PARTS[part]}
     specs: dict[str, QuantSpec] = {}
     for name, shape in shapes.items():
         if (format := formats.get(name.rpartition(".")[2])) is not None:
-            try:
+            with error_prefix(f"{caller}: weights is {quantization!r}, {name}"):
                 specs[name] = QuantSpec.default_for(format, shape[-1])
-            except ValueError as error:
-                raise ValueError(f"{caller}: weights is {weights!r}, {name}: {error}") from None
     return specs
 
 
@@ -71,17 +73,17 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
         what = "empty" if 0 in tensor.shape else "not finite everywhere"
         raise ValueError(f"quantize: argument 'tensor' is {what}, needs at least one number, and none NaN or infinite")
     weight = QuantSpec.default_for(format, tensor.shape[-1], group).empty(tuple(tensor.shape), tensor.device)
-    fill(weight, tensor)
+    quantize_into(weight, tensor)
     return weight
 
 
 @torch.no_grad()
-def fill(weight: QuantizedWeight, x: Tensor, columns: slice | None = None) -> None:
+def quantize_into(weight: QuantizedWeight, x: Tensor, columns: slice | None = None) -> None:
     """Quantize x [..., K], finite, into `weight` of the same shape, on its device, a few rows at a time. columns:
     `weight` holds only these columns of x, whose rows have one scale each for all columns."""
     if x.dim() > 2:
         for expert, rows in enumerate(x):
-            fill(weight[expert], rows, columns)
+            quantize_into(weight[expert], rows, columns)
         return
     group, kept = (weight.group, slice(None)) if columns is None else (x.shape[-1], columns)
     for piece in pieces(len(x), x.shape[-1], weight.device):

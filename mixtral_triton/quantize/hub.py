@@ -8,8 +8,8 @@ import itertools
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import weights
-from ..config import MixtralConfig, checkpoint_folder
+from ..config import MixtralConfig, checkpoint_folder, error_prefix
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
 from ..weights import Destination, Headers, Stored
-from . import QUANTIZED_PARTS, QuantSpec, fill, put, select_specs
+from . import QUANTIZED_PARTS, Formats, QuantSpec, put, quantize_into, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
 
 PIECE = 1 << 22  # codes that are unpacked at once
@@ -57,12 +57,12 @@ def read_headers(folder: weights.Folder) -> Headers:
     return weights.read_headers(path, read_scheme(path))
 
 
-def plan(
-    headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, anew: str | Mapping[str, str] | None = None
-) -> LoadPlan:
-    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts. anew:
-    None, where every parameter is read exactly, or refused; else the formats of what is quantized anew (`weights`), and
-    of the others, those that no QuantizedWeight holds exactly become dense."""
+def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, quantization: Formats = None) -> LoadPlan:
+    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts.
+
+    quantization: None, where every parameter is read exactly, or refused; else the formats of what is quantized anew,
+    and of the others, those that no QuantizedWeight holds exactly become dense.
+    """
     scheme, folder = headers.scheme, headers.folder
     unused = {name for name in headers.tensors if name.rpartition(".")[2] in UNUSED}
     by_linear: dict[str, dict[str, Stored]] = defaultdict(dict)
@@ -89,17 +89,17 @@ def plan(
     shapes = {name: stored.shape for name, stored in headers.tensors.items() if name not in unused}
     weights.compare(str(folder), f"the config ({scheme.name})", need, shapes)
     weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
-    specs = select_specs(anew, weights.parameter_shapes(config))
+    specs = select_specs(quantization, weights.parameter_shapes(config))
     requantized = by_parameter.keys() & specs.keys()
     for name, linears in by_parameter.items():
         # Act-order's groups may be scattered, which only the data show.
-        if anew is not None and any(linear.layout.reordered for linear in linears):
+        if quantization is not None and any(linear.layout.reordered for linear in linears):
             requantized.add(name)
         elif name not in requantized:
             try:
                 specs[name] = _spec(folder, linears, dense)
             except ValueError:
-                if anew is None:
+                if quantization is None:
                     raise
                 requantized.add(name)
     return LoadPlan([*itertools.chain(*by_parameter.values())], specs, dense, unused, frozenset(requantized))
@@ -108,7 +108,7 @@ def plan(
 def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
     """Return the tensors that a linear needs by name, with the stored shape where it is allowed."""
     need = {}
-    with _error_prefix(f"{folder}: {linear.name}"):
+    with error_prefix(f"{folder}: {linear.name}"):
         for name, (dtypes, shapes, required) in linear.layout.parts(*linear.target.shape).items():
             stored = linear.parts.get(name)
             if stored is not None and stored.dtype not in dtypes:
@@ -127,7 +127,7 @@ def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Destination])
         raise ValueError(f"{folder}: {name} needs one format, {first.name} is quantized, {other} dense")
     specs = []
     for linear in linears:
-        with _error_prefix(f"{folder}: {linear.name}"):
+        with error_prefix(f"{folder}: {linear.name}"):
             dtype = weights.DTYPES[linear.parts[linear.layout.scales.name].dtype]
             specs.append(linear.layout.spec(linear.target.shape[-1], dtype))
         if specs[-1] != specs[0]:
@@ -141,7 +141,7 @@ def load(
     plan: LoadPlan,
     config: MixtralConfig,
     parameters: Mapping[str, Any],
-    progress: weights.Progress = None,
+    progress: weights.Progress = lambda size: None,
     shard: Shard = UNSHARDED,
 ) -> None:
     """Fill the parameters of a model that has the specs of `plan`, from what the shard keeps. Raises as `weights.load`
@@ -151,9 +151,8 @@ def load(
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plan.unused}))
         text = f"{len(plan.unused)} scales of activations or caches ({kinds}) are not used: both stay in 16 bits here"
         warnings.warn(f"{headers.folder}: {text}", stacklevel=4)
-        if progress:
-            progress(sum(headers.tensors[name].nbytes for name in plan.unused))
-    weights.fill(headers.tensors, plan.dense, parameters, progress, fill)
+        progress(sum(headers.tensors[name].nbytes for name in plan.unused))
+    weights.fill(headers.tensors, plan.dense, parameters, progress, quantize_into)
     weights.check_tied_head(headers, config, parameters, progress, shard)
     with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
         paths = {stored.file for linear in plan.linears for stored in linear.parts.values()}
@@ -162,19 +161,9 @@ def load(
             target, parameter = linear.target, parameters[linear.target.parameter]
             if target.is_kept and parameter.device.type != "meta":
                 _fill(parameter[target.index], linear, files, target.parameter not in plan.requantized)
-                if progress:
-                    size = sum(stored.nbytes for stored in linear.parts.values())
-                    kept = math.prod(runs[0].stop - runs[0].start for runs in target.kept)
-                    progress(size * kept // math.prod(target.shape))
-
-
-@contextmanager
-def _error_prefix(prefix: str) -> Iterator[None]:
-    """Put what an error is about before its text."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{prefix}: {error}") from None
+                size = sum(stored.nbytes for stored in linear.parts.values())
+                kept = math.prod(runs[0].stop - runs[0].start for runs in target.kept)
+                progress(size * kept // math.prod(target.shape))
 
 
 def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -> None:
@@ -186,7 +175,7 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
         name, file = f"{linear.name}.{part}", files[linear.parts[part].file]
         return (file.get_slice(name)[index] if index else file.get_tensor(name)).to(weight.device)
 
-    with _error_prefix(f"{linear.parts[layout.codes.name].file}: {linear.name}"):
+    with error_prefix(f"{linear.parts[layout.codes.name].file}: {linear.name}"):
         if exact and layout.group not in (None, -1) and (columns.start % layout.group or columns.stop % layout.group):
             count = columns.stop - columns.start
             raise ValueError(f"a mesh leaves a rank {count} of its {K} columns: groups of {layout.group} cannot be cut")
@@ -203,8 +192,8 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
                 continue
             values = layout.values((codes, scales, zeros), groups)
             if isinstance(weight, QuantizedWeight) and weights.one_scale_a_row(weight, K):
-                fill(destination, values, columns)
+                quantize_into(destination, values, columns)
             elif isinstance(weight, QuantizedWeight):
-                fill(destination, values[:, columns])
+                quantize_into(destination, values[:, columns])
             elif not torch.isfinite(destination.copy_(values[:, columns])).all():
                 raise ValueError(f"{destination.dtype} cannot hold a value")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Field, is_size, read_json_object
+from ..config import Field, check_value, is_size, read_json_object
 from ..kernels.quantized import BITS, GROUPS
 from . import QuantSpec
 
@@ -224,43 +224,36 @@ def read_scheme(folder: Path) -> Scheme | None:
     if config is None:
         return None
     try:
-        if not isinstance(config, Mapping):
-            raise _unsupported("the value", config, "a JSON object")
+        check_value("the value", config, "a JSON object", isinstance(config, Mapping))
         method = str(config.get("quant_method"))
-        if method not in READERS:
-            raise _unsupported("quant_method", method, f"one of {', '.join(READERS)}")
+        check_value("quant_method", method, f"one of {', '.join(READERS)}", method in READERS)
         return READERS[method](config)
     except ValueError as error:
         raise ValueError(f"{path}: quantization_config: {error}; {ALTERNATIVE}") from None
-
-
-def _unsupported(name: str, value: Any, need: str) -> ValueError:
-    return ValueError(f"{name} is {value!r:.80}, needs {need}")
 
 
 def _check(config: Config, rules: Rules) -> None:
     for key, rule in rules.items():
         value = config.get(key)
         if isinstance(rule, Field):
-            if value is not None and not rule.check(value):
-                raise _unsupported(key, value, rule.need)
-        elif not any(type(value) is type(allowed) and value == allowed for allowed in rule):
-            raise _unsupported(key, value, " or ".join(str(allowed) for allowed in rule if allowed is not None))
+            check_value(key, value, rule.need, value is None or rule.check(value))
+        else:
+            need = " or ".join(str(allowed) for allowed in rule if allowed is not None)
+            check_value(key, value, need, any(type(value) is type(allowed) and value == allowed for allowed in rule))
 
 
 def _compressed_tensors(config: Config) -> Scheme:
     for name, key in (("transform_config", "config_groups"), ("sparsity_config", "format")):
         other = config.get(name)
-        if isinstance(other, Mapping) and other.get(key) not in (None, {}, "dense"):
-            raise _unsupported(name, other, "to be absent")
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups or not all(isinstance(each, Mapping) for each in groups.values()):
-        raise _unsupported("config_groups", groups, "an object of groups")
+        unused = not isinstance(other, Mapping) or other.get(key) in (None, {}, "dense")
+        check_value(name, other, "to be absent", unused)
+    groups: Any = config.get("config_groups")
+    right = isinstance(groups, Mapping) and all(isinstance(each, Mapping) for each in groups.values())
+    check_value("config_groups", groups, "an object of groups", right and bool(groups))
     found, formats = [], dict[str, None]()
     for each in groups.values():
         weights, format = each.get("weights"), str(each.get("format") or config.get("format"))
-        if not isinstance(weights, Mapping):
-            raise _unsupported("config_groups", groups, "groups with weights")
+        check_value("config_groups", groups, "groups with weights", isinstance(weights, Mapping))
         _check({**config, **each, "format": format}, {"format": tuple(FORMATS), "ignore": NAMES, "targets": NAMES})
         _check(weights, FORMATS[format])
         found.append((each.get("targets") or (), _group_layout(format, weights)))
@@ -272,8 +265,8 @@ def _compressed_tensors(config: Config) -> Scheme:
         _matches_regex("", pattern)  # raises ValueError
         # The time that a match takes grows with the power of the repeats, and without bound where a group repeats.
         operators = re.sub(r"\\.|\(\?", "(", pattern) if pattern.startswith("re:") else ""
-        if len(re.findall("[*+?{|]", operators)) > 8 or re.search(r"\)[*+{]|([*+{].*){5}", operators):
-            raise _unsupported("a pattern of ignore or targets", pattern, "at most 4 repeats, none of a group")
+        right = len(re.findall("[*+?{|]", operators)) <= 8 and not re.search(r"\)[*+{]|([*+{].*){5}", operators)
+        check_value("a pattern of ignore or targets", pattern, "at most 4 repeats, none of a group", right)
     return Scheme(f"compressed-tensors, {' and '.join(formats)}", found, dense, _matches_regex)
 
 
@@ -282,15 +275,13 @@ def _group_layout(format: str, weights: Config) -> HubLayout:
     bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric"), weights["strategy"]
     group, block = weights.get("group_size"), weights.get("block_structure")
     if format == "pack-quantized":
-        if bits == 8 and symmetric is False:
-            raise _unsupported("symmetric", symmetric, "true for 8 bits")
+        check_value("symmetric", symmetric, "true for 8 bits", bits == 4 or symmetric is not False)
         codes, scales = Plane("weight_packed", I32, columns=32 // bits), Plane("weight_scale", FLOATS)
         zeros = Plane("weight_zero_point", I32, rows=8) if symmetric is False else None
         reordered = weights.get("actorder") in ("group", "dynamic", True)
         form = "int4" if bits == 4 else "int8", codes, scales, zeros, group if strategy == "group" else None
         return HubLayout(*form, zeros is None, reordered=reordered, extras=("weight_shape", "weight_g_idx"))
-    if strategy == "block" and block is None:
-        raise _unsupported("block_structure", block, BLOCK.need)
+    check_value("block_structure", block, BLOCK.need, strategy != "block" or block is not None)
     block = block if strategy == "block" else None
     return _eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
 

@@ -41,7 +41,7 @@ def write(
     out: weights.Folder,
     quantization: str | Mapping[str, str],
     device: torch.device | str | None = None,
-    progress: weights.Progress = None,
+    progress: weights.Progress = lambda size: None,
 ) -> int:
     """Write the checkpoint in `folder` into `out`, new or empty, quantized; return bytes of tensors.
 
@@ -126,8 +126,7 @@ def _read(part: Any, name: str, progress: weights.Progress, index: Any) -> Tenso
     x = part[index]
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} is not finite everywhere: this file is damaged")
-    if progress:
-        progress(x.nbytes)
+    progress(x.nbytes)
     return x
 
 

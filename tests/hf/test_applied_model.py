@@ -82,8 +82,8 @@ def test_rotary_tables_are_made_once_and_move_along(make_hf: Any, monkeypatch: p
     """accelerate rebuilds the tuples that it moves. In bf16 a pair without its tables would be less exact."""
     from mixtral_triton.hf import modules
 
-    tables, count = modules.rope_tables, []
-    monkeypatch.setattr(modules, "rope_tables", lambda *args: (count.append(1), tables(*args))[1])
+    tables, count = modules.token_tables, []
+    monkeypatch.setattr(modules, "token_tables", lambda *args: (count.append(1), tables(*args))[1])
     model = apply(make_hf(num_hidden_layers=3))
     model(IDS)
     assert len(count) == 1

@@ -115,6 +115,13 @@ def test_offline_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert checkpoint_folder(NAME) == repository / "snapshots" / COMMIT
 
 
+def test_offline_a_missing_shard_is_named(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (hub.remote / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=f"{NAME}: model-1.safetensors is not in the hub's cache, and HF_HUB"):
+        checkpoint_folder(NAME)
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 OTHERS: dict[str, tuple[dict[str, str], str]] = {
     "mistral": ({"params.json": "{}", "consolidated.safetensors": ""}, "Mistral's own layout, needs transformers'"),

@@ -34,7 +34,7 @@ def allocate(config, dtype=torch.bfloat16, device="cpu"):
     return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in parameter_shapes(config).items()}
 
 
-def load(folder, config, parameters, progress=None):
+def load(folder, config, parameters, progress=lambda size: None):
     headers = read_headers(folder)
     weights.load(headers, check(headers, config), config, parameters, progress)
 
@@ -254,6 +254,12 @@ def test_damaged_file_raises_value_error(tmp_path, message):
     for damage in DAMAGES[message]:
         path.write_bytes(damage(data))
         assert_refused(tmp_path, rf"model\.safetensors.*{message}")
+
+
+def test_a_lack_of_memory_is_not_a_damaged_file(tmp_path):
+    file = save(tmp_path, tensors_of(CONFIG)) / "model.safetensors"
+    with pytest.raises(ValueError, match=r"^no memory is left for the weights: 2 GiB"), weights.opened_file(file):
+        raise torch.OutOfMemoryError("2 GiB")
 
 
 @pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", "a\\x", None, 3, ["x"], "model.bin", "x.pt"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.quantized import QuantizedWeight
-from mixtral_triton.quantize import fill, select_specs
+from mixtral_triton.quantize import quantize_into, select_specs
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.report import Row
 from mixtral_triton.verification.weights import check_weights
@@ -51,7 +51,7 @@ def random_model(
             parts = [(weight[each : each + 1], values[each : each + 1]) for each in range(len(weight))]
         for part, of_part in parts:
             if isinstance(part, QuantizedWeight):
-                fill(part, of_part)
+                quantize_into(part, of_part)
             else:
                 part.data.copy_(of_part)
     return model

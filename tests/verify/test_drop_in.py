@@ -110,7 +110,7 @@ FAULTS: dict[str, dict[str, Inject]] = {
         "positions forgotten": mask_without(3),
         "no window": attend("packed", no_window),
         # Rows in which padding shifts all positions are right.
-        "first row's positions for all": result(modules, "rope_tables", lambda x, *_: (*x[:2], 0 * x[2] + x[2][:1])),
+        "first row's positions for all": result(modules, "token_tables", lambda x, *_: (*x[:2], 0 * x[2] + x[2][:1])),
     },
     "in chunks": {
         "at a cache's first keys": attend("causal", first_keys),
