@@ -145,7 +145,10 @@ def load(
     placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context, cache_dtype)
     has_choice = headers.scheme is None and not placement.host_bytes
     check_memory(target_device, needed - placement.freed_bytes, bytes_if if has_choice else None)
-    model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
+    try:
+        model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
+    except torch.OutOfMemoryError as error:  # another process has taken what was free
+        raise ValueError(f"{folder}: no memory is left on {target_device} for the weights: {error}") from error
     model.requantized, model.prefill_chunk = requantized, placement.chunk
     fill(config, model.named_weights(), progress or (lambda size: None), shard)
     return model

@@ -4,12 +4,13 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixtral_triton import weights
+from mixtral_triton import SMALL, Mixtral, weights
 from mixtral_triton.config import MixtralConfig
 from mixtral_triton.weights import check, parameter_shapes, read_headers, stored_dtype, table, total_bytes
 from tests.support.memory import anonymous_peak, needs_proc
@@ -256,10 +257,13 @@ def test_damaged_file_raises_value_error(tmp_path, message):
         assert_refused(tmp_path, rf"model\.safetensors.*{message}")
 
 
-def test_a_lack_of_memory_is_not_a_damaged_file(tmp_path):
-    file = save(tmp_path, tensors_of(CONFIG)) / "model.safetensors"
+def test_a_lack_of_memory_is_a_value_error_and_not_a_damaged_file(tmp_path, monkeypatch):
+    file, error = save(tmp_path, tensors_of(CONFIG)) / "model.safetensors", torch.OutOfMemoryError("2 GiB")
     with pytest.raises(ValueError, match=r"^no memory is left for the weights: 2 GiB"), weights.opened_file(file):
-        raise torch.OutOfMemoryError("2 GiB")
+        raise error
+    monkeypatch.setattr(Mixtral, "__init__", Mock(side_effect=error))
+    with pytest.raises(ValueError, match="no memory is left on cpu for the weights: 2 GiB"):
+        Mixtral.from_pretrained(SMALL, "cpu")
 
 
 @pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", "a\\x", None, 3, ["x"], "model.bin", "x.pt"])
