@@ -80,7 +80,7 @@ class Compiled:
 
     @property
     def loop_instructions_per_byte(self) -> float | None:
-        """Thread instructions of a decode step's attention for a byte of the keys and values that a turn loads."""
+        """Thread instructions of a decode step's attention for a byte of keys and values that an iteration loads."""
         if self.kernel != "attention_decode_kernel" or not self.loops:
             return None
         quantized = self.signature["k_scales_ptr"] != "constexpr"

@@ -71,12 +71,12 @@ def verify(
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
-    is_theirs = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
+    is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
     if cache_dtype not in (None, torch.int8):
         raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None or torch.int8")
-    if cache_dtype and (is_theirs or peer):
+    if cache_dtype and (is_transformers or peer):
         raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None: transformers has no such cache")
-    if is_theirs and (folder is not None or peer is not None):
+    if is_transformers and (folder is not None or peer is not None):
         raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
     if isinstance(target, (str, os.PathLike)):
         folder = checkpoint_folder(target)
@@ -88,7 +88,7 @@ def verify(
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     folder = None if folder is None else checkpoint_folder(folder)
     ranks = getattr(target, "ranks", None)
-    kind: Any = TransformersUnderTest if is_theirs else ModelUnderTest if ranks is None else MeshUnderTest
+    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         under_test = kind(target)
         under_test.quantized = cache_dtype is torch.int8
@@ -178,15 +178,16 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
     new = min(most, target.config.max_position_embeddings - len(prompts[0]))
     logits, perturbed = exact.chunk(2)
-    least = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
-    least = max(least, token_floor(baseline.dtype, True) * largest(logits) if target.quantized else 0.0)
+    limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
+    if target.quantized:
+        limit = max(limit, token_floor(baseline.dtype, True) * largest(logits))
     options: Any = {"eos_token_id": [], "cache_dtype": torch.int8 if target.quantized else None}
-    if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
+    if new < 1 or not math.isfinite(limit):  # where torch overflows, the row of the logits says so
         return []
     next_logits, tokens = _next_logits(target, model.generate(prompts, new, **options), new)
     shortfall = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     scale = max(largest(logits), 1e-30)
-    rows = [Row(None, "generate", "greedy", shortfall / scale, least / scale)]
+    rows = [Row(None, "generate", "greedy", shortfall / scale, limit / scale)]
     if can_capture(model):
         eager = copy.copy(model)
         eager.head = model.head  # as a caller's code, which a graph would not run
@@ -204,7 +205,7 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     next_logits, tokens = _next_logits(target, sampled, new)
     error = max(_race_error(next_logits[:, index], tokens[:, index], draws[1]) for index in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
-    rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
+    rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-limit / TEMPERATURE) + RACE_LIMIT))
     rows += [_refusals(model, ids), *_repeated_rows(model, ids)]
     return [*rows, _check_sample(baseline.flatten(0, 1).float())]
 

@@ -189,14 +189,15 @@ class CallRecorder(TorchDispatchMode):
         if func.namespace != "mixtral_triton":
             return func(*args, **(kwargs or {}))
         op, records = OPS[func._opname], list[Launch]()
-        values = op.bind(*unflatten_args(op.arguments, args))
+        values = op.bind_by_name(*unflatten_args(op.arguments, args))
         with launch_context(**self.gpu, records=records):
-            out = op.run(*values)
-        self.calls.append((op.name, dict(zip(op.names, values, strict=True)), records))
+            out = op.run(**values)
+        self.calls.append((op.name, values, records))
         return out
 
 
 def with_layers(model: Any, layers: int) -> Any:
+    """A copy of a Mixtral on the same weights, with its first layers only."""
     model = copy.copy(model)
     model._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[:layers])}
     model.config = replace(model.config, num_hidden_layers=layers)

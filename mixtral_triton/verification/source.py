@@ -38,8 +38,8 @@ class Source:
     def __init__(self, folder: Any) -> None:
         self.folder = Path(folder)
         self.config = self.read_json("config.json")
-        others = "hf_quant_config.json", "quantize_config.json"
-        modelopt, gptq = (self.read_json(name, optional=True) for name in others)
+        modelopt = self.read_json("hf_quant_config.json", optional=True)
+        gptq = self.read_json("quantize_config.json", optional=True)
         declared = [self.config.get(name) for name in ("quantization_config", "compression_config")]
         declared += [modelopt.get("quantization"), gptq and {"quant_method": "gptq", **gptq}]
         self.quantization = next(filter(None, declared), None)
@@ -153,10 +153,10 @@ def _text_rows(source: Source) -> list[Row]:
     def prompt() -> bool:
         import tokenizers
 
-        own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        own.no_truncation()
-        own.no_padding()
-        ids = own.encode(PROMPT).ids
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        ids = tokenizer.encode(PROMPT).ids
         return encode(load_tokenizer(folder), PROMPT, bos)[0] == (ids if bos in (None, ids[0]) else [bos, *ids])
 
     def chat() -> bool:
@@ -164,11 +164,12 @@ def _text_rows(source: Source) -> list[Row]:
 
         messages = [{"role": "user", "content": PROMPT}]
         got, options = ChatTemplate(folder).render(messages), {"trim_blocks": True, "lstrip_blocks": True}
-        own = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options).from_string(template)
+        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
         names = "bos_token", "eos_token", "unk_token"
         tokens = {name: x["content"] if isinstance(x, dict) else x for name in names if (x := settings.get(name))}
         tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime}
-        return got == own.render(messages=messages, add_generation_prompt=True, **tokens)  # type: ignore[no-any-return]
+        want = environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
+        return got == want
 
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):

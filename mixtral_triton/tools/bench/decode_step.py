@@ -91,9 +91,9 @@ def plain_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
     past, new = cache.lengths, torch.ones_like(cache.lengths)
     x = F.embedding(token, model.embed_tokens)
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        ring: Args = {"k_cache": keys, "v_cache": values, "past": past, "new": new}
-        ring["window"] = model.config.sliding_window
-        attend = partial(reference.rope_append_attention, cos=model.cos, sin=model.sin, **ring)
+        kv_cache: Args = {"k_cache": keys, "v_cache": values, "past": past, "new": new}
+        kv_cache["window"] = model.config.sliding_window
+        attend = partial(reference.rope_append_attention, cos=model.cos, sin=model.sin, **kv_cache)
         x = block(layer, model.config, x, attend).output
     cache.advance(new, 1)
     return model.head(reference.rms_norm(x, model.norm, model.config.rms_norm_eps)[:, 0])
