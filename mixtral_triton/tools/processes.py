@@ -1,4 +1,4 @@
-"""How a command runs: on a GPU, in plain torch or interpreted, and in how many processes."""
+"""The backend of a command (a GPU, plain torch or the interpreter) and its processes."""
 
 import argparse
 import os
@@ -60,7 +60,7 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     from ..inputs import default_device
     from ..parallel import TIMEOUT
 
-    kind = getattr(args, "device", None) or default_device()
+    kind = args.device or default_device()
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"{rank}--device is {kind!r}, needs cpu or cuda: each of several processes has its own GPU")
     if kind == "cuda":

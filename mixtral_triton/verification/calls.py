@@ -173,7 +173,7 @@ class LayerCheck:
         return {name: value(name, like) for name, like in recorded.items()}
 
     def fp64(self, x: Tensor) -> reference.Values:
-        """What the layer computes on x fp64 [nB,T,H], in fp64 with torch's routes."""
+        """Compute the layer on x fp64 [nB,T,H], in fp64 with torch's routes."""
         ids = self.values.ids.repeat(len(x) // len(self.values.x), 1)
         return fp64_block(self.layer, self.config, self.tables, x, ids, self.quantized)
 
@@ -282,7 +282,7 @@ class SizedCalls:
         return recorder.calls
 
     def _prefix(self, op: str, recorded: Args) -> str:
-        """What is before the case of a linear: the name of its weight."""
+        """Return the start of a linear's case, the name of its weight; of other operations nothing."""
         name = self.names.get(_key(recorded["weight"]), "another") if op == "linear" else ""
         return name and f"{name.removesuffix('_proj')}, "
 

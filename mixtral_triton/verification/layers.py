@@ -58,7 +58,7 @@ class ModelUnderTest:
         self.tables = {"cos": model.cos, "sin": model.sin}
 
     def check(self, layer: Any, x: Tensor, config: Any) -> LayerCheck:
-        """What torch computes in a layer on x [B,T,H]."""
+        """Compute a layer with torch on x [B,T,H]."""
         attend = reference.uncached_attention(config.sliding_window, **self.tables, quantized=self.quantized)
         return LayerCheck(reference.block(layer, config, x, attend), layer, config, self.tables, self.quantized)
 
@@ -280,7 +280,7 @@ class LayerProbe:
         return expected.measure(got[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
 
     def record(self, index: int, name: str, got: Tensor) -> Tensor:
-        """The error of `name` of a LayerReference -> `got`."""
+        """Record the error of `name` of a LayerReference -> `got`."""
         values = got.view(*self.valid.shape, -1) if got.dim() == 2 else got
         case = f"{LAYER_PARTS[name]}, {self.case}" if name in LAYER_PARTS else self.case
         self.rows.append(Row(index, "layer", case, *self.measure(self.layers[index].references[name], values)))

@@ -120,7 +120,7 @@ def unpack(words: Tensor, bits: int, columns: Sequence[int] = ()) -> Tensor:
 
 
 def declared(raw: Any, config: Any) -> dict[str, Any]:
-    """What a config.json declares of the fields of `config`. Theta is a set: it may stand in three places."""
+    """Read what a config.json declares of the fields of `config`. Theta is a set: it may stand in three places."""
     ropes = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
     defaults = {"rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False}
     found = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}

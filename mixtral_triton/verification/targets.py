@@ -56,7 +56,7 @@ class TransformersUnderTest(ModelUnderTest):
         self.config = MixtralConfig(**config, sliding_window=getattr(attn.config, "sliding_window", None))
 
     def check(self, block: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
-        """What transformers' eager functions compute in a decoder layer on x [B,T,H]."""
+        """Compute a decoder layer with transformers' eager functions on x [B,T,H]."""
         modeling, attn, moe, (B, T, H) = self.modeling, block.self_attn, block.mlp, x.shape
         x = x.to(block.input_layernorm.weight.device)
         positions, norm = torch.arange(T, device=x.device), modeling.MixtralRMSNorm.forward
@@ -93,7 +93,7 @@ class TransformersUnderTest(ModelUnderTest):
         return DynamicCache(config=self.backbone.config)
 
     def forward_calls(self, config: MixtralConfig, B: int, T: int) -> Iterator[ForwardCall]:
-        """Also left-padded and packed sequences and static caches: prefixes of the text, whose references hold."""
+        """Add left-padded and packed sequences and static caches: prefixes of the text, whose references hold."""
         from transformers import StaticCache
 
         yield from super().forward_calls(config, B, T)
@@ -206,7 +206,7 @@ def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
 
 
 def _in_fp32(layer: LayerReference) -> LayerReference:
-    """The limits of fp32 in the place of those of the weights' dtype, and the exact weights of torch's routes."""
+    """Replace the limits of the weights' dtype by those of fp32, and the weights of torch's routes by exact ones."""
     scale = FLOOR[torch.float32] / FLOOR[layer.x.dtype]
     references = {name: replace(each, limit=each.limit * scale) for name, each in layer.references.items()}
     changed: dict[str, Any] = {"x": layer.x.float(), "h": layer.h.float(), "references": references}
