@@ -70,12 +70,12 @@ def verify(
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
-    check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
     is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
     if cache_dtype not in (None, torch.int8):
         raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None or torch.int8")
-    if cache_dtype and (is_transformers or peer):
-        raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None: transformers has no such cache")
+    if cache_dtype and is_transformers:
+        raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
+    check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None, cache_dtype)
     if is_transformers and (folder is not None or peer is not None):
         raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
     if isinstance(target, (str, os.PathLike)):
@@ -95,14 +95,16 @@ def verify(
         return _verify(under_test, input_ids, progress, folder, peer, quick, tokens)
 
 
-def check_peer(peer: str | None, on_mesh: bool) -> None:
-    """ValueError for an unknown peer, one that is not installed, and any on a mesh."""
+def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any) -> None:
+    """ValueError for an unknown peer, one that is not installed, and any on a mesh or with a cache of another dtype."""
     if peer is None:
         return
     if peer != "transformers":
         raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
     if on_mesh:
         raise ValueError(f"verify: peer is {peer!r}, and no rank of a mesh has all weights for it: needs None")
+    if cache_dtype is not None:
+        raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
     if find_spec(peer) is None:
         raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
 

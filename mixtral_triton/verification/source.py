@@ -40,9 +40,9 @@ class Source:
         self.config = self.read_json("config.json")
         modelopt = self.read_json("hf_quant_config.json", optional=True)
         gptq = self.read_json("quantize_config.json", optional=True)
-        declared = [self.config.get(name) for name in ("quantization_config", "compression_config")]
-        declared += [modelopt.get("quantization"), gptq and {"quant_method": "gptq", **gptq}]
-        self.quantization = next(filter(None, declared), None)
+        configs = [self.config.get(name) for name in ("quantization_config", "compression_config")]
+        configs += [modelopt.get("quantization"), gptq and {"quant_method": "gptq", **gptq}]
+        self.quantization = next(filter(None, configs), None)
         names = ["model.safetensors"]
         if not (self.folder / "model.safetensors").exists():
             names = sorted(set(self.read_json("model.safetensors.index.json")["weight_map"].values()))

@@ -173,7 +173,7 @@ def _parse_sizes(option: str, texts: Texts) -> dict[str, Any]:
             form, need = "int8", "int8, or no cache=: the cache is then in the model's dtype"
         elif name in QUANTIZED:
             need = f"one of {', '.join(BITS)}, and maybe a group: {name}=int4:128"
-            form = rf"({'|'.join(BITS)})(:\d+)?"
+            form = rf"({'|'.join(BITS)})(:[1-9]\d*)?"
         if not (name and re.fullmatch(form, size)):
             raise ValueError(f"{option} is {text!r}, needs {need}")
         if name in found:
