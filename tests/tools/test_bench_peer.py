@@ -248,3 +248,8 @@ def test_quantized_weights_have_sizes_and_no_dense_peer() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             cases(["linear"], sizes=[f"T=3,H=128,N=64,{wrong}"])
+
+
+def test_sizes_without_a_position_are_refused() -> None:
+    with pytest.raises(ValueError, match="--sizes has P=0, needs at least 1"):
+        cases(["rope"], sizes=["B=1,T=2,Hq=2,Hkv=1,D=16,P=0"])

@@ -53,7 +53,8 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
             copy.copy_(first)
     cache = KVCache(model.config, sizes["B"], sizes["S"], device, torch.int8 if "cache" in sizes else dtype)
     cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
-    for buffer, b in product((*cache.keys, *cache.values), range(sizes["B"])):
+    sequences = range(sizes["B"]) if cache.lengths.device.type != "meta" else ()  # there, no value is kept
+    for buffer, b in product((*cache.keys, *cache.values), sequences):
         # One sequence at a time: a draw for all of them may not fit beside them.
         buffer[b] = torch.randn(buffer.shape[1:], generator=generator, device=device, dtype=dtype)
     rewind(cache)
