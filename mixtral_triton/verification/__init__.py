@@ -131,7 +131,7 @@ def _verify(
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
-    fp32 = target.widens and not quick and dtype != torch.float32 and not target.quantized
+    fp32 = target.is_mixtral and target.ranks is None and not quick and dtype != torch.float32 and not target.quantized
     forward_calls = len(list(target.forward_calls(config, *ids.shape)))
     total = config.num_hidden_layers * (1 + forward_calls + (folder is not None) + (peer is not None) + fp32)
     done = count(1)
@@ -162,7 +162,7 @@ def _verify(
     if target.is_mixtral:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             rows += check_generate(target, ids, *logits)
-    if isinstance(target, MeshUnderTest):
+    if target.ranks is not None:
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend

@@ -23,6 +23,7 @@ from .. import reference
 from ..cache import KVCache
 from ..kernels.registry import dispatched
 from ..model import Layer
+from ..parallel import UNSHARDED
 from ..tools import tolerance
 from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
 from .calls import LAYOUTS, LayerCheck, SizedCalls
@@ -46,11 +47,10 @@ class ModelUnderTest:
 
     output, peer = "logits", TORCH  # what the model's head gives; what the model is compared with
     is_mixtral = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
-    catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
-    widens = True  # whether a layer can be taken out and compared in fp32
+    ranks: Any = None  # on a mesh its Ranks: an error is then no wrong row, and no layer is compared in fp32
     quantized = False  # keys and values: every forward reads them from a cache of 8 bits
     operation = staticmethod(dispatched)  # the runtime's function for (operation, arguments)
-    local_config: Callable[[Any], Any] = staticmethod(lambda config: config)  # that of the model's own layers
+    shard = UNSHARDED  # the part of the weights that the model's own layers have
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.layers = model, model.full_config, model.layers
@@ -108,7 +108,7 @@ class ModelUnderTest:
         try:
             yield
         except Exception as error:
-            if not self.catches_faults or isinstance(error, torch.OutOfMemoryError):
+            if self.ranks is not None or isinstance(error, torch.OutOfMemoryError):
                 raise
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
@@ -210,7 +210,7 @@ def compare_layers(
             probe_expected.advance(check, check.fp64(with_perturbed_input(check.values.x)))
         del layer, check  # on a mesh, a layer that was gathered goes before the next one is
         step()
-    probe, config, logits = LayerProbe(probe_expected.layers, step), target.local_config(probe_config), None
+    probe, config, logits = LayerProbe(probe_expected.layers, step), target.shard.config(probe_config), None
     if target.is_mixtral:
         pair = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
         logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.quantized)

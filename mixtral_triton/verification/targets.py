@@ -33,7 +33,7 @@ MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and
 class TransformersUnderTest(ModelUnderTest):
     """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
-    peer, is_mixtral, widens = "transformers' own modules", False, False
+    peer, is_mixtral = "transformers' own modules", False
 
     def __init__(self, model: Any, apply: bool = True) -> None:
         self.apply, self.modeling = apply, hf.import_modules("verify", model).modeling
@@ -217,19 +217,17 @@ def _in_fp32(layer: LayerReference) -> LayerReference:
 class MeshUnderTest(ModelUnderTest):
     """A `Mixtral` on a mesh. Every rank gathers one layer at a time for torch, and runs operations on its own shard."""
 
-    catches_faults, widens = False, False
-
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         ranks = self.ranks = model.ranks
         self.shards: list[Shard] = ranks.all_gather_object(ranks.shard)
-        self.shapes, self.local_config = parameter_shapes(self.config), ranks.shard.config
+        self.shapes, self.shard = parameter_shapes(self.config), ranks.shard
         self.layers = _GatheredLayers(self)
         self.lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.gather("lm_head", model.lm_head)
 
     def check(self, layer: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
         """The whole layer in torch; the calls of operations on this rank's shard."""
-        check, shard = super().check(layer, x, config), self.ranks.shard
+        check, shard = super().check(layer, x, config), self.shard
         values, queries, keys = check.values, shard.queries(config), shard.keys(config)
         heads = values.heads[..., shard.qkv_rows(config)["q"]]
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
