@@ -261,7 +261,7 @@ def _verify(args: argparse.Namespace) -> int:
     from .verification.calls import forwards
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
-    check_peer(args.peer, args.tp * args.ep > 1)
+    check_peer(args.peer, args.tp * args.ep > 1, args.cache_dtype)
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
         prompt = None

@@ -60,7 +60,7 @@ def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
 
 
 def parameters(config: MixtralConfig) -> tuple[int, int]:
-    """How many there are, and how many a token meets: K of E experts."""
+    """Count all parameters, and those that a token meets: K of E experts."""
     counts = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
     experts = sum(count for name, count in counts.items() if name.endswith(QUANTIZED_PARTS["experts"]))
     total = sum(counts.values())
@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def select_gpu(args: argparse.Namespace) -> GPU | None:
-    """The one of the options, else the one at hand, by its driver; None where there is none."""
+    """Return the GPU of the options, else the one at hand, by its driver; None where there is none."""
     if args.memory is not None:
         if args.gpu is not None:
             raise ValueError("--gpu is given, and --memory, too: needs one of the two")
@@ -289,7 +289,7 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
 
 
 def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
-    """How many of each listed GPU hold each format, and what one of them holds with experts in host memory."""
+    """Print how many of each listed GPU hold each format, and what one holds with experts in host memory."""
     gpus = (replace(gpu, link=args.link or gpu.link) for gpu in GPUS.values())
     rows = {gpu: [request.plan(format, gpu) for format in request.specs] for gpu in gpus}
     if args.json:

@@ -75,12 +75,12 @@ class Compiled:
 
     @property
     def loop_flop_per_instruction(self) -> float | None:
-        """Of the best main loop (attention: the one without a mask); None without tensor cores whose FLOP are known."""
+        """The figure of the best main loop (attention: without mask); None where no tensor core's FLOP are known."""
         return max((loop.flop_per_instruction for loop in self.loops if loop.flop_per_instruction), default=None)
 
     @property
     def loop_instructions_per_byte(self) -> float | None:
-        """Thread instructions of a decode step's attention for a byte of the keys and values that a turn loads."""
+        """Thread instructions of a decode step's attention for a byte of keys and values that an iteration loads."""
         if self.kernel != "attention_decode_kernel" or not self.loops:
             return None
         quantized = self.signature["k_scales_ptr"] != "constexpr"
@@ -90,7 +90,7 @@ class Compiled:
 
     @property
     def fault(self) -> str | None:
-        """Why this kernel should not run, or None."""
+        """The reason why this kernel should not run, or None."""
         if self.error:
             return f"does not compile: {self.error}"
         if self.loop_spills or self.spills > _HARMLESS.get(family(self.arch), 0):
@@ -148,7 +148,7 @@ def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
 
 
 def _options(launch: Launch) -> dict[str, Any]:
-    """As `launch` gives them. FP fusion is explicit because its default differs between releases of Triton."""
+    """Return the compiler's options. FP fusion is explicit because its default differs between releases of Triton."""
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     return options | ({"launch_pdl": True} if launch.dependent else {})
 
@@ -183,10 +183,11 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = N
     source, file = _source(launch, arch), None
     kernel = triton.compile(source, target=_target(arch), options=_options(launch))
     stages = {Path(path).suffix[1:]: Path(path) for path in kernel.metadata_group.values()}
-    kinds = ("amdgcn", "hsaco") if amd(arch) else ("ptx", "sass", "cubin")
-    for kind, folder in product(kinds, () if out is None else (out.absolute(),)):
-        content, file = kernel.asm[kind], str(folder / f"{launch.kernel}.{arch}.{_key(launch, source)}.{kind}")
-        Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if out is not None:
+        for kind in ("amdgcn", "hsaco") if amd(arch) else ("ptx", "sass", "cubin"):
+            content = kernel.asm[kind]
+            file = str(out.absolute() / f"{launch.kernel}.{arch}.{_key(launch, source)}.{kind}")
+            Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
     usage = {"shared_bytes": kernel.metadata.shared, **_usage(stages)}
     return _describe(launch, arch, op, file=file, stages=stages, **usage)
 

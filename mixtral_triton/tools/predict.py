@@ -34,7 +34,7 @@ Operands = Mapping[str, Tensor]  # by name without _ptr; a descriptor's tensor i
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch asks of the GPU. `tiles` are programs with work, in the order in which they start: how many, the
+    """The work of a launch. `tiles` are programs with work, in the order in which they start: how many, the
     bytes that each loads from L2, those of padding rows included, and the FLOP of its matrix products as issued."""
 
     memory: float  # bytes that cross device memory

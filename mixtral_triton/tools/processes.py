@@ -1,4 +1,4 @@
-"""How a command runs: on a GPU, in plain torch or interpreted, and in how many processes."""
+"""The backend of a command (a GPU, plain torch or the interpreter) and its processes."""
 
 import argparse
 import os
@@ -6,26 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SWITCH = "TRITON_INTERPRET"
+VARIABLE = "TRITON_INTERPRET"
 
 
 def select_backend(args: argparse.Namespace, interpret: bool) -> str:
     """Set TRITON_INTERPRET, before any kernel is imported -> a note to print; empty on a GPU, and where it was set.
     `interpret`: without a GPU this command interprets the kernels rather than run the torch backend."""
-    requested, switch = getattr(args, "interpret", False), os.environ.get(SWITCH)
+    requested, value = getattr(args, "interpret", False), os.environ.get(VARIABLE)
     on_cpu = args.device is not None and args.device.startswith("cpu")
     if requested and args.device is not None and not on_cpu:
         raise ValueError(f"--interpret runs on the CPU, and --device is {args.device!r}: needs one of the two")
-    if interpret or requested or switch is not None:
+    if interpret or requested or value is not None:
         # Interpreted tiles are small products, for which the threads of numpy's OpenBLAS wait for each other.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if requested:
         args.device = args.device or "cpu"
-    if switch is not None:
+    if value is not None:
         from ..kernels.launch import INTERPRETED
 
         if requested and not INTERPRETED:
-            raise ValueError(f"--interpret is given, and {SWITCH}={switch} is set: needs one of the two")
+            raise ValueError(f"--interpret is given, and {VARIABLE}={value} is set: needs one of the two")
         return ""
     import torch  # after OPENBLAS_NUM_THREADS
 
@@ -34,7 +34,7 @@ def select_backend(args: argparse.Namespace, interpret: bool) -> str:
     reason = "--interpret" if requested else "--device cpu" if on_cpu else "No GPU found"
     if not (interpret or requested):
         return f"{reason}: plain torch, on the CPU. --interpret runs the Triton kernels, interpreted: far slower."
-    os.environ[SWITCH] = "1"
+    os.environ[VARIABLE] = "1"
     return f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow."
 
 
@@ -60,7 +60,7 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     from ..inputs import default_device
     from ..parallel import TIMEOUT
 
-    kind = getattr(args, "device", None) or default_device()
+    kind = args.device or default_device()
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"{rank}--device is {kind!r}, needs cpu or cuda: each of several processes has its own GPU")
     if kind == "cuda":

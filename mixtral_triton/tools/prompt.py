@@ -205,11 +205,11 @@ def speed_of(times: Sequence[float], prompt_tokens: int, device: Any) -> tuple[d
 
 
 def print_stream(
-    steps: Iterator[Any], tokenizer: Any, shown: str | None, after: list[int], total: int, stop: Sequence[str] = ()
+    steps: Iterator[Any], tokenizer: Any, prefix: str | None, after: list[int], total: int, stop: Sequence[str] = ()
 ) -> tuple[list[int], str, list[float]]:
-    """Return the tokens of one sequence of `Mixtral.stream`; their text up to `stop`, printed as it comes after `shown`
-    (None: it is not); and the times of the start and of each token. The text follows the tokens `after`, without which
-    a decoder drops a space before the first token."""
+    """Return the tokens of one sequence of `Mixtral.stream`; their text up to `stop`, printed behind `prefix` as it
+    comes (None: it is not); and the times of the start and of each token. The text follows the tokens `after`, without
+    which a decoder drops a space before the first token."""
     tokens, times = list[int](), [time.perf_counter()]
     start, printed, answer = len(tokenizer.decode(after, skip_special_tokens=True)), 0, ""
 
@@ -221,7 +221,7 @@ def print_stream(
         for step in steps:
             tokens.append(int(step[0]))  # waits for the GPU
             times.append(time.perf_counter())
-            text = decode() if stop or shown is not None else ""
+            text = decode() if stop or prefix is not None else ""
             if ends := [text.index(each) for each in stop if each in text]:
                 yield text[: min(ends)]
                 return
@@ -230,18 +230,18 @@ def print_stream(
             yield text[: len(text) - held]
         yield decode()
 
-    parts, progress_bar = read(), bar("generating", total) if shown is None else bar("reading the prompt", None)
+    parts, progress_bar = read(), bar("generating", total) if prefix is None else bar("reading the prompt", None)
     with progress_bar as progress:
-        for text in islice(parts, None if shown is None else 1):
+        for text in islice(parts, None if prefix is None else 1):
             answer = text
             progress.update(len(tokens), total)
     try:
-        print(shown or "", end="", flush=True)
+        print(prefix or "", end="", flush=True)
         for text in chain([answer], parts):
             answer = text
-            if shown is not None and not text.endswith("\ufffd"):  # half a character: wait for the rest
+            if prefix is not None and not text.endswith("\ufffd"):  # half a character: wait for the rest
                 print(text[printed:], end="", flush=True)
                 printed = max(printed, len(text))
     finally:
-        print(end="" if shown is None else "\n", flush=True)
+        print(end="" if prefix is None else "\n", flush=True)
     return tokens, answer, times

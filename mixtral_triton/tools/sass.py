@@ -1,6 +1,6 @@
 """Count the instructions of the main loops of a kernel for NVIDIA in its machine code (SASS).
 
-The figure is the FLOP of a warp's tensor-core instructions in one turn of the loop by its other instructions there.
+The figure is the FLOP of a warp's tensor-core instructions in an iteration of the loop by its other instructions.
 """
 
 import re
@@ -28,7 +28,7 @@ _SPILL = re.compile(r"^(?:@\S+\s+)?(?:STL|LDL)\b")
 
 @dataclass(frozen=True)
 class Loop:
-    """Numbers of instructions of a turn of a loop."""
+    """Numbers of instructions in an iteration of a loop."""
 
     tensor: int  # of the tensor cores
     other: int

@@ -1,4 +1,4 @@
-"""What a command shows: tables, progress on stderr, plots in files, and one line for the error that ends it."""
+"""The output of commands: tables, progress on stderr, plots in files, and one line for the error that ends it."""
 
 import os
 import re
@@ -33,7 +33,7 @@ CRASHED = 3
 
 
 def console(stderr: bool = False) -> Console:
-    """For a command's result: as wide as the terminal, or as COLUMNS says."""
+    """Return a console for a command's result, as wide as the terminal, or as COLUMNS says."""
     out = Console(stderr=stderr, highlight=False)
     if not out.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
         out.width = PIPED

@@ -74,7 +74,7 @@ class Tolerance:
 
     @cached_property
     def _raised_limits(self) -> list[float]:
-        """At least the errors of a rounding, and of torch on activations near these: one may be small by chance."""
+        """The limits, raised to errors of a rounding and of torch on near activations: one may be small by chance."""
         limits = self.limits
         for seed in range(PERTURBED + 1):
             near = {key: _perturbed(x, seed) for key in ACTIVATIONS if (x := self.args.get(key)) is not None}
@@ -127,7 +127,7 @@ def _fp64_results(op: Op, args: Args) -> list[Tensor]:
 
 
 def _results(op: Op, function: Callable[..., Any], args: Args) -> list[Tensor]:
-    """What `function` returns, then the arguments that the operation mutates, as copies; caches dequantized."""
+    """Return the results of `function`, then copies of the arguments that the operation mutates; caches dequantized."""
     args = {name: value.clone() if name in op.mutates else value for name, value in args.items()}
     out = function(**args)
     results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
@@ -223,7 +223,7 @@ class Fp64Reference:
 
 @dataclass(frozen=True)
 class LayerReference:
-    """What torch computes in one layer in the weights' dtype, and its references in fp64."""
+    """The values of torch in one layer in the weights' dtype, and its references in fp64."""
 
     x: Tensor  # the layer's input [B,T,H], and its norm
     h: Tensor

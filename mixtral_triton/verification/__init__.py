@@ -70,13 +70,13 @@ def verify(
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
-    check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None)
-    is_theirs = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
+    is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
     if cache_dtype not in (None, torch.int8):
         raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None or torch.int8")
-    if cache_dtype and (is_theirs or peer):
-        raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None: transformers has no such cache")
-    if is_theirs and (folder is not None or peer is not None):
+    if cache_dtype and is_transformers:
+        raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
+    check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None, cache_dtype)
+    if is_transformers and (folder is not None or peer is not None):
         raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
     if isinstance(target, (str, os.PathLike)):
         folder = checkpoint_folder(target)
@@ -88,21 +88,23 @@ def verify(
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     folder = None if folder is None else checkpoint_folder(folder)
     ranks = getattr(target, "ranks", None)
-    kind: Any = TransformersUnderTest if is_theirs else ModelUnderTest if ranks is None else MeshUnderTest
+    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         under_test = kind(target)
         under_test.quantized = cache_dtype is torch.int8
         return _verify(under_test, input_ids, progress, folder, peer, quick, tokens)
 
 
-def check_peer(peer: str | None, on_mesh: bool) -> None:
-    """ValueError for an unknown peer, one that is not installed, and any on a mesh."""
+def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any) -> None:
+    """ValueError for an unknown peer, one that is not installed, and any on a mesh or with a cache of another dtype."""
     if peer is None:
         return
     if peer != "transformers":
         raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
     if on_mesh:
         raise ValueError(f"verify: peer is {peer!r}, and no rank of a mesh has all weights for it: needs None")
+    if cache_dtype is not None:
+        raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
     if find_spec(peer) is None:
         raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
 
@@ -129,7 +131,7 @@ def _verify(
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
-    fp32 = target.widens and not quick and dtype != torch.float32 and not target.quantized
+    fp32 = target.is_mixtral and target.ranks is None and not quick and dtype != torch.float32 and not target.quantized
     forward_calls = len(list(target.forward_calls(config, *ids.shape)))
     total = config.num_hidden_layers * (1 + forward_calls + (folder is not None) + (peer is not None) + fp32)
     done = count(1)
@@ -160,7 +162,7 @@ def _verify(
     if target.is_mixtral:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             rows += check_generate(target, ids, *logits)
-    if isinstance(target, MeshUnderTest):
+    if target.ranks is not None:
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
@@ -178,15 +180,16 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
     new = min(most, target.config.max_position_embeddings - len(prompts[0]))
     logits, perturbed = exact.chunk(2)
-    least = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
-    least = max(least, token_floor(baseline.dtype, True) * largest(logits) if target.quantized else 0.0)
+    limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
+    if target.quantized:
+        limit = max(limit, token_floor(baseline.dtype, True) * largest(logits))
     options: Any = {"eos_token_id": [], "cache_dtype": torch.int8 if target.quantized else None}
-    if new < 1 or not math.isfinite(least):  # where torch overflows, the row of the logits says so
+    if new < 1 or not math.isfinite(limit):  # where torch overflows, the row of the logits says so
         return []
     next_logits, tokens = _next_logits(target, model.generate(prompts, new, **options), new)
     shortfall = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     scale = max(largest(logits), 1e-30)
-    rows = [Row(None, "generate", "greedy", shortfall / scale, least / scale)]
+    rows = [Row(None, "generate", "greedy", shortfall / scale, limit / scale)]
     if can_capture(model):
         eager = copy.copy(model)
         eager.head = model.head  # as a caller's code, which a graph would not run
@@ -204,7 +207,7 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     next_logits, tokens = _next_logits(target, sampled, new)
     error = max(_race_error(next_logits[:, index], tokens[:, index], draws[1]) for index in range(new))
     # A logit's error e changes a probability by a factor of at most exp(2 e).
-    rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-least / TEMPERATURE) + RACE_LIMIT))
+    rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-limit / TEMPERATURE) + RACE_LIMIT))
     rows += [_refusals(model, ids), *_repeated_rows(model, ids)]
     return [*rows, _check_sample(baseline.flatten(0, 1).float())]
 

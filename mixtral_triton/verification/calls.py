@@ -173,7 +173,7 @@ class LayerCheck:
         return {name: value(name, like) for name, like in recorded.items()}
 
     def fp64(self, x: Tensor) -> reference.Values:
-        """What the layer computes on x fp64 [nB,T,H], in fp64 with torch's routes."""
+        """Compute the layer on x fp64 [nB,T,H], in fp64 with torch's routes."""
         ids = self.values.ids.repeat(len(x) // len(self.values.x), 1)
         return fp64_block(self.layer, self.config, self.tables, x, ids, self.quantized)
 
@@ -189,14 +189,15 @@ class CallRecorder(TorchDispatchMode):
         if func.namespace != "mixtral_triton":
             return func(*args, **(kwargs or {}))
         op, records = OPS[func._opname], list[Launch]()
-        values = op.bind(*unflatten_args(op.arguments, args))
+        values = op.bind_by_name(*unflatten_args(op.arguments, args))
         with launch_context(**self.gpu, records=records):
-            out = op.run(*values)
-        self.calls.append((op.name, dict(zip(op.names, values, strict=True)), records))
+            out = op.run(**values)
+        self.calls.append((op.name, values, records))
         return out
 
 
 def with_layers(model: Any, layers: int) -> Any:
+    """A copy of a Mixtral on the same weights, with its first layers only."""
     model = copy.copy(model)
     model._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[:layers])}
     model.config = replace(model.config, num_hidden_layers=layers)
@@ -281,7 +282,7 @@ class SizedCalls:
         return recorder.calls
 
     def _prefix(self, op: str, recorded: Args) -> str:
-        """What is before the case of a linear: the name of its weight."""
+        """Return the start of a linear's case, the name of its weight; of other operations nothing."""
         name = self.names.get(_key(recorded["weight"]), "another") if op == "linear" else ""
         return name and f"{name.removesuffix('_proj')}, "
 

@@ -23,6 +23,7 @@ from .. import reference
 from ..cache import KVCache
 from ..kernels.registry import dispatched
 from ..model import Layer
+from ..parallel import UNSHARDED
 from ..tools import tolerance
 from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
 from .calls import LAYOUTS, LayerCheck, SizedCalls
@@ -46,11 +47,10 @@ class ModelUnderTest:
 
     output, peer = "logits", TORCH  # what the model's head gives; what the model is compared with
     is_mixtral = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
-    catches_faults = True  # whether an error that an operation or a forward raises is a wrong row
-    widens = True  # whether a layer can be taken out and compared in fp32
+    ranks: Any = None  # on a mesh its Ranks: an error is then no wrong row, and no layer is compared in fp32
     quantized = False  # keys and values: every forward reads them from a cache of 8 bits
     operation = staticmethod(dispatched)  # the runtime's function for (operation, arguments)
-    local_config: Callable[[Any], Any] = staticmethod(lambda config: config)  # that of the model's own layers
+    shard = UNSHARDED  # the part of the weights that the model's own layers have
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.layers = model, model.full_config, model.layers
@@ -58,7 +58,7 @@ class ModelUnderTest:
         self.tables = {"cos": model.cos, "sin": model.sin}
 
     def check(self, layer: Any, x: Tensor, config: Any) -> LayerCheck:
-        """What torch computes in a layer on x [B,T,H]."""
+        """Compute a layer with torch on x [B,T,H]."""
         attend = reference.uncached_attention(config.sliding_window, **self.tables, quantized=self.quantized)
         return LayerCheck(reference.block(layer, config, x, attend), layer, config, self.tables, self.quantized)
 
@@ -108,7 +108,7 @@ class ModelUnderTest:
         try:
             yield
         except Exception as error:
-            if not self.catches_faults or isinstance(error, torch.OutOfMemoryError):
+            if self.ranks is not None or isinstance(error, torch.OutOfMemoryError):
                 raise
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
@@ -172,7 +172,9 @@ class TextReference:
         """Append the layer of `check`, with what it computes in fp64 on its input `with_perturbed_input`."""
         values, norm = check.values, to_fp64(check.layer.input_layernorm)
         normed = reference.rms_norm(self.exact.to(values.x.device), norm, check.config.rms_norm_eps)
-        references = {"normed": Fp64Reference.from_baseline(normed, values.normed)}
+        # The norm of a layer behind the first is computed from what the layer before it adds.
+        quantized = check.quantized and len(self.layers) > 0
+        references = {"normed": Fp64Reference.from_baseline(normed, values.normed, quantized=quantized)}
         for name, ratio in {"attn_output": PART_RATIO, "y": PART_RATIO, "output": tolerance.RATIO}.items():
             parts = getattr(exact, name), getattr(values, name)
             references[name] = Fp64Reference.from_baseline(*parts, ratio, check.quantized)
@@ -208,10 +210,10 @@ def compare_layers(
             probe_expected.advance(check, check.fp64(with_perturbed_input(check.values.x)))
         del layer, check  # on a mesh, a layer that was gathered goes before the next one is
         step()
-    probe, config, logits = LayerProbe(probe_expected.layers, step), target.local_config(probe_config), None
+    probe, config, logits = LayerProbe(probe_expected.layers, step), target.shard.config(probe_config), None
     if target.is_mixtral:
         pair = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
-        logits = Fp64Reference.from_baseline(*pair, END_RATIO)
+        logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.quantized)
     with target.forward(config, probe, probe_layers=True) as forward:
         for case, tokens, valid, cache, kwargs in target.forward_calls(config, *ids.shape):
             probe.start(case, tokens, valid)
@@ -278,7 +280,7 @@ class LayerProbe:
         return expected.measure(got[self.valid], self.where_valid) if fits else (math.inf, expected.limit)
 
     def record(self, index: int, name: str, got: Tensor) -> Tensor:
-        """The error of `name` of a LayerReference -> `got`."""
+        """Record the error of `name` of a LayerReference -> `got`."""
         values = got.view(*self.valid.shape, -1) if got.dim() == 2 else got
         case = f"{LAYER_PARTS[name]}, {self.case}" if name in LAYER_PARTS else self.case
         self.rows.append(Row(index, "layer", case, *self.measure(self.layers[index].references[name], values)))

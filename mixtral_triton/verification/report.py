@@ -58,7 +58,7 @@ class Row:
 
 
 def worst_rows(rows: Iterable[Row]) -> list[Row]:
-    """Of the rows with the same layer, op and case, the one that is nearest to its limit, or farthest beyond it."""
+    """Select, of rows with the same layer, op and case, the one nearest to its limit, or farthest beyond it."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault((row.layer, row.op, row.case), []).append(row)

@@ -38,11 +38,11 @@ class Source:
     def __init__(self, folder: Any) -> None:
         self.folder = Path(folder)
         self.config = self.read_json("config.json")
-        others = "hf_quant_config.json", "quantize_config.json"
-        modelopt, gptq = (self.read_json(name, optional=True) for name in others)
-        declared = [self.config.get(name) for name in ("quantization_config", "compression_config")]
-        declared += [modelopt.get("quantization"), gptq and {"quant_method": "gptq", **gptq}]
-        self.quantization = next(filter(None, declared), None)
+        modelopt = self.read_json("hf_quant_config.json", optional=True)
+        gptq = self.read_json("quantize_config.json", optional=True)
+        configs = [self.config.get(name) for name in ("quantization_config", "compression_config")]
+        configs += [modelopt.get("quantization"), gptq and {"quant_method": "gptq", **gptq}]
+        self.quantization = next(filter(None, configs), None)
         names = ["model.safetensors"]
         if not (self.folder / "model.safetensors").exists():
             names = sorted(set(self.read_json("model.safetensors.index.json")["weight_map"].values()))
@@ -120,7 +120,7 @@ def unpack(words: Tensor, bits: int, columns: Sequence[int] = ()) -> Tensor:
 
 
 def declared(raw: Any, config: Any) -> dict[str, Any]:
-    """What a config.json declares of the fields of `config`. Theta is a set: it may stand in three places."""
+    """Read what a config.json declares of the fields of `config`. Theta is a set: it may stand in three places."""
     ropes = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
     defaults = {"rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False}
     found = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}
@@ -153,10 +153,10 @@ def _text_rows(source: Source) -> list[Row]:
     def prompt() -> bool:
         import tokenizers
 
-        own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        own.no_truncation()
-        own.no_padding()
-        ids = own.encode(PROMPT).ids
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        ids = tokenizer.encode(PROMPT).ids
         return encode(load_tokenizer(folder), PROMPT, bos)[0] == (ids if bos in (None, ids[0]) else [bos, *ids])
 
     def chat() -> bool:
@@ -164,11 +164,12 @@ def _text_rows(source: Source) -> list[Row]:
 
         messages = [{"role": "user", "content": PROMPT}]
         got, options = ChatTemplate(folder).render(messages), {"trim_blocks": True, "lstrip_blocks": True}
-        own = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options).from_string(template)
+        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
         names = "bos_token", "eos_token", "unk_token"
         tokens = {name: x["content"] if isinstance(x, dict) else x for name in names if (x := settings.get(name))}
         tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime}
-        return got == own.render(messages=messages, add_generation_prompt=True, **tokens)  # type: ignore[no-any-return]
+        want = environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
+        return got == want
 
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):

@@ -33,7 +33,7 @@ MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and
 class TransformersUnderTest(ModelUnderTest):
     """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
-    peer, is_mixtral, widens = "transformers' own modules", False, False
+    peer, is_mixtral = "transformers' own modules", False
 
     def __init__(self, model: Any, apply: bool = True) -> None:
         self.apply, self.modeling = apply, hf.import_modules("verify", model).modeling
@@ -56,7 +56,7 @@ class TransformersUnderTest(ModelUnderTest):
         self.config = MixtralConfig(**config, sliding_window=getattr(attn.config, "sliding_window", None))
 
     def check(self, block: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
-        """What transformers' eager functions compute in a decoder layer on x [B,T,H]."""
+        """Compute a decoder layer with transformers' eager functions on x [B,T,H]."""
         modeling, attn, moe, (B, T, H) = self.modeling, block.self_attn, block.mlp, x.shape
         x = x.to(block.input_layernorm.weight.device)
         positions, norm = torch.arange(T, device=x.device), modeling.MixtralRMSNorm.forward
@@ -93,7 +93,7 @@ class TransformersUnderTest(ModelUnderTest):
         return DynamicCache(config=self.backbone.config)
 
     def forward_calls(self, config: MixtralConfig, B: int, T: int) -> Iterator[ForwardCall]:
-        """Also left-padded and packed sequences and static caches: prefixes of the text, whose references hold."""
+        """Add left-padded and packed sequences and static caches: prefixes of the text, whose references hold."""
         from transformers import StaticCache
 
         yield from super().forward_calls(config, B, T)
@@ -206,7 +206,7 @@ def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
 
 
 def _in_fp32(layer: LayerReference) -> LayerReference:
-    """The limits of fp32 in the place of those of the weights' dtype, and the exact weights of torch's routes."""
+    """Replace the limits of the weights' dtype by those of fp32, and the weights of torch's routes by exact ones."""
     scale = FLOOR[torch.float32] / FLOOR[layer.x.dtype]
     references = {name: replace(each, limit=each.limit * scale) for name, each in layer.references.items()}
     changed: dict[str, Any] = {"x": layer.x.float(), "h": layer.h.float(), "references": references}
@@ -217,19 +217,17 @@ def _in_fp32(layer: LayerReference) -> LayerReference:
 class MeshUnderTest(ModelUnderTest):
     """A `Mixtral` on a mesh. Every rank gathers one layer at a time for torch, and runs operations on its own shard."""
 
-    catches_faults, widens = False, False
-
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         ranks = self.ranks = model.ranks
         self.shards: list[Shard] = ranks.all_gather_object(ranks.shard)
-        self.shapes, self.local_config = parameter_shapes(self.config), ranks.shard.config
+        self.shapes, self.shard = parameter_shapes(self.config), ranks.shard
         self.layers = _GatheredLayers(self)
         self.lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.gather("lm_head", model.lm_head)
 
     def check(self, layer: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
         """The whole layer in torch; the calls of operations on this rank's shard."""
-        check, shard = super().check(layer, x, config), self.ranks.shard
+        check, shard = super().check(layer, x, config), self.shard
         values, queries, keys = check.values, shard.queries(config), shard.keys(config)
         heads = values.heads[..., shard.qkv_rows(config)["q"]]
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}

@@ -37,7 +37,7 @@ PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; te
 
 
 def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -> str:
-    """What `verify` on ids [B,T] will take: bytes of the files, memory beside the model, and seconds of torch's
+    """Estimate what `verify` on ids [B,T] takes: bytes of the files, memory beside the model, and seconds of torch's
     computation in fp64, for which a product with one expert is timed."""
     config, N, down = model.full_config, ids.numel(), model.layers[0].down_proj[0]
     x = torch.ones((2 * N, down.shape[-1]), dtype=torch.float64, device=model.device)
@@ -155,7 +155,7 @@ def _compare_layer(source: Source, target: ModelUnderTest, index: int | None, st
 
 
 def locate_weight(model: Any, name: str) -> Any:
-    """Where the tensor of this name belongs: a weight or a part of one."""
+    """Return the weight, or the part of one, that the tensor of this name fills."""
     found, parameter = LAYER.match(name), name.removesuffix(".weight").rpartition(".")[2]
     try:
         if found is None:
@@ -252,7 +252,7 @@ class _LayerByLayer:
         return SimpleNamespace(config=self.target.config, **weights)
 
     def compare(self, *sides: tuple[Any, bool]) -> None:
-        """One layer of both, and whether its keys and values have 8 bits."""
+        """Run a layer of both models, each with whether it has 8-bit keys and values, and count routes that differ."""
         routes, config, tables = [], self.target.config, self.target.tables
         for side, (layer, quantized) in enumerate(sides):
             values = [fp64_block(layer, config, tables, x, quantized=quantized) for x in self.texts[side]]

@@ -241,6 +241,15 @@ def test_quantized_weights_have_sizes_and_no_dense_peer() -> None:
     dense = next(peer for peer in PEERS if peer.name == "HF grouped_mm")
     row = timed_row(case, H100, CPU, lambda call: (call(), 1.0)[1], [dense, PEERS[0]])
     assert row.ours.right and row.peers["torch"].right and row.peers["HF grouped_mm"].note == "its weights are dense"
-    for wrong, message in (("weight=int5", "needs one of int4, int8, fp8"), ("weight=int4:48", "group is 48")):
+    for wrong, message in (
+        ("weight=int5", "needs one of int4, int8, fp8"),
+        ("weight=int4:0", "needs one of int4, int8, fp8, and maybe a group"),
+        ("weight=int4:48", "group is 48"),
+    ):
         with pytest.raises(ValueError, match=message):
             cases(["linear"], sizes=[f"T=3,H=128,N=64,{wrong}"])
+
+
+def test_sizes_without_a_position_are_refused() -> None:
+    with pytest.raises(ValueError, match="--sizes has P=0, needs at least 1"):
+        cases(["rope"], sizes=["B=1,T=2,Hq=2,Hkv=1,D=16,P=0"])

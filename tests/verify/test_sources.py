@@ -24,6 +24,7 @@ from mixtral_triton.cli import SMALL, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
+from mixtral_triton.tools.tolerance import token_floor
 from mixtral_triton.verification import held_out, layers, perplexity, source, targets, weights
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.source import Source, decode
@@ -165,6 +166,19 @@ def test_one_layer_is_in_fp32_at_a_time_and_references_keep_no_more_than_they_ho
         tensors = [x for x in vars(layer).values() if isinstance(x, Tensor)]
         tensors += [each.exact for each in layer.references.values()]
         assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors) and len(tensors) == 9
+
+
+def test_every_limit_behind_a_cache_of_8_bits_allows_another_code() -> None:
+    """A rounding in fp32 may change a code by one: in the layer, in the norm of the next one, and in the logits."""
+    target, least = ModelUnderTest(random_model(num_hidden_layers=2)), token_floor(torch.float32, quantized=True)
+    target.quantized = True
+    with torch.no_grad():
+        rows, expected, _ = compare_layers(target, IDS)
+    first, second = (layer.references for layer in expected.layers)
+    assert first.pop("normed").limit < least  # no cache is in front of it
+    assert all(each.limit >= least for each in (*first.values(), *second.values()))
+    logits = [row for row in rows if row.op == "logits"]
+    assert logits and all(row.limit >= least for row in logits)
 
 
 def test_each_tensor_is_read_once(dense: Path, monkeypatch: Patch) -> None:

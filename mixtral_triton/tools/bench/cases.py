@@ -150,7 +150,7 @@ def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
     sizes = {name: size for name, size in DEFAULTS.items() if name in needed} | sizes
     if missing := [name for name in needed if name not in sizes]:
         raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
-    if empty := [name for name in ("B", "T", "H", "I", "E", "V", "N") if sizes.get(name) == 0]:
+    if empty := [name for name in ("B", "T", "H", "I", "E", "V", "N", "P") if sizes.get(name) == 0]:
         raise ValueError(f"--sizes has {empty[0]}=0, needs at least 1: there is nothing to time")
     if "E" in sizes and (K := sizes.get("K", 0)) > sizes["E"]:
         raise ValueError(f"--sizes has K={K}, needs at most E={sizes['E']}: a token's experts differ")
@@ -173,7 +173,7 @@ def _parse_sizes(option: str, texts: Texts) -> dict[str, Any]:
             form, need = "int8", "int8, or no cache=: the cache is then in the model's dtype"
         elif name in QUANTIZED:
             need = f"one of {', '.join(BITS)}, and maybe a group: {name}=int4:128"
-            form = rf"({'|'.join(BITS)})(:\d+)?"
+            form = rf"({'|'.join(BITS)})(:[1-9]\d*)?"
         if not (name and re.fullmatch(form, size)):
             raise ValueError(f"{option} is {text!r}, needs {need}")
         if name in found:

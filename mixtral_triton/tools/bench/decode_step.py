@@ -53,7 +53,8 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
             copy.copy_(first)
     cache = KVCache(model.config, sizes["B"], sizes["S"], device, torch.int8 if "cache" in sizes else dtype)
     cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
-    for buffer, b in product((*cache.keys, *cache.values), range(sizes["B"])):
+    sequences = range(sizes["B"]) if cache.lengths.device.type != "meta" else ()  # there, no value is kept
+    for buffer, b in product((*cache.keys, *cache.values), sequences):
         # One sequence at a time: a draw for all of them may not fit beside them.
         buffer[b] = torch.randn(buffer.shape[1:], generator=generator, device=device, dtype=dtype)
     rewind(cache)
@@ -91,9 +92,9 @@ def plain_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
     past, new = cache.lengths, torch.ones_like(cache.lengths)
     x = F.embedding(token, model.embed_tokens)
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        ring: Args = {"k_cache": keys, "v_cache": values, "past": past, "new": new}
-        ring["window"] = model.config.sliding_window
-        attend = partial(reference.rope_append_attention, cos=model.cos, sin=model.sin, **ring)
+        kv_cache: Args = {"k_cache": keys, "v_cache": values, "past": past, "new": new}
+        kv_cache["window"] = model.config.sliding_window
+        attend = partial(reference.rope_append_attention, cos=model.cos, sin=model.sin, **kv_cache)
         x = block(layer, model.config, x, attend).output
     cache.advance(new, 1)
     return model.head(reference.rms_norm(x, model.norm, model.config.rms_norm_eps)[:, 0])

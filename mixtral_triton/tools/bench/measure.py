@@ -34,9 +34,9 @@ def _runs(estimate: float, budget: float) -> int:
     return max(RUNS_LEAST, min(RUNS_MOST, int(budget / max(estimate, 1e-9))))
 
 
-def wall_seconds(call: Call, device: torch.device | None = None) -> float:
+def wall_seconds(call: Call, device: str = "cpu") -> float:
     """Return the seconds of one call; with a CUDA device, until it has finished its work."""
-    synchronize = partial(torch.cuda.synchronize, device) if device is not None and device.type == "cuda" else int
+    synchronize = partial(torch.get_device_module(device).synchronize, device)
     synchronize()
     start = time.perf_counter()
     call()
@@ -78,7 +78,7 @@ def step_timer(call: Call, budget: float = 0.5) -> float:
     """Return the mean seconds of a call in a row of them, host time included, as a decode loop runs it."""
 
     def mean_of(runs: int) -> float:
-        return wall_seconds(lambda: [call() for _ in range(runs)], torch.device("cuda")) / runs
+        return wall_seconds(lambda: [call() for _ in range(runs)], "cuda") / runs
 
     mean_of(3)
     runs = _runs(mean_of(3), budget / 3)
@@ -232,8 +232,7 @@ def timed_rows(cases: list[Case], peers: list[Peer], device: torch.device, gpu: 
         except Exception as error:  # before anything was timed: the next case may work
             yield replace(untimed_row(case, gpu), ours=_failure(error))
         try:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            torch.get_device_module(device).synchronize(device)
         except RuntimeError as error:
             print_message(f"mixtral-triton bench: {device} is lost to this process: {summary(error)}")
             return
