@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..cache import KVCache
-from ..config import checkpoint_folder
+from ..config import MixtralConfig, checkpoint_folder
 from ..generate import GRAPH_MIN_TOKENS, PREFILL_CHUNK, can_capture, sample
 from ..inputs import check_ids, check_vocabulary
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
+from ..quantize.hub import read_headers
 from ..tools.tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
 from .calls import BATCH, SizedCalls, with_layers
 from .layers import LayerProbe, ModelUnderTest, compare_in_fp32, compare_layers
@@ -79,6 +80,8 @@ def verify(
     if is_transformers and (folder is not None or peer is not None):
         raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
     if isinstance(target, (str, os.PathLike)):
+        if folder is not None:
+            raise ValueError(f"verify: folder is {str(folder)!r}, and target is a folder itself: needs None")
         folder = checkpoint_folder(target)
         target = Mixtral.from_pretrained(folder)
     if not isinstance(target, nn.Module):
@@ -86,7 +89,10 @@ def verify(
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     if peer is not None and folder is None:
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
-    folder = None if folder is None else checkpoint_folder(folder)
+    if folder is not None:
+        folder = checkpoint_folder(folder)
+        MixtralConfig.from_pretrained(folder)  # an error names what is wrong in the files
+        read_headers(folder)
     ranks = getattr(target, "ranks", None)
     kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():

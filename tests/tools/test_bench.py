@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
@@ -179,6 +180,8 @@ def test_floor_of_a_decode_step_with_experts_in_host_memory(offload: str, gpu: s
     assert row["bound"] == row["predicted"]["limit"] == ("link" if host else "memory")
     assert not host or row["floor_us"] == pytest.approx(1e6 * row["host_bytes"] / LINKS[GPUS[gpu].link])
     assert 0.5 < row["predicted"]["of_floor"] <= 1
+    shown = output(BENCH_STEP.format(sizes=STEP_OF_8X7B, gpu=gpu, offload=offload))
+    assert f"offload{4 * host:g}\n" in re.sub(" *\n", "\n", shown)
     assert not host or "MB of host" in output(BENCH_STEP.format(sizes=STEP_OF_8X7B, gpu=gpu, offload=3))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -303,6 +304,12 @@ def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monk
 def test_wrong_folder_or_peer_raises_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         verify(small_model(torch.bfloat16), IDS, folder=tmp_path)
+    shutil.copy(SMALL / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json: weight_map is missing"):
+        verify(small_model(torch.bfloat16), IDS, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"folder is '.*', and target is a folder itself: needs None"):
+        verify(SMALL, IDS, folder=SMALL)
     with pytest.raises(ValueError, match=r"another model's: \S+ has shape"):
         verify(small_model(torch.bfloat16, num_hidden_layers=4), IDS, folder=SMALL)
     model = Mixtral.from_pretrained(SMALL, "cpu")

@@ -105,7 +105,9 @@ def _print_rows(source: Iterator[Row], total: int, as_lines: bool, out: Console)
 
 
 def sizes_text(sizes: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}{'=' * isinstance(size, str)}{size}" for name, size in sizes.items())
+    """Return sizes as T4096, cache=int8 or offload2.5."""
+    texts = {name: f"={size}" if isinstance(size, str) else f"{size:.10g}" for name, size in sizes.items()}
+    return " ".join(f"{name}{text}" for name, text in texts.items())
 
 
 def number(value: float | None) -> str:
