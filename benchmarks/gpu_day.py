@@ -113,7 +113,7 @@ def _smallest(name: str) -> str:
 
 def _tests(computes: str, first: bool) -> dict[str, str]:
     """Return a command per operation of the registry's tests and per other file; `first`: a test a function."""
-    command = f"{computes}-m pytest -v -m gpu -p no:cacheprovider --maxfail 3{' --first' * first}"
+    command = f"{computes}-m pytest -v -m gpu -p no:cacheprovider --maxfail 3{' --first' if first else ''}"
     found = {name: f"{command} tests/ops/test_registry.py -k=-{name}-" for name in OPS}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         if file.stem != "test_registry" and GPU_TESTS.search(file.read_text()):

@@ -76,10 +76,9 @@ class Placement:
     def describe(self, config: MixtralConfig) -> str:
         """Return how many lie in host memory, and how many more would with the usual chunk."""
         total = config.num_hidden_layers * config.num_local_experts
-        parts = [f"{self.count} of {total} experts"] + ["the embedding"] * self.embedding
-        saved = f" ({self.saved} expert{'s' * (self.saved > 1)} fewer)" * bool(self.saved)
-        chunk = f", prompts in chunks of {self.chunk} tokens{saved}" * (self.chunk < PREFILL_CHUNK)
-        return f"{' and '.join(parts)} in host memory{chunk}"
+        found = f"{self.count} of {total} experts{' and the embedding' if self.embedding else ''} in host memory"
+        saved = f" ({_count(self.saved, 'expert')} fewer)" if self.saved else ""
+        return found + (f", prompts in chunks of {self.chunk} tokens{saved}" if self.chunk < PREFILL_CHUNK else "")
 
     def where(self) -> str:
         """Return which experts lie there, layers with the same ones together."""
@@ -89,8 +88,12 @@ class Placement:
         return "; ".join(f"{_list('expert', each)} of {_list('layer', of)}" for each, of in layers.items() if each)
 
 
-def _list(name: str, numbers: Sequence[int]) -> str:
-    return f"{name}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _list(noun: str, numbers: Sequence[int]) -> str:
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def load(
@@ -284,7 +287,7 @@ def check_offload(
         layers = routes or [range(most, -1, -1)] * config.num_hidden_layers  # as if the last were used least
         ranked = [sorted(range(most + 1), key=layer.__getitem__) for layer in layers]
         placement = Placement.of([sorted(experts[: int(offload)]) for experts in ranked], sizes[0])
-    text = placement.describe(config) if offload == "auto" else f"{offload} expert{'s' * (offload != 1)} of each layer"
+    text = placement.describe(config) if offload == "auto" else f"{_count(int(offload), 'expert')} of each layer"
     host, size = host_memory(), in_decimal(placement.host_bytes)
     if host is not None and device.type != "meta" and placement.host_bytes > host:
         fit = host // sum(sizes[0])

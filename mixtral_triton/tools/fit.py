@@ -166,7 +166,7 @@ class Request:
         device_bytes of all, and tokens_per_second: predicted, cautious and optimistic; () where rates are unknown."""
         specs, total = self.specs[format], self.config.num_hidden_layers * self.config.num_local_experts
         need = memory_need(self.config, specs, self.batch, self.context, found.chunk, self.cache_dtype)
-        context = f" --context {self.context}" * (self.context != AUTO_CONTEXT)
+        context = "" if self.context == AUTO_CONTEXT else f" --context {self.context}"
         offload = {**vars(found), "experts": found.count, "of": total, "link": gpu.link}
         offload |= {"device_bytes": need["total"] - found.freed_bytes, "text": found.describe(self.config)}
         offload["tokens_per_second"] = self.speed(gpu, specs, found) if gpu.l2 else ()
@@ -195,11 +195,12 @@ class Request:
         return self.batch / cautious, self.batch / optimistic
 
     def command(self, format: str) -> str:
-        weights = WEIGHT_FORMATS[format] or ""
-        weights = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
-        folder = "FOLDER" if self.name.lower() in KNOWN else self.name
-        cache = " --cache-dtype int8" * (self.cache_dtype is not None)
-        return f"mixtral-triton generate {folder}{f' --weights {weights}' * bool(weights)}{cache}"
+        folder, weights = "FOLDER" if self.name.lower() in KNOWN else self.name, WEIGHT_FORMATS[format]
+        command = f"mixtral-triton generate {folder}"
+        if weights:
+            text = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
+            command += f" --weights {text}"
+        return command if self.cache_dtype is None else f"{command} --cache-dtype int8"
 
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
@@ -300,7 +301,7 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
             found.append({"name": gpu.name, "bytes": gpu.bytes, "gpus_needed": needed, "offload": offloads})
         print(json.dumps(request.as_dict() | {"gpus": found}))
         return 0
-    offloaded = f"{OFFLOADED} " * any(plan.offload for plans in rows.values() for plan in plans)
+    offloaded = f"{OFFLOADED} " if any(plan.offload for plans in rows.values() for plan in plans) else ""
     table = Table("How many GPUs hold it, by format", f"{offloaded}{FORMAT_NOTE} {SEVERAL}", text=["link"])
     for gpu, plans in rows.items():
         cells = {"gpu": gpu.name, "MiB": f"{gpu.mib:,}", "link": gpu.link}

@@ -180,8 +180,8 @@ def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], 
     found = {name: stored[name] for name in SAMPLING if name in stored and name not in explicit}
     options, penalty = SAMPLING | found | explicit, stored.get("repetition_penalty", 1)
     used = ", ".join(f"{name} {value}" for name, value in found.items() if options["temperature"])
-    notes = [f"generation_config.json sets {used}"] * bool(used)
-    notes += [f"repetition_penalty {penalty} of generation_config.json is ignored"] * (penalty != 1)
+    notes = [f"generation_config.json sets {used}"] if used else []
+    notes += [f"repetition_penalty {penalty} of generation_config.json is ignored"] if penalty != 1 else []
     return options, notes
 
 

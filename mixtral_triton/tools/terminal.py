@@ -79,7 +79,7 @@ class Table:
         notes, left_out = self.caption, [name for name in widths if name not in shown]
         if not isinstance(notes, str):
             notes = "; ".join(f"{name}: {note}" for name, note in notes.items() if name in shown)
-        notes += "\n" * bool(notes)
+        notes += "\n" if notes else ""
         notes += f"left out at this width: {', '.join(left_out)}; --json has all\n" if left_out else ""
         yield Text(notes, style="dim")
 
@@ -105,7 +105,8 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
     compiled: list[float] = []  # seconds of each kernel, which no estimate may repeat
 
     def record(times: Any, cache_hit: bool, **rest: Any) -> None:
-        compiled.extend([times.total / 1e6] * (not cache_hit))
+        if not cache_hit:
+            compiled.append(times.total / 1e6)
 
     if "triton" in sys.modules:
         sys.modules["triton"].knobs.compilation.listener = record
@@ -120,7 +121,7 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
                 if state.completed and state.remaining is not None and state.elapsed:
                     seconds = (state.elapsed - sum(compiled)) * state.remaining / state.completed
                     estimate = f", about {seconds:.0f} s left"
-                done_so_far = str(count(state)).strip() + f", {len(compiled)} kernels compiled" * bool(compiled)
+                done_so_far = str(count(state)).strip() + (f", {len(compiled)} kernels compiled" if compiled else "")
                 if done_so_far != before:  # a line says something new
                     print_message(f"{label}: {done_so_far}{estimate}")
                 before = done_so_far
@@ -155,7 +156,8 @@ def exit_status(error: BaseException, command: str | None) -> int:
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
-        print_message("\r" * sys.stderr.isatty() + f"{name}: interrupted")  # over the terminal's ^C
+        start = "\r" if sys.stderr.isatty() else ""  # over the terminal's ^C
+        print_message(f"{start}{name}: interrupted")
         return INTERRUPTED
     message, text = None, " ".join(str(error).split())
     if isinstance(error, subprocess.CalledProcessError):  # of Triton's build of a launcher

@@ -94,7 +94,7 @@ class Trace:
         table = Table("% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any")
         names = (*map(str, range(self.num_experts)), "first", "any")
         for layer, (shares, *kept) in enumerate(zip(self.share().tolist(), *self.repeated(), strict=True)):
-            cells = [Text(f"{100 * share:.0f}", "bold" * (share == max(shares))) for share in shares]
+            cells = [Text(f"{100 * share:.0f}", "bold" if share == max(shares) else "") for share in shares]
             cells += [Text(f"{100 * part:.0f}") for part in kept]
             table.add({"layer": str(layer), **dict(zip(names, cells, strict=True))})
         even = [1 / self.num_experts] * self.num_experts

@@ -71,19 +71,19 @@ class LayerCheck:
 
     def __post_init__(self) -> None:
         values, (B, T, _) = self.values, self.values.x.shape
-        self.at = torch.arange(B * T, device=values.x.device).view(B, T)  # the row of each token
-        self.rq, self.rk = reference.rope(values.q, values.k, **self.tables, positions=self.at % T)
+        self.token_rows = torch.arange(B * T, device=values.x.device).view(B, T)  # the row of each token
+        self.rq, self.rk = reference.rope(values.q, values.k, **self.tables, positions=self.token_rows % T)
         self.norm = {"weight": self.layer.post_attention_layernorm, "eps": self.config.rms_norm_eps}
 
     def calls(self, index: int) -> Iterator[Call]:
         """The calls in layer `index` that no forward of `generate` makes, or none on a mesh."""
-        layer, values, (B, T) = self.layer, self.values, self.at.shape
+        layer, values, (B, T) = self.layer, self.values, self.token_rows.shape
         yield "rms_norm", "input", {"x": values.x, **self.norm, "weight": layer.input_layernorm}
         yield "add_rms_norm", "with residual", {"x": values.attn_output, "residual": values.x, **self.norm}
         keys = {"k": self.rk, "v": values.v, "window": self.config.sliding_window}
         yield "attention", "prefill", {"q": self.rq, **keys}
         yield "attention", "decode", {"q": self.rq[:, -1:], **keys}
-        ends = (T - torch.arange(B, device=self.at.device)).clamp(min=1).int()
+        ends = (T - torch.arange(B, device=self.token_rows.device)).clamp(min=1).int()
         padded = {"starts": ends // 3, "lengths": ends, "deterministic": True}
         yield "attention", "padded, deterministic", {"q": self.rq, **keys, **padded}
         (N, K), E = values.ids.shape, len(layer.gate)
@@ -104,7 +104,7 @@ class LayerCheck:
 
     def deterministic_calls(self) -> Iterator[Call]:
         """Calls of BATCH rows or RAGGED sequences, whose bits must not depend on the batch."""
-        values, rows = self.values, torch.arange(BATCH, device=self.at.device)
+        values, rows = self.values, torch.arange(BATCH, device=self.token_rows.device)
         index = (rows[:, None] * 7 + torch.arange(KEYS, device=rows.device)) % len(values.h)
         # 16 bits would hide another order of a sum over keys.
         rq, rk, v = (x.flatten(0, 1).float() for x in (self.rq, self.rk, values.v))
@@ -126,7 +126,7 @@ class LayerCheck:
         """Arguments like those `recorded` on meta tensors in a forward of this size, strides included: `weights`, and
         rows drawn from the text. KeyError for an argument without values, ValueError for those that do not fit."""
         OPS[op].check(**recorded)
-        (B, T, C), values, config, device = size, self.values, self.config, self.at.device
+        (B, T, C), values, config, device = size, self.values, self.config, self.token_rows.device
 
         def draw(count: int, seed: int) -> Tensor:
             generator = torch.Generator().manual_seed(seed)
@@ -288,7 +288,7 @@ class SizedCalls:
 
     def calls_on_text(self, check: LayerCheck) -> Iterator[Call]:
         """Calls of a chunk as long as the text and of a step after it: each operation and weight of a layer once."""
-        (B, T), weights = check.at.shape, self.weights(check)
+        (B, T), weights = check.token_rows.shape, self.weights(check)
         done = {("linear", "lm_head, "), ("experts_add_rms_norm", "")}  # of no layer, and among its `calls`
         C = min(2 * T, self.target.config.max_position_embeddings)
         for size, case in ((B, T, C), "chunk"), ((B, 1, C), "one token"):
@@ -324,7 +324,7 @@ class SizedCalls:
             new -= {launch for launch in new if N == max(needed[launch]) < max(self.rows[launch], default=0)}
             if not new:
                 continue
-            slots = f", {size[2]} slots" * (size[2] > CACHE_SLOTS)
+            slots = f", {size[2]} slots" if size[2] > CACHE_SLOTS else ""
             case = f"{self._prefix(op, args)}{size[0]} x {size[1]} tokens{slots}"
             tokens = size[0] * size[1] if op != "linear" else N
             needs = f"a GPU or --tokens {tokens}" if self.limit < tokens else ""

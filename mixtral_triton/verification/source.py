@@ -175,8 +175,8 @@ def _text_rows(source: Source) -> list[Row]:
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}.get("default")
     template, rows = file.read_text(encoding="utf-8") if file.is_file() else template, []
-    checks = [("tokens of a prompt", prompt)] * (folder / "tokenizer.json").is_file()
-    for case, check in checks + [("chat template", chat)] * (template is not None):
+    checks = [("tokens of a prompt", prompt)] if (folder / "tokenizer.json").is_file() else []
+    for case, check in checks if template is None else [*checks, ("chat template", chat)]:
         try:
             rows.append(Row.exact(None, "config", case, check()))
         except (ValueError, OSError) as error:

@@ -52,7 +52,7 @@ def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -
     memory = (references + max(inside, 8 * config.vocab_size * (config.hidden_size + LOGITS * N))) / 1e6
     stored = 0 if folder is None else sum(file.stat().st_size for file in Source(folder).files) / 1e6
     torch_takes = f"torch takes about {memory:,.0f} MB beside the model and {seconds:.0f} s"
-    return f"verifying: reads {stored:,.1f} MB once, {torch_takes}{', without the interpreter' * INTERPRETED}"
+    return f"verifying: reads {stored:,.1f} MB once, {torch_takes}{', without the interpreter' if INTERPRETED else ''}"
 
 
 def check_weights(
@@ -85,8 +85,9 @@ def check_weights(
 def _weights(target: ModelUnderTest, index: int | None) -> dict[str, Any]:
     """The weights of a layer (None: outside the layers) by name. A tied head is left out."""
     if index is None:
-        has_head = target.lm_head is not None and target.lm_head is not target.embed_tokens
-        return {name: getattr(target, name) for name in ("embed_tokens", "norm", *["lm_head"] * has_head)}
+        weights = {name: getattr(target, name) for name in ("embed_tokens", "norm")}
+        tied = target.lm_head is None or target.lm_head is target.embed_tokens
+        return weights if tied else {**weights, "lm_head": target.lm_head}
     layer = target.layers[index]
     quantized = {name: module for name, module in layer.named_modules() if isinstance(module, QuantizedWeight)}
     return dict(layer.named_parameters()) | quantized

@@ -134,10 +134,10 @@ def _cells(row: Row, peers: Sequence[str], timed: bool) -> dict[str, str]:
     one = row.predicted
     share = row.share if timed else one.share if one else None
     cells = {
-        "time, us": row.ours.verdict * timed if row.ours.seconds is None else micro(row.ours.seconds),
+        "time, us": micro(row.ours.seconds) if row.ours.seconds is not None else row.ours.verdict if timed else "",
         "predicted, us": f"{micro(one.seconds)}-{micro(one.cautious)}" if one else "",
         "limit": one.limit if one else "",
-        "of floor": "-" * timed if share is None else f"{100 * share:.0f} %",
+        "of floor": f"{100 * share:.0f} %" if share is not None else "-" if timed else "",
         **{"floor, us": micro(row.floor_s), "bound": row.bound},
     }
     for name in peers:
