@@ -224,6 +224,7 @@ def _refusals(model: Any, ids: Tensor) -> Row:
     full, token = KVCache(config, B, 1, device, dtype), ids[:, :1]
     full.lengths += full.max_len
     other = next(each for each in (torch.float32, torch.bfloat16) if each != dtype)
+    changed = replace(config, rms_norm_eps=config.rms_norm_eps + 1)
     wrong: dict[str, tuple[Any, ...]] = {
         "a full cache": (token, full),
         "a token outside the vocabulary": (token * 0 + config.vocab_size,),
@@ -231,7 +232,7 @@ def _refusals(model: Any, ids: Tensor) -> Row:
         "lengths without a cache": (token, None, torch.ones_like(token[:, 0])),
         "a cache of another batch": (token, KVCache(config, B + 1, 2, device, dtype)),
         "a cache of another dtype": (token, KVCache(config, B, 2, device, other)),
-        "another model's cache": (token, KVCache(replace(config, rms_norm_eps=1.0), B, 2, device, dtype)),
+        "another model's cache": (token, KVCache(changed, B, 2, device, dtype)),
     }
     for name, args in wrong.items():
         try:

@@ -220,7 +220,8 @@ def compare_layers(
             with target.catch_faults(probe.fail):
                 out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
                 if logits is not None:
-                    probe.rows.append(Row(None, "logits", case, *probe.measure(logits, out)))
+                    measured = probe.measure(logits, out) if out.dtype == torch.float32 else (math.inf, logits.limit)
+                    probe.rows.append(Row(None, "logits", case, *measured))
     return rows + probe.as_rows(), expected, exact
 
 

@@ -81,6 +81,11 @@ def tied(head: Any) -> Any:
     return lambda model, h: ops.linear.unchecked(h, model.embed_tokens)
 
 
+def in_another_dtype(head: Any) -> Any:
+    """What a float32 model computes is as exact in fp64; what a 16-bit one does, in its own dtype."""
+    return lambda model, h: head(model, h).to(torch.float64 if h.dtype == torch.float32 else h.dtype)
+
+
 # The class of one layer, or a fault in all; the layers and the case of the first wrong row.
 FAULTS: dict[str, tuple[Any, set[int | None], str]] = {
     "norms swapped": (SwappedNorms, {LAYER}, f"{ROUTES}, {UNCACHED}"),
@@ -94,6 +99,7 @@ FAULTS: dict[str, tuple[Any, set[int | None], str]] = {
     "position + 1 in decode": (change_state(shift_decode_position), {0, 1, 2}, f"attention, {TOKENS}"),
     "ring off by one slot": (replace_by(ops.append, "unchecked", shift_ring), {0, 1, 2}, f"attention, {CHUNKS}"),
     "head tied in the model": (replace_by(Mixtral, "head", tied), {None}, UNCACHED),
+    "logits in the wrong dtype": (replace_by(Mixtral, "head", in_another_dtype), {None}, UNCACHED),
 }
 
 

@@ -66,7 +66,7 @@ def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_h
 
 @once
 def test_right_deterministic_model() -> None:
-    model = small_model(torch.bfloat16)
+    model = small_model(torch.bfloat16, rms_norm_eps=1.0)  # so large that it is no small change of another
     model.deterministic = True
     assert not verify(model, IDS).wrong
 
