@@ -95,6 +95,11 @@ def untraced() -> bool:
     return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
+def transformed() -> bool:
+    """Return whether torch.func (vmap, jvp, grad) or a level of forward derivatives is active."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def needs_no_dispatch(values: Iterable[Any]) -> bool:
     """Return whether torch's dispatcher may be skipped: no trace, gradient, fake tensor or lazy negation
     (`torch.Tensor.is_neg`)."""
@@ -183,13 +188,12 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
     return tuple(values)
 
 
-def _reject_transforms(op: Op, args: tuple[Any, ...]) -> None:
+def reject_transforms(name: str, args: Iterable[Any]) -> None:
     """Raise ValueError where torch.func (vmap, jvp, grad) or a forward derivative would see a tensor: no operation has
     a rule for them, and the kernels would not see them."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
     if wrapped or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if forward_ad._current_level >= 0):
-        name = f"mixtral_triton.ops.{op.name}"
         raise ValueError(f"{name} is for inference only: vmap, jvp, grad and forward derivatives have no rule for it")
 
 
@@ -286,8 +290,8 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         traced = not untraced()
         if kwargs:
             args = _order_traced(op, args, kwargs) if traced else order(args, kwargs)
-        if not traced and (forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None):
-            _reject_transforms(op, args)
+        if not traced and transformed():
+            reject_transforms(f"mixtral_triton.ops.{op.name}", args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it writes into a cache")
         return call_checked(op, args) if needs_no_dispatch(args) else dispatch(args)

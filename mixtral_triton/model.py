@@ -19,7 +19,7 @@ from .cache import KVCache, Slots
 from .config import MixtralConfig
 from .generate import PREFILL_CHUNK, generate, stream
 from .inputs import check_dtype, check_ids, check_lengths, usable_device
-from .kernels.call import untraced
+from .kernels.call import reject_transforms, transformed, untraced
 from .kernels.launch import pdl_region
 from .kernels.offload import empty_on_host
 from .kernels.rope import rope_tables
@@ -340,6 +340,8 @@ class Mixtral(nn.Module):
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
+        if untraced() and transformed():
+            reject_transforms("Mixtral", (input_ids, *self.parameters()))
         check_dtype("Mixtral: dtype", self.dtype)  # the model may have been converted
         check_ids(input_ids, self.config.vocab_size, self.device)
         (B, T), limit = input_ids.shape, self.config.max_position_embeddings

@@ -42,7 +42,7 @@ def apply(
     blocks += (modeling.MixtralRMSNorm,) if rms_norm else ()
     blocks += (modeling.MixtralRotaryEmbedding,) if rope else ()
     _check_weights(model)
-    _check_modules(model, blocks, modules)
+    _check_modules(model, blocks, modules, attention)
     revert(model)
     if blocks and not INTERPRETED and model.device.type == "cpu":
         text = "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the kernels: far slower"
@@ -59,10 +59,14 @@ def apply(
 def revert(model: Model) -> Model:
     """Undo `apply`, bit for bit -> the same instance. A model that is not applied stays as it is."""
     modules = import_modules("revert", model)
-    for module in model.modules():
-        if isinstance(module, modules.Applied):
-            _set_class(module, module.original)
-            del module.__dict__[modules.PARTS_ATTRIBUTE]
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, modules.Applied)}
+    for name, module in fused.items():
+        if type(module) is not modules.applied_class(module.original):  # as with a parametrization
+            got, need = f"{name or 'the model'} is a {type(module).__name__}", "needs the class that apply gave it"
+            raise ValueError(f"revert: {got}, {need}: remove first what was put on it after apply")
+    for module in fused.values():
+        _set_class(module, module.original)
+        del module.__dict__[modules.PARTS_ATTRIBUTE]
     return model
 
 
@@ -120,9 +124,10 @@ def _check_weights(model: Any) -> None:
             raise ValueError(f"apply: parameter {name} is {got}, needs a plain fp32, bf16 or fp16 parameter")
 
 
-def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any) -> None:
+def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any, attention: bool) -> None:
     """Raise ValueError unless modules to replace have transformers' class and forward, and hooks name existing GPUs."""
-    backbone, gpus = modules.modeling.MixtralModel, torch.cuda.device_count()
+    modeling, gpus = modules.modeling, torch.cuda.device_count()
+    backbone = modeling.MixtralModel
     for name, module in model.named_modules() if blocks else ():
         hook = module.__dict__.get("_hf_hook")
         for each in getattr(hook, "hooks", (hook,)):
@@ -131,6 +136,10 @@ def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any
             if device.type == "cuda" and (device.index or 0) >= gpus:
                 got = f"{name or 'the model'} is to run on {device}, and this machine has {gpus} CUDA devices"
                 raise ValueError(f"apply: {got}; load the model with a device_map of devices that exist")
+        layer = module.modules() if attention and isinstance(module, modeling.MixtralDecoderLayer) else None
+        if layer and not any(isinstance(each, modeling.MixtralAttention) for each in layer):
+            got = f"{name}.self_attn is a {type(module.self_attn).__name__}, which cannot read fused attention's masks"
+            raise ValueError(f"apply: {got}; needs transformers' own MixtralAttention, or attention=False")
         base = next((each for each in (*blocks, backbone) if isinstance(module, each)), None)
         if base is None:
             continue
@@ -141,9 +150,9 @@ def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any
         if forward in module.__dict__ and not _is_own_forward(module, forward):
             name = name or f"the {current.__name__}"
             raise ValueError(f"apply: {name} has a {forward} of its own, which would stay in use; remove it first")
-        if base is modules.modeling.MixtralAttention and module.head_dim > 256:
+        if base is modeling.MixtralAttention and module.head_dim > 256:
             raise ValueError(f"apply: head_dim is {module.head_dim}, needs at most 256; attention=False, rope=False")
-        if base is modules.modeling.MixtralExperts:
+        if base is modeling.MixtralExperts:
             modules.check_unhooked(module.act_fn, f"apply: {name}.act_fn")
             if getattr(module, "_is_expert_parallel", False):
                 got = f"{name} is split over ranks (expert parallel)"

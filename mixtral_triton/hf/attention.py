@@ -23,7 +23,7 @@ from transformers.models.mixtral import modeling_mixtral as modeling
 from transformers.utils.import_utils import is_tracing
 
 from .. import ops
-from ..kernels.call import untraced
+from ..kernels.call import transformed, untraced
 
 PAGED = (
     "continuous batching (generate_batch) keeps keys and values in pages, which fused attention does not read; "
@@ -35,8 +35,8 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 
 def checked_if_needed(operation: Any) -> Any:
-    """Return the operation, without its checks unless a tracer, gradients or autocast may change its arguments."""
-    needed = not untraced() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()
+    """Return the operation, without its checks unless a tracer, derivatives or autocast may change its arguments."""
+    needed = not untraced() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or transformed()
     return operation if needed else operation.unchecked
 
 

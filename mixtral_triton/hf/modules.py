@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as modeling
 
 from .. import ops
+from ..kernels.checks import FLOATS
 from .attention import CACHE, NAME, PAGED, attention, causal_mask, check_dense, checked_if_needed
 
 PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
@@ -210,6 +211,9 @@ class Backbone(ImplementationsMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:  # type: ignore[attr-defined]
             raise ValueError("mixtral_triton.apply is for inference only: call model.eval(), or revert(model) to train")
+        if self.dtype not in FLOATS:  # type: ignore[attr-defined]
+            got = f"the model was converted to {self.dtype}"  # type: ignore[attr-defined]
+            raise ValueError(f"mixtral_triton: {got}, needs fp32, bf16 or fp16; or revert(model)")
         if self._mixtral_triton.attention:
             args, kwargs = with_mask(self.config, args, kwargs)  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]

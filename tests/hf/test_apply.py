@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from mixtral_triton import apply, hf, revert
 from tests.cli.commands import python
@@ -83,6 +84,21 @@ def test_the_last_apply_decides(make_hf: Any, calls: set[str]) -> None:
     assert snapshot(model) == before == snapshot(revert(model))
 
 
+@pytest.mark.parametrize("path", ["norm", "layers.0.mlp.gate"])
+def test_parametrization_of_a_fused_module_is_removed_before_revert(path: str, make_hf: Any) -> None:
+    """It gives the module a subclass of its own, without which the module has no weight."""
+    model = make_hf()
+    before, want = snapshot(model), model(IDS).logits
+    module = apply(model).model.get_submodule(path)
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+    for function in (revert, apply):
+        with pytest.raises(ValueError, match=rf"revert: model\.{path} is a Parametrized\w+, needs the class"):
+            function(model)
+        assert hf.applied(model) and torch.allclose(model(IDS).logits, want, atol=1e-4)
+    nn.utils.parametrize.remove_parametrizations(module, "weight")
+    assert snapshot(revert(model)).keys() == before.keys() and torch.equal(model(IDS).logits, want)
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_alone(part: str, make_hf: Any, calls: set[str]) -> None:
     model = make_hf()
@@ -93,6 +109,10 @@ def test_each_part_alone(part: str, make_hf: Any, calls: set[str]) -> None:
     assert out.loss.requires_grad
     with pytest.raises(ValueError, match="inference only"):
         out.loss.backward()
+    with torch.no_grad(), forward_ad.dual_level():
+        embeds = model.model.embed_tokens(IDS)
+        with pytest.raises(ValueError, match="forward derivatives"):
+            model(inputs_embeds=forward_ad.make_dual(embeds, embeds))
     revert(model)(IDS, labels=IDS).loss.backward()
 
 
@@ -221,6 +241,10 @@ REJECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "class": (changed(lambda m: setattr(m.model.norm, "__class__", FAST_NORM)), "FastNorm, not transformers' own Mi"),
     "hook": (changed(lambda m: experts(m).act_fn.register_forward_hook(print)), "act_fn has hooks.*experts=False"),
     "activation": (changed(id, hidden_act="gelu"), "act_fn is GELU.*needs silu"),
+    "another attention": (
+        changed(lambda m: setattr(m.model.layers[1], "self_attn", nn.Identity())),
+        r"model\.layers\.1\.self_attn is a Identity, which cannot read fused attention's masks",
+    ),
     "head size": (changed(id, head_dim=512), "head_dim is 512, needs at most 256"),
 }
 

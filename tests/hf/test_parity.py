@@ -372,8 +372,16 @@ MINE = type("Mine", (nn.SiLU,), {})()
 def test_what_fused_operations_never_read_is_refused_at_the_call(message: str, make_hf: Any) -> None:
     model = apply(make_hf(sliding_window=None))
     REPLACED[message](model.model.layers[-1])
-    with pytest.raises(ValueError, match=message):
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
         model(ROWS)
+
+
+@pytest.mark.compiled
+@torch.no_grad()
+def test_model_that_was_converted_to_fp64_is_refused_at_the_call(make_hf: Any) -> None:
+    """`apply` refuses it, too; kernels that read it without their checks would be wrong in silence."""
+    with pytest.raises(ValueError, match=r"was converted to torch\.float64, needs fp32, bf16 or fp16"):
+        apply(make_hf()).double()(ROWS)
 
 
 @pytest.mark.compiled

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mixtral_triton import KVCache, Mixtral, reference
 from mixtral_triton.kernels.experts.tiles import DECODE_TOKENS
@@ -324,6 +325,9 @@ def test_gradients_and_training_are_refused(model: Mixtral, device: torch.device
             model(ids)
         place.requires_grad_(False)
     assert not model(ids).requires_grad
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(ValueError, match="Mixtral is for inference only"):
+        norm = forward_ad.make_dual(model.norm.data, model.norm.data)
+        torch.func.functional_call(model, {"norm": norm}, (ids,))
 
 
 @pytest.mark.exhaustive
