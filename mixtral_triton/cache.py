@@ -36,7 +36,8 @@ class KVCache:
     keys, values  per layer [B, Hkv, C, D], or a QuantizedCache; position p is in slot p mod C, C = sliding_window where
                   a position can leave it, else max_len
     dtype         of the keys; int8: they are quantized as they are appended
-    lengths       int32 [B]: tokens appended so far, which is the next position
+    lengths       int32 [B]: tokens appended so far, which is the next position. A lower number written here drops the
+                  tokens behind it; where a ring has wrapped only 0 does, since they took the slots of earlier ones
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
     """
 
@@ -70,14 +71,15 @@ class KVCache:
         shape = cache_shape(config, batch, max_len or limit)
         self.slots = shape[4]
         self.max_len = limit if self.window else self.slots
-        # Zeros, so that no slot holds uninitialized bits.
         storage: Slots
-        if dtype is torch.int8:
-            storage = QuantizedCache.empty(*shape, device=device).zero_()
-        else:
-            storage = torch.zeros(shape, dtype=dtype, device=device)
-        self.keys, self.values = (tuple(storage[layer, part] for layer in range(shape[0])) for part in (0, 1))
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        # Zeros, so that no slot holds uninitialized bits. Ordinary tensors, which both modes may write to.
+        with torch.inference_mode(False):
+            if dtype is torch.int8:
+                storage = QuantizedCache.empty(*shape, device=device).zero_()
+            else:
+                storage = torch.zeros(shape, dtype=dtype, device=device)
+            self.keys, self.values = (tuple(storage[layer, part] for layer in range(shape[0])) for part in (0, 1))
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version, self._replayed = 0, _version(self.lengths), False
         self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended
 
@@ -118,8 +120,9 @@ class KVCache:
         if torch.compiler.is_compiling():  # a host counter would compile a graph for each count
             self.lengths += new
             return
-        known, self.appending = self._min_length() + common, None
+        known = self._min_length() + common
         self.lengths += new
+        self.appending = None  # last: what has failed is not counted
         if self.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
             self._replayed = True
         self._known, self._version = known, _version(self.lengths)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Sampling = tuple[float, float, torch.Generator | None, int | None, float]  # the arguments of `sample` after the logits
 MIN_TEMPERATURE = 1e-30
+TINY = torch.finfo(torch.float32).tiny  # in fp32 a smaller number may be 0
 PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
 GRAPH_MIN_TOKENS = 4  # remaining tokens that are worth a capture, which takes the host time of about two steps
 _lock = threading.Lock()  # captures take turns, as they share a stream
@@ -63,7 +64,8 @@ def generate(
     sampling: Any = {"generator": generator, "top_k": top_k, "min_p": min_p, "cache_dtype": cache_dtype}
     steps = stream(model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, **sampling)
     rows, eos = list(input_ids), eos_ids(eos_token_id, model.config)
-    new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else torch.empty((len(rows), 0), dtype=torch.int64)
+    none = torch.empty((len(rows), 0), dtype=torch.int64, device="cpu")  # whatever a caller's default device is
+    new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else none
     if isinstance(input_ids, Tensor):
         padding = new[:, -1:].expand(-1, max_new_tokens - new.shape[1])  # EOS, where the loop stopped early
         return torch.cat((torch.stack(rows), torch.cat((new, padding), dim=1).to(rows[0].device)), dim=1)
@@ -118,6 +120,7 @@ def stream(
     return _stream(model, ids, lengths, max_new_tokens, eos, (temperature, top_p, generator, top_k, min_p), dtype)
 
 
+@torch.inference_mode(False)  # outermost: leaving inference mode turns gradients on
 @torch.no_grad()
 def _stream(
     model: Mixtral, ids: Tensor, lengths: Tensor, n: int, eos: frozenset[int], sampling: Sampling, dtype: torch.dtype
@@ -216,16 +219,16 @@ def sample(
         # As in transformers: ties with the k-th logit stay, and top_p applies to what stays.
         least = shifted.topk(top_k, dim=-1).values[..., -1:]
         shifted = shifted.masked_fill(shifted < least, -torch.inf)
-    p = torch.softmax(shifted / max(temperature, MIN_TEMPERATURE), dim=-1).float()
+    p = torch.softmax(shifted / float(max(temperature, MIN_TEMPERATURE)), dim=-1).float()
     if top_p < 1.0:
         sorted_p, order = p.sort(dim=-1, descending=True)
         # A token stays while the sum before it is below top_p; the first always stays.
-        sorted_p = sorted_p.masked_fill(sorted_p.cumsum(-1) - sorted_p >= top_p, 0.0)
+        sorted_p = sorted_p.masked_fill(sorted_p.cumsum(-1) - sorted_p >= max(top_p, TINY), 0.0)
         p = torch.zeros_like(p).scatter(-1, order, sorted_p)
     if min_p > 0.0:
         p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
     # Exponential race, the token with rate p wins: torch.multinomial's draw without its synchronization.
-    clock = torch.empty_like(p).exponential_(generator=generator).clamp_(min=torch.finfo(p.dtype).tiny)
+    clock = torch.empty_like(p).exponential_(generator=generator).clamp_(min=TINY)
     return (p / clock).argmax(dim=-1)
 
 

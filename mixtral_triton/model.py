@@ -6,7 +6,7 @@ B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size, V
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -217,10 +217,15 @@ class Mixtral(nn.Module):
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
         projections = ((layer.gate_up_proj, layer.down_proj) for layer in self.layers)  # in the order of their use
         OffloadedWeight.stage_in_turn([pair for pair in projections if isinstance(pair[1], OffloadedWeight)])  # type: ignore[misc]
+        self._set_tables(device)
+        super().train(False)
+
+    def _set_tables(self, device: torch.device | str | None) -> None:
+        """Compute the rotary tables, which no state_dict holds."""
+        config = self.config
         cos, sin = rope_tables(config.rope_theta, config.max_position_embeddings, config.head_dim, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        super().train(False)
 
     @classmethod
     def from_pretrained(
@@ -282,10 +287,20 @@ class Mixtral(nn.Module):
         sequence are NaN, and so are later ones while they see these tokens in the cache. Others are unaffected.
         """
         self._check(input_ids, cache, lengths)
-        return self.head(self.hidden(input_ids, cache, lengths))
+        return self.hidden(input_ids, cache, lengths, self.head)
 
-    def hidden(self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
-        """`forward` without the head, on checked arguments: [B,T] -> [B,T,H], normed."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        lengths: Tensor | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """`forward` without the head, on checked arguments: [B,T] -> [B,T,H], normed.
+
+        `head` maps that to the result, before `cache` counts the tokens: a call that fails, which a caller may repeat
+        with the same tokens, then leaves them uncounted.
+        """
         B, T = input_ids.shape
         if self.ranks is not None and not untraced() and self.device.type != "meta":
             # The operators' checks do not know other ranks' experts.
@@ -303,9 +318,10 @@ class Mixtral(nn.Module):
         with pdl_region() if pdl else nullcontext():
             for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_caches, strict=True):
                 h, x = layer(h, x, next_norm, kv_cache, state)
+        out = h if head is None else head(h)
         if cache is not None:
             cache.advance(state.num_new, T if lengths is None else 0)
-        return h
+        return out
 
     def find_change(self) -> str | None:
         """Return where a caller's code runs in the layers; None where each is exactly as this class made it.
@@ -378,17 +394,37 @@ class Mixtral(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> Mixtral:
         """As torch's; a device that does not exist is a ValueError."""
-        if (device := torch._C._nn._parse_to(*args, **kwargs)[0]) is not None:
+        try:
+            device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        except RuntimeError as error:  # of a device that torch does not know
+            raise ValueError(f"Mixtral.to: {error}") from error
+        if device is not None:
             usable_device(str(device))
         return super().to(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixtral:
-        """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits."""
+        """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits, and are set
+        after `to_empty`, too. Offloaded experts refuse before anything has changed."""
+        for weight in self._offloaded():
+            weight._apply(fn)
         cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
-        if self.cos.dtype != torch.float32:
+        if cos.is_meta:
+            self._set_tables(self.cos.device)
+        else:
             self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load a state_dict's own part, which comes first: offloaded experts refuse before anything has changed."""
+        for weight in self._offloaded():
+            weight._refuse_state()
+        super()._load_from_state_dict(*args)
+        if self.cos.is_meta:  # assign=True has moved the parameters
+            self._set_tables(self.device)
+
+    def _offloaded(self) -> Iterator[OffloadedWeight]:
+        return (module for module in self.modules() if isinstance(module, OffloadedWeight))
 
     def requires_grad_(self, requires_grad: bool = True) -> Mixtral:
         if requires_grad:

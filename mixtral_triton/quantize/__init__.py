@@ -45,7 +45,7 @@ def select_specs(
         return {}
     parts = {"experts": quantization} if isinstance(quantization, str) else quantization
     known = isinstance(parts, Mapping) and {*parts} <= {*QUANTIZED_PARTS} and {*map(str, parts.values())} <= {*BITS}
-    if not parts or not known:
+    if not known or not parts:
         raise ValueError(f"{caller}: weights is {quantization!r}, needs {ALLOWED}")
     formats = {name: format for part, format in parts.items() for name in QUANTIZED_PARTS[part]}
     specs: dict[str, QuantSpec] = {}

@@ -58,6 +58,8 @@ def write(
     if headers.scheme is not None:
         raise ValueError(f"quantize: {headers.folder} is quantized already ({headers.scheme.name})")
     targets, per_expert = weights.check(headers, config), weights.table(config, "per_expert")
+    embedding = torch.empty(0, device="cpu")
+    weights.check_tied_head(headers, config, {"embed_tokens": embedding}, lambda size: None, weights.UNSHARDED)
     specs = select_specs(quantization, weights.parameter_shapes(config), "quantize")
     part_specs: dict[str, QuantSpec] = {}
     for part, names in QUANTIZED_PARTS.items():

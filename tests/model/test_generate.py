@@ -18,6 +18,7 @@ from tests.support.models import cache_of, random_model, tokens
 V, P = 23, 30
 NEW = 3 if INTERPRETED else 12
 LIMITS = [(1.0, 1e-9, V), (5.0, 1e-3, V), (1e-4, 1.0, V), (1e-39, 1.0, V), (5e-324, 0.5, V), (50.0, 1.0, 1)]
+LIMITS += [(1.0, 1e-60, V), (10**300, 1.0, 1)]
 Make = Callable[..., Mixtral]
 
 
@@ -198,7 +199,9 @@ def idle(make: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
 def test_no_new_tokens_and_a_model_without_values(idle: Make, device: torch.device) -> None:
     ids = tokens(2, 4, device=device)
     assert torch.equal(idle().generate(ids, max_new_tokens=0), ids)
-    got = idle().generate([ids[0], ids[1, :2]], max_new_tokens=0)
+    model = idle()
+    with torch.device("meta"):  # a caller's default device
+        got = model.generate([ids[0], ids[1, :2]], max_new_tokens=0)
     assert [row.tolist() for row in got] == [ids[0].tolist(), ids[1, :2].tolist()]
     with pytest.raises(ValueError, match=r"meta.*needs a CPU or a GPU"):
         idle().to("meta").generate(ids.to("meta"))

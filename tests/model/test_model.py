@@ -6,6 +6,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -178,7 +179,21 @@ def test_cache_again_and_in_inference_mode(name: str, load: Callable[..., Mixtra
     want = model.generate(ids, max_new_tokens=2)
     with torch.inference_mode():
         assert torch.equal(model.generate(ids, max_new_tokens=2), want)
-        close(in_chunks(model, ids, cache_of(model, 2), (4, 1)), model(ids), 1e-5)
+        cache, steps = cache_of(model, 2), model.stream(ids, 2)
+        first = next(steps)
+        close(in_chunks(model, ids[:, :5], cache, (4, 1)), model(ids)[:, :5], 1e-5)
+    close(in_chunks(model, ids[:, 5:], cache, (2, 1)), model(ids)[:, 5:], 1e-5)  # begun in the one mode, and continued
+    assert torch.equal(torch.stack([first, next(steps)], 1), want[:, 8:])
+
+
+@pytest.mark.usefixtures("unguarded")
+@pytest.mark.parametrize("way", ("assign", "to_empty", "to_empty on meta"))
+def test_a_state_dict_fills_an_unset_model(way: str, load: Callable[..., Mixtral], device: torch.device) -> None:
+    model, ids = load("window"), tokens(1, 8, device=device)
+    other = load("window", device=device if way == "to_empty" else "meta")
+    other = other if way == "assign" else other.to_empty(device=device)
+    other.load_state_dict(model.state_dict(), assign=way == "assign")
+    assert torch.equal(other(ids), model(ids))  # a state_dict has no rotary tables
 
 
 @pytest.mark.usefixtures("unguarded")
@@ -310,6 +325,9 @@ def test_bad_caches(options: dict[str, Any], load: Callable[..., Mixtral]) -> No
 def test_bad_loads(options: dict[str, Any], load: Callable[..., Mixtral]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         load("window", **options)
+    if options.get("device") in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=r"Mixtral.to: .*gpu|does not exist"):
+            load("window").to(**options)
 
 
 def test_gradients_and_training_are_refused(model: Mixtral, device: torch.device) -> None:
@@ -336,7 +354,8 @@ def test_gradients_and_training_are_refused(model: Mixtral, device: torch.device
     ("window", "past", "new"), [(6, 5, 4), (6, 8, 2), (6, 8, 1), (6, 2, 4), (6, 0, 9), (None, 5, 4)]
 )
 @pytest.mark.parametrize("inference", [False, True])
-def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, inference: bool) -> None:
+@pytest.mark.parametrize("part", ["layer", "head"])
+def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, inference: bool, part: str) -> None:
     """Layer 0 had written its keys. Where these took the slots of keys that the chunk sees, the cache is refused."""
     model = random_model(num_hidden_layers=2, sliding_window=window)
     before, chunk = random_tokens(2, 8), random_tokens(2, new, seed=1)
@@ -344,10 +363,9 @@ def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, i
         caches = make_cache(model, 2, 24), make_cache(model, 2, 24)
         for cache in caches if past else ():
             model(before[:, :past], cache=cache)
-        handle = model.layers[1].register_forward_pre_hook(lambda *args: {}[0])
-        with pytest.raises(KeyError):
+        owner, name = (model, "head") if part == "head" else (model.layers[1], "forward")
+        with patch.object(owner, name, side_effect=KeyError), pytest.raises(KeyError):
             model(chunk, cache=caches[0])
-        handle.remove()
         if window and past and new > 1 and past + new > window:
             with pytest.raises(ValueError, match=r"forward failed after it had overwritten keys .*needs a new cache"):
                 model(chunk, cache=caches[0])

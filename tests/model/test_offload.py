@@ -222,13 +222,18 @@ def test_offloaded_model_cannot_be_moved_copied_or_saved(weights: str | None, tm
     for fault in (
         model.state_dict,
         partial(save_model, model, str(tmp_path / "model.safetensors")),
-        partial(model.load_state_dict, resident.state_dict(), strict=False),
+        partial(model.load_state_dict, {name: x * 0 for name, x in resident.state_dict().items()}, strict=False),
     ):
         with pytest.raises(ValueError, match="addresses of offloaded experts, not their rows: needs a model without"):
             fault()
     assert torch.equal(model(IDS), resident(IDS))
     weights = [each for each in model.modules() if isinstance(each, OffloadedWeight)]
     assert all(torch.equal(each.data, each._table()) for each in weights)
+    model = random_model(num_hidden_layers=2, on_host=((), (3,)))  # the first layer could be converted
+    want = model(IDS % 23)
+    with pytest.raises(ValueError, match="offloaded experts cannot be"):
+        model.half()
+    assert torch.equal(model(IDS % 23), want)
 
 
 @needs_proc

@@ -153,12 +153,15 @@ def test_quantized_folder_and_existing_out_raise_value_error(tmp_path: Path) -> 
         write(tmp_path / "out", tmp_path / "again", "int4", "cpu")
     with pytest.raises(ValueError, match=r"weights is \{'linear': 'int8'\}, needs a format of the experts"):
         write(SMALL, tmp_path / "again", {"linear": "int8"}, "cpu")
+    other = checkpoint(tmp_path / "tied", small_tensors(), **TIED)  # whose head is not the embedding
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from .*, but tie_word_embeddings is true"):
+        write(other, tmp_path / "again", "int8", "cpu")
     assert not (tmp_path / "again").exists()
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match="is there already and not an empty folder"):
             write(SMALL, out, "int4", "cpu")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "out", "tied"}
     assert (tmp_path / "file").read_text() == "mine"
 
 
