@@ -72,12 +72,13 @@ class KVCache:
         self.max_len = limit if self.window else self.slots
         # Zeros, so that no slot holds uninitialized bits.
         storage: Slots
-        if dtype is torch.int8:
-            storage = QuantizedCache.empty(*shape, device=device).zero_()
-        else:
-            storage = torch.zeros(shape, dtype=dtype, device=device)
-        self.keys, self.values = (tuple(storage[layer, part] for layer in range(shape[0])) for part in (0, 1))
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
+            if dtype is torch.int8:
+                storage = QuantizedCache.empty(*shape, device=device).zero_()
+            else:
+                storage = torch.zeros(shape, dtype=dtype, device=device)
+            self.keys, self.values = (tuple(storage[layer, part] for layer in range(shape[0])) for part in (0, 1))
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version, self._replayed = 0, _version(self.lengths), False
         self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended
 
