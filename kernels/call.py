@@ -294,7 +294,11 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
             reject_transforms(f"mixtral_triton.ops.{op.name}", args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it writes into a cache")
-        return call_checked(op, args) if needs_no_dispatch(args) else dispatch(args)
+        if needs_no_dispatch(args):
+            return call_checked(op, args)
+        if not torch.compiler.is_compiling():
+            op.check(*args)  # torch's operator raises a RuntimeError for another type, and takes 3 for True
+        return dispatch(args)
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
         if untraced():

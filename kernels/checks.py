@@ -202,9 +202,11 @@ class Binder:
 def readable(x: Tensor) -> bool:
     """Return whether the host may read values: only on a CPU, outside a trace.
 
-    On a GPU a read would stall the stream, so kernels mask what is out of range.
+    On a GPU a read would stall the stream, so kernels mask what is out of range. A subclass has values unless it
+    dispatches torch's operations itself, as a fake tensor does.
     """
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    has_values = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return x.device.type == "cpu" and has_values and not torch.compiler.is_compiling()
 
 
 def check_values(op: str, name: str, value: Tensor, low: int, high: int) -> None:

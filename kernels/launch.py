@@ -1,6 +1,7 @@
 """The only entry point to a Triton launch, its configuration and context, and TMA's descriptors."""
 
 import ctypes
+import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ class LaunchContext:
     arch, sms  the architecture and multiprocessors that launch configurations are selected for; None: the device's
     pdl        launches are dependent where the kernel and the architecture allow it (`pdl_region`)
     no_pdl     no launch is dependent, whatever `pdl_region` says
-    records    receives every launch (`record_launches`)
+    records    lists that receive every launch (`record_launches`, which may be nested)
     compiled   receives every launch that ran on a GPU (plan.py)
     overrides  configurations by kernel that replace the selected ones; `selected` receives what was used
     """
@@ -75,7 +76,7 @@ class LaunchContext:
     sms: int | None = None
     pdl: bool = False
     no_pdl: bool = False
-    records: list[Launch] | None = None
+    records: tuple[list[Launch], ...] = ()
     compiled: list[CompiledLaunch] | None = None
     overrides: Configs | None = None
     selected: dict[str, LaunchConfig] | None = None
@@ -97,7 +98,7 @@ def launch_context(**changes: Any) -> Iterator[None]:
 def launch_context_key() -> tuple[Any, ...] | None:
     """Return the cache key of the launch context, or None where launches must not be cached."""
     context = _context.get()
-    if INTERPRETED or context.records is not None or context.overrides is not None:
+    if INTERPRETED or context.records or context.overrides is not None:
         return None
     return context.arch, context.sms, context.pdl, PREFETCH
 
@@ -135,6 +136,10 @@ def launches_dependently(device: torch.device) -> bool:
 def unpacks_by_ptx(arch: str) -> bool:
     """Return whether codes become numbers by PTX (unpack.py)."""
     return not (INTERPRETED or amd(arch))
+
+
+def active_records() -> tuple[list[Launch], ...]:
+    return _context.get().records
 
 
 def in_pdl_region() -> bool:
@@ -224,9 +229,9 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
     if "PDL" in kernel.arg_names:
         constants["PDL"] = launches_dependently(device)
         dependent = constants["PDL"] and context.pdl
-    if context.records is not None:
+    for records in context.records:
         name, warps, stages = kernel.__name__, config.num_warps, config.num_stages
-        context.records.append(Launch(name, grid, warps, stages, constants, kernel, dict(args), dependent))
+        records.append(Launch(name, grid, warps, stages, constants, kernel, dict(args), dependent))
     if device.type == "meta":
         return
     if INTERPRETED:
@@ -266,7 +271,10 @@ def call_runtime(function: str, *args: Any) -> int:
     return status
 
 
+_interpreter_lock = threading.Lock()  # the interpreter's state is global: its threads take turns
+
+
 def interpret(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
     """Run an interpreted kernel. The tests put their guard around this."""
-    with interpreting():
+    with _interpreter_lock, interpreting():
         kernel[grid](**args)

@@ -183,6 +183,10 @@ class QuantizedWeight(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if (state := state_dict.get(f"{prefix}_extra_state")) is not None:  # torch sets it after the tensors
             self.set_extra_state(state)
+        for name, tensor in self._buffers.items():
+            part = state_dict.get(f"{prefix}{name}")
+            if tensor is not None and part is not None and part.dtype != tensor.dtype:  # a copy would round scales
+                raise ValueError(f"QuantizedWeight: the state's {name} are {part.dtype}, needs {tensor.dtype}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
@@ -223,7 +227,7 @@ class QuantizedWeight(nn.Module):
         padded = nn.functional.pad(x.reshape(rows, -1), (0, -x.shape[-1] % unit))
         # Byte order of an element: column j of a unit, then column J + j.
         in_order = padded.unflatten(-1, (-1, 2, unit // 2)).transpose(-1, -2).reshape(rows, -1)
-        ones = torch.ones(len(self), dtype=x.dtype)
+        ones = x.new_ones(len(self))
         products = torch._weight_int8pack_mm(in_order, self.data.contiguous().view(torch.int8), ones)
         return (products.float() * self.scales.float().squeeze(-1)).to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -243,7 +247,7 @@ class QuantSpec:
     @classmethod
     def default_for(cls, format: str, K: int, group: int | None = None) -> QuantSpec:
         """Return what `quantize` produces: int4 in groups with bf16 scales; int8 and fp8 with an fp32 scale per row."""
-        if format not in BITS:
+        if not isinstance(format, str) or format not in BITS:
             raise ValueError(f"quantize: format is {format!r}, needs one of {', '.join(BITS)}")
         groups = GROUPS if format == "int4" else (K,)
         if not (sizes := [size for size in groups if K % size == 0 and group in (None, size)]):

@@ -49,6 +49,11 @@ def as_stored(x: Tensor) -> Tensor:
     return dequantize(*quantize(x)).to(x.dtype)
 
 
+def _check_head_size(D: int) -> None:
+    if D % 2:
+        raise ValueError(f"QuantizedCache: head size is {D}, needs an even number: two codes are an element")
+
+
 class QuantizedCache:
     """Keys or values [B, Hkv, C, D] of a ring cache in 8 bits.
 
@@ -65,14 +70,14 @@ class QuantizedCache:
     def empty(cls, *shape: int, device: Any = None) -> QuantizedCache:
         """Return an unset cache; all leading dimensions of [..., D] are free."""
         *slots, D = shape
-        if D % 2:
-            raise ValueError(f"QuantizedCache: head size is {D}, needs an even number: two codes are an element")
+        _check_head_size(D)
         codes = torch.empty(*slots, D // 2, dtype=torch.int16, device=device)
         return cls(codes, torch.empty(slots, dtype=torch.float32, device=device))
 
     @classmethod
     def of(cls, x: Tensor) -> QuantizedCache:
-        """Quantize x [..., D]."""
+        """Quantize x [..., D]; ValueError for an odd D."""
+        _check_head_size(x.shape[-1])
         return cls(*quantize(x))
 
     @property

@@ -71,14 +71,15 @@ class KVCache:
         shape = cache_shape(config, batch, max_len or limit)
         self.slots = shape[4]
         self.max_len = limit if self.window else self.slots
-        storage: Slots
-        # Zeros, so that no slot holds uninitialized bits. Ordinary tensors, which both modes may write to.
-        with torch.inference_mode(False):
+
+        def zeros() -> Slots:  # so that no slot holds uninitialized bits
             if dtype is torch.int8:
-                storage = QuantizedCache.empty(*shape, device=device).zero_()
-            else:
-                storage = torch.zeros(shape, dtype=dtype, device=device)
-            self.keys, self.values = (tuple(storage[layer, part] for layer in range(shape[0])) for part in (0, 1))
+                return QuantizedCache.empty(*shape[2:], device=device).zero_()
+            return torch.zeros(shape[2:], dtype=dtype, device=device)
+
+        # Memory of their own: for views of one tensor and sizes that vary, inductor (torch 2.13) drops the offset.
+        with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
+            self.keys, self.values = (tuple(zeros() for _ in range(shape[0])) for _ in range(2))
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version, self._replayed = 0, _version(self.lengths), False
         self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended

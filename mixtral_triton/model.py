@@ -376,7 +376,8 @@ class Mixtral(nn.Module):
     def _check_cache(self, cache: KVCache, B: int) -> None:
         if not isinstance(cache, KVCache):
             raise ValueError(f"Mixtral: argument 'cache' is a {type(cache).__name__}, needs a KVCache")
-        fields = vars(cache.config).items() if cache.config != self.config else ()
+        same = cache.config is self.config or cache.config == self.config
+        fields = () if same else vars(cache.config).items()
         for what, got, need in (
             ("batch", cache.batch, B),
             ("device", cache.lengths.device, self.device),

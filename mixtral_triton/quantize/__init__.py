@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import error_prefix
+from ..kernels.checks import FLOATS
 from ..kernels.offload import OffloadedWeight
 from ..kernels.quantized import BITS, ZERO_INT4, QuantizedWeight, QuantSpec, pack
 
@@ -63,9 +64,9 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
     or 32, the largest that divides K. int8 and fp8: an fp32 scale per row, whose largest value maps to the format's.
     ValueError for another format, a group that does not divide K, NaN and infinity.
     """
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() not in (2, 3):
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.dim() not in (2, 3):
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"quantize: argument 'tensor' is {got}, needs floats [N, K] or [E, N, K]")
+        raise ValueError(f"quantize: argument 'tensor' is {got}, needs fp32, bf16 or fp16 [N, K] or [E, N, K]")
     if tensor.layout != torch.strided or tensor.is_meta:
         got = f"on the {tensor.device.type} device with layout {tensor.layout}"
         raise ValueError(f"quantize: argument 'tensor' is {got}, needs numbers, strided")

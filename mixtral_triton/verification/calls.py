@@ -190,7 +190,7 @@ class CallRecorder(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         op, records = OPS[func._opname], list[Launch]()
         values = op.bind_by_name(*unflatten_args(op.arguments, args))
-        with launch_context(**self.gpu, records=records):
+        with launch_context(**self.gpu, records=(records,)):
             out = op.run(**values)
         self.calls.append((op.name, values, records))
         return out

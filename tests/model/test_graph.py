@@ -2,6 +2,7 @@
 runs the same operations and launches on the same memory."""
 
 import gc
+import shutil
 import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import Mixtral, generate
+from mixtral_triton import KVCache, Mixtral, generate
 from mixtral_triton.generate import CaptureLost, capture
 from mixtral_triton.model import Layer
 from mixtral_triton.parallel import UNSHARDED
@@ -302,6 +303,23 @@ def test_forward_compiles_whole_and_once() -> None:
             compiled(ids[:, t : t + 1], held[0])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
     assert held[0].lengths.tolist() == [8, 11]
+
+
+@pytest.mark.compiled
+@pytest.mark.exhaustive
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU")
+@pytest.mark.parametrize(("dynamic", "dtype"), [(None, None), (True, None), (None, torch.int8)])
+def test_compiled_forward_of_several_batches(dynamic: bool | None, dtype: Any) -> None:
+    """From the second batch on, sizes are symbols of the compiler, and so would be the offset of a view of a cache."""
+    torch._dynamo.reset()
+    model = build(None, "cpu")
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        for B in (2, 3):
+            ids, held = tokens(B, 9), [KVCache(model.config, B, 12, "cpu", dtype or model.dtype) for _ in range(2)]
+            for chunk in ids.split((3, 4, 1, 1), 1):
+                got, want = (f(chunk, c) for f, c in zip((compiled, model), held, strict=True))
+                assert torch.allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.gpu

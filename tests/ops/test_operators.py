@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Parameter
 
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.registry import OPERATIONS, OPS
@@ -211,12 +213,25 @@ def test_heads_that_do_not_divide_raise_value_error() -> None:
     check_rejected("attention", make_inputs("attention") | {"q": zeros(2, 3, 5, 8)}, "q", "5 heads")
 
 
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("kind", (Tensor.clone, partial(Parameter, requires_grad=False), Subclass), ids=str)
 @pytest.mark.parametrize("place", VALUES)
-def test_value_out_of_range_raises_value_error(place: tuple[str, str]) -> None:
+def test_value_out_of_range_raises_value_error(place: tuple[str, str], kind: Any) -> None:
     name, argument = place
     for value in VALUES[place] * 2:
         public(name)(**make_inputs(name))
-        check_rejected(name, make_inputs(name) | {argument: value}, argument, str(int(value[0, 0])))
+        check_rejected(name, make_inputs(name) | {argument: kind(value)}, argument, str(int(value[0, 0])))
+
+
+@pytest.mark.parametrize("change", (lambda x: x.to(META), lambda x: x.clone().requires_grad_(), Subclass))
+@pytest.mark.parametrize(("argument", "value"), [("window", 4.0), ("scale", "text"), ("causal", 3), ("lengths", [3])])
+def test_wrong_type_raises_value_error_where_torch_dispatches(argument: str, value: Any, change: Any) -> None:
+    args = make_inputs("attention") | {"starts": None, "lengths": None}
+    changed = {key: change(args[key]) for key in "qkv"}
+    check_rejected("attention", args | changed | {argument: value}, argument, re.escape(str(value)) + "|list")
 
 
 UNSUITABLE: list[tuple[Callable[[Tensor], Any], str]] = [

@@ -175,6 +175,17 @@ def test_overridden_or_recorded_launches_use_no_plan(gpu: Any) -> None:
     assert [x.kernel for x in records if x.grid] == ["rms_norm_kernel"]
 
 
+def test_recording_within_recording_and_wrong_multiprocessors() -> None:
+    """Both blocks record a launch of the inner one."""
+    args = NORM.inputs(SIZES["rms_norm"], torch.bfloat16, "meta")
+    with record_launches() as outer, record_launches("sm_80") as inner:
+        NORM.run(**args)
+    assert [x.kernel for x in outer] == [x.kernel for x in inner] == ["rms_norm_kernel"]
+    for sms in (0, -1, 2.5, "132"):
+        with pytest.raises(ValueError, match=f"record_launches: sms is {sms!r}, needs"), record_launches(sms=sms):
+            pass
+
+
 def test_storage_beyond_amd_buffers_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(8)
     monkeypatch.setattr(torch.version, "hip", "6.4")

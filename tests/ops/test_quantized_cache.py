@@ -106,8 +106,9 @@ def test_wrong_cache_raises_value_error(name: str, case: str) -> None:
 
 
 def test_odd_head_size_raises_value_error() -> None:
-    with pytest.raises(ValueError, match="head size is 5, needs an even number"):
-        QuantizedCache.empty(2, 3, 5)
+    for make in (lambda: QuantizedCache.empty(2, 3, 5), lambda: QuantizedCache.of(torch.ones(2, 3, 5))):
+        with pytest.raises(ValueError, match="head size is 5, needs an even number"):
+            make()
 
 
 def logits_with_cache(model: Mixtral, ids: Tensor, sizes: Any, **options: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """The semantics of `mixtral_triton.ops` that the contract states, compared with short fp64 loops."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -298,3 +299,12 @@ PRECISION = [
 def test_16_bits_are_within_a_rounding(function: Any, expected: Any, args: Any, dtype: Any, device: Any) -> None:
     args = [x.to(dtype) if place < 3 else x for place, x in enumerate(args)]
     check_close(function(*(x.to(device) for x in args)), expected(*args), 1.25 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_threads_compute_what_each_computes_alone(device: torch.device) -> None:
+    """The interpreter's state is global to the process."""
+    args = [randn(*shape).to(device, torch.bfloat16) for shape in ((3, 64), (48, 64))]
+    want = ops.linear(*args)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(got.equal(want) for got in pool.map(lambda _: ops.linear(*args), range(24)))

@@ -83,6 +83,9 @@ def test_zeros_tiny_and_huge_values_and_rows_in_pieces(format: str, monkeypatch:
     assert torch.equal(quantize(x[1, 3:5], format).dequantize(), whole.dequantize()[1, 3:5])
 
 
+NO_WEIGHTS = (torch.int8, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)  # fp64 may exceed fp32
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -91,8 +94,9 @@ def test_zeros_tiny_and_huge_values_and_rows_in_pieces(format: str, monkeypatch:
         ((normal(4, 96), "int4", 48), "group is 48, int4 needs groups of 128 or 64 or 32 that"),
         ((normal(4, 96), "int8", 32), "group is 32, int8 needs groups of 96 that divide 96 columns"),
         ((normal(4, 96), "int3"), "format is 'int3', needs one of int4, int8, fp8"),
-        ((normal(96), "int8"), r"'tensor' is torch\.float32 \[96\], needs floats \[N, K\]"),
-        ((torch.ones(4, 96, dtype=torch.int8), "int8"), r"'tensor' is torch\.int8"),
+        ((normal(96), "int8"), r"'tensor' is torch\.float32 \[96\], needs fp32, bf16 or fp16 \[N, K\]"),
+        ((normal(4, 96), ["int8"]), r"format is \['int8'\], needs one of int4, int8, fp8"),
+        *(((torch.ones(4, 96).to(dtype), "int8"), f"'tensor' is {dtype}") for dtype in NO_WEIGHTS),
         (([1.0], "int8"), "'tensor' is list"),
         ((torch.ones(0, 96), "int8"), "'tensor' is empty"),
         ((torch.ones(4, 96, device="meta"), "int8"), "'tensor' is on the meta device"),
@@ -280,3 +284,13 @@ def test_state_of_another_format_is_refused(one: str, other: str, tmp_path: Path
     again = torch.nn.ModuleDict({"w": quantize(x + 1, one)})
     load_model(again, str(tmp_path / "model.safetensors"))
     assert torch.equal(again["w"].dequantize(), models[one]["w"].dequantize())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_of_other_dtypes_is_refused(assign: bool) -> None:
+    """A copy would round fp16 scales to bf16, and the codes of an assigned state may be no int16."""
+    weight = quantize(normal(3, 64), "int4")
+    for name, dtype in (("scales", torch.float16), ("data", torch.int32)):
+        state = weight.state_dict() | {name: getattr(weight, name).to(dtype)}
+        with pytest.raises(ValueError, match=f"the state's {name} are {dtype}, needs {getattr(weight, name).dtype}"):
+            weight.load_state_dict(state, assign=assign)
