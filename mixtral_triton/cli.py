@@ -219,10 +219,6 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     device = None if mesh is not None else usable_device(args.device)  # each rank of a mesh has its own
     if device is not None and device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
-    if args.context is not None and args.offload != "auto":
-        raise ValueError(f"--context is {args.context}, and goes with --offload auto")
-    if args.offload_by is not None and args.offload == 0:
-        raise ValueError(f"--offload-by is {str(args.offload_by)!r}, and goes with --offload")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))

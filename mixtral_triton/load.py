@@ -273,6 +273,10 @@ def check_offload(
         raise ValueError(f"{caller}, needs 0 to {most} experts of each layer, or 'auto'")
     if offload and ranks is not None:
         raise ValueError(f"{caller}, and a mesh splits the experts over GPUs: needs 0, or no mesh")
+    if context is not None and offload != "auto":
+        raise ValueError(f"{caller}, and context is {context!r}, which only offload='auto' takes: needs None")
+    if offload_by is not None and not offload:
+        raise ValueError(f"{caller}, and offload_by is {str(offload_by)!r}, which only offload takes: needs None")
     limit = config.max_position_embeddings
     context = min(AUTO_CONTEXT, limit) if context is None else context
     if type(context) is not int or not 1 <= context <= limit:
