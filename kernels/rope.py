@@ -286,7 +286,8 @@ def append(k: Heads, v: Heads, k_cache: Slots, v_cache: Slots, past: Past, new: 
                       written
 
     Returns None. Raises ValueError for another shape, dtype or device. A sequence with past or new out of range writes
-    nothing; on a CPU it is a ValueError.
+    nothing; on a CPU it is a ValueError. Caches that are views of one tensor are wrong in torch.compile where sizes
+    vary: inductor (torch 2.13) drops the offset of a view that an operator writes into.
 
     >>> k_cache, v_cache = torch.zeros(1, 2, 16, 8), torch.zeros(1, 2, 16, 8)
     >>> k, past, new = torch.ones(1, 3, 2, 8), torch.tensor([15]), torch.tensor([3])

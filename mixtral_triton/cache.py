@@ -77,7 +77,7 @@ class KVCache:
                 return QuantizedCache.empty(*shape[2:], device=device).zero_()
             return torch.zeros(shape[2:], dtype=dtype, device=device)
 
-        # Memory of their own: for views of one tensor and sizes that vary, inductor (torch 2.13) drops the offset.
+        # Memory of their own: `ops.append` says why.
         with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
             self.keys, self.values = (tuple(zeros() for _ in range(shape[0])) for _ in range(2))
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
