@@ -354,7 +354,7 @@ def test_gradients_and_training_are_refused(model: Mixtral, device: torch.device
     ("window", "past", "new"), [(6, 5, 4), (6, 8, 2), (6, 8, 1), (6, 2, 4), (6, 0, 9), (None, 5, 4)]
 )
 @pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("part", ["layer", "head"])
+@pytest.mark.parametrize("part", ["layer", pytest.param("head", marks=pytest.mark.compiled)])
 def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, inference: bool, part: str) -> None:
     """Layer 0 had written its keys. Where these took the slots of keys that the chunk sees, the cache is refused."""
     model = random_model(num_hidden_layers=2, sliding_window=window)
