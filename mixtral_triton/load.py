@@ -153,7 +153,7 @@ def load(
     except torch.OutOfMemoryError as error:  # another process has taken what was free
         raise ValueError(f"{folder}: no memory is left on {target_device} for the weights: {error}") from error
     model.requantized, model.prefill_chunk = requantized, placement.chunk
-    fill(config, model.named_weights(), progress or (lambda size: None), shard)
+    fill(config, model.named_weights(), progress or weights.ignore_progress, shard)
     return model
 
 

@@ -226,12 +226,16 @@ def targets(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -
     return table(config, layout, shard)
 
 
+def ignore_progress(size: int) -> None:
+    """Show nothing."""
+
+
 def load(
     headers: Headers,
     found: Mapping[str, Destination],
     config: MixtralConfig,
     parameters: Mapping[str, Any],
-    progress: Progress = lambda size: None,
+    progress: Progress = ignore_progress,
     shard: Shard = UNSHARDED,
     quantizer: Quantizer | None = None,
 ) -> None:
@@ -245,7 +249,7 @@ def load(
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     compare("parameters", "the config", parameter_shapes(config, shard), shapes)
     fill(headers.tensors, found, parameters, progress, quantizer)
-    check_tied_head(headers, config, parameters, progress, shard)
+    check_tied_head(headers, config, parameters["embed_tokens"].device, progress, shard)
 
 
 def fill(
@@ -303,11 +307,15 @@ def _not_finite(name: str, stored: Stored, index: tuple[slice, ...], source: Ten
 
 
 def check_tied_head(
-    headers: Headers, config: MixtralConfig, parameters: Mapping[str, Any], progress: Progress, shard: Shard
+    headers: Headers,
+    config: MixtralConfig,
+    device: torch.device,
+    progress: Progress = ignore_progress,
+    shard: Shard = UNSHARDED,
 ) -> None:
-    """Raise ValueError where a stored head differs from the embedding that the model uses in its place."""
+    """Raise ValueError where a stored head differs from the embedding that a model on `device` uses in its place."""
     head, embedding, rows = headers.tensors.get(HEAD), headers.tensors[EMBEDDING], shard.vocabulary(config)
-    if head is None or not config.tie_word_embeddings or parameters["embed_tokens"].device.type == "meta":
+    if head is None or not config.tie_word_embeddings or device.type == "meta":
         return
     with torch.device("cpu"), opened_file(head.file) as head_file, opened_file(embedding.file) as embedding_file:
         stored = head_file.get_slice(HEAD)[rows]

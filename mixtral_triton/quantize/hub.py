@@ -141,7 +141,7 @@ def load(
     plan: LoadPlan,
     config: MixtralConfig,
     parameters: Mapping[str, Any],
-    progress: weights.Progress = lambda size: None,
+    progress: weights.Progress = weights.ignore_progress,
     shard: Shard = UNSHARDED,
 ) -> None:
     """Fill the parameters of a model that has the specs of `plan`, from what the shard keeps. Raises as `weights.load`
@@ -153,7 +153,7 @@ def load(
         warnings.warn(f"{headers.folder}: {text}", stacklevel=4)
         progress(sum(headers.tensors[name].nbytes for name in plan.unused))
     weights.fill(headers.tensors, plan.dense, parameters, progress, quantize_into)
-    weights.check_tied_head(headers, config, parameters, progress, shard)
+    weights.check_tied_head(headers, config, parameters["embed_tokens"].device, progress, shard)
     with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
         paths = {stored.file for linear in plan.linears for stored in linear.parts.values()}
         files = {path: stack.enter_context(weights.opened_file(path)) for path in paths}

@@ -41,7 +41,7 @@ def write(
     out: weights.Folder,
     quantization: str | Mapping[str, str],
     device: torch.device | str | None = None,
-    progress: weights.Progress = lambda size: None,
+    progress: weights.Progress = weights.ignore_progress,
 ) -> int:
     """Write the checkpoint in `folder` into `out`, new or empty, quantized; return bytes of tensors.
 
@@ -58,8 +58,7 @@ def write(
     if headers.scheme is not None:
         raise ValueError(f"quantize: {headers.folder} is quantized already ({headers.scheme.name})")
     targets, per_expert = weights.check(headers, config), weights.table(config, "per_expert")
-    embedding = torch.empty(0, device="cpu")
-    weights.check_tied_head(headers, config, {"embed_tokens": embedding}, lambda size: None, weights.UNSHARDED)
+    weights.check_tied_head(headers, config, torch.device("cpu"))
     specs = select_specs(quantization, weights.parameter_shapes(config), "quantize")
     part_specs: dict[str, QuantSpec] = {}
     for part, names in QUANTIZED_PARTS.items():
