@@ -84,15 +84,15 @@ def verify(
             raise ValueError(f"verify: folder is {str(folder)!r}, and target is a folder itself: needs None")
         folder = checkpoint_folder(target)
         target = Mixtral.from_pretrained(folder)
-    if not isinstance(target, nn.Module):
+    elif not isinstance(target, nn.Module):
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
-    if peer is not None and folder is None:
-        raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
-    if folder is not None:
+    elif folder is not None:
         folder = checkpoint_folder(folder)
         MixtralConfig.from_pretrained(folder)  # an error names what is wrong in the files
         read_headers(folder)
+    if peer is not None and folder is None:
+        raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     ranks = getattr(target, "ranks", None)
     kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
