@@ -136,8 +136,8 @@ def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any
             if device.type == "cuda" and (device.index or 0) >= gpus:
                 got = f"{name or 'the model'} is to run on {device}, and this machine has {gpus} CUDA devices"
                 raise ValueError(f"apply: {got}; load the model with a device_map of devices that exist")
-        layer = module.modules() if attention and isinstance(module, modeling.MixtralDecoderLayer) else None
-        if layer and not any(isinstance(each, modeling.MixtralAttention) for each in layer):
+        needs_attention = attention and isinstance(module, modeling.MixtralDecoderLayer)
+        if needs_attention and not any(isinstance(each, modeling.MixtralAttention) for each in module.modules()):
             got = f"{name}.self_attn is a {type(module.self_attn).__name__}, which cannot read fused attention's masks"
             raise ValueError(f"apply: {got}; needs transformers' own MixtralAttention, or attention=False")
         base = next((each for each in (*blocks, backbone) if isinstance(module, each)), None)
