@@ -176,14 +176,14 @@ def _predict_experts(rates: Figures) -> Figures:
     efficiency = replace(predict.OPTIMISTIC, l2=1.0, tile=rates["tile"])
     gaps = {False: rates["launch_gap"], True: rates["pdl_gap"] or rates["launch_gap"]}
     figures: Figures = {}
-    for T in (512, 1024, 1536, 4096):
-        case = Case(OPS["expert_swiglu"], {"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2})
-        with (
-            mock.patch.object(predict, "OPTIMISTIC", efficiency),
-            mock.patch.object(GPU, "gap", lambda _, dependent: gaps[dependent]),
-        ):
+    with (
+        mock.patch.object(predict, "OPTIMISTIC", efficiency),
+        mock.patch.object(GPU, "gap", lambda _, dependent: gaps[dependent]),
+    ):
+        for T in (512, 1024, 1536, 4096):
+            case = Case(OPS["expert_swiglu"], {"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2})
             predicted = untimed_row(case, gpu).predicted
-        figures[f"expert_swiglu T{T}, predicted, us"] = predicted and predicted.seconds * 1e6
+            figures[f"expert_swiglu T{T}, predicted, us"] = predicted and predicted.seconds * 1e6
     return figures
 
 

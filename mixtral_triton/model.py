@@ -376,6 +376,7 @@ class Mixtral(nn.Module):
     def _check_cache(self, cache: KVCache, B: int) -> None:
         if not isinstance(cache, KVCache):
             raise ValueError(f"Mixtral: argument 'cache' is a {type(cache).__name__}, needs a KVCache")
+        # Identity first: a compiler cannot compare a config whose numbers it has made symbols.
         same = cache.config is self.config or cache.config == self.config
         fields = () if same else vars(cache.config).items()
         for what, got, need in (

@@ -214,7 +214,7 @@ def test_operands_have_the_types_that_the_opcode_names(opcode: str) -> None:
     last = {"shl": "u32", "shr": "u32", "selp": "pred"}.get(name, kind.replace("s16x2", "b32").replace("u16x2", "b32"))
     if opcode.startswith("mad.wide"):
         last = f"{kind[0]}{2 * int(kind[1:])}"
-    *first, found = getattr(MODELLED[opcode], "types", (kind,))
+    *first, found = MODELLED[opcode].types
     assert found == last and {*first} <= {"b32" if kind.endswith("x2") else kind}
 
 
