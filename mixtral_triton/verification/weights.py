@@ -26,8 +26,8 @@ from .report import QuantizationCost, Row, worst_rows
 from .source import LAYER, Source, config_rows
 
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
-# Half a step of a format relative to the largest value, where the scale clips nothing; 2 % for the scale's rounding.
-ROUNDING = {"int4": 1.02 / 14, "int8": 1.02 / 254, "fp8": 1.02 / 16}
+# A format's largest value, and the error that rounding the scale (int4's to bf16) adds, relative to a group's largest.
+ROUNDING = {"int4": (7.0, 1.01 * 2**-8), "int8": (127.0, 1e-6), "fp8": (448.0, 1e-6)}
 HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text that it was not trained on}
 WINDOW_TOKENS = 2048  # the most tokens of a window
 READ_BYTES = 1 << 16
@@ -145,7 +145,7 @@ def _compare_layer(source: Source, target: ModelUnderTest, index: int | None, st
             if copy is not None:
                 copy[expert] = from_file
             if isinstance(loaded, QuantizedWeight) and (len(files) == 1 or name in target.model.requantized):
-                result = "quantized", _rounding_error(loaded, from_file), ROUNDING[loaded.format]
+                result = "quantized", _rounding_error(loaded, from_file), ROUNDING[loaded.format][1]
             else:
                 loaded = _dense(loaded)
                 from_file = from_file.to(loaded.device, loaded.dtype)
@@ -175,11 +175,15 @@ def locate_weight(model: Any, name: str) -> Any:
 
 
 def _rounding_error(loaded: QuantizedWeight, from_file: Tensor) -> float:
-    """The RMS difference relative to the largest value, of the worst group of columns that loading gives one scale."""
-    group = QuantSpec.default_for(loaded.format, from_file.shape[-1]).group
+    """The RMS error, beyond that of the nearest codes at the scale that clips nothing, relative to the largest value,
+    of the worst group of columns that loading gives one scale."""
+    group, top = QuantSpec.default_for(loaded.format, from_file.shape[-1]).group, ROUNDING[loaded.format][0]
     groups = from_file.to(loaded.device, torch.float32).unflatten(-1, (-1, group))
-    error = (loaded.dequantize().view_as(groups) - groups).square().mean(-1).sqrt()
-    return largest(error / groups.abs().amax(-1).clamp(min=1e-30))
+    unit = (groups.abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(torch.float32).tiny)
+    groups = groups / unit
+    nearest = groups.to(torch.float8_e4m3fn).float() if loaded.format == "fp8" else groups.round()
+    error = (loaded.dequantize().view_as(groups) / unit - groups).square().mean(-1).sqrt()
+    return largest((error - (nearest - groups).square().mean(-1).sqrt()).clamp(min=0)) / top
 
 
 def perplexity(model: Any, ids: Tensor) -> float:

@@ -338,17 +338,18 @@ def test_fault_smaller_than_the_cost_of_int4(name: str, tiny: Path, inject_fault
     assert {row.op for row in verify(model, BATCH[:1, :4] % 40).wrong} == {name}
 
 
-@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
-def test_wrong_scales_of_the_quantizer(format: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("format", "factor"), [("int4", 1.1), ("int8", 1.002), ("fp8", 1.01)])
+def test_a_wrong_scale_of_one_group_is_found(format: str, factor: float, tiny: Path, monkeypatch: Patch) -> None:
     encode = quantize.encode
     rows = check_loaded(tiny, load(tiny, weights=format))
     assert [(row.case, row.ok) for row in rows] == [("as stored", True), ("as stored", True), ("quantized", True)]
 
-    def double_scales(*args: Any) -> Any:
+    def change_scale(*args: Any) -> Any:
         codes, scales = encode(*args)
-        return codes, 2 * scales
+        scales[1, 0] *= factor
+        return codes, scales
 
-    monkeypatch.setattr(quantize, "encode", double_scales)
+    monkeypatch.setattr(quantize, "encode", change_scale)
     assert [row.ok for row in check_loaded(tiny, load(tiny, weights=format))] == [True, True, False]
 
 
