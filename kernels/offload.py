@@ -86,7 +86,7 @@ class OffloadedWeight(QuantizedWeight):
     on_host   the experts in host memory, ascending
     scales, zeros  as in QuantizedWeight, on the device; None where the weight is dense (format "dense")
 
-    It cannot be moved, converted, copied, pickled or part of a state_dict: its addresses would be another's.
+    It cannot be moved, converted, copied, pickled, exported or part of a state_dict: its addresses would be another's.
     """
 
     scales: Any
@@ -147,6 +147,8 @@ class OffloadedWeight(QuantizedWeight):
     @property
     def layout(self) -> str:
         """The id that the custom operator passes in place of the weight."""
+        if torch.compiler.is_exporting():
+            raise ValueError("Mixtral: offloaded experts cannot be exported: load them without offload")
         return f"{OFFLOADED}{id(self)}"
 
     @classmethod
