@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {did_you_mean(message)} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {did_you_mean(' '.join(message.split()))} (see {self.prog} --help)\n")
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """Reject an unknown option here, where its command is known."""

@@ -165,7 +165,7 @@ def exit_status(error: BaseException, command: str | None) -> int:
     elif isinstance(error, RuntimeError) and "C compiler" in text:
         message = toolchain_fault() or text
     elif isinstance(error, OSError) and error.filename:
-        message = f"{error.filename}: {error.strerror}"
+        message = " ".join(f"{error.filename}: {error.strerror}".split())
         folder = sys.modules["triton"].knobs.cache.dir if "triton" in sys.modules else None
         if folder and str(error.filename).startswith(folder):
             message += ": Triton keeps compiled kernels there, needs TRITON_CACHE_DIR, a folder that can be written"

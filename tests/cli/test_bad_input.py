@@ -54,6 +54,8 @@ BAD_INPUT = {
     "generate --prompt ''": "--prompt is empty",
     "generate --prompt -": "--prompt - is empty",
     f"generate --prompt-file {SMALL / 'tokenizer.bin'}": "No such file",
+    "generate --prompt-file 'a\nb'": "a b: No such file",
+    "generate '--a\nb'": "unrecognized arguments: --a b",
     "generate --prompt a --prompt b": "need --chat",
     "generate --prompt a --system b": "need --chat",
     f"{PROMPT} --max-new-tokens 5000": "max_position_embeddings",
