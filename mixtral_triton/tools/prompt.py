@@ -33,6 +33,8 @@ def _read_prompt(prompt: str | Path) -> str:
     name = f"--prompt-file {prompt}" if isinstance(prompt, Path) else "--prompt -" if prompt == "-" else "--prompt"
     if name == "--prompt -" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--prompt - reads standard input, which several processes share: needs --prompt-file")
+    if name == "--prompt -" and sys.stdin is None:
+        raise ValueError("--prompt - reads standard input, which is closed: needs --prompt-file")
     try:
         text = str(prompt)
         if name != "--prompt":

@@ -257,6 +257,8 @@ def test_a_harmful_folder_is_one_line(
 
 def test_a_prompt_without_an_end_or_of_other_bytes_is_refused(tmp_path: Path, monkeypatch: Any, seconds: None) -> None:
     monkeypatch.setattr(prompt, "PROMPT_CHARACTERS", 1000)
+    monkeypatch.setattr("sys.stdin", None)  # as Python sets it where the descriptor is closed
+    assert "--prompt - reads standard input, which is closed" in error_line("generate --prompt -")
     line = error_line("generate --prompt-file /dev/zero --device cpu")
     assert "--prompt-file /dev/zero is longer than 1,000 characters" in line
     (tmp_path / "bytes").write_bytes(b"\xff")
