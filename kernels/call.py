@@ -5,6 +5,7 @@ before the import; `torch`, the reference, for any other CPU tensor.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, wraps
 from operator import itemgetter
@@ -13,6 +14,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from . import plan
 from .checks import SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
@@ -140,9 +142,26 @@ def _register(op: Op) -> Any:
     name, mutates = f"mixtral_triton::{op.name}", _mutated(op)
     operator = torch.library.custom_op(name, function, mutates_args=mutates, schema=_schema(op))
     operator.register_fake(fake)
-    if not mutates:
+    if mutates:
+        _count_writes(operator._opoverload, operator._lib)
+    else:
         operator.register_autograd(backward)
     return operator
+
+
+def _count_writes(overload: Any, library: torch.library.Library) -> None:
+    """Count the writes into the tensors that an operator mutates, as torch itself does from 2.13 on: before, it looks
+    for the scales of a cache, too, where a dispatcher leaves them out, since None is their default."""
+    infos = [argument.alias_info for argument in overload._schema.arguments]
+    mutated = [index for index, info in enumerate(infos) if info is not None and info.is_write]
+
+    def count(keyset: Any, *args: Any) -> Any:
+        increment_version([args[index] for index in mutated if index < len(args) and args[index] is not None])
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch's function is replaced
+        library.impl(overload, count, "ADInplaceOrView", with_keyset=True, allow_override=True)
 
 
 def _mutated(op: Op) -> list[str]:
