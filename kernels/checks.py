@@ -129,13 +129,15 @@ class Binder:
         self.dtype: torch.dtype | None = None  # of the floats
 
     def bind(self, arguments: Iterable[Argument], values: Mapping[str, Any]) -> None:
-        """Check tensors of plain letters, then those whose shapes are expressions of them, then numbers."""
+        """Check the tensors in order, then shapes of plain letters, those that are expressions of them, and numbers."""
         present = [argument for argument in arguments if values[argument.name] is not None or not argument.optional]
         tensors = [argument for argument in present if argument.tensor]
+        for argument in tensors:
+            self.bind_tensor(argument, values[argument.name])
         for derived in (False, True):
             for argument in tensors:
                 if derived != all(part.isidentifier() for part in _parse(argument.shape_spec)[1]):
-                    self.bind_tensor(argument, values[argument.name])
+                    self._bind_shape(argument.name, values[argument.name].shape, argument.shape_spec)
         for argument in present:
             if not argument.tensor:
                 self.bind_number(argument, values[argument.name], values)
@@ -158,7 +160,6 @@ class Binder:
             raise fail(self.op, name, f"of layout {value.layout}", "a strided tensor")
         if value.device != self.device:
             raise fail(self.op, name, f"on {value.device}", f"to be on {self.device}, as the first argument is")
-        self._bind_shape(name, value.shape, spec)
 
     def _bind_shape(self, name: str, shape: torch.Size, spec: str) -> None:
         leading, parts = _parse(spec)
@@ -167,7 +168,10 @@ class Binder:
         if fits and leading:
             fits = self.sizes.setdefault("...", shape[:extra]) == shape[:extra]
         for part, size in zip(parts, shape[max(extra, 0) :], strict=False):
-            need = self.sizes.setdefault(part, size) if part.isidentifier() else evaluate(part, self.sizes)
+            try:
+                need = self.sizes.setdefault(part, size) if part.isidentifier() else evaluate(part, self.sizes)
+            except NameError as error:  # a mistake in the annotations
+                raise fail(self.op, name, f"[{spec}]", f"a tensor argument with {error.name} alone") from error
             fits = fits and need == size
         if not fits:
             raise fail(self.op, name, got, f"[{spec}]{self._known_sizes(spec)}")
