@@ -36,26 +36,27 @@ LAYOUTS = ("sliced", "transposed", "expanded")
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
 
 
-def with_layout(layout: str, op: str, name: str, x: Any) -> Any:
-    """An argument in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range
-    between; the first dimension last in memory; the first element repeated. Weights stay, a cache stays dense."""
-    if not isinstance(x, Tensor) or name in WEIGHTS or (layout == "expanded" and name in OPS[op].mutates):
-        return x
+def with_layout(layout: str, x: Tensor, is_cache: bool) -> Tensor:
+    """x in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range between; the
+    first dimension last in memory; the first element repeated. The last dimension of a cache stays dense."""
     if layout == "expanded":
         return x[:1].expand(x.shape)
     if layout == "transposed":
-        last = 1 if name.endswith("cache") else -1
+        last = 1 if is_cache else -1
         return x.transpose(0, last).contiguous().transpose(0, last)
     around = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
-    steps = [2] * (x.dim() - 1) + [1 if name.endswith("cache") else 2]
+    steps = [2] * (x.dim() - 1) + [1 if is_cache else 2]
     slices = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
     return around.to(x.dtype)[slices].copy_(x)
 
 
 def with_layouts(calls: Iterable[Call]) -> Iterator[Call]:
+    """The calls with every argument but weights in each of the LAYOUTS; a tensor that is written has no repetition."""
     for op, _, args in calls:
         for layout in LAYOUTS:
-            yield op, layout, {name: with_layout(layout, op, name, x) for name, x in args.items()}
+            fixed = WEIGHTS.union(OPS[op].mutates if layout == "expanded" else ())
+            changed = {name for name, x in args.items() if isinstance(x, Tensor) and name not in fixed}
+            yield op, layout, args | {name: with_layout(layout, args[name], name.endswith("cache")) for name in changed}
 
 
 @dataclass
@@ -164,11 +165,11 @@ class LayerCheck:
                 if _key(like) not in weights or (name == "cos" and limit < T):
                     raise KeyError(name)
                 return weights[_key(like)]
-            part = text[name][index.flatten()]
-            if (count := like.numel() // part[0].numel()) > len(part) or like.numel() % part[0].numel():
-                raise ValueError(name)
+            part = text[name][index.flatten()].flatten()
+            if (count := like.numel()) > len(part):
+                raise ValueError(f"{name}, more than the {len(part)} of the text")
             out = torch.empty_strided(like.shape, like.stride(), dtype=part.dtype, device=device)
-            return out.copy_(part[:count].reshape(like.shape))
+            return out.copy_(part[:count].view(like.shape))
 
         return {name: value(name, like) for name, like in recorded.items()}
 

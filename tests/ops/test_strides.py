@@ -17,12 +17,12 @@ from mixtral_triton.kernels.op import Op, Sizes
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.verification.calls import LAYOUTS, with_layout
 from tests.support.calls import as_tuple, dense, inputs, inputs_without_padding, public, tensors
 
 TOLERANCE = 4e-6  # of the largest value, in fp32
 LARGEST = {"H": 24, "I": 20, "N": 24, "E": 6, "V": 20, "Hq": 4, "Hkv": 2, "D": 16, "C": 80, "S": 60, "past": 70}
 QUANTIZED = ("weight", "gate_up", "down")
-Layout = Callable[..., Tensor]
 
 
 def representative_sizes(op: Op) -> Iterator[Sizes]:
@@ -45,36 +45,25 @@ def representative_sizes(op: Op) -> Iterator[Sizes]:
 CASES = [(name, sizes) for name, op in OPS.items() for sizes in representative_sizes(op)]
 
 
-def sliced(x: Tensor, last: int = 2) -> Tensor:
-    """Every second element of every dimension; the elements between are NaN, or far out of range."""
-    big = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
-    places = [slice(1, 1 + 2 * n, 2) for n in x.shape[:-1]]
-    return big.to(x.dtype)[(*places, slice(1, 1 + last * x.shape[-1], last))].copy_(x)
+# Of the arguments in turn: where all have one layout, a kernel may take one's strides for another's.
+# Rows that lie apart, of dense columns, are read in place; in the other layouts most operations read copies.
+IN_TURN = ("rows apart and dense", *LAYOUTS)
 
 
-def transposed(x: Tensor, last: int = -1) -> Tensor:
-    return x.transpose(0, last).contiguous().transpose(0, last)
-
-
-def expanded(x: Tensor) -> Tensor:
-    return x[:1].expand(x.shape)
-
-
-def change_layout(layout: Layout, name: str, x: Tensor, written: bool) -> Tensor:
+def change_layout(layout: str, name: str, x: Any, written: bool) -> Any:
     """A cache keeps a dense last dimension, and no element of a written one is there twice. A gate repeats columns: of
     equal experts, rounding would select one."""
-    if name == "gate" and layout is expanded:
+    if name == "gate" and layout == "expanded":
         return x[:, :1].expand(x.shape)
-    if isinstance(x, QuantizedCache) and (written or layout is not sliced):
+    if isinstance(x, QuantizedCache) and (written or layout != "sliced"):
         return x.clone()
     if isinstance(x, QuantizedCache):  # every second slot of every second head and sequence; those between are NaN
         big = QuantizedCache.of(torch.full([*(2 * n for n in x.shape[:-1]), x.shape[-1]], float("nan")))
         return big[::2, ::2, ::2].to(x.device).copy_(x)
-    if not name.endswith("cache"):
-        return layout(x)
-    if layout is expanded:
-        return x.clone() if written else expanded(x)
-    return layout(x, 1)
+    if layout == "dense" or (written and layout == "expanded"):
+        return x.clone()
+    rows_apart = layout == "rows apart"
+    return with_layout("sliced" if rows_apart else layout, x, rows_apart or name.endswith("cache"))
 
 
 def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], Tensor]) -> None:
@@ -95,11 +84,13 @@ def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("integers", (torch.int32, torch.int64))
-@pytest.mark.parametrize("layout", (sliced, transposed, expanded))
+@pytest.mark.parametrize("layouts", IN_TURN)
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
-def test_layout_of_all_arguments(name: str, sizes: Sizes, layout: Layout, integers: torch.dtype, device: Any) -> None:
+def test_layout_of_all_arguments(name: str, sizes: Sizes, layouts: str, integers: torch.dtype, device: Any) -> None:
     def change(key: str, x: Tensor) -> Tensor:
         of_integers = isinstance(x, Tensor) and not x.is_floating_point()
+        index, each = OPS[name].names.index(key), layouts.split(" and ")
+        layout = each[0 if key.endswith("cache") else index % len(each)]  # caches need equal strides
         return change_layout(layout, key, x.to(integers) if of_integers else x, key in OPS[name].mutates)
 
     check(name, sizes, device, change)

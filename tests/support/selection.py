@@ -53,6 +53,10 @@ def operations_of(value: Any) -> set[str]:
     return operations_of(getattr(value, "op", None)) if hasattr(value, "op") else set()
 
 
+def operations_of_item(item: pytest.Item) -> set[str]:
+    return operations_of(tuple(getattr(getattr(item, "callspec", None), "params", {}).values()))
+
+
 def missing(item: pytest.Item) -> str | None:
     """Return what a test needs and this process lacks."""
     if "gpu" in item.keywords and (INTERPRETED or not torch.cuda.is_available()):
@@ -65,18 +69,19 @@ def missing(item: pytest.Item) -> str | None:
 
 
 class Exhaustive:
-    """Marks all cases but the first of a test that is marked exhaustive as slow, before -m selects."""
+    """Marks all cases but the first of a test that is marked exhaustive as slow, before -m selects; with --op all but
+    the first of each operation."""
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        functions = set[str]()
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        cases = set[Any]()
         for item in items:
-            function = item.nodeid.partition("[")[0]
             if item.get_closest_marker("exhaustive") is None or missing(item) is not None:
                 continue
-            if function in functions:
+            names = frozenset(operations_of_item(item) if config.getoption("--op") else ())
+            if (case := (item.nodeid.partition("[")[0], names)) in cases:
                 item.add_marker(pytest.mark.slow)
-            functions.add(function)
+            cases.add(case)
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
@@ -91,8 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if need is not None:
             config.stash[LEFT_OUT][need] += 1
         names = config.getoption("--op")
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        found = operations_of(tuple(params.values())) if names else set[str]()
+        found = operations_of_item(item) if names else set[str]()
         wanted = not names or any(name in found if name in OPS else any(name in op for op in found) for name in names)
         function = item.nodeid.partition("[")[0]
         repeated = config.getoption("--first") and function in functions
