@@ -4,13 +4,14 @@ declarations, its docstring, and calls that no operation has."""
 import doctest
 import inspect
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 from mixtral_triton import ops
+from mixtral_triton.kernels.checks import Argument, Binder
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
@@ -25,6 +26,9 @@ CASES = [
     for number, sizes in enumerate(op.test_shapes)
     for dtype in op.dtypes
 ]
+DEEP: list[tuple[str, Any]] = [("linear", {"T": 3, "H": 4096, "N": 40})]
+DEEP += [("linear", {"T": 20, "H": 4096, "N": 24, "deterministic": True})]
+DEEP += [("expert_swiglu", {"T": T, "H": 4096, "I": 16, "E": 1, "K": 1}) for T in (3, 70, 200)]
 
 
 @pytest.mark.parametrize(("name", "sizes", "dtype"), CASES, ids=str)
@@ -32,6 +36,18 @@ def test_error_is_at_most_twice_that_of_plain_torch(name: str, sizes: Any, dtype
     if device.type == "cpu" and not INTERPRETED:
         pytest.skip("the torch backend is the reference itself: needs TRITON_INTERPRET=1 or a GPU")
     args = inputs_without_padding(name, sizes, device, dtype)
+    error, limit = Tolerance(name, args).measure(dispatched(name, args))
+    assert error <= limit
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("name", "sizes"), DEEP, ids=str)
+def test_sums_over_many_tiles_are_in_fp32(name: str, sizes: Any, unguarded: None) -> None:
+    """Of positive numbers, so that the rounding errors of a sum in 16 bits grow from tile to tile."""
+    args = inputs_without_padding(name, sizes, "cpu", torch.bfloat16)
+    args |= {key: x.abs() for key, x in args.items() if isinstance(x, torch.Tensor)}
+    if "down_proj" in args:  # one column of h decides: in a sum of several their errors would cancel
+        args["down_proj"][..., 1:] = 0.0
     error, limit = Tolerance(name, args).measure(dispatched(name, args))
     assert error <= limit
 
@@ -69,6 +85,12 @@ def test_docstring_names_every_argument_and_its_example_runs(name: str) -> None:
 
 def test_dir_lists_the_operations_alone() -> None:
     assert dir(ops) == sorted(OPERATIONS) and set(ops.__all__) == set(OPERATIONS)
+
+
+def test_a_letter_that_no_tensor_has_is_named() -> None:
+    x = Argument.parse("x", Annotated[torch.Tensor, "T 2*I"])
+    with pytest.raises(ValueError, match=r"^op: argument 'x' is \[T 2\*I\], needs a tensor argument with I alone"):
+        Binder("op").bind([x], {"x": torch.zeros(3, 8)})
 
 
 X, WEIGHT = torch.randn(3, 8), torch.randn(8)
