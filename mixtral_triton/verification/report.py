@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from ..kernels.registry import OPS
 from ..tools.tolerance import share_of_limit
 
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
@@ -82,7 +83,8 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, mixtral: bool, half: bool,
         ("captured and repeated steps, staging; needs a GPU", mixtral, REPEATED in cases),
         ("deterministic mode; needs --deterministic", mixtral, ("generate", BITS) in found),
     )
-    return [line for line, possible, ran in kinds if possible and not ran]
+    uncalled = [f"{op}; needs a case in LayerCheck.calls (verification/calls.py)" for op in OPS if op not in ops]
+    return uncalled + [line for line, possible, ran in kinds if possible and not ran]
 
 
 def _for_json(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
