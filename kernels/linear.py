@@ -34,8 +34,8 @@ SKINNY_M_MAX = 64  # beyond it never
 DecodeTile = namedtuple("DecodeTile", "BLOCK_N BLOCK_K")
 SkinnyTile = namedtuple("SkinnyTile", "BLOCK_N num_warps num_stages")
 WideTile = namedtuple("WideTile", "BLOCK_M BLOCK_N num_warps num_stages")
-# Dense weights of 16 bits on NVIDIA, by the most rows of x. Each program reads all rows of x: few weight rows give many
-# programs, but x must stay at 0.3 of them up to SKINNY_M and at half beyond.
+# Dense weights of 16 bits on NVIDIA, by the most rows of x. Each program reads all rows of x through L2: fewer weight
+# rows give more programs, but x may take at most 0.3 of the weight's bytes up to SKINNY_M, and half of them beyond.
 _DECODE = {
     4: DecodeTile(16, 256),
     9: DecodeTile(32, 128),

@@ -70,7 +70,7 @@ def append_kernel(
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     past, new = sequence_position(new_ptr if past_ptr is None else past_ptr, new_ptr, b, T)
     if past_ptr is None:
-        past *= 0
+        past *= 0  # what it loaded is a count
     # None where t is no new token, or a later token of the chunk takes its slot.
     stored = tl.where((t < new) & (t >= new - C), Hkv, 0)
     out = b * stride_cb + (past + t) % C * stride_cs

@@ -254,13 +254,7 @@ def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) 
     **_GATE_FIELDS,
 )
 def rms_norm_gate_route(
-    x: Tokens,
-    residual: Tokens,
-    weight: NormWeight,
-    eps: float,
-    gate: Gate,
-    top_k: TopK,
-    deterministic: bool = False,
+    x: Tokens, residual: Tokens, weight: NormWeight, eps: float, gate: Gate, top_k: TopK, deterministic: bool = False
 ) -> tuple[Tokens, Tokens, Logits, RoutingWeights, Ids]:
     """Add the residual, normalize the sum (`rms_norm`), and route the norm (`gate_route`), in one launch.
 

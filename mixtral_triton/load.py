@@ -222,20 +222,20 @@ def select_experts(config: MixtralConfig, count: int, routes: Routes | None = No
 
 
 def fewest(
-    config: MixtralConfig, sizes: Movable, needed: Callable[[int], int], room: int, routes: Routes | None = None
+    config: MixtralConfig, sizes: Movable, needed: Callable[[int], int], available: int, routes: Routes | None = None
 ) -> Placement | None:
-    """Return the fewest experts of the whole model in host memory, and the embedding, with which `room` bytes suffice;
-    None where no number is enough. needed: bytes where all of it is on the device, by the tokens of a chunk, of which a
-    smaller one may save experts."""
+    """Return the fewest experts of the whole model in host memory, and the embedding, with which `available` bytes
+    suffice; None where no number is enough. needed: bytes where all of it is on the device, by the tokens of a chunk: a
+    smaller chunk may save experts."""
     L, most, found = config.num_hidden_layers, config.num_local_experts - 1, list[Placement]()
-    if needed(PREFILL_CHUNK) <= room:
+    if needed(PREFILL_CHUNK) <= available:
         return Placement()
 
     def freed(count: int) -> int:
         return Placement.of(select_experts(config, count, routes), *sizes).freed_bytes
 
     for chunk in CHUNKS:
-        excess = needed(chunk) - room
+        excess = needed(chunk) - available
         if routes is None:  # one more in each layer needs larger buffers, any other one does not
             full = bisect_left(range(most + 1), excess, key=lambda of_each: freed(of_each * L))
             count = bisect_left(range(full * L + 1), excess, max(0, (full - 1) * L + 1), key=freed)
@@ -247,7 +247,7 @@ def fewest(
     return best and replace(best, saved=found[0].count - best.count)
 
 
-def room_for_model(device: torch.device) -> int | None:
+def available_bytes(device: torch.device) -> int | None:
     """Return the bytes that `fit` counts on for a model on a CUDA device, at most the free ones; None for another."""
     free = free_memory(device)
     if free is None:
@@ -282,10 +282,10 @@ def check_offload(
     if type(context) is not int or not 1 <= context <= limit:
         raise ValueError(f"Mixtral.from_pretrained: context is {context!r}, needs 1 to {limit}, the model's positions")
     routes = None if offload_by is None else read_routes(config, offload_by)
-    room, placement = room_for_model(device), Placement()
-    if offload == "auto" and room is not None:
+    available, placement = available_bytes(device), Placement()
+    if offload == "auto" and available is not None:
         running = partial(running_bytes, config, 1, context, cache_dtype=cache_dtype)
-        found = fewest(config, sizes, lambda chunk: needed + sum(running(chunk=chunk).values()), room, routes)
+        found = fewest(config, sizes, lambda chunk: needed + sum(running(chunk=chunk).values()), available, routes)
         placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
     elif offload and offload != "auto":
         layers = routes or [range(most, -1, -1)] * config.num_hidden_layers  # as if the last were used least

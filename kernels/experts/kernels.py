@@ -36,7 +36,7 @@ def swiglu(gate, up):
 
 @triton.jit
 def pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
-    """[2 BLOCK_N] rows of `gate_up_proj`: the gate rows of column tile `pid_n`, then its up rows. The last repeats."""
+    """[2 BLOCK_N] rows of `gate_up_proj`: the gate rows of column tile `pid_n`, then its up rows. Row I - 1 repeats."""
     offs = tl.arange(0, 2 * BLOCK_N)
     return (tl.minimum(pid_n * BLOCK_N + offs % BLOCK_N, I - 1) + offs // BLOCK_N * I).to(tl.int64)
 

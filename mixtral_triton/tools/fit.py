@@ -154,8 +154,8 @@ class Request:
         verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= gpu.bytes else "no"
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding
-        room, offload = limit - (need["total"] - shared), None
-        gpus_needed = -(-shared // room) if room > 0 else None
+        available, offload = limit - (need["total"] - shared), None
+        gpus_needed = -(-shared // available) if available > 0 else None
         sizes = self.specs[format], self.batch, self.context, self.cache_dtype
         if verdict == "no" and (found := placement(config, *sizes, limit)) and found.host_bytes <= self.host_memory:
             offload = self.offload(format, gpu, found)

@@ -145,12 +145,12 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
     cases += [(9_599_999, [0, 1, 0, 1], True), (9_350_000, [0, 1, 0, 1], True), (9_349_999, [0, 1, 1, 1], True)]
     cases += [(9_100_000, [0, 1, 1, 1], True), (8_850_000, [1] * 4, True), (8_849_999, [1, 2, 1, 2], True)]
     cases += [(1, [7] * 4, True)]
-    for room, counts, embedding in cases:
-        monkeypatch.setattr(load, "room_for_model", lambda device, room=room: room + context)
+    for available, counts, embedding in cases:
+        monkeypatch.setattr(load, "available_bytes", lambda device, free=available: free + context)
         args = ("auto", model.config, None, torch.device("cpu"), needed, sizes)
         with pytest.warns(UserWarning, match="none is offloaded" if not counts else f"{sum(counts)} of 32 experts and"):
             found = load.check_offload(*args)
-        assert ([*map(len, found.experts)], found.embedding, found.chunk) == (counts, embedding, 2048), room
+        assert ([*map(len, found.experts)], found.embedding, found.chunk) == (counts, embedding, 2048), available
         host = sum(counts) * 250_000 + 400_000 * embedding
         assert (found.host_bytes, found.staging_bytes) == (host, 250_000 * max(counts, default=0))
 

@@ -100,7 +100,7 @@ def test_experts_in_host_memory_give_the_bits_of_resident_ones(weights: str | No
     embedding is there, too."""
     ids, found = torch.arange(3, 203, device="cuda")[None], []
     for offload in (0, 3, "auto"):
-        with mock.patch.object(load, "room_for_model", return_value=1):
+        with mock.patch.object(load, "available_bytes", return_value=1):
             model = Mixtral.from_pretrained(SMALL, "cuda", weights=weights, offload=offload)
         logits = model(ids)
         assert all(torch.equal(model(ids), logits) for _ in range(50))
