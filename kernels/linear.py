@@ -212,11 +212,11 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
         *shapes("T H N", "5 96 33", weight="fp8", deterministic=True),
     ),
     bench_shapes=(
-        *shape_grid(T=(1, 4, 16), H=4096, N=(6144, 4096)),
+        *shape_grid(T=(1, 4, 8, 16), H=4096, N=(6144, 4096)),
         *shape_grid(T=(1, 4, 16), H=6144, N=8192),
         *shapes("T H N", "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
         *shapes("T H N", "1 4096 6144, 4096 4096 6144", deterministic=True),
-        *shape_grid(T=(1, 4096), H=4096, N=6144, weight=QUANT_NAMES),
+        *shape_grid(T=(1, 32, 128, 4096), H=4096, N=6144, weight=QUANT_NAMES),
     ),
 )
 def linear(

@@ -61,7 +61,7 @@ def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
 
 
 _SIZES = {"H": 4096, "I": 14336, "E": 8, "K": 2}
-_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096, 8192)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _DENSE_SHAPES = (*shape_grid(T=_TOKENS, **_SIZES), *shape_grid(T=_TOKENS, **_SIZES | {"H": 6144, "I": 16384}))
 _LETTERS = "T H I E K"
 
