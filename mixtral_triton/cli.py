@@ -245,7 +245,7 @@ def _compile(model: Mixtral, sizes: Sequence[tuple[int, int, int]], dtypes: Sequ
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .tools.offline import compile_ahead
 
-        with bar("compiling", None) as progress:
+        with bar("compiling", None, compiles=True) as progress:
             compile_ahead(model, sizes, dtypes, progress.update, cache)
 
 

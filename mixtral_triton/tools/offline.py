@@ -94,9 +94,11 @@ class Compiled:
         if self.error:
             return f"does not compile: {self.error}"
         if self.loop_spills or self.spills > _HARMLESS.get(family(self.arch), 0):
-            return f"spills {self.spills} bytes, by {self.loop_spills} instructions in main loops"
+            spills = f"spills {self.spills} bytes, by {self.loop_spills} instructions in main loops"
+            return f"{spills}, needs a smaller tile or more warps"
         if self.shared_bytes > self.limit_bytes:
-            return f"needs {self.shared_bytes} of {self.limit_bytes} bytes of shared memory"
+            takes = f"takes {self.shared_bytes} of {self.limit_bytes} bytes of shared memory"
+            return f"{takes}, needs a smaller tile or fewer stages"
         return None
 
     def as_dict(self) -> dict[str, Any]:
@@ -275,6 +277,10 @@ def compile_ops(
     return kernels
 
 
+def _tile(row: Mapping[str, Any]) -> str:
+    return "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
+
+
 def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tabulate rows of `Compiled.as_dict`: a line for all kernels of the same name, dtype, tile and figures."""
     figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
@@ -283,8 +289,7 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     caption["i/B"] = "thread instructions there for a byte of a cache"
     lines: Counter[tuple[Any, ...]] = Counter()
     for row in rows:
-        tile = "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
-        line = {"kernel": row["kernel"].removesuffix("_kernel"), "dtype": row["dtype"], "tile": tile}
+        line = {"kernel": row["kernel"].removesuffix("_kernel"), "dtype": row["dtype"], "tile": _tile(row)}
         line["w/s"] = f"{row['num_warps']}/{row['num_stages']}"
         line |= {name: "" if row[key] is None else f"{row[key]:,.0f}" for name, key in figures.items()}
         per_byte = row["loop_instructions_per_byte"]
@@ -300,7 +305,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command `compile` -> exit status: 1 where a kernel must not run."""
     status, out = 0, console()
     for arch in dict.fromkeys(args.arch):
-        with bar(f"compiling for {arch}", None) as progress:
+        with bar(f"compiling for {arch}", None, compiles=True) as progress:
             rows = [one.as_dict() for one in compile_ops(args.ops or list(OPS), arch, args.out, progress.update)]
         faults = [row for row in rows if row["fault"]]
         status |= bool(faults)
@@ -310,7 +315,8 @@ def run(args: argparse.Namespace) -> int:
         out.print(family_note(arch), end="")
         out.print(resources_table(arch, rows))
         for row in faults:
-            out.print(f"{row['op']}, {row['kernel']}, {row['dtype']}: {row['fault']}", style="red", markup=False)
+            kernel = f"{row['op']}, {row['kernel']}, {row['dtype']}"
+            out.print(f"{kernel}: {row['fault']} (tile {_tile(row)})", style="red", markup=False)
         limit, style = ARCHS[arch].shared_bytes, "bold red" if faults else "bold green"
         verdict = f"{len(faults)} of them must not run" if faults else "none spills in its main loop, all fit"
         out.print(f"{len(rows)} kernels; shared memory of a block: {limit:,} bytes at most. [{style}]{verdict}[/]")

@@ -98,11 +98,11 @@ class Bar(NamedTuple):
 
 
 @contextmanager
-def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> Iterator[Bar]:
+def bar(label: str, total: int | None, count: ProgressColumn | None = None, compiles: bool = False) -> Iterator[Bar]:
     """Show the first process's progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds.
-    `total` None: unknown. `count` shows how much is done; None: as a number."""
+    `total` None: unknown. `count` shows how much is done; None: as a number. `compiles`: this is what is counted."""
     console, done, count = Console(stderr=True), threading.Event(), count or MofNCompleteColumn()
-    compiled: list[float] = []  # seconds of each kernel, which no estimate may repeat
+    compiled: list[float] = []  # seconds of each kernel, which an estimate repeats only where each step compiles one
 
     def record(times: Any, cache_hit: bool, **rest: Any) -> None:
         if not cache_hit:
@@ -119,7 +119,8 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None) -> I
             while not done.wait(INTERVAL):
                 state, estimate = progress.tasks[task], ""
                 if state.completed and state.remaining is not None and state.elapsed:
-                    seconds = (state.elapsed - sum(compiled)) * state.remaining / state.completed
+                    elapsed = state.elapsed - (0.0 if compiles else sum(compiled))
+                    seconds = elapsed * state.remaining / state.completed
                     estimate = f", about {seconds:.0f} s left"
                 done_so_far = str(count(state)).strip() + (f", {len(compiled)} kernels compiled" if compiled else "")
                 if done_so_far != before:  # a line says something new
