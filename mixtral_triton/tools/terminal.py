@@ -119,9 +119,8 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None, comp
             while not done.wait(INTERVAL):
                 state, estimate = progress.tasks[task], ""
                 if state.completed and state.remaining is not None and state.elapsed:
-                    elapsed = state.elapsed - (0.0 if compiles else sum(compiled))
-                    seconds = elapsed * state.remaining / state.completed
-                    estimate = f", about {seconds:.0f} s left"
+                    elapsed = state.elapsed - sum(() if compiles else compiled)
+                    estimate = f", about {elapsed * state.remaining / state.completed:.0f} s left"
                 done_so_far = str(count(state)).strip() + (f", {len(compiled)} kernels compiled" if compiled else "")
                 if done_so_far != before:  # a line says something new
                     print_message(f"{label}: {done_so_far}{estimate}")

@@ -160,11 +160,8 @@ def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, make: M
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), LIMITS)
 def test_greedy_at_the_limits(temperature: float, top_p: float, top_k: Any, make: Make, device: Any) -> None:
     """`top_k` is an argument by name alone: the positions of those before it are what they were."""
-    model, ids, settings = (
-        make(),
-        tokens(2, 4, device=device),
-        {"temperature": temperature, "generator": seeded(device)},
-    )
+    model, ids = make(), tokens(2, 4, device=device)
+    settings = {"temperature": temperature, "generator": seeded(device)}
     greedy = model.generate(ids, max_new_tokens=NEW)
     assert torch.equal(model.generate(ids, max_new_tokens=NEW, top_p=top_p, top_k=top_k, **settings), greedy)
     if top_k == 1:

@@ -37,10 +37,10 @@ class SwappedNorms(Layer):
 
 
 class SwappedQueriesAndKeys(Layer):
-    def attention(self, h: Tensor, ring: Any, state: State) -> Tensor:
+    def attention(self, h: Tensor, kv_cache: Any, state: State) -> Tensor:
         attend, state = state.attend, copy.copy(state)
-        state.attend = lambda q, k, v, ring: attend(k, q, v, ring)  # type: ignore[method-assign]
-        return super().attention(h, ring, state)
+        state.attend = lambda q, k, v, kv_cache: attend(k, q, v, kv_cache)  # type: ignore[method-assign]
+        return super().attention(h, kv_cache, state)
 
 
 class NoResidual(Layer):
