@@ -152,7 +152,7 @@ class Op:
         return results if len(results) > 1 else results[0] if results else None
 
     def plain_signature(self, packed: Any = None) -> inspect.Signature:
-        """Return the signature without what only checks read: Tensor, int, ..., `packed` for a Matrix or a Cache."""
+        """Return the signature with plain types: Tensor, int, ...; `packed` (None: itself) for a Matrix or a Cache."""
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
         parameters = []

@@ -94,7 +94,7 @@ def stream(
     dtypes = None, model.dtype, torch.int8
     finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
     is_generator = generator is None or isinstance(generator, torch.Generator)
-    is_there = not isinstance(generator, torch.Generator) or generator.device.type == model.device.type
+    same_device = not isinstance(generator, torch.Generator) or generator.device.type == model.device.type
     for name, got, valid, need in (
         ("max_new_tokens", repr(max_new_tokens), is_int(max_new_tokens, 0), "an integer of at least 0"),
         ("temperature", repr(temperature), finite, "a finite number of at least 0"),
@@ -104,7 +104,7 @@ def stream(
         ("cache_dtype", repr(cache_dtype), cache_dtype in dtypes, f"None, {model.dtype}, the model's, or torch.int8"),
         ("the model", "on the meta device, which holds no numbers", model.device.type != "meta", "a CPU or a GPU"),
         ("generator", f"a {type(generator).__name__}", is_generator, "a torch.Generator"),
-        ("generator", f"on {getattr(generator, 'device', None)}", is_there, f"the model's device, {model.device}"),
+        ("generator", f"on {getattr(generator, 'device', None)}", same_device, f"the model's device, {model.device}"),
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")

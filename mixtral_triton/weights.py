@@ -239,7 +239,7 @@ def load(
     shard: Shard = UNSHARDED,
     quantizer: Quantizer | None = None,
 ) -> None:
-    """Fill `parameters` (names and shapes of `parameter_shapes`, any float dtype and device) with what `check` `found`.
+    """Fill `parameters` (those of `parameter_shapes`, any float dtype and device) by the table that `check` returned.
 
     `config` is the unsharded model's. Only what the shard keeps is read, except rows that get one scale. `quantizer`
     fills a QuantizedWeight among the parameters from a few rows at a time. Parameters on the meta device stay unset.
