@@ -75,6 +75,16 @@ def _patch_once(patch_language: Any) -> Any:
     return patch_new
 
 
+def _patch_tensor(patch_tensor: Any) -> Any:
+    """Read a loop's bound as an element: Triton 3.6 converts an array [1], which numpy from 2.4 on refuses."""
+
+    def patch_new(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    return patch_new
+
+
 _scalar_dtype = cache(interpreter._get_np_dtype)
 
 
@@ -111,6 +121,7 @@ def interpreting() -> Iterator[Any]:
         (builder, "cast_impl", partial(_cast, builder)),
         (builder, "create_dot", partial(_dot, builder)),
         (interpreter, "_patch_lang", _patch_once(interpreter._patch_lang)),
+        (interpreter, "_patch_lang_tensor", _patch_tensor(interpreter._patch_lang_tensor)),
         (interpreter, "_get_np_dtype", _numpy_dtype),
         (tl.block_type, "__init__", _init_block_type),
         (tl.tensor, "__init__", _init_tensor),

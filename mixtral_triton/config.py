@@ -306,6 +306,8 @@ def _snapshot(name: str, tensors: bool) -> Path:
         MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come
         index = Path(path) / INDEX_FILE
         patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
+        if all((index.parent / file).is_file() for file in needed):
+            break  # huggingface_hub 1.33 asks for the names of a commit's files, even offline
         revision = index.parent.name  # the same commit, whatever is pushed meanwhile
     if missing := [file for file in needed if offline and not (Path(path) / file).is_file()]:
         raise FileNotFoundError(f"{name}: {missing[0]} is not in the hub's cache, and HF_HUB_OFFLINE is set")

@@ -111,7 +111,9 @@ class MaskConfig:
     _attn_implementation = NAME
 
     def __init__(self, config: Any, **settings: Any) -> None:
-        self.__dict__.update(settings, config=config)
+        self.config = config
+        for name, value in settings.items():  # one by one: no compiler of torch 2.11 follows an update of __dict__
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.config, name)

@@ -266,6 +266,9 @@ def test_compiles_without_a_graph_break(make_hf: Any, parity: Any) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_exports_with_dynamic_sizes(masked: bool, make_hf: Any, parity: Any) -> None:
+    if masked and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 cannot keep the number of tokens dynamic where its own attention takes a mask")
+
     def inputs(ids: Tensor) -> dict[str, Any]:
         mask = torch.ones_like(ids)
         mask[0, :3] = 0

@@ -57,6 +57,9 @@ def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, monkeypatch: pytest.M
     assert hub.downloads[-1] == (NAME, COMMIT, [f"model-{number}.safetensors" for number in range(3)])
     cached, remote = ({file.name for file in folder.iterdir()} for folder in (hub.cache, hub.remote))
     assert cached == remote - {"pytorch_model.bin"}
+    hub.downloads.clear()
+    Mixtral.from_pretrained(NAME, "cpu")
+    assert {revision for _, revision, _ in hub.downloads} == {None}  # of a cache that has all, no commit is looked up
     ids = torch.arange(9)[None]
     assert torch.equal(model(ids), Mixtral.from_pretrained(SMALL, "cpu")(ids))
     write(NAME, "out", "int8", "cpu")

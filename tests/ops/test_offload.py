@@ -100,7 +100,7 @@ def test_wrong_dtype_is_rejected_after_a_right_call(ordered: Any) -> None:
     weights = {name: wrong[name] for name in ("gate_up_proj", "down_proj")}
     for _ in range(2):
         ops.expert_swiglu(**right)
-        with pytest.raises(ValueError, match="argument 'down_proj' is bfloat16, needs float32"):
+        with pytest.raises(ValueError, match="argument 'gate_up_proj' is bfloat16, needs float32"):
             ops.expert_swiglu(**right | weights)
     ops.expert_swiglu(**wrong)
 

