@@ -113,7 +113,7 @@ ERROR = {"int4": 5e-3, "exact": 2e-6}
 @pytest.mark.parametrize("head", ["untied", "tied", "tied, in the file"])
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_transformers_computes_the_dequantized_model(tmp_path: Path, format: Any, head: str, dequantize: bool) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", "5.17", "earlier ones find no experts there")
     pytest.importorskip("compressed_tensors")
     folder = SMALL if head == "untied" else tied(tmp_path / "in", head != "tied")
     write(folder, tmp_path / "out", format, "cpu")
