@@ -155,7 +155,8 @@ def parser() -> argparse.ArgumentParser:
     option = command("quantize", "write a checkpoint with quantized experts, as compressed-tensors has it", "--device")
     option("folder", help=f"{FOLDER}, not quantized")
     option("out", type=Path, help="folder to write, new or empty")
-    option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=f"{QUANTIZE}; int4: in groups of 128")
+    text = f"{QUANTIZE}; int4: in groups of 128, 64 or 32"
+    option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
 
     option = command("bench", "operations and a decode step by peers and floors", "ops --at --cache-dtype --offload")
     option("--dtype", **shared["--dtype"] | {"help": "default: bfloat16"})
