@@ -150,8 +150,8 @@ def _register(op: Op) -> Any:
 
 
 def _count_writes(overload: Any, library: torch.library.Library) -> None:
-    """Count the writes into the tensors that an operator mutates, as torch itself does from 2.13 on: before, it looks
-    for the scales of a cache, too, where a dispatcher leaves them out, since None is their default."""
+    """Count the writes into the tensors that an operator mutates, in the place of torch's function, which before 2.13
+    raises an IndexError where the last arguments have their defaults, as the scales of a cache that has none."""
     infos = [argument.alias_info for argument in overload._schema.arguments]
     mutated = [index for index, info in enumerate(infos) if info is not None and info.is_write]
 

@@ -19,6 +19,7 @@ from mixtral_triton.kernels import norm, router
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools import offline
 from mixtral_triton.tools.offline import compile_ahead, compile_launches
 from tests.support.calls import inputs, with_offload
 from tests.support.models import WIDER_SIZES, random_model
@@ -112,9 +113,12 @@ def test_a_text_compiles_nothing_anew(weights: str | None, on_host: Any, gpu: An
     """What `verify` and `generate` compile on all cores beforehand is what their model launches."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 64}
     model = random_model(dtype=torch.bfloat16, weights=weights, device="cuda", on_host=on_host, **sizes)
+    ahead: list[Any] = []
+    record = mock.patch.object(offline, "compile_launches", lambda *args: ahead.extend(compile_launches(*args)))
     finished: list[tuple[int, int]] = []
-    compile_ahead(model, [(1, 1, 12), (1, 5, 12)], [model.dtype], lambda *done: finished.append(done))
-    assert finished[-1][0] == finished[-1][1] >= 8
+    with record:
+        compile_ahead(model, [(1, 1, 12), (1, 5, 12)], [model.dtype], lambda *done: finished.append(done))
+    assert finished[-1] == (len(ahead), len(ahead)) and len(ahead) >= 8 and not [each for each in ahead if each.error]
     compile_nothing()
     model.generate(torch.arange(5, device=model.device)[None], max_new_tokens=7)
     with pytest.raises(AssertionError, match="compiled anew"):
