@@ -301,15 +301,16 @@ def _snapshot(name: str, tensors: bool) -> Path:
                 what = f"the hub answers {' '.join(str(error).split()):.200}"
             hint = " (hf auth login, or HF_TOKEN)" if what.endswith("token") else ""
             raise FileNotFoundError(f"{name}: {what}{hint}") from error
-        if needed or not tensors:
+        is_last = bool(needed)
+        if tensors and not is_last:
+            MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come
+            index = Path(path) / INDEX_FILE
+            patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
+            revision = index.parent.name  # the same commit, whatever is pushed meanwhile
+        missing = [file for file in needed if not (Path(path) / file).is_file()]
+        if is_last or not missing:  # huggingface_hub 1.33 looks a commit up even offline: not where nothing is missing
             break
-        MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come
-        index = Path(path) / INDEX_FILE
-        patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
-        if all((index.parent / file).is_file() for file in needed):
-            break  # huggingface_hub 1.33 asks for the names of a commit's files, even offline
-        revision = index.parent.name  # the same commit, whatever is pushed meanwhile
-    if missing := [file for file in needed if offline and not (Path(path) / file).is_file()]:
+    if offline and missing:
         raise FileNotFoundError(f"{name}: {missing[0]} is not in the hub's cache, and HF_HUB_OFFLINE is set")
     return Path(path)
 
