@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arguments import Rows
 from .call import operation
 from .checks import INT32, INTS, Within
 from .launch import LaunchConfig, launch, power_of_2, select_configs
@@ -48,12 +49,11 @@ def sort_by_expert_kernel(
 @triton.jit(do_not_specialize=["N"])
 def gather_by_expert_kernel(
     ids_ptr,  # [N]
-    x_ptr,  # [T, H]
+    x,  # Rows [T, H]
     sorted_ptr,  # [N, H] out: a row of x for each slot, in the order of the experts
     order_ptr,  # [N] out, int32
     offsets_ptr,  # [E + 1] out, int32
     N, E, TOP_K,
-    stride_xt,
     H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     # A program has BLOCK_S slots: it counts those before each of them, places its own, and copies their rows. No scan:
@@ -78,7 +78,7 @@ def gather_by_expert_kernel(
     index = base + tl.sum(earlier.to(tl.int32), axis=1)
     inside = ids < E
     tl.store(order_ptr + index, slots, mask=inside)
-    x_rows = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt
+    x_rows = x.ptr + (slots // TOP_K).to(tl.int64)[:, None] * x.stride
     sorted_rows = sorted_ptr + index.to(tl.int64)[:, None] * H
     for h in range(0, H, BLOCK_H):
         offs_h = (h + tl.arange(0, BLOCK_H))[None, :]
@@ -131,12 +131,23 @@ def sort_by_expert(
     >>> order.tolist(), offsets.tolist()
     ([1, 0, 3, 2], [0, 1, 3, 4])
     """
+    return launch_sort(ids, num_experts)
+
+
+def launch_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     T, K = ids.shape
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
     selected = select_configs(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
-    args: dict[str, Any] = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
-    launch(sort_by_expert_kernel, (num_experts,), args, selected["sort_by_expert_kernel"])
+    launch(
+        sort_by_expert_kernel,
+        (num_experts,),
+        selected["sort_by_expert_kernel"],
+        ids_ptr=ids.contiguous(),
+        order_ptr=order,
+        offsets_ptr=offsets,
+        N=T * K,
+    )
     return order, offsets
 
 
@@ -148,15 +159,26 @@ def gather_config(slots: int, experts: int, hidden: int) -> LaunchConfig:
     return LaunchConfig(tiles | {"BLOCK_H": power_of_2(hidden, low=16, high=256)}, num_warps=8)
 
 
-def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H] with dense rows, ids [T, K] -> x in sorted order [N, H], and `sort_by_expert`'s order and offsets."""
-    (T, K), H = ids.shape, x.shape[1]
-    gathered = torch.empty((T * K, H), dtype=x.dtype, device=x.device)
+def gather_by_expert(x: Rows, ids: Tensor, experts: int, config: LaunchConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], ids [T, K] -> x in sorted order [N, H], and `sort_by_expert`'s order and offsets."""
+    (T, K), H = ids.shape, x.ptr.shape[1]
+    gathered = torch.empty((T * K, H), dtype=x.ptr.dtype, device=ids.device)
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
-    args: dict[str, Any] = {"ids_ptr": ids, "x_ptr": x, "sorted_ptr": gathered, "order_ptr": order}
-    args |= {"offsets_ptr": offsets, "N": T * K, "E": experts, "TOP_K": K, "stride_xt": x.stride(0)}
-    launch(gather_by_expert_kernel, (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),), args, config, H=H)
+    launch(
+        gather_by_expert_kernel,
+        (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),),
+        config,
+        ids_ptr=ids,
+        x=x,
+        sorted_ptr=gathered,
+        order_ptr=order,
+        offsets_ptr=offsets,
+        N=T * K,
+        E=experts,
+        TOP_K=K,
+        H=H,
+    )
     return gathered, order, offsets
 
 

@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arguments import Rows
 from .call import operation
 from .checks import FP32, INT32, Within
-from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
-from .norm import NormWeight, fused_norm_args, normed
+from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .norm import FusedNorm, NormWeight, normed
 from .op import Sizes
 from .pdl import pdl_wait
 from .samples import shape_grid, shapes
@@ -81,10 +82,10 @@ def route_kernel(
 
 
 @triton.jit
-def _load_gate(gate_ptr, stride_ge, offs_h, E, H: tl.constexpr, BLOCK_E: tl.constexpr):
+def _load_gate(gate, offs_h, E, H: tl.constexpr, BLOCK_E: tl.constexpr):
     """Load columns of the gate, [BLOCK_E, columns]."""
     offs_e = tl.arange(0, BLOCK_E)
-    ptrs = gate_ptr + offs_e.to(tl.int64)[:, None] * stride_ge + offs_h[None, :]
+    ptrs = gate.ptr + offs_e.to(tl.int64)[:, None] * gate.stride + offs_h[None, :]
     return tl.load(ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
 
 
@@ -119,40 +120,37 @@ def _products(y_ptr, values, scale, gate, weight, offs_h, H: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def gate_route_kernel(
-    x_ptr,  # [T, H]
-    residual_ptr,  # [T, H], or None: no norm
-    norm_ptr,  # [H] weight of the norm of x + residual, or None
-    gate_ptr,  # [E, H]
+    x,  # Rows [T, H]
+    norm,  # FusedNorm of x + residual, or None
+    gate,  # Rows [E, H]
     y_ptr,  # [T, H] out: that norm, or None
-    total_ptr,  # [T, H] out: x + residual, or None
     logits_ptr,  # [T, E] out
     weights_ptr,  # [T, K] out, fp32
     ids_ptr,  # [T, K] out, int32
     T, E,
-    stride_xt, stride_rt, stride_ge,
-    eps,
     H: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     t, offs_h = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)
-    gate = _load_gate(gate_ptr, stride_ge, offs_h, E, H, BLOCK_E)
-    weight = None if norm_ptr is None else tl.load(norm_ptr + offs_h, mask=offs_h < H, other=0.0)
+    gate_tile = _load_gate(gate, offs_h, E, H, BLOCK_E)
+    weight = None if norm is None else tl.load(norm.weight + offs_h, mask=offs_h < H, other=0.0)
     pdl_wait(PDL)
-    x, residual, y, total = x_ptr + t * stride_xt, residual_ptr, y_ptr, total_ptr
-    if residual_ptr is not None:
-        residual, y, total = residual_ptr + t * stride_rt, y_ptr + t * H, total_ptr + t * H
-    values, scale = _load_sum(x, residual, offs_h, H), 1.0
-    if residual_ptr is not None:
+    x_row, residual, y = x.ptr + t * x.stride, None, y_ptr
+    if norm is not None:
+        residual, y = norm.residual.ptr + t * norm.residual.stride, y_ptr + t * H
+    values, scale = _load_sum(x_row, residual, offs_h, H), 1.0
+    if norm is not None:
+        total = norm.total_ptr + t * H
         squares = _store_and_square(total, values, offs_h, H)
         for h in range(BLOCK_H, H, BLOCK_H):
-            squares += _store_and_square(total, _load_sum(x, residual, h + offs_h, H), h + offs_h, H)
-        scale = tl.rsqrt(squares / H + eps)
-    acc = _products(y, values, scale, gate, weight, offs_h, H)
+            squares += _store_and_square(total, _load_sum(x_row, residual, h + offs_h, H), h + offs_h, H)
+        scale = tl.rsqrt(squares / H + norm.eps)
+    acc = _products(y, values, scale, gate_tile, weight, offs_h, H)
     for h in range(BLOCK_H, H, BLOCK_H):
         columns = h + offs_h
-        next_gate = _load_gate(gate_ptr, stride_ge, columns, E, H, BLOCK_E)
-        norm_weight = None if norm_ptr is None else tl.load(norm_ptr + columns, mask=columns < H, other=0.0)
-        acc += _products(y, _load_sum(x, residual, columns, H), scale, next_gate, norm_weight, columns, H)
+        next_gate = _load_gate(gate, columns, E, H, BLOCK_E)
+        norm_weight = None if norm is None else tl.load(norm.weight + columns, mask=columns < H, other=0.0)
+        acc += _products(y, _load_sum(x_row, residual, columns, H), scale, next_gate, norm_weight, columns, H)
     logits, offs_e = acc[None, :].to(logits_ptr.dtype.element_ty), tl.arange(0, BLOCK_E)
     tl.store(logits_ptr + t * E + offs_e[None, :], logits, mask=(offs_e < E)[None, :])
     # Route by the rounded logits, which the caller receives.
@@ -212,9 +210,19 @@ def route(logits: Logits, top_k: TopK) -> tuple[RoutingWeights, Ids]:
     T, E = logits.shape
     weights, ids = _empty_routes(T, top_k, logits.device)
     config = select_configs(configs, {"T": T, "E": E, "K": top_k}, logits.dtype, logits.device)["route_kernel"]
-    args = {"logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids, "T": T, "E": E}
-    args |= {"stride_lt": logits.stride(0), "stride_le": logits.stride(1)}
-    launch(route_kernel, (triton.cdiv(T, config.constexprs["BLOCK_T"]),), args, config, TOP_K=top_k)
+    launch(
+        route_kernel,
+        (triton.cdiv(T, config.constexprs["BLOCK_T"]),),
+        config,
+        logits_ptr=logits,
+        weights_ptr=weights,
+        ids_ptr=ids,
+        T=T,
+        E=E,
+        stride_lt=logits.stride(0),
+        stride_le=logits.stride(1),
+        TOP_K=top_k,
+    )
     return weights, ids
 
 
@@ -245,7 +253,7 @@ def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) 
 
     >>> logits, routing_weights, ids = ops.gate_route(torch.randn(3, 64), torch.randn(8, 64), top_k=2)
     """
-    return _launch_gate(x, gate, top_k, None, fused_norm_args())
+    return _launch_gate(x, gate, top_k)
 
 
 @operation(
@@ -270,18 +278,30 @@ def rms_norm_gate_route(
     >>> y, total, logits, routing_weights, ids = ops.rms_norm_gate_route(x, x, weight, 1e-5, gate, top_k=2)
     """
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    return y, total, *_launch_gate(x, gate, top_k, y, fused_norm_args(residual, weight, total, eps))
+    return y, total, *_launch_gate(x, gate, top_k, y, FusedNorm.of(residual, weight, total, eps))
 
 
 def _launch_gate(
-    x: Tensor, gate: Tensor, top_k: int, y: Tensor | None, norm: dict[str, Any]
+    x: Tensor, gate: Tensor, top_k: int, y: Tensor | None = None, norm: FusedNorm | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, H), E = x.shape, len(gate)
     logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
     weights, ids = _empty_routes(T, top_k, x.device)
     config = select_configs(gate_configs, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
-    x, gate = dense_rows(x), dense_rows(gate)
-    args = {**norm, "x_ptr": x, "gate_ptr": gate, "y_ptr": y, "logits_ptr": logits, "weights_ptr": weights}
-    args |= {"ids_ptr": ids, "T": T, "E": E, "stride_xt": x.stride(0), "stride_ge": gate.stride(0)}
-    launch(gate_route_kernel, (T,), args, config, H=H, TOP_K=top_k)
+    launch(
+        gate_route_kernel,
+        (T,),
+        config,
+        x=Rows.of(x),
+        norm=norm,
+        gate=Rows.of(gate),
+        y_ptr=y,
+        logits_ptr=logits,
+        weights_ptr=weights,
+        ids_ptr=ids,
+        T=T,
+        E=E,
+        H=H,
+        TOP_K=top_k,
+    )
     return logits, weights, ids

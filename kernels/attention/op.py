@@ -5,7 +5,7 @@ P rows of the rotary tables
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -13,32 +13,41 @@ import triton
 from torch import Tensor
 
 from .. import reference
+from ..arguments import Heads, dense_rows
 from ..call import operation
-from ..checks import INTS, Within, fail
-from ..launch import dense_rows, describe, launch, multiprocessors, select_configs, target_arch, unpacks_by_ptx
-from ..op import Cost, Sizes
-from ..quantized_cache import QuantizedCache, vector_bytes
-from ..rope import (
-    Heads,
+from ..checks import INTS, Cache, Within, fail
+from ..heads import (
+    CacheArgs,
+    KeyHeads,
     New,
     Past,
     Queries,
+    RotaryTables,
     Slots,
     Table,
-    cache_args,
     cache_inputs,
+    cache_parts,
     check_caches,
     check_head_size,
-    launch_append,
     rope_tables,
-    strides,
 )
+from ..launch import describe, launch, multiprocessors, select_configs, target_arch, unpacks_by_ptx
+from ..op import Cost, Sizes
+from ..quantized_cache import QuantizedCache, vector_bytes
+from ..rope import launch_append
 from ..samples import draw, shape_grid, shapes
-from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
+from .kernels import (
+    Bounds,
+    Keys,
+    Newest,
+    attention_combine_kernel,
+    attention_decode_kernel,
+    attention_prefill_kernel,
+)
 from .tiles import PACKED_ROWS, configs
 
-Keys = Annotated[Tensor, "B S Hkv D"]
-Bounds = Annotated[Tensor, "B", INTS, Within(0, "S")]
+Positions = Annotated[Tensor, "B S Hkv D"]
+Bound = Annotated[Tensor, "B", INTS, Within(0, "S")]
 Window = Annotated[int, Within(-1, (1 << 31) - 1)]  # None, 0 and -1: no window
 
 
@@ -157,13 +166,13 @@ _HEADS = {"Hq": 32, "Hkv": 8, "D": 128}
 )
 def attention(
     q: Queries,
-    k: Keys,
-    v: Keys,
+    k: Positions,
+    v: Positions,
     window: Window | None = None,
     causal: bool = True,
     scale: float | None = None,
-    starts: Bounds | None = None,
-    lengths: Bounds | None = None,
+    starts: Bound | None = None,
+    lengths: Bound | None = None,
     deterministic: bool = False,
 ) -> Queries:
     """Sliding-window attention (Mistral 7B, section 2; FlashAttention-2, Dao 2023) with grouped queries.
@@ -184,12 +193,13 @@ def attention(
     >>> ops.attention(q, k, k, window=4).shape
     torch.Size([1, 5, 4, 32])
     """
-    sizes = _sizes(q, k, window, deterministic)
-    args = _common_args(q, k, v, sizes, (starts, lengths, None), scale)
+    sizes, keys = _sizes(q, k, window, deterministic), _keys(k, v)
+    T, group = q.shape[1], q.shape[2] // k.shape[2]
+    bounds = Bounds(_contiguous(starts), _contiguous(lengths), None)
     # Few causal queries, times the heads of a group, fill a tile of the decode kernel.
-    if causal and (args["T"] == 1 or args["T"] * args["G"] <= PACKED_ROWS):
-        return _decode(args, sizes)
-    return _prefill(args, sizes, None, causal)
+    if causal and (T == 1 or T * group <= PACKED_ROWS):
+        return _decode(q, keys, bounds, sizes, scale=scale)
+    return _prefill(q, keys, bounds, sizes, causal=causal, scale=scale)
 
 
 _CACHED = "B T Hq Hkv D C window past"
@@ -219,8 +229,8 @@ _CACHES: tuple[dict[str, Any], ...] = ({}, {"cache": "int8"})
 )
 def cached_attention(
     q: Queries,
-    k: Heads | None,
-    v: Heads | None,
+    k: KeyHeads | None,
+    v: KeyHeads | None,
     k_cache: Slots,
     v_cache: Slots,
     past: Past,
@@ -245,17 +255,19 @@ def cached_attention(
     >>> q, k, cache = torch.randn(1, 3, 4, 32), torch.randn(1, 3, 2, 32), torch.randn(1, 2, 16, 32)
     >>> out = ops.cached_attention(q, k, k, cache, cache, past=torch.tensor([7]), new=torch.tensor([3]))
     """
-    keys, values, scales = _slots(k_cache, v_cache)
-    sizes, bounds = _sizes(q, keys, window, deterministic, scales), (None, new, past)
+    slots = _slots(k_cache, v_cache)
+    sizes = _sizes(q, slots.k_ptr, window, deterministic, quantized=slots.k_scales is not None)
+    bounds = Bounds(None, new.contiguous(), past.contiguous())
     if k is None or v is None:
-        return _decode(_common_args(q, keys, values, sizes, bounds) | scales, sizes)
-    if scales:
+        return _decode(q, slots, bounds, sizes)
+    if slots.k_scales is None:
+        keys = _keys(k, v)
+    else:
         B, T, Hkv, D = k.shape
         chunk = [QuantizedCache.empty(B, Hkv, T, D, device=k.device) for _ in range(2)]
         launch_append(k, v, chunk[0], chunk[1], None, new.contiguous())
-        k, v, scales = _slots(*chunk)
-    args = _common_args(q, k, v, sizes, bounds) | scales
-    return _prefill(args, {**sizes, "C": k_cache.shape[2]}, (k_cache, v_cache), True)
+        keys = _slots(*chunk)
+    return _prefill(q, keys, bounds, {**sizes, "C": k_cache.shape[2]}, CacheArgs.of(k_cache, v_cache))
 
 
 @operation(
@@ -275,8 +287,8 @@ def cached_attention(
 )
 def rope_append_attention(
     q: Queries,
-    k: Heads,
-    v: Heads,
+    k: KeyHeads,
+    v: KeyHeads,
     cos: Table,
     sin: Table,
     k_cache: Slots,
@@ -306,76 +318,93 @@ def rope_append_attention(
     """
     # Every program rotates its own queries. The program of the last split also rotates the new key and stores it in the
     # ring, where no other program reads it: the slot's old key has just left the window.
-    keys, values, scales = _slots(k_cache, v_cache)
-    sizes = _sizes(q, keys, window, deterministic, scales)
+    slots = _slots(k_cache, v_cache)
+    sizes = _sizes(q, slots.k_ptr, window, deterministic, quantized=slots.k_scales is not None)
+    bounds = Bounds(None, new.contiguous(), past.contiguous())
+    newest = Newest(Heads.of(k), Heads.of(v), RotaryTables.of(cos, sin))
+    return _decode(q, slots, bounds, sizes, newest)
+
+
+def _contiguous(bound: Tensor | None) -> Tensor | None:
+    return None if bound is None else bound.contiguous()
+
+
+def _keys(k: Tensor, v: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> Keys:
     k, v = dense_rows(k), dense_rows(v)
-    newest = {"new_k_ptr": k, "new_v_ptr": v, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "P": len(cos)}
-    newest |= strides("nk", k[:, 0], "bh") | strides("nv", v[:, 0], "bh")
-    return _decode(_common_args(q, keys, values, sizes, (None, new, past)) | scales, sizes, newest)
+    return Keys(k, v, k_scales, v_scales, *k.stride()[:3], *v.stride()[:3])
 
 
-KernelArgs = dict[str, Any]
-_NO_NEWEST: KernelArgs = dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr"))
-_NO_NEWEST |= dict.fromkeys(("P", "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh"), 0)
+def _slots(k_cache: Cache, v_cache: Cache) -> Keys:
+    """Return the slots of caches as keys and values [B, C, Hkv, D], or their codes [B, C, Hkv, D/2]."""
+    (k, v), scales = cache_parts(k_cache, v_cache)
+    return _keys(k.transpose(1, 2), v.transpose(1, 2), *scales)
 
 
-def _slots(k_cache: Any, v_cache: Any) -> tuple[Tensor, Tensor, KernelArgs]:
-    """Return keys and values [B, C, Hkv, D], or their codes [B, C, Hkv, D/2], and the scales by argument."""
-    if isinstance(k_cache, Tensor):
-        return k_cache.transpose(1, 2), v_cache.transpose(1, 2), {}
-    scales = {"k_scales_ptr": k_cache.scales, "v_scales_ptr": v_cache.scales}
-    return k_cache.codes.transpose(1, 2), v_cache.codes.transpose(1, 2), scales
-
-
-def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool, scales: KernelArgs | None = None) -> Sizes:
+def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool, quantized: bool = False) -> Sizes:
     B, T, Hq, D = q.shape
     window = max(0, window or 0)
     if window > 2 * (k.shape[1] + T):
         window = 0  # it reaches every key; the kernel subtracts it in int32
     sizes = {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
-    cache = {"cache": "int8"} if scales else {}
+    cache = {"cache": "int8"} if quantized else {}
     return {**sizes, **cache, "sms": multiprocessors(q.device), "deterministic": deterministic}
 
 
-def _common_args(
-    q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, bounds: Sequence[Tensor | None], scale: float | None = None
-) -> KernelArgs:
-    """Return the arguments that both kernels take. `bounds`: starts, lengths and past."""
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    Hq, D = q.shape[2:]
-    args: KernelArgs = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_scales_ptr": None, "v_scales_ptr": None}
-    bounds = [None if bound is None else bound.contiguous() for bound in bounds]
-    args |= zip(("starts_ptr", "lengths_ptr", "past_ptr"), bounds, strict=True)
-    args |= {"T": q.shape[1], "S": k.shape[1], "Hq": Hq, "G": Hq // k.shape[2], "window": sizes["window"]}
-    args |= {"scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
-    return args | strides("q", q) | strides("k", k) | strides("v", v)
+def _in_base_2(scale: float | None, D: int) -> float:
+    return (D**-0.5 if scale is None else scale) * math.log2(math.e)
 
 
-def _prefill(args: KernelArgs, sizes: Sizes, cache: Any, causal: bool) -> Tensor:
-    q, keys_values = args["q_ptr"], (args["k_ptr"], args["v_ptr"])
+def _prefill(
+    q: Tensor,
+    keys: Keys,
+    bounds: Bounds,
+    sizes: Sizes,
+    cache: CacheArgs | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
     B, T, Hq, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arch, quantized = target_arch(q.device), "cache" in sizes
     config = select_configs(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
     n, d = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_D"]
-    k_desc, v_desc = (None if quantized else describe(x, (1, n, 1, d), arch) for x in keys_values)
+    pair = keys.k_ptr, keys.v_ptr
+    k_desc, v_desc = (None if quantized else describe(x, (1, n, 1, d), arch) for x in pair)
     if heads_first := k_desc is None and not quantized:  # transformers' cache
-        k_desc, v_desc = (describe(x.transpose(1, 2), (1, 1, n, d), arch) for x in keys_values)
+        k_desc, v_desc = (describe(x.transpose(1, 2), (1, 1, n, d), arch) for x in pair)
     if k_desc is None or v_desc is None:  # both or neither: one loop reads both
         k_desc, v_desc, heads_first = None, None, False
-    args |= {"k_desc": k_desc, "v_desc": v_desc, "out_ptr": out, **cache_args(*(cache or keys_values))}
-    if cache is None:
-        args |= {"k_cache_ptr": None, "v_cache_ptr": None}
-    grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
-    flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": sizes["window"] > 0}
-    flags |= {"HEADS_FIRST": heads_first, "PTX": quantized and unpacks_by_ptx(arch)}
-    launch(attention_prefill_kernel, grid, args, config, **flags)
+    launch(
+        attention_prefill_kernel,
+        (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"])),
+        config,
+        q=Heads.of(q),
+        keys=keys,
+        k_desc=k_desc,
+        v_desc=v_desc,
+        cache=cache,
+        out_ptr=out,
+        bounds=bounds,
+        T=T,
+        S=keys.k_ptr.shape[1],
+        C=sizes.get("C", 0),
+        Hq=Hq,
+        G=Hq // sizes["Hkv"],
+        window=sizes["window"],
+        scale=_in_base_2(scale, D),
+        D=D,
+        CACHED=cache is not None,
+        CAUSAL=causal,
+        WINDOWED=sizes["window"] > 0,
+        HEADS_FIRST=heads_first,
+        PTX=quantized and unpacks_by_ptx(arch),
+    )
     return out
 
 
-def _decode(args: KernelArgs, sizes: Sizes, newest: KernelArgs = _NO_NEWEST) -> Tensor:
-    """Launch the decode kernel. `newest`: its arguments about a key that is neither rotated nor in the ring yet."""
-    q = args["q_ptr"]
+def _decode(
+    q: Tensor, keys: Keys, bounds: Bounds, sizes: Sizes, newest: Newest | None = None, scale: float | None = None
+) -> Tensor:
     B, T, Hq, D = q.shape
     selected = select_configs(configs, sizes, q.dtype, q.device)
     config = selected["attention_decode_kernel"]
@@ -385,12 +414,29 @@ def _decode(args: KernelArgs, sizes: Sizes, newest: KernelArgs = _NO_NEWEST) -> 
     if splits > 1:
         part = torch.empty((*q.shape[:3], splits, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
-    args |= {"out_ptr": part, "lse_ptr": lse, **newest}
-    flags = {"D": D, "RING": args["past_ptr"] is not None, "WINDOWED": sizes["window"] > 0}
-    flags["PTX"] = "cache" in sizes and unpacks_by_ptx(target_arch(q.device))
-    launch(attention_decode_kernel, (splits, sizes["Hkv"], B if T else 0), args, config, **flags)
+    launch(
+        attention_decode_kernel,
+        (splits, sizes["Hkv"], B if T else 0),
+        config,
+        q=Heads.of(q),
+        keys=keys,
+        out_ptr=part,
+        lse_ptr=lse,
+        bounds=bounds,
+        newest=newest,
+        T=T,
+        S=keys.k_ptr.shape[1],
+        Hq=Hq,
+        G=Hq // sizes["Hkv"],
+        window=sizes["window"],
+        scale=_in_base_2(scale, D),
+        D=D,
+        RING=bounds.past is not None,
+        WINDOWED=sizes["window"] > 0,
+        PTX="cache" in sizes and unpacks_by_ptx(target_arch(q.device)),
+    )
     if splits > 1:
-        args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
         config = selected["attention_combine_kernel"]
-        launch(attention_combine_kernel, (B * T * Hq,), args, config, D=D, SPLITS=splits)
+        args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out, "D": D, "SPLITS": splits}
+        launch(attention_combine_kernel, (B * T * Hq,), config, **args)
     return out

@@ -26,6 +26,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from ..cache import KVCache
 from ..kernels.arch import ARCHS, amd, family
+from ..kernels.arguments import flatten
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
 from ..kernels.op import Op
 from ..kernels.quantized import QuantizedWeight
@@ -53,7 +54,9 @@ class Compiled:
     num_warps: int
     num_stages: int
     constexprs: Mapping[str, Any]
-    signature: Mapping[str, str]  # Triton's types: "*bf16", "constexpr" (also what the JIT makes constant: None, 1)
+    signature: Mapping[
+        str, str
+    ]  # Triton's types by path: "*bf16"; "constexpr" also for None and 1
     dtype: str  # the narrowest type behind a pointer, a floating-point one where there is one
     limit_bytes: int  # of shared memory that a block can have on `arch`
     registers: int = 0  # of a thread; on AMD the vector registers of a lane, those for accumulation included
@@ -83,7 +86,7 @@ class Compiled:
         """Thread instructions of a decode step's attention for a byte of keys and values that an iteration loads."""
         if self.kernel != "attention_decode_kernel" or not self.loops:
             return None
-        quantized = self.signature["k_scales_ptr"] != "constexpr"
+        quantized = self.signature["keys.k_scales"] != "constexpr"
         vector = vector_bytes(self.constexprs["D"], {"fp32": 4}.get(self.dtype, 2), quantized)
         least = min(loop.tensor + loop.other for loop in self.loops)
         return 32 * self.num_warps * least / (2 * self.constexprs["BLOCK_N"] * vector)
@@ -157,7 +160,7 @@ def _options(launch: Launch) -> dict[str, Any]:
 
 def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     """Return the launch's kernel with `figures`; without any, those of a kernel that does not compile."""
-    signature = _source(launch, arch).signature
+    signature = dict(flatten(_source(launch, arch).signature))
     pointers = [kind.lstrip("*") for kind in signature.values() if kind.startswith("*")]
     dtype = min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind))))
     constexprs = {name: launch.constexprs[name] for name in signature if name in launch.constexprs}

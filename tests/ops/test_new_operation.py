@@ -64,7 +64,7 @@ def gated_silu(a: Annotated[Tensor, "T N*Z"], b: Planes, squared: bool = False) 
     sizes = {"T": b.shape[0], "N": b.shape[1], "Z": b.shape[2], "squared": squared}
     config = select_configs(configs, sizes, a.dtype, a.device)["gated_silu_kernel"]
     args = {"a_ptr": a, "b_ptr": b, "y_ptr": y, "negative_ptr": negative, "N": a.numel()}
-    launch(gated_silu_kernel, (triton.cdiv(a.numel(), 64),), args, config, SQUARED=squared)
+    launch(gated_silu_kernel, (triton.cdiv(a.numel(), 64),), config, **args, SQUARED=squared)
     return y, negative
 '''
 GATES = ("ops/test_registry.py", "ops/test_operators.py", "ops/test_strides.py")

@@ -43,7 +43,7 @@ def spread_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
 
 def spread(x: Tensor, y: Tensor, n: int) -> Traffic:
     with count_traffic() as traffic:
-        launch(spread_kernel, (2,), {"x_ptr": x, "y_ptr": y, "N": n}, LaunchConfig({"BLOCK": 8}, num_warps=1))
+        launch(spread_kernel, (2,), LaunchConfig({"BLOCK": 8}, num_warps=1), x_ptr=x, y_ptr=y, N=n)
     return traffic
 
 
@@ -73,7 +73,7 @@ def described_kernel(x_desc, y_ptr):
 def test_part_of_a_tile_outside_a_descriptor_is_not_counted() -> None:
     x, y = torch.arange(6 * 32).view(6, 32).half(), torch.ones(4, 16).half()
     with count_traffic() as traffic:
-        launch(described_kernel, (1,), {"x_desc": describe(x, (4, 16), "sm_90"), "y_ptr": y}, LaunchConfig({}, 1))
+        launch(described_kernel, (1,), LaunchConfig({}, 1), x_desc=describe(x, (4, 16), "sm_90"), y_ptr=y)
     assert traffic.moved("x") == 2 * 16 * 2 and traffic.moved("y") == 4 * 16 * 2
     assert torch.equal(y[:2], x[4:, 16:]) and not y[2:].any()
 
@@ -269,7 +269,7 @@ def test_bytes_from_l2_of_the_gate(T: int, within: Any) -> None:
 
 
 CLAMPED = (
-    ("x_ptr + offs_t.to(tl.int64)[None, :]", "x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[None, :]"),
+    ("x.ptr + offs_t.to(tl.int64)[None, :]", "x.ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[None, :]"),
     ("(offs_t < T)[None, :], 0, H", "(offs_t >= 0)[None, :], 0, H"),
 )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
+from mixtral_triton.kernels.arguments import flatten, replace_values
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.quantized import QuantizedWeight
@@ -62,13 +63,17 @@ def outputs(name: str, function: Callable[..., Any], args: Args) -> list[Tensor]
 
 
 def tensors_of_launch(args: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors among a launch's arguments by name, including the bases of descriptors."""
-    return tensors({name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()})
+    """Return the tensors among a launch's arguments by path, including the bases of descriptors."""
+    found = ((path, arg.base if isinstance(arg, TensorDescriptor) else arg) for path, arg in flatten(args))
+    return {path: x for path, x in found if isinstance(x, Tensor)}
 
 
-def replace_base(arg: Any, tensor: Tensor) -> Any:
-    """Return a launch argument with another tensor: a descriptor of it where `arg` is a descriptor."""
-    return replace(arg, base=tensor) if isinstance(arg, TensorDescriptor) else tensor
+def replace_tensors(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Args:
+    """Return the arguments of a launch with other tensors by path; a descriptor describes the other one."""
+    known = dict(flatten(args))
+    described = {path: arg for path, arg in known.items() if isinstance(arg, TensorDescriptor)}
+    others = {path: replace(described[path], base=x) if path in described else x for path, x in tensors.items()}
+    return replace_values(args, others)
 
 
 def memory_of(tensor: Tensor) -> Tensor:

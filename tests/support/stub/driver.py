@@ -1,6 +1,6 @@
 """A Triton driver without a GPU: Triton's JIT runs up to the launch, which is checked against CUDA's requirements."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
@@ -76,6 +76,22 @@ def check_descriptor(name: str, descriptor: TensorDescriptor, meta: Mapping[str,
         raise LaunchError(f"cuTensorMapEncodeTiled refuses {name}: {found[0]}")
 
 
+def with_kinds(
+    names: Iterable[str], kinds: Iterable[Any], values: Iterable[Any], at: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[int, ...], str, str, Any]]:
+    """Yield each argument, those inside of tuples one by one: its place as Triton counts, path, type and value."""
+    for index, (name, kind, value) in enumerate(zip(names, kinds, values, strict=True)):
+        if isinstance(kind, tuple):
+            yield from with_kinds([f"{name}.{field}" for field in kind._fields], kind, value, (*at, index))
+        else:
+            yield (*at, index), name, kind, value
+
+
+def as_kind(kind: Any, value: Any) -> Any:
+    """Return a tuple as the NamedTuple that the kernel was compiled for; a launcher takes any."""
+    return type(kind)(*map(as_kind, kind, value)) if isinstance(kind, tuple) else value
+
+
 class Launcher:
     """The launcher of a compiled kernel, which Triton calls with grid, stream, hooks and all bound arguments."""
 
@@ -83,11 +99,12 @@ class Launcher:
         self.fn, self.metadata = src.fn, metadata
         triton.runtime.driver.active.kernels.add(src.fn)
         self.signature = list(src.signature.values())
-        self.divisible = {at[0] for at, attrs in src.attrs.items() if ["tt.divisibility", 16] in attrs}
-        self.constants = {(at if isinstance(at, tuple) else (at,))[0]: value for at, value in src.constants.items()}
+        self.divisible = {at for at, attrs in src.attrs.items() if ["tt.divisibility", 16] in attrs}
+        self.constants = {at if isinstance(at, tuple) else (at,): value for at, value in src.constants.items()}
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
-        args = rest[4:]  # after the metadata of kernel and launch, and two hooks
+        # After the metadata of kernel and launch, and two hooks.
+        args = [as_kind(kind, value) for kind, value in zip(self.signature, rest[4:], strict=True)]
         driver: Driver = triton.runtime.driver.active
         device, num_warps = driver.get_current_device(), self.metadata.num_warps
         driver.check_alive()
@@ -104,7 +121,7 @@ class Launcher:
     def _check_arguments(self, args: Sequence[Any], device: int) -> None:
         """Check values against the kernel's specialization, and pointers against the GPU that runs it."""
         metas = iter(getattr(self.metadata, "tensordesc_meta", None) or ())
-        for at, (name, kind, value) in enumerate(zip(self.fn.arg_names, self.signature, args, strict=True)):
+        for at, name, kind, value in with_kinds(self.fn.arg_names, self.signature, args):
             tensor = value.base if isinstance(value, TensorDescriptor) else value
             if isinstance(tensor, torch.Tensor) and tensor.device != torch.device("cuda", device):
                 raise LaunchError(f"illegal memory access: {name} is on {tensor.device}, the launch on cuda:{device}")
@@ -176,6 +193,8 @@ class Driver(CudaDriver):
 
 
 def with_memory(arg: Any) -> Any:
+    if isinstance(arg, tuple):
+        return type(arg)(*map(with_memory, arg))
     if isinstance(arg, TensorDescriptor):
         return TensorDescriptor(with_memory(arg.base), arg.shape, arg.strides, arg.block_shape)
     return getattr(arg, "held", arg)
