@@ -105,7 +105,7 @@ def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
 def _smallest(name: str) -> str:
     """Return options for the smallest dense sizes that the tests run, with plain torch as the only peer."""
     op = BENCHED[name]
-    dense = [shape for shape in op.test_shapes if not QUANTIZED & shape.keys()]
+    dense = [shape for shape in op.test_shapes if not QUANTIZED & Case(op, shape).as_dict().keys()]
     sizes = Case(op, min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).flops)).as_dict()
     without = "".join(f" --without '{name}'" for name in {peer.name for peer in PEERS} - {"torch"})
     return "--sizes " + ",".join(f"{letter}={size}" for letter, size in sizes.items()) + without

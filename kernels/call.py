@@ -20,7 +20,7 @@ from . import plan
 from .checks import SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
-from .op import Cost, Op, Sizes
+from .op import Cost, Op
 from .plan import call_key
 from .quantized import QuantizedWeight
 from .quantized_cache import QuantizedCache
@@ -29,6 +29,7 @@ from .sequential import sequential
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
+Case = TypeVar("Case")
 
 # Tensor classes that need no dispatch: any other may watch the operations on it.
 PLAIN_TYPES: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
@@ -231,8 +232,9 @@ class Operation(Protocol[P, R]):
 
 def operation(
     *,
-    cost: Callable[[Sizes, torch.dtype], Cost] | None = None,
-    flops: Callable[[Sizes], int] = lambda sizes: 0,
+    case: type[Case],
+    cost: Callable[[Case, torch.dtype], Cost] | None = None,
+    flops: Callable[[Case], int] = lambda case: 0,
     inputs: Callable[..., dict[str, Any]] | None = None,
     name: str | None = None,
     **fields: Any,
@@ -246,9 +248,10 @@ def operation(
     """
 
     def decorate(run: Callable[P, R]) -> Operation[P, R]:
-        fields["inputs"] = random_inputs(run, inputs)
-        fields["cost"] = streaming_cost(run, flops) if cost is None else cost
-        op = Op(name=name or run.__name__, run=run, **fields)
+        draw, count = random_inputs(run, inputs), streaming_cost(run, flops) if cost is None else cost
+        fields["inputs"] = lambda each, *args: draw(op.case_of(each), *args)
+        fields["cost"] = lambda each, dtype: count(op.case_of(each), dtype)
+        op = Op(name=name or run.__name__, run=run, case=case, **fields)
         checked, unchecked = _entry_points(op)
         for function in (checked, unchecked):
             wraps(run)(function)

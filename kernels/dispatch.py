@@ -3,6 +3,7 @@
 N = T * K slots (slot t*K + k is token t's k-th choice), E experts
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +16,6 @@ from .arguments import Rows
 from .call import operation
 from .checks import INT32, INTS, Within
 from .launch import LaunchConfig, launch, power_of_2, select_configs
-from .op import Sizes
 from .samples import shapes
 
 
@@ -93,26 +93,38 @@ def _load_experts(ids_ptr, slots, N, E):
     return tl.where((ids >= 0) & (ids < E), ids, 1 << 30)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class SortSizes:
+    T: int
+    E: int
+    K: int
+
+
+def configs(sizes: SortSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """Two block sizes, not one for every power of two: each compiles a kernel, and prompts have all lengths."""
-    block = 1024 if sizes["T"] * sizes["K"] <= 1024 else 4096
+    block = 1024 if sizes.T * sizes.K <= 1024 else 4096
     return {"sort_by_expert_kernel": LaunchConfig({"BLOCK_N": block}, num_warps=power_of_2(block // 256, high=16))}
 
 
-def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
+def sample_ids(T: int, E: int, K: int, device: Any, generator: Any = None) -> Tensor:
     """Draw distinct experts for each token, int32 [T,K]."""
     if torch.device(device).type == "meta":
-        return torch.empty((sizes["T"], sizes["K"]), dtype=torch.int32, device=device)
-    scores = torch.rand((sizes["T"], sizes["E"]), generator=generator)
-    return scores.argsort(dim=-1)[:, : sizes["K"]].to(device=device, dtype=torch.int32)
+        return torch.empty((T, K), dtype=torch.int32, device=device)
+    scores = torch.rand((T, E), generator=generator)
+    return scores.argsort(dim=-1)[:, :K].to(device=device, dtype=torch.int32)
+
+
+def _inputs(case: SortSizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    return {"ids": sample_ids(case.T, case.E, case.K, device, generator).to(dtype)}
 
 
 @operation(
     reference=reference.sort_by_expert,
-    inputs=lambda sizes, dtype, device, generator: {"ids": sample_ids(sizes, device, generator).to(dtype)},
+    case=SortSizes,
+    inputs=_inputs,
     configs=configs,
-    test_shapes=shapes("T E K", "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
-    bench_shapes=shapes("T E K", "128 8 2, 1024 8 2, 8192 8 2"),
+    test_shapes=shapes(SortSizes, "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
+    bench_shapes=shapes(SortSizes, "128 8 2, 1024 8 2, 8192 8 2"),
     dtypes=INTS,
 )
 def sort_by_expert(
@@ -138,7 +150,7 @@ def launch_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     T, K = ids.shape
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
-    selected = select_configs(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
+    selected = select_configs(configs, SortSizes(T, num_experts, K), ids.dtype, ids.device)
     launch(
         sort_by_expert_kernel,
         (num_experts,),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .arguments import Pointer
 from .checks import FP32, INTS, Cache, Within, fail
-from .op import Sizes
 from .quantized_cache import QuantizedCache
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
@@ -108,7 +107,7 @@ def rope_tables(theta: float, P: int, D: int, device: Any) -> tuple[Tensor, Tens
     return angles.cos().to(device), angles.sin().to(device)
 
 
-def cache_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+def cache_inputs(case: Any, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     """Return `past` and `new`: sequence b is at position past + 3 b and has T - b new tokens."""
-    b = torch.arange(sizes["B"], dtype=torch.int32)
-    return {"past": (sizes["past"] + 3 * b).to(device), "new": (sizes["T"] - b).clamp(min=0).to(device)}
+    b = torch.arange(case.B, dtype=torch.int32)
+    return {"past": (case.past + 3 * b).to(device), "new": (case.T - b).clamp(min=0).to(device)}

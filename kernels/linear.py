@@ -7,6 +7,7 @@ kernel, with another order of the sum, for another T.
 """
 
 from collections import namedtuple
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -20,7 +21,6 @@ from .arguments import Rows
 from .call import operation
 from .checks import Matrix
 from .launch import LaunchConfig, is_overridden, launch, power_of_2, select_configs, target_arch
-from .op import Sizes
 from .pdl import prefetch_rows
 from .quantized import QUANT_NAMES, tile_columns
 from .samples import shape_grid, shapes
@@ -153,13 +153,22 @@ def wide_config(
     return LaunchConfig(tile | {"GROUP_M": 8}, num_warps=warps, num_stages=stages)
 
 
-def use_skinny_kernel(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
+@dataclass(frozen=True)
+class LinearSizes:
+    T: int
+    H: int
+    N: int
+    deterministic: bool = False
+    weight: str | None = None  # the name of a quantized weight's format
+
+
+def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool:
     """Return whether the skinny kernel runs: up to SKINNY_M rows always, up to SKINNY_M_MAX where the cost model
     predicts it no slower than a library: memory is slow relative to L2, and the weight has a program for every SM."""
-    T, N = sizes["T"], sizes["N"]
+    T, N = sizes.T, sizes.N
     if T <= SKINNY_M or T > SKINNY_M_MAX or dtype == torch.float32:
         return T <= SKINNY_M
-    if sizes.get("weight"):
+    if sizes.weight:
         return True
     return family(arch) in ("sm_80", "sm_90") and _decode_tile(T).BLOCK_N * max_multiprocessors(arch) <= N
 
@@ -173,18 +182,18 @@ def _decode_rows(T: int, arch: str) -> int:
     return SKINNY_M_MAX if T > SKINNY_M and amd(arch) else power_of_2(T, low=SKINNY_M, high=SKINNY_M_MAX)
 
 
-def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    T, H, fp32, cdna = sizes["T"], sizes["H"], dtype == torch.float32, amd(arch)
+def _decode_config(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    T, H, fp32, cdna = sizes.T, sizes.H, dtype == torch.float32, amd(arch)
     block_n, block_k = DecodeTile(16, 64 if fp32 else 128) if fp32 or cdna else _decode_tile(T)
     tiles = {"BLOCK_T": _decode_rows(T, arch), "BLOCK_N": block_n, "BLOCK_K": power_of_2(H, 16, block_k)}
     # With more than SKINNY_M rows four stages would leave room for one program an SM.
     return LaunchConfig(tiles, num_warps=4, num_stages=2 if fp32 or cdna else 4 if T <= SKINNY_M else 3)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    T, N, H, fp32 = sizes["T"], sizes["N"], sizes["H"], dtype == torch.float32
-    if weights := sizes.get("weight"):
-        rows = None if sizes.get("deterministic") else (T, T)
+def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    T, N, H, fp32 = sizes.T, sizes.N, sizes.H, dtype == torch.float32
+    if weights := sizes.weight:
+        rows = None if sizes.deterministic else (T, T)
         skinny = skinny_config(weights, N, H, _decode_rows(T, arch), dtype, arch)
         wide = wide_config(weights, N, H, rows, dtype, arch)
     else:
@@ -197,21 +206,22 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 @operation(
     reference=reference.linear,
+    case=LinearSizes,
     configs=configs,
-    flops=lambda sizes: 2 * sizes["T"] * sizes["H"] * sizes["N"],
+    flops=lambda case: 2 * case.T * case.H * case.N,
     test_shapes=(
-        *shapes("T H N", "1 512 40, 3 100 64, 16 256 33"),
-        *shapes("T H N", "1 128 70, 70 100 64", deterministic=True),
-        *shapes("T H N", "3 128 40", weight="int4:64"),
-        *shapes("T H N", "20 100 33", weight="int8"),
-        *shapes("T H N", "5 96 33", weight="fp8", deterministic=True),
+        *shapes(LinearSizes, "1 512 40, 3 100 64, 16 256 33"),
+        *shapes(LinearSizes, "1 128 70, 70 100 64", deterministic=True),
+        *shapes(LinearSizes, "3 128 40", weight="int4:64"),
+        *shapes(LinearSizes, "20 100 33", weight="int8"),
+        *shapes(LinearSizes, "5 96 33", weight="fp8", deterministic=True),
     ),
     bench_shapes=(
-        *shape_grid(T=(1, 4, 8, 16), H=4096, N=(6144, 4096)),
-        *shape_grid(T=(1, 4, 16), H=6144, N=8192),
-        *shapes("T H N", "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
-        *shapes("T H N", "1 4096 6144, 4096 4096 6144", deterministic=True),
-        *shape_grid(T=(1, 32, 128, 4096), H=4096, N=6144, weight=QUANT_NAMES),
+        *shape_grid(LinearSizes, T=(1, 4, 8, 16), H=4096, N=(6144, 4096)),
+        *shape_grid(LinearSizes, T=(1, 4, 16), H=6144, N=8192),
+        *shapes(LinearSizes, "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
+        *shapes(LinearSizes, "1 4096 6144, 4096 4096 6144", deterministic=True),
+        *shape_grid(LinearSizes, T=(1, 32, 128, 4096), H=4096, N=6144, weight=QUANT_NAMES),
     ),
 )
 def linear(
@@ -230,7 +240,7 @@ def linear(
     """
     rows, w = Rows.of(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.ptr.shape, len(weight)
-    sizes, arch = {"T": T, "H": H, "N": N, "deterministic": deterministic, "weight": w.name}, target_arch(x.device)
+    sizes, arch = LinearSizes(T, H, N, deterministic, w.name), target_arch(x.device)
     skinny = use_skinny_kernel(sizes, x.dtype, arch) or (T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel"))
     if not skinny and not deterministic and w.name is None:
         return torch.mm(rows.ptr, w.data.t()).view(*x.shape[:-1], N)

@@ -7,6 +7,7 @@ B sequences, T tokens or rows, V rows of the embedding, H hidden
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol, cast, overload
 
 import torch
@@ -20,7 +21,7 @@ from .call import operation
 from .checks import INTS, Range, Within, fail, readable
 from .heads import POSITIONS_MAX
 from .launch import LaunchConfig, launch, power_of_2, select_configs
-from .op import Cost, Op, Sizes
+from .op import Cost, Op
 from .samples import shape_grid, shapes
 
 
@@ -83,9 +84,15 @@ def rms_norm_kernel(
     tl.store(y_ptr + out, normed_rows(values, weight_ptr, H, eps, dtype, BLOCK_H), mask=mask)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class NormSizes:
+    T: int
+    H: int
+
+
+def configs(sizes: NormSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """One long row a program; short rows share one whatever T is, since a row's bits depend on the tile."""
-    block_h = power_of_2(sizes["H"])
+    block_h = power_of_2(sizes.H)
     rows = power_of_2(4096 // block_h, high=16)
     warps = power_of_2(block_h * rows // 512, low=1, high=8)
     return {"rms_norm_kernel": LaunchConfig({"BLOCK_M": rows, "BLOCK_H": block_h}, num_warps=warps)}
@@ -97,10 +104,11 @@ NormWeight = Annotated[Tensor, "H"]
 
 _FIELDS: dict[str, Any] = {
     "reference": reference.rms_norm,
+    "case": NormSizes,
     "configs": configs,
-    "flops": lambda sizes: 4 * sizes["T"] * sizes["H"],
-    "test_shapes": shapes("T H", "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
-    "bench_shapes": shapes("T H", "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
+    "flops": lambda case: 4 * case.T * case.H,
+    "test_shapes": shapes(NormSizes, "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
+    "bench_shapes": shapes(NormSizes, "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
 }
 
 
@@ -169,7 +177,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     total = None if residual is None else torch.empty_like(y)
     rows = Rows.of(x.reshape(-1, x.shape[-1]))
     T, H = rows.ptr.shape
-    config = select_configs(configs, {"T": T, "H": H}, x.dtype, x.device)["rms_norm_kernel"]
+    config = select_configs(configs, NormSizes(T, H), x.dtype, x.device)["rms_norm_kernel"]
     launch(
         rms_norm_kernel,
         (triton.cdiv(T, config.constexprs["BLOCK_M"]),),
@@ -236,23 +244,31 @@ def end_ranges(args: Mapping[str, Any]) -> Iterator[Range]:
         yield "new", args["past"] + args["new"], 0, args["limit"]
 
 
-def embed_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class EmbedSizes:
+    B: int
+    T: int
+    V: int
+    H: int
+    past: int | None = None  # where given, sequence b is at past + b and has T - b new tokens
+
+
+def embed_configs(sizes: EmbedSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """One token a program; ids in blocks of 1024 whatever T is, so that one kernel serves all lengths."""
-    tiles = {"BLOCK_T": 1024, "BLOCK_H": power_of_2(sizes["H"])}
+    tiles = {"BLOCK_T": 1024, "BLOCK_H": power_of_2(sizes.H)}
     return {"embed_rms_norm_kernel": LaunchConfig(tiles, num_warps=power_of_2(tiles["BLOCK_H"] // 512, high=8))}
 
 
-def _embed_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    """Return ids, and where "past" is set the bounds: sequence b is at past + b and has T - b new tokens."""
-    B, T, past = sizes["B"], sizes["T"], sizes.get("past")
-    args = {"input_ids": (torch.arange(B * T, device=device) * 7 % sizes["V"]).view(B, T)}
+def _embed_inputs(case: EmbedSizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    B, T, past = case.B, case.T, case.past
+    args: dict[str, Any] = {"input_ids": (torch.arange(B * T, device=device) * 7 % case.V).view(B, T), "past": None}
     b = torch.arange(B, dtype=torch.int32, device=device)
-    return args if past is None else {**args, "past": past + b, "new": (T - b).clamp(min=0), "limit": past + T + B}
+    return args if past is None else args | {"past": past + b, "new": (T - b).clamp(min=0), "limit": past + T + B}
 
 
-def embed_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def embed_cost(case: EmbedSizes, dtype: torch.dtype) -> Cost:
     """Count each token's id and row read once, the row and its norm written once, and the norm's weight."""
-    tokens, H = sizes["B"] * sizes["T"], sizes["H"]
+    tokens, H = case.B * case.T, case.H
     return Cost(flops=4 * tokens * H, bytes=(3 * tokens + 1) * H * dtype.itemsize + 8 * tokens)
 
 
@@ -261,11 +277,12 @@ Embedded = Annotated[Tensor, "B T H"]
 
 @operation(
     reference=reference.embed_rms_norm,
+    case=EmbedSizes,
     inputs=_embed_inputs,
     configs=embed_configs,
     cost=embed_cost,
-    test_shapes=shapes("B T V H past", "3 1 50 128 7, 2 3 30 1000 0") + shapes("B T V H", "2 5 9 80"),
-    bench_shapes=shape_grid(B=1, T=(1, 2048), V=32000, H=4096, past=100),
+    test_shapes=shapes(EmbedSizes, "3 1 50 128 7, 2 3 30 1000 0, 2 5 9 80"),
+    bench_shapes=shape_grid(EmbedSizes, B=1, T=(1, 2048), V=32000, H=4096, past=100),
     rule=check_positions,
     ranges=end_ranges,
 )
@@ -296,7 +313,7 @@ def embed_rms_norm(
     launch(
         embed_rms_norm_kernel,
         (T, B),
-        select_configs(embed_configs, {"T": T, "H": H}, table.dtype, table.device)["embed_rms_norm_kernel"],
+        select_configs(embed_configs, EmbedSizes(B, T, V, H), table.dtype, table.device)["embed_rms_norm_kernel"],
         ids_ptr=input_ids,
         table=Rows.of(table),
         weight_ptr=weight.contiguous(),

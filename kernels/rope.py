@@ -4,6 +4,7 @@ B batch, T tokens, Hq query heads, Hkv key/value heads, D head size, P rows of t
 p mod C holds position p
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -32,7 +33,7 @@ from .heads import (
     sequence_position,
 )
 from .launch import LaunchConfig, launch, power_of_2, select_configs
-from .op import Cost, Sizes
+from .op import Cost
 from .quantized_cache import quantized, vector_bytes
 from .samples import shape_grid, shapes
 
@@ -132,44 +133,72 @@ def rope_kernel(
     _rotate(k_token, k_out_ptr + token * Hkv * D, k.stride_h, D, cos, sin, Hkv, D // 2, BLOCK_HKV, BLOCK_HALF)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class RopeSizes:
+    B: int
+    T: int
+    Hq: int
+    Hkv: int
+    D: int
+    P: int
+
+
+def configs(sizes: RopeSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """One token a program: its heads share one row of the tables."""
-    tiles = {"BLOCK_HQ": power_of_2(sizes.get("Hq", 1)), "BLOCK_HKV": power_of_2(sizes["Hkv"])}
-    return {"rope_kernel": LaunchConfig(tiles | {"BLOCK_HALF": power_of_2(sizes["D"] // 2)}, num_warps=4)}
+    tiles = {"BLOCK_HQ": power_of_2(sizes.Hq), "BLOCK_HKV": power_of_2(sizes.Hkv)}
+    return {"rope_kernel": LaunchConfig(tiles | {"BLOCK_HALF": power_of_2(sizes.D // 2)}, num_warps=4)}
 
 
-def append_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    tiles = {"BLOCK_HKV": power_of_2(sizes["Hkv"]), "BLOCK_D": power_of_2(sizes["D"])}
+@dataclass(frozen=True)
+class AppendSizes:
+    Hkv: int
+    D: int
+
+
+def append_configs(sizes: AppendSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    tiles = {"BLOCK_HKV": power_of_2(sizes.Hkv), "BLOCK_D": power_of_2(sizes.D)}
     return {"append_kernel": LaunchConfig(tiles, num_warps=2)}
 
 
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    B, T, P = sizes["B"], sizes["T"], sizes["P"]
-    cos, sin = rope_tables(10000.0, P, sizes["D"], device)
+def _inputs(case: RopeSizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    B, T, P = case.B, case.T, case.P
+    cos, sin = rope_tables(10000.0, P, case.D, device)
     positions = (torch.arange(T) * 7 + torch.arange(B)[:, None] * 5) % P
     return {"cos": cos, "sin": sin, "positions": positions.to(device)}
 
 
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def cost(case: RopeSizes, dtype: torch.dtype) -> Cost:
     """Count each element of q and k read and written once, and one row of the tables a token."""
-    tokens, D = sizes["B"] * sizes["T"], sizes["D"]
-    rotated = tokens * (sizes["Hq"] + sizes["Hkv"]) * D
+    tokens, D = case.B * case.T, case.D
+    rotated = tokens * (case.Hq + case.Hkv) * D
     return Cost(flops=3 * rotated, bytes=2 * rotated * dtype.itemsize + tokens * D * 4)
 
 
-def append_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+@dataclass(frozen=True)
+class AppendCase:
+    B: int
+    T: int
+    Hkv: int
+    D: int
+    C: int
+    past: int = 0  # see `cache_inputs`
+    cache: str | None = None  # "int8"
+
+
+def append_cost(case: AppendCase, dtype: torch.dtype) -> Cost:
     """Count each element of k and v read once and written once."""
-    vectors, D, size = 2 * sizes["B"] * sizes["T"] * sizes["Hkv"], sizes["D"], dtype.itemsize
-    return Cost(flops=0, bytes=vectors * (D * size + vector_bytes(D, size, "cache" in sizes)))
+    vectors, D, size = 2 * case.B * case.T * case.Hkv, case.D, dtype.itemsize
+    return Cost(flops=0, bytes=vectors * (D * size + vector_bytes(D, size, case.cache is not None)))
 
 
 @operation(
     reference=reference.rope,
+    case=RopeSizes,
     inputs=_inputs,
     configs=configs,
     cost=cost,
-    test_shapes=shapes("B T Hq Hkv D P", "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
-    bench_shapes=shapes("B T Hq Hkv D P", "1 1 32 8 128 32768, 1 4096 32 8 128 32768"),
+    test_shapes=shapes(RopeSizes, "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
+    bench_shapes=shapes(RopeSizes, "1 1 32 8 128 32768, 1 4096 32 8 128 32768"),
     rule=check_head_size,
 )
 def rope(
@@ -189,7 +218,7 @@ def rope(
     """
     B, T, Hq, D = q.shape
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    sizes = {"D": D, "Hq": Hq, "Hkv": k.shape[2]}
+    sizes = RopeSizes(B, T, Hq, k.shape[2], D, len(cos))
     launch(
         rope_kernel,
         (T, B),
@@ -202,7 +231,7 @@ def rope(
         k_out_ptr=k_out,
         T=T,
         Hq=Hq,
-        Hkv=k.shape[2],
+        Hkv=sizes.Hkv,
         D=D,
         stride_pb=positions.stride(0),
         stride_pt=positions.stride(1),
@@ -210,20 +239,18 @@ def rope(
     return q_out, k_out
 
 
-_APPEND_SIZES = {"B": 1, "T": 2048, "Hkv": 8, "D": 128, "C": 4096, "past": 0}
-
-
 @operation(
     reference=reference.append,
+    case=AppendCase,
     inputs=cache_inputs,
     configs=append_configs,
     cost=append_cost,
     test_shapes=(
-        *shape_grid(B=2, Hkv=2, D=80, C=16, past=(0, 13), T=(1, 15, 40)),
-        *shape_grid(B=2, Hkv=2, D=80, C=64, past=40, T=(1, 15, 40)),
-        *shapes("B T Hkv D C past", "2 15 2 80 16 13, 3 2 1 128 64 40", cache="int8"),
+        *shape_grid(AppendCase, B=2, Hkv=2, D=80, C=16, past=(0, 13), T=(1, 15, 40)),
+        *shape_grid(AppendCase, B=2, Hkv=2, D=80, C=64, past=40, T=(1, 15, 40)),
+        *shapes(AppendCase, "2 15 2 80 16 13, 3 2 1 128 64 40", cache="int8"),
     ),
-    bench_shapes=(*shape_grid(**_APPEND_SIZES), *shape_grid(**_APPEND_SIZES, cache="int8")),
+    bench_shapes=shape_grid(AppendCase, B=1, T=2048, Hkv=8, D=128, C=4096, cache=(None, "int8")),
     mutates=("k_cache", "v_cache"),
     rule=check_caches,
 )
@@ -254,7 +281,7 @@ def launch_append(k: Tensor, v: Tensor, k_cache: Cache, v_cache: Cache, past: Te
     launch(
         append_kernel,
         (T, B),
-        select_configs(append_configs, {"D": D, "Hkv": Hkv}, k.dtype, k.device)["append_kernel"],
+        select_configs(append_configs, AppendSizes(Hkv, D), k.dtype, k.device)["append_kernel"],
         k=Heads.of(k),
         v=Heads.of(v),
         past_ptr=past,

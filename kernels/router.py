@@ -6,6 +6,7 @@ The gate's kernel has one token a program against the whole gate: a tile of seve
 fewer SMs busy. So a token's bits never depend on the other tokens.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -19,7 +20,6 @@ from .call import operation
 from .checks import FP32, INT32, Within
 from .launch import LaunchConfig, launch, power_of_2, select_configs
 from .norm import FusedNorm, NormWeight, normed
-from .op import Sizes
 from .pdl import pdl_wait
 from .samples import shape_grid, shapes
 
@@ -158,20 +158,35 @@ def gate_route_kernel(
     store_routes(weights_ptr, ids_ptr, weights, ids, t + tl.arange(0, 1), T, TOP_K, BLOCK_K)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class RouteSizes:
+    T: int
+    E: int
+    K: int
+
+
+@dataclass(frozen=True)
+class GateSizes:
+    T: int
+    H: int
+    E: int
+    K: int
+
+
+def configs(sizes: RouteSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """The tile does not depend on T, so a token's bits do not either."""
-    block_e, block_k = power_of_2(sizes["E"]), power_of_2(sizes["K"])
+    block_e, block_k = power_of_2(sizes.E), power_of_2(sizes.K)
     block_t = power_of_2(1024 // block_e, high=128)
     tiles = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": block_k}
     return {"route_kernel": LaunchConfig(tiles, num_warps=4 if block_t * block_e >= 512 else 1)}
 
 
-def gate_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+def gate_configs(sizes: GateSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's."""
-    block_e = power_of_2(sizes["E"])
-    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes["H"], high=max(16, TILE_ELEMENTS // block_e))}
+    block_e = power_of_2(sizes.E)
+    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes.H, high=max(16, TILE_ELEMENTS // block_e))}
     warps = power_of_2(block_e * tiles["BLOCK_H"] // 2048, high=16)
-    return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes["K"])}, num_warps=warps)}
+    return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes.K)}, num_warps=warps)}
 
 
 Logits = Annotated[Tensor, "T E"]
@@ -182,17 +197,21 @@ RoutingWeights = Annotated[Tensor, "T K", FP32]
 Ids = Annotated[Tensor, "T K", INT32]
 
 
-def _flops(sizes: Sizes) -> int:
-    """Count the route's, and where there is an H the gate's."""
-    return sizes["T"] * sizes["E"] * (sizes["K"] + 4 + 2 * sizes.get("H", 0))
+def _flops(case: RouteSizes | GateSizes) -> int:
+    return case.T * case.E * (case.K + 4)
+
+
+def _gate_flops(case: GateSizes) -> int:
+    return _flops(case) + 2 * case.T * case.E * case.H
 
 
 @operation(
     reference=reference.route,
+    case=RouteSizes,
     configs=configs,
     flops=_flops,
-    test_shapes=shapes("T E K", "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
-    bench_shapes=shape_grid(T=(1, 64, 4096), E=8, K=2),
+    test_shapes=shapes(RouteSizes, "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
+    bench_shapes=shape_grid(RouteSizes, T=(1, 64, 4096), E=8, K=2),
 )
 def route(logits: Logits, top_k: TopK) -> tuple[RoutingWeights, Ids]:
     """Select each token's experts: Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1).
@@ -209,7 +228,7 @@ def route(logits: Logits, top_k: TopK) -> tuple[RoutingWeights, Ids]:
     """
     T, E = logits.shape
     weights, ids = _empty_routes(T, top_k, logits.device)
-    config = select_configs(configs, {"T": T, "E": E, "K": top_k}, logits.dtype, logits.device)["route_kernel"]
+    config = select_configs(configs, RouteSizes(T, E, top_k), logits.dtype, logits.device)["route_kernel"]
     launch(
         route_kernel,
         (triton.cdiv(T, config.constexprs["BLOCK_T"]),),
@@ -232,14 +251,15 @@ def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 _GATE_FIELDS: dict[str, Any] = {
+    "case": GateSizes,
     "configs": gate_configs,
     "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"]),  # of the returned logits
-    "test_shapes": shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
-    "bench_shapes": shape_grid(T=(1, 64, 4096), H=(4096, 6144), E=8, K=2),
+    "test_shapes": shapes(GateSizes, "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
+    "bench_shapes": shape_grid(GateSizes, T=(1, 64, 4096), H=(4096, 6144), E=8, K=2),
 }
 
 
-@operation(reference=reference.gate_route, flops=_flops, **_GATE_FIELDS)
+@operation(reference=reference.gate_route, flops=_gate_flops, **_GATE_FIELDS)
 def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) -> tuple[Logits, RoutingWeights, Ids]:
     """Multiply tokens with the gate and select their experts (`route`), in one launch.
 
@@ -258,7 +278,7 @@ def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) 
 
 @operation(
     reference=reference.rms_norm_gate_route,
-    flops=lambda sizes: _flops(sizes) + 5 * sizes["T"] * sizes["H"],
+    flops=lambda case: _gate_flops(case) + 5 * case.T * case.H,
     **_GATE_FIELDS,
 )
 def rms_norm_gate_route(
@@ -287,7 +307,7 @@ def _launch_gate(
     (T, H), E = x.shape, len(gate)
     logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
     weights, ids = _empty_routes(T, top_k, x.device)
-    config = select_configs(gate_configs, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
+    config = select_configs(gate_configs, GateSizes(T, H, E, top_k), x.dtype, x.device)["gate_route_kernel"]
     launch(
         gate_route_kernel,
         (T,),

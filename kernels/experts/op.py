@@ -10,6 +10,7 @@ The combine of experts_add_rms_norm also adds the residual and applies the next 
 their tiles in tiles.py.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -23,64 +24,77 @@ from ..checks import INTS, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, launch_sort, sample_ids
 from ..launch import Configs, LaunchConfig, describe, launch, power_of_2, select_configs, target_arch
 from ..norm import FusedNorm, NormWeight
-from ..op import Cost, Sizes
+from ..op import Cost
 from ..quantized import QUANT_NAMES, matrix_bytes
 from ..router import RoutingWeights, Tokens
 from ..samples import draw, shape_grid, shapes
 from ..weight import Weight
 from . import kernels
 from .kernels import Groups
-from .tiles import DECODE_TOKENS, configs, norm_configs
+from .tiles import DECODE_TOKENS, ExpertSizes, configs
 
 GateUp = Annotated[Matrix, "E 2*I H"]
 Down = Annotated[Matrix, "E H I"]
 Ids = Annotated[Tensor, "T K", INTS, Within(0, "E - 1")]
 
 
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    weights = draw((sizes["T"], sizes["K"]), torch.float32, device, generator).softmax(-1)
-    return {"ids": sample_ids(sizes, device, generator), "weights": weights}
+@dataclass(frozen=True)
+class ExpertCase:
+    T: int
+    H: int
+    I: int
+    E: int
+    K: int
+    gate_up: str | None = None  # the name of a quantized weight's format
+    down: str | None = None
+    deterministic: bool = False
+    distinct: float | None = None  # the number of experts in use; None: as expected under uniform routing
 
 
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def _inputs(case: ExpertCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    weights = draw((case.T, case.K), torch.float32, device, generator).softmax(-1)
+    return {"ids": sample_ids(case.T, case.E, case.K, device, generator), "weights": weights}
+
+
+def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
     """Count the weights of every expert in use, x and the result once; h and each slot's output, which do not fit on
-    chip between launches, written once and read once.
-
-    `sizes["distinct"]`: the number of experts in use; by default the expectation under uniform routing.
-    """
-    T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    experts = sizes.get("distinct", expected_distinct_experts(T, K / E, E))
-    gate_up = matrix_bytes(sizes.get("gate_up"), 2 * I, H, dtype.itemsize)
-    weights = experts * (gate_up + matrix_bytes(sizes.get("down"), H, I, dtype.itemsize))
+    chip between launches, written once and read once."""
+    T, H, I, E, K = case.T, case.H, case.I, case.E, case.K
+    experts = expected_distinct_experts(T, K / E, E) if case.distinct is None else case.distinct
+    gate_up = matrix_bytes(case.gate_up, 2 * I, H, dtype.itemsize)
+    weights = experts * (gate_up + matrix_bytes(case.down, H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)
     return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
 
 
-def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def cost_norm(case: ExpertCase, dtype: torch.dtype) -> Cost:
     """Count the experts' work, the residual, the sum, and the norm's weight."""
-    experts, T, H = cost(sizes, dtype), sizes["T"], sizes["H"]
+    experts, T, H = cost(case, dtype), case.T, case.H
     return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
 
 
-_SIZES = {"H": 4096, "I": 14336, "E": 8, "K": 2}
+_SIZES: dict[str, Any] = {"H": 4096, "I": 14336, "E": 8, "K": 2}
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_DENSE_SHAPES = (*shape_grid(T=_TOKENS, **_SIZES), *shape_grid(T=_TOKENS, **_SIZES | {"H": 6144, "I": 16384}))
-_LETTERS = "T H I E K"
+_DENSE_SHAPES = (
+    *shape_grid(ExpertCase, T=_TOKENS, **_SIZES),
+    *shape_grid(ExpertCase, T=_TOKENS, **_SIZES | {"H": 6144, "I": 16384}),
+)
 
 
 @operation(
     reference=reference.expert_swiglu,
+    case=ExpertCase,
     inputs=_inputs,
     configs=configs,
     cost=cost,
     test_shapes=(
-        *shapes(_LETTERS, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
-        *shapes(_LETTERS, "3 128 96 4 2", gate_up="int4:128", down="int4:32"),
-        *shapes(_LETTERS, "70 96 64 4 2", gate_up="int8", down="fp8"),
+        *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
+        *shapes(ExpertCase, "3 128 96 4 2", gate_up="int4:128", down="int4:32"),
+        *shapes(ExpertCase, "70 96 64 4 2", gate_up="int8", down="fp8"),
     ),
     bench_shapes=(
         *_DENSE_SHAPES,
-        *({**shape, "down": shape["gate_up"]} for shape in shape_grid(T=(1, 4096), **_SIZES, gate_up=QUANT_NAMES)),
+        *(ExpertCase(T, **_SIZES, gate_up=name, down=name) for T in (1, 4096) for name in QUANT_NAMES),
     ),
 )
 def expert_swiglu(
@@ -108,11 +122,12 @@ def expert_swiglu(
 
 @operation(
     reference=reference.experts_add_rms_norm,
+    case=ExpertCase,
     inputs=_inputs,
-    configs=norm_configs,
+    configs=configs,
     cost=cost_norm,
-    test_shapes=shapes(_LETTERS, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
-    bench_shapes=tuple(sizes for sizes in _DENSE_SHAPES if sizes["T"] in (1, 64, 4096)),
+    test_shapes=shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
+    bench_shapes=tuple(case for case in _DENSE_SHAPES if case.T in (1, 64, 4096)),
 )
 def experts_add_rms_norm(
     x: Tokens,
@@ -155,9 +170,18 @@ def _experts(
     E, _, I = down.shape
     rows, ids, projections = Rows.of(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
     arch = target_arch(x.device)
-    sizes: dict[str, Any] = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": deterministic}
-    sizes |= {"norm": norm is not None, "gate_up": projections[0].name, "down": projections[1].name}
-    sizes["by_pointers"] = not all(weight.takes_tma(arch) for weight in projections if not weight.name)
+    sizes = ExpertSizes(
+        T=T,
+        H=H,
+        I=I,
+        E=E,
+        K=ids.shape[1],
+        gate_up=projections[0].name,
+        down=projections[1].name,
+        by_pointers=not all(weight.takes_tma(arch) for weight in projections if not weight.name),
+        deterministic=deterministic,
+        norm=norm is not None,
+    )
     selected = select_configs(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
     y = (_decode if decode else _prefill)(rows, *projections, ids, sizes, selected)
@@ -175,15 +199,15 @@ def _experts(
         N=ids.numel(),
         E=E,
         H=H,
-        TOP_K=sizes["K"],
+        TOP_K=sizes.K,
         SPLIT_K=y.shape[0],
     )
     return out
 
 
-def _decode(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, selected: Configs) -> Tensor:
+def _decode(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs) -> Tensor:
     """Return partial sums fp32 [SPLIT_K, N, H]."""
-    H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
+    H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
     arch, programs = target_arch(ids.device), min(N, E)
     h = torch.empty((N, I), dtype=x.ptr.dtype, device=ids.device)
     config = selected["experts_up_decode_kernel"]
@@ -197,7 +221,7 @@ def _decode(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, s
         h_ptr=h,
         N=N,
         E=E,
-        TOP_K=sizes["K"],
+        TOP_K=sizes.K,
         H=H,
         I=I,
         LAYOUT=gate_up.layout(arch),
@@ -226,9 +250,9 @@ def _decode(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, s
     return y
 
 
-def _prefill(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, selected: Configs) -> Tensor:
+def _prefill(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs) -> Tensor:
     """Return each slot's expert output [1, N, H]."""
-    H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
+    H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
     arch, block_e = target_arch(ids.device), power_of_2(E)
     gather = selected.get("gather_by_expert_kernel")
     if gather is not None:
@@ -251,7 +275,7 @@ def _prefill(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, 
         gate_up_desc=gate_up.descriptor(2, config, arch),
         h_ptr=h,
         groups=groups,
-        TOP_K=sizes["K"],
+        TOP_K=sizes.K,
         H=H,
         I=I,
         LAYOUT=gate_up.layout(arch),

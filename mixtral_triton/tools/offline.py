@@ -54,9 +54,7 @@ class Compiled:
     num_warps: int
     num_stages: int
     constexprs: Mapping[str, Any]
-    signature: Mapping[
-        str, str
-    ]  # Triton's types by path: "*bf16"; "constexpr" also for None and 1
+    signature: Mapping[str, str]  # Triton's types by path: "*bf16"; "constexpr" also for None and 1
     dtype: str  # the narrowest type behind a pointer, a floating-point one where there is one
     limit_bytes: int  # of shared memory that a block can have on `arch`
     registers: int = 0  # of a thread; on AMD the vector registers of a lane, those for accumulation included

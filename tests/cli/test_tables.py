@@ -95,7 +95,7 @@ def test_bench_table(name: str, width: int) -> None:
 
 @at_widths
 def test_tune_table(width: int) -> None:
-    case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 64)
+    case = next(case for case in cases(["expert_swiglu"]) if case.sizes.T == 64)
     kernel = "experts_down_decode_kernel"
     config = kernel_configs(case, "sm_90")[kernel][1]
     wide = LaunchConfig({**config.constexprs, "BLOCK_N": 123}, 16, 7)

@@ -13,10 +13,9 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
-from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
-from tests.support.calls import outputs, tensors
+from tests.support.calls import Sizes, outputs, tensors
 from tests.support.models import random_model
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -50,7 +49,7 @@ CASES: list[tuple[str, Sizes]] = [
 LISTED = {name for name, _ in CASES} | {"sort_by_expert"}  # the results of the latter are integers, and exact
 # Operations of no model need kernels: the torch backend is deterministic only where an operation has the argument.
 for name in OPS.keys() - LISTED if INTERPRETED else ():
-    shape = OPS[name].test_shapes[0]
+    shape = vars(OPS[name].test_shapes[0])
     CASES.append((name, {key: size for key, size in shape.items() if key != ("B" if "B" in shape else "T")}))
 
 

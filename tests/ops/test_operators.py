@@ -20,7 +20,7 @@ META = torch.device("meta")
 LETTERS = {"B": 2, "T": 3, "V": 11, "H": 8, "I": 12, "N": 5, "E": 6, "K": 2, "Hq": 4, "Hkv": 2, "D": 8, "P": 9}
 LETTERS |= {"C": 5, "S": 7, "past": 4, "window": 5}
 SIZES = {
-    name: dict(op.test_shapes[0]) | {letter: LETTERS.get(letter, size) for letter, size in op.test_shapes[0].items()}
+    name: {letter: LETTERS.get(letter, size) for letter, size in vars(op.test_shapes[0]).items()}
     for name, op in OPS.items()
 }
 SIZES["rope_append_attention"] = SIZES["rope_append_attention"] | {"T": 1}

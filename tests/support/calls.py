@@ -10,13 +10,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.arguments import flatten, replace_values
+from mixtral_triton.kernels.launch import LaunchConfig, override_configs
 from mixtral_triton.kernels.offload import OffloadedWeight
-from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 
 Args = dict[str, Any]
+Sizes = Any  # a case of an operation, or a mapping of its fields
+
+
+def selected_configs(
+    name: str, sizes: Sizes, dtype: torch.dtype, arch: str = "sm_90", **changes: Any
+) -> dict[str, LaunchConfig]:
+    """The launch configurations of a call, by kernel; `changes`: other arguments."""
+    with override_configs({}) as used, record_launches(arch):
+        OPS[name].run(**inputs(name, sizes, "meta", dtype) | changes)
+    return used
 
 
 def inputs(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | None = None) -> Args:
@@ -31,7 +42,7 @@ def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 def inputs_without_padding(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | None = None) -> Args:
     """`inputs` whose chunks have no padding, for which results are undefined."""
     args = inputs(name, sizes, device, dtype)
-    return args | ({"new": args["new"] * 0 + sizes["T"]} if name == "cached_attention" else {})
+    return args | ({"new": args["new"] * 0 + args["q"].shape[1]} if name == "cached_attention" else {})
 
 
 def public(name: str) -> Callable[..., Any]:
