@@ -249,9 +249,9 @@ def operation(
 
     def decorate(run: Callable[P, R]) -> Operation[P, R]:
         draw, count = random_inputs(run, inputs), streaming_cost(run, flops) if cost is None else cost
-        fields["inputs"] = lambda each, *args: draw(op.case_of(each), *args)
+        fields["inputs"] = lambda each, *args, **kwargs: draw(op.case_of(each), *args, **kwargs)
         fields["cost"] = lambda each, dtype: count(op.case_of(each), dtype)
-        op = Op(name=name or run.__name__, run=run, case=case, **fields)
+        op: Op = Op(name=name or run.__name__, run=run, case=case, **fields)
         checked, unchecked = _entry_points(op)
         for function in (checked, unchecked):
             wraps(run)(function)

@@ -69,9 +69,8 @@ def test_floor_follows_the_actual_routing() -> None:
         step = decode_step.inputs(sizes, torch.float32, CPU, torch.Generator().manual_seed(0))
         routed, experts = decode_step.routed(step), sizes.E
         assert routed["distinct"] == sizes.K and routed["distinct_on_host"] in ((0,) if not offload else (1, 1.5, 2))
-        cost, all_on_gpu = (
-            decode_step.cost(replace(sizes, **more), torch.float32) for more in (routed, {"offload": 0})
-        )
+        changes = routed, {"offload": 0}
+        cost, all_on_gpu = (decode_step.cost(replace(sizes, **more), torch.float32) for more in changes)
         each = sizes.L * 3 * sizes.H * sizes.I * 4
         assert cost.host_bytes == routed["distinct_on_host"] * each
         assert cost.bytes + cost.host_bytes == all_on_gpu.bytes and cost.flops == all_on_gpu.flops
