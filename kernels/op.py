@@ -3,7 +3,7 @@
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from typing import Any
 
@@ -25,9 +25,9 @@ class Cost:
 
 
 def as_dict(case: Any) -> dict[str, Any]:
-    """Return the fields of a case, without those that have their default."""
-    values = {field.name: (getattr(case, field.name), field.default) for field in fields(case)}
-    return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
+    """Return the fields of a case: its sizes, and the flags and formats that are not at their default."""
+    flags = {field.name: field.default for field in fields(case) if isinstance(field.default, bool | None)}
+    return {name: value for name, value in vars(case).items() if name not in flags or value != flags[name]}
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 
 from . import checks
 from .checks import Argument
-from .op import Cost, read_annotations
+from .op import Cost, as_dict, read_annotations
 from .quantized import matrix_bytes, sample_quantized
 from .quantized_cache import QuantizedCache
 
@@ -84,7 +84,7 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
             return draw(shape, dtype, device, generator, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 
         args = {} if special is None else special(case, dtype, device, generator)
-        names = {*args, *letters}
+        names = {*args, *as_dict(case)}
         required = (a for a in read_annotations(run)[0] if a.name in names or not (a.optional or a.kind is bool))
         return {a.name: args[a.name] if a.name in args else value(a) for a in required}
 

@@ -129,7 +129,7 @@ def launch_configs(name: str, sizes: Sizes, n: int, dtype: torch.dtype, arch: st
 
 def test_tile_that_depends_on_the_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def configs_by_batch(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-        tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32 if sizes["T"] > 1 else 16, "GROUP_M": 1}
+        tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32 if sizes.T > 1 else 16, "GROUP_M": 1}
         return {"linear_kernel": LaunchConfig(tiles, num_warps=4)}
 
     monkeypatch.setattr(linear, "configs", configs_by_batch)

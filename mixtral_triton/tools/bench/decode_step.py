@@ -47,7 +47,7 @@ class StepCase:
     Hkv: int
     D: int
     V: int
-    offload: float = 0.0
+    offload: float | None = None  # on average, so many experts of each layer are in host memory
     cache: str | None = None  # "int8"
     distinct: float | None = None  # means per layer of the experts in use, and of those in host memory; None: as
     distinct_on_host: float | None = None  # expected under uniform routing
@@ -62,7 +62,7 @@ def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = Non
     """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1]. Experts of a layer are equal: a
     near tie in a 16-bit router changes no logits."""
     settings = config(case)
-    on_host = select_experts(settings, round(case.offload * case.L))
+    on_host = select_experts(settings, round((case.offload or 0) * case.L))
     model = Mixtral(settings, device, dtype, on_host=on_host, embedding_on_host=any(on_host))
     for name, weight in model.named_weights().items():
         experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else weight
@@ -160,7 +160,7 @@ def cost(case: StepCase, dtype: torch.dtype) -> Cost:
     layer = (rows * H + 2 * H) * dtype.itemsize + attention.bytes + experts.bytes
     head = (V * H + H + B * H) * dtype.itemsize + 4 * B * V
     distinct = expected_distinct_experts(B, K / E, E) if case.distinct is None else case.distinct
-    on_host = distinct * case.offload / E if case.distinct_on_host is None else case.distinct_on_host
+    on_host = distinct * (case.offload or 0) / E if case.distinct_on_host is None else case.distinct_on_host
     host = int(L * on_host * 3 * H * I * dtype.itemsize)
     flops = L * (2 * B * rows * H + attention.flops + experts.flops) + 2 * B * V * H
     return Cost(flops, L * layer + head - host, host)
