@@ -119,8 +119,10 @@ def unpack(words: Tensor, bits: int, columns: Sequence[int] = ()) -> Tensor:
     return torch.stack([words >> bits * field & (1 << bits) - 1 for field in fields], -1).flatten(-2)
 
 
-def declared(raw: Any, config: Any) -> dict[str, Any]:
-    """Read what a config.json declares of the fields of `config`. Theta is a set: it may stand in three places."""
+def declared(source: Source, config: Any) -> dict[str, Any]:
+    """Read what a folder declares of the fields of `config`. Theta and the ids that end a text are sets, since they may
+    stand in several places."""
+    raw, generation = source.config, source.read_json("generation_config.json", optional=True)
     ropes = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
     defaults = {"rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False}
     found = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}
@@ -129,19 +131,27 @@ def declared(raw: Any, config: Any) -> dict[str, Any]:
     found["sliding_window"] = found["sliding_window"] or None
     found["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     found["dtype"] = str(raw.get("dtype", raw.get("torch_dtype"))).removeprefix("torch.")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return found | {"eos_token_id": _ids(raw.get("eos_token_id", 2), generation.get("eos_token_id"))}
+
+
+def _ids(*fields: Any) -> set[int]:
+    ids = (token for value in fields for token in (value if isinstance(value, (list, tuple)) else [value]))
+    return {token for token in ids if token not in (None, -1)}
 
 
 def config_rows(source: Source, target: Any) -> list[Row]:
     """Rows of what the model uses against config.json: its config, its operations' constants, positions and tables."""
-    raw, model = declared(source.config, target.config), target.model
+    raw, model = declared(source, target.config), target.model
     used = {name: [getattr(target.config, name)] for name in raw}
     used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
+    used["eos_token_id"] = [_ids(target.config.eos_token_id)]
     used["tie_word_embeddings"].append(model.lm_head is model.embed_tokens)
     rows = []
     for case, values in ("values", used), ("operations", recorded_constants(model)):
-        wrong = next((name for name in values if not values[name] or any(x != raw[name] for x in values[name])), None)
-        rows.append(Row.exact(None, "config", wrong or case, not wrong))
+        differing = ((name, x) for name in values for x in values[name] or ["nothing"] if x != raw[name])
+        name, x = next(differing, (case, None))
+        note = "" if name == case else f"the model has {x!r}, the folder declares {raw[name]!r}"
+        rows.append(Row.exact(None, "config", name, not note, note))
     return [*rows, *_rotary_rows(model, raw), *_text_rows(source)]
 
 
