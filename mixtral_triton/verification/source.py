@@ -9,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,29 +158,30 @@ def config_rows(source: Source, target: Any) -> list[Row]:
 
 def _text_rows(source: Source) -> list[Row]:
     """A prompt's tokens beside those of tokenizers, the chat template's text beside jinja's, if the folder has them."""
-    folder, bos = source.folder, source.config.get("bos_token_id")
-    settings = source.read_json("tokenizer_config.json", optional=True)
+    folder, settings = source.folder, source.read_json("tokenizer_config.json", optional=True)
 
-    def prompt() -> bool:
+    def prompt() -> tuple[Any, Any]:
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        ids = tokenizer.encode(PROMPT).ids
-        return encode(load_tokenizer(folder), PROMPT, bos)[0] == (ids if bos in (None, ids[0]) else [bos, *ids])
+        return encode(load_tokenizer(folder), PROMPT)[0], tokenizer.encode(PROMPT).ids
 
-    def chat() -> bool:
+    def chat() -> tuple[Any, Any]:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         messages = [{"role": "user", "content": PROMPT}]
         got, options = ChatTemplate(folder).render(messages), {"trim_blocks": True, "lstrip_blocks": True}
         environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
-        names = "bos_token", "eos_token", "unk_token"
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        names = "bos_token", "eos_token", "unk_token", "pad_token"
         tokens = {name: x["content"] if isinstance(x, dict) else x for name in names if (x := settings.get(name))}
-        tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime}
-        want = environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
-        return got == want
+        tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime, "tools": None}
+        tokens |= {"documents": None, "generation": lambda caller: caller()}  # a block that is called, in a tag's place
+        called = re.sub(r"(\{%[-+]?\s*)generation(?=\s*[-+]?%\})", r"\1call generation()", template)
+        called = re.sub(r"(\{%[-+]?\s*)endgeneration(?=\s*[-+]?%\})", r"\1endcall", called)
+        return got, environment.from_string(called).render(messages=messages, add_generation_prompt=True, **tokens)
 
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):
@@ -188,7 +190,10 @@ def _text_rows(source: Source) -> list[Row]:
     checks = [("tokens of a prompt", prompt)] if (folder / "tokenizer.json").is_file() else []
     for case, check in checks if template is None else [*checks, ("chat template", chat)]:
         try:
-            rows.append(Row.exact(None, "config", case, check()))
+            got, expected = check()
+            at = next((at for at, pair in enumerate(zip_longest(got, expected)) if pair[0] != pair[1]), None)
+            note = "" if at is None else f"{got[at:][:20]!r} at {at}, where the files give {expected[at:][:20]!r}"
+            rows.append(Row.exact(None, "config", case, not note, note))
         except (ValueError, OSError) as error:
             rows.append(Row.exact(None, "config", case, False, str(error)))
     return rows
