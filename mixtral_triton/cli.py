@@ -233,9 +233,9 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     return model
 
 
-def _encode(args: argparse.Namespace, tokenizer: Any, text: str, template: bool = False) -> list[int]:
+def _encode(args: argparse.Namespace, tokenizer: Any, text: str, model: Mixtral, template: bool = False) -> list[int]:
     """Return the tokens of a prompt, or of the text of a chat template. Print the warning about special tokens."""
-    ids, warning = encode(tokenizer, text, add_special_tokens=not template)
+    ids, warning = encode(tokenizer, text, model.config.vocab_size, add_special_tokens=not template)
     if warning and is_first():
         print_message(f"mixtral-triton {args.command}: {warning}")
     return ids
@@ -263,7 +263,7 @@ def _verify(args: argparse.Namespace) -> int:
         model = _load(args, mesh)
         prompt = None
         if text is not None:
-            ids = _encode(args, load_tokenizer(args.folder), text)
+            ids = _encode(args, load_tokenizer(args.folder), text, model)
             prompt = torch.tensor([ids], device=model.device)
             if args.tokens is not None and prompt.shape[1] < args.tokens:
                 raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
@@ -305,7 +305,7 @@ def _generate(args: argparse.Namespace) -> int:
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
             whole = text if template is None else template.render(messages)
-            ids = _encode(args, tokenizer, whole, template is not None)
+            ids = _encode(args, tokenizer, whole, model, template is not None)
             if number == 0:
                 chunks = {1, min(len(ids), model.prefill_chunk), len(ids) % model.prefill_chunk or 1}
                 sizes = [(1, T, len(ids) + args.max_new_tokens) for T in sorted(chunks)]
@@ -337,7 +337,7 @@ def _trace(args: argparse.Namespace) -> int:
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(args, model, tokenizer, _encode(args, tokenizer, args.prompt), note)
+    return run(args, model, tokenizer, _encode(args, tokenizer, args.prompt, model), note)
 
 
 def _quantize(args: argparse.Namespace) -> int:

@@ -55,7 +55,7 @@ class FileTokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
-        self._path = path
+        self.path = path
         self._tokenizer = self._call(Tokenizer.from_file, str(path))
         self.no_truncation()
         self.no_padding()
@@ -72,7 +72,7 @@ class FileTokenizer:
                 if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                     raise
                 need = "is not a tokenizer that the tokenizers library can use"
-                raise ValueError(f"{self._path} {need}: {error}") from None
+                raise ValueError(f"{self.path} {need}: {error}") from None
             finally:
                 os.dup2(saved.fileno(), 2)
         return function(*args, **kwargs)  # without a standard error
@@ -86,13 +86,17 @@ def load_tokenizer(folder: str | Path) -> Any:
     return FileTokenizer(path)
 
 
-def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tuple[list[int], str]:
+def encode(
+    tokenizer: FileTokenizer, text: str, vocab_size: int, add_special_tokens: bool = True
+) -> tuple[list[int], str]:
     """Return the text's tokens as transformers' `AutoTokenizer` has them, whose first and last are those of
     tokenizer.json's post-processor, and a warning where the text itself holds one that was added (<s>). The text of a
-    chat template has them already. ValueError for a text without tokens."""
+    chat template has them already. ValueError for a text without tokens, or with one that the model does not have."""
     encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    if not (ids := encoding.ids):
-        raise ValueError(f"the tokenizer makes no token of the prompt {text!r:.40}: needs at least one")
+    ids = encoding.ids
+    if not ids or max(ids) >= vocab_size:
+        made, need = f"token {max(ids)}" if ids else "no token", f"at least one, of 0..{vocab_size - 1}, the model's"
+        raise ValueError(f"{tokenizer.path} makes {made} of {text!r:.40}, needs {need}")
     marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
     twice = {token for token, added in marked if added} & {token for token, added in marked if not added}
     names = ", ".join(tokenizer.id_to_token(token) for token in sorted(twice))
