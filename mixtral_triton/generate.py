@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -235,11 +236,11 @@ def sample(
 
 def _prompts(model: Mixtral, input_ids: Any) -> list[Any]:
     """Return the prompts, a list of integers as int64 [T] on the model's device; what is wrong stays as it is."""
-
-    def is_ids(row: Any) -> bool:
-        return isinstance(row, (list, tuple)) and all(is_int(token, -(1 << 63)) and token < 1 << 63 for token in row)
-
-    return [torch.tensor(row, dtype=torch.int64, device=model.device) if is_ids(row) else row for row in input_ids]
+    of_integers = [
+        isinstance(row, (list, tuple)) and all(is_int(x, 0) and x < 1 << 63 for x in row) for row in input_ids
+    ]
+    to_ids = partial(torch.tensor, dtype=torch.int64, device=model.device)
+    return [to_ids(row) if right else row for row, right in zip(input_ids, of_integers, strict=True)]
 
 
 def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -249,7 +250,9 @@ def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Ten
     for number, row in enumerate(prompts):
         if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
             got = f"of shape {list(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
-            raise ValueError(f"generate: prompt {number} is {got}, needs a tensor or list [T] of at least one token")
+            raise ValueError(
+                f"generate: prompt {number} is {got}, needs int64 [T] or a list of token ids, at least one"
+            )
         check_ids(row[None], model.config.vocab_size, model.device)
     lengths = torch.tensor([len(row) for row in prompts], device=model.device)
     ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
