@@ -26,7 +26,7 @@ from .kernels.arch import ARCHS
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
 from .tools.prompt import ChatTemplate, encode, load_tokenizer, print_stream, read_prompts, select_sampling, speed_of
-from .tools.terminal import bar, did_you_mean, exit_status, print_message
+from .tools.terminal import bar, did_you_mean, exit_status, nearest, print_message
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
 QUANTIZE = "int4, int8 or fp8 for the experts', or experts=int4,linear=int8: those of attention and the head, too"
 TORCHRUN = "with torchrun; default: 1"
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
-PROMPT = "text to run, or - to read standard input; turns of a chat where repeated"
+PROMPT = "text to run, or - to read standard input"
 # Modules whose `run` is the command; the others are functions below.
 TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
 
@@ -65,7 +65,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """Reject an unknown option here, where its command is known."""
         found, unknown = super().parse_known_args(*args, **kwargs)
-        return (found, unknown) if not unknown else self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if not unknown:
+            return found, unknown
+        names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        near = nearest(unknown[0].partition("=")[0].lstrip("-"), names)
+        return self.error(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean --{near}?' if near else ''}")
 
 
 def parse_weights(text: str) -> str | dict[str, str]:
@@ -137,12 +141,13 @@ def parser() -> argparse.ArgumentParser:
     option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
 
     option = command("generate", "stream the continuation of a prompt", model + mesh + offload + prompt)
+    option("--prompt", **shared["--prompt"] | {"help": f"{PROMPT}; repeated: turns of a chat"})
     option("--chat", action="store_true", help="use the checkpoint's chat template, and answer each --prompt in turn")
     option("--system", metavar="TEXT", help="the system message of the chat; default: none")
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
     stored = "default: generation_config.json's, else"
     option("--temperature", type=float, metavar="X", help=f"0 is greedy; {stored} 0")
-    option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens; {stored} all")
+    option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens, 0: all; {stored} 0")
     option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
     option("--min-p", type=float, metavar="P", help=f"of those, at least P times the likeliest; {stored} 0")
     option("--stop", action="append", default=[], metavar="TEXT", help="end before this text, left out; repeatable")
@@ -233,9 +238,9 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     return model
 
 
-def _encode(args: argparse.Namespace, tokenizer: Any, text: str, model: Mixtral) -> list[int]:
-    """Return a prompt's tokens. Print the warning about a beginning-of-sequence token in its text."""
-    ids, warning = encode(tokenizer, text, model.config.bos_token_id)
+def _encode(args: argparse.Namespace, tokenizer: Any, text: str, model: Mixtral, template: bool = False) -> list[int]:
+    """Return the tokens of a prompt, or of the text of a chat template. Print the warning about special tokens."""
+    ids, warning = encode(tokenizer, text, model.config.vocab_size, add_special_tokens=not template)
     if warning and is_first():
         print_message(f"mixtral-triton {args.command}: {warning}")
     return ids
@@ -304,9 +309,8 @@ def _generate(args: argparse.Namespace) -> int:
         sampling |= {"generator": torch.Generator(model.device).manual_seed(args.seed), "cache_dtype": args.cache_dtype}
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
-            ids = _encode(args, tokenizer, text, model)
-            if template is not None:  # it begins with the beginning-of-sequence token itself
-                ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
+            whole = text if template is None else template.render(messages)
+            ids = _encode(args, tokenizer, whole, model, template is not None)
             if number == 0:
                 chunks = {1, min(len(ids), model.prefill_chunk), len(ids) % model.prefill_chunk or 1}
                 sizes = [(1, T, len(ids) + args.max_new_tokens) for T in sorted(chunks)]

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +43,7 @@ _INVALIDATED, _THREAD_LOCAL = 2, 1  # cudaStreamCaptureStatus, cudaStreamCapture
 @torch.no_grad()
 def generate(
     model: Mixtral,
-    input_ids: Tensor | Sequence[Tensor],
+    input_ids: Tensor | Sequence[Tensor | Sequence[int]],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -53,7 +54,8 @@ def generate(
     min_p: float = 0.0,
     cache_dtype: torch.dtype | None = None,
 ) -> Tensor | list[Tensor]:
-    """Continue prompts: int64 [B,T] -> [B,T+n], or a list of 1-D prompts -> a list of prompts with what follows them.
+    """Continue prompts: int64 [B,T] -> [B,T+n], or a list of prompts, each int64 [T] or a list of integers -> a list of
+    prompts [T] with what follows them.
 
     temperature 0, the default whatever generation_config.json says, is greedy; else logits are divided by it, and of
     the top_k most likely tokens (None: of all) the smallest set with probability top_p is sampled from (Fan et al.
@@ -63,7 +65,7 @@ def generate(
     """
     sampling: Any = {"generator": generator, "top_k": top_k, "min_p": min_p, "cache_dtype": cache_dtype}
     steps = stream(model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, **sampling)
-    rows, eos = list(input_ids), eos_ids(eos_token_id, model.config)
+    rows, eos = _prompts(model, input_ids), eos_ids(eos_token_id, model.config)
     none = torch.empty((len(rows), 0), dtype=torch.int64, device="cpu")  # whatever a caller's default device is
     new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else none
     if isinstance(input_ids, Tensor):
@@ -74,7 +76,7 @@ def generate(
 
 def stream(
     model: Mixtral,
-    input_ids: Tensor | Sequence[Tensor],
+    input_ids: Tensor | Sequence[Tensor | Sequence[int]],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -89,7 +91,7 @@ def stream(
     device. A sequence that has ended repeats its EOS; the iterator ends once every sequence has."""
     if not isinstance(input_ids, (list, tuple)) and not (isinstance(input_ids, Tensor) and input_ids.dim()):
         got = "one number" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
-        raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of tensors [T]")
+        raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of prompts [T]")
     eos = eos_ids(eos_token_id, model.config)
     dtypes = None, model.dtype, torch.int8
     finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
@@ -108,7 +110,7 @@ def stream(
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")
-    ids, lengths = _pad_prompts(model, list(input_ids))
+    ids, lengths = _pad_prompts(model, _prompts(model, input_ids))
     limit = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:
         got = f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones"
@@ -232,6 +234,15 @@ def sample(
     return (p / clock).argmax(dim=-1)
 
 
+def _prompts(model: Mixtral, input_ids: Any) -> list[Any]:
+    """Return the prompts, a list of integers as int64 [T] on the model's device; what is wrong stays as it is."""
+    of_integers = [
+        isinstance(row, (list, tuple)) and all(is_int(x, 0) and x < 1 << 63 for x in row) for row in input_ids
+    ]
+    to_ids = partial(torch.tensor, dtype=torch.int64, device=model.device)
+    return [to_ids(row) if right else row for row, right in zip(input_ids, of_integers, strict=True)]
+
+
 def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Pad 1-D prompts on the right with token 0 -> ids [B,T], lengths int64 [B], both on the model's device."""
     if not prompts:
@@ -239,7 +250,9 @@ def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Ten
     for number, row in enumerate(prompts):
         if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
             got = f"of shape {list(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
-            raise ValueError(f"generate: prompt {number} is {got}, needs a tensor [T] of at least one token")
+            raise ValueError(
+                f"generate: prompt {number} is {got}, needs int64 [T] or a list of token ids, at least one"
+            )
         check_ids(row[None], model.config.vocab_size, model.device)
     lengths = torch.tensor([len(row) for row in prompts], device=model.device)
     ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
