@@ -15,8 +15,9 @@ from . import reference
 from .arguments import Rows
 from .call import operation
 from .checks import INT32, INTS, Within
-from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .launch import LaunchConfig, launch, select_configs
 from .samples import shapes
+from .tiles import power_of_2
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -198,11 +198,6 @@ def tma_can_read(x: torch.Tensor, arch: str) -> bool:
     return fits and all(stride % inner == 0 for stride, inner in pairwise(outer))
 
 
-def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
-    """Return the least power of two that is at least n, clamped to low..high (powers of two themselves)."""
-    return max(low, min(high, 1 << max(0, n - 1).bit_length()))
-
-
 def describe(x: torch.Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
     """Return a descriptor that loads tiles of shape `block`, zero outside x; None where pointers must read."""
     return TensorDescriptor(x, list(x.shape), _strides(x), list(block)) if tma_can_read(x, arch) else None

@@ -20,9 +20,10 @@ from .arguments import Pointer, Rows
 from .call import operation
 from .checks import INTS, Range, Within, fail, readable
 from .heads import POSITIONS_MAX
-from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .launch import LaunchConfig, launch, select_configs
 from .op import Cost, Op
 from .samples import shape_grid, shapes
+from .tiles import power_of_2
 
 
 class FusedNorm(NamedTuple):

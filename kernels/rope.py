@@ -32,10 +32,11 @@ from .heads import (
     rope_tables,
     sequence_position,
 )
-from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .launch import LaunchConfig, launch, select_configs
 from .op import Cost
 from .quantized_cache import quantized, vector_bytes
 from .samples import shape_grid, shapes
+from .tiles import power_of_2
 
 
 @triton.jit

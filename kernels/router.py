@@ -18,10 +18,11 @@ from . import reference
 from .arguments import Rows
 from .call import operation
 from .checks import FP32, INT32, Within
-from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .launch import LaunchConfig, launch, select_configs
 from .norm import FusedNorm, NormWeight, normed
 from .pdl import pdl_wait
 from .samples import shape_grid, shapes
+from .tiles import power_of_2
 
 TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
 

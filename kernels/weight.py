@@ -138,6 +138,21 @@ def expert_rows(weight, expert, dtype: tl.constexpr, LAYOUT: tl.constexpr, exist
 
 
 @triton.jit
+def depth_tile(ptrs, inside, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load a tile of a reduction over DEPTH, masked only where BLOCK_K does not divide it."""
+    return tl.load(ptrs) if DEPTH % BLOCK_K == 0 else tl.load(ptrs, mask=inside, other=0.0)
+
+
+@triton.jit
+def program_tile(pid, row_tiles, column_tiles, GROUP_M: tl.constexpr):
+    """Program -> (row tile, column tile). GROUP_M row tiles sweep the columns together, so weights stay in L2."""
+    group = pid // (GROUP_M * column_tiles)
+    height = tl.maximum(1, tl.minimum(row_tiles - group * GROUP_M, GROUP_M))  # 1 for a surplus program
+    within = pid % (GROUP_M * column_tiles)
+    return group * GROUP_M + within % height, within // height
+
+
+@triton.jit
 def _stored_tile(ptrs, k, depth, EVEN: tl.constexpr, FIELDS: tl.constexpr):
     """Load the tile at column k, given pointers of column 0: the values there, or the elements of k's unit."""
     BLOCK_K: tl.constexpr = ptrs.shape[1]

@@ -10,7 +10,8 @@ import torch
 import triton
 
 from ..arch import amd, family, max_multiprocessors, tma
-from ..launch import LaunchConfig, power_of_2
+from ..launch import LaunchConfig
+from ..tiles import power_of_2
 
 
 @dataclass(frozen=True)

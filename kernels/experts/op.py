@@ -22,12 +22,13 @@ from ..arguments import Rows
 from ..call import operation
 from ..checks import INTS, Matrix, Within
 from ..dispatch import expected_distinct_experts, gather_by_expert, launch_sort, sample_ids
-from ..launch import Configs, LaunchConfig, describe, launch, power_of_2, select_configs, target_arch
+from ..launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
 from ..norm import FusedNorm, NormWeight
 from ..op import Cost
 from ..quantized import QUANT_NAMES, matrix_bytes
 from ..router import RoutingWeights, Tokens
 from ..samples import draw, shape_grid, shapes
+from ..tiles import power_of_2
 from ..weight import Weight
 from . import kernels
 from .kernels import Groups
