@@ -46,7 +46,7 @@ class PrefillTile(NamedTuple):
     SHORT_M: int = 0  # rows of the last tile of a group, where they suffice (experts/kernels.py); 0: it is full
 
 
-Tile = TypeVar("Tile", DecodeTile, PrefillTile)
+Tile = TypeVar("Tile")
 Table = Mapping[str, Sequence[Tile]]
 
 # Quantized weights. BLOCK_N counts gate and up rows together. Not measured on a GPU: selected by instructions per byte
