@@ -19,6 +19,7 @@ from .arch import family, max_multiprocessors
 from .arguments import Rows
 from .call import operation
 from .checks import Matrix
+from .facts import Product, kernel_facts
 from .launch import LaunchConfig, is_overridden, launch, select_configs, target_arch
 from .pdl import prefetch_rows
 from .quantized import QUANT_NAMES
@@ -69,6 +70,7 @@ PREFILL: Table[PrefillTile] = {
 }
 
 
+@kernel_facts("BLOCK_T", work=Product("x", "weight", halves=1, depth="H"))
 @triton.jit(do_not_specialize=["T"])
 def linear_decode_kernel(
     x,  # Rows [T, H]
@@ -94,6 +96,7 @@ def linear_decode_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
 
 
+@kernel_facts(work=Product("x", "weight", halves=1, depth="H"))
 @triton.jit(do_not_specialize=["T"])
 def linear_kernel(
     x,  # Rows [T, H]
@@ -156,6 +159,7 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
 @operation(
     reference=reference.linear,
     case=LinearSizes,
+    multiplies=True,
     configs=configs,
     flops=lambda case: 2 * case.T * case.H * case.N,
     test_shapes=(

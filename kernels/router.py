@@ -18,6 +18,7 @@ from . import reference
 from .arguments import Rows
 from .call import operation
 from .checks import FP32, INT32, Within
+from .facts import kernel_facts
 from .launch import LaunchConfig, launch, select_configs
 from .norm import FusedNorm, NormWeight, normed
 from .pdl import pdl_wait
@@ -65,6 +66,7 @@ def store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.conste
     tl.store(ids_ptr + out, ids, mask=mask)
 
 
+@kernel_facts("BLOCK_E", "BLOCK_K")
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logits_ptr,  # [T, E]
@@ -119,6 +121,7 @@ def _products(y_ptr, values, scale, gate, weight, offs_h, H: tl.constexpr):
     return tl.sum(gate.to(tl.float32) * values[None, :], axis=1)
 
 
+@kernel_facts("BLOCK_E", "BLOCK_K")
 @triton.jit(do_not_specialize=["T"])
 def gate_route_kernel(
     x,  # Rows [T, H]
@@ -253,6 +256,7 @@ def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 _GATE_FIELDS: dict[str, Any] = {
     "case": GateSizes,
+    "multiplies": True,
     "configs": gate_configs,
     "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"]),  # of the returned logits
     "test_shapes": shapes(GateSizes, "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),

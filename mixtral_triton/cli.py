@@ -190,6 +190,8 @@ def parser() -> argparse.ArgumentParser:
     option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
     text = f"{', '.join(ARCHS)}; repeatable"
     option("--arch", required=True, action="append", choices=ARCHS, metavar="ARCH", help=text)
+    option("--kernel", metavar="NAME", help="this kernel alone")
+    option("--at", action="append", default=[], metavar="T=N", help="a size in place of Mixtral's; repeatable")
     option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
     return parser
 

@@ -85,6 +85,7 @@ _DENSE_SHAPES = (
 @operation(
     reference=reference.expert_swiglu,
     case=ExpertCase,
+    multiplies=True,
     inputs=_inputs,
     configs=configs,
     cost=cost,
@@ -124,6 +125,7 @@ def expert_swiglu(
 @operation(
     reference=reference.experts_add_rms_norm,
     case=ExpertCase,
+    multiplies=True,
     inputs=_inputs,
     configs=configs,
     cost=cost_norm,

@@ -175,6 +175,7 @@ STEP = Op(
     run=decode_step,
     reference=plain_step,
     case=StepCase,
+    multiplies=True,
     inputs=inputs,
     configs=lambda sizes, dtype, arch: {},
     cost=cost,
