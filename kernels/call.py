@@ -36,6 +36,7 @@ PLAIN_TYPES: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
 # same check thousands of times.
 _checked: dict[tuple[Any, ...], tuple[tuple[int, int, int], ...]] = {}
 _CHECKED_MAX = 4096
+_is_compiling, _dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack  # read at every call
 
 
 def call_checked(op: Op, args: tuple[Any, ...]) -> Any:
@@ -94,7 +95,7 @@ def _check(op: Op, args: tuple[Any, ...], call: tuple[Any, ...]) -> None:
 
 def untraced() -> bool:
     """Return whether nothing watches torch's operations: no compiler, no dispatch mode."""
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    return not (_is_compiling() or _dispatch_modes())
 
 
 def transformed() -> bool:
@@ -110,12 +111,18 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
     gradients = torch.is_grad_enabled()
     for x in values:
         if not isinstance(x, Tensor):
-            if not isinstance(x, SEVERAL_TENSORS):
-                continue
-            x = _first_tensor(x)
-        if type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
+            if isinstance(x, SEVERAL_TENSORS) and not needs_no_dispatch(x.tensors):
+                return False
+        elif type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
             return False
     return True
+
+
+def _any_lazy_negation(values: Iterable[Any]) -> bool:
+    return any(
+        x.is_neg() if isinstance(x, Tensor) else isinstance(x, SEVERAL_TENSORS) and _any_lazy_negation(x.tensors)
+        for x in values
+    )
 
 
 # A quantized weight or cache is several tensors, and torch's operators take tensors: its codes take the place of the
@@ -321,7 +328,13 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
         if untraced():
-            return call_unchecked(op, order(args, kwargs) if kwargs else args)
+            if kwargs:
+                args = order(args, kwargs)
+            # To ask every tensor takes 3 % of a decode layer's host time, and in a model's layers none is negated.
+            if in_pdl_region() or not _any_lazy_negation(args):
+                return call_unchecked(op, args)
+            op.check(*args)
+            return dispatch(args)
         return dispatch(_order_traced(op, args, kwargs) if kwargs else args)
 
     return checked, unchecked

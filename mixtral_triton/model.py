@@ -306,7 +306,7 @@ class Mixtral(nn.Module):
             # The operators' checks do not know other ranks' experts.
             raise ValueError("Mixtral: on a mesh a model cannot be compiled, traced or observed by a dispatch mode")
         eps = self.config.rms_norm_eps
-        num_new = None if lengths is None else lengths.to(torch.int32).contiguous()
+        num_new = None if lengths is None else lengths.to(torch.int32).contiguous().resolve_neg()
         state = State(self, B, T, cache, num_new)
         bounds = () if cache is None else (cache.lengths, state.num_new if lengths is None else lengths, cache.max_len)
         norm = self.layers[0].input_layernorm

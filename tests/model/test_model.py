@@ -278,6 +278,13 @@ def test_bad_lengths_leave_the_cache_alone(case: str, model: Mixtral, device: to
     assert cache.lengths.tolist() == [4, 4] and torch.equal(cache.keys[0], keys)
 
 
+def test_lazily_negated_lengths(model: Mixtral, device: torch.device, unguarded: None) -> None:
+    """Layers do not look for a lazy negation."""
+    ids, lengths = tokens(2, 9, device=device), torch.tensor([5, 9], dtype=torch.int32, device=device)
+    want, got = (model(ids, cache_of(model, 2), each) for each in (lengths, torch._neg_view(-lengths)))
+    assert torch.equal(got[0, :5], want[0, :5]) and torch.equal(got[1], want[1])
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "max_len", "most"), ROOM)
 @pytest.mark.parametrize("chunk", (1, 5))
