@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,10 +28,15 @@ from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 
-# Attributes of an instance with which a caller replaces what its class does; `compile` sets the last.
-_REPLACED = {"forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl"}
 LayerCache = tuple[Slots, Slots]  # a layer's cached keys and values, [B, Hkv, C, D] each
 WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
+
+
+@cache
+def _method_names(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the attributes of an instance with which a caller replaces what its class does in a forward."""
+    methods = {name for name in dir(kind) if callable(getattr(kind, name))}
+    return frozenset(methods - {"generate", "stream"} | {"_compiled_call_impl"})  # None until `compile` sets it
 
 
 def _empty_weight(
@@ -331,10 +337,11 @@ class Mixtral(nn.Module):
         """
         if _has_any_global_hook():
             return "all modules have a hook"
+        methods = {kind: _method_names(kind) for kind in (Mixtral, Layer)}
         for index, module in enumerate((self, *self.layers)):
-            hooked = index and (module._forward_hooks or module._forward_pre_hooks)
+            kind, hooked = Layer if index else Mixtral, index and (module._forward_hooks or module._forward_pre_hooks)
             # A parametrization makes a subclass of its own.
-            if hooked or type(module) is not (Layer if index else Mixtral) or _REPLACED & module.__dict__.keys():
+            if hooked or type(module) is not kind or not methods[kind].isdisjoint(module.__dict__):
                 return f"{f'layer {index - 1}' if index else 'the model'} has a hook, or methods of its own"
         return None
 

@@ -13,7 +13,7 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, generate
 from mixtral_triton.generate import CaptureLost, capture
-from mixtral_triton.model import Layer
+from mixtral_triton.model import Layer, _method_names
 from mixtral_triton.parallel import UNSHARDED
 from tests.support.models import cache_of, random_model, tokens
 
@@ -268,6 +268,24 @@ def test_no_capture_and_no_pdl_where_a_layer_is_changed(change: str, gpu: Any) -
     if handle is not None:  # the hook is removed
         texts(model, max_new_tokens=NEW)
         assert any(each.launcher.metadata.launch_pdl for each in gpu.driver.launches[start:])
+
+
+@pytest.mark.compiled
+def test_every_method_that_an_instance_replaces_is_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a contributor adds to a class included, and `generate`, which runs around the steps, excluded."""
+    model = build(None, "cpu")
+    for kind in (Mixtral, Layer):
+        monkeypatch.setattr(kind, "scale", lambda self, out: out, raising=False)
+    _method_names.cache_clear()
+    model.generate = model.stream = print  # type: ignore[assignment]
+    assert model.find_change() is None
+    for module, where in ((model, "the model"), (model.layers[0], "layer 0")):
+        for name in ("scale", "forward", "_call_impl", "_compiled_call_impl"):
+            module.__dict__[name] = print
+            assert where in str(model.find_change())
+            del module.__dict__[name]
+    model.layers[0].compile()
+    assert "layer 0" in str(model.find_change())
 
 
 @pytest.mark.gpu
