@@ -4,7 +4,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from typing import Any
 
 import torch
@@ -38,6 +38,26 @@ def read_annotations(run: Callable[..., Any]) -> tuple[tuple[Argument, ...], tup
     return tuple(arguments), tuple(Argument.parse("", part) for part in parts if part is not type(None))
 
 
+def by_position(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` with its keyword-only arguments also by position, as torch's operators and plans give them."""
+    signature = inspect.signature(run)
+    names, count = tuple(signature.parameters), _positional(signature)
+    if count == len(names):
+        return run
+
+    @wraps(run)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return run(*args[:count], **dict(zip(names[count:], args[count:], strict=False)), **kwargs)
+
+    parameters = (each.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in signature.parameters.values())
+    function.__signature__ = signature.replace(parameters=[*parameters])  # type: ignore[attr-defined]
+    return function
+
+
+def _positional(signature: inspect.Signature) -> int:
+    return sum(each.kind is not inspect.Parameter.KEYWORD_ONLY for each in signature.parameters.values())
+
+
 class SignatureError(ValueError, TypeError):
     """A call that does not fit the signature: Python's TypeError, and a ValueError like an operation's other errors."""
 
@@ -48,7 +68,7 @@ class Op:
     operator, the shapes of its results and the torch backend derive from the annotations there (checks.py).
 
     name               its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`
-    run                launches the Triton kernels, its arguments already checked
+    run                launches the Triton kernels, its arguments already checked, and each of them also by position
     reference          the same in plain torch; it takes the arguments it shares with `run`, by name
     inputs             inputs(sizes, dtype, device, generator) -> keyword arguments of `run`
     configs            configs(sizes, dtype, arch) -> LaunchConfig by kernel name, a pure function
@@ -88,6 +108,11 @@ class Op:
     @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(self.signature.parameters)
+
+    @cached_property
+    def positional(self) -> int:
+        """How many arguments a public call may give by position."""
+        return _positional(inspect.signature(inspect.unwrap(self.run)))
 
     @cached_property
     def defaults(self) -> tuple[Any, ...]:
@@ -155,12 +180,15 @@ class Op:
         return results if len(results) > 1 else results[0] if results else None
 
     def plain_signature(self, packed: Any = None) -> inspect.Signature:
-        """Return the signature with plain types: Tensor, int, ...; `packed` (None: itself) for a Matrix or a Cache."""
+        """Return the public signature with plain types: Tensor, int, ...; `packed`: that of torch's operator, with this
+        type for a Matrix or a Cache, and all arguments by position."""
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
-        parameters = []
+        parameters: list[inspect.Parameter] = []
         for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
             kind = argument.kind if packed is None or argument.kind not in checks.PACKED else packed
+            if packed is None and len(parameters) >= self.positional:
+                parameter = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))
         return inspect.Signature(parameters, return_annotation=returned)
 

@@ -21,6 +21,7 @@ from .config import MixtralConfig
 from .generate import PREFILL_CHUNK, generate, stream
 from .inputs import check_dtype, check_ids, check_lengths, usable_device
 from .kernels.call import reject_transforms, transformed, untraced
+from .kernels.checks import check_values
 from .kernels.launch import pdl_region
 from .kernels.offload import empty_on_host
 from .kernels.rope import rope_tables
@@ -136,7 +137,7 @@ class State:
             self.positions = torch.arange(T, device=model.device).expand(B, T)
             self.cache_lengths = self.positions[:, 0]
         else:
-            self.cache_lengths = cache.lengths
+            self.cache_lengths = cache.lengths.resolve_neg()
             self.positions = cache.lengths[:, None]
             if not self.decodes:
                 t = torch.arange(T, device=model.device)
@@ -375,7 +376,8 @@ class Mixtral(nn.Module):
         if cache is not None:
             self._check_cache(cache, B)
             if lengths is not None:
-                check_lengths(lengths, B, T, self.device)
+                check_lengths("Mixtral", lengths, B, self.device)
+                check_values("Mixtral", "lengths", lengths, 0, T)
             cache.reserve(T if lengths is None else lengths)
             if not torch.compiler.is_compiling():
                 cache.filled_by = self.dtype
@@ -383,6 +385,7 @@ class Mixtral(nn.Module):
     def _check_cache(self, cache: KVCache, B: int) -> None:
         if not isinstance(cache, KVCache):
             raise ValueError(f"Mixtral: argument 'cache' is a {type(cache).__name__}, needs a KVCache")
+        check_lengths("KVCache", cache.lengths, None, None)  # a caller may have set them
         # Identity first: a compiler cannot compare a config whose numbers it has made symbols.
         same = cache.config is self.config or cache.config == self.config
         fields = () if same else vars(cache.config).items()

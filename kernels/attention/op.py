@@ -159,6 +159,7 @@ def attention(
     q: Queries,
     k: Keys,
     v: Keys,
+    *,
     window: Window | None = None,
     causal: bool = True,
     scale: float | None = None,

@@ -57,7 +57,12 @@ def test_registered(name: str, device: torch.device, monkeypatch: pytest.MonkeyP
     operator(**written)
     assert {key for key in versions if written[key]._version > versions[key]} == set(OPS[name].mutates)
     args = {key: parameter.default for key, parameter in signature(public(name)).parameters.items()} | args
-    assert same(run(lambda **kwargs: public(name)(*kwargs.values()), args), run(public(name), args))
+    by_name = [*args][OPS[name].positional :]
+
+    def by_position(**args: Any) -> Any:
+        return public(name)(*(args[key] for key in args if key not in by_name), **{key: args[key] for key in by_name})
+
+    assert same(run(by_position, args), run(public(name), args))
 
 
 @pytest.mark.parametrize("name", OPS)
