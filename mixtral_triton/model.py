@@ -130,7 +130,7 @@ class State:
         self.window, self.deterministic = model.config.sliding_window, model.deterministic
         self.cos, self.sin, self.ranks = model.cos, model.sin, model.ranks
         self.shape, self.cache = (B, T, model.config.hidden_size), cache
-        # In deterministic mode a single token uses the chunk path, so its bits match those inside a longer chunk.
+        # A decode step's bits may depend on the rest of the batch; those of a chunk in deterministic mode do not.
         self.decodes = cache is not None and T == 1 and not model.deterministic
         self.num_new = torch.full((B,), T, dtype=torch.int32, device=model.device) if num_new is None else num_new
         if cache is None:
