@@ -35,13 +35,19 @@ def draw(
     return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
 
+def _row_letter(run: Callable[..., Any]) -> str:
+    """Return the letter that counts rows, which a shape with "..." leaves out: T, where the operation names none."""
+    spec = read_annotations(run)[0][0].shape_spec.split()
+    return "T" if spec[0] == "..." else spec[0]
+
+
 def streaming_cost(run: Callable[..., Any], flops: Callable[[Sizes], int]) -> Callable[[Sizes, torch.dtype], Cost]:
     """Return `Op.cost` for an operation that reads each required argument once and writes each result once."""
 
     def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
         total = 0
         for a in (a for part in read_annotations(run) for a in part if a.tensor and not a.optional):
-            *rows, columns = checks.shape_of(a.shape_spec, {"...": (sizes["T"],), **sizes})
+            *rows, columns = checks.shape_of(a.shape_spec, {"...": (sizes[_row_letter(run)],), **sizes})
             weights = sizes.get(a.name) if a.kind == checks.Matrix else None
             stored = dtype if a.dtypes is None or dtype in a.dtypes else a.dtypes[0]
             total += matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
@@ -64,12 +70,12 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
                 return bool(sizes[argument.name])
             if not argument.tensor:
                 return sizes.get(argument.shape_spec or argument.name, 1e-5)
-            shape = checks.shape_of(argument.shape_spec, {"...": (sizes.get("T"),), **sizes})
+            shape = checks.shape_of(argument.shape_spec, {"...": (sizes.get(_row_letter(run)),), **sizes})
             if argument.kind == checks.Matrix and (format := sizes.get(argument.name.removesuffix("_proj"))):
                 return sample_quantized(format, *shape, device=device, generator=generator)
             if argument.kind == checks.Cache and sizes.get("cache"):
                 return QuantizedCache.of(draw(shape, dtype, device, generator))
-            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "T", "...")
+            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "...", _row_letter(run))
             return draw(shape, dtype, device, generator, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 
         args = {} if special is None else special(sizes, dtype, device, generator)
