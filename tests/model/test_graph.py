@@ -119,6 +119,30 @@ def test_failed_capture_leaves_everything_usable(
     assert gpu.replays == NEW - 2
 
 
+def is_dependent(graph: Any) -> bool:
+    return any(each.launcher.metadata.launch_pdl for each in graph.launches)
+
+
+REFUSED = [(is_dependent, ["capturing without dependent launches"], NEW - 3)]
+REFUSED += [(lambda graph: True, ["capturing without dependent launches", "decoding without a CUDA graph"], 0)]
+
+
+@pytest.mark.parametrize(("refuses", "said", "replays"), REFUSED)
+def test_graph_that_cannot_be_instantiated(refuses: Any, said: list[str], replays: int, gpu: Any) -> None:
+    """A driver without programmatic edges, and one without memory: both fallbacks are tried, in order."""
+    gpu.refuses, model, drawn = refuses, build(5, GPU_DEVICE), torch.Generator(GPU_DEVICE)
+    want = texts(build(5, "cpu"), max_new_tokens=NEW)
+    with pytest.warns(RuntimeWarning) as warned:
+        assert texts(model, max_new_tokens=NEW, temperature=1e-6, generator=drawn) == want
+    found = [str(each.message) for each in warned]
+    assert len(found) == len(said) and all(
+        f"generate: {a}, slower: CUDA" in b for a, b in zip(said, found, strict=True)
+    )
+    assert gpu.replays == replays and len(gpu.captures) == 2 and not gpu.pools and not gpu.host_pools
+    gpu.refuses = lambda graph: False
+    assert texts(model, max_new_tokens=NEW) == want and gpu.replays == replays + NEW - 2
+
+
 def test_a_model_that_is_collected_during_a_step_does_not_end_its_capture(gpu: Any) -> None:
     """Its pinned memory is returned after a synchronization, which CUDA does not permit in a capture."""
     models, kept = [random_model(GPU_DEVICE, on_host=(1,))], list[Any]()
