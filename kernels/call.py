@@ -20,7 +20,7 @@ from . import plan
 from .checks import SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
-from .op import Cost, Op
+from .op import Cost, Op, SignatureError, by_position
 from .plan import call_key
 from .quantized import QuantizedWeight
 from .quantized_cache import QuantizedCache
@@ -37,6 +37,7 @@ PLAIN_TYPES: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
 # same check thousands of times.
 _checked: dict[tuple[Any, ...], tuple[tuple[int, int, int], ...]] = {}
 _CHECKED_MAX = 4096
+_is_compiling, _dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack  # read at every call
 
 
 def call_checked(op: Op, args: tuple[Any, ...]) -> Any:
@@ -95,7 +96,7 @@ def _check(op: Op, args: tuple[Any, ...], call: tuple[Any, ...]) -> None:
 
 def untraced() -> bool:
     """Return whether nothing watches torch's operations: no compiler, no dispatch mode."""
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    return not (_is_compiling() or _dispatch_modes())
 
 
 def transformed() -> bool:
@@ -111,12 +112,18 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
     gradients = torch.is_grad_enabled()
     for x in values:
         if not isinstance(x, Tensor):
-            if not isinstance(x, SEVERAL_TENSORS):
-                continue
-            x = _first_tensor(x)
-        if type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
+            if isinstance(x, SEVERAL_TENSORS) and not needs_no_dispatch(x.tensors):
+                return False
+        elif type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
             return False
     return True
+
+
+def _any_lazy_negation(values: Iterable[Any]) -> bool:
+    return any(
+        x.is_neg() if isinstance(x, Tensor) else isinstance(x, SEVERAL_TENSORS) and _any_lazy_negation(x.tensors)
+        for x in values
+    )
 
 
 # A quantized weight or cache is several tensors, and torch's operators take tensors: its codes take the place of the
@@ -251,7 +258,7 @@ def operation(
         draw, count = random_inputs(run, inputs), streaming_cost(run, flops) if cost is None else cost
         fields["inputs"] = lambda each, *args, **kwargs: draw(op.case_of(each), *args, **kwargs)
         fields["cost"] = lambda each, dtype: count(op.case_of(each), dtype)
-        op: Op = Op(name=name or run.__name__, run=run, case=case, **fields)
+        op: Op = Op(name=name or run.__name__, run=by_position(run), case=case, **fields)
         checked, unchecked = _entry_points(op)
         for function in (checked, unchecked):
             wraps(run)(function)
@@ -271,6 +278,7 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
     @cache
     def new_order(count: int, *keywords: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
         """Return what picks the arguments from those given and all defaults; None where they are in order."""
+        _check_positional(op, count)
         op.bind(*range(count), **dict.fromkeys(keywords))  # SignatureError: a name is unknown, missing or given twice
         given = (*names[:count], *keywords)
         if given == names[: len(given)]:
@@ -288,6 +296,7 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
 
 def _order_traced(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Put the arguments in the order of `run`. A compiler follows neither inspect.Signature nor itemgetter."""
+    _check_positional(op, len(args))
     names, defaults = op.names[len(args) :], op.defaults[len(args) :]
     rest = [kwargs.get(name, default) for name, default in zip(names, defaults, strict=True)]
     missing = any(value is inspect.Parameter.empty for value in rest)
@@ -296,13 +305,23 @@ def _order_traced(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return (*args, *rest)
 
 
+def _check_positional(op: Op, count: int) -> None:
+    """Raise SignatureError where so many arguments by position include one that has to be given by name."""
+    if op.positional < count <= len(op.names):
+        got, by_name = (
+            f"{op.public_name}: {count} arguments are given by position",
+            ", ".join(op.names[op.positional :]),
+        )
+        raise SignatureError(f"{got}, needs at most {op.positional}, and by name: {by_name}")
+
+
 def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the operation as two functions: checked, and unchecked.
 
     Both skip torch's dispatcher, which would cost more host time than a decode step's kernels take, unless a trace, a
     dispatch mode or (checked) a gradient needs to see the operator.
     """
-    operator, order = _register(op), _order_arguments(op)
+    operator, order, positional = _register(op), _order_arguments(op), op.positional
 
     def dispatch(args: tuple[Any, ...]) -> Any:
         quantized = any(isinstance(x, SEVERAL_TENSORS) for x in args)
@@ -310,7 +329,7 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         traced = not untraced()
-        if kwargs:
+        if kwargs or len(args) > positional:
             args = _order_traced(op, args, kwargs) if traced else order(args, kwargs)
         if not traced and transformed():
             reject_transforms(f"mixtral_triton.ops.{op.name}", args)
@@ -324,7 +343,13 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
         if untraced():
-            return call_unchecked(op, order(args, kwargs) if kwargs else args)
-        return dispatch(_order_traced(op, args, kwargs) if kwargs else args)
+            if kwargs or len(args) > positional:
+                args = order(args, kwargs)
+            # To ask every tensor takes 3 % of a decode layer's host time, and in a model's layers none is negated.
+            if in_pdl_region() or not _any_lazy_negation(args):
+                return call_unchecked(op, args)
+            op.check(*args)
+            return dispatch(args)
+        return dispatch(_order_traced(op, args, kwargs) if kwargs or len(args) > positional else args)
 
     return checked, unchecked

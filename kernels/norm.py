@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Annotated, Any, NamedTuple, Protocol, cast, overload
 
 import torch
@@ -148,6 +149,7 @@ class RmsNorm(Protocol):
 def _with_unchecked(function: Any) -> RmsNorm:
     """Give `rms_norm` what an operation has."""
 
+    @wraps(function)  # an error of the signature names it
     def unchecked(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
         if residual is None:
             return _norm.unchecked(x, weight, eps)

@@ -4,7 +4,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from typing import Any
 
 import torch
@@ -40,6 +40,26 @@ def read_annotations(run: Callable[..., Any]) -> tuple[tuple[Argument, ...], tup
     return tuple(arguments), tuple(Argument.parse("", part) for part in parts if part is not type(None))
 
 
+def by_position(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` with its keyword-only arguments also by position, as torch's operators and plans give them."""
+    signature = inspect.signature(run)
+    names, count = tuple(signature.parameters), _positional(signature)
+    if count == len(names):
+        return run
+
+    @wraps(run)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return run(*args[:count], **dict(zip(names[count:], args[count:], strict=False)), **kwargs)
+
+    parameters = (each.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in signature.parameters.values())
+    function.__signature__ = signature.replace(parameters=[*parameters])  # type: ignore[attr-defined]
+    return function
+
+
+def _positional(signature: inspect.Signature) -> int:
+    return sum(each.kind is not inspect.Parameter.KEYWORD_ONLY for each in signature.parameters.values())
+
+
 class SignatureError(ValueError, TypeError):
     """A call that does not fit the signature: Python's TypeError, and a ValueError like an operation's other errors."""
 
@@ -50,7 +70,7 @@ class Op:
     operator, the shapes of its results and the torch backend derive from the annotations there (checks.py).
 
     name               its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`
-    run                launches the Triton kernels, its arguments already checked
+    run                launches the Triton kernels, its arguments already checked, and each of them also by position
     reference          the same in plain torch; it takes the arguments it shares with `run`, by name
     case               the dataclass of what draws inputs: sizes by shape letter, and flags. `inputs` and `cost` take a
                        mapping of its fields, too
@@ -101,6 +121,11 @@ class Op:
         return tuple(self.signature.parameters)
 
     @cached_property
+    def positional(self) -> int:
+        """How many arguments a public call may give by position."""
+        return _positional(inspect.signature(inspect.unwrap(self.run)))
+
+    @cached_property
     def defaults(self) -> tuple[Any, ...]:
         """The default of each argument in `names`; `inspect.Parameter.empty` for a required one."""
         return tuple(parameter.default for parameter in self.signature.parameters.values())
@@ -140,6 +165,9 @@ class Op:
         binder.bind(self.arguments, values)
         if self.rule is not None:
             self.rule(binder.op, values, binder.sizes)
+        for name in self.mutates:  # torch's fallback writes into a copy, and an assertion of its own fails
+            if isinstance(values[name], torch.Tensor) and values[name].is_neg():
+                raise checks.fail(binder.op, name, "a lazy negation", "memory that holds its values: x.resolve_neg()")
         return binder
 
     def bounds(self, args: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -163,12 +191,15 @@ class Op:
         return results if len(results) > 1 else results[0] if results else None
 
     def plain_signature(self, packed: Any = None) -> inspect.Signature:
-        """Return the signature with plain types: Tensor, int, ...; `packed` (None: itself) for a Matrix or a Cache."""
+        """Return the public signature with plain types: Tensor, int, ...; `packed`: that of torch's operator, with this
+        type for a Matrix or a Cache, and all arguments by position."""
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
-        parameters = []
+        parameters: list[inspect.Parameter] = []
         for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
             kind = argument.kind if packed is None or argument.kind not in checks.PACKED else packed
+            if packed is None and len(parameters) >= self.positional:
+                parameter = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))
         return inspect.Signature(parameters, return_annotation=returned)
 

@@ -36,14 +36,14 @@ def draw(
     return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
 
-def _row_letter(run: Callable[..., Any]) -> str:
+def row_letter(run: Callable[..., Any]) -> str:
     """Return the letter that counts rows, which a shape with "..." leaves out: T, where the operation names none."""
     spec = read_annotations(run)[0][0].shape_spec.split()
     return "T" if spec[0] == "..." else spec[0]
 
 
 def _letters(run: Callable[..., Any], case: Any) -> dict[str, Any]:
-    return {"...": (getattr(case, _row_letter(run)),), **vars(case)}
+    return {"...": (getattr(case, row_letter(run)),), **vars(case)}
 
 
 def streaming_cost(run: Callable[..., Any], flops: Callable[[Any], int]) -> Callable[[Any, torch.dtype], Cost]:
@@ -80,7 +80,7 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
                 return sample_quantized(format, *shape, device=device, generator=generator)
             if argument.kind == checks.Cache and case.cache:
                 return QuantizedCache.of(draw(shape, dtype, device, generator))
-            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "...", _row_letter(run))
+            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "...", row_letter(run))
             return draw(shape, dtype, device, generator, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 
         args = {} if special is None else special(case, dtype, device, generator)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .config import MixtralConfig
-from .inputs import check_dtype, default_dtype, is_int, usable_device
+from .inputs import check_dtype, default_dtype, in_decimal, is_int, usable_device
 from .kernels.checks import readable
 from .kernels.quantized_cache import QuantizedCache, vector_bytes
 
@@ -37,7 +37,8 @@ class KVCache:
                   a position can leave it, else max_len
     dtype         of the keys; int8: they are quantized as they are appended
     lengths       int32 [B]: tokens appended so far, which is the next position. A lower number written here drops the
-                  tokens behind it; where a ring has wrapped only 0 does, since they took the slots of earlier ones
+                  tokens behind it; where a ring has wrapped only 0 does, since they took the slots of earlier ones. A
+                  higher one adds tokens whose keys and values are what the slots hold: zeros, where nothing wrote them
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
     """
 
@@ -78,9 +79,18 @@ class KVCache:
             return torch.zeros(shape[2:], dtype=dtype, device=device)
 
         # Memory of their own: `ops.append` says why.
-        with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
-            self.keys, self.values = (tuple(zeros() for _ in range(shape[0])) for _ in range(2))
-            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        try:
+            with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
+                self.keys, self.values = (tuple(zeros() for _ in range(shape[0])) for _ in range(2))
+                self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        except torch.OutOfMemoryError:  # a smaller batch may fit, and a caller may try
+            raise
+        except (RuntimeError, OverflowError, TypeError) as error:
+            size = in_decimal(cache_bytes(config, batch, max_len or limit, dtype))
+            got = f"batch {batch} and {self.slots} slots take {size} on {device}"
+            raise ValueError(
+                f"KVCache: {got}, which torch cannot allocate, needs a smaller batch or max_len"
+            ) from error
         self._known, self._version, self._replayed = 0, _version(self.lengths), False
         self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended
 

@@ -290,11 +290,11 @@ def capture(step: Callable[[], object], generator: torch.Generator | None, devic
     """Capture the launches of `step` on `device` and return the replay. Nothing runs; `step` must have run before.
 
     `generator`: the one that the step draws from, if any. Other threads may use the device, but not synchronize it as
-    `torch.cuda.graph` does. Raises RuntimeError where the step cannot be captured, as one that reads a value: stream,
-    allocators and generators are then as before. Raises CaptureLost where they are not.
+    `torch.cuda.graph` does. Raises RuntimeError where the step cannot be captured, as one that reads a value, or the
+    graph not instantiated: stream, allocators and generators are then as before. Raises CaptureLost where they are not.
     """
     with _lock, torch.cuda.device(device), _no_collection():
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)  # the end of a capture then instantiates nothing, which may fail
         if generator is not None:  # here, because torch up to 2.12 allocates its seed on the current device
             graph.register_generator_state(generator)
         if (current := torch.cuda.current_device()) not in _streams:
@@ -309,6 +309,11 @@ def capture(step: Callable[[], object], generator: torch.Generator | None, devic
                 _end(graph, stream, device, failed=True)
                 raise
             _end(graph, stream, device, failed=False)
+        try:
+            graph.instantiate()
+        except RuntimeError:  # no memory is left, or the driver has no such edges: nothing is captured any more
+            graph.reset()
+            raise
     return graph.replay
 
 

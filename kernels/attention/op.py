@@ -200,6 +200,7 @@ def attention(
     q: Queries,
     k: Positions,
     v: Positions,
+    *,
     window: Window | None = None,
     causal: bool = True,
     scale: float | None = None,

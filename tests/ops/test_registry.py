@@ -117,6 +117,20 @@ def test_transforms_raise_value_error_with_the_name(case: str) -> None:
 
 @pytest.mark.parametrize("kind", [TypeError, ValueError])
 def test_wrong_signatures_name_the_operation(kind: Any) -> None:
-    for args, more in (((X,), {}), ((X,) * 20, {}), ((X,) * 3, {"size": 1})):
+    x = X.view(3, 1, 1, 8)
+    for args, more in (((x,), {}), ((x,) * 20, {}), ((x,) * 3, {"size": 1})):
         with pytest.raises(kind, match=r"^attention: "):
             ops.attention(*args, **more)
+    for call in (ops.attention, ops.attention.unchecked):
+        for more in ({}, {"causal": False}):
+            with pytest.raises(
+                kind, match=r"^attention: 4 arguments .* by position, needs at most 3, .*: window, causal"
+            ):
+                call(x, x, x, 3, **more)
+    with pytest.raises(TypeError, match=r"^rms_norm\(\) .*'bogus'"):
+        ops.rms_norm.unchecked(X, WEIGHT, 1e-5, bogus=1)
+    assert str(inspect.signature(ops.attention)).startswith(
+        "(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, win"
+    )
+    got = torch.ops.mixtral_triton.attention(x, x, x, 3, False)  # an operator's schema has no such rule
+    assert torch.equal(got, ops.attention(x, x, x, window=3, causal=False))

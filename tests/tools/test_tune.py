@@ -13,6 +13,7 @@ from mixtral_triton.kernels.launch import LaunchConfig, target_arch
 from mixtral_triton.kernels.linear import LinearSizes
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.router import RouteSizes
+from mixtral_triton.kernels.samples import row_letter
 from mixtral_triton.tools.bench import measure, tune
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
 from tests.cli.commands import error_line, output, run_json
@@ -39,10 +40,13 @@ def test_depth_of_a_quantized_weight_s_tile_stays() -> None:
 def small(name: str) -> list[Case]:
     """Return a case with one token, and one with several."""
     op = OPS[name]
-    shapes = sorted(op.test_shapes, key=lambda s: (s["T"], sum(x for x in s.values() if isinstance(x, int))))
+    rows = "T" if hasattr(op.test_shapes[0], "T") else row_letter(op.run)
+    shapes = sorted(
+        op.test_shapes, key=lambda s: (getattr(s, rows), sum(x for x in vars(s).values() if isinstance(x, int)))
+    )
     selected = [shapes[0], shapes[len(shapes) // 2]]
     if name.startswith("expert"):  # their test shapes take minutes here
-        selected = [{"T": T, "H": 40, "I": 24, "E": 2, "K": 1} for T in ((2, 66) if name == "expert_swiglu" else (2,))]
+        selected = [op.case(T, H=40, I=24, E=2, K=1) for T in ((2, 66) if name == "expert_swiglu" else (2,))]
     return [Case(op, sizes, torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]) for sizes in selected]
 
 
