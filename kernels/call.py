@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import plan
-from .checks import SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
+from .checks import COMPOSITE_PARTS, COMPOSITES, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
 from .op import Cost, Op, SignatureError, by_position
@@ -112,7 +112,7 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
     gradients = torch.is_grad_enabled()
     for x in values:
         if not isinstance(x, Tensor):
-            if isinstance(x, SEVERAL_TENSORS) and not needs_no_dispatch(x.tensors):
+            if isinstance(x, COMPOSITES) and not needs_no_dispatch(x.tensors):
                 return False
         elif type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
             return False
@@ -121,14 +121,9 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
 
 def _any_lazy_negation(values: Iterable[Any]) -> bool:
     return any(
-        x.is_neg() if isinstance(x, Tensor) else isinstance(x, SEVERAL_TENSORS) and _any_lazy_negation(x.tensors)
+        x.is_neg() if isinstance(x, Tensor) else isinstance(x, COMPOSITES) and _any_lazy_negation(x.tensors)
         for x in values
     )
-
-
-# A quantized weight or cache is several tensors, and torch's operators take tensors: its codes take the place of the
-# argument; the other parts follow all other arguments.
-_PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
 
 
 def _first_tensor(x: Any) -> Any:
@@ -181,7 +176,7 @@ def _schema(op: Op) -> str:
     signature = op.plain_signature(Tensor)
     parameters = [*signature.parameters.values()]
     for argument in op.arguments:
-        for part, kind in _PARTS.get(argument.kind, ()):
+        for part, kind in COMPOSITE_PARTS.get(argument.kind, ()):
             more = inspect.Parameter(f"{argument.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
             parameters.append(more.replace(annotation=kind | None))
 
@@ -192,10 +187,11 @@ def _schema(op: Op) -> str:
 
 
 def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
-    """Turn all arguments of `run` into those of torch's operator."""
+    """Turn all arguments of `run` into those of torch's operator, which are tensors: the codes of a composite take its
+    place, and its other parts follow all other arguments."""
     parts: list[Any] = []
     for argument, x in zip(arguments, args, strict=True):
-        for name, _ in _PARTS.get(argument.kind, ()):
+        for name, _ in COMPOSITE_PARTS.get(argument.kind, ()):
             parts.append(None if isinstance(x, Tensor) else getattr(x, name, None))
     return (*map(_first_tensor, args), *parts)
 
@@ -206,7 +202,7 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
     parts: Iterator[Any] = iter(args[len(arguments) :])
     for index, argument in enumerate(arguments):
         if argument.kind == Matrix:
-            scales, zeros, layout = (next(parts, None) for _ in _PARTS[Matrix])
+            scales, zeros, layout = (next(parts, None) for _ in COMPOSITE_PARTS[Matrix])
             if layout is not None:
                 weight_of: Any = OffloadedWeight.of if layout.startswith(OFFLOADED) else QuantizedWeight.of
                 values[index] = weight_of(values[index], scales, zeros, layout)
@@ -324,7 +320,7 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     operator, order, positional = _register(op), _order_arguments(op), op.positional
 
     def dispatch(args: tuple[Any, ...]) -> Any:
-        quantized = any(isinstance(x, SEVERAL_TENSORS) for x in args)
+        quantized = any(isinstance(x, COMPOSITES) for x in args)
         return operator(*(flatten_args(op.arguments, op.bind(*args)) if quantized else args))
 
     def checked(*args: Any, **kwargs: Any) -> Any:

@@ -34,8 +34,9 @@ MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model 
 
 Matrix = Tensor | QuantizedWeight
 Cache = Tensor | QuantizedCache
-PACKED = (Matrix, Cache)  # what may be an object of several tensors, which is one of these
-SEVERAL_TENSORS = QuantizedWeight, QuantizedCache
+COMPOSITES = QuantizedWeight, QuantizedCache  # arguments of several tensors
+# Of arguments that may be one, the parts beside the codes, which take the place of the tensor.
+COMPOSITE_PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
 
 # An argument's name, its values, the least and the most that they may be.
 Range = tuple[str, Tensor, int, int]

@@ -20,6 +20,7 @@ from .arguments import Rows
 from .call import operation
 from .checks import Matrix
 from .facts import Product, kernel_facts
+from .kernel_weight import Weight, WeightPtrs, add_products, depth_tile, program_tile, times_row_scales, weight_tile
 from .launch import LaunchConfig, is_overridden, launch, select_configs, target_arch
 from .pdl import prefetch_rows
 from .quantized import QUANT_NAMES
@@ -37,7 +38,6 @@ from .tiles import (
     weight_config,
 )
 from .unpack import fields_of
-from .weight import Weight, WeightPtrs, add_products, depth_tile, program_tile, times_row_scales, weight_tile
 
 SKINNY_M = 16  # up to here always the skinny kernel: the narrowest side of a tensor core tile
 SKINNY_M_MAX = 64  # beyond it never

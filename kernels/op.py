@@ -190,15 +190,15 @@ class Op:
         )
         return results if len(results) > 1 else results[0] if results else None
 
-    def plain_signature(self, packed: Any = None) -> inspect.Signature:
-        """Return the public signature with plain types: Tensor, int, ...; `packed`: that of torch's operator, with this
+    def plain_signature(self, composite: Any = None) -> inspect.Signature:
+        """Return the public signature with plain types: Tensor, int, ...; `composite`: that of torch's operator, with this
         type for a Matrix or a Cache, and all arguments by position."""
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
         parameters: list[inspect.Parameter] = []
         for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
-            kind = argument.kind if packed is None or argument.kind not in checks.PACKED else packed
-            if packed is None and len(parameters) >= self.positional:
+            kind = argument.kind if composite is None or argument.kind not in checks.COMPOSITE_PARTS else composite
+            if composite is None and len(parameters) >= self.positional:
                 parameter = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))
         return inspect.Signature(parameters, return_annotation=returned)

@@ -21,10 +21,18 @@ import triton.language as tl
 
 from ..arguments import Pointer
 from ..facts import Product, kernel_facts
+from ..kernel_weight import (
+    WeightPtrs,
+    add_products,
+    depth_tile,
+    expert_rows,
+    program_tile,
+    times_row_scales,
+    weight_tile,
+)
 from ..norm import normed_rows
 from ..pdl import pdl_wait, pdl_wait_first, prefetch_rows
 from ..unpack import fields_of
-from ..weight import WeightPtrs, add_products, depth_tile, expert_rows, program_tile, times_row_scales, weight_tile
 
 
 class Groups(NamedTuple):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..arch import tma
-from ..dispatch import gather_config
 from ..launch import LaunchConfig
+from ..sort import gather_config
 from ..tiles import (
     GROUP_M,
     QUANTIZED_DECODE,
@@ -112,7 +112,7 @@ DOWN: Table[PrefillTile] = {
 }
 
 
-def _prefill(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     slots, dense = sizes.T * sizes.K, not (sizes.gate_up or sizes.down)
     rows = 0 if sizes.deterministic else slots // sizes.E
     # TMA reads x where it was gathered in sorted order.
@@ -139,7 +139,7 @@ def _prefill(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, Lau
     return kernels
 
 
-def _decode(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+def _decode_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     def config(
         dense: Table[DecodeTile], columns: int, depth: int, quantized: str | None, halves: int = 1, **more: int
     ) -> LaunchConfig:
@@ -159,4 +159,4 @@ def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     norm = sizes.norm
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes.H, high=1 << 30 if norm else 1024)}, 8 if norm else 4)
     prefill = sizes.T > DECODE_TOKENS or sizes.deterministic
-    return {"experts_combine_kernel": combine} | (_prefill if prefill else _decode)(sizes, dtype, arch)
+    return {"experts_combine_kernel": combine} | (_prefill_configs if prefill else _decode_configs)(sizes, dtype, arch)

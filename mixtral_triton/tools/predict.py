@@ -18,13 +18,13 @@ from torch.distributions import Binomial
 
 from ..kernels.arch import ARCHS, amd, family, max_multiprocessors
 from ..kernels.arguments import flatten, operand_name
-from ..kernels.dispatch import expected_distinct_experts
 from ..kernels.experts.kernels import main_rows
 from ..kernels.facts import Operands, Product, facts_of
 from ..kernels.heads import stored_bytes
 from ..kernels.launch import Launch
 from ..kernels.offload import find_weight
 from ..kernels.op import Cost
+from ..kernels.sort import expected_distinct_experts
 from .gpus import GPU, LINKS
 
 # fp32 FLOP for a score of attention beside its products, two an instruction: 366 of the 501 instructions in the loop of
