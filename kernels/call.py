@@ -20,11 +20,11 @@ from . import plan
 from .checks import COMPOSITE_PARTS, COMPOSITES, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
-from .op import Cost, Op, SignatureError, by_position
+from .op import Cost, Op, SignatureError, by_position, streaming_cost
 from .plan import call_key
 from .quantized import QuantizedWeight
 from .quantized_cache import QuantizedCache
-from .samples import random_inputs, streaming_cost
+from .samples import random_inputs
 from .sequential import sequential
 
 P = ParamSpec("P")

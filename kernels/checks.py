@@ -38,6 +38,10 @@ COMPOSITES = QuantizedWeight, QuantizedCache  # arguments of several tensors
 # Of arguments that may be one, the parts beside the codes, which take the place of the tensor.
 COMPOSITE_PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
 
+# Annotations that operations share.
+Tokens = Annotated[Tensor, "T H"]
+RoutingWeights = Annotated[Tensor, "T K", FP32]
+
 # An argument's name, its values, the least and the most that they may be.
 Range = tuple[str, Tensor, int, int]
 

@@ -1,6 +1,5 @@
 """The only entry point to a Triton launch, its configuration and context, and TMA's descriptors."""
 
-import ctypes
 import inspect
 import threading
 from collections import namedtuple
@@ -263,13 +262,6 @@ def _launch_compiled(
     launches = _context.get().compiled
     if launches is not None:
         launches.append(CompiledLaunch(compiled, kernel, (*grid, 1, 1)[:3], args))
-
-
-def call_runtime(function: str, *args: Any) -> int:
-    """Call the CUDA or HIP runtime that torch uses, for what torch does not offer, and return its status."""
-    runtime = ctypes.CDLL(torch._C.__file__)  # symbols of a library's dependencies count
-    status: int = getattr(runtime, ("hip" if torch.version.hip else "cuda") + function)(*args)
-    return status
 
 
 _interpreter_lock = threading.Lock()  # the interpreter's state is global: its threads take turns

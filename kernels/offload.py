@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import call_runtime
 from .quantized import QuantizedWeight
 
 ALIGNMENT = 16  # bytes: what a kernel assumes of an address in a table
@@ -34,6 +33,13 @@ PORTABLE_MAPPED = 3  # flags of cudaHostRegister: every GPU may read the memory,
 OFFLOADED = "offloaded "  # how `layout` starts
 _weights: weakref.WeakValueDictionary[int, OffloadedWeight] = weakref.WeakValueDictionary()  # by id
 _copy_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def call_runtime(function: str, *args: Any) -> int:
+    """Call the CUDA or HIP runtime that torch uses, for what torch does not offer, and return its status."""
+    runtime = ctypes.CDLL(torch._C.__file__)  # symbols of a library's dependencies count
+    status: int = getattr(runtime, ("hip" if torch.version.hip else "cuda") + function)(*args)
+    return status
 
 
 @dataclass(eq=False)

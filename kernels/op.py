@@ -1,6 +1,7 @@
 """What an operation declares about itself: one entry in the registry serves tests, compile, bench and verify."""
 
 import inspect
+import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ import torch
 from . import checks
 from .checks import Argument, Binder, Within
 from .launch import LaunchConfig
+from .quantized import matrix_bytes
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,31 @@ def by_position(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _positional(signature: inspect.Signature) -> int:
     return sum(each.kind is not inspect.Parameter.KEYWORD_ONLY for each in signature.parameters.values())
+
+
+def row_letter(run: Callable[..., Any]) -> str:
+    """Return the letter that counts rows, which a shape with "..." leaves out: T, where the operation names none."""
+    spec = read_annotations(run)[0][0].shape_spec.split()
+    return "T" if spec[0] == "..." else spec[0]
+
+
+def letters_of(run: Callable[..., Any], case: Any) -> dict[str, Any]:
+    return {"...": (getattr(case, row_letter(run)),), **vars(case)}
+
+
+def streaming_cost(run: Callable[..., Any], flops: Callable[[Any], int]) -> Callable[[Any, torch.dtype], Cost]:
+    """Return `Op.cost` for an operation that reads each required argument once and writes each result once."""
+
+    def cost(case: Any, dtype: torch.dtype) -> Cost:
+        total, letters = 0, letters_of(run, case)
+        for a in (a for part in read_annotations(run) for a in part if a.tensor and not a.optional):
+            *rows, columns = checks.shape_of(a.shape_spec, letters)
+            weights = letters[a.name] if a.kind == checks.Matrix else None
+            stored = dtype if a.dtypes is None or dtype in a.dtypes else a.dtypes[0]
+            total += matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
+        return Cost(flops=flops(case), bytes=total)
+
+    return cost
 
 
 class SignatureError(ValueError, TypeError):
@@ -191,7 +218,7 @@ class Op:
         return results if len(results) > 1 else results[0] if results else None
 
     def plain_signature(self, composite: Any = None) -> inspect.Signature:
-        """Return the public signature with plain types: Tensor, int, ...; `composite`: that of torch's operator, with this
+        """Return the public signature with plain types: Tensor, int, ...; with `composite`, that of torch's operator: this
         type for a Matrix or a Cache, and all arguments by position."""
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]

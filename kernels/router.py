@@ -17,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .arguments import Rows
 from .call import operation
-from .checks import FP32, INT32, Within
+from .checks import INT32, RoutingWeights, Tokens, Within
 from .facts import kernel_facts
 from .launch import LaunchConfig, launch, select_configs
 from .norm import FusedNorm, NormWeight, normed
@@ -194,10 +194,8 @@ def gate_configs(sizes: GateSizes, dtype: torch.dtype, arch: str) -> dict[str, L
 
 
 Logits = Annotated[Tensor, "T E"]
-Tokens = Annotated[Tensor, "T H"]
 Gate = Annotated[Tensor, "E H"]
 TopK = Annotated[int, "K", Within(1, "E")]
-RoutingWeights = Annotated[Tensor, "T K", FP32]
 Ids = Annotated[Tensor, "T K", INT32]
 
 

@@ -23,8 +23,8 @@ from .cache import KVCache
 from .inputs import check_ids, check_vocabulary, is_int
 from .kernels.call import untraced
 from .kernels.checks import readable
-from .kernels.launch import call_runtime as _call_runtime
 from .kernels.launch import launch_context, launches_dependently
+from .kernels.offload import call_runtime as _call_runtime
 
 if TYPE_CHECKING:
     from .model import Mixtral

@@ -22,9 +22,9 @@ from .generate import PREFILL_CHUNK, generate, stream
 from .inputs import check_dtype, check_ids, check_lengths, usable_device
 from .kernels.call import reject_transforms, transformed, untraced
 from .kernels.checks import check_values
+from .kernels.heads import rope_tables
 from .kernels.launch import pdl_region
 from .kernels.offload import empty_on_host
-from .kernels.rope import rope_tables
 from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec

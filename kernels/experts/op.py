@@ -20,13 +20,12 @@ from torch import Tensor
 from .. import reference
 from ..arguments import Rows
 from ..call import operation
-from ..checks import INTS, Matrix, Within
+from ..checks import INTS, Matrix, RoutingWeights, Tokens, Within
 from ..kernel_weight import Weight
 from ..launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
 from ..norm import FusedNorm, NormWeight
 from ..op import Cost
 from ..quantized import QUANT_NAMES, matrix_bytes
-from ..router import RoutingWeights, Tokens
 from ..samples import draw, shape_grid, shapes
 from ..sort import expected_distinct_experts, gather_by_expert, launch_sort, sample_ids
 from ..tiles import power_of_2

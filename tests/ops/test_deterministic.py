@@ -13,9 +13,9 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
+from mixtral_triton.kernels.op import row_letter
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
-from mixtral_triton.kernels.samples import row_letter
 from tests.support.calls import Sizes, outputs, tensors
 from tests.support.models import random_model
 

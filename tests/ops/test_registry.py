@@ -46,6 +46,9 @@ def test_error_is_at_most_twice_that_of_plain_torch(name: str, sizes: Any, dtype
     assert error <= limit
 
 
+ARGUMENTS_MOST = 18  # of a kernel, beside its constexprs
+
+
 def describe(out: Any) -> list[tuple[torch.Size, torch.dtype]]:
     return [(x.shape, x.dtype) for x in as_tuple(out)]
 
@@ -61,6 +64,7 @@ def test_declarations_of_an_operation_are_consistent(op: Op) -> None:
             with record_launches() as launches:
                 got = op.run(**args)
             assert describe(got) == describe(op.empty(**args))
+            assert all(len(launch.args) <= ARGUMENTS_MOST for launch in launches)
             kernels = {launch.kernel for launch in launches}
             assert kernels & set(selected_configs(op.name, sizes, dtype)) or kernels == {"aten::mm"}
 

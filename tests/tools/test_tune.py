@@ -10,9 +10,9 @@ import torch
 from mixtral_triton.kernels import launch
 from mixtral_triton.kernels.launch import LaunchConfig, target_arch
 from mixtral_triton.kernels.linear import LinearSizes
+from mixtral_triton.kernels.op import row_letter
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.router import RouteSizes
-from mixtral_triton.kernels.samples import row_letter
 from mixtral_triton.kernels.sort import SortSizes
 from mixtral_triton.tools.bench import measure, tune
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
