@@ -218,8 +218,11 @@ class Op:
         return results if len(results) > 1 else results[0] if results else None
 
     def plain_signature(self, composite: Any = None) -> inspect.Signature:
-        """Return the public signature with plain types: Tensor, int, ...; with `composite`, that of torch's operator: this
-        type for a Matrix or a Cache, and all arguments by position."""
+        """Return the public signature with plain types: Tensor, int, ...
+
+        composite  the type for a Matrix or a Cache in torch's operator, which takes all arguments by position; None:
+                   the public signature
+        """
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
         parameters: list[inspect.Parameter] = []
