@@ -20,7 +20,7 @@ from .arguments import Rows
 from .call import operation
 from .checks import Matrix
 from .facts import Product, kernel_facts
-from .kernel_weight import Weight, WeightPtrs, add_products, depth_tile, program_tile, times_row_scales, weight_tile
+from .kernel_weight import Weight, WeightPtrs, WeightRows, add_products, program_tile, row_products, times_row_scales
 from .launch import LaunchConfig, is_overridden, launch, select_configs, target_arch
 from .pdl import prefetch_rows
 from .quantized import QUANT_NAMES
@@ -113,12 +113,7 @@ def linear_kernel(
     x_ptrs = x.ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[:, None] * x.stride + offs_k[None, :]
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
     w = WeightPtrs(weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :], weight.scales, weight.zeros)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, H, BLOCK_K):
-        x_tile = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
-        w_tile = weight_tile(w, w_rows, k, H, BLOCK_K, x_tile.dtype, LAYOUT)
-        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
-        x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
+    acc = row_products(x_ptrs, None, 0, WeightRows(w, w_rows, None, None), BLOCK_M, BLOCK_K, H, LAYOUT)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
