@@ -24,12 +24,16 @@ from ..kernels.heads import stored_bytes
 from ..kernels.launch import Launch
 from ..kernels.offload import find_weight
 from ..kernels.op import Cost
+from ..kernels.quantized import BITS
 from ..kernels.sort import expected_distinct_experts
 from .gpus import GPU, LINKS
 
 # fp32 FLOP for a score of attention beside its products, two an instruction: 366 of the 501 instructions in the loop of
 # a 128 x 128 tile on sm_90; and exp2, 16 a clock beside 128 instructions (CUDA programming guide).
 SOFTMAX = 12 + 2 * 128 // 16
+# As much for an element of a quantized weight in a tile of many rows: about four instructions, its scale among them,
+# as compiled for sm_90 with 128 rows of int4 and 256 of fp8.
+DEQUANTIZED = 8
 CODES = 20  # more for a score over keys in 8 bits, whose codes become numbers: as compiled for sm_90
 LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
 
@@ -48,6 +52,7 @@ class Work:
     fp32: bool = False  # products without tensor cores
     host: float = 0.0  # of the experts in host memory, expected bytes that cross the link
     apart: float = 0.0  # the share that does not wait for the link: the probability that no token needs it
+    overlaps: bool = False  # `vector` of one warpgroup and the products of another
     early: int = 0  # bytes of a weight that a program prefetches before it waits for the launch in front
 
     @property
@@ -110,8 +115,8 @@ def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[
 
 def _product(launch: Launch, operands: Operands, product: Product) -> Work:
     """Count a product with one weight, or with those of E experts, in tiles for few rows (BLOCK_T) or many (BLOCK_M).
-    Programs for few rows multiply masked padding and do not load it. A tile for many loads an element of a quantized
-    weight again for each of its codes. Rows of x are tokens, or slots where TMA reads them; `down` has slots alone."""
+    Programs for few rows multiply masked padding and do not load it. Rows of x are tokens, or slots where TMA reads
+    them; `down` has slots alone."""
     t, c, args = dict(operands), launch.constexprs, launch.args
     x, weight, halves, letter = product
     offloaded = find_weight(t[weight])
@@ -124,10 +129,10 @@ def _product(launch: Launch, operands: Operands, product: Product) -> Work:
     distinct, in_place = expected_distinct_experts(tokens, K / E, E), "BLOCK_T" in c
     columns, depth = halves * c["BLOCK_N"], c[letter] / splits
     parts = [t[name] for name in (weight, f"{weight}.scales", f"{weight}.zeros") if name in t]
-    stages = launch.num_stages or 1
+    bytes_of_weight = columns * sum(part.shape[-1] * part.element_size() for part in parts) / splits
+    stages, fields, vector = launch.num_stages or 1, 1, 0.0
     if in_place:
         rows = mean = c["BLOCK_T"]
-        bytes_of_weight = columns * sum(part.shape[-1] * part.element_size() for part in parts) / splits
         loaded = min(rows, tokens * K / distinct) * depth * size + bytes_of_weight
         tiles = [((launch.grid or (0,))[0] * distinct * splits, loaded, 2 * rows * columns * depth)]
         # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
@@ -136,7 +141,9 @@ def _product(launch: Launch, operands: Operands, product: Product) -> Work:
         rows, short = c["BLOCK_M"], c.get("SHORT_M", 0)
         heights = row_tiles(tokens, K / E, E, rows, (short, main_rows(rows, short)) if short else ())
         mean = sum(height * count for height, count in heights.items()) / sum(heights.values())
-        across, bytes_of_weight = math.ceil(t[weight].shape[-2] / columns), columns * depth * t[weight].element_size()
+        across = math.ceil(t[weight].shape[-2] / columns)
+        if c["LAYOUT"].format != "dense":
+            fields, vector = 16 // BITS[c["LAYOUT"].format], DEQUANTIZED / (2 * rows)
         tiles = [
             (count * across / E, height * depth * size + bytes_of_weight, 2 * height * columns * depth)
             for height, count in heights.items()
@@ -147,9 +154,9 @@ def _product(launch: Launch, operands: Operands, product: Product) -> Work:
         host = n / E * t[weight].nbytes * (distinct / E if in_place else 1.0)
         memory -= host if in_place else -host
         apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
-    shared = stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size())
+    shared = stages * c["BLOCK_K"] * (rows * size * fields + columns * t[weight].element_size())
     sums, early = mean * columns, c.get("PREFETCH", 0) * c["BLOCK_N"]
-    return Work(memory, tuple(tiles), 0.0, shared, sums, sums, size == 4, host, apart, early)
+    return Work(memory, tuple(tiles), vector, shared, sums, sums, size == 4, host, apart, overlaps=True, early=early)
 
 
 def _attention(launch: Launch, t: Operands) -> Work:
@@ -297,8 +304,9 @@ def _parts(works: Iterable[tuple[Launch, Work]], gpu: GPU, efficiency: Efficienc
         resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
         multiplying = sms / (gpu.vector if work.fp32 else gpu.matmul * efficiency.matmul)
         vector = work.vector * sms / (gpu.vector * efficiency.matmul / OPTIMISTIC.matmul)
-        # One program computes while another multiplies.
-        multiplying = max(multiplying, vector) if resident > 1 else multiplying + vector
+        # One program, or in a product one warpgroup, computes while another multiplies.
+        overlaps = resident > 1 or work.overlaps
+        multiplying = max(multiplying, vector) if overlaps else multiplying + vector
         ends = efficiency.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
         runs = [(count, max(loading * loaded, multiplying * flops) + ends) for count, loaded, flops in work.tiles]
         slower = "L2" if loading * work.loaded >= multiplying * work.flops else "tensor cores"
