@@ -290,6 +290,17 @@ def test_decode_step_is_a_graph(mesh: str, deterministic: bool, ranks: Ranks, ch
         assert calls["broadcast"] == 2 + replays and calls[sums] >= 2 * layers * (2 + replays)
 
 
+@pytest.mark.slow
+def test_a_mesh_compiles_nothing_after_what_its_ranks_share_and_compile_ahead(
+    ranks: Ranks, checkpoint: Checkpoint, tmp_path: Path, covers: Any
+) -> None:
+    found = ranks(work.compiled_late, checkpoint(), IDS, str(tmp_path), **MESHES["tp 2"])
+    covers("host", f"a mesh of two: {[ahead for ahead, _ in found]} kernels compiled by rank, {len(found)} ranks")
+    assert [late for _, late in found] == [[]] * 4
+    kernels = len(list(tmp_path.rglob("*.cubin")))
+    assert kernels > 50 and sum(ahead for ahead, _ in found) < 3 * kernels, "each rank compiles all of them"
+
+
 PROMPT = ("--device", "cpu", "--dtype", "float32", "--prompt", "The return statement", "--temperature", "0.8", "--json")
 
 
