@@ -253,6 +253,7 @@ def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
     if ranks is not None:
         collectives: dict[str, Any] = {"all_reduce": lambda part, in_order: part}
         collectives["all_gather"] = lambda part, size: part.new_empty((*part.shape[:-1], size))
+        collectives |= dict.fromkeys(("gather", "all_gather_object"), lambda part: [part] * ranks.shard.ranks)
         memo[id(ranks)] = SimpleNamespace(shard=ranks.shard, local_ids=ranks.local_ids, **collectives)
     model = copy.deepcopy(model, memo)
     for module in model.modules():  # which may read values

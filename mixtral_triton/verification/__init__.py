@@ -97,9 +97,8 @@ def verify(
     if peer is not None and folder is None:
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     ranks = getattr(target, "ranks", None)
-    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
-        under_test = kind(target)
+        under_test = TransformersUnderTest(target) if is_transformers else _under_test(target)
         under_test.quantized = cache_dtype is torch.int8
         return _verify(under_test, input_ids, progress, folder, peer, quick, tokens)
 
@@ -187,6 +186,10 @@ def _verify(
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run, cache_cost)
 
 
+def _under_test(model: Any) -> ModelUnderTest:
+    return ModelUnderTest(model) if model.ranks is None else MeshUnderTest(model)
+
+
 def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
     return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
 
@@ -197,18 +200,19 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
     # The first layer, and of those behind it one with experts in host memory and one without.
     kinds = {(at > 0, bool(getattr(each.down_proj, "on_host", ()))): at for at, each in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
-    copied.full_config = copied.config  # on a mesh that of this rank's heads
-    targets = [target := ModelUnderTest(copied)]
+    copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
+    targets = [target := _under_test(copied)]
     target.quantized, x = cache_dtype is torch.int8, target.embed_tokens.new_empty((B, T, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
     for each in targets:
         calls = SizedCalls(each, (tokens or CALL_TOKENS[True]) if each is target else 0, gpu)
         x = x.to(each.embed_tokens.dtype)
-        for index, layer in enumerate(each.layers):
-            for call in calls(each.check(layer, x, each.config), index):
+        for index in range(len(each.layers)):
+            for call in calls(each.check(each.layers[index], x, each.config), index):
                 each.measure(index, *call)
-        forwards = list(each.forward_calls(config := each.probe_config(T), B, T))
+        config = each.shard.config(each.probe_config(T))
+        forwards = list(each.forward_calls(config, B, T))
         keeps_routes: Any = SimpleNamespace(replace_routes=lambda *routes: routes)
         with each.forward(config, keeps_routes) as forward:
             for _, chunk, _, cache, kwargs in forwards:
@@ -262,8 +266,8 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
             texts = eager.generate(prompts, new, **options)
         same = torch.equal(tokens, torch.stack([text[-new:] for text in texts]))
         rows.append(Row.exact(None, "generate", "captured step", same))
-    rows.append(Row.exact(None, "generate", END, _ends(with_layers(model, [0]), ids[[0, -1]], min(2, new))))
     new, model.prefill_chunk = min(new, most - 1), PREFILL_CHUNK
+    rows.append(Row.exact(None, "generate", END, _ends(with_layers(model, [0]), ids[[0, -1]], min(2, new))))
     # A mesh samples the first rank's tokens, whatever the others draw.
     seeds = 1 + (0 if model.ranks is None else model.ranks.shard.rank), 1
     draws = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]

@@ -66,7 +66,7 @@ class Ranks:
             pipe.send((function, args, tp, ep, options))
         results = []
         for pipe in self.pipes:
-            if not pipe.poll(240):
+            if not pipe.poll(480):
                 self.end()
                 raise AssertionError("a rank does not answer")
             results.append(pipe.recv())
@@ -245,7 +245,7 @@ def replayed(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> tupl
 
 
 def compiled_late(mesh: Any, folder: Path, ids: torch.Tensor, cache: str) -> tuple[int, list[str]]:
-    """Return how many kernels a simulated GPU compiles ahead of `verify` and `generate`, and those that they compile."""
+    """Return how many kernels a simulated GPU compiles ahead of `verify` and `generate`, and what they compile."""
     from tests.support.stub.gpu import gpu
 
     os.environ["TRITON_CACHE_DIR"] = cache
@@ -253,10 +253,10 @@ def compiled_late(mesh: Any, folder: Path, ids: torch.Tensor, cache: str) -> tup
     with gpu() as simulated, on_memory(), compilations() as compiled:
         simulated.driver.executes = False
         model, ids = model.to("cuda"), ids.to("cuda")
-        compile_ahead(model, partial(launch_all, model, ids.shape, False, None, None), lambda *done: None)
+        compile_ahead(model, partial(launch_all, model, ids.shape, False, 20, None), lambda *done: None)
         compile_ahead(model, partial(launch_text, model, ids.shape[1], 4, batch=len(ids)), lambda *done: None)
         ahead = len(compiled)
-        verify(model, ids)
+        verify(model, ids, tokens=20)
         model.generate(ids, max_new_tokens=4)
     return ahead, [name for name, _ in compiled[ahead:]]
 
