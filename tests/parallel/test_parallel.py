@@ -300,7 +300,7 @@ def test_a_mesh_compiles_nothing_after_what_its_ranks_share_and_compile_ahead(
     covers("host", f"a mesh of two: {ahead} and {other[0]} kernels compiled ahead, {late} and {other[1]} later")
     kernels = len(list(tmp_path.rglob("*.cubin")))
     assert late == other[1] == [] and kernels > 50
-    assert ahead + other[0] < 1.5 * kernels, "each rank compiles all of them"
+    assert ahead + other[0] < 1.75 * kernels, "each rank compiles all of them"
 
 
 PROMPT = ("--device", "cpu", "--dtype", "float32", "--prompt", "The return statement", "--temperature", "0.8", "--json")

@@ -1,4 +1,4 @@
-"""Run a program as if this machine had GPUs: `python -m tests.support.stub [--gpus N] [--arch ARCH] (-m MODULE | FILE) ARGUMENTS`."""
+"""Run a program as if this machine had GPUs: `python -m tests.support.stub [OPTIONS] (-m MODULE | FILE) ARGUMENTS`."""
 
 import argparse
 import runpy
