@@ -226,16 +226,14 @@ def _compile_all(
 
 
 def compile_launches(
-    launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None, share: float = 0.0
+    launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None
 ) -> list[Compiled]:
-    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores. `share`: of the kernels,
-    how many come last, as another process begins with them."""
+    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores."""
     distinct = {}
     for launch in launches:  # what is known of its integers, and a dependent launch, make another kernel of it, too
         source = _source(launch, arch)
         distinct[_key(launch, source), repr(source.attrs), launch.dependent] = "", launch
-    first, kernels = int(share * len(distinct)), [*distinct.values()]
-    return _compile_all(kernels[first:] + kernels[:first], arch, progress)
+    return _compile_all(distinct.values(), arch, progress)
 
 
 def with_layers(model: Mixtral, indices: Sequence[int]) -> Any:
@@ -277,11 +275,12 @@ def compile_ahead(model: Mixtral, launch: Callable[[], object], progress: Progre
     arch = target_arch(model.device)
     if INTERPRETED or model.device.type != "cuda" or arch not in ARCHS:
         return
-    with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
+    with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as records:
         launch()
-    # Each rank begins elsewhere, and finds in the cache what another has compiled.
-    share = 0.0 if model.ranks is None else model.ranks.shard.rank / model.ranks.shard.ranks
-    compile_launches((launch for launch in launches if launch.fn is not None), arch, progress, share)
+    launches = [each for each in records if each.fn is not None]
+    # Each rank begins with other kernels, and finds in the cache what another has compiled.
+    first = 0 if model.ranks is None else len(launches) * model.ranks.shard.rank // model.ranks.shard.ranks
+    compile_launches(launches[first:] + launches[:first], arch, progress)
 
 
 def compile_ops(

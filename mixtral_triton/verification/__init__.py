@@ -41,6 +41,7 @@ __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
 TEXT_TOKENS = 66  # by default
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
+REPEATED_TOKENS = 4  # of a chunk that is computed again
 END, REFUSALS = "end of a text", "refusals"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 HOT = 1e3  # a temperature at which sequences differ
@@ -97,8 +98,9 @@ def verify(
     if peer is not None and folder is None:
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     ranks = getattr(target, "ranks", None)
+    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
-        under_test = TransformersUnderTest(target) if is_transformers else _under_test(target)
+        under_test = kind(target)
         under_test.quantized = cache_dtype is torch.int8
         return _verify(under_test, input_ids, progress, folder, peer, quick, tokens)
 
@@ -186,10 +188,6 @@ def _verify(
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run, cache_cost)
 
 
-def _under_test(model: Any) -> ModelUnderTest:
-    return ModelUnderTest(model) if model.ranks is None else MeshUnderTest(model)
-
-
 def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
     return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
 
@@ -201,7 +199,7 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
     kinds = {(at > 0, bool(getattr(each.down_proj, "on_host", ()))): at for at, each in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
     copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
-    targets = [target := _under_test(copied)]
+    targets = [target := ModelUnderTest(copied) if model.ranks is None else MeshUnderTest(copied)]
     target.quantized, x = cache_dtype is torch.int8, target.embed_tokens.new_empty((B, T, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
@@ -216,16 +214,17 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
         keeps_routes: Any = SimpleNamespace(replace_routes=lambda *routes: routes)
         with each.forward(config, keeps_routes) as forward:
             for _, chunk, _, cache, kwargs in forwards:
-                _launch(target, forward, chunk.shape, cache, **{name: x.to("meta") for name, x in kwargs.items()})
+                lengths = {name: value.to("meta") for name, value in kwargs.items()}
+                _launch(target, forward, chunk.shape, cache, **lengths)
     with target.forward(copied.config, keeps_routes) as forward:
         _launch(target, forward, (B, T), target.make_cache(copied.config, B, T), lengths=x.new_empty(B).int())
     generating, prompts = _with_prompts(copied, torch.empty((B, T), dtype=torch.int64, device="meta"))
-    launch_text(generating, len(prompts[0]), NEW_TOKENS, cache_dtype, len(prompts))
+    new = min(NEW_TOKENS, model.config.max_position_embeddings - len(prompts[0]))
+    launch_text(generating, len(prompts[0]), new, cache_dtype, len(prompts))
     _launch(target, copied, (B, 1))  # of `_refusals`
-    new = _repeated_tokens(copied.config)
-    repeated = KVCache(copied.config, BATCH, new + 1, "meta", copied.dtype)
-    for chunk_size in (new, 1):  # of `_repeated_rows`
-        _launch(target, copied, (BATCH, chunk_size), repeated)
+    repeated = KVCache(copied.config, BATCH, REPEATED_TOKENS + 1, "meta", copied.dtype)
+    for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1):  # of `_repeated_rows`
+        _launch(target, copied, (BATCH, new), repeated)
 
 
 def _launch(target: Any, forward: Callable[..., Any], shape: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
@@ -306,15 +305,11 @@ def _refusals(model: Any, ids: Tensor) -> Row:
     return Row.exact(None, "forward", REFUSALS, True)
 
 
-def _repeated_tokens(config: Any) -> int:
-    return max(1, min(4, config.max_position_embeddings - 1))
-
-
 def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
     """Whether a ragged chunk and a step have the same bits: repeated on a GPU, or alone in deterministic mode."""
     if not (model.deterministic or model.device.type == "cuda"):
         return []
-    T = _repeated_tokens(model.config)
+    T = max(1, min(REPEATED_TOKENS, model.config.max_position_embeddings - 1))
     b = torch.arange(BATCH, device=ids.device)
     ids = ids.flatten()[(b[:, None] * 2 + b[:T]) % ids.numel()]
     lengths = (T - b % 3).clamp(min=1).int()
