@@ -1,6 +1,7 @@
 """KVCache: cached keys and values, a ring where the model has a window (Mistral 7B, section 2)."""
 
 import math
+import warnings
 
 import torch
 
@@ -30,6 +31,11 @@ def cache_bytes(config: MixtralConfig, batch: int, max_len: int, dtype: torch.dt
     return math.prod(vectors) * vector_bytes(D, dtype.itemsize, dtype is torch.int8)
 
 
+def _shared(old: list[int], new: list[int]) -> int:
+    """Return how many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+
+
 class KVCache:
     """Ring caches of every layer, and the length of each sequence.
 
@@ -39,6 +45,7 @@ class KVCache:
     lengths       int32 [B]: tokens appended so far, which is the next position. A lower number written here drops the
                   tokens behind it; where a ring has wrapped only 0 does, since they took the slots of earlier ones
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
+    reused        of each sequence: the tokens that the last `generate` with this cache did not compute again
     """
 
     def __init__(
@@ -81,7 +88,13 @@ class KVCache:
         with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
             self.keys, self.values = (tuple(zeros() for _ in range(shape[0])) for _ in range(2))
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._known, self._version, self._replayed = 0, _version(self.lengths), False
+        self._known, self._version = 0, _version(self.lengths)
+        self.replayed = False  # whether a captured graph, which a caller may replay, appends
+        self.reused = [0] * batch
+        # The tokens of each sequence, `drawn` int64 [B] each behind them: the first `lengths` of these are held. None:
+        # a forward on a GPU, where the host reads no value, or in a graph has appended others.
+        self.texts: list[list[int]] | None = [[] for _ in range(batch)]
+        self.drawn: list[torch.Tensor] = []
         self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended
 
     @property
@@ -97,18 +110,26 @@ class KVCache:
         """
         if torch.compiler.is_compiling():
             return
-        if self.appending is not None:  # the last forward failed; `lengths` is what it was before
-            needed = (self.appending > 1) & (self.lengths > 0)  # of keys that the window has not left
-            if self.window and bool((needed & (self.lengths + self.appending > self.slots)).any()):
-                got = "a forward failed after it had overwritten keys of the ring that its tokens see"
-                raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
-            self.appending = None
+        self.check_intact()
+        self.appending = None
         if readable(self.lengths):
             if int(self.lengths.min()) < 0:
                 raise ValueError(f"KVCache: lengths holds {int(self.lengths.min())}, needs numbers of at least 0")
             reached = int((self.lengths.long() + new).max())
         else:
             reached = 0 if isinstance(new, torch.Tensor) else self._min_length() + new
+        self.check_length(reached)
+
+    def check_intact(self) -> None:
+        """Raise ValueError where a forward failed after it had overwritten keys of the ring that its tokens see."""
+        if self.appending is not None and self.window:  # `lengths` is what it was before
+            needed = (self.appending > 1) & (self.lengths > 0)  # of keys that the window has not left
+            if bool((needed & (self.lengths + self.appending > self.slots)).any()):
+                got = "a forward failed after it had overwritten keys of the ring that its tokens see"
+                raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
+
+    def check_length(self, reached: int) -> None:
+        """Raise ValueError where `reached` tokens of a sequence are more than the cache can hold."""
         if reached > self.max_len:
             what, advice = "cache's slots", "a larger max_len or fewer tokens"
             if self.max_len == self.config.max_position_embeddings:
@@ -120,15 +141,61 @@ class KVCache:
         """Count the `new` [B] tokens that every layer appended; `common`: the least number of any sequence."""
         if torch.compiler.is_compiling():  # a host counter would compile a graph for each count
             self.lengths += new
+            self.texts = None
             return
         known = self._min_length() + common
         self.lengths += new
         self.appending = None  # last: what has failed is not counted
         if self.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._replayed = True
+            self.replayed = True
         self._known, self._version = known, _version(self.lengths)
 
     def _min_length(self) -> int:
         """Return the tokens that each sequence holds at least, as far as the host knows."""
         written = self._version is None or _version(self.lengths) != self._version  # by a caller, possibly
-        return 0 if written or self._replayed else self._known
+        return 0 if written or self.replayed else self._known
+
+    def record(self, ids: torch.Tensor, new: torch.Tensor | None) -> None:
+        """Note the tokens of a forward, ids [B,T] and the `new` [B] of them that exist; None: all."""
+        texts = self._held() if readable(ids) and readable(self.lengths) else None
+        if texts is not None:
+            counts = [ids.shape[1]] * len(texts) if new is None else new.tolist()
+            texts = [text + row[:count] for text, row, count in zip(texts, ids.tolist(), counts, strict=True)]
+        self.texts, self.drawn = texts, []
+
+    def _held(self) -> list[list[int]] | None:
+        """Return the tokens of each sequence that are held; None where the host does not know them."""
+        lengths = self.lengths.tolist()
+        if not any(lengths):
+            return [[] for _ in lengths]
+        if self.texts is None or self.replayed:
+            return None
+        drawn = torch.stack(self.drawn, dim=1).tolist() if self.drawn else [[]] * len(lengths)
+        texts = [(text + more)[:length] for text, more, length in zip(self.texts, drawn, lengths, strict=True)]
+        return texts if [*map(len, texts)] == lengths else None  # else a caller wrote a larger length
+
+    def set_back(self, texts: list[list[int]]) -> list[int]:
+        """Drop what is not the beginning of each sequence's text -> the number of its tokens that stay, and need not be
+        computed again: at most all but the last, whose logits are wanted.
+
+        Warns where a sequence is dropped whole although its text begins as before: the ring has lost keys that the
+        window sees there, or its tokens are unknown.
+        """
+        held, lengths, reasons = self._held(), self.lengths.tolist(), list[str]()
+        # A failed forward may have taken slots, too.
+        written = lengths if self.appending is None else (self.lengths + self.appending).tolist()
+        reused = [_shared(old, new[:-1]) for old, new in zip(held or [[]] * len(texts), texts, strict=True)]
+        if held is None:
+            reasons = ["the host does not know the tokens that a forward on a GPU, or a graph, appended to the cache"]
+        for b, same in enumerate(reused):
+            # One token may go: it took the slot of a key that its own query does not see either.
+            if self.window and written[b] > self.slots and 0 < same < written[b] - 1:
+                reused[b] = 0
+                reasons.append(f"sequence {b} has other tokens than the cache from {same} on, and the ring moved on")
+        if reasons:
+            text = f"generate: the text is computed from the start, because {'; '.join(reasons)}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if reused != lengths:
+            self.lengths.copy_(torch.tensor(reused))
+        self.texts, self.drawn, self.reused, self.appending = texts, [], reused, None
+        return reused

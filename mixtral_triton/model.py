@@ -26,6 +26,7 @@ from .kernels.rope import rope_tables
 from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
+from .score import score
 
 # Attributes of an instance with which a caller replaces what its class does; `compile` sets the last.
 _REPLACED = {"forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl"}
@@ -352,6 +353,7 @@ class Mixtral(nn.Module):
 
     generate = generate
     stream = stream
+    score = score
 
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
@@ -372,8 +374,10 @@ class Mixtral(nn.Module):
             cache.reserve(T if lengths is None else lengths)
             if not torch.compiler.is_compiling():
                 cache.filled_by = self.dtype
+                cache.record(input_ids, lengths)
 
     def _check_cache(self, cache: KVCache, B: int) -> None:
+        """Raise ValueError unless `cache` is one of this model, for B sequences."""
         if not isinstance(cache, KVCache):
             raise ValueError(f"Mixtral: argument 'cache' is a {type(cache).__name__}, needs a KVCache")
         # Identity first: a compiler cannot compare a config whose numbers it has made symbols.
