@@ -159,7 +159,8 @@ def _stream(
         texts = [row[kept:] for row, kept in zip(rows, cache.set_back([row.tolist() for row in rows]), strict=True)]
         cache.filled_by, drawn = model.dtype, cache.drawn
     step = Step(model, cache, eos, sampling, logprobs)
-    step.see(rows)
+    for seen, row in zip(step.seen, rows, strict=True) if step.seen is not None else ():
+        seen[row] = True
     replayed = cache.replayed
     step.pick(prefill(model, cache, *pad(texts, model.device)))
     replay: Any = None
@@ -243,14 +244,8 @@ class Step:
             self.measured[1].copy_(torch.where(ended, at_the_end, top_ids))
             self.measured[2].copy_(top_logprobs.masked_fill(ended, 0.0))
         self.ended |= (self.token[:, None] == self.stops).any(-1)
-        self.see(self.token[:, None])
-
-    def see(self, rows: Sequence[Tensor]) -> None:
-        """Count tokens of each sequence, [T] each, as seen."""
-        if self.seen is not None and isinstance(rows, Tensor):
-            self.seen.scatter_(1, rows, True)
-        for seen, row in zip(self.seen, rows, strict=True) if self.seen is not None else ():
-            seen[row] = True
+        if self.seen is not None:
+            self.seen.scatter_(1, self.token[:, None], True)
 
     def result(self) -> Any:
         """Return what `stream` yields, in memory of its own."""
