@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
     stored = "default: generation_config.json's, else"
     option("--temperature", type=float, metavar="X", help=f"0 is greedy; {stored} 0")
-    option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens; {stored} all")
+    option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens, 0: all; {stored} 0")
     option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
     option("--min-p", type=float, metavar="P", help=f"of those, at least P times the likeliest; {stored} 0")
     option("--stop", action="append", default=[], metavar="TEXT", help="end before this text, left out; repeatable")
@@ -233,9 +233,9 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     return model
 
 
-def _encode(args: argparse.Namespace, tokenizer: Any, text: str, model: Mixtral) -> list[int]:
-    """Return a prompt's tokens. Print the warning about a beginning-of-sequence token in its text."""
-    ids, warning = encode(tokenizer, text, model.config.bos_token_id)
+def _encode(args: argparse.Namespace, tokenizer: Any, text: str, template: bool = False) -> list[int]:
+    """Return the tokens of a prompt, or of the text of a chat template. Print the warning about special tokens."""
+    ids, warning = encode(tokenizer, text, add_special_tokens=not template)
     if warning and is_first():
         print_message(f"mixtral-triton {args.command}: {warning}")
     return ids
@@ -263,7 +263,7 @@ def _verify(args: argparse.Namespace) -> int:
         model = _load(args, mesh)
         prompt = None
         if text is not None:
-            ids = _encode(args, load_tokenizer(args.folder), text, model)
+            ids = _encode(args, load_tokenizer(args.folder), text)
             prompt = torch.tensor([ids], device=model.device)
             if args.tokens is not None and prompt.shape[1] < args.tokens:
                 raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
@@ -304,9 +304,8 @@ def _generate(args: argparse.Namespace) -> int:
         sampling |= {"generator": torch.Generator(model.device).manual_seed(args.seed), "cache_dtype": args.cache_dtype}
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
-            ids = _encode(args, tokenizer, text, model)
-            if template is not None:  # it begins with the beginning-of-sequence token itself
-                ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
+            whole = text if template is None else template.render(messages)
+            ids = _encode(args, tokenizer, whole, template is not None)
             if number == 0:
                 chunks = {1, min(len(ids), model.prefill_chunk), len(ids) % model.prefill_chunk or 1}
                 sizes = [(1, T, len(ids) + args.max_new_tokens) for T in sorted(chunks)]
@@ -338,7 +337,7 @@ def _trace(args: argparse.Namespace) -> int:
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(args, model, tokenizer, _encode(args, tokenizer, args.prompt, model), note)
+    return run(args, model, tokenizer, _encode(args, tokenizer, args.prompt), note)
 
 
 def _quantize(args: argparse.Namespace) -> int:

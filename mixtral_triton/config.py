@@ -78,12 +78,12 @@ FIELDS = dict.fromkeys(SIZES, _SIZE) | {
     ),
     "dtype": Field(DTYPES.__contains__, f"one of {', '.join(DTYPES)}, or null", (None,)),
 }
-# The fields of generation_config.json that are read. top_k 0 means all tokens, as in transformers.
+# The fields of generation_config.json that are checked. top_k 0 means all tokens, as in transformers.
 GENERATION_FIELDS = {
     "eos_token_id": FIELDS["eos_token_id"],
     "do_sample": Field(lambda value: type(value) is bool, "true, false or null", (None,)),
     "temperature": Field(lambda value: _is_positive(value, 0), "a finite number of at least 0, or null", (None,)),
-    "top_k": Field(is_size, "an integer of at least 0, or null", (None, 0)),
+    "top_k": Field(partial(is_size, least=0), "an integer of at least 0, or null", (None,)),
     "top_p": Field(lambda value: _is_positive(value) and value <= 1, "a number above 0, at most 1, or null", (None,)),
     "min_p": Field(lambda value: _is_positive(value, 0) and value <= 1, "a number from 0 to 1, or null", (None,)),
     "repetition_penalty": Field(_is_positive, "a finite number above 0, or null", (None,)),
@@ -216,15 +216,15 @@ def _check_field(name: str, value: Any, field: Field) -> Any:
 
 
 def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return GENERATION_FIELDS of generation_config.json that are not null, none where there is no such file.
+    """Return the fields of generation_config.json that are not null, none where there is no such file.
 
-    ValueError that names the file for one that `read_file` refuses, and for a wrong field."""
+    ValueError that names the file for one that `read_file` refuses, and for a wrong value of GENERATION_FIELDS."""
     path = Path(folder) / GENERATION_FILE
     if not os.path.lexists(path):
         return {}
     raw = read_json_object(path)
-    values = {name: _check_field(f"{path}: {name}", raw.get(name), field) for name, field in GENERATION_FIELDS.items()}
-    return {name: value for name, value in values.items() if value is not None}
+    checked = {name: _check_field(f"{path}: {name}", raw.get(name), field) for name, field in GENERATION_FIELDS.items()}
+    return {name: value for name, value in (raw | checked).items() if value is not None}
 
 
 def _check_fixed(prefix: str, values: Mapping[str, Any], table: Fixed) -> None:

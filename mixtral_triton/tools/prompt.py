@@ -86,14 +86,17 @@ def load_tokenizer(folder: str | Path) -> Any:
     return FileTokenizer(path)
 
 
-def encode(tokenizer: Any, text: str, bos: int | None) -> tuple[list[int], str]:
-    """Return the text's tokens after `bos`, unless the text begins with it, and a warning where the text holds it."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    warning = ""
-    if bos in ids:
-        name, added = tokenizer.id_to_token(bos), "one more is" if ids[0] != bos else "no second one is"
-        warning = f"the prompt holds {name}, the beginning-of-sequence token: {added} added"
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids], warning
+def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tuple[list[int], str]:
+    """Return the text's tokens as transformers' `AutoTokenizer` has them, whose first and last are those of
+    tokenizer.json's post-processor, and a warning where the text itself holds one that was added (<s>). The text of a
+    chat template has them already. ValueError for a text without tokens."""
+    encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if not (ids := encoding.ids):
+        raise ValueError(f"the tokenizer makes no token of the prompt {text!r:.40}: needs at least one")
+    marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
+    twice = {token for token, added in marked if added} & {token for token, added in marked if not added}
+    names = ", ".join(tokenizer.id_to_token(token) for token in sorted(twice))
+    return ids, f"the prompt holds {names}, which the tokenizer adds, too" if twice else ""
 
 
 class ChatTemplate:
@@ -120,7 +123,7 @@ class ChatTemplate:
         tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in special}
         self.tokens = {name: token for name, token in tokens.items() if token is not None}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
         )
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
         environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
@@ -168,23 +171,51 @@ class ChatTemplate:
         return text
 
 
+def _generation_tag() -> type:
+    """Return jinja's extension of {% generation %}, which marks an assistant's text for training and renders it."""
+    import jinja2.ext
+
+    def parse(tag: Any, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(tag.call_method("render"), [], [], body, lineno=line)
+
+    methods = {"tags": {"generation"}, "parse": parse, "render": lambda tag, caller: caller()}
+    return type("Generation", (jinja2.ext.Extension,), methods)
+
+
 def _raise(message: str) -> None:
     raise ValueError(message)
 
 
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}  # options and defaults
+# Fields of generation_config.json that change a text as they do in transformers, or change none.
+HONOURED = {*SAMPLING, "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
+# What transformers takes for a field that is missing, where it is not off: False, 0, an empty list.
+DEFAULTS: dict[str, Any] = dict.fromkeys(("num_assistant_tokens", "max_length"), 20)
+DEFAULTS |= dict.fromkeys(("assistant_lookbehind", "target_lookbehind"), 10) | {"assistant_confidence_threshold": 0.4}
+DEFAULTS |= dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "use_cache", "guidance_scale"), 1)
+DEFAULTS |= dict.fromkeys(("typical_p", "length_penalty", "repetition_penalty", "encoder_repetition_penalty"), 1.0)
+DEFAULTS |= {"num_assistant_tokens_schedule": "constant"}
+TOP_K = 50  # of transformers' sampling, where generation_config.json has do_sample and no top_k
 
 
 def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the options of sampling, given, `stored` in generation_config.json or default, and notes on the stored."""
+    """Return the options of sampling, given, `stored` in generation_config.json or default, and notes on the stored:
+    which were taken, and the names of those that change transformers' texts and none here."""
     explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    stored = stored | {"temperature": stored.get("temperature", 1.0) if stored.get("do_sample") else 0.0}
-    found = {name: stored[name] for name in SAMPLING if name in stored and name not in explicit}
-    options, penalty = SAMPLING | found | explicit, stored.get("repetition_penalty", 1)
+    sampled = (
+        {"temperature": 1.0, "top_k": TOP_K} | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
+    )
+    found = {name: sampled[name] for name in SAMPLING if name in sampled and name not in explicit}
+    options = SAMPLING | found | explicit
     used = ", ".join(f"{name} {value}" for name, value in found.items() if options["temperature"])
     notes = [f"generation_config.json sets {used}"] if used else []
-    notes += [f"repetition_penalty {penalty} of generation_config.json is ignored"] if penalty != 1 else []
-    return options, notes
+    others = {name: value for name, value in stored.items() if name not in HONOURED and not name.startswith("_")}
+    changed = (name for name, value in others.items() if (value != DEFAULTS[name] if name in DEFAULTS else value))
+    if ignored := shown(", ".join(changed), 400):
+        notes.append(f"generation_config.json sets what is not supported and is ignored: {ignored}")
+    return options | {"top_k": options["top_k"] or None}, notes  # 0: of all tokens
 
 
 def speed_of(times: Sequence[float], prompt_tokens: int, device: Any) -> tuple[dict[str, Any], str]:

@@ -112,12 +112,15 @@ def trace(
     return Trace(tuple(tokens), torch.stack(routes.ids).cpu(), model.config.num_local_experts)
 
 
-def token_texts(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
-    """Return each token's part of `text`; before those, the name of a special token (<s>)."""
-    offsets = tokenizer.encode(text, add_special_tokens=False).offsets
-    special = [tokenizer.id_to_token(token) or str(token) for token in ids[: len(ids) - len(offsets)]]
-    reached = [0, *accumulate((end for _, end in offsets), max)]  # a character of several tokens belongs to the first
-    return special + [text[max(begin, past) : end] for (begin, end), past in zip(offsets, reached, strict=False)]
+def token_texts(tokenizer: Any, text: str) -> list[str]:
+    """Return each token's part of `text`, the name of one that the tokenizer adds (<s>)."""
+    encoding = tokenizer.encode(text)
+    reached = [0, *accumulate((end for _, end in encoding.offsets), max)]  # a character of several belongs to the first
+    tokens = zip(encoding.ids, encoding.special_tokens_mask, reached, reached[1:], strict=False)
+    return [
+        (tokenizer.id_to_token(token) or str(token)) if added else text[begin:end]
+        for token, added, begin, end in tokens
+    ]
 
 
 def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, prompt: list[int], note: str) -> int:
@@ -133,7 +136,7 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, prompt: list[i
     if args.counts is not None:
         check_writable("--counts", args.counts)
     check_vocabulary(ids, model.config.vocab_size)  # the tokenizer may be another model's
-    tokens = token_texts(tokenizer, args.prompt, prompt)
+    tokens = token_texts(tokenizer, args.prompt)
     print_message(note)
     with bar("tracing", L) as progress:
         found = replace(trace(model, ids, tokens, progress.advance), layers=layers)

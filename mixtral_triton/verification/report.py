@@ -32,7 +32,7 @@ class Row:
     case: str  # which input, or how the text is split into calls
     error: float
     limit: float  # the largest right error: mostly twice that of torch in the weights' dtype
-    note: str = ""  # the error that the runtime raised, which is wrong
+    note: str = ""  # the error that the runtime raised, or the values that differ
 
     @classmethod
     def exact(cls, layer: int | None, op: str, case: str, right: bool, note: str = "") -> Row:

@@ -9,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,8 +120,10 @@ def unpack(words: Tensor, bits: int, columns: Sequence[int] = ()) -> Tensor:
     return torch.stack([words >> bits * field & (1 << bits) - 1 for field in fields], -1).flatten(-2)
 
 
-def declared(raw: Any, config: Any) -> dict[str, Any]:
-    """Read what a config.json declares of the fields of `config`. Theta is a set: it may stand in three places."""
+def declared(source: Source, config: Any) -> dict[str, Any]:
+    """Read what a folder declares of the fields of `config`. Theta and the ids that end a text are sets, since they may
+    stand in several places."""
+    raw, generation = source.config, source.read_json("generation_config.json", optional=True)
     ropes = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
     defaults = {"rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False}
     found = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}
@@ -129,47 +132,56 @@ def declared(raw: Any, config: Any) -> dict[str, Any]:
     found["sliding_window"] = found["sliding_window"] or None
     found["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     found["dtype"] = str(raw.get("dtype", raw.get("torch_dtype"))).removeprefix("torch.")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return found | {"eos_token_id": _ids(raw.get("eos_token_id", 2), generation.get("eos_token_id"))}
+
+
+def _ids(*fields: Any) -> set[int]:
+    ids = (token for value in fields for token in (value if isinstance(value, (list, tuple)) else [value]))
+    return {token for token in ids if token not in (None, -1)}
 
 
 def config_rows(source: Source, target: Any) -> list[Row]:
     """Rows of what the model uses against config.json: its config, its operations' constants, positions and tables."""
-    raw, model = declared(source.config, target.config), target.model
+    raw, model = declared(source, target.config), target.model
     used = {name: [getattr(target.config, name)] for name in raw}
     used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
+    used["eos_token_id"] = [_ids(target.config.eos_token_id)]
     used["tie_word_embeddings"].append(model.lm_head is model.embed_tokens)
     rows = []
     for case, values in ("values", used), ("operations", recorded_constants(model)):
-        wrong = next((name for name in values if not values[name] or any(x != raw[name] for x in values[name])), None)
-        rows.append(Row.exact(None, "config", wrong or case, not wrong))
+        differing = ((name, x) for name in values for x in values[name] or ["nothing"] if x != raw[name])
+        name, x = next(differing, (case, None))
+        note = "" if name == case else f"the model has {x!r}, the folder declares {raw[name]!r}"
+        rows.append(Row.exact(None, "config", name, not note, note))
     return [*rows, *_rotary_rows(model, raw), *_text_rows(source)]
 
 
 def _text_rows(source: Source) -> list[Row]:
     """A prompt's tokens beside those of tokenizers, the chat template's text beside jinja's, if the folder has them."""
-    folder, bos = source.folder, source.config.get("bos_token_id")
-    settings = source.read_json("tokenizer_config.json", optional=True)
+    folder, settings = source.folder, source.read_json("tokenizer_config.json", optional=True)
 
-    def prompt() -> bool:
+    def prompt() -> tuple[Any, Any]:
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        ids = tokenizer.encode(PROMPT).ids
-        return encode(load_tokenizer(folder), PROMPT, bos)[0] == (ids if bos in (None, ids[0]) else [bos, *ids])
+        return encode(load_tokenizer(folder), PROMPT)[0], tokenizer.encode(PROMPT).ids
 
-    def chat() -> bool:
+    def chat() -> tuple[Any, Any]:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         messages = [{"role": "user", "content": PROMPT}]
         got, options = ChatTemplate(folder).render(messages), {"trim_blocks": True, "lstrip_blocks": True}
         environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
-        names = "bos_token", "eos_token", "unk_token"
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        names = "bos_token", "eos_token", "unk_token", "pad_token"
         tokens = {name: x["content"] if isinstance(x, dict) else x for name in names if (x := settings.get(name))}
-        tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime}
-        want = environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
-        return got == want
+        tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime, "tools": None}
+        tokens |= {"documents": None, "generation": lambda caller: caller()}  # a block that is called, in a tag's place
+        called = re.sub(r"(\{%[-+]?\s*)generation(?=\s*[-+]?%\})", r"\1call generation()", template)
+        called = re.sub(r"(\{%[-+]?\s*)endgeneration(?=\s*[-+]?%\})", r"\1endcall", called)
+        return got, environment.from_string(called).render(messages=messages, add_generation_prompt=True, **tokens)
 
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):
@@ -178,7 +190,10 @@ def _text_rows(source: Source) -> list[Row]:
     checks = [("tokens of a prompt", prompt)] if (folder / "tokenizer.json").is_file() else []
     for case, check in checks if template is None else [*checks, ("chat template", chat)]:
         try:
-            rows.append(Row.exact(None, "config", case, check()))
+            got, expected = check()
+            at = next((at for at, pair in enumerate(zip_longest(got, expected)) if pair[0] != pair[1]), None)
+            note = "" if at is None else f"{got[at:][:20]!r} at {at}, where the files give {expected[at:][:20]!r}"
+            rows.append(Row.exact(None, "config", case, not note, note))
         except (ValueError, OSError) as error:
             rows.append(Row.exact(None, "config", case, False, str(error)))
     return rows

@@ -140,7 +140,7 @@ EARLY = {
 def test_the_error_comes_before_the_note_about_the_backend(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another model's tokenizer, a text that is too long, and a peer that is not installed."""
     monkeypatch.setattr(cli, "select_backend", lambda *_, **__: "plain torch, on the CPU")
-    monkeypatch.setattr(cli, "encode", lambda *_: ([1, 5000] if command[-1] == "y" else [1] * 2000, ""))
+    monkeypatch.setattr(cli, "encode", lambda *_, **__: ([1, 5000] if command[-1] == "y" else [1] * 2000, ""))
     monkeypatch.setattr(verification, "find_spec", lambda name: None)
     assert EARLY[command] in error_line(command)
 

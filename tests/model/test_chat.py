@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.cli import SMALL
 from mixtral_triton.tools.prompt import ChatTemplate, encode, load_tokenizer, print_stream
+from mixtral_triton.verification.source import Source, _text_rows
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled
@@ -42,6 +43,10 @@ PRESENT = """{%- if messages[0].role == "system" %}{%- set system, turns = messa
 TEMPLATES = {"old": OLD, "new": PRESENT}
 TEMPLATES["other"] = (
     "{% for m in messages %}{{ m | tojson }}\n  {% endfor %}\n{% if add_generation_prompt %}>{% endif %}"
+)
+TEMPLATES["generation"] = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{%- generation -%}\n{% set end = '</s>' %}"
+    "{{ m.content }}\n  {%- endgeneration %}{{ end }}{% else %}{{ m.content }}|{% endif %}{% endfor %}"
 )
 TURNS = [{"role": "user", "content": "What is a <window>?"}, {"role": "assistant", "content": "A view."}]
 TURNS += [{"role": "user", "content": "Überall?"}]
@@ -71,6 +76,7 @@ def test_tokens_equal_those_of_transformers(folder: Path, template: str, place: 
         with pytest.raises(ValueError, match=r"fails with .*alternate: .* leave --system out"):
             chat.render(messages)
         return
+    assert all(row.ok for row in _text_rows(Source(folder)))
     want = original.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert load_tokenizer(folder).encode(chat.render(messages), add_special_tokens=False).ids == want
 
@@ -95,18 +101,70 @@ def test_command_answers_each_turn_of_a_chat(folder: Path, monkeypatch: pytest.M
     assert "[INST]" not in out and error.count("tokens/s") == 2 and "peak of memory" in error
 
 
-def test_the_tokenizer_s_bos_is_not_doubled() -> None:
+def test_a_token_that_the_text_holds_and_the_tokenizer_adds_is_reported(folder: Path) -> None:
     tokenizer = load_tokenizer(SMALL)
-    plain, warning = encode(tokenizer, "The return", 0)
+    plain, warning = encode(tokenizer, "The return")
     assert plain[0] == 0 and plain.count(0) == 1 and warning == ""
-    ids, warning = encode(tokenizer, "<s>The return", 0)
-    assert ids == plain and "the prompt holds <s>" in warning and "no second one" in warning
-    ids, warning = encode(tokenizer, "The <s> return", 0)
-    assert ids[0] == 0 and ids.count(0) == 2 and "holds <s>" in warning and "second" not in warning
-    assert encode(tokenizer, "x", None)[0][0] != 0
+    ids, warning = encode(tokenizer, "<s>The return")
+    assert ids == [0, *plain] and warning == "the prompt holds <s>, which the tokenizer adds, too"
+    assert encode(tokenizer, "<s>The return", add_special_tokens=False) == (plain, "")
+    with pytest.raises(ValueError, match="makes no token of the prompt '': needs at least one"):
+        encode(tokenizer, "", add_special_tokens=False)
     status, out, error = run(f"{ANSWER} --json --prompt '<s>The return'")
-    assert status == 0 and json.loads(out)["prompt_tokens"] == len(plain)
+    assert status == 0 and json.loads(out)["prompt_tokens"] == len(ids)
     assert "mixtral-triton generate: the prompt holds <s>" in error
+    set_template(folder, PRESENT)  # writes <s> itself
+    assert "the prompt holds" not in run(f"{ANSWER} --chat --prompt x", folder)[2]
+
+
+def processor(before: str, after: str = "") -> dict[str, Any]:
+    """Return a post-processor with these tokens before and after a text."""
+    parts = [{"SpecialToken": {"id": before, "type_id": 0}}] if before else []
+    parts += [{"Sequence": {"id": "A", "type_id": 0}}]
+    parts += [{"SpecialToken": {"id": after, "type_id": 0}}] if after else []
+    tokens = {name: {"id": name, "ids": [at], "tokens": [name]} for at, name in enumerate(("<s>", "</s>"))}
+    return {"type": "TemplateProcessing", "single": parts, "pair": parts, "special_tokens": tokens}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+# Changes of tokenizer.json, tokenizer_config.json and config.json, and the ids around those of the text.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[list[int], list[int]]]] = {
+    "<s>": ({}, {}, {}, ([0], [])),
+    "<s>, config.json without one": ({}, {}, {"bos_token_id": None}, ([0], [])),
+    "<s>, config.json with another": ({}, {}, {"bos_token_id": 7}, ([0], [])),
+    "no post-processor": ({"post_processor": None}, {}, {}, ([], [])),
+    "</s>": ({"post_processor": processor("", "</s>")}, {}, {}, ([], [1])),
+    "<s> and </s>": ({"post_processor": processor("<s>", "</s>")}, {}, {}, ([0], [1])),
+    "bytes alone": ({"post_processor": BYTES}, {}, {}, ([], [])),
+    "no post-processor, add_bos_token": ({"post_processor": None}, {"add_bos_token": True}, {}, ([], [])),
+    "<s>, add_bos_token false": ({}, {"add_bos_token": False}, {}, ([0], [])),
+    "<s>, add_eos_token": ({}, {"add_eos_token": True, "tokenizer_class": "LlamaTokenizer"}, {}, ([0], [])),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_prompt_is_encoded_as_by_auto_tokenizer(variant: str, folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    *changes, (first, last) = VARIANTS[variant]
+    for name, values in zip(("tokenizer.json", "tokenizer_config.json", "config.json"), changes, strict=True):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+    original = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "The return <s>\n"
+    want = original(text).input_ids
+    assert want == [*first, *original(text, add_special_tokens=False).input_ids, *last]
+    assert run_json("trace --device cpu --prompt", text, folder)["tokens"] == [
+        *("<s>" for _ in first),
+        "The",
+        " return",
+        " ",
+        "<s>",
+        "\n",
+        *("</s>" for _ in last),
+    ]
+    assert encode(load_tokenizer(folder), text)[0] == want
+    assert run_json(f"{ANSWER} --prompt", text, folder)["prompt_tokens"] == len(want)
+    rows = run_json("verify --device cpu --quick --tokens 2 --prompt", text, folder, status=1)["rows"]
+    assert [row["ok"] for row in rows if row["case"] == "tokens of a prompt"] == [True]
 
 
 def test_a_space_before_the_first_token_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +230,9 @@ def test_sampling_of_generation_config_is_the_default_of_the_command_line(folder
     tokens, _, error = generate(folder)
     assert tokens == sampled
     assert error.count("generation_config.json sets temperature 0.9, top_k 7, top_p 0.8, min_p 0.02\n") == 1
-    assert error.count("repetition_penalty 1.1 of generation_config.json is ignored") == 1
+    assert error.count("generation_config.json sets what is not supported and is ignored: repetition_penalty\n") == 1
     tokens, _, error = generate(folder, "--temperature", "0")
-    assert tokens == greedy and "sets" not in error
+    assert tokens == greedy and "sets temperature" not in error
     tokens, _, error = generate(folder, *options[:2])
     assert tokens == sampled and "sets top_k 7, top_p 0.8, min_p 0.02\n" in error
     ids = torch.tensor([0, *load_tokenizer(folder).encode(PROMPT, add_special_tokens=False).ids])
@@ -184,7 +242,35 @@ def test_sampling_of_generation_config_is_the_default_of_the_command_line(folder
     tokens, _, error = generate(folder)
     assert tokens == greedy and "generation_config.json" not in error
     write(folder, do_sample=True)
-    assert "sets temperature 1.0\n" in generate(folder)[2]
+    tokens, _, error = generate(folder)
+    assert (
+        tokens == generate(folder, "--temperature", "1", "--top-k", "50")[0]
+        and "sets temperature 1.0, top_k 50\n" in error
+    )
+    every, _, error = generate(folder, "--top-k", "0")
+    write(folder, do_sample=True, top_k=0)
+    assert generate(folder)[0] == every == generate(folder, "--temperature", "1")[0]
+
+
+IGNORED: dict[str, Any] = {"suppress_tokens": [5], "begin_suppress_tokens": [5], "forced_eos_token_id": 1}
+IGNORED |= {"bad_words_ids": [[5]], "min_new_tokens": 3, "min_length": 3, "no_repeat_ngram_size": 2, "num_beams": 2}
+IGNORED |= {"encoder_repetition_penalty": 1.1, "sequence_bias": [[[5], -9.0]], "guidance_scale": 0, "typical_p": 0.9}
+IGNORED |= {"epsilon_cutoff": 1e-4, "eta_cutoff": 1e-4, "stop_strings": ["x"], "max_length": 4096, "use_cache": False}
+IGNORED |= {"repetition_penalty": 1.1, "a_new\x1b_field": 1}
+
+
+def test_every_field_that_is_not_honoured_is_named(folder: Path) -> None:
+    """In one line; none that has transformers' default, whatever transformers' next version adds to its file."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    defaults = getattr(config, "_get_default_generation_params", dict)()
+    write(folder, **config.to_dict() | defaults | {"temperature": 0.5, "_from_model_config": True, "guidance_scale": 1})
+    assert "generation_config.json" not in generate(folder)[2]
+    write(folder, **defaults | IGNORED)
+    (line,) = (line for line in generate(folder)[2].splitlines() if "generation_config.json" in line)
+    assert line.partition("ignored: ")[2] == ", ".join(sorted(IGNORED, key=[*defaults, *IGNORED].index)).replace(
+        "\x1b", r"\x1b"
+    )
 
 
 NAN = float("nan")

@@ -232,6 +232,7 @@ def test_fault_around_the_model(place: Any, name: str, dtype: torch.dtype, monke
     FAULTS_AROUND[place][name](monkeypatch)
     wrong = verify(Mixtral.from_pretrained(SMALL, "cpu", dtype), IDS, folder=SMALL, quick=True).wrong
     assert wrong and (wrong[0].op, wrong[0].case) == place, wrong
+    assert place[0] != "config" or " at 0, where the files give [0, " in wrong[0].note
 
 
 @bf16_then_others

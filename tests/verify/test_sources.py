@@ -100,6 +100,45 @@ def test_fault_of_the_config(fault: str | None, dense: Path, dtype: torch.dtype,
     assert (first.layer, first.op, first.case) == (None, "config", case)
 
 
+# eos_token_id of config.json and of generation_config.json (MISSING: the field, NO_FILE: the file is not there).
+MISSING, NO_FILE = "missing", "no file"
+EOS: list[tuple[Any, Any]] = [(2, NO_FILE), (2, 2), (2, 4), (2, [2, 4]), (2, None), ([2, 4], [4, 5]), ([3], MISSING)]
+EOS += [(None, [2, 4]), (-1, 4), (MISSING, [4]), (MISSING, NO_FILE)]
+
+
+def write_eos(folder: Path, of_config: Any, of_generation: Any) -> None:
+    for name, value in (("config.json", of_config), ("generation_config.json", of_generation)):
+        config = json.loads((folder / name).read_text()) if name == "config.json" else {"temperature": 0.5}
+        config.pop("eos_token_id", None)
+        if value != NO_FILE:
+            (folder / name).write_text(json.dumps(config if value == MISSING else config | {"eos_token_id": value}))
+
+
+@pytest.mark.parametrize(("of_config", "of_generation"), EOS, ids=str)
+def test_ids_that_end_a_text_are_those_of_both_files(of_config: Any, of_generation: Any, dense: Path) -> None:
+    write_eos(dense, of_config, of_generation)
+    assert not verify(load(dense), IDS[:, :3], folder=dense, quick=True).wrong
+
+
+@pytest.mark.parametrize(
+    ("of_files", "kept", "declared"),
+    [
+        ((2, [2, 4]), {2}, {2, 4}),
+        ((2, 4), {4}, {2, 4}),
+        (([2, 4], [4, 5]), {4, 5}, {2, 4, 5}),
+        ((MISSING, 4), {2}, {2, 4}),
+    ],
+)
+def test_a_loader_that_drops_ids_of_a_file_is_wrong(
+    of_files: Any, kept: set[int], declared: set[int], dense: Path, monkeypatch: Patch
+) -> None:
+    write_eos(dense, *of_files)
+    read_config(monkeypatch, eos_token_id=tuple(kept))
+    report = verify(load(dense), IDS[:, :3], folder=dense, quick=True)
+    assert [row.where for row in report.wrong] == ["config (eos_token_id)"]
+    assert f"the model has {kept}, the folder declares {declared}" in " ".join(str(report).split())
+
+
 # Written down before any was tried: the layout, and what its reader makes of (codes, scales, zeros), or AWQ's order.
 LAYOUT_FAULTS: dict[str, tuple[str, Any]] = {
     "awq in the order of gptq": ("awq 128", list(range(8))),
