@@ -1,5 +1,7 @@
 """KVCache: cached keys and values, a ring where the model has a window (Mistral 7B, section 2)."""
 
+from __future__ import annotations
+
 import math
 import warnings
 
@@ -199,3 +201,15 @@ class KVCache:
             self.lengths.copy_(torch.tensor(reused))
         self.texts, self.drawn, self.reused, self.appending = texts, [], reused, None
         return reused
+
+    def grown(self, max_len: int) -> KVCache:
+        """Return a cache for `max_len` tokens that holds the same; this one where it is long enough."""
+        if max_len <= self.max_len:
+            return self
+        cache = KVCache(self.config, self.batch, max_len, self.lengths.device, self.dtype)
+        for old, new in zip((*self.keys, *self.values), (*cache.keys, *cache.values), strict=True):
+            new[:, :, : self.slots].copy_(old)  # no ring, which has the model's positions from the start
+        cache.lengths.copy_(self.lengths)
+        cache.texts, cache.drawn, cache.replayed = self.texts, self.drawn, self.replayed
+        cache.filled_by = self.filled_by
+        return cache

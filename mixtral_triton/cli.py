@@ -26,7 +26,7 @@ from .kernels.arch import ARCHS
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
 from .tools.prompt import ChatTemplate, encode, load_tokenizer, print_stream, read_prompts, select_sampling, speed_of
-from .tools.terminal import bar, did_you_mean, exit_status, print_message
+from .tools.terminal import bar, did_you_mean, exit_status, nearest, print_message
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
 QUANTIZE = "int4, int8 or fp8 for the experts', or experts=int4,linear=int8: those of attention and the head, too"
 TORCHRUN = "with torchrun; default: 1"
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
-PROMPT = "text to run, or - to read standard input; turns of a chat where repeated"
+PROMPT = "text to run, or - to read standard input"
 # Modules whose `run` is the command; the others are functions below.
 TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
 
@@ -65,7 +65,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """Reject an unknown option here, where its command is known."""
         found, unknown = super().parse_known_args(*args, **kwargs)
-        return (found, unknown) if not unknown else self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if not unknown:
+            return found, unknown
+        names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        near = nearest(unknown[0].partition("=")[0].lstrip("-"), names)
+        return self.error(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean --{near}?' if near else ''}")
 
 
 def parse_weights(text: str) -> str | dict[str, str]:
@@ -137,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
 
     option = command("generate", "stream the continuation of a prompt", model + mesh + offload + prompt)
+    option("--prompt", **shared["--prompt"] | {"help": f"{PROMPT}; repeated: turns of a chat"})
     option("--chat", action="store_true", help="use the checkpoint's chat template, and answer each --prompt in turn")
     option("--system", metavar="TEXT", help="the system message of the chat; default: none")
     option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
@@ -233,9 +238,9 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     return model
 
 
-def _encode(args: argparse.Namespace, tokenizer: Any, text: str, template: bool = False) -> list[int]:
+def _encode(args: argparse.Namespace, tokenizer: Any, text: str, model: Mixtral, template: bool = False) -> list[int]:
     """Return the tokens of a prompt, or of the text of a chat template. Print the warning about special tokens."""
-    ids, warning = encode(tokenizer, text, add_special_tokens=not template)
+    ids, warning = encode(tokenizer, text, model.config.vocab_size, add_special_tokens=not template)
     if warning and is_first():
         print_message(f"mixtral-triton {args.command}: {warning}")
     return ids
@@ -263,7 +268,7 @@ def _verify(args: argparse.Namespace) -> int:
         model = _load(args, mesh)
         prompt = None
         if text is not None:
-            ids = _encode(args, load_tokenizer(args.folder), text)
+            ids = _encode(args, load_tokenizer(args.folder), text, model)
             prompt = torch.tensor([ids], device=model.device)
             if args.tokens is not None and prompt.shape[1] < args.tokens:
                 raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
@@ -305,7 +310,7 @@ def _generate(args: argparse.Namespace) -> int:
         for number, text in enumerate(texts):
             messages.append({"role": "user", "content": text})
             whole = text if template is None else template.render(messages)
-            ids = _encode(args, tokenizer, whole, template is not None)
+            ids = _encode(args, tokenizer, whole, model, template is not None)
             if number == 0:
                 chunks = {1, min(len(ids), model.prefill_chunk), len(ids) % model.prefill_chunk or 1}
                 sizes = [(1, T, len(ids) + args.max_new_tokens) for T in sorted(chunks)]
@@ -337,7 +342,7 @@ def _trace(args: argparse.Namespace) -> int:
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(args, model, tokenizer, _encode(args, tokenizer, args.prompt), note)
+    return run(args, model, tokenizer, _encode(args, tokenizer, args.prompt, model), note)
 
 
 def _quantize(args: argparse.Namespace) -> int:

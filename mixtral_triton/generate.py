@@ -39,7 +39,7 @@ _INVALIDATED, _THREAD_LOCAL = 2, 1  # cudaStreamCaptureStatus, cudaStreamCapture
 @torch.no_grad()
 def generate(
     model: Mixtral,
-    input_ids: Tensor | Sequence[Tensor],
+    input_ids: Tensor | Sequence[Tensor | Sequence[int]],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -53,7 +53,8 @@ def generate(
     cache_dtype: torch.dtype | None = None,
     logprobs: int | None = None,
 ) -> Any:
-    """Continue prompts: int64 [B,T] -> [B,T+n], or a list of 1-D prompts -> a list of prompts with what follows them.
+    """Continue prompts: int64 [B,T] -> [B,T+n], or a list of prompts, each int64 [T] or a list of integers -> a list of
+    prompts [T] with what follows them.
 
     temperature 0, the default whatever generation_config.json says, is greedy; else logits are divided by it, and of
     the top_k most likely tokens (None: of all) the smallest set with probability top_p is sampled from (Fan et al.
@@ -73,7 +74,7 @@ def generate(
     options: Any = {"generator": generator, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     options |= {"cache": cache, "cache_dtype": cache_dtype, "logprobs": logprobs}
     steps = [*stream(model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, **options)]
-    rows, eos = list(input_ids), eos_ids(eos_token_id, model.config)
+    rows, eos = to_rows(model, input_ids), eos_ids(eos_token_id, model.config)
     new, *measured = stack_steps(steps, len(rows), max_new_tokens, logprobs or 0)
     if isinstance(input_ids, Tensor):
         device = rows[0].device
@@ -87,7 +88,7 @@ def generate(
 
 def stream(
     model: Mixtral,
-    input_ids: Tensor | Sequence[Tensor],
+    input_ids: Tensor | Sequence[Tensor | Sequence[int]],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -104,10 +105,7 @@ def stream(
     """Check the arguments, those of `generate`, then return an iterator over the next tokens, int64 [B] on the model's
     device, or with `logprobs` over `Logprobs` of a step. A sequence that has ended repeats its EOS; the iterator ends
     once every sequence has. A cache is right wherever the caller stops."""
-    if not isinstance(input_ids, (list, tuple)) and not (isinstance(input_ids, Tensor) and input_ids.dim()):
-        got = "one number" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
-        raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of tensors [T]")
-    eos, rows = eos_ids(eos_token_id, model.config), list(input_ids)
+    eos, rows = eos_ids(eos_token_id, model.config), to_rows(model, input_ids)
     sampling = Sampling(temperature, top_p, generator, top_k, min_p, repetition_penalty)
     dtypes, vocabulary = (None, model.dtype, torch.int8), model.config.vocab_size
     measures = logprobs is None or (is_int(logprobs, 0) and logprobs <= vocabulary)
@@ -120,7 +118,7 @@ def stream(
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")
-    check_texts(model, rows, "generate: prompt")
+    check_rows(model, rows, "generate: prompt")
     longest, limit = max(map(len, rows)), model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
         got = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
@@ -280,17 +278,30 @@ def run_chunks(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> 
         yield start, model.hidden(chunk, cache, new), new
 
 
-def check_texts(model: Mixtral, texts: Sequence[Tensor], what: str) -> None:
-    """Raise ValueError, which begins with `what` and a number, unless each text is 1-D, not empty, of known tokens."""
-    if not texts:
-        raise ValueError(f"{what}s are none, needs at least one")
-    for number, row in enumerate(texts):
+def to_rows(model: Mixtral, ids: Any, argument: str = "generate: input_ids") -> list[Any]:
+    """Return the rows of ids [B,T] or of a list, a list of integers as int64 [T] on the model's device; what else is no
+    tensor stays as it is, for `check_rows`."""
+    if not isinstance(ids, (list, tuple)) and not (isinstance(ids, Tensor) and ids.dim()):
+        got = "one number" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise ValueError(f"{argument} is {got}, needs a tensor [B, T] or a list of texts [T]")
+
+    def is_ids(row: Any) -> bool:
+        return isinstance(row, (list, tuple)) and all(is_int(token, -(1 << 63)) and token < 1 << 63 for token in row)
+
+    return [torch.tensor(row, dtype=torch.int64, device=model.device) if is_ids(row) else row for row in ids]
+
+
+def check_rows(model: Mixtral, rows: Sequence[Tensor], what: str) -> None:
+    """Raise ValueError, which begins with `what`, unless there are rows [T], each with tokens of the vocabulary."""
+    if not rows:
+        raise ValueError(f"{what}: there is none, needs at least one")
+    for number, row in enumerate(rows):
         if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
             got = f"of shape {list(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
-            raise ValueError(f"{what} {number} is {got}, needs a tensor [T] of at least one token")
+            raise ValueError(f"{what} {number} is {got}, needs a tensor or list [T] of at least one token")
         check_ids(row[None], model.config.vocab_size, model.device)
-    if not readable(texts[0]):
-        check_vocabulary(torch.cat([*texts]), model.config.vocab_size)  # the only synchronization of a prompt on a GPU
+    if not readable(rows[0]):
+        check_vocabulary(torch.cat([*rows]), model.config.vocab_size)  # the only synchronization of a prompt on a GPU
 
 
 def pad(texts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

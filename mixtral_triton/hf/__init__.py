@@ -6,6 +6,7 @@ its config do not use this package, as the config stays.
 
 import re
 import warnings
+from functools import cache
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ def apply(
     experts. The last of several calls decides. Parameters, their names, hooks, the config and every other instance
     stay. transformers' `set_attn_implementation` and `set_experts_implementation` select other implementations, and
     these by the name "mixtral_triton". `output_attentions` computes the weights in torch, for that call alone.
-    On a CPU the operations run in plain torch, after a warning, or interpreted (TRITON_INTERPRET=1).
+    On a CPU the operations run in plain torch, after one warning, or interpreted (TRITON_INTERPRET=1).
     For inference: `forward` works with gradients enabled; a backward pass, training mode, a block of another class, a
     quantized or sharded weight, a device_map's missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
     """
@@ -45,8 +46,7 @@ def apply(
     _check_modules(model, blocks, modules, attention)
     revert(model)
     if blocks and not INTERPRETED and model.device.type == "cpu":
-        text = "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the kernels: far slower"
-        warnings.warn(f"apply: {text}", stacklevel=2)
+        _warn_of_cpu()
     parts = modules.Parts(attention or None, experts or None, rope)
     changing = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()
     for module in model.modules():
@@ -54,6 +54,12 @@ def apply(
             _set_class(module, modules.applied_class(type(module)))
             module.__dict__[modules.PARTS_ATTRIBUTE] = parts
     return model
+
+
+@cache
+def _warn_of_cpu() -> None:
+    text = "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the kernels: far slower"
+    warnings.warn(f"apply: {text}", stacklevel=3)
 
 
 def revert(model: Model) -> Model:

@@ -55,7 +55,7 @@ class FileTokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
-        self._path = path
+        self.path = path
         self._tokenizer = self._call(Tokenizer.from_file, str(path))
         self.no_truncation()
         self.no_padding()
@@ -72,7 +72,7 @@ class FileTokenizer:
                 if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                     raise
                 need = "is not a tokenizer that the tokenizers library can use"
-                raise ValueError(f"{self._path} {need}: {error}") from None
+                raise ValueError(f"{self.path} {need}: {error}") from None
             finally:
                 os.dup2(saved.fileno(), 2)
         return function(*args, **kwargs)  # without a standard error
@@ -86,13 +86,17 @@ def load_tokenizer(folder: str | Path) -> Any:
     return FileTokenizer(path)
 
 
-def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> tuple[list[int], str]:
+def encode(
+    tokenizer: FileTokenizer, text: str, vocab_size: int, add_special_tokens: bool = True
+) -> tuple[list[int], str]:
     """Return the text's tokens as transformers' `AutoTokenizer` has them, whose first and last are those of
     tokenizer.json's post-processor, and a warning where the text itself holds one that was added (<s>). The text of a
-    chat template has them already. ValueError for a text without tokens."""
+    chat template has them already. ValueError for a text without tokens, or with one that the model does not have."""
     encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    if not (ids := encoding.ids):
-        raise ValueError(f"the tokenizer makes no token of the prompt {text!r:.40}: needs at least one")
+    ids = encoding.ids
+    if not ids or max(ids) >= vocab_size:
+        made, need = f"token {max(ids)}" if ids else "no token", f"at least one, of 0..{vocab_size - 1}, the model's"
+        raise ValueError(f"{tokenizer.path} makes {made} of {text!r:.40}, needs {need}")
     marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
     twice = {token for token, added in marked if added} & {token for token, added in marked if not added}
     names = ", ".join(tokenizer.id_to_token(token) for token in sorted(twice))
@@ -188,7 +192,8 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
-SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}  # options and defaults
+PENALTY = "repetition_penalty"
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, PENALTY: 1.0}  # defaults
 # Fields of generation_config.json that change a text as they do in transformers, or change none.
 HONOURED = {*SAMPLING, "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
 # What transformers takes for a field that is missing, where it is not off: False, 0, an empty list.
@@ -209,7 +214,8 @@ def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], 
     )
     found = {name: sampled[name] for name in SAMPLING if name in sampled and name not in explicit}
     options = SAMPLING | found | explicit
-    used = ", ".join(f"{name} {value}" for name, value in found.items() if options["temperature"])
+    effective = {name for name in found if (found[name] != 1 if name == PENALTY else options["temperature"])}
+    used = ", ".join(f"{name} {value}" for name, value in found.items() if name in effective)
     notes = [f"generation_config.json sets {used}"] if used else []
     others = {name: value for name, value in stored.items() if name not in HONOURED and not name.startswith("_")}
     changed = (name for name, value in others.items() if (value != DEFAULTS[name] if name in DEFAULTS else value))
@@ -218,63 +224,83 @@ def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], 
     return options | {"top_k": options["top_k"] or None}, notes  # 0: of all tokens
 
 
-def speed_of(times: Sequence[float], prompt_tokens: int, device: Any) -> tuple[dict[str, Any], str]:
+def speed_of(times: Sequence[float], prompt_tokens: int, device: Any, reused: int = 0) -> tuple[dict[str, Any], str]:
     """Return tokens per second (None without a token), and peak_bytes, which torch allocated on the GPU or the process
-    had resident; and a line that says so. times: of the start, and of each token."""
+    had resident; and a line that says so. times: of the start, and of each token. reused: the prompt's tokens that a
+    cache held."""
     import resource
 
     import torch
 
-    count = len(times) - 1
+    count, computed = len(times) - 1, prompt_tokens - reused
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
-    prefill = prompt_tokens / (times[1] - times[0]) if count > 0 else None
+    prefill = computed / (times[1] - times[0]) if count > 0 else None
     decode = (count - 1) / (times[-1] - times[1]) if count > 1 else None
-    speed = {"prompt_tokens": prompt_tokens, "tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
+    speed = {"prompt_tokens": prompt_tokens, "computed": computed, "reused": reused}
+    speed |= {"tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
     speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "peak_bytes": peak}
-    first = f"prefill: {prompt_tokens} tokens, {prefill or 0:.1f} tokens/s"
+    first = f"prefill: {computed} tokens{f' and {reused} reused' if reused else ''}, {prefill or 0:.1f} tokens/s"
     rest = f"decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
     return speed, f"{first}; {rest}; peak of memory: {peak / 1e9:.2f} GB"
 
 
-def print_stream(
-    steps: Iterator[Any], tokenizer: Any, prefix: str | None, after: list[int], total: int, stop: Sequence[str] = ()
-) -> tuple[list[int], str, list[float]]:
-    """Return the tokens of one sequence of `Mixtral.stream`; their text up to `stop`, printed behind `prefix` as it
-    comes (None: it is not); and the times of the start and of each token. The text follows the tokens `after`, without
-    which a decoder drops a space before the first token."""
-    tokens, times = list[int](), [time.perf_counter()]
-    start, printed, answer = len(tokenizer.decode(after, skip_special_tokens=True)), 0, ""
+def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = False) -> str:
+    """Return the text of `tokens` behind the tokens `after`, without which a decoder drops a space before the first.
+    special: with the text of special tokens."""
+    start, whole = (tokenizer.decode(each, skip_special_tokens=not special) for each in (after, [*after, *tokens]))
+    return whole[len(start) :]  # type: ignore[no-any-return]
 
-    def decode() -> str:
-        return tokenizer.decode([*after, *tokens], skip_special_tokens=True)[start:]
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """Return the text before the first of the texts `stop`, and True; or without what may become one, and False."""
+    if ends := [text.index(each) for each in stop if each in text]:
+        return text[: min(ends)], True
+    held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
+    return text[: len(text) - held], False
+
+
+def print_stream(
+    steps: Iterator[Any],
+    tokenizer: Any,
+    prefix: str | None,
+    after: list[int],
+    total: int,
+    stop: Sequence[str] = (),
+    interruptible: bool = False,
+) -> tuple[list[int], str, list[float]]:
+    """Return the tokens of one sequence of `Mixtral.stream`; their text behind the tokens `after` and up to `stop`,
+    printed behind `prefix` as it comes (None: it is not); and the times of the start and of each token. interruptible:
+    Ctrl-C ends the text."""
+    tokens, times, printed, answer = list[int](), [time.perf_counter()], 0, ""
 
     def read() -> Iterator[str]:
         """Yield the text after each token, up to where it ends or may end, and last all of it."""
         for step in steps:
             tokens.append(int(step[0]))  # waits for the GPU
             times.append(time.perf_counter())
-            text = decode() if stop or prefix is not None else ""
-            if ends := [text.index(each) for each in stop if each in text]:
-                yield text[: min(ends)]
+            text, ended = cut_at_stop(decode(tokenizer, after, tokens) if stop or prefix is not None else "", stop)
+            yield text
+            if ended:
                 return
-            # What may become a stop string is not printed until it cannot.
-            held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
-            yield text[: len(text) - held]
-        yield decode()
+        yield decode(tokenizer, after, tokens)
 
     parts, progress_bar = read(), bar("generating", total) if prefix is None else bar("reading the prompt", None)
-    with progress_bar as progress:
-        for text in islice(parts, None if prefix is None else 1):
-            answer = text
-            progress.update(len(tokens), total)
     try:
+        with progress_bar as progress:
+            for text in islice(parts, None if prefix is None else 1):
+                answer = text
+                progress.update(len(tokens), total)
         print(prefix or "", end="", flush=True)
         for text in chain([answer], parts):
             answer = text
             if prefix is not None and not text.endswith("\ufffd"):  # half a character: wait for the rest
                 print(text[printed:], end="", flush=True)
                 printed = max(printed, len(text))
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+        answer = decode(tokenizer, after, tokens)
     finally:
         print(end="" if prefix is None else "\n", flush=True)
     return tokens, answer, times

@@ -8,11 +8,11 @@ import sys
 import sysconfig
 import textwrap
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,12 +136,26 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None, comp
                 done.set()
 
 
+def nearest(typed: str, names: Iterable[str]) -> str:
+    """Return the name that begins with what was typed, else the one most like it, "" if none is."""
+
+    def likeness(name: str) -> tuple[float, float, int]:
+        """Compare the characters in order, then in any order (4900 is 4090), then at the same places."""
+        pair = name.lower(), typed.lower()
+        in_order, in_any = (SequenceMatcher(None, *each).ratio() for each in (pair, tuple(map(sorted, pair))))
+        begins = typed and pair[0].startswith(pair[1])
+        return 1.0 if begins else in_order, in_any, sum(map(str.__eq__, *pair))
+
+    best = max(names, key=likeness, default="")  # the first of equals
+    return best if likeness(best)[0] >= 0.6 else ""
+
+
 def did_you_mean(message: str) -> str:
     """Return the message with the nearest of the names that it lists behind the wrong one, if one is near."""
     found = re.search(r"'([^']+)'[^']*\b(?:one of|choose from) (?:sm_80 or later: )?(.+)", message)
     names = re.split(r", (?:or )?", re.sub(r"[')]", "", found[2])) if found else []
-    near = get_close_matches(found[1].lower(), [name.lower() for name in names], 1) if found else []
-    return message + "".join(f"; did you mean {name}?" for name in names if name.lower() in near)
+    near = nearest(found[1], names) if found else ""
+    return f"{message}; did you mean {near}?" if near else message
 
 
 def exit_status(error: BaseException, command: str | None) -> int:

@@ -16,7 +16,6 @@ from rich.style import Style
 from rich.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..inputs import check_vocabulary
 from ..model import Mixtral
 from .terminal import Table, bar, check_writable, print_message
 
@@ -135,7 +134,6 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, prompt: list[i
         raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
     if args.counts is not None:
         check_writable("--counts", args.counts)
-    check_vocabulary(ids, model.config.vocab_size)  # the tokenizer may be another model's
     tokens = token_texts(tokenizer, args.prompt)
     print_message(note)
     with bar("tracing", L) as progress:

@@ -163,10 +163,11 @@ def _text_rows(source: Source) -> list[Row]:
     def prompt() -> tuple[Any, Any]:
         import tokenizers
 
+        got, _ = encode(load_tokenizer(folder), PROMPT, source.config["vocab_size"])  # the file can be read, then
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return encode(load_tokenizer(folder), PROMPT)[0], tokenizer.encode(PROMPT).ids
+        return got, tokenizer.encode(PROMPT).ids
 
     def chat() -> tuple[Any, Any]:
         from jinja2.sandbox import ImmutableSandboxedEnvironment

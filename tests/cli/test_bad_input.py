@@ -19,7 +19,7 @@ from mixtral_triton.cli import SMALL
 from mixtral_triton.quantize.write import write
 from mixtral_triton.tools import prompt
 from mixtral_triton.tools.prompt import load_tokenizer
-from tests.cli.commands import error_line
+from tests.cli.commands import error_line, run_json
 
 pytestmark = pytest.mark.compiled
 STEP_OF_8X7B = "B=1,S=1024,L=32,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
@@ -32,6 +32,13 @@ BAD_INPUT = {
     "bench rms_nrm": "did you mean rms_norm\\?",
     "compile rop --arch sm_90": "did you mean rope\\?",
     "compile rope --arch sm_91": "did you mean sm_90\\?",
+    "compile rope --arch sm_75": "did you mean sm_80\\?",
+    "fit --gpu h10": "did you mean H100 ",
+    "generate --promt x": r"arguments: --promt; did you mean --prompt\? \(see mixtral-triton generate --help\)",
+    "generate --prompt x --top_p=0.9": r"did you mean --top-p\?",
+    "generate --prompt x --max-tokens 5": r"did you mean --max-new-tokens\?",
+    "trace --promt x": r"did you mean --prompt\?",
+    "generate --prompt x --- a": "unrecognized arguments: ---",
     "fit --gpu rtx4900": "did you mean RTX 4090\\?",
     "bench --gpu mi300": "did you mean MI300X\\?",
     "verify --weights int3": "--weights.*'int3' needs one of int4, int8, fp8, in a form like int4, or experts=int4,",
@@ -132,15 +139,14 @@ EARLY = {
     TEXT + " --peer transformers": "pip install",
     "verify --device cpu --prompt x": "2000 tokens, needs at most 1024, the model's positions",
     "trace --device cpu --prompt x": "2000 tokens, needs at most max_position_embeddings, 1024",
-    "trace --device cpu --prompt y": "holds token 5000",
 }
 
 
 @pytest.mark.parametrize("command", EARLY)
 def test_the_error_comes_before_the_note_about_the_backend(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another model's tokenizer, a text that is too long, and a peer that is not installed."""
+    """A text that is too long, and a peer that is not installed."""
     monkeypatch.setattr(cli, "select_backend", lambda *_, **__: "plain torch, on the CPU")
-    monkeypatch.setattr(cli, "encode", lambda *_, **__: ([1, 5000] if command[-1] == "y" else [1] * 2000, ""))
+    monkeypatch.setattr(cli, "encode", lambda *_, **__: ([1] * 2000, ""))
     monkeypatch.setattr(verification, "find_spec", lambda name: None)
     assert EARLY[command] in error_line(command)
 
@@ -222,6 +228,12 @@ for _changes in (
     WORDS | {"truncation": CUT | {"stride": 3}},
 ):
     HARM.append((values(TOKENIZER, **_changes), GENERATE, "tokenizer.json is not a tokenizer that"))
+WORD = {"model": {"type": "WordLevel", "vocab": {"x": 5000}, "unk_token": "x"}, "added_tokens": []}
+NO_WORD = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+for _changes, _message in ((WORD, "makes token 5000 of 'x'"), (NO_WORD, "makes no token of 'x'")):
+    for _command in (GENERATE, f"{VERIFY} --prompt x", f"{TRACE} x"):
+        _harm = values(TOKENIZER, post_processor=None, pre_tokenizer=None, **_changes)
+        HARM.append((_harm, _command, f"tokenizer.json {_message}, needs at least one, of 0..2047, the model's"))
 for _text, _message in (
     ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "no end after 1 s"),
     ("{{ 'a' * 9000000000 }}", "MemoryError"),
@@ -253,6 +265,17 @@ def test_a_harmful_folder_is_one_line(
     harm(folder)
     line = error_line(command, folder)
     assert message in line and (str(folder) in line or "counts.json" in line) and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [b"{", b'{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}']
+)
+def test_verify_names_a_broken_tokenizer_in_its_row(tokenizer: bytes, folder: Path, capfd: Any) -> None:
+    (folder / TOKENIZER).write_bytes(tokenizer)
+    found = run_json("verify --device cpu --quick --tokens 2", folder, status=1)
+    (row,) = (row for row in found["rows"] if row["case"] == "tokens of a prompt")
+    assert not row["ok"] and row["note"].startswith(f"{folder / TOKENIZER} is not a tokenizer that")
+    assert not capfd.readouterr().err
 
 
 def test_a_prompt_without_an_end_or_of_other_bytes_is_refused(tmp_path: Path, monkeypatch: Any, seconds: None) -> None:

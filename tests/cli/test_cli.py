@@ -107,6 +107,13 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
     return dict(actions.choices)
 
 
+def test_only_the_help_of_generate_says_that_prompts_repeat() -> None:
+    texts = {name: command.format_help() for name, command in subcommands().items()}
+    assert [name for name, text in texts.items() if "repeated: turns of a chat" in " ".join(text.split())] == [
+        "generate"
+    ]
+
+
 def test_the_help_prints_every_default() -> None:
     for command in subcommands().values():
         for action in command._actions[1:]:
@@ -251,6 +258,7 @@ def test_formats_are_those_of_quantized_weights_and_far_names_are_not_suggested(
     assert tuple(BITS) == cli.FORMATS
     message = "argument 'OP' is 'nonsense', needs one of rms_norm, linear"
     assert terminal.did_you_mean(message) == message
+    assert terminal.nearest("", ["rope"]) == terminal.nearest("x", []) == ""
     assert terminal.did_you_mean("--temperature is -1.0, needs 0") == "--temperature is -1.0, needs 0"
 
 

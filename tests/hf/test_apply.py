@@ -62,12 +62,18 @@ def test_apply_changes_one_instance_and_revert_restores_it(make_hf: Any) -> None
 
 
 def test_on_a_cpu_apply_warns_that_torch_does_the_work(make_hf: Any) -> None:
+    """Once a process, wherever the calls are."""
     model = make_hf()
-    for _ in range(2):  # the default filter shows one of the same place
-        with pytest.warns(UserWarning, match="apply: on the CPU plain torch runs the operations; TRITON_INTERPRET=1"):
-            apply(model)
+    hf._warn_of_cpu.cache_clear()
+    with pytest.warns(
+        UserWarning, match="apply: on the CPU plain torch runs the operations; TRITON_INTERPRET=1"
+    ) as found:
+        apply(model)
+    assert found[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        apply(model)
+        hf._warn_of_cpu.cache_clear()
         apply(model, attention=False, experts=False, rms_norm=False, rope=False)
 
 

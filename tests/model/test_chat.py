@@ -103,13 +103,11 @@ def test_command_answers_each_turn_of_a_chat(folder: Path, monkeypatch: pytest.M
 
 def test_a_token_that_the_text_holds_and_the_tokenizer_adds_is_reported(folder: Path) -> None:
     tokenizer = load_tokenizer(SMALL)
-    plain, warning = encode(tokenizer, "The return")
+    plain, warning = encode(tokenizer, "The return", 2048)
     assert plain[0] == 0 and plain.count(0) == 1 and warning == ""
-    ids, warning = encode(tokenizer, "<s>The return")
+    ids, warning = encode(tokenizer, "<s>The return", 2048)
     assert ids == [0, *plain] and warning == "the prompt holds <s>, which the tokenizer adds, too"
-    assert encode(tokenizer, "<s>The return", add_special_tokens=False) == (plain, "")
-    with pytest.raises(ValueError, match="makes no token of the prompt '': needs at least one"):
-        encode(tokenizer, "", add_special_tokens=False)
+    assert encode(tokenizer, "<s>The return", 2048, add_special_tokens=False) == (plain, "")
     status, out, error = run(f"{ANSWER} --json --prompt '<s>The return'")
     assert status == 0 and json.loads(out)["prompt_tokens"] == len(ids)
     assert "mixtral-triton generate: the prompt holds <s>" in error
@@ -161,7 +159,7 @@ def test_a_prompt_is_encoded_as_by_auto_tokenizer(variant: str, folder: Path) ->
         "\n",
         *("</s>" for _ in last),
     ]
-    assert encode(load_tokenizer(folder), text)[0] == want
+    assert encode(load_tokenizer(folder), text, 2048)[0] == want
     assert run_json(f"{ANSWER} --prompt", text, folder)["prompt_tokens"] == len(want)
     rows = run_json("verify --device cpu --quick --tokens 2 --prompt", text, folder, status=1)["rows"]
     assert [row["ok"] for row in rows if row["case"] == "tokens of a prompt"] == [True]

@@ -378,5 +378,7 @@ def test_source_that_is_no_config_is_rejected(tmp_path):
         MixtralConfig.from_pretrained(tmp_path)
     with pytest.raises(NotADirectoryError, match=r"config\.json: is a file"):
         MixtralConfig.from_pretrained(write_config(tmp_path) / "config.json")
-    with pytest.raises(ValueError, match="folder is None"):
-        MixtralConfig.from_pretrained(None)
+    for wrong in (None, 3, torch.nn.Sequential(*map(torch.nn.Linear, range(1, 60), range(2, 61)))):
+        with pytest.raises(ValueError, match=f"folder is a {type(wrong).__name__}, needs the path") as caught:
+            MixtralConfig.from_pretrained(wrong)
+        assert str(caught.value).count("\n") == 0

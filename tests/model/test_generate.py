@@ -61,6 +61,8 @@ def test_ragged_prompts_are_as_each_alone(window: int | None, make: Make, device
     prompts = [tokens(T, seed=T, device=device) for T in (1, 9, 4)]
     together = model.generate(prompts, max_new_tokens=NEW)
     assert isinstance(together, list)
+    as_lists = model.generate([prompts[0].tolist(), prompts[1], tuple(prompts[2].tolist())], max_new_tokens=NEW)
+    assert all(map(torch.equal, together, as_lists))
     for prompt, got in zip(prompts, together, strict=True):
         assert torch.equal(got, argmax_loop(model, prompt[None], NEW)[0])
 
@@ -211,7 +213,12 @@ def test_no_new_tokens_and_a_model_without_values(idle: Make, device: torch.devi
 IDS: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: [x[0], x[0, :0]], "prompt 1"),
     (lambda x: [x], "prompt 0"),
-    (lambda x: x.tolist(), "prompt 0.*list"),
+    (lambda x: x.tolist()[0], "prompt 0 is a int, needs a tensor or list"),
+    (lambda x: [[1, 2], [1, 2.0]], "prompt 1 is a list"),
+    (lambda x: [[True]], "prompt 0 is a list"),
+    (lambda x: [[1 << 63]], "prompt 0 is a list"),
+    (lambda x: [[-1]], "token -1"),
+    (lambda x: [[1], []], "prompt 1"),
     (lambda x: x * 0 + V, f"{V}"),
     (lambda x: x.to("meta"), "meta"),
 ]
