@@ -217,13 +217,13 @@ class Request:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command -> exit status: 1 where no format fits."""
+    """Run the command -> exit status: 1 where no format fits, with experts in host memory neither."""
     request, gpu = Request.of(args), select_gpu(args)
     if gpu is None:
         return _run_all_gpus(request, args)
     plans = [request.plan(format, gpu) for format in request.specs]
-    fits = any(plan.verdict != "no" for plan in plans)
-    if not fits and not any(plan.offload for plan in plans):
+    fits = any(plan.verdict != "no" or plan.offload for plan in plans)
+    if not fits:
         unlimited = replace(request, host_memory=math.inf)
         needs = [(offload, format) for format in request.specs if (offload := unlimited.plan(format, gpu).offload)]
         if more := [(offload["host_bytes"], format, offload["text"]) for offload, format in needs]:
@@ -266,21 +266,22 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out.print(Text(str(request)))
     out.print(f"Beside the weights: {', '.join(parts)}, and by estimate {decimal(OVERHEAD)} for driver and graph.")
     caption = "longest: tokens a sequence, and gpus: how many, with 2 % of the memory to spare; tight: less to spare. "
-    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", f"{caption}{FORMAT_NOTE} {SEVERAL}")
+    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", f"{caption}{FORMAT_NOTE} {SEVERAL}", ranks={"verdict": -1})
     for plan in plans:
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
         cells |= {"used": f"{100 * total / gpu.bytes:.0f} %", "longest": f"{longest:,}" if longest else "-"}
-        table.add(cells | {"gpus": str(plan.gpus_needed or "-"), "": plan.verdict}, COLOURS[plan.verdict])
+        table.add(cells | {"gpus": str(plan.gpus_needed or "-"), "verdict": plan.verdict}, COLOURS[plan.verdict])
     out.print(table)
     offloads = {plan.format: plan.offload for plan in plans if plan.offload}
     for format, offload in offloads.items():
         speed, where = _speed(offload), f"{decimal(offload['host_bytes'])}, {offload['link']}"
         speed = f"{speed} tokens/s predicted" if speed else "no prediction, the GPU's rates are unknown"
         out.print(Text(f"{request.label(format)}, {offload['text']}: {speed} ({where})"))
-    fitting = sorted((plan.format for plan in plans if plan.verdict != "no"), key=lambda format: format != FIRST)
-    verdict = "FITS: " + "; ".join(map(request.label, fitting)) if fitting else "NO FORMAT FITS"
-    out.print(Text(verdict, style="bold green" if fitting else "bold red"))
+    fitting = [plan.format for plan in plans if plan.verdict != "no"]
+    named = map(request.label, sorted(fitting or offloads, key=lambda format: format != FIRST))
+    verdict = "FITS: " if fitting else "FITS WITH OFFLOAD: " if offloads else "NO FORMAT FITS"
+    out.print(Text(verdict + "; ".join(named), style="bold green" if fitting or offloads else "bold red"))
     if FIRST in fitting:
         line = f"Try first: {request.command(FIRST)} (`mixtral-triton verify` with --weights prints what it costs)"
         out.print(Text(line), soft_wrap=True)

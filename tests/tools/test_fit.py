@@ -174,9 +174,22 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyP
     for label, size in (("fp8", "48.3"), ("int8", "48.3"), ("int4", "26.5"), ("int4, linear int8", "25.0")):
         assert row(text, label)[0] == size and row(text, label)[-3:] == ["32,768", "1", "fits"]
     assert "Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8 (" in text
-    text = output("fit mixtral-8x7b --gpu rtx4090", status=1)
+    text = output("fit mixtral-8x7b --gpu rtx4090")
     assert {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
-    assert row(text, "int4, linear int8")[-2:] == ["2", "no"] and "\nNO FORMAT FITS\n" in text
+    assert (
+        row(text, "int4, linear int8")[-2:] == ["2", "no"]
+        and "\nFITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\n" in text
+    )
+
+
+@pytest.mark.parametrize("width", [30, 50, 60])
+def test_the_verdict_stays_in_a_narrow_table(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = output("fit --gpu h100")
+    assert row(text, "format")[-1] == "verdict" and row(text, "fp8")[-1] == "fits" and row(text, "bf16")[-1] == "no"
+    left_out = " ".join(text.split()).split("left out at this width: ")[1].split("; --json")[0].split(", ")
+    assert set(left_out) <= {"weights", "in all", "used", "longest", "gpus"}
+    assert output("fit --memory 1", status=1).endswith("\nNO FORMAT FITS\n")
 
 
 def test_json_is_exact() -> None:
@@ -293,15 +306,17 @@ def test_experts_in_host_memory(gpu: str, format: str) -> None:
 
 
 def test_offloading_is_the_command_to_run() -> None:
-    text = output("fit mixtral-8x7b --gpu rtx4090 --context 4096", status=1)
+    text = output("fit mixtral-8x7b --gpu rtx4090 --context 4096")
     command = "mixtral-triton generate FOLDER --weights experts=int4,linear=int8 --offload auto\n"
-    assert text.endswith(f"NO FORMAT FITS\nWith experts in host memory: {command}")
+    assert text.endswith(
+        f"FITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\nWith experts in host memory: {command}"
+    )
     placed = "18 of 256 experts and the embedding in host memory, prompts in chunks of 512 tokens (3 experts fewer)"
     text = " ".join(text.split())
     assert re.search(rf"int4, linear int8, {re.escape(placed)}: \d+-\d+ tokens/s predicted", text)
     arguments = parser().parse_args(command.split()[1:])
     assert (arguments.weights, arguments.offload) == (FORMATS["int4, linear int8"], "auto")
-    text = output("fit --memory 24 --context 8192", status=1)
+    text = output("fit --memory 24 --context 8192")
     assert text.endswith(f"{command[:-1]} --context 8192\n")
     assert "(3 experts fewer): no prediction" in " ".join(text.split())
 
@@ -326,7 +341,7 @@ def test_work_of_offloaded_experts(T: int, format: str) -> None:
 
 def test_host_memory_and_link_limit_what_is_offloaded() -> None:
     def offloads(*args: str) -> dict[str, Any]:
-        found = run_json("fit --gpu rtx4090 --context 4096", *args, status=1)["formats"]
+        found = run_json("fit --gpu rtx4090 --context 4096", *args)["formats"]
         return {one["format"]: one["offload"] for one in found if one["offload"]}
 
     assert list(offloads("--host-memory", "3")) == ["int4, linear int8"]

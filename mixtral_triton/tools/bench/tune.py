@@ -115,7 +115,7 @@ def tune_table(title: str, candidates: Sequence[Candidate], best: int, timed: bo
     equal = {name: 1 for name, now in settings[0].items() if all(one[name] == now for one in settings)}
     table = Table(title, text=["note"], ranks=equal | {"time, us": -1, "note": -1})
     for index, (_, outcome) in enumerate(candidates):
-        cells = {"": "now" if index == 0 else "best" if index == best else ""}
+        cells = {"which": "now" if index == 0 else "best" if index == best else ""}
         cells |= {name: str(value) for name, value in settings[index].items()}
         cells |= {"time, us": micro(outcome.seconds)} if timed else {}
         table.add(cells | {"note": outcome.note or ""}, "dim" if outcome.note else "")
