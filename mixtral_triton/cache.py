@@ -208,7 +208,7 @@ class KVCache:
             return self
         cache = KVCache(self.config, self.batch, max_len, self.lengths.device, self.dtype)
         for old, new in zip((*self.keys, *self.values), (*cache.keys, *cache.values), strict=True):
-            new[:, :, : self.slots].copy_(old)  # no ring, which has the model's positions from the start
+            new[:, :, : self.slots].copy_(old)  # type: ignore[arg-type]  # no ring, which has the model's positions from the start
         cache.lengths.copy_(self.lengths)
         cache.texts, cache.drawn, cache.replayed = self.texts, self.drawn, self.replayed
         cache.filled_by = self.filled_by

@@ -30,16 +30,29 @@ def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
 
 
 def _read_prompt(prompt: str | Path) -> str:
-    name = f"--prompt-file {prompt}" if isinstance(prompt, Path) else "--prompt -" if prompt == "-" else "--prompt"
-    if name == "--prompt -" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--prompt - reads standard input, which several processes share: needs --prompt-file")
-    if name == "--prompt -" and sys.stdin is None:
-        raise ValueError("--prompt - reads standard input, which is closed: needs --prompt-file")
+    if isinstance(prompt, Path):
+        return read_text(prompt, f"--prompt-file {prompt}", strip=True)
+    return read_text("-", "--prompt -", strip=True) if prompt == "-" else _check_text(prompt, "--prompt")
+
+
+def read_text(source: str | Path, name: str, strip: bool = False) -> str:
+    """Return the text of a file, or of standard input ("-"), without a newline at its end if `strip`. `name` is the
+    option in errors. ValueError for one that is empty, too long, or no text in UTF-8."""
+    if not isinstance(source, Path) and (int(os.environ.get("WORLD_SIZE", 1)) > 1 or sys.stdin is None):
+        fault = "is closed" if sys.stdin is None else "several processes share"
+        raise ValueError(
+            f"{name} reads standard input, which {fault}: needs a file{' (--prompt-file)' if strip else ''}"
+        )
     try:
-        text = str(prompt)
-        if name != "--prompt":
-            with prompt.open(encoding="utf-8") if isinstance(prompt, Path) else nullcontext(sys.stdin) as source:
-                text = source.read(PROMPT_CHARACTERS + 1).removesuffix("\n")
+        with source.open(encoding="utf-8") if isinstance(source, Path) else nullcontext(sys.stdin) as opened:
+            text = opened.read(PROMPT_CHARACTERS + 1)
+    except UnicodeError:
+        raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
+    return _check_text(text.removesuffix("\n") if strip else text, name)
+
+
+def _check_text(text: str, name: str) -> str:
+    try:
         text.encode()  # fails for Python's stand-ins for bytes that are no UTF-8
     except UnicodeError:
         raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
@@ -200,7 +213,7 @@ HONOURED = {*SAMPLING, "do_sample", "eos_token_id", "bos_token_id", "pad_token_i
 DEFAULTS: dict[str, Any] = dict.fromkeys(("num_assistant_tokens", "max_length"), 20)
 DEFAULTS |= dict.fromkeys(("assistant_lookbehind", "target_lookbehind"), 10) | {"assistant_confidence_threshold": 0.4}
 DEFAULTS |= dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "use_cache", "guidance_scale"), 1)
-DEFAULTS |= dict.fromkeys(("typical_p", "length_penalty", "repetition_penalty", "encoder_repetition_penalty"), 1.0)
+DEFAULTS |= dict.fromkeys(("typical_p", "length_penalty", "encoder_repetition_penalty"), 1.0)
 DEFAULTS |= {"num_assistant_tokens_schedule": "constant"}
 TOP_K = 50  # of transformers' sampling, where generation_config.json has do_sample and no top_k
 
@@ -237,7 +250,7 @@ def speed_of(times: Sequence[float], prompt_tokens: int, device: Any, reused: in
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
     prefill = computed / (times[1] - times[0]) if count > 0 else None
     decode = (count - 1) / (times[-1] - times[1]) if count > 1 else None
-    speed = {"prompt_tokens": prompt_tokens, "computed": computed, "reused": reused}
+    speed: dict[str, Any] = {"prompt_tokens": prompt_tokens, "computed": computed, "reused": reused}
     speed |= {"tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
     speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "peak_bytes": peak}
     first = f"prefill: {computed} tokens{f' and {reused} reused' if reused else ''}, {prefill or 0:.1f} tokens/s"
@@ -253,11 +266,9 @@ def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = 
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """Return the text before the first of the texts `stop`, and True; or without what may become one, and False."""
-    if ends := [text.index(each) for each in stop if each in text]:
-        return text[: min(ends)], True
-    held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
-    return text[: len(text) - held], False
+    """Return the text before the first of the texts `stop`, and whether there is one."""
+    ends = [text.index(each) for each in stop if each in text]
+    return text[: min(ends, default=len(text))], bool(ends)
 
 
 def print_stream(
@@ -279,10 +290,14 @@ def print_stream(
         for step in steps:
             tokens.append(int(step[0]))  # waits for the GPU
             times.append(time.perf_counter())
-            text, ended = cut_at_stop(decode(tokenizer, after, tokens) if stop or prefix is not None else "", stop)
-            yield text
+            whole = decode(tokenizer, after, tokens) if stop or prefix is not None else ""
+            text, ended = cut_at_stop(whole, stop)
             if ended:
+                yield text
                 return
+            # What may become a stop string is not printed until it cannot.
+            held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
+            yield text[: len(text) - held]
         yield decode(tokenizer, after, tokens)
 
     parts, progress_bar = read(), bar("generating", total) if prefix is None else bar("reading the prompt", None)
