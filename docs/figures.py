@@ -3,7 +3,7 @@
     python docs/figures.py [FOLDER]
 
 Writes window.svg, heads.svg and route.svg into FOLDER, docs/figures if none is given. Needs matplotlib:
-pip install "mixtral-triton[plot]".
+pip install ".[plot]".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ try:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 except ImportError:
-    sys.exit('docs/figures.py needs matplotlib: pip install "mixtral-triton[plot]"')
+    sys.exit('docs/figures.py needs matplotlib: pip install ".[plot]"')
 
 TOKENS, WINDOW, LAYERS = 14, 4, 3  # of the window's figure
 TEXT = "The return statement leaves the current function call"
@@ -74,8 +74,8 @@ def heads(file: Path, Hq: int = 32, Hkv: int = 8) -> None:
 def route(file: Path) -> None:
     """The experts of each token of a sentence, layer by layer, in the small checkpoint."""
     model, tokenizer = Mixtral.from_pretrained(SMALL, device="cpu"), Tokenizer.from_file(str(SMALL / "tokenizer.json"))
-    ids = [0, *tokenizer.encode(TEXT, add_special_tokens=False).ids]
-    found: Any = trace(model, torch.tensor(ids), token_texts(tokenizer, TEXT, ids))
+    ids = tokenizer.encode(TEXT).ids
+    found: Any = trace(model, torch.tensor(ids), token_texts(tokenizer, TEXT))
     first = found.experts[:, :, 0]
     figure = Figure(figsize=(1.2 + 0.75 * len(ids), 3), layout="constrained")
     axes = figure.subplots()

@@ -162,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
         option("--system", metavar="TEXT", help="the system message of the chat; default: none")
         option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
         option("--temperature", type=float, metavar="X", help=f"0 is greedy; {stored} 0")
-        option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens; {stored} all")
+        option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens, 0: all; {stored} 0")
         option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
         option("--min-p", type=float, metavar="P", help=f"of those, at least P times the likeliest; {stored} 0")
         text = f"divides the logits of tokens that the text has; {stored} 1"
@@ -175,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "chat":
             option("--context", type=int, metavar="S", help="tokens of the chat; default: the model's positions")
         else:
+            option("--prompt", **shared["--prompt"] | {"help": f"{PROMPT}; repeated: turns of a chat"})
             text = "use the checkpoint's chat template, and answer each --prompt in turn"
             option("--chat", action="store_true", help=text)
             text = 'JSON lines with a "prompt", or "messages", and perhaps an "id": print one with a "text" for each'

@@ -260,9 +260,7 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     Raises FileNotFoundError if there is none, NotADirectoryError for a file, ValueError for a folder of another layout.
     """
     if not isinstance(folder, (str, os.PathLike)):
-        raise ValueError(
-            f"folder is a {type(folder).__name__}, needs the path of a checkpoint folder, or a name on the hub"
-        )
+        raise ValueError(f"folder is a {type(folder).__name__}, needs the path of a folder, or a name on the hub")
     path = SMALL if folder == SMALL.name and not os.path.lexists(folder) else Path(folder)
     if path.is_file():
         raise NotADirectoryError(f"{path}: is a file, needs the folder that holds config.json")

@@ -286,7 +286,7 @@ def to_rows(model: Mixtral, ids: Any, argument: str = "generate: input_ids") -> 
         raise ValueError(f"{argument} is {got}, needs a tensor [B, T] or a list of texts [T]")
 
     def is_ids(row: Any) -> bool:
-        return isinstance(row, (list, tuple)) and all(is_int(token, -(1 << 63)) and token < 1 << 63 for token in row)
+        return isinstance(row, (list, tuple)) and all(is_int(token, 0) and token < 1 << 63 for token in row)
 
     return [torch.tensor(row, dtype=torch.int64, device=model.device) if is_ids(row) else row for row in ids]
 
@@ -298,7 +298,7 @@ def check_rows(model: Mixtral, rows: Sequence[Tensor], what: str) -> None:
     for number, row in enumerate(rows):
         if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
             got = f"of shape {list(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
-            raise ValueError(f"{what} {number} is {got}, needs a tensor or list [T] of at least one token")
+            raise ValueError(f"{what} {number} is {got}, needs int64 [T] or a list of token ids, not empty")
         check_ids(row[None], model.config.vocab_size, model.device)
     if not readable(rows[0]):
         check_vocabulary(torch.cat([*rows]), model.config.vocab_size)  # the only synchronization of a prompt on a GPU

@@ -99,15 +99,12 @@ def load_tokenizer(folder: str | Path) -> Any:
     return FileTokenizer(path)
 
 
-def encode(
-    tokenizer: FileTokenizer, text: str, vocab_size: int, add_special_tokens: bool = True
-) -> tuple[list[int], str]:
+def encode(tokenizer: Any, text: str, vocab_size: int, add_special_tokens: bool = True) -> tuple[list[int], str]:
     """Return the text's tokens as transformers' `AutoTokenizer` has them, whose first and last are those of
     tokenizer.json's post-processor, and a warning where the text itself holds one that was added (<s>). The text of a
     chat template has them already. ValueError for a text without tokens, or with one that the model does not have."""
     encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    ids = encoding.ids
-    if not ids or max(ids) >= vocab_size:
+    if not (ids := encoding.ids) or max(ids) >= vocab_size:
         made, need = f"token {max(ids)}" if ids else "no token", f"at least one, of 0..{vocab_size - 1}, the model's"
         raise ValueError(f"{tokenizer.path} makes {made} of {text!r:.40}, needs {need}")
     marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
@@ -210,22 +207,19 @@ SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "mi
 # Fields of generation_config.json that change a text as they do in transformers, or change none.
 HONOURED = {*SAMPLING, "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
 # What transformers takes for a field that is missing, where it is not off: False, 0, an empty list.
-DEFAULTS: dict[str, Any] = dict.fromkeys(("num_assistant_tokens", "max_length"), 20)
-DEFAULTS |= dict.fromkeys(("assistant_lookbehind", "target_lookbehind"), 10) | {"assistant_confidence_threshold": 0.4}
+DEFAULTS: dict[str, Any] = {"max_length": 20, "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant"}
+DEFAULTS |= {"assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10, "target_lookbehind": 10}
 DEFAULTS |= dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "use_cache", "guidance_scale"), 1)
 DEFAULTS |= dict.fromkeys(("typical_p", "length_penalty", "encoder_repetition_penalty"), 1.0)
-DEFAULTS |= {"num_assistant_tokens_schedule": "constant"}
-TOP_K = 50  # of transformers' sampling, where generation_config.json has do_sample and no top_k
 
 
 def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the options of sampling, given, `stored` in generation_config.json or default, and notes on the stored:
     which were taken, and the names of those that change transformers' texts and none here."""
     explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    sampled = (
-        {"temperature": 1.0, "top_k": TOP_K} | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
-    )
-    found = {name: sampled[name] for name in SAMPLING if name in sampled and name not in explicit}
+    # transformers' own defaults of sampling, where the file does not say more
+    taken = {"temperature": 1.0, "top_k": 50} | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
+    found = {name: taken[name] for name in SAMPLING if name in taken and name not in explicit}
     options = SAMPLING | found | explicit
     effective = {name for name in found if (found[name] != 1 if name == PENALTY else options["temperature"])}
     used = ", ".join(f"{name} {value}" for name, value in found.items() if name in effective)

@@ -116,10 +116,8 @@ def token_texts(tokenizer: Any, text: str) -> list[str]:
     encoding = tokenizer.encode(text)
     reached = [0, *accumulate((end for _, end in encoding.offsets), max)]  # a character of several belongs to the first
     tokens = zip(encoding.ids, encoding.special_tokens_mask, reached, reached[1:], strict=False)
-    return [
-        (tokenizer.id_to_token(token) or str(token)) if added else text[begin:end]
-        for token, added, begin, end in tokens
-    ]
+    name = tokenizer.id_to_token
+    return [(name(token) or str(token)) if added else text[begin:end] for token, added, begin, end in tokens]
 
 
 def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, prompt: list[int], note: str) -> int:

@@ -114,7 +114,7 @@ def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any) -> None:
     if cache_dtype is not None:
         raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
     if find_spec(peer) is None:
-        raise ValueError("verify: peer 'transformers' is not installed: pip install 'mixtral-triton[hf]'")
+        raise ValueError("verify: peer 'transformers' is not installed: pip install 'transformers>=5.7'")
 
 
 def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:

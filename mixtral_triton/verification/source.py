@@ -180,8 +180,8 @@ def _text_rows(source: Source) -> list[Row]:
         tokens = {name: x["content"] if isinstance(x, dict) else x for name in names if (x := settings.get(name))}
         tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime, "tools": None}
         tokens |= {"documents": None, "generation": lambda caller: caller()}  # a block that is called, in a tag's place
-        called = re.sub(r"(\{%[-+]?\s*)generation(?=\s*[-+]?%\})", r"\1call generation()", template)
-        called = re.sub(r"(\{%[-+]?\s*)endgeneration(?=\s*[-+]?%\})", r"\1endcall", called)
+        called = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1call generation()", template)
+        called = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endcall", called)
         return got, environment.from_string(called).render(messages=messages, add_generation_prompt=True, **tokens)
 
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"

@@ -6,18 +6,26 @@ few tokens, offline compilation ends before the compiler (tests/compile runs it)
 have tests of their own, print their help.
 """
 
+import inspect
 import json
 import re
 import shlex
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mixtral_triton import MixtralConfig
+from mixtral_triton.cache import cache_bytes
 from mixtral_triton.cli import SMALL, parser
+from mixtral_triton.kernels.registry import OPERATIONS
+from mixtral_triton.tools.fit import KNOWN
 from tests.cli.commands import ROOT, python
 
 pytestmark = pytest.mark.compiled
@@ -116,19 +124,86 @@ def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:
     """Those of mixtral.md quote the reference, that of bench.md has a test of its own. NCCL has no simulation: a mesh
     is of one rank, on the CPU."""
     with_code = {path.name for path in DOCUMENTS if python_blocks(path.relative_to(ROOT))}
-    assert with_code == {"README.md", "mixtral.md", "bench.md", "weights.md", "scaling.md"}
-    prelude = "import os, torch\nfolder, ids = 'mixtral_triton/small', torch.tensor([[0, 72]])\n"
+    whole = "weights.md", "scaling.md", "ops.md", "generate.md"  # the blocks of each are one program
+    assert with_code == {"README.md", "mixtral.md", "bench.md", *whole}
+    prelude = "import os\n"
     prelude += "os.environ |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '0', 'RANK': '0', 'WORLD_SIZE': '1'}\n"
-    for number, block in enumerate((*python_blocks("docs/weights.md"), *python_blocks("docs/scaling.md"))):
-        (tmp_path / f"{number}.py").write_text(prelude + block.replace('"cuda", (2, 2)', '"cpu", (1, 1)'))
-        run_program(how, tmp_path / f"{number}.py")
+    for name in whole:
+        program = "\n".join(python_blocks(f"docs/{name}")).replace('"cuda", (2, 2)', '"cpu", (1, 1)')
+        (tmp_path / f"{name}.py").write_text(prelude + program)
+        run_program(how, tmp_path / f"{name}.py")
+
+
+def program_of(document: str) -> dict[str, Any]:
+    """Run a document's blocks of Python as one program -> its names."""
+    names: dict[str, Any] = {}
+    exec("\n".join(python_blocks(document)), names)
+    return names
+
+
+OPS_PAGE = ROOT / "docs" / "ops.md"
+
+
+def ops_page() -> str:
+    """Return docs/ops.md with its reference made anew from signatures and docstrings."""
+    page = "".join(OPS_PAGE.read_text(encoding="utf-8").partition("## Reference\n")[:2])
+    for name, function in OPERATIONS.items():
+        parameters = [each.replace(annotation=each.empty) for each in inspect.signature(function).parameters.values()]
+        what, *paragraphs = (" ".join(text.split()) for text in str(inspect.getdoc(function)).split("\n\n"))
+        (returns,) = (text.partition(" Raises ")[0] for text in paragraphs if text.startswith("Returns "))
+        what, returns = (textwrap.fill(text, 120, break_long_words=False) for text in (what, returns))
+        page += f"\n### {name}\n\n    {name}{inspect.Signature(parameters)}\n\n{what}\n\n{returns}\n"
+    return page
+
+
+def test_ops_page_is_that_of_the_docstrings() -> None:
+    need = "run `python -m tests.docs.test_docs`, which writes docs/ops.md"
+    assert OPS_PAGE.read_text(encoding="utf-8") == ops_page(), need
+
+
+def experts_by_loop(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for token, (experts, of_token) in enumerate(zip(ids.tolist(), weights, strict=True)):
+        for expert, weight in zip(experts, of_token, strict=True):
+            gate, up = (gate_up_proj[expert] @ x[token]).chunk(2)
+            out[token] += weight * (down_proj[expert] @ (F.silu(gate) * up))
+    return out
+
+
+def test_recipes_of_other_routers_compute_what_they_say() -> None:
+    """DeepSeek-V3's gate (arXiv 2412.19437, equations 12 to 16), OLMoE's, and a shared expert beside routed ones."""
+    torch.manual_seed(0)
+    found = program_of("docs/ops.md")
+    x, gate, bias, K = (found[name] for name in ("x", "gate", "bias", "K"))
+    experts, scores = (found["gate_up_proj"], found["down_proj"]), torch.sigmoid(x @ gate.T)
+    assert not torch.equal(found["ids"], scores.topk(K).indices)  # the bias decides
+    chosen = torch.stack([(row + bias).argsort(descending=True)[:K] for row in scores])
+    weights = torch.stack([row[ids] / row[ids].sum() for row, ids in zip(scores, chosen, strict=True)])
+    deepseek = experts_by_loop(x, *experts, chosen, 2.5 * weights)
+    assert torch.allclose(found["deepseek"], deepseek, atol=1e-5)
+    weights, chosen = (x @ gate.T).softmax(-1).sort(-1, descending=True)
+    olmoe = experts_by_loop(x, *experts, chosen[:, :K], weights[:, :K])
+    assert torch.allclose(found["olmoe"], olmoe, atol=1e-5) and (weights[:, :K].sum(-1) < 0.999).all()
+    gate, up = (x @ found["shared_gate_up"].T).chunk(2, -1)
+    shared = deepseek + F.silu(gate) * up @ found["shared_down"].T
+    assert torch.allclose(found["shared"], shared, atol=1e-5) and not torch.allclose(deepseek, shared, atol=0.1)
+
+
+def test_what_the_page_about_generating_says_of_the_cache() -> None:
+    found = program_of("docs/generate.md")
+    model, ids = found["model"], found["ids"]
+    assert found["cache"].lengths.tolist() == [5] and found["two"].lengths.tolist() == [4, 2]
+    assert torch.equal(found["texts"][0], found["batch"][0]) and found["token"].item() == found["batch"][0, 4]
+    short = model(ids.new_tensor([[0, 84]]))
+    assert torch.allclose(found["logits"][1, :2], short[0], atol=1e-2 * short.abs().max())
+    assert cache_bytes(KNOWN["mixtral-8x7b"], 1, 1) == 128 * 1024
 
 
 def test_figures_are_drawn_or_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_path('docs/figures.py', run_name='__main__')"
     done = python("-c", code)
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr == 'docs/figures.py needs matplotlib: pip install "mixtral-triton[plot]"\n'
+    assert done.stderr == 'docs/figures.py needs matplotlib: pip install ".[plot]"\n'
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import figures
@@ -244,3 +319,7 @@ def test_command_runs(line: str, one_layer: Path, tmp_path: Path) -> None:
     allowed = {0, 1} if " fit " in line else {0, 5} if collects else {0}  # 1: no format fits; 5: no test is selected
     assert done.returncode in allowed, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr
+
+
+if __name__ == "__main__":
+    OPS_PAGE.write_text(ops_page(), encoding="utf-8")

@@ -213,11 +213,11 @@ def test_no_new_tokens_and_a_model_without_values(idle: Make, device: torch.devi
 IDS: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: [x[0], x[0, :0]], "prompt 1"),
     (lambda x: [x], "prompt 0"),
-    (lambda x: x.tolist()[0], "prompt 0 is a int, needs a tensor or list"),
+    (lambda x: x.tolist()[0], "prompt 0 is a int, needs int64 .T. or a list of token ids"),
     (lambda x: [[1, 2], [1, 2.0]], "prompt 1 is a list"),
     (lambda x: [[True]], "prompt 0 is a list"),
     (lambda x: [[1 << 63]], "prompt 0 is a list"),
-    (lambda x: [[-1]], "token -1"),
+    (lambda x: [[-1]], "prompt 0 is a list"),
     (lambda x: [[1], []], "prompt 1"),
     (lambda x: x * 0 + V, f"{V}"),
     (lambda x: x.to("meta"), "meta"),

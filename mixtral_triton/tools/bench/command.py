@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--plot {str(args.plot)!r} needs a name that ends in .png, .svg or .pdf")
         check_writable("--plot", args.plot)
         if find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install 'mixtral-triton[plot]'")
+            raise ValueError("--plot needs matplotlib: pip install matplotlib")
     out, timer = console(stderr=args.json), None
     if args.gpu is None and torch.cuda.is_available():
         device, gpu, timer = current_gpu()
