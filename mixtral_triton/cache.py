@@ -33,11 +33,6 @@ def cache_bytes(config: MixtralConfig, batch: int, max_len: int, dtype: torch.dt
     return math.prod(vectors) * vector_bytes(D, dtype.itemsize, dtype is torch.int8)
 
 
-def _shared(old: list[int], new: list[int]) -> int:
-    """Return how many tokens both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-
-
 class KVCache:
     """Ring caches of every layer, and the length of each sequence.
 
@@ -177,39 +172,42 @@ class KVCache:
         return texts if [*map(len, texts)] == lengths else None  # else a caller wrote a larger length
 
     def set_back(self, texts: list[list[int]]) -> list[int]:
-        """Drop what is not the beginning of each sequence's text -> the number of its tokens that stay, and need not be
-        computed again: at most all but the last, whose logits are wanted.
-
-        Warns where a sequence is dropped whole although its text begins as before: the ring has lost keys that the
-        window sees there, or its tokens are unknown.
-        """
-        held, lengths, reasons = self._held(), self.lengths.tolist(), list[str]()
+        """Drop what is not the beginning of each sequence's text -> the tokens that stay, at most all but the last of the
+        text, whose logits are wanted. Warns where all have to go: a ring has lost keys, or tokens are unknown."""
+        held, lengths, reused, reasons = self._held(), self.lengths.tolist(), list[int](), set[str]()
         # A failed forward may have taken slots, too.
         written = lengths if self.appending is None else (self.lengths + self.appending).tolist()
-        reused = [_shared(old, new[:-1]) for old, new in zip(held or [[]] * len(texts), texts, strict=True)]
-        if held is None:
-            reasons = ["the host does not know the tokens that a forward on a GPU, or a graph, appended to the cache"]
-        for b, same in enumerate(reused):
+        for text, old, reached in zip(texts, held or [[]] * len(texts), written, strict=True):
+            pairs = enumerate(zip(old, text[:-1], strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(len(old), len(text) - 1))
             # One token may go: it took the slot of a key that its own query does not see either.
-            if self.window and written[b] > self.slots and 0 < same < written[b] - 1:
-                reused[b] = 0
-                reasons.append(f"sequence {b} has other tokens than the cache from {same} on, and the ring moved on")
+            lost = self.window and reached > self.slots and 0 < same < reached - 1
+            if held is None or lost:
+                what = f"other tokens are in the cache from {same} on, and its ring has moved on"
+                reasons.add(
+                    what if lost else "a forward on a GPU or a graph has appended tokens that the host does not know"
+                )
+            reused.append(0 if lost else same)
         if reasons:
-            text = f"generate: the text is computed from the start, because {'; '.join(reasons)}"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            message = f"generate: a text is computed from its start: {'; '.join(sorted(reasons))}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         if reused != lengths:
             self.lengths.copy_(torch.tensor(reused))
         self.texts, self.drawn, self.reused, self.appending = texts, [], reused, None
         return reused
 
     def grown(self, max_len: int) -> KVCache:
-        """Return a cache for `max_len` tokens that holds the same; this one where it is long enough."""
+        """Return a cache for `max_len` tokens that holds the same; this one where it is long enough, as any ring is."""
         if max_len <= self.max_len:
             return self
         cache = KVCache(self.config, self.batch, max_len, self.lengths.device, self.dtype)
         for old, new in zip((*self.keys, *self.values), (*cache.keys, *cache.values), strict=True):
-            new[:, :, : self.slots].copy_(old)  # type: ignore[arg-type]  # no ring, which has the model's positions from the start
+            new[:, :, : self.slots].copy_(old)  # type: ignore[arg-type]
         cache.lengths.copy_(self.lengths)
-        cache.texts, cache.drawn, cache.replayed = self.texts, self.drawn, self.replayed
-        cache.filled_by = self.filled_by
+        cache.texts, cache.drawn, cache.replayed, cache.filled_by = (
+            self.texts,
+            self.drawn,
+            self.replayed,
+            self.filled_by,
+        )
         return cache

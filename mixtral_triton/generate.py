@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -106,15 +107,24 @@ def stream(
     device, or with `logprobs` over `Logprobs` of a step. A sequence that has ended repeats its EOS; the iterator ends
     once every sequence has. A cache is right wherever the caller stops."""
     eos, rows = eos_ids(eos_token_id, model.config), to_rows(model, input_ids)
-    sampling = Sampling(temperature, top_p, generator, top_k, min_p, repetition_penalty)
-    dtypes, vocabulary = (None, model.dtype, torch.int8), model.config.vocab_size
+    dtypes, vocabulary, penalty = (None, model.dtype, torch.int8), model.config.vocab_size, repetition_penalty
+    finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
+    penalizes = _is_number(penalty) and 0.0 < penalty <= torch.finfo(torch.float32).max
+    is_generator = generator is None or isinstance(generator, torch.Generator)
+    same_device = not isinstance(generator, torch.Generator) or generator.device.type == model.device.type
     measures = logprobs is None or (is_int(logprobs, 0) and logprobs <= vocabulary)
     for name, got, valid, need in (
         ("max_new_tokens", repr(max_new_tokens), is_int(max_new_tokens, 0), "an integer of at least 0"),
-        *sampling.checks(model.device),
+        ("temperature", repr(temperature), finite, "a finite number of at least 0"),
+        ("top_p", repr(top_p), _is_number(top_p) and 0.0 < top_p <= 1.0, "a number above 0, at most 1"),
+        ("top_k", repr(top_k), top_k is None or is_int(top_k, 1), "an integer of at least 1, or None"),
+        ("min_p", repr(min_p), _is_number(min_p) and 0.0 <= min_p <= 1.0, "a number from 0 to 1"),
+        ("repetition_penalty", repr(penalty), penalizes, "a finite number above 0"),
         ("cache_dtype", repr(cache_dtype), cache_dtype in dtypes, f"None, {model.dtype}, the model's, or torch.int8"),
         ("logprobs", repr(logprobs), measures, f"an integer from 0 to {vocabulary}, the vocabulary, or None"),
         ("the model", "on the meta device, which holds no numbers", model.device.type != "meta", "a CPU or a GPU"),
+        ("generator", f"a {type(generator).__name__}", is_generator, "a torch.Generator"),
+        ("generator", f"on {getattr(generator, 'device', None)}", same_device, f"the model's device, {model.device}"),
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")
@@ -131,10 +141,9 @@ def stream(
         cache.check_length(longest + max(0, max_new_tokens - 1))
     if generator is None and temperature > 0.0 and model.device.type == "cuda":
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
-        seed = int(torch.randint(1 << 62, (), device="cpu"))
-        sampling = sampling._replace(generator=torch.Generator(model.device).manual_seed(seed))
-    dtype = model.dtype if cache_dtype is None else cache_dtype
-    return _stream(model, rows, max_new_tokens, eos, sampling, cache or dtype, logprobs)
+        generator = torch.Generator(model.device).manual_seed(int(torch.randint(1 << 62, (), device="cpu")))
+    sampling = Sampling(temperature, top_p, generator, top_k, min_p, penalty)
+    return _stream(model, rows, max_new_tokens, eos, sampling, cache or cache_dtype or model.dtype, logprobs)
 
 
 @torch.inference_mode(False)  # outermost: leaving inference mode turns gradients on
@@ -157,7 +166,7 @@ def _stream(
         texts = [row[kept:] for row, kept in zip(rows, cache.set_back([row.tolist() for row in rows]), strict=True)]
         cache.filled_by, drawn = model.dtype, cache.drawn
     step = Step(model, cache, eos, sampling, logprobs)
-    for seen, row in zip(step.seen, rows, strict=True) if step.seen is not None else ():
+    for seen, row in zip(step.seen, rows, strict=True) if step.penalizes else ():
         seen[row] = True
     replayed = cache.replayed
     step.pick(prefill(model, cache, *pad(texts, model.device)))
@@ -209,18 +218,17 @@ class Step:
         self, model: Mixtral, cache: KVCache, eos: frozenset[int], sampling: Sampling, logprobs: int | None = None
     ) -> None:
         self.model, self.cache, self.sampling, self.no_pdl = model, cache, sampling, False
+        self.penalizes = sampling.repetition_penalty != 1.0
         B, device = cache.batch, model.device
         self.stops = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
         self.token = torch.zeros(B, dtype=torch.int64, device=device)
         self.ended = torch.zeros(B, dtype=torch.bool, device=device)
         self.new = torch.ones(B, dtype=torch.int32, device=device)
-        self.seen: Tensor | None = None
         self.measured: tuple[Tensor, ...] = ()
-        if sampling.repetition_penalty != 1.0:
-            self.seen = torch.zeros((B, model.full_config.vocab_size), dtype=torch.bool, device=device)
+        self.seen = torch.zeros((B, model.config.vocab_size), dtype=torch.bool, device=device)
         if logprobs is not None:
-            top = (torch.zeros((B, logprobs), dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))
-            self.measured = torch.zeros(B, device=device), *top
+            no_steps = Logprobs(*(each[:, 0] for each in stack_steps([], B, 1, logprobs)))
+            self.measured = tuple(each.to(device, copy=True) for each in no_steps[1:])
 
     def __call__(self) -> None:
         with launch_context(no_pdl=self.no_pdl):
@@ -230,19 +238,17 @@ class Step:
     def pick(self, h: Tensor) -> None:
         """Pick the next tokens from the hidden states h [B,H]."""
         logits = self.model.head(h)
-        scores = logits if self.seen is None else penalize(logits, self.seen, self.sampling.repetition_penalty)
+        scores = penalize(logits, self.seen, self.sampling.repetition_penalty) if self.penalizes else logits
         token = sample(scores, *self.sampling[:5])
         if self.model.ranks is not None:
             token = self.model.ranks.broadcast(token)
         self.token.copy_(torch.where(self.ended, self.token, token))
         if self.measured:
-            logprobs, top_ids, top_logprobs = measure(logits, self.token, self.measured[1].shape[1])
-            ended, at_the_end = self.ended[:, None], self.token[:, None]
-            self.measured[0].copy_(logprobs.masked_fill(self.ended, 0.0))
-            self.measured[1].copy_(torch.where(ended, at_the_end, top_ids))
-            self.measured[2].copy_(top_logprobs.masked_fill(ended, 0.0))
+            N = self.measured[1].shape[1]
+            for buffer, value in zip(self.measured, measure(logits, self.token, self.ended, N), strict=True):
+                buffer.copy_(value)
         self.ended |= (self.token[:, None] == self.stops).any(-1)
-        if self.seen is not None:
+        if self.penalizes:
             self.seen.scatter_(1, self.token[:, None], True)
 
     def result(self) -> Any:
@@ -308,6 +314,10 @@ def pad(texts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad 1-D texts on the right with token 0 -> ids [B,T], lengths int64 [B], both on the device."""
     lengths = torch.tensor([len(row) for row in texts], device=device)
     return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True), lengths
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def eos_ids(eos_token_id: int | Sequence[int] | None, config: Any) -> frozenset[int]:

@@ -1,13 +1,9 @@
 """The next token from the logits: repetition penalty, then greedy or sampled; and log probabilities."""
 
-import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from .inputs import is_int
 
 MIN_TEMPERATURE = 1e-30
 TINY = torch.finfo(torch.float32).tiny  # in fp32 a smaller number may be 0
@@ -22,21 +18,6 @@ class Sampling(NamedTuple):
     top_k: int | None = None
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-
-    def checks(self, device: torch.device) -> Iterator[tuple[str, str, bool, str]]:
-        """Yield (argument, what it got, whether it is valid, what it needs) for each argument."""
-        temperature, top_p, generator, top_k, min_p, penalty = self
-        below_inf = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
-        is_generator = generator is None or isinstance(generator, torch.Generator)
-        same_device = not isinstance(generator, torch.Generator) or generator.device.type == device.type
-        penalizes = _is_number(penalty) and 0.0 < penalty <= torch.finfo(torch.float32).max
-        yield "temperature", repr(temperature), below_inf, "a finite number of at least 0"
-        yield "top_p", repr(top_p), _is_number(top_p) and 0.0 < top_p <= 1.0, "a number above 0, at most 1"
-        yield "top_k", repr(top_k), top_k is None or is_int(top_k, 1), "an integer of at least 1, or None"
-        yield "min_p", repr(min_p), _is_number(min_p) and 0.0 <= min_p <= 1.0, "a number from 0 to 1"
-        yield "repetition_penalty", repr(penalty), penalizes, "a finite number above 0"
-        yield "generator", f"a {type(generator).__name__}", is_generator, "a torch.Generator"
-        yield "generator", f"on {getattr(generator, 'device', None)}", same_device, f"the model's device, {device}"
 
 
 class Logprobs(NamedTuple):
@@ -57,19 +38,14 @@ class Logprobs(NamedTuple):
 def stack_steps(steps: list[Any], B: int, n: int, N: int) -> Logprobs:
     """Stack what `stream` yields to a `Logprobs` of the new tokens, [B,n] and [B,n,N], on the CPU. Where the steps are
     fewer, each sequence has ended: the rest is padded with its EOS and 0."""
-    shapes = ((B, n), torch.int64), ((B, n), torch.float32), ((B, n, N), torch.int64), ((B, n, N), torch.float32)
-    stacked = Logprobs(*(torch.zeros(shape, dtype=dtype, device="cpu") for shape, dtype in shapes))
+    ids, values = (torch.zeros((B, n, N + 1), dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float32))
+    stacked = Logprobs(ids[..., 0], values[..., 0], ids[..., 1:], values[..., 1:])
     columns = zip(*(step if isinstance(step, Logprobs) else (step,) for step in steps), strict=True)
     for result, column in zip(stacked, columns, strict=False):
         result[:, : len(steps)] = torch.stack(column, dim=1)
     if steps:
-        stacked.ids[:, len(steps) :] = stacked.ids[:, len(steps) - 1 : len(steps)]
-        stacked.top_ids[:, len(steps) :] = stacked.ids[:, len(steps) :, None]
+        ids[:, len(steps) :] = ids[:, len(steps) - 1 : len(steps), :1]
     return stacked
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -78,12 +54,13 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def measure(logits: Tensor, token: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log probability of token [B] by logits fp32 [B,V], and the `count` likeliest ids and theirs [B,count].
-    Of equal ones the lowest id is first, as in argmax."""
-    logprobs = logits.log_softmax(-1)
-    top, ids = (each[:, :count] for each in logprobs.sort(dim=-1, descending=True, stable=True))
-    return logprobs.gather(1, token[:, None])[:, 0], ids, top
+def measure(logits: Tensor, token: Tensor, ended: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log probability of token [B] by logits fp32 [B,V], the N likeliest ids and theirs [B,N]. Of equal ones
+    the lowest id is first, as in argmax. Of a sequence that has `ended` [B]: 0, its token and 0."""
+    logprobs, over = logits.log_softmax(-1), ended[:, None]
+    top, ids = (each[:, :N] for each in logprobs.sort(dim=-1, descending=True, stable=True))
+    logprob = logprobs.gather(1, token[:, None]).masked_fill(over, 0.0)[:, 0]
+    return logprob, torch.where(over, token[:, None], ids), top.masked_fill(over, 0.0)
 
 
 def sample(
