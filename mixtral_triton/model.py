@@ -28,6 +28,7 @@ from .kernels.offload import empty_on_host
 from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
+from .score import score
 
 LayerCache = tuple[Slots, Slots]  # a layer's cached keys and values, [B, Hkv, C, D] each
 WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
@@ -360,6 +361,7 @@ class Mixtral(nn.Module):
 
     generate = generate
     stream = stream
+    score = score
 
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
@@ -381,8 +383,10 @@ class Mixtral(nn.Module):
             cache.reserve(T if lengths is None else lengths)
             if not torch.compiler.is_compiling():
                 cache.filled_by = self.dtype
+                cache.record(input_ids, lengths)
 
     def _check_cache(self, cache: KVCache, B: int) -> None:
+        """Raise ValueError unless `cache` is one of this model, for B sequences."""
         if not isinstance(cache, KVCache):
             raise ValueError(f"Mixtral: argument 'cache' is a {type(cache).__name__}, needs a KVCache")
         check_lengths("KVCache", cache.lengths, None, None)  # a caller may have set them

@@ -276,11 +276,16 @@ def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
     return model
 
 
-def launch_text(model: Mixtral, tokens: int, new: int, cache_dtype: torch.dtype | None = None, batch: int = 1) -> None:
-    """Launch on the meta device what `generate` launches for prompts of up to so many tokens, and `new` ones."""
+def launch_text(
+    model: Mixtral, tokens: int, new: int, cache_dtype: torch.dtype | None = None, batch: int = 1, held: int = 0
+) -> None:
+    """Launch on the meta device what `generate` launches for prompts of up to so many tokens, `held` of which a cache
+    has, and `new` ones."""
     kinds = {bool(getattr(layer.down_proj, "on_host", ())): index for index, layer in enumerate(model.layers)}
     model = on_meta(model, [*kinds.values()])  # a layer with experts in host memory, and one without
-    ids, lengths = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((batch, tokens), (batch,)))
+    ids, lengths = (
+        torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((batch, tokens - held), (batch,))
+    )
     cache = KVCache(model.config, batch, tokens + new, "meta", cache_dtype or model.dtype)
     model.head(prefill(model, cache, ids, lengths))
     model.head(model.hidden(ids[:, :1], cache)[:, 0])

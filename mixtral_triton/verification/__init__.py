@@ -63,6 +63,7 @@ def verify(
     quick: bool = False,
     tokens: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    text: Tensor | None = None,
 ) -> Report:
     """Compare `target` with torch, or a transformers Mixtral with transformers' own modules -> Report.
 
@@ -73,6 +74,7 @@ def verify(
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
+    text: int64 [N], whose perplexity the cost of quantizing has; None: the folder's held-out text, if there is one.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
@@ -102,7 +104,7 @@ def verify(
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         under_test = kind(target)
         under_test.quantized = cache_dtype is torch.int8
-        return _verify(under_test, input_ids, progress, folder, peer, quick, tokens)
+        return _verify(under_test, input_ids, progress, folder, peer, quick, tokens, text)
 
 
 def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any) -> None:
@@ -137,7 +139,14 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
 
 
 def _verify(
-    target: Any, input_ids: Tensor | None, progress: Progress, folder: Any, peer: str | None, quick: bool, tokens: Any
+    target: Any,
+    input_ids: Tensor | None,
+    progress: Progress,
+    folder: Any,
+    peer: str | None,
+    quick: bool,
+    tokens: Any,
+    text: Tensor | None,
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
@@ -157,8 +166,8 @@ def _verify(
 
     kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
-    rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0))
-    cache_cost = measure_cache_cost(target, folder, ids) if target.quantized else None
+    rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
+    cache_cost = measure_cache_cost(target, folder, ids, text) if target.quantized else None
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))

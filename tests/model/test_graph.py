@@ -71,6 +71,31 @@ def test_replays_draw_new_tokens_and_take_the_top_k(gpu: Any) -> None:
     assert gpu.replays == 14 + NEW - 2
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_replays_go_on_in_a_cache_with_penalty_and_log_probabilities(window: int | None, gpu: Any) -> None:
+    """Sequences end at different replays, and a second turn continues where each stands."""
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "repetition_penalty": 1.4}
+    plain = texts(build(window, "cpu"), **settings)
+    assert plain != texts(build(window, "cpu"), max_new_tokens=NEW)
+    settings |= {"eos_token_id": [plain[1][3]], "logprobs": 2}
+    found = []
+    for device in ("cpu", GPU_DEVICE):
+        model, turns, ids = build(window, device), list[Any](), prompts(device)
+        cache = KVCache(model.config, len(ids), 40, device, model.dtype)
+        for _ in range(2):
+            held = cache.lengths.tolist()
+            got = model.generate(ids, cache=cache, **settings)
+            assert cache.reused == held
+            assert cache.lengths.tolist() == [len(text) - 1 for text in got.ids]
+            turns += [[each.tolist() for each in part] for part in got[::2]]
+            turns.append(torch.cat(got.logprobs).tolist())
+            ids = [torch.cat((text, text[-3:])) for text in got.ids]
+        found.append(turns)
+    (cpu, on_gpu), replays = found, gpu.replays
+    assert cpu[::3] == on_gpu[::3] and cpu[1::3] == on_gpu[1::3] and replays > NEW
+    assert all(a == pytest.approx(b, abs=1e-4) for a, b in zip(cpu[2::3], on_gpu[2::3], strict=True))
+
+
 def looks(step: Any) -> None:
     """A host that looks at a value: CUDA gives up the capture, and its end fails as well."""
     step()
