@@ -28,13 +28,13 @@ from .samples import shape_grid, shapes
 from .tiles import (
     GROUP_M,
     QUANTIZED_DECODE,
-    QUANTIZED_PREFILL,
     DecodeTile,
     PrefillTile,
     Table,
     decode_tile,
     power_of_2,
     prefill_tile,
+    quantized_prefill,
     weight_config,
 )
 from .unpack import fields_of
@@ -143,7 +143,9 @@ def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool
 def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     T, quantized = sizes.T, sizes.weight
     few = decode_tile(QUANTIZED_DECODE if quantized else DECODE, T, dtype, arch)
-    many = prefill_tile(QUANTIZED_PREFILL if quantized else PREFILL, 0 if sizes.deterministic else T, dtype, arch)
+    many = prefill_tile(
+        quantized_prefill(quantized) if quantized else PREFILL, 0 if sizes.deterministic else T, dtype, arch
+    )
     block_m = many.BLOCK_M if sizes.deterministic else power_of_2(T, low=16, high=many.BLOCK_M)
     return {
         "linear_decode_kernel": weight_config(few, sizes.N, sizes.H, quantized, BLOCK_T=few.BLOCK_T),

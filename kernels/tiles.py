@@ -12,7 +12,7 @@ import torch
 
 from .arch import family
 from .launch import LaunchConfig
-from .quantized import tile_columns
+from .quantized import BITS, tile_columns
 
 
 def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
@@ -59,21 +59,33 @@ QUANTIZED_DECODE: Table[DecodeTile] = {
     "gfx942": (DecodeTile(16, 16, 32, 0, 4, 1), DecodeTile(64, 64, 32, 0, 8, 1)),
     "fp32": (DecodeTile(16, 16, 16, 0, 8, 2), DecodeTile(32, 16, 16, 0, 8, 2), DecodeTile(64, 16, 16, 0, 8, 2)),
 }
-QUANTIZED_PREFILL: Table[PrefillTile] = {
-    "sm_80": (
-        PrefillTile(0, 64, 128, 0, 4, 3),
-        PrefillTile(128, 128, 64, 0, 4, 3),
-        PrefillTile(256, 256, 64, 0, 8, 3),
-    ),
-    "sm_90": (
-        PrefillTile(0, 64, 128, 0, 4, 4),
-        PrefillTile(128, 128, 128, 0, 4, 4),
-        PrefillTile(256, 256, 128, 0, 8, 4),
-    ),
-    "sm_100": (PrefillTile(0, 64, 128, 0, 4, 4), PrefillTile(128, 128, 256, 0, 8, 3)),
-    "gfx942": (PrefillTile(0, 64, 64, 0, 4, 2), PrefillTile(256, 128, 128, 0, 8, 2)),
-    "fp32": (PrefillTile(0, 32, 32, 0, 8, 2),),
+# A unit's tile of a weight meets as many tiles of x as an element has codes, which take shared memory.
+_INT4_HOPPER = PrefillTile(0, 64, 128, 0, 4, 2), PrefillTile(64, 128, 128, 0, 8, 2)
+QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
+    4: {
+        "sm_80": (PrefillTile(0, 64, 128, 0, 8, 2),),
+        "sm_90": _INT4_HOPPER,
+        "sm_100": _INT4_HOPPER,
+        "gfx942": (PrefillTile(0, 64, 64, 0, 4, 2), PrefillTile(256, 128, 128, 0, 8, 1)),
+        "fp32": (PrefillTile(0, 32, 32, 0, 8, 2),),
+    },
+    8: {
+        "sm_80": (PrefillTile(0, 64, 128, 0, 4, 3),),
+        "sm_90": (
+            PrefillTile(0, 64, 128, 0, 4, 3),
+            PrefillTile(64, 128, 128, 0, 8, 3),
+            PrefillTile(192, 256, 128, 0, 8, 2),
+        ),
+        "sm_100": (PrefillTile(0, 64, 128, 0, 4, 2), PrefillTile(64, 128, 128, 0, 8, 2)),
+        "gfx942": (PrefillTile(0, 64, 64, 0, 4, 2), PrefillTile(256, 128, 128, 0, 8, 1)),
+        "fp32": (PrefillTile(0, 32, 32, 0, 8, 2),),
+    },
 }
+
+
+def quantized_prefill(name: str) -> Table[PrefillTile]:
+    """Return the tiles of a format, as `QuantizedWeight.name` has it."""
+    return QUANTIZED_PREFILL[BITS[name.partition(":")[0]]]
 
 
 def tiles_for(table: Table[Tile], dtype: torch.dtype, arch: str, variant: str = "") -> Sequence[Tile]:

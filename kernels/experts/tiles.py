@@ -13,13 +13,13 @@ from ..sort import gather_config
 from ..tiles import (
     GROUP_M,
     QUANTIZED_DECODE,
-    QUANTIZED_PREFILL,
     DecodeTile,
     PrefillTile,
     Table,
     decode_tile,
     power_of_2,
     prefill_tile,
+    quantized_prefill,
     weight_config,
 )
 from .kernels import main_rows
@@ -121,7 +121,7 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
     def config(
         dense: Table[PrefillTile], columns: int, depth: int, quantized: str | None, halves: int = 1
     ) -> LaunchConfig:
-        table = QUANTIZED_PREFILL if quantized else dense
+        table = quantized_prefill(quantized) if quantized else dense
         tile = prefill_tile(table, rows, dtype, arch, "pointers" if sizes.by_pointers else "")
         block_m, short_m = tile.BLOCK_M, tile.SHORT_M
         if not sorted_x:  # pointers need tiles of one part, a power of 2
