@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
@@ -203,7 +203,8 @@ def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
 
 def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int | None, cache_dtype: Any) -> None:
     """Launch on the meta device what `verify` launches on the model's GPU for a text [B,T], with the same options."""
-    (B, T), gpu = shape, (target_arch(model.device), multiprocessors(model.device))
+    (B, T), ids = shape, torch.empty(shape, dtype=torch.int64, device="meta")
+    gpu = target_arch(model.device), multiprocessors(model.device)
     # The first layer, and of those behind it one with experts in host memory and one without.
     kinds = {(at > 0, bool(getattr(each.down_proj, "on_host", ()))): at for at, each in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
@@ -224,21 +225,21 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
         with each.forward(config, keeps_routes) as forward:
             for _, chunk, _, cache, kwargs in forwards:
                 lengths = {name: value.to("meta") for name, value in kwargs.items()}
-                _launch(target, forward, chunk.shape, cache, **lengths)
+                _launch(forward, ids.new_empty(chunk.shape), cache, **lengths)
     with target.forward(copied.config, keeps_routes) as forward:
-        _launch(target, forward, (B, T), target.make_cache(copied.config, B, T), lengths=x.new_empty(B).int())
-    generating, prompts = _with_prompts(copied, torch.empty((B, T), dtype=torch.int64, device="meta"))
+        _launch(forward, ids, target.make_cache(copied.config, B, T), lengths=ids[:, 0].int())
+    generating, prompts = _with_prompts(copied, ids)
     new = min(NEW_TOKENS, model.config.max_position_embeddings - len(prompts[0]))
     launch_text(generating, len(prompts[0]), new, cache_dtype, len(prompts))
-    _launch(target, copied, (B, 1))  # of `_refusals`
     repeated = KVCache(copied.config, BATCH, REPEATED_TOKENS + 1, "meta", copied.dtype)
-    for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1):  # of `_repeated_rows`
-        _launch(target, copied, (BATCH, new), repeated)
+    chunks = [ids.new_empty((BATCH, new)) for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1)]
+    for args in (*_wrong_calls(copied, ids).values(), *((chunk, repeated) for chunk in chunks)):
+        _launch(copied, *args)
 
 
-def _launch(target: Any, forward: Callable[..., Any], shape: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    with target.catch_faults(lambda note: None):  # `verify` reports it
-        forward(torch.empty(shape, dtype=torch.int64, device="meta"), *args, **kwargs)
+def _launch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    with suppress(Exception):  # `verify` reports it
+        forward(*args, **kwargs)
 
 
 def _with_prompts(model: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
@@ -288,14 +289,14 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     return [*rows, _check_sample(baseline.flatten(0, 1).float())]
 
 
-def _refusals(model: Any, ids: Tensor) -> Row:
-    """Whether the forward refuses what it must: by a ValueError, or on a GPU, whose values are not read, by NaN."""
+def _wrong_calls(model: Any, ids: Tensor) -> dict[str, tuple[Any, ...]]:
+    """Return arguments of the forward that it must refuse, by what is wrong with them."""
     B, config, device, dtype = len(ids), model.config, model.device, model.dtype
     full, token = KVCache(config, B, 1, device, dtype), ids[:, :1]
     full.lengths += full.max_len
     other = next(each for each in (torch.float32, torch.bfloat16) if each != dtype)
     changed = replace(config, rms_norm_eps=config.rms_norm_eps + 1)
-    wrong: dict[str, tuple[Any, ...]] = {
+    return {
         "a full cache": (token, full),
         "a token outside the vocabulary": (token * 0 + config.vocab_size,),
         "lengths beyond the chunk": (token, KVCache(config, B, 2, device, dtype), torch.full_like(token[:, 0], 2)),
@@ -304,14 +305,18 @@ def _refusals(model: Any, ids: Tensor) -> Row:
         "a cache of another dtype": (token, KVCache(config, B, 2, device, other)),
         "another model's cache": (token, KVCache(changed, B, 2, device, dtype)),
     }
-    for name, args in wrong.items():
+
+
+def _refusals(model: Any, ids: Tensor) -> Row:
+    """Whether the forward refuses what it must: by a ValueError, or on a GPU, whose values are not read, by NaN."""
+    accepted = []
+    for name, args in _wrong_calls(model, ids).items():
         try:
-            refused = bool(model(*args).isnan().all()) and device.type != "cpu"
+            refused = bool(model(*args).isnan().all()) and model.device.type != "cpu"
         except Exception as error:
             refused = isinstance(error, ValueError)
-        if not refused:
-            return Row.exact(None, "forward", REFUSALS, False, f"{name} is not refused")
-    return Row.exact(None, "forward", REFUSALS, True)
+        accepted += [] if refused else [f"{name} is not refused"]
+    return Row.exact(None, "forward", REFUSALS, not accepted, "; ".join(accepted))
 
 
 def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
