@@ -41,13 +41,13 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.load import usable_cores
 from mixtral_triton.tools import predict
 from mixtral_triton.tools.bench import decode_step
-from mixtral_triton.tools.bench.cases import BENCHED, QUANTIZED, Case, cases
+from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
 from mixtral_triton.tools.bench.command import number, sizes_text
 from mixtral_triton.tools.bench.measure import DeviceTimer, untimed_row
 from mixtral_triton.tools.bench.peers import PEERS
 from mixtral_triton.tools.gpus import GPU, GPUS, data_sheet
 from mixtral_triton.tools.offline import compile_launches
-from mixtral_triton.tools.terminal import toolchain_fault
+from mixtral_triton.tools.terminal import QUANTIZED, toolchain_fault
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 550.0
 NOW = "clocks.sm,clocks.mem,power.draw,temperature.gpu"  # of a GPU under load
