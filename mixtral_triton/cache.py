@@ -172,8 +172,8 @@ class KVCache:
         return texts if [*map(len, texts)] == lengths else None  # else a caller wrote a larger length
 
     def set_back(self, texts: list[list[int]]) -> list[int]:
-        """Drop what is not the beginning of each text -> the number of tokens that stay, at most all but the last of the
-        text, whose logits are wanted. Warns where none can stay: a ring has lost keys, or tokens are unknown."""
+        """Drop what is not the beginning of each text -> the number of tokens that stay, at most all but the last of
+        the text, whose logits are wanted. Warns where none can stay: a ring has lost keys, or tokens are unknown."""
         held, lengths, reused, reasons = self._held(), self.lengths.tolist(), list[int](), set[str]()
         # A failed forward may have taken slots, too.
         written = lengths if self.appending is None else (self.lengths + self.appending).tolist()
