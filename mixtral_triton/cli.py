@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,8 +30,6 @@ from .tools.prompt import ChatTemplate, encode, load_tokenizer, print_stream, re
 from .tools.terminal import bar, did_you_mean, exit_status, nearest, print_message
 
 if TYPE_CHECKING:
-    import torch
-
     from .model import Mixtral
 
 FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
@@ -246,21 +245,20 @@ def _encode(args: argparse.Namespace, tokenizer: Any, text: str, model: Mixtral,
     return ids
 
 
-def _compile(model: Mixtral, sizes: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype], cache: Any) -> None:
-    """Compile what forwards of [B,T] tokens over a cache of C slots and a dtype launch on a GPU; show the progress."""
+def _compile(launch: Callable[..., object], model: Mixtral, *args: Any) -> None:
+    """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .tools.offline import compile_ahead
 
         with bar("compiling", None, compiles=True) as progress:
-            compile_ahead(model, sizes, dtypes, progress.update, cache)
+            compile_ahead(model, partial(launch, model, *args), progress.update)
 
 
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     import torch
 
-    from .verification import check_peer, default_text, estimate, verify
-    from .verification.calls import forwards
+    from .verification import check_peer, default_text, estimate, launch_all, verify
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     check_peer(args.peer, args.tp * args.ep > 1, args.cache_dtype)
@@ -277,8 +275,7 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             print_message(note)
             print_message(estimate(model, text_ids, args.folder, quick))
-        dtypes = [model.dtype] if quick else [model.dtype, torch.float32]
-        _compile(model, forwards(model.config), dtypes, args.cache_dtype)
+        _compile(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "peer", "tokens", "cache_dtype")}
         with bar("verifying", None) as progress:
             report = verify(model, text_ids, progress.update, quick=quick, **options)
@@ -304,6 +301,8 @@ def _generate(args: argparse.Namespace) -> int:
     with open_mesh(args) as mesh:
         import torch
 
+        from .tools.offline import launch_text
+
         model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
         sampling, notes = select_sampling(args, read_generation_config(args.folder))
         sampling |= {"generator": torch.Generator(model.device).manual_seed(args.seed), "cache_dtype": args.cache_dtype}
@@ -311,10 +310,7 @@ def _generate(args: argparse.Namespace) -> int:
             messages.append({"role": "user", "content": text})
             whole = text if template is None else template.render(messages)
             ids = _encode(args, tokenizer, whole, model, template is not None)
-            if number == 0:
-                chunks = {1, min(len(ids), model.prefill_chunk), len(ids) % model.prefill_chunk or 1}
-                sizes = [(1, T, len(ids) + args.max_new_tokens) for T in sorted(chunks)]
-                _compile(model, sizes, [model.dtype], args.cache_dtype)
+            _compile(launch_text, model, len(ids), args.max_new_tokens, args.cache_dtype)
             steps = model.stream(torch.tensor([ids], device=model.device), args.max_new_tokens, **sampling)
             if is_first() and number == 0:
                 print_message("\n".join(filter(None, (note, *notes))))

@@ -1,11 +1,15 @@
 """Calls of operations in tests: their arguments, copies of these, and their results as one list."""
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
@@ -28,6 +32,19 @@ def selected_configs(
     with override_configs({}) as used, record_launches(arch):
         OPS[name].run(**inputs(name, sizes, "meta", dtype) | changes)
     return used
+
+
+@contextmanager
+def compilations() -> Iterator[list[tuple[str, threading.Thread]]]:
+    """Record the kernels that Triton compiles for NVIDIA's GPUs within the block, and the threads that do."""
+    compiled, make_cubin = list[tuple[str, threading.Thread]](), CUDABackend.make_cubin
+
+    def record(self: Any, src: Any, metadata: Any, *args: Any) -> Any:
+        compiled.append((metadata["name"], threading.current_thread()))
+        return make_cubin(self, src, metadata, *args)
+
+    with mock.patch.object(CUDABackend, "make_cubin", record):
+        yield compiled
 
 
 def inputs(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | None = None) -> Args:

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import triton
 from torch.utils._python_dispatch import _disable_current_modes
+from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime import interpreter
@@ -111,8 +112,8 @@ class Launcher:
         for axis, n, most in zip("xyz", (x, y, z), GRID_MOST, strict=True):
             if not 1 <= n <= most:
                 raise LaunchError(f"invalid argument: grid.{axis} is {n}, needs 1..{most}")
-        if num_warps * 32 > THREADS_MOST:
-            raise LaunchError(f"invalid argument: {num_warps} warps, needs at most {THREADS_MOST // 32}")
+        if num_warps * driver.gpu.properties.warp_size > THREADS_MOST:
+            raise LaunchError(f"invalid argument: {num_warps} warps, needs at most {THREADS_MOST} threads")
         self._check_arguments(args, device)
         by_name = dict(zip(self.fn.arg_names, args, strict=True))
         shared, name = self.metadata.shared, self.fn.__name__
@@ -145,13 +146,14 @@ class Driver(CudaDriver):
 
     def __init__(self, gpu: Any) -> None:
         self.gpu = gpu
-        fixed = {"max_num_regs": 65536, "warpSize": 32, "sm_clock_rate": 1_980_000, "mem_clock_rate": 2_619_000}
+        fixed = {"max_num_regs": 65536, "sm_clock_rate": 1_980_000, "mem_clock_rate": 2_619_000}
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {
                 "max_shared_mem": gpu.properties.shared_memory_per_block_optin,
                 "multiprocessor_count": gpu.properties.multi_processor_count,
                 "mem_bus_width": 5120,
                 **fixed,
+                "warpSize": gpu.properties.warp_size,
             },
             # module, function (the binary itself), registers, spills and the maximum of threads
             load_binary=lambda name, kernel, shared, device: (object(), kernel, 0, 0, THREADS_MOST),
@@ -165,6 +167,10 @@ class Driver(CudaDriver):
         self.kernels: set[JITFunction] = set()
         self.executes, self.breaks, self.broken = True, "", False
         self.execute: Callable[[Launched, Mapping[str, Any]], None] = interpret
+
+    def get_current_target(self) -> GPUTarget:
+        arch = getattr(self.gpu.properties, "gcnArchName", None)
+        return super().get_current_target() if arch is None else GPUTarget("hip", arch.split(":")[0], 64)
 
     def forget(self) -> None:
         """Clear the caches of kernels that were compiled for this GPU."""
