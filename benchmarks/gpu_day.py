@@ -1,6 +1,6 @@
 """Measure everything that needs a GPU in under ten minutes: tests, operations and their peers, rates, models, decode.
 
-    python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--parts tests experts ...] [--budget-s 570] [--dry]
+    python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--parts tests experts ...] [--budget-s 550] [--dry]
 
 A part that exceeds its share of the budget is killed, and its output so far is kept. The same command again runs what
 is not done. OUT/gpu_day.json and OUT/gpu_day.md hold the results.
@@ -17,7 +17,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -34,10 +33,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds 
 from mixtral_triton import cli, ops
 from mixtral_triton.generate import capture
 from mixtral_triton.kernels import launch
-from mixtral_triton.kernels.launch import Launch, LaunchConfig, multiprocessors, override_configs, target_arch
+from mixtral_triton.kernels.arch import ARCHS
+from mixtral_triton.kernels.launch import Launch, LaunchConfig, launches_dependently, multiprocessors, target_arch
 from mixtral_triton.kernels.pdl import pdl_wait
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.load import usable_cores
 from mixtral_triton.tools import predict
 from mixtral_triton.tools.bench import decode_step
 from mixtral_triton.tools.bench.cases import BENCHED, QUANTIZED, Case, cases
@@ -48,8 +49,9 @@ from mixtral_triton.tools.gpus import GPU, GPUS, data_sheet
 from mixtral_triton.tools.offline import compile_launches
 from mixtral_triton.tools.terminal import toolchain_fault
 
-ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 570.0
-QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total"
+ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 550.0
+NOW = "clocks.sm,clocks.mem,power.draw,temperature.gpu"  # of a GPU under load
+QUERY = f"name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,memory.total,{NOW}"
 PACKAGES = {"mixtral-triton", "torch", "triton", "transformers", "liger_kernel", "flash_attn", "vllm"}
 GPU_TESTS = re.compile(r"mark\.gpu|def test_[^)]*device: torch\.device")  # in files with tests for a GPU
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)?[^\S\n]*(?:\(.*|\[.*)?$", re.MULTILINE)
@@ -58,67 +60,72 @@ HEAD = """# A GPU day
 A ratio above 1 means that ours is faster. Predictions follow from the GPU's data sheet. Two depths of one decode step
 give the time of a layer.
 """
+PYTHON = shlex.quote(sys.executable)
+TESTS = "-m pytest -v -m gpu -p no:cacheprovider --maxfail 3"
+UNTIMED = ("tests", "sanitizer")  # parts whose commands run beside each other, as all do on a simulated GPU
 Figures = dict[str, Any]
-CLOCKS = "nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv,noheader"
-Part = tuple[float, dict[str, str]]  # seconds of BUDGET_S, and commands for Python by name, which share them
+Part = tuple[float, dict[str, str]]  # the share of the time, and the commands by name, which have it together
 
 
-def parts(dry: bool = False, breaks: str = "") -> dict[str, Part]:
-    """Return the parts in order of importance; dry: on a simulated GPU, where the kernel `breaks` fails."""
+def parts(simulated: str = "", breaks: str = "") -> dict[str, Part]:
+    """Return the parts in order of importance. `simulated`: the architecture of a simulated GPU, where the kernel
+    `breaks` fails. A share is what the part takes there, in seconds on two cores, most of it to start processes, or
+    what its work takes on a GPU, where that is more."""
     experts = [name for name in OPS if name.startswith("expert")]
     cache = [name for name in OPS if "attention" in name or name == "append"]
     rest = [name for name in OPS if name not in (*experts, *cache)]
+    python, small = PYTHON, " --dry" if simulated else ""
+    if simulated:  # results are checked; kernels take long there
+        python += f" -m tests.support.stub --arch {simulated} --executes" + (breaks and f" --breaks {breaks}")
+    layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
     two_depths, no_compile = "--at B=1 --at S=1024 --at H=4096", "--without torch.compile"
-    eager = f"{no_compile} --without 'HF static cache'"
-    prefix = f"-m tests.support.stub {breaks and f'--breaks {breaks}'} " if dry else ""
-    computes = f"{prefix}--executes " if dry else ""  # results are checked; kernels take long on a simulated GPU
+    eager, first = f"{no_compile} --without 'HF static cache'", " --first" if simulated else ""
 
     def bench(names: Sequence[str], options: str, more: str = "") -> dict[str, str]:
-        command = f"{computes}-m mixtral_triton bench --json"
-        return {name: f"{command} {name} {_smallest(name) if dry else options} {more}" for name in names}
+        command = f"{python} -m mixtral_triton bench --json"
+        return {name: f"{command} {name} {_smallest(name) if simulated else options} {more}" for name in names}
 
-    small = "--dry" if dry else ""
-    launcher = "-m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
-    on_two = {"verify": f"{launcher} verify --tp 2", "generate": f"{launcher} generate --tp 2 --prompt The"}
-    layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
+    def check(name: str) -> dict[str, str]:
+        return {name: f"{python} -m benchmarks.gpu_day --check {name}{small}"}
+
+    of_ops = {name: f"tests/ops/test_registry.py -k=-{name}-" for name in OPS}
+    files = {file.stem: file for file in sorted((ROOT / "tests").rglob("test_*.py")) if file.stem != "test_registry"}
+    of_files = {name: file.relative_to(ROOT) for name, file in files.items() if GPU_TESTS.search(file.read_text())}
+    memcheck = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9"
+    has_sanitizer, two_gpus = shutil.which("compute-sanitizer") is not None, torch.cuda.device_count() > 1
+    launcher = f"{PYTHON} -m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
+    on_two = {"verify": f"{launcher} verify --tp 2 --quick", "generate": f"{launcher} generate --tp 2 --prompt The"}
     return {
         # Nothing is timed while another core compiles.
-        "compile": (80, {"compile": f"{prefix}-m benchmarks.gpu_day --check compile {small}"}),
+        "compile": (80, check("compile")),
         "experts in bf16": (40, bench(["expert_swiglu"], f"{layer} {no_compile}")),
-        "rates": (15, {"rates": f"{computes}-m benchmarks.gpu_day --check rates {small}"}),
-        "tests": (90, _tests(computes, first=dry)),
-        "experts": (45, bench(experts, f"--quick {no_compile}")),
-        "attention": (55, bench(cache, f"--quick {no_compile}")),
+        "rates": (20, check("rates")),
+        "tests": (120, {name: f"{python} {TESTS}{first} {where}" for name, where in (of_ops | of_files).items()}),
+        "experts": (40, bench(experts, f"--quick {no_compile}")),
+        "attention": (60, bench(cache, f"--quick {no_compile}")),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
-        "decode": (70, bench(["decode_step"], f"{two_depths} {eager}")),
-        "prefetch": (10, {"prefetch": f"{computes}-m benchmarks.gpu_day --check prefetch {small}"}),
+        "decode": (60, bench(["decode_step"], f"{two_depths} {eager}")),
+        "prefetch": (20, check("prefetch")),
         "decode batches": (40, bench(["decode_step"], f"--quick --at L=4 {eager}")),
-        "decode offloaded": (15, bench(["decode_step"], f"{two_depths} {eager}", "--offload 2")),
-        "decode compiled": (35, bench(["decode_step"], f"{two_depths} {no_compile}")),
-        "one token and many": (40, bench(rest, "--quick --at T=1 --at T=4096")),
-        "sanitizer": (30, {"sanitizer": f"{prefix}-m benchmarks.gpu_day --check sanitizer {small}"}),
-        "host": (15, {"host_time": f"benchmarks/host_time.py --json --rounds {1 if dry else 40}"}),
-        **({"two GPUs": (25, on_two)} if torch.cuda.device_count() > 1 and not dry else {}),
-    }
+        "decode offloaded": (20, bench(["decode_step"], f"{two_depths} {eager}", "--offload 2")),
+        "decode compiled": (40, bench(["decode_step"], f"{two_depths} {no_compile}")),
+        "one token and many": (90, bench(rest, "--quick --at T=1 --at T=4096")),
+        "host": (20, {"host_time": f"{PYTHON} benchmarks/host_time.py --json --rounds {1 if simulated else 40}"}),
+        "two GPUs": (60, on_two if two_gpus and not simulated else {}),
+        "sanitizer": (60, {
+            f"{tool} {name}": f"{memcheck} --tool {tool} {PYTHON} {TESTS} --first {where}"
+            for tool in ("memcheck", "initcheck") for name, where in of_ops.items() if has_sanitizer and not simulated
+        }),
+    }  # fmt: skip
 
 
 def _smallest(name: str) -> str:
     """Return options for the smallest dense sizes that the tests run, with plain torch as the only peer."""
     op = BENCHED[name]
-    dense = [shape for shape in op.test_shapes if not QUANTIZED & shape.keys()]
+    dense = [shape for shape in op.test_shapes if not QUANTIZED & Case(op, shape).as_dict().keys()]
     sizes = Case(op, min(dense, key=lambda sizes: op.cost(sizes, op.dtypes[0]).flops)).as_dict()
     without = "".join(f" --without '{name}'" for name in {peer.name for peer in PEERS} - {"torch"})
     return "--sizes " + ",".join(f"{letter}={size}" for letter, size in sizes.items()) + without
-
-
-def _tests(computes: str, first: bool) -> dict[str, str]:
-    """Return a command per operation of the registry's tests and per other file; `first`: a test a function."""
-    command = f"{computes}-m pytest -v -m gpu -p no:cacheprovider --maxfail 3{' --first' if first else ''}"
-    found = {name: f"{command} tests/ops/test_registry.py -k=-{name}-" for name in OPS}
-    for file in sorted((ROOT / "tests").rglob("test_*.py")):
-        if file.stem != "test_registry" and GPU_TESTS.search(file.read_text()):
-            found[file.stem] = f"{command} {file.relative_to(ROOT)}"
-    return found
 
 
 @triton.jit
@@ -137,15 +144,17 @@ def wait_kernel(x_ptr, PDL: tl.constexpr):
 
 def rates(small: bool) -> Figures:
     """Measure what the cost model estimates, and predict an expert layer by it."""
-    device, properties = torch.device("cuda"), torch.cuda.get_device_properties("cuda")
-    timer, sms, n = DeviceTimer(device), 2 if small else properties.multi_processor_count, 1 << (12 if small else 22)
+    device, n = torch.device("cuda"), 1 << (12 if small else 22)
+    timer, sms, arch = DeviceTimer(device), 2 if small else multiprocessors(device), target_arch(device)
     x, out = torch.zeros(n, device=device), torch.zeros(4 * sms, device=device)
     l2 = 4 * sms * x.nbytes / timer(lambda: read_kernel[(4 * sms,)](x, out, n, BLOCK=2048))
 
     def gap(dependent: bool) -> float:
+        option = {"launch_pdl": True} if dependent else {}  # AMD's backend does not know the option
+
         def launches(times: int) -> None:
             for _ in range(times):
-                wait_kernel[(1,)](x, PDL=dependent, launch_pdl=dependent)
+                wait_kernel[(1,)](x, PDL=dependent, **option)
 
         launches(1)
         one, two = (timer(capture(partial(launches, times), None, x.device)) for times in (100, 200))
@@ -156,13 +165,15 @@ def rates(small: bool) -> Figures:
         return timer(lambda: ops.linear(a, b, True))
 
     tiles = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}
-    with override_configs({"linear_kernel": LaunchConfig(tiles, 8, 3)}):  # a program an SM: twice the depth, one end
+    stages = 3 if arch in ARCHS and ARCHS[arch].shared_bytes > 3 * 49152 else 2  # of 49,152 bytes; AMD: one fewer
+    with launch.override_configs({"linear_kernel": LaunchConfig(tiles, 8, stages)}):  # a program an SM: twice the depth
         ends = 2 * product(128 if small else 2048) - product(256 if small else 4096)
-    figures: Figures = {"l2": l2, "launch_gap": gap(False), "pdl_gap": gap(True) if properties.major >= 9 else None}
+    dependent_gap = gap(True) if launches_dependently(device) else None
+    figures: Figures = {"l2": l2, "launch_gap": gap(False), "pdl_gap": dependent_gap}
     figures["tile"] = max(0.0, 3 * ends / (1 + 2 * 128 * 256 / predict.TILE))
     figures |= _predict_experts(figures)
     a = torch.ones(16 if small else 8192, 16 if small else 8192, device=device)
-    with subprocess.Popen(["sh", "-c", f"sleep 1; {CLOCKS}"], stdout=-1, stderr=-1, text=True) as run:
+    with subprocess.Popen(["sh", "-c", f"sleep 1; {smi(NOW)}"], stdout=-1, stderr=-1, text=True) as run:
         while run.poll() is None:
             torch.mm(a, a)
             torch.cuda.synchronize()
@@ -193,7 +204,7 @@ def compile_ahead(small: bool) -> Figures:
     found = [Case(op, sizes, dtype) for op in OPS.values() for sizes in op.test_shapes for dtype in op.dtypes]
     for command in (command for _, commands in parts().values() for command in commands.values()):
         if " bench " in command:
-            options = cli.parser().parse_args(shlex.split(command)[2:])
+            options = cli.parser().parse_args(shlex.split(command)[3:])
             selected = cases(options.ops, options.quick, options.at, options.sizes)
             found += [case.offloaded(options.offload) if options.offload else case for case in selected]
     launches: list[Launch] = []
@@ -207,7 +218,7 @@ def compile_ahead(small: bool) -> Figures:
 
 def prefetch(small: bool) -> Figures:
     """Time a decode step of two layers with prefetches into L2 and without (pdl.py)."""
-    sizes = decode_step.SMALL if small else {**decode_step.MIXTRAL, "L": 2, "B": 1, "S": 1024}
+    sizes = decode_step.SMALL if small else replace(decode_step.MIXTRAL, L=2)
     args, timer, figures = decode_step.inputs(sizes, torch.bfloat16, "cuda"), DeviceTimer(torch.device("cuda")), {}
     for name, on in (("with", True), ("without", False)):
         with mock.patch.object(launch, "PREFETCH", on):
@@ -215,80 +226,80 @@ def prefetch(small: bool) -> Figures:
     return {"ok": True, **figures}
 
 
-def sanitizer(small: bool) -> Figures:
-    """Run compute-sanitizer over the registry's tests, where it is installed."""
-    if small or shutil.which("compute-sanitizer") is None:
-        return {"ok": True, "note": "compute-sanitizer is not installed"}
-    tests = [sys.executable, *["-m", "pytest", "-q", "-m", "gpu", "tests/ops/test_registry.py"]]
-    command = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    run = partial(subprocess.run, stdout=sys.stderr, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    return {"ok": not any(run([*command, tool, *tests]).returncode for tool in ("memcheck", "initcheck"))}
-
-
 # Parts of the day that run in this process, given whether the GPU is a simulated one, and return their figures.
-CHECKS = {"compile": compile_ahead, "rates": rates, "prefetch": prefetch, "sanitizer": sanitizer}
+CHECKS = {"compile": compile_ahead, "rates": rates, "prefetch": prefetch}
 
 
-def run_part(part: str, commands: dict[str, str], out: Path, limit_s: float, done: dict[str, int]) -> dict[str, Any]:
-    """Run the commands without a status in `done`; kill one whose time is up, with all that it started -> the entry."""
-    start, exits, processes = time.monotonic(), dict(done), list[Any]()
+def run_part(
+    part: str, commands: dict[str, str], out: Path, limit_s: float, done: dict[str, int], jobs: int = 1
+) -> Figures:
+    """Run the commands without a status in `done`, `jobs` at a time; kill those whose time is up, with all that they
+    started -> the entry."""
+    start, exits, running = time.monotonic(), dict(done), dict[str, subprocess.Popen[bytes]]()
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+    waiting = [name for name in commands if name not in exits]
 
-    def kill(process: subprocess.Popen[bytes]) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def end(name: str) -> None:
+        with suppress(ProcessLookupError):  # of what a command has left running, too
+            os.killpg(running[name].pid, signal.SIGKILL)
+        running.pop(name).wait()
 
-    def run(name: str) -> None:
-        if time.monotonic() >= start + limit_s:
-            return
-        file, args = out / f"{part}-{name}.out".replace(" ", "_"), [sys.executable, *shlex.split(commands[name])]
-        with file.open("wb") as stdout, file.with_suffix(".err").open("wb") as stderr:
-            output: dict[str, Any] = {"stdout": stdout, "stderr": stderr}
-            process = subprocess.Popen(args, cwd=ROOT, env=variables, start_new_session=True, **output)
-        processes.append(process)
-        with suppress(subprocess.TimeoutExpired):
-            exits[name] = process.wait(max(0.0, start + limit_s - time.monotonic()))
-        kill(process)
-
-    workers = max(1, min(8, (os.cpu_count() or 2) // 2)) if part == "tests" else 1  # what is timed runs alone
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            list(pool.map(run, [name for name in commands if name not in exits]))
-        finally:  # also after Ctrl-C
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in (process for process in processes if process.poll() is None):
-                kill(process)
-    status = "over budget" if len(exits) < len(commands) else "failed" if any(exits.values()) else "done"
+    try:
+        while (waiting or running) and time.monotonic() < start + limit_s:
+            while waiting and len(running) < jobs:
+                file = out / f"{part}-{(name := waiting.pop(0))}.out".replace(" ", "_")
+                with file.open("wb") as stdout, file.with_suffix(".err").open("wb") as stderr:
+                    output: dict[str, Any] = {"stdout": stdout, "stderr": stderr, "env": variables, "cwd": ROOT}
+                    running[name] = subprocess.Popen(shlex.split(commands[name]), start_new_session=True, **output)
+            time.sleep(0.05)
+            for name, status in [(name, process.poll()) for name, process in running.items()]:
+                if status is not None:
+                    exits[name] = status
+                    end(name)
+    finally:  # also after Ctrl-C
+        for name in [*running]:
+            end(name)
+    status = "failed" if any(exits.values()) else "over budget" if len(exits) < len(commands) else "done"
     return {"status": status, "seconds": time.monotonic() - start, "limit_s": limit_s, "exit": exits}
+
+
+def smi(query: str) -> str:
+    return "rocm-smi" if torch.version.hip else f"nvidia-smi --query-gpu={query} --format=csv,noheader"
 
 
 def environment() -> list[str]:
     versions = sorted({f"{dist.name} {dist.version}" for dist in metadata.distributions() if dist.name in PACKAGES})
     commit = subprocess.getoutput(f"git -C '{ROOT}' rev-parse HEAD")
-    gpu = subprocess.getoutput(f"timeout 20 nvidia-smi --query-gpu={QUERY} --format=csv,noheader")
-    return [f"{', '.join(versions)}, commit {commit}", gpu]
+    return [f"{', '.join(versions)}, commit {commit}", subprocess.getoutput(f"timeout 20 {smi(QUERY)}")]
 
 
-def day(selected: dict[str, Part], out: Path, budget_s: float) -> dict[str, Any]:
-    """Run what is not done of the parts within `budget_s`, write the results after each, and return their entries."""
+def day(selected: dict[str, Part], out: Path, budget_s: float, simulated: bool = False) -> dict[str, Any]:
+    """Run what is not done of the parts within `budget_s`, write the results after each, and return their entries.
+    What a part leaves of its share goes to those after it."""
     out.mkdir(parents=True, exist_ok=True)
-    file, start, setup = out / "gpu_day.json", time.monotonic(), environment()
+    file, start, setup, cores = out / "gpu_day.json", time.monotonic(), environment(), usable_cores()
     done: dict[str, Any] = json.loads(file.read_text())["parts"] if file.is_file() else {}
+    none = {"seconds": 0.0, "limit_s": 0.0, "exit": {}}
+    why = {part: "not started" if commands else "not possible here" for part, (_, commands) in selected.items()}
+    entries = {part: done.get(part, {"status": why[part], **none}) for part in selected}
+    shares = {part: share for part, (share, each) in selected.items() if len(entries[part]["exit"]) < len(each)}
     print(f"parts: {', '.join(selected)}", flush=True)
-    for part, (share_s, commands) in selected.items():
-        entry = done.get(part, {"status": "not started", "seconds": 0.0, "limit_s": 0.0, "exit": {}})
+    for part, (_, commands) in selected.items():
         remaining_s = budget_s - (time.monotonic() - start)
-        if len(entry["exit"]) < len(commands) and remaining_s >= 1:
-            entry = run_part(part, commands, out, min(share_s * budget_s / BUDGET_S, remaining_s), entry["exit"])
-        print(f"{part}: {entry['status']} after {entry['seconds']:.0f} s", flush=True)
+        if part in shares and remaining_s >= 1:
+            limit_s = remaining_s * shares[part] / sum(shares.values())
+            jobs = cores if simulated else max(1, min(8, cores // 2)) if part in UNTIMED else 1
+            entries[part] = run_part(part, commands, out, limit_s, entries[part]["exit"], jobs)
+        entry, _ = entries[part], shares.pop(part, None)
+        failed = ", ".join(name for name, status in entry["exit"].items() if status)
+        print(f"{part}: {entry['status']} after {entry['seconds']:.0f} s {failed}".rstrip(), flush=True)
         done[part] = entry
         found = {"setup": [*setup, environment()[1]], "parts": done, **results(done, out)}
         (out / "gpu_day.md").write_text(markdown(found))
         half = file.with_suffix(".part")  # the next run reads a whole file, whenever the session ends
         half.write_text(json.dumps(found, indent=1))
         half.replace(file)
-    return done
+    return entries
 
 
 def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -343,7 +354,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0 if every part is done, 1 if one failed or exceeded its budget, 2 for bad input."""
+    """Return the exit status: 1 if a command failed, 2 for bad input, else 0, even if a part was over its budget."""
     names = list(parts())
     parser = cli.Parser(prog="gpu_day", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the results; none: one in benchmarks/results")
@@ -352,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for everything together")
     text = "on a simulated GPU, which measures nothing; KERNEL: one that leaves it in an error"
     parser.add_argument("--dry", nargs="?", const="", metavar="KERNEL", help=text)
+    parser.add_argument("--arch", choices=("sm_90", "gfx942"), default="sm_90", help="of the simulated GPU")
     args = parser.parse_args(argv)
     fault = toolchain_fault() if torch.cuda.is_available() else "there is no GPU: nothing was measured"
     if fault and (args.dry is None or args.check):
@@ -361,12 +373,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = CHECKS[args.check](args.dry is not None)
         print(json.dumps({"kind": "check", "check": args.check, **found}), flush=True)
         return int(not found["ok"])
-    every = parts(args.dry is not None, args.dry or "")
-    name = "dry" if args.dry is not None else torch.cuda.get_device_name().lower().replace(" ", "-")
+    every, name = parts(), f"dry-{args.arch}"
+    if args.dry is not None:
+        every = parts(args.arch, args.dry)
+    else:
+        name = torch.cuda.get_device_name().lower().replace(" ", "-")
     out = args.out or ROOT / "benchmarks" / "results" / name
-    done = day({name: every[name] for name in names if name in args.parts}, out, args.budget_s)
+    done = day({name: every[name] for name in names if name in args.parts}, out, args.budget_s, args.dry is not None)
     print(f"results: {out / 'gpu_day.md'}")
-    return int(any(done[name]["status"] != "done" for name in args.parts))
+    return int(any(entry["status"] == "failed" for entry in done.values()))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ before the import; `torch`, the reference, for any other CPU tensor.
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, wraps
-from operator import itemgetter
+from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
@@ -20,7 +19,7 @@ from . import plan
 from .checks import SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
-from .op import Cost, Op, Sizes
+from .op import Cost, Op
 from .plan import call_key
 from .quantized import QuantizedWeight
 from .quantized_cache import QuantizedCache
@@ -29,6 +28,7 @@ from .sequential import sequential
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
+Case = TypeVar("Case")
 
 # Tensor classes that need no dispatch: any other may watch the operations on it.
 PLAIN_TYPES: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
@@ -231,8 +231,9 @@ class Operation(Protocol[P, R]):
 
 def operation(
     *,
-    cost: Callable[[Sizes, torch.dtype], Cost] | None = None,
-    flops: Callable[[Sizes], int] = lambda sizes: 0,
+    case: type[Case],
+    cost: Callable[[Case, torch.dtype], Cost] | None = None,
+    flops: Callable[[Case], int] = lambda case: 0,
     inputs: Callable[..., dict[str, Any]] | None = None,
     name: str | None = None,
     **fields: Any,
@@ -246,9 +247,10 @@ def operation(
     """
 
     def decorate(run: Callable[P, R]) -> Operation[P, R]:
-        fields["inputs"] = random_inputs(run, inputs)
-        fields["cost"] = streaming_cost(run, flops) if cost is None else cost
-        op = Op(name=name or run.__name__, run=run, **fields)
+        draw, count = random_inputs(run, inputs), streaming_cost(run, flops) if cost is None else cost
+        fields["inputs"] = lambda each, *args, **kwargs: draw(op.case_of(each), *args, **kwargs)
+        fields["cost"] = lambda each, dtype: count(op.case_of(each), dtype)
+        op: Op = Op(name=name or run.__name__, run=run, case=case, **fields)
         checked, unchecked = _entry_points(op)
         for function in (checked, unchecked):
             wraps(run)(function)
@@ -260,37 +262,24 @@ def operation(
 
 
 def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
-    """Return a function that puts the arguments of a call that nothing traces in the order of `run`. It remembers the
-    order of each set of names, since a decode step repeats the same calls thousands of times."""
-    # Before a compiler reads them: it cannot trace a cached_property's lock (Python < 3.12).
-    names, defaults = op.names, op.defaults
-
-    @cache
-    def new_order(count: int, *keywords: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
-        """Return what picks the arguments from those given and all defaults; None where they are in order."""
-        op.bind(*range(count), **dict.fromkeys(keywords))  # SignatureError: a name is unknown, missing or given twice
-        given = (*names[:count], *keywords)
-        if given == names[: len(given)]:
-            return None
-        places = {name: index for index, name in enumerate(given)}
-        return itemgetter(*(places.get(name, len(given) + index) for index, name in enumerate(names)))
+    """Return a function that puts the arguments of a call in the order of `run`, defaults filled in. A compiler follows
+    it, and does not follow inspect.Signature where the traced caller has mutated a dict."""
+    # Read before a compiler reads them: it cannot trace a cached_property's lock (Python < 3.12).
+    parameters, required = tuple(zip(op.names, op.defaults, strict=True)), inspect.Parameter.empty
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        pick = new_order(len(args), *kwargs)
-        values = (*args, *kwargs.values())
-        return values if pick is None else pick((*values, *defaults))
+        values, used = list(args), 0
+        for name, default in parameters[len(args) :]:
+            if name in kwargs:
+                used += 1
+            elif default is required:
+                break
+            values.append(kwargs.get(name, default))
+        if len(values) != len(parameters) or used != len(kwargs):
+            return op.bind(*args, **kwargs)  # SignatureError: a name is unknown, missing or given twice
+        return tuple(values)
 
     return order
-
-
-def _order_traced(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Put the arguments in the order of `run`. A compiler follows neither inspect.Signature nor itemgetter."""
-    names, defaults = op.names[len(args) :], op.defaults[len(args) :]
-    rest = [kwargs.get(name, default) for name, default in zip(names, defaults, strict=True)]
-    missing = any(value is inspect.Parameter.empty for value in rest)
-    if missing or any(name not in names for name in kwargs):
-        return op.bind(*args, **kwargs)  # SignatureError
-    return (*args, *rest)
 
 
 def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -303,13 +292,12 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def dispatch(args: tuple[Any, ...]) -> Any:
         quantized = any(isinstance(x, SEVERAL_TENSORS) for x in args)
-        return operator(*(flatten_args(op.arguments, op.bind(*args)) if quantized else args))
+        return operator(*(flatten_args(op.arguments, order(args, {})) if quantized else args))
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        traced = not untraced()
         if kwargs:
-            args = _order_traced(op, args, kwargs) if traced else order(args, kwargs)
-        if not traced and transformed():
+            args = order(args, kwargs)
+        if untraced() and transformed():
             reject_transforms(f"mixtral_triton.ops.{op.name}", args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it writes into a cache")
@@ -320,8 +308,8 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return dispatch(args)
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
-        if untraced():
-            return call_unchecked(op, order(args, kwargs) if kwargs else args)
-        return dispatch(_order_traced(op, args, kwargs) if kwargs else args)
+        if kwargs:
+            args = order(args, kwargs)
+        return call_unchecked(op, args) if untraced() else dispatch(args)
 
     return checked, unchecked

@@ -3,6 +3,7 @@
 N = T * K slots (slot t*K + k is token t's k-th choice), E experts
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -11,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arguments import Rows
 from .call import operation
 from .checks import INT32, INTS, Within
 from .launch import LaunchConfig, launch, power_of_2, select_configs
-from .op import Sizes
 from .samples import shapes
 
 
@@ -48,12 +49,11 @@ def sort_by_expert_kernel(
 @triton.jit(do_not_specialize=["N"])
 def gather_by_expert_kernel(
     ids_ptr,  # [N]
-    x_ptr,  # [T, H]
+    x,  # Rows [T, H]
     sorted_ptr,  # [N, H] out: a row of x for each slot, in the order of the experts
     order_ptr,  # [N] out, int32
     offsets_ptr,  # [E + 1] out, int32
     N, E, TOP_K,
-    stride_xt,
     H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     # A program has BLOCK_S slots: it counts those before each of them, places its own, and copies their rows. No scan:
@@ -78,7 +78,7 @@ def gather_by_expert_kernel(
     index = base + tl.sum(earlier.to(tl.int32), axis=1)
     inside = ids < E
     tl.store(order_ptr + index, slots, mask=inside)
-    x_rows = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_xt
+    x_rows = x.ptr + (slots // TOP_K).to(tl.int64)[:, None] * x.stride
     sorted_rows = sorted_ptr + index.to(tl.int64)[:, None] * H
     for h in range(0, H, BLOCK_H):
         offs_h = (h + tl.arange(0, BLOCK_H))[None, :]
@@ -93,26 +93,38 @@ def _load_experts(ids_ptr, slots, N, E):
     return tl.where((ids >= 0) & (ids < E), ids, 1 << 30)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class SortSizes:
+    T: int
+    E: int
+    K: int
+
+
+def configs(sizes: SortSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """Two block sizes, not one for every power of two: each compiles a kernel, and prompts have all lengths."""
-    block = 1024 if sizes["T"] * sizes["K"] <= 1024 else 4096
+    block = 1024 if sizes.T * sizes.K <= 1024 else 4096
     return {"sort_by_expert_kernel": LaunchConfig({"BLOCK_N": block}, num_warps=power_of_2(block // 256, high=16))}
 
 
-def sample_ids(sizes: Sizes, device: Any, generator: Any = None) -> Tensor:
+def sample_ids(T: int, E: int, K: int, device: Any, generator: Any = None) -> Tensor:
     """Draw distinct experts for each token, int32 [T,K]."""
     if torch.device(device).type == "meta":
-        return torch.empty((sizes["T"], sizes["K"]), dtype=torch.int32, device=device)
-    scores = torch.rand((sizes["T"], sizes["E"]), generator=generator)
-    return scores.argsort(dim=-1)[:, : sizes["K"]].to(device=device, dtype=torch.int32)
+        return torch.empty((T, K), dtype=torch.int32, device=device)
+    scores = torch.rand((T, E), generator=generator)
+    return scores.argsort(dim=-1)[:, :K].to(device=device, dtype=torch.int32)
+
+
+def _inputs(case: SortSizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    return {"ids": sample_ids(case.T, case.E, case.K, device, generator).to(dtype)}
 
 
 @operation(
     reference=reference.sort_by_expert,
-    inputs=lambda sizes, dtype, device, generator: {"ids": sample_ids(sizes, device, generator).to(dtype)},
+    case=SortSizes,
+    inputs=_inputs,
     configs=configs,
-    test_shapes=shapes("T E K", "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
-    bench_shapes=shapes("T E K", "128 8 2, 1024 8 2, 8192 8 2"),
+    test_shapes=shapes(SortSizes, "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1"),
+    bench_shapes=shapes(SortSizes, "128 8 2, 1024 8 2, 8192 8 2"),
     dtypes=INTS,
 )
 def sort_by_expert(
@@ -131,12 +143,23 @@ def sort_by_expert(
     >>> order.tolist(), offsets.tolist()
     ([1, 0, 3, 2], [0, 1, 3, 4])
     """
+    return launch_sort(ids, num_experts)
+
+
+def launch_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     T, K = ids.shape
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
-    selected = select_configs(configs, {"T": T, "K": K, "E": num_experts}, ids.dtype, ids.device)
-    args: dict[str, Any] = {"ids_ptr": ids.contiguous(), "order_ptr": order, "offsets_ptr": offsets, "N": T * K}
-    launch(sort_by_expert_kernel, (num_experts,), args, selected["sort_by_expert_kernel"])
+    selected = select_configs(configs, SortSizes(T, num_experts, K), ids.dtype, ids.device)
+    launch(
+        sort_by_expert_kernel,
+        (num_experts,),
+        selected["sort_by_expert_kernel"],
+        ids_ptr=ids.contiguous(),
+        order_ptr=order,
+        offsets_ptr=offsets,
+        N=T * K,
+    )
     return order, offsets
 
 
@@ -148,15 +171,26 @@ def gather_config(slots: int, experts: int, hidden: int) -> LaunchConfig:
     return LaunchConfig(tiles | {"BLOCK_H": power_of_2(hidden, low=16, high=256)}, num_warps=8)
 
 
-def gather_by_expert(x: Tensor, ids: Tensor, experts: int, config: LaunchConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H] with dense rows, ids [T, K] -> x in sorted order [N, H], and `sort_by_expert`'s order and offsets."""
-    (T, K), H = ids.shape, x.shape[1]
-    gathered = torch.empty((T * K, H), dtype=x.dtype, device=x.device)
+def gather_by_expert(x: Rows, ids: Tensor, experts: int, config: LaunchConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], ids [T, K] -> x in sorted order [N, H], and `sort_by_expert`'s order and offsets."""
+    (T, K), H = ids.shape, x.ptr.shape[1]
+    gathered = torch.empty((T * K, H), dtype=x.ptr.dtype, device=ids.device)
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
-    args: dict[str, Any] = {"ids_ptr": ids, "x_ptr": x, "sorted_ptr": gathered, "order_ptr": order}
-    args |= {"offsets_ptr": offsets, "N": T * K, "E": experts, "TOP_K": K, "stride_xt": x.stride(0)}
-    launch(gather_by_expert_kernel, (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),), args, config, H=H)
+    launch(
+        gather_by_expert_kernel,
+        (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),),
+        config,
+        ids_ptr=ids,
+        x=x,
+        sorted_ptr=gathered,
+        order_ptr=order,
+        offsets_ptr=offsets,
+        N=T * K,
+        E=experts,
+        TOP_K=K,
+        H=H,
+    )
     return gathered, order, offsets
 
 

@@ -1,12 +1,14 @@
 """The only entry point to a Triton launch, its configuration and context, and TMA's descriptors."""
 
 import ctypes
+import inspect
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +18,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arch import amd, supports_pdl, tma
+from .arguments import flatten
 from .interpret import interpreting
 
 # `triton.jit` reads the flag when it decorates, so one process either interprets or compiles.
@@ -195,11 +198,6 @@ def tma_can_read(x: torch.Tensor, arch: str) -> bool:
     return fits and all(stride % inner == 0 for stride, inner in pairwise(outer))
 
 
-def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` with a contiguous last dimension, which kernels rely on: itself, or a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
     """Return the least power of two that is at least n, clamped to low..high (powers of two themselves)."""
     return max(low, min(high, 1 << max(0, n - 1).bit_length()))
@@ -210,11 +208,17 @@ def describe(x: torch.Tensor, block: Sequence[int], arch: str) -> TensorDescript
     return TensorDescriptor(x, list(x.shape), _strides(x), list(block)) if tma_can_read(x, arch) else None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: LaunchConfig, **constexprs: Any) -> None:
+@cache
+def _constexprs(kernel: Any) -> frozenset[str]:
+    parameters = inspect.signature(kernel.fn).parameters.values()
+    return frozenset(parameter.name for parameter in parameters if "constexpr" in str(parameter.annotation))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, /, **arguments: Any) -> None:
     """Run `kernel` over `grid`, or only record it where its tensors are on the meta device.
 
-    `args` are the run-time arguments by name; `config.constexprs` and `constexprs` the compile-time ones. A kernel that
-    has a constexpr PDL receives it from here: whether the GPU supports dependent launches (pdl.py).
+    `arguments` are the kernel's, by name, constexprs among them; `config` has the other constexprs. A kernel with a
+    constexpr PDL receives it from here: whether the GPU supports dependent launches (pdl.py).
     """
     if 0 in grid:
         return
@@ -223,8 +227,10 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], config: Lau
         raise ValueError(
             f"{kernel.__name__}: the grid is {programs} programs, needs at most {GRID_MAX:,} along axes 2 and 3"
         )
-    constants = {**config.constexprs, **constexprs}
-    device = next(arg.device for arg in args.values() if isinstance(arg, torch.Tensor))
+    constants, args = dict(config.constexprs), dict[str, Any]()
+    for name, value in arguments.items():
+        (constants if name in _constexprs(kernel) else args)[name] = value
+    device = next(arg.device for _, arg in flatten(args) if isinstance(arg, torch.Tensor))
     context, dependent = _context.get(), False
     if "PDL" in kernel.arg_names:
         constants["PDL"] = launches_dependently(device)

@@ -7,6 +7,7 @@ kernel, with another order of the sum, for another T.
 """
 
 from collections import namedtuple
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from . import reference
 from .arch import amd, family, max_multiprocessors
+from .arguments import Rows
 from .call import operation
 from .checks import Matrix
-from .launch import LaunchConfig, dense_rows, is_overridden, launch, power_of_2, select_configs, target_arch
-from .op import Sizes
+from .launch import LaunchConfig, is_overridden, launch, power_of_2, select_configs, target_arch
 from .pdl import prefetch_rows
 from .quantized import QUANT_NAMES, tile_columns
 from .samples import shape_grid, shapes
@@ -79,13 +80,10 @@ def program_tile(pid, row_tiles, column_tiles, GROUP_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def linear_decode_kernel(
-    x_ptr,  # [T, H]
-    weight_ptr,  # [N, H]
-    scales_ptr,  # [N, G], or None
-    zeros_ptr,  # the same, or None
+    x,  # Rows [T, H]
+    weight,  # WeightArgs [N, H]
     y_ptr,  # [T, N] out
     T, N,
-    stride_xt, stride_wn,
     H: tl.constexpr, LAYOUT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
@@ -93,11 +91,11 @@ def linear_decode_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t, offs_k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    w = WeightPtrs(weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr)
-    x_ptrs = x_ptr + offs_t.to(tl.int64)[None, :] * stride_xt + offs_k[:, None]
+    w = WeightPtrs(weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :], weight.scales, weight.zeros)
+    x_ptrs = x.ptr + offs_t.to(tl.int64)[None, :] * x.stride + offs_k[:, None]
     EVEN: tl.constexpr = H % (BLOCK_K * fields_of(LAYOUT.format)) == 0
     if PDL and PREFETCH:
-        prefetch_rows(weight_ptr + w_rows * stride_wn, PREFETCH)
+        prefetch_rows(weight.ptr + w_rows * weight.stride_n, PREFETCH)
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT, PDL)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
@@ -107,13 +105,10 @@ def linear_decode_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def linear_kernel(
-    x_ptr,  # [T, H]
-    weight_ptr,  # [N, H]
-    scales_ptr,  # [N, G], or None
-    zeros_ptr,  # the same, or None
+    x,  # Rows [T, H]
+    weight,  # WeightArgs [N, H]
     y_ptr,  # [T, N] out
     T, N,
-    stride_xt, stride_wn,
     H: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -121,14 +116,14 @@ def linear_kernel(
     offs_t = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
+    x_ptrs = x.ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[:, None] * x.stride + offs_k[None, :]
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    w = WeightPtrs(weight_ptr + w_rows[:, None] * stride_wn + offs_k[None, :], scales_ptr, zeros_ptr)
+    w = WeightPtrs(weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :], weight.scales, weight.zeros)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
-        x = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
-        w_tile = weight_tile(w, w_rows, k, H, BLOCK_K, x.dtype, LAYOUT)
-        acc = tl.dot(x, w_tile.T, acc, input_precision="ieee")
+        x_tile = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
+        w_tile = weight_tile(w, w_rows, k, H, BLOCK_K, x_tile.dtype, LAYOUT)
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
         x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
@@ -158,13 +153,22 @@ def wide_config(
     return LaunchConfig(tile | {"GROUP_M": 8}, num_warps=warps, num_stages=stages)
 
 
-def use_skinny_kernel(sizes: Sizes, dtype: torch.dtype, arch: str) -> bool:
+@dataclass(frozen=True)
+class LinearSizes:
+    T: int
+    H: int
+    N: int
+    deterministic: bool = False
+    weight: str | None = None  # the name of a quantized weight's format
+
+
+def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool:
     """Return whether the skinny kernel runs: up to SKINNY_M rows always, up to SKINNY_M_MAX where the cost model
     predicts it no slower than a library: memory is slow relative to L2, and the weight has a program for every SM."""
-    T, N = sizes["T"], sizes["N"]
+    T, N = sizes.T, sizes.N
     if T <= SKINNY_M or T > SKINNY_M_MAX or dtype == torch.float32:
         return T <= SKINNY_M
-    if sizes.get("weight"):
+    if sizes.weight:
         return True
     return family(arch) in ("sm_80", "sm_90") and _decode_tile(T).BLOCK_N * max_multiprocessors(arch) <= N
 
@@ -178,18 +182,18 @@ def _decode_rows(T: int, arch: str) -> int:
     return SKINNY_M_MAX if T > SKINNY_M and amd(arch) else power_of_2(T, low=SKINNY_M, high=SKINNY_M_MAX)
 
 
-def _decode_config(sizes: Sizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    T, H, fp32, cdna = sizes["T"], sizes["H"], dtype == torch.float32, amd(arch)
+def _decode_config(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    T, H, fp32, cdna = sizes.T, sizes.H, dtype == torch.float32, amd(arch)
     block_n, block_k = DecodeTile(16, 64 if fp32 else 128) if fp32 or cdna else _decode_tile(T)
     tiles = {"BLOCK_T": _decode_rows(T, arch), "BLOCK_N": block_n, "BLOCK_K": power_of_2(H, 16, block_k)}
     # With more than SKINNY_M rows four stages would leave room for one program an SM.
     return LaunchConfig(tiles, num_warps=4, num_stages=2 if fp32 or cdna else 4 if T <= SKINNY_M else 3)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    T, N, H, fp32 = sizes["T"], sizes["N"], sizes["H"], dtype == torch.float32
-    if weights := sizes.get("weight"):
-        rows = None if sizes.get("deterministic") else (T, T)
+def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    T, N, H, fp32 = sizes.T, sizes.N, sizes.H, dtype == torch.float32
+    if weights := sizes.weight:
+        rows = None if sizes.deterministic else (T, T)
         skinny = skinny_config(weights, N, H, _decode_rows(T, arch), dtype, arch)
         wide = wide_config(weights, N, H, rows, dtype, arch)
     else:
@@ -202,21 +206,22 @@ def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
 
 @operation(
     reference=reference.linear,
+    case=LinearSizes,
     configs=configs,
-    flops=lambda sizes: 2 * sizes["T"] * sizes["H"] * sizes["N"],
+    flops=lambda case: 2 * case.T * case.H * case.N,
     test_shapes=(
-        *shapes("T H N", "1 512 40, 3 100 64, 16 256 33"),
-        *shapes("T H N", "1 128 70, 70 100 64", deterministic=True),
-        *shapes("T H N", "3 128 40", weight="int4:64"),
-        *shapes("T H N", "20 100 33", weight="int8"),
-        *shapes("T H N", "5 96 33", weight="fp8", deterministic=True),
+        *shapes(LinearSizes, "1 512 40, 3 100 64, 16 256 33"),
+        *shapes(LinearSizes, "1 128 70, 70 100 64", deterministic=True),
+        *shapes(LinearSizes, "3 128 40", weight="int4:64"),
+        *shapes(LinearSizes, "20 100 33", weight="int8"),
+        *shapes(LinearSizes, "5 96 33", weight="fp8", deterministic=True),
     ),
     bench_shapes=(
-        *shape_grid(T=(1, 4, 8, 16), H=4096, N=(6144, 4096)),
-        *shape_grid(T=(1, 4, 16), H=6144, N=8192),
-        *shapes("T H N", "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
-        *shapes("T H N", "1 4096 6144, 4096 4096 6144", deterministic=True),
-        *shape_grid(T=(1, 32, 128, 4096), H=4096, N=6144, weight=QUANT_NAMES),
+        *shape_grid(LinearSizes, T=(1, 4, 8, 16), H=4096, N=(6144, 4096)),
+        *shape_grid(LinearSizes, T=(1, 4, 16), H=6144, N=8192),
+        *shapes(LinearSizes, "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
+        *shapes(LinearSizes, "1 4096 6144, 4096 4096 6144", deterministic=True),
+        *shape_grid(LinearSizes, T=(1, 32, 128, 4096), H=4096, N=6144, weight=QUANT_NAMES),
     ),
 )
 def linear(
@@ -233,19 +238,18 @@ def linear(
     >>> ops.linear(torch.randn(2, 5, 64), torch.randn(48, 64)).shape
     torch.Size([2, 5, 48])
     """
-    rows, w = dense_rows(x.reshape(-1, x.shape[-1])), Weight.of(weight)
-    (T, H), N = rows.shape, len(weight)
-    sizes, arch = {"T": T, "H": H, "N": N, "deterministic": deterministic, "weight": w.name}, target_arch(x.device)
+    rows, w = Rows.of(x.reshape(-1, x.shape[-1])), Weight.of(weight)
+    (T, H), N = rows.ptr.shape, len(weight)
+    sizes, arch = LinearSizes(T, H, N, deterministic, w.name), target_arch(x.device)
     skinny = use_skinny_kernel(sizes, x.dtype, arch) or (T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel"))
     if not skinny and not deterministic and w.name is None:
-        return torch.mm(rows, w.data.t()).view(*x.shape[:-1], N)
+        return torch.mm(rows.ptr, w.data.t()).view(*x.shape[:-1], N)
     wide = deterministic or not skinny
     kernel = linear_kernel if wide else linear_decode_kernel
     config = select_configs(configs, sizes, x.dtype, x.device)[kernel.__name__]
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
-    args = {"x_ptr": rows, "weight_ptr": w.data, "y_ptr": y, "T": T, "N": N, "stride_xt": rows.stride(0), **w.args}
     row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if wide else min(T, 1)
     grid = (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),)
     more = {} if wide else {"PREFETCH": w.prefetch_bytes(H, config, grid, arch)}
-    launch(kernel, grid, args, config, H=H, LAYOUT=w.layout(arch), **more)
+    launch(kernel, grid, config, x=rows, weight=w.args, y_ptr=y, T=T, N=N, H=H, LAYOUT=w.layout(arch), **more)
     return y

@@ -7,7 +7,8 @@ B sequences, T tokens or rows, V rows of the embedding, H hidden
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Protocol, cast, overload
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, Protocol, cast, overload
 
 import torch
 import triton
@@ -15,12 +16,26 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arguments import Pointer, Rows
 from .call import operation
 from .checks import INTS, Range, Within, fail, readable
-from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
-from .op import Cost, Op, Sizes
-from .rope import POSITIONS_MAX, strides
+from .heads import POSITIONS_MAX
+from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .op import Cost, Op
 from .samples import shape_grid, shapes
+
+
+class FusedNorm(NamedTuple):
+    """What a kernel needs that also adds a residual to its result and normalizes the sum."""
+
+    residual: Rows  # [T, H]
+    weight: Pointer  # [H]
+    total_ptr: Pointer  # [T, H] out: the sum
+    eps: float
+
+    @classmethod
+    def of(cls, residual: Tensor, weight: Tensor, total: Tensor, eps: float) -> FusedNorm:
+        return cls(Rows.of(residual), weight.contiguous(), total, eps)
 
 
 @triton.jit
@@ -44,71 +59,66 @@ def normed(values, scale, weight, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def rms_norm_kernel(
-    x_ptr,  # [T, H]
-    residual_ptr,  # [T, H] as x, or None
+    x,  # Rows [T, H]
+    residual,  # Rows as x, or None
     weight_ptr,  # [H]
     y_ptr,  # [T, H] out
     total_ptr,  # [T, H] out: x + residual, or None
     T, H,
-    stride_xt, stride_rt,
     eps,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
     mask = (offs_m < T)[:, None] & (offs_h < H)[None, :]
     out = offs_m[:, None] * H + offs_h[None, :]
-    x = tl.load(x_ptr + offs_m[:, None] * stride_xt + offs_h[None, :], mask=mask, other=0.0)
-    dtype: tl.constexpr = x.dtype
-    values = x.to(tl.float32)
-    if ADD:
-        residual = tl.load(residual_ptr + offs_m[:, None] * stride_rt + offs_h[None, :], mask=mask, other=0.0)
+    x_tile = tl.load(x.ptr + offs_m[:, None] * x.stride + offs_h[None, :], mask=mask, other=0.0)
+    dtype: tl.constexpr = x_tile.dtype
+    values = x_tile.to(tl.float32)
+    if residual is not None:
+        added = tl.load(residual.ptr + offs_m[:, None] * residual.stride + offs_h[None, :], mask=mask, other=0.0)
         # The next layer reads the rounded sum, so the norm must use it, too.
-        total = (values + residual.to(tl.float32)).to(dtype)
+        total = (values + added.to(tl.float32)).to(dtype)
         tl.store(total_ptr + out, total, mask=mask)
         values = total.to(tl.float32)
     tl.store(y_ptr + out, normed_rows(values, weight_ptr, H, eps, dtype, BLOCK_H), mask=mask)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class NormSizes:
+    T: int
+    H: int
+
+
+def configs(sizes: NormSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """One long row a program; short rows share one whatever T is, since a row's bits depend on the tile."""
-    block_h = power_of_2(sizes["H"])
+    block_h = power_of_2(sizes.H)
     rows = power_of_2(4096 // block_h, high=16)
     warps = power_of_2(block_h * rows // 512, low=1, high=8)
     return {"rms_norm_kernel": LaunchConfig({"BLOCK_M": rows, "BLOCK_H": block_h}, num_warps=warps)}
 
 
-Rows = Annotated[Tensor, "... H"]
+Features = Annotated[Tensor, "... H"]
 NormWeight = Annotated[Tensor, "H"]
-
-
-def fused_norm_args(
-    residual: Tensor | None = None, weight: Tensor | None = None, total: Tensor | None = None, eps: float = 0.0
-) -> dict[str, Any]:
-    """Return the arguments of a kernel that may also add a residual and normalize the sum."""
-    if residual is None or weight is None:
-        return {"residual_ptr": None, "norm_ptr": None, "total_ptr": None, "eps": eps, "stride_rt": 0}
-    rows = dense_rows(residual)
-    args = {"residual_ptr": rows, "norm_ptr": weight.contiguous(), "total_ptr": total}
-    return {**args, "eps": eps, "stride_rt": rows.stride(0)}
 
 
 _FIELDS: dict[str, Any] = {
     "reference": reference.rms_norm,
+    "case": NormSizes,
     "configs": configs,
-    "flops": lambda sizes: 4 * sizes["T"] * sizes["H"],
-    "test_shapes": shapes("T H", "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
-    "bench_shapes": shapes("T H", "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
+    "flops": lambda case: 4 * case.T * case.H,
+    "test_shapes": shapes(NormSizes, "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
+    "bench_shapes": shapes(NormSizes, "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
 }
 
 
 @operation(name="rms_norm", **_FIELDS)
-def _norm(x: Rows, weight: NormWeight, eps: float) -> Rows:
+def _norm(x: Features, weight: NormWeight, eps: float) -> Features:
     return _launch(x, None, weight, eps)[0]
 
 
 @operation(error_name="rms_norm", **_FIELDS)
-def add_rms_norm(x: Rows, residual: Rows, weight: NormWeight, eps: float) -> tuple[Rows, Rows]:
+def add_rms_norm(x: Features, residual: Features, weight: NormWeight, eps: float) -> tuple[Features, Features]:
     """Add a residual and normalize the sum: `rms_norm` with a residual, as an operator of its own, since the schema of
     torch's operator has a fixed number of results.
 
@@ -165,22 +175,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
-    rows = dense_rows(x.reshape(-1, x.shape[-1]))
-    added = None if residual is None else dense_rows(residual.reshape(rows.shape))
-    sizes: dict[str, Any] = dict(zip("TH", rows.shape, strict=True))
-    config = select_configs(configs, sizes, x.dtype, x.device)["rms_norm_kernel"]
-    args = {**sizes, "x_ptr": rows, "residual_ptr": added, "y_ptr": y, "total_ptr": total, "eps": eps}
-    args |= {"weight_ptr": weight.contiguous(), "stride_xt": rows.stride(0)}
-    args["stride_rt"] = 0 if added is None else added.stride(0)
-    grid = (triton.cdiv(len(rows), config.constexprs["BLOCK_M"]),)
-    launch(rms_norm_kernel, grid, args, config, ADD=added is not None)
+    rows = Rows.of(x.reshape(-1, x.shape[-1]))
+    T, H = rows.ptr.shape
+    config = select_configs(configs, NormSizes(T, H), x.dtype, x.device)["rms_norm_kernel"]
+    launch(
+        rms_norm_kernel,
+        (triton.cdiv(T, config.constexprs["BLOCK_M"]),),
+        config,
+        x=rows,
+        residual=None if residual is None else Rows.of(residual.reshape(T, H)),
+        weight_ptr=weight.contiguous(),
+        y_ptr=y,
+        total_ptr=total,
+        T=T,
+        H=H,
+        eps=eps,
+    )
     return y, total
 
 
 @triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
 def embed_rms_norm_kernel(
     ids_ptr,  # [B, T]
-    table_ptr,  # [V, H]
+    table,  # Rows [V, H]
     weight_ptr,  # [H]
     past_ptr,  # [B] the position of token 0, or None
     new_ptr,  # [B] how many of the T tokens are new, or None
@@ -188,7 +205,7 @@ def embed_rms_norm_kernel(
     x_ptr,  # [B, T, H] out: rows of the table
     T, V, H,
     limit,  # number of positions
-    stride_ib, stride_it, stride_tv,
+    stride_ib, stride_it,
     eps,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +224,7 @@ def embed_rms_norm_kernel(
         bad = bad | (new < 0) | (new > T) | (past < 0) | (past > limit - tl.minimum(tl.maximum(new, 0), T))
     token = tl.where(bad, 0, tl.load(row + t * stride_it)).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
-    x = tl.load(table_ptr + token * stride_tv + offs_h, mask=offs_h < tl.where(bad, 0, H), other=0.0)
+    x = tl.load(table.ptr + token * table.stride + offs_h, mask=offs_h < tl.where(bad, 0, H), other=0.0)
     dtype: tl.constexpr = x.dtype
     values = tl.where(bad, float("nan"), x.to(tl.float32))
     out = (b * T + t) * H + offs_h
@@ -227,23 +244,31 @@ def end_ranges(args: Mapping[str, Any]) -> Iterator[Range]:
         yield "new", args["past"] + args["new"], 0, args["limit"]
 
 
-def embed_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class EmbedSizes:
+    B: int
+    T: int
+    V: int
+    H: int
+    past: int | None = None  # where given, sequence b is at past + b and has T - b new tokens
+
+
+def embed_configs(sizes: EmbedSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """One token a program; ids in blocks of 1024 whatever T is, so that one kernel serves all lengths."""
-    tiles = {"BLOCK_T": 1024, "BLOCK_H": power_of_2(sizes["H"])}
+    tiles = {"BLOCK_T": 1024, "BLOCK_H": power_of_2(sizes.H)}
     return {"embed_rms_norm_kernel": LaunchConfig(tiles, num_warps=power_of_2(tiles["BLOCK_H"] // 512, high=8))}
 
 
-def _embed_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    """Return ids, and where "past" is set the bounds: sequence b is at past + b and has T - b new tokens."""
-    B, T, past = sizes["B"], sizes["T"], sizes.get("past")
-    args = {"input_ids": (torch.arange(B * T, device=device) * 7 % sizes["V"]).view(B, T)}
+def _embed_inputs(case: EmbedSizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    B, T, past = case.B, case.T, case.past
+    args: dict[str, Any] = {"input_ids": (torch.arange(B * T, device=device) * 7 % case.V).view(B, T), "past": None}
     b = torch.arange(B, dtype=torch.int32, device=device)
-    return args if past is None else {**args, "past": past + b, "new": (T - b).clamp(min=0), "limit": past + T + B}
+    return args if past is None else args | {"past": past + b, "new": (T - b).clamp(min=0), "limit": past + T + B}
 
 
-def embed_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def embed_cost(case: EmbedSizes, dtype: torch.dtype) -> Cost:
     """Count each token's id and row read once, the row and its norm written once, and the norm's weight."""
-    tokens, H = sizes["B"] * sizes["T"], sizes["H"]
+    tokens, H = case.B * case.T, case.H
     return Cost(flops=4 * tokens * H, bytes=(3 * tokens + 1) * H * dtype.itemsize + 8 * tokens)
 
 
@@ -252,11 +277,12 @@ Embedded = Annotated[Tensor, "B T H"]
 
 @operation(
     reference=reference.embed_rms_norm,
+    case=EmbedSizes,
     inputs=_embed_inputs,
     configs=embed_configs,
     cost=embed_cost,
-    test_shapes=shapes("B T V H past", "3 1 50 128 7, 2 3 30 1000 0") + shapes("B T V H", "2 5 9 80"),
-    bench_shapes=shape_grid(B=1, T=(1, 2048), V=32000, H=4096, past=100),
+    test_shapes=shapes(EmbedSizes, "3 1 50 128 7, 2 3 30 1000 0, 2 5 9 80"),
+    bench_shapes=shape_grid(EmbedSizes, B=1, T=(1, 2048), V=32000, H=4096, past=100),
     rule=check_positions,
     ranges=end_ranges,
 )
@@ -284,11 +310,23 @@ def embed_rms_norm(
     """
     (B, T), (V, H) = input_ids.shape, table.shape
     y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
-    table = dense_rows(table)
-    past_ptr, new_ptr = (None if bound is None else bound.contiguous() for bound in (past, new))
-    args: dict[str, Any] = {"ids_ptr": input_ids, "table_ptr": table, "weight_ptr": weight.contiguous()}
-    args |= {"y_ptr": y, "x_ptr": x, "past_ptr": past_ptr, "new_ptr": new_ptr, "T": T, "V": V, "H": H}
-    args |= {"limit": limit or 0, "eps": eps, **strides("i", input_ids), "stride_tv": table.stride(0)}
-    selected = select_configs(embed_configs, {"T": T, "H": H}, table.dtype, table.device)
-    launch(embed_rms_norm_kernel, (T, B), args, selected["embed_rms_norm_kernel"])
+    launch(
+        embed_rms_norm_kernel,
+        (T, B),
+        select_configs(embed_configs, EmbedSizes(B, T, V, H), table.dtype, table.device)["embed_rms_norm_kernel"],
+        ids_ptr=input_ids,
+        table=Rows.of(table),
+        weight_ptr=weight.contiguous(),
+        past_ptr=None if past is None else past.contiguous(),
+        new_ptr=None if new is None else new.contiguous(),
+        y_ptr=y,
+        x_ptr=x,
+        T=T,
+        V=V,
+        H=H,
+        limit=limit or 0,
+        stride_ib=input_ids.stride(0),
+        stride_it=input_ids.stride(1),
+        eps=eps,
+    )
     return y, x

@@ -3,7 +3,7 @@
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from typing import Any
 
@@ -12,10 +12,6 @@ import torch
 from . import checks
 from .checks import Argument, Binder, Within
 from .launch import LaunchConfig
-
-# Sizes by shape letter, and flags: what selects kernels and configurations besides sizes, dtype and architecture. A
-# flag that is absent is False, or has the default of the argument of its name.
-Sizes = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,6 +22,12 @@ class Cost:
     flops: int
     bytes: int
     host_bytes: int = 0
+
+
+def as_dict(case: Any) -> dict[str, Any]:
+    """Return the fields of a case: its sizes, and the flags and formats that are not at their default."""
+    flags = {field.name: field.default for field in fields(case) if isinstance(field.default, bool | None)}
+    return {name: value for name, value in vars(case).items() if name not in flags or value != flags[name]}
 
 
 @cache
@@ -50,11 +52,13 @@ class Op:
     name               its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`
     run                launches the Triton kernels, its arguments already checked
     reference          the same in plain torch; it takes the arguments it shares with `run`, by name
-    inputs             inputs(sizes, dtype, device, generator) -> keyword arguments of `run`
-    configs            configs(sizes, dtype, arch) -> LaunchConfig by kernel name, a pure function
-    cost               cost(sizes, dtype) -> Cost
-    test_shapes        sizes that the interpreted tests run
-    bench_shapes       Mixtral's sizes, compiled offline and timed
+    case               the dataclass of what draws inputs: sizes by shape letter, and flags. `inputs` and `cost` take a
+                       mapping of its fields, too
+    inputs             inputs(case, dtype, device, generator) -> keyword arguments of `run`
+    configs            configs(sizes, dtype, arch) -> LaunchConfig by kernel name, a pure function; `run` makes `sizes`
+    cost               cost(case, dtype) -> Cost
+    test_shapes        cases that the interpreted tests run
+    bench_shapes       cases of Mixtral's sizes, compiled offline and timed
     dtypes             dtypes of the floating-point arguments
     mutates            names of the arguments that the operation writes into
     derived_outputs    derived_outputs(args, results) -> what the last results must equal exactly, given those before
@@ -68,11 +72,12 @@ class Op:
     name: str
     run: Callable[..., Any]
     reference: Callable[..., Any]
+    case: type[Any]
     inputs: Callable[..., dict[str, Any]]
-    configs: Callable[[Sizes, torch.dtype, str], dict[str, LaunchConfig]]
-    cost: Callable[[Sizes, torch.dtype], Cost]
-    test_shapes: Sequence[Sizes]
-    bench_shapes: Sequence[Sizes]
+    configs: Callable[[Any, torch.dtype, str], dict[str, LaunchConfig]]
+    cost: Callable[[Any, torch.dtype], Cost]
+    test_shapes: Sequence[Any]
+    bench_shapes: Sequence[Any]
     dtypes: tuple[torch.dtype, ...] = checks.FLOATS
     mutates: tuple[str, ...] = ()
     derived_outputs: Callable[[Any, Any], Any] | None = None
@@ -80,6 +85,10 @@ class Op:
     ranges: Callable[[Mapping[str, Any]], Iterable[checks.Range]] | None = None
     truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     error_name: str = ""
+
+    def case_of(self, fields: Any) -> Any:
+        """Return the case of a mapping of its fields, or a case as it is."""
+        return self.case(**fields) if isinstance(fields, Mapping) else fields
 
     @cached_property
     def signature(self) -> inspect.Signature:

@@ -127,6 +127,15 @@ def _descriptor(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
     return descriptor
 
 
+def _make_pick(places: tuple[Any, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return a function that picks values into tuples nested as `places` are."""
+
+    def expression(place: Any) -> str:
+        return f"({''.join(f'{expression(part)}, ' for part in place)})" if isinstance(place, tuple) else f"v[{place}]"
+
+    return eval(f"lambda v: {expression(places)}")  # type: ignore[no-any-return]  # quicker than a loop, at each call
+
+
 class _AllocationRecorder(TorchDispatchMode):
     """Records the memory that a call allocates, and whether torch computes or makes a view at another address."""
 
@@ -178,8 +187,10 @@ def _make_plan(
     descriptors: list[tuple[int, dict[str, Any], int]] = []
     constants: list[Any] = []
 
-    def locate(x: Any) -> int:
-        """Return the place of an argument among the plan's values."""
+    def locate(x: Any) -> Any:
+        """Return the place of an argument among the plan's values; of a NamedTuple with tensors, those of its parts."""
+        if isinstance(x, tuple) and any(isinstance(part, Tensor) for part in x):
+            return tuple(map(locate, x))
         if isinstance(x, Tensor):
             index = indices[x.data_ptr()]
             if x.dtype != sources[index].dtype or x.device != device:
@@ -197,8 +208,8 @@ def _make_plan(
     steps: list[_Step] = []
     try:
         for each in launches:
-            places = [locate(each.args.get(p.name, p.default)) for p in each.fn.params]
-            steps.append((each.kernel, each.grid, itemgetter(*places)))  # a tuple: kernels have several parameters
+            places = tuple(locate(each.args.get(p.name, p.default)) for p in each.fn.params)
+            steps.append((each.kernel, each.grid, _make_pick(places)))
         outputs = [locate(x) for x in results]
     except KeyError:
         return None

@@ -90,6 +90,8 @@ def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, wei
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
     Either projection may be quantized (`linear`). An expert out of range contributes nothing.
     """
+    if x.is_meta:  # routes have no values there
+        return torch.empty_like(x)
     if len(x) == 1:  # one token needs no sort
         routes = [(e, w) for e, w in zip(ids[0].tolist(), weights[0].tolist(), strict=True) if 0 <= e < len(down_proj)]
         parts = [_wide(_expert(x, gate_up_proj[expert], down_proj[expert])) * weight for expert, weight in routes]
@@ -204,7 +206,7 @@ def _attend(
     sees_no_key = None
     if visible is not None:
         is_unused, sees_no_key = ~visible.any(1)[:, None, :, None], ~visible.any(2)[:, :, None, None]
-        if is_unused.any():
+        if is_unused.is_meta or is_unused.any():
             k, v = k.masked_fill(is_unused, 0.0), v.masked_fill(is_unused, 0.0)  # 0 * NaN is NaN
         visible = visible[:, None]
     if T == 1:  # the heads of a group share their keys

@@ -6,6 +6,7 @@ The gate's kernel has one token a program against the whole gate: a tile of seve
 fewer SMs busy. So a token's bits never depend on the other tokens.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -14,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .arguments import Rows
 from .call import operation
 from .checks import FP32, INT32, Within
-from .launch import LaunchConfig, dense_rows, launch, power_of_2, select_configs
-from .norm import NormWeight, fused_norm_args, normed
-from .op import Sizes
+from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .norm import FusedNorm, NormWeight, normed
 from .pdl import pdl_wait
 from .samples import shape_grid, shapes
 
@@ -81,10 +82,10 @@ def route_kernel(
 
 
 @triton.jit
-def _load_gate(gate_ptr, stride_ge, offs_h, E, H: tl.constexpr, BLOCK_E: tl.constexpr):
+def _load_gate(gate, offs_h, E, H: tl.constexpr, BLOCK_E: tl.constexpr):
     """Load columns of the gate, [BLOCK_E, columns]."""
     offs_e = tl.arange(0, BLOCK_E)
-    ptrs = gate_ptr + offs_e.to(tl.int64)[:, None] * stride_ge + offs_h[None, :]
+    ptrs = gate.ptr + offs_e.to(tl.int64)[:, None] * gate.stride + offs_h[None, :]
     return tl.load(ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
 
 
@@ -119,40 +120,37 @@ def _products(y_ptr, values, scale, gate, weight, offs_h, H: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def gate_route_kernel(
-    x_ptr,  # [T, H]
-    residual_ptr,  # [T, H], or None: no norm
-    norm_ptr,  # [H] weight of the norm of x + residual, or None
-    gate_ptr,  # [E, H]
+    x,  # Rows [T, H]
+    norm,  # FusedNorm of x + residual, or None
+    gate,  # Rows [E, H]
     y_ptr,  # [T, H] out: that norm, or None
-    total_ptr,  # [T, H] out: x + residual, or None
     logits_ptr,  # [T, E] out
     weights_ptr,  # [T, K] out, fp32
     ids_ptr,  # [T, K] out, int32
     T, E,
-    stride_xt, stride_rt, stride_ge,
-    eps,
     H: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     t, offs_h = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)
-    gate = _load_gate(gate_ptr, stride_ge, offs_h, E, H, BLOCK_E)
-    weight = None if norm_ptr is None else tl.load(norm_ptr + offs_h, mask=offs_h < H, other=0.0)
+    gate_tile = _load_gate(gate, offs_h, E, H, BLOCK_E)
+    weight = None if norm is None else tl.load(norm.weight + offs_h, mask=offs_h < H, other=0.0)
     pdl_wait(PDL)
-    x, residual, y, total = x_ptr + t * stride_xt, residual_ptr, y_ptr, total_ptr
-    if residual_ptr is not None:
-        residual, y, total = residual_ptr + t * stride_rt, y_ptr + t * H, total_ptr + t * H
-    values, scale = _load_sum(x, residual, offs_h, H), 1.0
-    if residual_ptr is not None:
+    x_row, residual, y = x.ptr + t * x.stride, None, y_ptr
+    if norm is not None:
+        residual, y = norm.residual.ptr + t * norm.residual.stride, y_ptr + t * H
+    values, scale = _load_sum(x_row, residual, offs_h, H), 1.0
+    if norm is not None:
+        total = norm.total_ptr + t * H
         squares = _store_and_square(total, values, offs_h, H)
         for h in range(BLOCK_H, H, BLOCK_H):
-            squares += _store_and_square(total, _load_sum(x, residual, h + offs_h, H), h + offs_h, H)
-        scale = tl.rsqrt(squares / H + eps)
-    acc = _products(y, values, scale, gate, weight, offs_h, H)
+            squares += _store_and_square(total, _load_sum(x_row, residual, h + offs_h, H), h + offs_h, H)
+        scale = tl.rsqrt(squares / H + norm.eps)
+    acc = _products(y, values, scale, gate_tile, weight, offs_h, H)
     for h in range(BLOCK_H, H, BLOCK_H):
         columns = h + offs_h
-        next_gate = _load_gate(gate_ptr, stride_ge, columns, E, H, BLOCK_E)
-        norm_weight = None if norm_ptr is None else tl.load(norm_ptr + columns, mask=columns < H, other=0.0)
-        acc += _products(y, _load_sum(x, residual, columns, H), scale, next_gate, norm_weight, columns, H)
+        next_gate = _load_gate(gate, columns, E, H, BLOCK_E)
+        norm_weight = None if norm is None else tl.load(norm.weight + columns, mask=columns < H, other=0.0)
+        acc += _products(y, _load_sum(x_row, residual, columns, H), scale, next_gate, norm_weight, columns, H)
     logits, offs_e = acc[None, :].to(logits_ptr.dtype.element_ty), tl.arange(0, BLOCK_E)
     tl.store(logits_ptr + t * E + offs_e[None, :], logits, mask=(offs_e < E)[None, :])
     # Route by the rounded logits, which the caller receives.
@@ -160,20 +158,35 @@ def gate_route_kernel(
     store_routes(weights_ptr, ids_ptr, weights, ids, t + tl.arange(0, 1), T, TOP_K, BLOCK_K)
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class RouteSizes:
+    T: int
+    E: int
+    K: int
+
+
+@dataclass(frozen=True)
+class GateSizes:
+    T: int
+    H: int
+    E: int
+    K: int
+
+
+def configs(sizes: RouteSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """The tile does not depend on T, so a token's bits do not either."""
-    block_e, block_k = power_of_2(sizes["E"]), power_of_2(sizes["K"])
+    block_e, block_k = power_of_2(sizes.E), power_of_2(sizes.K)
     block_t = power_of_2(1024 // block_e, high=128)
     tiles = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": block_k}
     return {"route_kernel": LaunchConfig(tiles, num_warps=4 if block_t * block_e >= 512 else 1)}
 
 
-def gate_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+def gate_configs(sizes: GateSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's."""
-    block_e = power_of_2(sizes["E"])
-    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes["H"], high=max(16, TILE_ELEMENTS // block_e))}
+    block_e = power_of_2(sizes.E)
+    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes.H, high=max(16, TILE_ELEMENTS // block_e))}
     warps = power_of_2(block_e * tiles["BLOCK_H"] // 2048, high=16)
-    return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes["K"])}, num_warps=warps)}
+    return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes.K)}, num_warps=warps)}
 
 
 Logits = Annotated[Tensor, "T E"]
@@ -184,17 +197,21 @@ RoutingWeights = Annotated[Tensor, "T K", FP32]
 Ids = Annotated[Tensor, "T K", INT32]
 
 
-def _flops(sizes: Sizes) -> int:
-    """Count the route's, and where there is an H the gate's."""
-    return sizes["T"] * sizes["E"] * (sizes["K"] + 4 + 2 * sizes.get("H", 0))
+def _flops(case: RouteSizes | GateSizes) -> int:
+    return case.T * case.E * (case.K + 4)
+
+
+def _gate_flops(case: GateSizes) -> int:
+    return _flops(case) + 2 * case.T * case.E * case.H
 
 
 @operation(
     reference=reference.route,
+    case=RouteSizes,
     configs=configs,
     flops=_flops,
-    test_shapes=shapes("T E K", "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
-    bench_shapes=shape_grid(T=(1, 64, 4096), E=8, K=2),
+    test_shapes=shapes(RouteSizes, "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
+    bench_shapes=shape_grid(RouteSizes, T=(1, 64, 4096), E=8, K=2),
 )
 def route(logits: Logits, top_k: TopK) -> tuple[RoutingWeights, Ids]:
     """Select each token's experts: Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1).
@@ -211,10 +228,20 @@ def route(logits: Logits, top_k: TopK) -> tuple[RoutingWeights, Ids]:
     """
     T, E = logits.shape
     weights, ids = _empty_routes(T, top_k, logits.device)
-    config = select_configs(configs, {"T": T, "E": E, "K": top_k}, logits.dtype, logits.device)["route_kernel"]
-    args = {"logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids, "T": T, "E": E}
-    args |= {"stride_lt": logits.stride(0), "stride_le": logits.stride(1)}
-    launch(route_kernel, (triton.cdiv(T, config.constexprs["BLOCK_T"]),), args, config, TOP_K=top_k)
+    config = select_configs(configs, RouteSizes(T, E, top_k), logits.dtype, logits.device)["route_kernel"]
+    launch(
+        route_kernel,
+        (triton.cdiv(T, config.constexprs["BLOCK_T"]),),
+        config,
+        logits_ptr=logits,
+        weights_ptr=weights,
+        ids_ptr=ids,
+        T=T,
+        E=E,
+        stride_lt=logits.stride(0),
+        stride_le=logits.stride(1),
+        TOP_K=top_k,
+    )
     return weights, ids
 
 
@@ -224,14 +251,15 @@ def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 _GATE_FIELDS: dict[str, Any] = {
+    "case": GateSizes,
     "configs": gate_configs,
     "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"]),  # of the returned logits
-    "test_shapes": shapes("T H E K", "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
-    "bench_shapes": shape_grid(T=(1, 64, 4096), H=(4096, 6144), E=8, K=2),
+    "test_shapes": shapes(GateSizes, "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
+    "bench_shapes": shape_grid(GateSizes, T=(1, 64, 4096), H=(4096, 6144), E=8, K=2),
 }
 
 
-@operation(reference=reference.gate_route, flops=_flops, **_GATE_FIELDS)
+@operation(reference=reference.gate_route, flops=_gate_flops, **_GATE_FIELDS)
 def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) -> tuple[Logits, RoutingWeights, Ids]:
     """Multiply tokens with the gate and select their experts (`route`), in one launch.
 
@@ -245,12 +273,12 @@ def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) 
 
     >>> logits, routing_weights, ids = ops.gate_route(torch.randn(3, 64), torch.randn(8, 64), top_k=2)
     """
-    return _launch_gate(x, gate, top_k, None, fused_norm_args())
+    return _launch_gate(x, gate, top_k)
 
 
 @operation(
     reference=reference.rms_norm_gate_route,
-    flops=lambda sizes: _flops(sizes) + 5 * sizes["T"] * sizes["H"],
+    flops=lambda case: _gate_flops(case) + 5 * case.T * case.H,
     **_GATE_FIELDS,
 )
 def rms_norm_gate_route(
@@ -270,18 +298,30 @@ def rms_norm_gate_route(
     >>> y, total, logits, routing_weights, ids = ops.rms_norm_gate_route(x, x, weight, 1e-5, gate, top_k=2)
     """
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    return y, total, *_launch_gate(x, gate, top_k, y, fused_norm_args(residual, weight, total, eps))
+    return y, total, *_launch_gate(x, gate, top_k, y, FusedNorm.of(residual, weight, total, eps))
 
 
 def _launch_gate(
-    x: Tensor, gate: Tensor, top_k: int, y: Tensor | None, norm: dict[str, Any]
+    x: Tensor, gate: Tensor, top_k: int, y: Tensor | None = None, norm: FusedNorm | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, H), E = x.shape, len(gate)
     logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
     weights, ids = _empty_routes(T, top_k, x.device)
-    config = select_configs(gate_configs, {"T": T, "H": H, "E": E, "K": top_k}, x.dtype, x.device)["gate_route_kernel"]
-    x, gate = dense_rows(x), dense_rows(gate)
-    args = {**norm, "x_ptr": x, "gate_ptr": gate, "y_ptr": y, "logits_ptr": logits, "weights_ptr": weights}
-    args |= {"ids_ptr": ids, "T": T, "E": E, "stride_xt": x.stride(0), "stride_ge": gate.stride(0)}
-    launch(gate_route_kernel, (T,), args, config, H=H, TOP_K=top_k)
+    config = select_configs(gate_configs, GateSizes(T, H, E, top_k), x.dtype, x.device)["gate_route_kernel"]
+    launch(
+        gate_route_kernel,
+        (T,),
+        config,
+        x=Rows.of(x),
+        norm=norm,
+        gate=Rows.of(gate),
+        y_ptr=y,
+        logits_ptr=logits,
+        weights_ptr=weights,
+        ids_ptr=ids,
+        T=T,
+        E=E,
+        H=H,
+        TOP_K=top_k,
+    )
     return logits, weights, ids

@@ -3,27 +3,28 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from . import checks
 from .checks import Argument
-from .op import Cost, Sizes, read_annotations
+from .op import Cost, as_dict, read_annotations
 from .quantized import matrix_bytes, sample_quantized
 from .quantized_cache import QuantizedCache
 
-
-def shapes(names: str, table: str, **flags: Any) -> tuple[dict[str, Any], ...]:
-    """Return the sizes of each row of a table: `shapes("T H", "1 128, 17 80", deterministic=True)`."""
-    rows = [map(int, row.split()) for row in table.split(",")]
-    return tuple({**dict(zip(names.split(), row, strict=True)), **flags} for row in rows)
+Case = TypeVar("Case")
 
 
-def shape_grid(**values: Any) -> tuple[dict[str, Any], ...]:
-    """Return sizes for each combination of values, tuples or single ones: `shape_grid(T=(1, 64), H=4096)`."""
+def shapes(case: type[Case], table: str, **flags: Any) -> tuple[Case, ...]:
+    """Return a case for each row of a table of its first fields: `shapes(NormSizes, "1 128, 17 80")`."""
+    return tuple(case(*map(int, row.split()), **flags) for row in table.split(","))
+
+
+def shape_grid(case: type[Case], **values: Any) -> tuple[Case, ...]:
+    """Return a case for each combination of values or tuples of values: `shape_grid(NormSizes, T=(1, 64), H=4096)`."""
     options = [value if isinstance(value, tuple) else (value,) for value in values.values()]
-    return tuple(dict(zip(values, row, strict=True)) for row in product(*options))
+    return tuple(case(**dict(zip(values, row, strict=True))) for row in product(*options))
 
 
 def draw(
@@ -35,45 +36,55 @@ def draw(
     return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
 
-def streaming_cost(run: Callable[..., Any], flops: Callable[[Sizes], int]) -> Callable[[Sizes, torch.dtype], Cost]:
+def _row_letter(run: Callable[..., Any]) -> str:
+    """Return the letter that counts rows, which a shape with "..." leaves out: T, where the operation names none."""
+    spec = read_annotations(run)[0][0].shape_spec.split()
+    return "T" if spec[0] == "..." else spec[0]
+
+
+def _letters(run: Callable[..., Any], case: Any) -> dict[str, Any]:
+    return {"...": (getattr(case, _row_letter(run)),), **vars(case)}
+
+
+def streaming_cost(run: Callable[..., Any], flops: Callable[[Any], int]) -> Callable[[Any, torch.dtype], Cost]:
     """Return `Op.cost` for an operation that reads each required argument once and writes each result once."""
 
-    def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
-        total = 0
+    def cost(case: Any, dtype: torch.dtype) -> Cost:
+        total, letters = 0, _letters(run, case)
         for a in (a for part in read_annotations(run) for a in part if a.tensor and not a.optional):
-            *rows, columns = checks.shape_of(a.shape_spec, {"...": (sizes["T"],), **sizes})
-            weights = sizes.get(a.name) if a.kind == checks.Matrix else None
+            *rows, columns = checks.shape_of(a.shape_spec, letters)
+            weights = letters[a.name] if a.kind == checks.Matrix else None
             stored = dtype if a.dtypes is None or dtype in a.dtypes else a.dtypes[0]
             total += matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
-        return Cost(flops=flops(sizes), bytes=total)
+        return Cost(flops=flops(case), bytes=total)
 
     return cost
 
 
-def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]] | None = None) -> Any:
+def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]] | None) -> Any:
     """Return `Op.inputs` for `run`: the arguments that `special` returns, and random ones by their annotations.
 
     Tensors have normal values, divided by the root of the columns where no dimension counts sequences or tokens. A
-    Matrix is quantized where the flag of its name says so, a Cache where "cache" is "int8". Numbers are sizes, flags,
-    or 1e-5.
+    Matrix is quantized where the field of its name says so, a Cache where `cache` is "int8". Numbers are fields of the
+    case, or 1e-5.
     """
 
-    def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    def inputs(case: Any, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+        letters = _letters(run, case)
+
         def value(argument: Argument) -> Any:
-            if argument.kind is bool:
-                return bool(sizes[argument.name])
             if not argument.tensor:
-                return sizes.get(argument.shape_spec or argument.name, 1e-5)
-            shape = checks.shape_of(argument.shape_spec, {"...": (sizes.get("T"),), **sizes})
-            if argument.kind == checks.Matrix and (format := sizes.get(argument.name.removesuffix("_proj"))):
+                return letters.get(argument.shape_spec or argument.name, 1e-5)
+            shape = checks.shape_of(argument.shape_spec, letters)
+            if argument.kind == checks.Matrix and (format := letters[argument.name.removesuffix("_proj")]):
                 return sample_quantized(format, *shape, device=device, generator=generator)
-            if argument.kind == checks.Cache and sizes.get("cache"):
+            if argument.kind == checks.Cache and case.cache:
                 return QuantizedCache.of(draw(shape, dtype, device, generator))
-            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "T", "...")
+            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "...", _row_letter(run))
             return draw(shape, dtype, device, generator, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 
-        args = {} if special is None else special(sizes, dtype, device, generator)
-        names = {*args, *sizes}
+        args = {} if special is None else special(case, dtype, device, generator)
+        names = {*args, *as_dict(case)}
         required = (a for a in read_annotations(run)[0] if a.name in names or not (a.optional or a.kind is bool))
         return {a.name: args[a.name] if a.name in args else value(a) for a in required}
 

@@ -2,9 +2,9 @@
 
 E experts (or none), N rows, K columns: the depth of the sum; G groups of columns that share a scale
 
-A launch passes the weight's pointer and strides, `scales_ptr` and `zeros_ptr` (or None), and LAYOUT. BLOCK_K columns go
-into one product. An element of a quantized weight holds FIELDS codes, so a tile of BLOCK_K elements holds the next
-FIELDS * BLOCK_K columns: a unit (quantized.py). A dense weight has one field.
+A launch passes WeightArgs and LAYOUT. BLOCK_K columns go into one product. An element of a quantized weight holds
+FIELDS codes, so a tile of BLOCK_K elements holds the next FIELDS * BLOCK_K columns: a unit (quantized.py). A dense
+weight has one field.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import namedtuple
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .arch import ARCHS
-from .launch import LaunchConfig, dense_rows, describe, tma_can_read, unpacks_by_ptx
+from .arguments import Pointer, dense_rows
+from .launch import LaunchConfig, describe, tma_can_read, unpacks_by_ptx
 from .offload import ALIGNMENT, OffloadedWeight
 from .pdl import pdl_wait
 from .quantized import BITS, QuantizedWeight
@@ -33,6 +34,16 @@ from .unpack import fields_of, scaled, unpacked
 Layout = namedtuple("Layout", "format group ptx table")
 # Pointers of a kernel's weight tile [rows, BLOCK_K], of the scales and of the zeros.
 WeightPtrs = namedtuple("WeightPtrs", "tile scales zeros")
+
+
+class WeightArgs(NamedTuple):
+    """A weight as an argument of kernels."""
+
+    ptr: Pointer  # [(E,) N, K] values or int16 elements; or int64 [E], addresses of the experts' rows
+    scales: Pointer  # [(E,) N, G], or None
+    zeros: Pointer  # the same, or None
+    stride_n: int  # between rows
+    stride_e: int | None  # between experts, if there are any
 
 
 @dataclass(frozen=True)
@@ -62,11 +73,14 @@ class Weight:
         return cls(dense_rows(weight.data), scales, zeros, weight.name, weight.format, weight.group, memory)
 
     @property
-    def args(self) -> dict[str, Any]:
-        """The kernel arguments: strides between rows and experts, scales and zeros."""
+    def args(self) -> WeightArgs:
         rows = self.data if self.memory is None else self.memory.host
-        strides = dict(zip(("stride_wn", "stride_we"), rows.stride()[-2::-1], strict=False))
-        return {**strides, "scales_ptr": self.scales, "zeros_ptr": self.zeros}
+        between_experts = rows.stride(0) if rows.dim() == 3 else None
+        return WeightArgs(self.data, self.scales, self.zeros, rows.stride(-2), between_experts)
+
+    def staged(self) -> WeightArgs:
+        """Return `args`, a table of addresses replaced by one whose addresses all lie on the device."""
+        return self.args if self.memory is None else self.args._replace(ptr=self.memory.staged())
 
     def layout(self, arch: str) -> Layout:
         ptx = self.format != "dense" and unpacks_by_ptx(arch)
@@ -92,10 +106,6 @@ class Weight:
         most = min(row, known.l2_bytes // 2 // (resident * rows))
         return 1 << most.bit_length() - 1 if most >= 128 else 0
 
-    def staged(self) -> Tensor:
-        """Return `data`, or a table of addresses that all lie on the device."""
-        return self.data if self.memory is None else self.memory.staged()
-
     def takes_tma(self, arch: str) -> bool:
         return self.scales is None and self.memory is None and tma_can_read(self.data, arch)
 
@@ -113,16 +123,18 @@ _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 
 @triton.jit
-def expert_rows(ptr, expert, stride_we, dtype: tl.constexpr, LAYOUT: tl.constexpr, exists=True):
+def expert_rows(weight, expert, dtype: tl.constexpr, LAYOUT: tl.constexpr, exists=True):
     """Return the pointer to an expert's rows: an offset into a stacked weight, or an entry of a table of addresses.
 
     Where `exists` is false, the table's first entry is read instead, and the caller masks the rows.
     """
     if LAYOUT.table:
         element: tl.constexpr = dtype if LAYOUT.format == "dense" else tl.int16
-        return tl.multiple_of(tl.load(ptr + tl.where(exists, expert, 0)).to(tl.pointer_type(element)), _ALIGNMENT)
+        return tl.multiple_of(
+            tl.load(weight.ptr + tl.where(exists, expert, 0)).to(tl.pointer_type(element)), _ALIGNMENT
+        )
     else:
-        return ptr + expert * stride_we
+        return weight.ptr + expert * weight.stride_e
 
 
 @triton.jit

@@ -30,8 +30,6 @@ from .tools.prompt import ChatTemplate, encode, load_tokenizer, read_prompts, re
 from .tools.terminal import bar, did_you_mean, exit_status, nearest, print_message
 
 if TYPE_CHECKING:
-    import torch
-
     from .model import Mixtral
 
 FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
@@ -282,21 +280,20 @@ def _encode(args: argparse.Namespace, tokenizer: Any, config: Any, text: str, te
     return ids
 
 
-def _compile(model: Mixtral, sizes: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype], cache: Any) -> None:
-    """Compile what forwards of [B,T] tokens over a cache of C slots and a dtype launch on a GPU; show the progress."""
+def _compile(launch: Callable[..., object], model: Mixtral, *args: Any) -> None:
+    """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .tools.offline import compile_ahead
 
         with bar("compiling", None, compiles=True) as progress:
-            compile_ahead(model, sizes, dtypes, progress.update, cache)
+            compile_ahead(model, partial(launch, model, *args), progress.update)
 
 
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     import torch
 
-    from .verification import check_peer, default_text, estimate, verify
-    from .verification.calls import forwards
+    from .verification import check_peer, default_text, estimate, launch_all, verify
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
@@ -314,8 +311,7 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             print_message(note)
             print_message(estimate(model, text_ids, args.folder, quick))
-        dtypes = [model.dtype] if quick else [model.dtype, torch.float32]
-        _compile(model, forwards(model.config), dtypes, args.cache_dtype)
+        _compile(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "peer", "tokens", "cache_dtype")}
         if measured is not None:
             ids = _encode(args, load_tokenizer(args.folder), model.config, measured)

@@ -308,6 +308,15 @@ def check_offload(
     return placement
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use, of those that control groups, as of a container, allow."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with suppress(OSError):
+        quotas = _group_numbers("cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"], ["cpu.max"])
+        cores = min([cores, *(-(-quota // period) for quota, period in quotas if quota > 0)])
+    return max(1, cores)
+
+
 def host_memory() -> int | None:
     """Bytes of host memory that can be pinned, those that control groups, as of a container, still allow; None where
     the system does not say. WSL pins at most half of it."""
@@ -320,20 +329,22 @@ def host_memory() -> int | None:
     if available is not None and "microsoft" in os.uname().release.lower():
         available = min(available, sizes["MemTotal"] // 2)
     with suppress(OSError):
-        available = available and min([available, *_remaining_in_groups()])
+        files = ["memory.limit_in_bytes", "memory.usage_in_bytes"], ["memory.max", "memory.current"]
+        remaining = (max(0, limit - used) for limit, used in _group_numbers("memory", *files))
+        available = available and min([available, *remaining])
     return available
 
 
-def _remaining_in_groups() -> Iterator[int]:
-    """Yield the bytes that each limited control group of this process, of version 1 or 2, has left."""
-    names = {"memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"), "": ("memory.max", "memory.current")}
+def _group_numbers(controller: str, v1: Sequence[str], v2: Sequence[str]) -> Iterator[list[int]]:
+    """Yield the numbers in these files of each limited control group of this process, of version 1 or 2."""
     for line in (PROC / "self" / "cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
         folder = CGROUPS / controllers / path.lstrip("/")
         for each in (folder, *folder.parents):  # a container may not see the folders of its path
-            with suppress(OSError, ValueError, KeyError):  # "max" is no limit
-                limit, used = (int((each / name).read_text()) for name in names[controllers])
-                yield max(0, limit - used)
+            with suppress(OSError, ValueError):  # "max" is no limit
+                yield [int(n) for name in (v1 if controllers else v2) for n in (each / name).read_text().split()]
 
 
 def read_routes(config: MixtralConfig, path: str | os.PathLike[str]) -> Routes:

@@ -28,7 +28,7 @@ from mixtral_triton.kernels import call, interpret, launch
 from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
-from tests.support.calls import memory_of, replace_base, tensors_of_launch
+from tests.support.calls import memory_of, replace_tensors, tensors_of_launch
 from tests.support.traffic import active_addresses
 
 pytest_plugins = ["tests.support.selection"]
@@ -86,7 +86,7 @@ def run_guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], iterat
     tables = {name: weight for name, x in tensors.items() if (weight := find_weight(x)) is not None}
     for name, weight in tables.items():
         guards[name].guarded.copy_(guard_experts(name, weight, guards, iteration))
-    guarded_args = {name: replace_base(args[name], guards[name].guarded) for name in tensors}
+    guarded_args = replace_tensors(args, {name: guards[name].guarded for name in tensors})
     with interpreting() as builder:
         # Integer arithmetic that overflows its type raises an error.
         builder.options = replace(builder.options, sanitize_overflow=not iteration, debug=True)
@@ -104,7 +104,7 @@ def run_guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], iterat
             builder.grid_idx = tuple(reverse) if iteration else index
 
         with mock.patch.multiple(builder, create_masked_load=checked_load, set_grid_idx=set_grid_idx):
-            kernel[grid](**args | guarded_args)
+            kernel[grid](**guarded_args)
     # The copies are elsewhere in each run, and so are their addresses.
     return {name: guard for name, guard in guards.items() if name not in tables}
 
@@ -118,7 +118,7 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
     for name, guard in runs[0].items():
         if not guard.bytes().equal(runs[1][name].bytes()):
             raise AssertionError(f"{kernel.__name__}: {name} depends on program order or on what lies outside a tensor")
-        if name in args:  # an expert's rows are only read
+        if name in tensors_of_launch(args):  # an expert's rows are only read
             guard.write_back()
 
 

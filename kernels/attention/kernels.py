@@ -6,13 +6,49 @@ Positions count from the start of a sequence. A key at position j is at index j 
 beside the queries, and at slot j mod C of the cache.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from ..arguments import Heads, Pointer
+from ..heads import POSITIONS_MAX, RotaryTables, angles, sequence_position
 from ..pdl import pdl_wait
 from ..quantized_cache import quantized
-from ..rope import POSITIONS_MAX, angles, sequence_position
-from .softmax import Keys, Kind, QueryTile, Softmax, Span, normalized, store_heads, sweep, take_keys, unit_of
+from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalized, store_heads, sweep, take_keys, unit_of
+
+
+class Keys(NamedTuple):
+    """Keys and values of all sequences and heads."""
+
+    k_ptr: Pointer  # [B, S, Hkv, D], or in 8 bits int16 [B, S, Hkv, D / 2]
+    v_ptr: Pointer
+    k_scales: Pointer  # [B, Hkv, S] fp32 in 8 bits, at a vector's index (quantized_cache.py), or None
+    v_scales: Pointer
+    stride_kb: int
+    stride_kt: int
+    stride_kh: int
+    stride_vb: int
+    stride_vt: int
+    stride_vh: int
+
+
+class Bounds(NamedTuple):
+    """Which keys are valid, and where the queries are."""
+
+    starts: Pointer  # [B] first valid key, or None: 0
+    lengths: Pointer  # [B] end of the valid keys, or None: S; with past: how many of the T tokens are new
+    past: Pointer  # [B] position of query 0, or None: the queries are the last T positions
+
+
+class Newest(NamedTuple):
+    """The key and value of a decode step, neither rotated (as the query is not) nor in the ring."""
+
+    k: Heads  # [B, 1, Hkv, D]
+    v: Heads
+    tables: RotaryTables
 
 
 @triton.jit
@@ -22,26 +58,30 @@ def _bound(bounds_ptr, b):
     return bound.to(tl.int32)
 
 
+@triton.jit
+def _head_of(keys, b, head, WIDTH: tl.constexpr):
+    """Pointers to the keys, values and scales of a sequence and head; None for scales that there are not."""
+    k, v = (
+        keys.k_ptr + b * keys.stride_kb + head * keys.stride_kh,
+        keys.v_ptr + b * keys.stride_vb + head * keys.stride_vh,
+    )
+    ks, vs = keys.k_scales, keys.v_scales
+    if ks is not None:
+        ks += b * (keys.stride_kb // WIDTH) + head * (keys.stride_kh // WIDTH)
+        vs += b * (keys.stride_vb // WIDTH) + head * (keys.stride_vh // WIDTH)
+    return k, v, ks, vs
+
+
 @triton.jit(do_not_specialize=["T", "S", "C"])
 def attention_prefill_kernel(
-    q_ptr,  # [B, T, Hq, D]
-    k_ptr,  # [B, S, Hkv, D] keys beside the queries, or in 8 bits int16 [B, S, Hkv, D / 2]
-    v_ptr,
-    k_scales_ptr,  # [B, Hkv, S] fp32 in 8 bits, at a vector's index (quantized_cache.py), or None
-    v_scales_ptr,
+    q,  # Heads [B, T, Hq, D]
+    keys,  # Keys beside the queries
     k_desc,  # the same in tiles [1, BLOCK_N, 1, BLOCK_D] for TMA, with HEADS_FIRST as [B, Hkv, S, D]; or None
     v_desc,
-    k_cache_ptr,  # [B, Hkv, C, D] keys before them, or None
-    v_cache_ptr,
-    k_cache_scales_ptr,
-    v_cache_scales_ptr,
+    cache,  # CacheArgs of the keys before them, or None
     out_ptr,  # [B, T, Hq, D] out
-    starts_ptr,  # [B] first valid key, or None: 0
-    lengths_ptr,  # [B] end of the valid keys, or None: S; with the cache: how many of the T tokens are new
-    past_ptr,  # [B] with the cache: position of query 0
+    bounds,  # Bounds
     T, S, C, Hq, G,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_cb,
-    stride_ch, stride_cs,
     window, scale,
     D: tl.constexpr, CACHED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, HEADS_FIRST: tl.constexpr,
     PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -49,14 +89,14 @@ def attention_prefill_kernel(
     # Heads of a group run next to each other and share K and V in L2; the tiles with the most keys go first.
     b, hq = (tl.program_id(0) // Hq).to(tl.int64), (tl.program_id(0) % Hq).to(tl.int64)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    start = _bound(starts_ptr, b) if starts_ptr is not None else 0
+    start = _bound(bounds.starts, b) if bounds.starts is not None else 0
     if CACHED:
-        past, new = sequence_position(past_ptr, lengths_ptr, b, T)
+        past, new = sequence_position(bounds.past, bounds.lengths, b, T)
         first = past.to(tl.int32)  # position of query 0 and of key 0
         end = first + new.to(tl.int32)
         query = first
     else:
-        end = _bound(lengths_ptr, b) if lengths_ptr is not None else S
+        end = _bound(bounds.lengths, b) if bounds.lengths is not None else S
         first = 0
         query = end - T
         end = tl.minimum(end, S)
@@ -77,39 +117,39 @@ def attention_prefill_kernel(
         low, inner_low = tl.maximum(start, low_i - window // 2), tl.maximum(start, last_i - window // 2)
         high = tl.minimum(end, high_i + window // 2 + 1)
         inner_high = tl.minimum(end, low_i + window // 2 + 1)
-    HALVES: tl.constexpr = 1 if k_scales_ptr is None else 2
+    HALVES: tl.constexpr = 1 if keys.k_scales is None else 2
     WIDTH: tl.constexpr = D // HALVES
     offs_d = tl.arange(0, BLOCK_D // HALVES)
     mask = (offs_t < T)[:, None] & (offs_d < WIDTH)[None, :]
-    q_row = q_ptr + b * stride_qb + hq * stride_qh
-    q_ptrs = q_row + offs_t.to(tl.int64)[:, None] * stride_qt + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    q_row = q.ptr + b * q.stride_b + hq * q.stride_h
+    q_ptrs = q_row + offs_t.to(tl.int64)[:, None] * q.stride_t + offs_d[None, :]
+    q_tile = tl.load(q_ptrs, mask=mask, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D // HALVES), tl.float32)
     if HALVES == 2:
-        q, acc = (q, tl.load(q_ptrs + WIDTH, mask=mask, other=0.0)), (acc, acc)
+        q_tile, acc = (q_tile, tl.load(q_ptrs + WIDTH, mask=mask, other=0.0)), (acc, acc)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     hkv = hq // G
-    state, queries = Softmax(acc, largest, total), QueryTile(q, offs_i, window, scale)
+    state, queries = Softmax(acc, largest, total), Queries(q_tile, offs_i, window, scale)
     if CACHED:
-        cache = b * stride_cb + hkv * stride_ch
-        vector = b * (stride_cb // WIDTH) + hkv * (stride_ch // WIDTH)
-        ks = None if k_cache_scales_ptr is None else k_cache_scales_ptr + vector
-        vs = None if v_cache_scales_ptr is None else v_cache_scales_ptr + vector
-        keys = Keys(k_cache_ptr + cache, v_cache_ptr + cache, stride_cs, stride_cs, None, None, 0, 0, C, ks, vs)
+        slots = b * cache.stride_b + hkv * cache.stride_h
+        vector = b * (cache.stride_b // WIDTH) + hkv * (cache.stride_h // WIDTH)
+        ks = None if cache.k_scales is None else cache.k_scales + vector
+        vs = None if cache.v_scales is None else cache.v_scales + vector
+        stored_k, stored_v, stride_c = cache.k_ptr + slots, cache.v_ptr + slots, cache.stride_c
+        stored = SequenceKeys(stored_k, stored_v, stride_c, stride_c, None, None, 0, 0, C, ks, vs)
         span = Span(tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
-        state = sweep(state, queries, keys, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST, PTX), BLOCK_N)
+        state = sweep(state, queries, stored, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST, PTX), BLOCK_N)
         low = tl.maximum(low, first)
-    k, v = k_ptr + b * stride_kb + hkv * stride_kh, v_ptr + b * stride_vb + hkv * stride_vh
-    ks = None if k_scales_ptr is None else k_scales_ptr + b * (stride_kb // WIDTH) + hkv * (stride_kh // WIDTH)
-    vs = None if v_scales_ptr is None else v_scales_ptr + b * (stride_vb // WIDTH) + hkv * (stride_vh // WIDTH)
-    fresh = Keys(k, v, stride_kt, stride_vt, k_desc, v_desc, b.to(tl.int32), hkv.to(tl.int32), first, ks, vs)
+    k, v, ks, vs = _head_of(keys, b, hkv, WIDTH)
+    of_batch, of_head = b.to(tl.int32), hkv.to(tl.int32)
+    fresh = SequenceKeys(k, v, keys.stride_kt, keys.stride_vt, k_desc, v_desc, of_batch, of_head, first, ks, vs)
     span = Span(low, high, inner_low, inner_high)
     KIND: tl.constexpr = Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST, PTX)
     acc, largest, total = sweep(state, queries, fresh, span, KIND, BLOCK_N)
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
-    out = normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
+    out = normalized(acc, total, q.ptr.dtype.element_ty, HALVES)
     out_row = out_ptr + ((b * T + offs_t.to(tl.int64)) * Hq + hq)[:, None] * D + offs_d[None, :]
     store_heads(out_row, out, mask, WIDTH, HALVES)
 
@@ -168,25 +208,15 @@ def _append_newest_key(
 
 @triton.jit(do_not_specialize=["T", "S", "SPLITS"])
 def attention_decode_kernel(
-    q_ptr,  # [B, T, Hq, D]
-    k_ptr,  # [B, S, Hkv, D], or with RING the cache by its strides; in 8 bits int16 [B, S, Hkv, D / 2]
-    v_ptr,
-    k_scales_ptr,  # [B, Hkv, S] fp32 in 8 bits, at a vector's index (quantized_cache.py), or None
-    v_scales_ptr,
+    q,  # Heads [B, T, Hq, D]
+    keys,  # Keys; with RING the cache by its strides
     out_ptr,  # [B, T, Hq, D] out, or with SPLITS > 1 fp32 partial results [B, T, Hq, SPLITS, D]
     lse_ptr,  # [B, T, Hq, SPLITS] out, fp32: log2 of the sum of each split's exponentials
-    starts_ptr,  # [B] first valid key, or None: 0
-    lengths_ptr,  # [B] end of the valid keys, or None: S; with past: how many of the T tokens are new
-    past_ptr,  # [B] position of query 0, or None: the queries are the last T positions
-    new_k_ptr,  # [B, 1, Hkv, D] the newest key, not rotated (q is not either) nor in the ring; or None
-    new_v_ptr,
-    cos_ptr,  # [P, D / 2] fp32, with a newest key
-    sin_ptr,
-    P, T,
+    bounds,  # Bounds
+    newest,  # Newest, or None: the ring has all keys
+    T,
     S,  # key positions, or slots of the ring
     Hq, G,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_nkb,
-    stride_nkh, stride_nvb, stride_nvh,
     window, scale,
     SPLITS,  # programs that share the keys; as a constexpr it would compile a kernel for each value
     D: tl.constexpr, RING: tl.constexpr, WINDOWED: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
@@ -195,62 +225,62 @@ def attention_decode_kernel(
     pdl_wait(PDL)
     # All query heads of a group, of all T tokens, are rows of one tile: its keys and values are read once.
     split, hkv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    start = _bound(starts_ptr, b) if starts_ptr is not None else 0
+    start = _bound(bounds.starts, b) if bounds.starts is not None else 0
     if RING:
-        past, new = sequence_position(past_ptr, lengths_ptr, b, T)
+        past, new = sequence_position(bounds.past, bounds.lengths, b, T)
         query = past.to(tl.int32)
         end = query + new.to(tl.int32)
         start = tl.maximum(start, end - S)
     else:
-        end = _bound(lengths_ptr, b) if lengths_ptr is not None else S
+        end = _bound(bounds.lengths, b) if bounds.lengths is not None else S
         query = end - T
         end = tl.minimum(end, S)
         start = tl.maximum(start, 0)
     low = tl.maximum(start, query - window + 1) if WINDOWED else start
     # The newest key is not read from the ring: the last split has it in registers.
-    high = tl.minimum(end, query + T) if new_k_ptr is None else query
+    high = tl.minimum(end, query + T) if newest is None else query
     span = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), SPLITS), BLOCK_N) * BLOCK_N
     low += split * span
     high = tl.minimum(high, low + span)
     rows = tl.arange(0, BLOCK_M)
     t, hq = (rows // G).to(tl.int64), hkv * G + rows % G
-    HALVES: tl.constexpr = 1 if k_scales_ptr is None else 2
+    HALVES: tl.constexpr = 1 if keys.k_scales is None else 2
     WIDTH: tl.constexpr = D // HALVES
     offs_d = tl.arange(0, BLOCK_D // HALVES)
     mask = (rows < T * G)[:, None] & (offs_d < WIDTH)[None, :]
-    q_rows = q_ptr + b * stride_qb + (t * stride_qt + hq * stride_qh)[:, None]
+    q_rows = q.ptr + b * q.stride_b + (t * q.stride_t + hq * q.stride_h)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_D // HALVES), tl.float32)
     if HALVES == 2:
         acc = (acc, acc)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     head, state = hkv.to(tl.int64), Softmax(acc, largest, total)
-    k, v = k_ptr + b * stride_kb + head * stride_kh, v_ptr + b * stride_vb + head * stride_vh
-    ks = None if k_scales_ptr is None else k_scales_ptr + b * (stride_kb // WIDTH) + head * (stride_kh // WIDTH)
-    vs = None if v_scales_ptr is None else v_scales_ptr + b * (stride_vb // WIDTH) + head * (stride_vh // WIDTH)
-    if new_k_ptr is not None:
+    k, v, ks, vs = _head_of(keys, b, head, WIDTH)
+    if newest is not None:
         # Padding may lie past the last position: its result is unused, but must not be NaN.
+        P = newest.tables.P
         position = tl.where(new > 0, past, tl.minimum(past, P - 1))
-        angle = angles(cos_ptr, sin_ptr, tl.where(new < 0, P, position), P, offs_d % (D // 2), D // 2)
-        q = _load_rotated(q_rows, mask, angle[0], angle[1], D, HALVES)
+        angle = angles(newest.tables, tl.where(new < 0, P, position), offs_d % (D // 2), D // 2)
+        q_tile = _load_rotated(q_rows, mask, angle[0], angle[1], D, HALVES)
         slot = past % S
-        fresh = new_k_ptr + b * stride_nkb + head * stride_nkh, new_v_ptr + b * stride_nvb + head * stride_nvh
+        new_k = newest.k.ptr + b * newest.k.stride_b + head * newest.k.stride_h
+        new_v = newest.v.ptr + b * newest.v.stride_b + head * newest.v.stride_h
         active = (new > 0) & (split == SPLITS - 1)
-        caches, scales = (k + slot * stride_kt, v + slot * stride_vt), (None, None)
+        caches, scales = (k + slot * keys.stride_kt, v + slot * keys.stride_vt), (None, None)
         if HALVES == 2:
-            scales = ks + slot * (stride_kt // WIDTH), vs + slot * (stride_vt // WIDTH)
-        state = _append_newest_key(state, q, scale, fresh, caches, scales, angle, active, D, HALVES)
+            scales = ks + slot * (keys.stride_kt // WIDTH), vs + slot * (keys.stride_vt // WIDTH)
+        state = _append_newest_key(state, q_tile, scale, (new_k, new_v), caches, scales, angle, active, D, HALVES)
     else:
-        q = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
+        q_tile = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
         if HALVES == 2:
-            q = (q, tl.load(q_rows + offs_d[None, :] + WIDTH, mask=mask, other=0.0))
-    keys = Keys(k, v, stride_kt, stride_vt, None, None, 0, 0, S if RING else 0, ks, vs)
-    queries = QueryTile(q, query + t.to(tl.int32), window, scale)
+            q_tile = (q_tile, tl.load(q_rows + offs_d[None, :] + WIDTH, mask=mask, other=0.0))
+    stored = SequenceKeys(k, v, keys.stride_kt, keys.stride_vt, None, None, 0, 0, S if RING else 0, ks, vs)
+    queries = Queries(q_tile, query + t.to(tl.int32), window, scale)
     KIND: tl.constexpr = Kind(D, RING, True, WINDOWED, False, PTX)
-    acc, largest, total = take_keys(state, queries, keys, low, high, high, KIND, True, BLOCK_N)
+    acc, largest, total = take_keys(state, queries, stored, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)
-    out = normalized(acc, total, q_ptr.dtype.element_ty, HALVES)
+    out = normalized(acc, total, q.ptr.dtype.element_ty, HALVES)
     row = ((b * T + t) * Hq + hq) * SPLITS + split
     store_heads(out_ptr + row[:, None] * D + offs_d[None, :], out, mask, WIDTH, HALVES)
     if lse_ptr is not None:

@@ -5,7 +5,8 @@ P rows of the rotary tables
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -13,32 +14,41 @@ import triton
 from torch import Tensor
 
 from .. import reference
+from ..arguments import Heads, dense_rows
 from ..call import operation
-from ..checks import INTS, Within, fail
-from ..launch import dense_rows, describe, launch, multiprocessors, select_configs, target_arch, unpacks_by_ptx
-from ..op import Cost, Sizes
-from ..quantized_cache import QuantizedCache, vector_bytes
-from ..rope import (
-    Heads,
+from ..checks import INTS, Cache, Within, fail
+from ..heads import (
+    CacheArgs,
+    KeyHeads,
     New,
     Past,
     Queries,
+    RotaryTables,
     Slots,
     Table,
-    cache_args,
     cache_inputs,
+    cache_parts,
     check_caches,
     check_head_size,
-    launch_append,
     rope_tables,
-    strides,
 )
-from ..samples import draw, shape_grid, shapes
-from .kernels import attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
-from .tiles import PACKED_ROWS, configs
+from ..launch import describe, launch, multiprocessors, select_configs, target_arch, unpacks_by_ptx
+from ..op import Cost
+from ..quantized_cache import QuantizedCache, vector_bytes
+from ..rope import launch_append
+from ..samples import draw, shapes
+from .kernels import (
+    Bounds,
+    Keys,
+    Newest,
+    attention_combine_kernel,
+    attention_decode_kernel,
+    attention_prefill_kernel,
+)
+from .tiles import PACKED_ROWS, AttentionSizes, configs
 
-Keys = Annotated[Tensor, "B S Hkv D"]
-Bounds = Annotated[Tensor, "B", INTS, Within(0, "S")]
+Positions = Annotated[Tensor, "B S Hkv D"]
+Bound = Annotated[Tensor, "B", INTS, Within(0, "S")]
 Window = Annotated[int, Within(-1, (1 << 31) - 1)]  # None, 0 and -1: no window
 
 
@@ -86,84 +96,114 @@ def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
     return {**args, **{name: args[name] if args[name] is None else args[name][:, :end] for name in "qkv"}}
 
 
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    """Return bounds where "ragged" is set: the keys of sequence b are in [b, S - 2 b)."""
-    b = torch.arange(sizes["B"], dtype=torch.int32)
-    bounds = {"starts": b.to(device), "lengths": (sizes["S"] - 2 * b).to(device)}
-    return bounds if sizes.get("ragged") else {}
+@dataclass(frozen=True)
+class AttentionCase:
+    B: int
+    T: int
+    S: int
+    Hq: int
+    Hkv: int
+    D: int
+    window: int = 0
+    causal: bool = True
+    ragged: bool = False  # the keys of sequence b are in [b, S - 2 b)
+    deterministic: bool = False
 
 
-def _cached_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    shape = [sizes[letter] for letter in ("B", "T", "Hkv", "D")]
-    fresh = sizes.get("fresh", True)
-    k, v = (draw(shape, dtype, device, generator) if fresh else None for _ in range(2))
-    return {"k": k, "v": v, **cache_inputs(sizes, dtype, device, generator)}
+@dataclass(frozen=True)
+class CachedCase:
+    B: int
+    T: int
+    Hq: int
+    Hkv: int
+    D: int
+    C: int
+    window: int = 0
+    past: int = 0  # see `cache_inputs`
+    fresh: bool = True  # the chunk's keys and values are beside the caches, not in them
+    cache: str | None = None  # "int8"
+    deterministic: bool = False
 
 
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def _inputs(case: AttentionCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    b = torch.arange(case.B, dtype=torch.int32)
+    return {"starts": b.to(device), "lengths": (case.S - 2 * b).to(device)} if case.ragged else {}
+
+
+def _cached_inputs(case: CachedCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    shape = case.B, case.T, case.Hkv, case.D
+    k, v = (draw(shape, dtype, device, generator) if case.fresh else None for _ in range(2))
+    return {"k": k, "v": v, **cache_inputs(case, dtype, device, generator)}
+
+
+def cost(case: AttentionCase | CachedCase, dtype: torch.dtype) -> Cost:
     """Count q, the result, and each key and value that some query sees, once; a chunk's codes in 8 bits twice more."""
-    B, T, Hq, Hkv, D, window = (sizes[letter] for letter in ("B", "T", "Hq", "Hkv", "D", "window"))
-    S = sizes.get("S", sizes.get("past", 0) + T)
+    B, T, Hq, Hkv, D, window = case.B, case.T, case.Hq, case.Hkv, case.D, case.window
+    if isinstance(case, AttentionCase):
+        S, causal, beside, quantized = case.S, case.causal, 0, False
+    else:
+        S, causal, quantized = case.past + T, True, case.cache is not None
+        beside = T if case.fresh else 0  # keys that are not in the caches
     keys = min(S, T + window - 1) if window else S
     seeing = min(T, S)  # queries before the first key see none
-    if sizes.get("causal", True):
+    if causal:
         pairs = sum(min(i, window or S) for i in range(S - seeing + 1, S + 1))
     else:
         pairs = seeing * min(S, window + 1 if window else S)
-    cached = max(0, keys - T) if "past" in sizes and sizes.get("fresh", T > 1) else keys
+    cached = max(0, keys - beside)
     size = D * dtype.itemsize
-    slot = vector_bytes(D, dtype.itemsize, "cache" in sizes)
-    fresh = size + 2 * slot if "cache" in sizes else size  # one launch quantizes the chunk for all query heads
+    slot = vector_bytes(D, dtype.itemsize, quantized)
+    fresh = size + 2 * slot if quantized else size  # one launch quantizes the chunk for all query heads
     moved = 2 * T * Hq * size + 2 * Hkv * ((keys - cached) * fresh + cached * slot)
     return Cost(flops=4 * B * Hq * D * pairs, bytes=B * moved)
 
 
-def _step_inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    cos, sin = rope_tables(10000.0, 8192, sizes["D"], device)
-    return {"cos": cos, "sin": sin, **cache_inputs(sizes, dtype, device, generator)}
+def _step_inputs(case: CachedCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    cos, sin = rope_tables(10000.0, 8192, case.D, device)
+    return {"cos": cos, "sin": sin, **cache_inputs(case, dtype, device, generator)}
 
 
-def step_cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def step_cost(case: CachedCase, dtype: torch.dtype) -> Cost:
     """Count attention's work, the new key and value read beside the cache and written into it, and the angles."""
-    B, Hq, Hkv, D = (sizes[letter] for letter in ("B", "Hq", "Hkv", "D"))
-    rest, moved = cost(sizes, dtype), 2 * B * Hkv * D * dtype.itemsize + B * D * 4
+    B, Hq, Hkv, D = case.B, case.Hq, case.Hkv, case.D
+    rest, moved = cost(replace(case, fresh=False), dtype), 2 * B * Hkv * D * dtype.itemsize + B * D * 4
     return Cost(flops=rest.flops + 3 * B * (Hq + Hkv) * D, bytes=rest.bytes + moved)
 
 
-_LETTERS = "B T S Hq Hkv D window"
-_HEADS = {"Hq": 32, "Hkv": 8, "D": 128}
+_HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
 
 
 @operation(
     reference=reference.attention,
+    case=AttentionCase,
     inputs=_inputs,
     configs=configs,
     cost=cost,
     test_shapes=(
-        *shapes(_LETTERS, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 1 90 4 4 80 30"),
-        *shapes(_LETTERS, "1 20 9 2 1 64 0, 2 70 70 4 2 80 16, 3 33 50 4 1 96 0", ragged=True),
-        *shapes(_LETTERS, "2 1 700 8 2 128 0, 2 3 600 4 1 96 300", ragged=True),
-        *shapes(_LETTERS, "2 50 50 4 2 64 20", causal=False),
-        *shapes(_LETTERS, "1 37 37 2 2 80 0", causal=False, ragged=True),
+        *shapes(AttentionCase, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 1 90 4 4 80 30"),
+        *shapes(AttentionCase, "1 20 9 2 1 64 0, 2 70 70 4 2 80 16, 3 33 50 4 1 96 0", ragged=True),
+        *shapes(AttentionCase, "2 1 700 8 2 128 0, 2 3 600 4 1 96 300", ragged=True),
+        *shapes(AttentionCase, "2 50 50 4 2 64 20", causal=False),
+        *shapes(AttentionCase, "1 37 37 2 2 80 0", causal=False, ragged=True),
     ),
     bench_shapes=(
-        *({"B": 1, "T": T, "S": T, **_HEADS, "window": W} for T in (512, 4096, 8192, 32768) for W in (0, 4096)),
-        *shapes(_LETTERS, "1 8192 8192 32 8 128 256"),
-        *shapes(_LETTERS, "1 4096 4096 32 8 128 512", causal=False),
-        *shape_grid(B=(1, 8, 32), T=1, S=(1024, 4096, 32768), **_HEADS, window=0),
+        *(AttentionCase(1, T, T, *_HEADS, window=W) for T in (512, 4096, 8192, 32768) for W in (0, 4096)),
+        *shapes(AttentionCase, "1 8192 8192 32 8 128 256"),
+        *shapes(AttentionCase, "1 4096 4096 32 8 128 512", causal=False),
+        *(AttentionCase(B, 1, S, *_HEADS) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
     ),
     rule=_check_attention,
     truncate_sequence=_truncate_keys,
 )
 def attention(
     q: Queries,
-    k: Keys,
-    v: Keys,
+    k: Positions,
+    v: Positions,
     window: Window | None = None,
     causal: bool = True,
     scale: float | None = None,
-    starts: Bounds | None = None,
-    lengths: Bounds | None = None,
+    starts: Bound | None = None,
+    lengths: Bound | None = None,
     deterministic: bool = False,
 ) -> Queries:
     """Sliding-window attention (Mistral 7B, section 2; FlashAttention-2, Dao 2023) with grouped queries.
@@ -184,33 +224,33 @@ def attention(
     >>> ops.attention(q, k, k, window=4).shape
     torch.Size([1, 5, 4, 32])
     """
-    sizes = _sizes(q, k, window, deterministic)
-    args = _common_args(q, k, v, sizes, (starts, lengths, None), scale)
+    keys = _keys(k, v)
+    sizes = _sizes(q, keys, window, deterministic)
+    bounds = Bounds(_contiguous(starts), _contiguous(lengths), None)
     # Few causal queries, times the heads of a group, fill a tile of the decode kernel.
-    if causal and (args["T"] == 1 or args["T"] * args["G"] <= PACKED_ROWS):
-        return _decode(args, sizes)
-    return _prefill(args, sizes, None, causal)
+    if causal and (sizes.T == 1 or sizes.T * (sizes.Hq // sizes.Hkv) <= PACKED_ROWS):
+        return _decode(q, keys, bounds, sizes, scale=scale)
+    return _prefill(q, keys, bounds, sizes, causal=causal, scale=scale)
 
 
-_CACHED = "B T Hq Hkv D C window past"
-_RINGS = shapes("C window past", "4096 4096 4095, 32768 0 32767")
-_CACHES: tuple[dict[str, Any], ...] = ({}, {"cache": "int8"})
+_RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
 
 
 @operation(
     reference=reference.cached_attention,
+    case=CachedCase,
     inputs=_cached_inputs,
     configs=configs,
     cost=cost,
     test_shapes=(
-        *shapes(_CACHED, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
-        *shapes(_CACHED, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
-        *shapes(_CACHED, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100", cache="int8"),
-        *shapes(_CACHED, "2 1 8 2 128 16 16 3, 2 1 4 2 16 600 0 500", fresh=False, cache="int8"),
+        *shapes(CachedCase, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
+        *shapes(CachedCase, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
+        *shapes(CachedCase, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100", cache="int8"),
+        *shapes(CachedCase, "2 1 8 2 128 16 16 3, 2 1 4 2 16 600 0 500", fresh=False, cache="int8"),
     ),
     bench_shapes=tuple(
-        {"B": B, "T": T, **_HEADS, **ring, **({} if T > 1 else {"fresh": False}), **cache}
-        for cache in _CACHES
+        CachedCase(B, T, *_HEADS, *ring, fresh=T > 1, cache=cache)
+        for cache in (None, "int8")
         for ring in _RINGS
         for B, T in ((1, 1), (32, 1), (1, 1024))
     ),
@@ -219,8 +259,8 @@ _CACHES: tuple[dict[str, Any], ...] = ({}, {"cache": "int8"})
 )
 def cached_attention(
     q: Queries,
-    k: Heads | None,
-    v: Heads | None,
+    k: KeyHeads | None,
+    v: KeyHeads | None,
     k_cache: Slots,
     v_cache: Slots,
     past: Past,
@@ -245,38 +285,44 @@ def cached_attention(
     >>> q, k, cache = torch.randn(1, 3, 4, 32), torch.randn(1, 3, 2, 32), torch.randn(1, 2, 16, 32)
     >>> out = ops.cached_attention(q, k, k, cache, cache, past=torch.tensor([7]), new=torch.tensor([3]))
     """
-    keys, values, scales = _slots(k_cache, v_cache)
-    sizes, bounds = _sizes(q, keys, window, deterministic, scales), (None, new, past)
+    slots = _slots(k_cache, v_cache)
+    sizes = _sizes(q, slots, window, deterministic)
+    bounds = Bounds(None, new.contiguous(), past.contiguous())
     if k is None or v is None:
-        return _decode(_common_args(q, keys, values, sizes, bounds) | scales, sizes)
-    if scales:
+        return _decode(q, slots, bounds, sizes)
+    if slots.k_scales is None:
+        keys = _keys(k, v)
+    else:
         B, T, Hkv, D = k.shape
         chunk = [QuantizedCache.empty(B, Hkv, T, D, device=k.device) for _ in range(2)]
         launch_append(k, v, chunk[0], chunk[1], None, new.contiguous())
-        k, v, scales = _slots(*chunk)
-    args = _common_args(q, k, v, sizes, bounds) | scales
-    return _prefill(args, {**sizes, "C": k_cache.shape[2]}, (k_cache, v_cache), True)
+        keys = _slots(*chunk)
+    sizes = replace(sizes, S=sizes.T, C=sizes.S)
+    return _prefill(q, keys, bounds, sizes, CacheArgs.of(k_cache, v_cache))
 
 
 @operation(
     reference=reference.rope_append_attention,
+    case=CachedCase,
     inputs=_step_inputs,
     configs=configs,
     cost=step_cost,
     mutates=("k_cache", "v_cache"),
     test_shapes=(
-        *shapes(_CACHED, "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40"),
-        *shapes(_CACHED, "1 1 4 1 32 600 0 590, 2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60"),
-        *shapes(_CACHED, "3 1 8 2 128 16 16 13, 2 1 4 2 80 16 16 77", cache="int8"),
-        *shapes(_CACHED, "1 1 4 1 16 600 0 590, 2 1 4 2 32 64 5 60", cache="int8"),
+        *shapes(CachedCase, "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40"),
+        *shapes(CachedCase, "1 1 4 1 32 600 0 590, 2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60"),
+        *shapes(CachedCase, "3 1 8 2 128 16 16 13, 2 1 4 2 80 16 16 77", cache="int8"),
+        *shapes(CachedCase, "1 1 4 1 16 600 0 590, 2 1 4 2 32 64 5 60", cache="int8"),
     ),
-    bench_shapes=tuple({"B": B, "T": 1, **_HEADS, **ring, **c} for c in _CACHES for ring in _RINGS for B in (1, 32)),
+    bench_shapes=tuple(
+        CachedCase(B, 1, *_HEADS, *ring, cache=cache) for cache in (None, "int8") for ring in _RINGS for B in (1, 32)
+    ),
     rule=_check_step,
 )
 def rope_append_attention(
     q: Queries,
-    k: Heads,
-    v: Heads,
+    k: KeyHeads,
+    v: KeyHeads,
     cos: Table,
     sin: Table,
     k_cache: Slots,
@@ -306,76 +352,107 @@ def rope_append_attention(
     """
     # Every program rotates its own queries. The program of the last split also rotates the new key and stores it in the
     # ring, where no other program reads it: the slot's old key has just left the window.
-    keys, values, scales = _slots(k_cache, v_cache)
-    sizes = _sizes(q, keys, window, deterministic, scales)
+    slots = _slots(k_cache, v_cache)
+    sizes = _sizes(q, slots, window, deterministic)
+    bounds = Bounds(None, new.contiguous(), past.contiguous())
+    newest = Newest(Heads.of(k), Heads.of(v), RotaryTables.of(cos, sin))
+    return _decode(q, slots, bounds, sizes, newest)
+
+
+def _contiguous(bound: Tensor | None) -> Tensor | None:
+    return None if bound is None else bound.contiguous()
+
+
+def _keys(k: Tensor, v: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> Keys:
     k, v = dense_rows(k), dense_rows(v)
-    newest = {"new_k_ptr": k, "new_v_ptr": v, "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "P": len(cos)}
-    newest |= strides("nk", k[:, 0], "bh") | strides("nv", v[:, 0], "bh")
-    return _decode(_common_args(q, keys, values, sizes, (None, new, past)) | scales, sizes, newest)
+    return Keys(k, v, k_scales, v_scales, *k.stride()[:3], *v.stride()[:3])
 
 
-KernelArgs = dict[str, Any]
-_NO_NEWEST: KernelArgs = dict.fromkeys(("new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr"))
-_NO_NEWEST |= dict.fromkeys(("P", "stride_nkb", "stride_nkh", "stride_nvb", "stride_nvh"), 0)
+def _slots(k_cache: Cache, v_cache: Cache) -> Keys:
+    """Return the slots of caches as keys and values [B, C, Hkv, D], or their codes [B, C, Hkv, D/2]."""
+    (k, v), scales = cache_parts(k_cache, v_cache)
+    return _keys(k.transpose(1, 2), v.transpose(1, 2), *scales)
 
 
-def _slots(k_cache: Any, v_cache: Any) -> tuple[Tensor, Tensor, KernelArgs]:
-    """Return keys and values [B, C, Hkv, D], or their codes [B, C, Hkv, D/2], and the scales by argument."""
-    if isinstance(k_cache, Tensor):
-        return k_cache.transpose(1, 2), v_cache.transpose(1, 2), {}
-    scales = {"k_scales_ptr": k_cache.scales, "v_scales_ptr": v_cache.scales}
-    return k_cache.codes.transpose(1, 2), v_cache.codes.transpose(1, 2), scales
-
-
-def _sizes(q: Tensor, k: Tensor, window: int | None, deterministic: bool, scales: KernelArgs | None = None) -> Sizes:
-    B, T, Hq, D = q.shape
-    window = max(0, window or 0)
-    if window > 2 * (k.shape[1] + T):
+def _sizes(q: Tensor, keys: Keys, window: int | None, deterministic: bool) -> AttentionSizes:
+    (B, T, Hq, D), (S, Hkv), window = q.shape, keys.k_ptr.shape[1:3], max(0, window or 0)
+    if window > 2 * (S + T):
         window = 0  # it reaches every key; the kernel subtracts it in int32
-    sizes = {"B": B, "T": T, "S": k.shape[1], "Hq": Hq, "Hkv": k.shape[2], "D": D, "window": window}
-    cache = {"cache": "int8"} if scales else {}
-    return {**sizes, **cache, "sms": multiprocessors(q.device), "deterministic": deterministic}
+    return AttentionSizes(
+        B=B,
+        T=T,
+        S=S,
+        Hq=Hq,
+        Hkv=Hkv,
+        D=D,
+        window=window,
+        C=0,
+        quantized=keys.k_scales is not None,
+        deterministic=deterministic,
+        sms=multiprocessors(q.device),
+    )
 
 
-def _common_args(
-    q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, bounds: Sequence[Tensor | None], scale: float | None = None
-) -> KernelArgs:
-    """Return the arguments that both kernels take. `bounds`: starts, lengths and past."""
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    Hq, D = q.shape[2:]
-    args: KernelArgs = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_scales_ptr": None, "v_scales_ptr": None}
-    bounds = [None if bound is None else bound.contiguous() for bound in bounds]
-    args |= zip(("starts_ptr", "lengths_ptr", "past_ptr"), bounds, strict=True)
-    args |= {"T": q.shape[1], "S": k.shape[1], "Hq": Hq, "G": Hq // k.shape[2], "window": sizes["window"]}
-    args |= {"scale": (D**-0.5 if scale is None else scale) * math.log2(math.e)}
-    return args | strides("q", q) | strides("k", k) | strides("v", v)
+def _in_base_2(scale: float | None, D: int) -> float:
+    return (D**-0.5 if scale is None else scale) * math.log2(math.e)
 
 
-def _prefill(args: KernelArgs, sizes: Sizes, cache: Any, causal: bool) -> Tensor:
-    q, keys_values = args["q_ptr"], (args["k_ptr"], args["v_ptr"])
+def _prefill(
+    q: Tensor,
+    keys: Keys,
+    bounds: Bounds,
+    sizes: AttentionSizes,
+    cache: CacheArgs | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
     B, T, Hq, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    arch, quantized = target_arch(q.device), "cache" in sizes
+    arch, quantized = target_arch(q.device), sizes.quantized
     config = select_configs(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
     n, d = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_D"]
-    k_desc, v_desc = (None if quantized else describe(x, (1, n, 1, d), arch) for x in keys_values)
+    pair = keys.k_ptr, keys.v_ptr
+    k_desc, v_desc = (None if quantized else describe(x, (1, n, 1, d), arch) for x in pair)
     if heads_first := k_desc is None and not quantized:  # transformers' cache
-        k_desc, v_desc = (describe(x.transpose(1, 2), (1, 1, n, d), arch) for x in keys_values)
+        k_desc, v_desc = (describe(x.transpose(1, 2), (1, 1, n, d), arch) for x in pair)
     if k_desc is None or v_desc is None:  # both or neither: one loop reads both
         k_desc, v_desc, heads_first = None, None, False
-    args |= {"k_desc": k_desc, "v_desc": v_desc, "out_ptr": out, **cache_args(*(cache or keys_values))}
-    if cache is None:
-        args |= {"k_cache_ptr": None, "v_cache_ptr": None}
-    grid = (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"]))
-    flags = {"D": D, "CACHED": cache is not None, "CAUSAL": causal, "WINDOWED": sizes["window"] > 0}
-    flags |= {"HEADS_FIRST": heads_first, "PTX": quantized and unpacks_by_ptx(arch)}
-    launch(attention_prefill_kernel, grid, args, config, **flags)
+    launch(
+        attention_prefill_kernel,
+        (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"])),
+        config,
+        q=Heads.of(q),
+        keys=keys,
+        k_desc=k_desc,
+        v_desc=v_desc,
+        cache=cache,
+        out_ptr=out,
+        bounds=bounds,
+        T=T,
+        S=sizes.S,
+        C=sizes.C,
+        Hq=Hq,
+        G=Hq // sizes.Hkv,
+        window=sizes.window,
+        scale=_in_base_2(scale, D),
+        D=D,
+        CACHED=cache is not None,
+        CAUSAL=causal,
+        WINDOWED=sizes.window > 0,
+        HEADS_FIRST=heads_first,
+        PTX=quantized and unpacks_by_ptx(arch),
+    )
     return out
 
 
-def _decode(args: KernelArgs, sizes: Sizes, newest: KernelArgs = _NO_NEWEST) -> Tensor:
-    """Launch the decode kernel. `newest`: its arguments about a key that is neither rotated nor in the ring yet."""
-    q = args["q_ptr"]
+def _decode(
+    q: Tensor,
+    keys: Keys,
+    bounds: Bounds,
+    sizes: AttentionSizes,
+    newest: Newest | None = None,
+    scale: float | None = None,
+) -> Tensor:
     B, T, Hq, D = q.shape
     selected = select_configs(configs, sizes, q.dtype, q.device)
     config = selected["attention_decode_kernel"]
@@ -385,12 +462,29 @@ def _decode(args: KernelArgs, sizes: Sizes, newest: KernelArgs = _NO_NEWEST) -> 
     if splits > 1:
         part = torch.empty((*q.shape[:3], splits, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
-    args |= {"out_ptr": part, "lse_ptr": lse, **newest}
-    flags = {"D": D, "RING": args["past_ptr"] is not None, "WINDOWED": sizes["window"] > 0}
-    flags["PTX"] = "cache" in sizes and unpacks_by_ptx(target_arch(q.device))
-    launch(attention_decode_kernel, (splits, sizes["Hkv"], B if T else 0), args, config, **flags)
+    launch(
+        attention_decode_kernel,
+        (splits, sizes.Hkv, B if T else 0),
+        config,
+        q=Heads.of(q),
+        keys=keys,
+        out_ptr=part,
+        lse_ptr=lse,
+        bounds=bounds,
+        newest=newest,
+        T=T,
+        S=sizes.S,
+        Hq=Hq,
+        G=Hq // sizes.Hkv,
+        window=sizes.window,
+        scale=_in_base_2(scale, D),
+        D=D,
+        RING=bounds.past is not None,
+        WINDOWED=sizes.window > 0,
+        PTX=sizes.quantized and unpacks_by_ptx(target_arch(q.device)),
+    )
     if splits > 1:
-        args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out}
         config = selected["attention_combine_kernel"]
-        launch(attention_combine_kernel, (B * T * Hq,), args, config, D=D, SPLITS=splits)
+        args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out, "D": D, "SPLITS": splits}
+        launch(attention_combine_kernel, (B * T * Hq,), config, **args)
     return out

@@ -3,21 +3,40 @@
 The letters are those of kernels.py. Keys are in 16 or 32 bits, or in 8 (quantized_cache.py).
 """
 
+from __future__ import annotations
+
 from collections import namedtuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from ..arguments import Pointer
 from ..unpack import unpacked
 
 # The running softmax of a tile, fp32: sum of p @ v [BLOCK_M, BLOCK_D], greatest score in base 2 and sum of p [BLOCK_M].
 # With keys in 8 bits, q and the sum of p @ v are pairs: tiles [BLOCK_M, BLOCK_D / 2] of a head's halves.
 Softmax = namedtuple("Softmax", "acc largest total")
 # q [BLOCK_M, BLOCK_D] and its positions [BLOCK_M]; scale is the softmax scale * log2(e), positive.
-QueryTile = namedtuple("QueryTile", "q offs_i window scale")
-# Keys and values of one sequence and head, by pointers and strides, or by descriptors of all sequences and heads.
-# `first` is the position of index 0, or the number of slots of a ring. Scales: those of 8 bits, or None.
-Keys = namedtuple("Keys", "k_ptr v_ptr stride_ks stride_vs k_desc v_desc b hkv first k_scales_ptr v_scales_ptr")
+Queries = namedtuple("Queries", "q offs_i window scale")
+
+
+class SequenceKeys(NamedTuple):
+    """Keys and values of one sequence and head, by pointers and strides, or by descriptors of all."""
+
+    k_ptr: Pointer
+    v_ptr: Pointer
+    stride_ks: int
+    stride_vs: int
+    k_desc: Any  # or None
+    v_desc: Any
+    b: int  # where the descriptors read
+    hkv: int
+    first: int  # the position of index 0, or the number of slots of a ring
+    k_scales: Pointer  # in 8 bits, or None
+    v_scales: Pointer
+
+
 # Positions low..high that some query of the tile sees, and inner_low..inner_high that all of them see.
 Span = namedtuple("Span", "low high inner_low inner_high")
 Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED HEADS_FIRST PTX")  # what selects code
@@ -33,8 +52,8 @@ def unit_of(dtype):
 @triton.jit
 def take_keys(
     state,  # Softmax
-    queries,  # QueryTile
-    keys,  # Keys
+    queries,  # Queries
+    keys,  # SequenceKeys
     low,  # positions low..high, BLOCK_N at a time
     high,
     limit,  # keys at or after this position do not exist
@@ -44,7 +63,7 @@ def take_keys(
     """Take keys into the softmax. In 8 bits a key's scale multiplies its scores, and a value's scale its p."""
     acc, largest, total = state
     q, offs_i, window, scale = queries
-    CODES: tl.constexpr = keys.k_scales_ptr is not None
+    CODES: tl.constexpr = keys.k_scales is not None
     WIDTH: tl.constexpr = KIND.D // 2 if CODES else KIND.D
     PTX: tl.constexpr = KIND.PTX
     score_scale = 1.0 if CODES else scale  # a key's scale has it
@@ -75,8 +94,8 @@ def take_keys(
             k = tl.load(k_ptrs, mask=(offs_d < WIDTH)[:, None], other=0)
             v = tl.load(v_ptrs, mask=(offs_d < WIDTH)[None, :], other=0)
         if CODES:
-            k_scales = keys.k_scales_ptr + index * (keys.stride_ks // WIDTH)
-            v_scales = keys.v_scales_ptr + index * (keys.stride_vs // WIDTH)
+            k_scales = keys.k_scales + index * (keys.stride_ks // WIDTH)
+            v_scales = keys.v_scales + index * (keys.stride_vs // WIDTH)
             k_scale = tl.load(k_scales, mask=offs_j < limit, other=0.0) if MASKED else tl.load(k_scales)
             v_scale = tl.load(v_scales, mask=offs_j < limit, other=0.0) if MASKED else tl.load(v_scales)
             scores = tl.dot(q, unpacked(k, 0, None, "int8", dtype, PTX), input_precision="ieee")

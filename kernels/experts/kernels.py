@@ -11,16 +11,29 @@ of BLOCK_M rows may have two parts, 128 + 64, which share each tile of the weigh
 short as its rows allow: SHORT_M, the upper part alone, or full.
 """
 
+from __future__ import annotations
+
 from collections import namedtuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from ..arguments import Pointer
 from ..linear import depth_tile, program_tile
 from ..norm import normed_rows
 from ..pdl import pdl_wait, pdl_wait_first, prefetch_rows
 from ..unpack import fields_of
 from ..weight import WeightPtrs, add_products, expert_rows, times_row_scales, weight_tile
+
+
+class Groups(NamedTuple):
+    """The slots of each expert, as `sort_by_expert` returns them."""
+
+    order: Pointer  # [N] sorted slots
+    offsets: Pointer  # [E + 1] groups in `order`
+    E: int
+
 
 # The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all experts' (for scales and zeros),
 # and a descriptor that reads at `coords`, or None.
@@ -72,14 +85,11 @@ def _compact(slots, match, rank, ranks):
 
 @triton.jit(do_not_specialize=["N"])
 def experts_up_decode_kernel(
-    x_ptr,  # [T, H]
-    gate_up_ptr,  # [E, 2I, H]
-    scales_ptr,  # [E, 2I, G], or None
-    zeros_ptr,  # the same, or None
+    x,  # Rows [T, H]
+    gate_up,  # WeightArgs [E, 2I, H]
     ids_ptr,  # [N]
     h_ptr,  # [N, I] out, by slot
     N, E, TOP_K,
-    stride_xt, stride_we, stride_wn,
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr,
 ):  # fmt: skip
@@ -89,16 +99,16 @@ def experts_up_decode_kernel(
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
     # Outside the loop: the loop then has the same instructions, whether an address is loaded or not.
-    rows = expert_rows(gate_up_ptr, expert, stride_we, x_ptr.dtype.element_ty, LAYOUT, count > 0)
+    rows = expert_rows(gate_up, expert, x.ptr.dtype.element_ty, LAYOUT, count > 0)
     for first in range(0, count, BLOCK_T):
         offs_k = tl.arange(0, BLOCK_K)
         w_ptrs = rows + offs_k[None, :]
-        w_ptrs += pair_rows(pid_n, I, BLOCK_N)[:, None] * stride_wn
+        w_ptrs += pair_rows(pid_n, I, BLOCK_N)[:, None] * gate_up.stride_n
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         ranks = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, ranks)
-        x_ptrs = x_ptr + (slot // TOP_K)[None, :] * stride_xt + offs_k[:, None]
-        w = WeightPtrs(w_ptrs, scales_ptr, zeros_ptr)
+        x_ptrs = x.ptr + (slot // TOP_K)[None, :] * x.stride + offs_k[:, None]
+        w = WeightPtrs(w_ptrs, gate_up.scales, gate_up.zeros)
         w_rows = expert * 2 * I + pair_rows(pid_n, I, BLOCK_N)
         acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
         acc = add_products(acc, w, w_rows, x_ptrs, (ranks < count)[None, :], 0, H, H % UNIT == 0, H, LAYOUT)
@@ -112,13 +122,10 @@ def experts_up_decode_kernel(
 @triton.jit(do_not_specialize=["N"])
 def experts_down_decode_kernel(
     h_ptr,  # [N, I] by slot
-    down_ptr,  # [E, H, I]
-    scales_ptr,  # [E, H, G], or None
-    zeros_ptr,  # the same, or None
+    down,  # WeightArgs [E, H, I]
     ids_ptr,  # [N]
     y_ptr,  # [SPLIT_K, N, H] out, fp32: one partial sum a split
     N, E,
-    stride_we, stride_wn,
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr, SPLIT_K: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -131,21 +138,21 @@ def experts_down_decode_kernel(
     UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
     SPAN: tl.constexpr = (I + SPLIT_K * UNIT - 1) // (SPLIT_K * UNIT) * UNIT
     EVEN: tl.constexpr = I % (SPLIT_K * UNIT) == 0
-    rows = expert_rows(down_ptr, expert, stride_we, h_ptr.dtype.element_ty, LAYOUT, count > 0)
+    rows = expert_rows(down, expert, h_ptr.dtype.element_ty, LAYOUT, count > 0)
     if EARLY:
         if EVEN and count > 0:
             offs_n = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
-            prefetch_rows(rows + split * (SPAN // UNIT * BLOCK_K) + offs_n * stride_wn, PREFETCH)
+            prefetch_rows(rows + split * (SPAN // UNIT * BLOCK_K) + offs_n * down.stride_n, PREFETCH)
         pdl_wait(PDL)
     for first in range(0, count, BLOCK_T):
         begin, offs_k = split * SPAN, tl.arange(0, BLOCK_K)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         w_ptrs = rows + (split * (SPAN // UNIT * BLOCK_K) + offs_k)[None, :]
-        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * stride_wn
+        w_ptrs += tl.minimum(offs_n, H - 1).to(tl.int64)[:, None] * down.stride_n
         ranks = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, ranks)
         h_ptrs = h_ptr + slot[None, :] * I + (begin + offs_k)[:, None]
-        w = WeightPtrs(w_ptrs, scales_ptr, zeros_ptr)
+        w = WeightPtrs(w_ptrs, down.scales, down.zeros)
         w_rows = expert * H + tl.minimum(offs_n, H - 1)
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         acc = add_products(acc, w, w_rows, h_ptrs, (ranks < count)[None, :], begin, SPAN, EVEN, I, LAYOUT)
@@ -162,8 +169,7 @@ def main_rows(BLOCK_M, SHORT_M):
 
 @triton.jit
 def _group_tile(
-    offsets_ptr,
-    E,
+    groups,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """This program's expert (E or more: none), first sorted row, end of the group, and column tile.
@@ -172,8 +178,8 @@ def _group_tile(
     """
     column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     pid, offs_e = tl.program_id(0), tl.arange(0, BLOCK_E)
-    begins = tl.load(offsets_ptr + offs_e, mask=offs_e < E, other=0)
-    ends = tl.load(offsets_ptr + offs_e + 1, mask=offs_e < E, other=0)
+    begins = tl.load(groups.offsets + offs_e, mask=offs_e < groups.E, other=0)
+    ends = tl.load(groups.offsets + offs_e + 1, mask=offs_e < groups.E, other=0)
     row_tiles = (ends - begins + BLOCK_M - 1) // BLOCK_M
     programs = tl.cumsum(row_tiles, axis=0) * column_tiles
     expert = tl.sum((programs <= pid).to(tl.int32), axis=0)
@@ -253,41 +259,37 @@ def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
 
 @triton.jit
 def experts_up_kernel(
-    x_ptr,  # [T, H]; unused where descriptors read
+    x,  # Rows [T, H]; unused where descriptors read
     x_desc,  # [N, H], the same in sorted order, in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
     short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
-    gate_up_ptr,  # [E, 2I, H]
+    gate_up,  # WeightArgs [E, 2I, H]
     gate_up_desc,  # [E, 2, I, H] in tiles [1, 2, BLOCK_N, BLOCK_K], or None
-    scales_ptr,  # [E, 2I, G], or None
-    zeros_ptr,  # the same, or None
     h_ptr,  # [N, I] out, in sorted order
-    order_ptr,  # [N] sorted slots
-    offsets_ptr,  # [E + 1] groups in `order`
-    E, TOP_K,
-    stride_xt, stride_we, stride_wn,
+    groups,  # Groups
+    TOP_K,
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    expert, row, end, pid_n = _group_tile(offsets_ptr, E, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
-    if expert < E:
+    expert, row, end, pid_n = _group_tile(groups, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    if expert < groups.E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), pair_rows(pid_n, I, BLOCK_N)
-        w_ptrs = expert_rows(gate_up_ptr, expert.to(tl.int64), stride_we, h_ptr.dtype.element_ty, LAYOUT)
-        w_ptrs += w_rows[:, None] * stride_wn + offs_k[None, :]
+        w_ptrs = expert_rows(gate_up, expert.to(tl.int64), h_ptr.dtype.element_ty, LAYOUT)
+        w_ptrs += w_rows[:, None] * gate_up.stride_n + offs_k[None, :]
         coords = expert, 0, pid_n * BLOCK_N
         w_rows = expert.to(tl.int64) * 2 * I + w_rows
-        w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, gate_up_desc, coords)
+        w = ExpertWeight(WeightPtrs(w_ptrs, gate_up.scales, gate_up.zeros), w_rows, gate_up_desc, coords)
         if SHORT_M == 0:
-            x_ptrs = x_ptr
+            x_ptrs = x.ptr
             if x_desc is None:
                 # Rows past the group repeat one of its slots: valid memory, no mask in the loop, never stored.
-                slots = tl.load(order_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), end - 1))
-                x_ptrs += (slots // TOP_K).to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
+                slots = tl.load(groups.order + tl.minimum(row + tl.arange(0, BLOCK_M), end - 1))
+                x_ptrs += (slots // TOP_K).to(tl.int64)[:, None] * x.stride + offs_k[None, :]
             acc = _products(x_ptrs, x_desc, row, w, BLOCK_M, BLOCK_K, H, LAYOUT)
             acc = times_row_scales(acc, w.ptrs, w.rows, H, LAYOUT, AXIS=1)
             _store_swiglu(acc, h_ptr, row, end, pid_n, I)
         else:
-            x, out = RowSource(x_ptr, x_desc, short_desc), (h_ptr,)
-            _multiply_parts(x, row, end, w, _store_swiglu, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT)
+            source, out = RowSource(x.ptr, x_desc, short_desc), (h_ptr,)
+            _multiply_parts(source, row, end, w, _store_swiglu, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT)
 
 
 @triton.jit
@@ -305,33 +307,28 @@ def experts_down_kernel(
     h_ptr,  # [N, I] in sorted order; unused where descriptors read
     h_desc,  # the same in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
     short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
-    down_ptr,  # [E, H, I]
+    down,  # WeightArgs [E, H, I]
     down_desc,  # the same in tiles [1, BLOCK_N, BLOCK_K], or None
-    scales_ptr,  # [E, H, G], or None
-    zeros_ptr,  # the same, or None
     y_ptr,  # [N, H] out, by slot
-    order_ptr,  # [N] sorted slots
-    offsets_ptr,  # [E + 1] groups in `order`
-    E,
-    stride_we, stride_wn,
+    groups,  # Groups
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    expert, row, end, pid_n = _group_tile(offsets_ptr, E, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
-    if expert < E:
+    expert, row, end, pid_n = _group_tile(groups, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    if expert < groups.E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
-        w_ptrs = expert_rows(down_ptr, expert.to(tl.int64), stride_we, y_ptr.dtype.element_ty, LAYOUT)
-        w_ptrs += w_rows[:, None] * stride_wn + offs_k[None, :]
+        w_ptrs = expert_rows(down, expert.to(tl.int64), y_ptr.dtype.element_ty, LAYOUT)
+        w_ptrs += w_rows[:, None] * down.stride_n + offs_k[None, :]
         coords, w_rows = (expert, pid_n * BLOCK_N), expert.to(tl.int64) * H + w_rows
-        w = ExpertWeight(WeightPtrs(w_ptrs, scales_ptr, zeros_ptr), w_rows, down_desc, coords)
+        w = ExpertWeight(WeightPtrs(w_ptrs, down.scales, down.zeros), w_rows, down_desc, coords)
         if SHORT_M == 0:
             rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
             h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]
             acc = _products(h_ptrs, h_desc, row, w, BLOCK_M, BLOCK_K, I, LAYOUT)
             acc = times_row_scales(acc, w.ptrs, w.rows, I, LAYOUT, AXIS=1)
-            _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H)
+            _store_slots(acc, y_ptr, groups.order, row, end, pid_n, H)
         else:
-            x, out = RowSource(h_ptr, h_desc, short_desc), (y_ptr, order_ptr)
+            x, out = RowSource(h_ptr, h_desc, short_desc), (y_ptr, groups.order)
             _multiply_parts(x, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
 
 
@@ -340,13 +337,9 @@ def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]
     ids_ptr,  # [N]
     weights_ptr,  # [T, K] fp32
-    out_ptr,  # [T, H] out; with a residual: the norm of the sum
-    residual_ptr,  # [T, H], or None
-    norm_ptr,  # [H] weight of the norm that follows, or None
-    total_ptr,  # [T, H] out: the experts' output + residual, or None
+    out_ptr,  # [T, H] out; with a norm: the norm of the sum
+    norm,  # FusedNorm of the experts' output + residual, or None
     N, E, H,
-    stride_rt,
-    eps,
     TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     pdl_wait(PDL)
@@ -365,10 +358,12 @@ def experts_combine_kernel(
         acc += tl.load(weights_ptr + slot) * y
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     out = acc.to(dtype)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + t * stride_rt + offs_h, mask=offs_h < H, other=0.0)
+    if norm is not None:
+        residual_row = norm.residual.ptr + t * norm.residual.stride
+        residual = tl.load(residual_row + offs_h, mask=offs_h < H, other=0.0)
         # Rounded where the separate kernels round.
         total = (out.to(tl.float32) + residual.to(tl.float32)).to(dtype)
-        tl.store(total_ptr + t * H + offs_h, total, mask=offs_h < H)
-        out = tl.reshape(normed_rows(total.to(tl.float32)[None, :], norm_ptr, H, eps, dtype, BLOCK_H), (BLOCK_H,))
+        tl.store(norm.total_ptr + t * H + offs_h, total, mask=offs_h < H)
+        rows = normed_rows(total.to(tl.float32)[None, :], norm.weight, H, norm.eps, dtype, BLOCK_H)
+        out = tl.reshape(rows, (BLOCK_H,))
     tl.store(out_ptr + t * H + offs_h, out, mask=offs_h < H)

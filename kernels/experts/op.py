@@ -10,6 +10,7 @@ The combine of experts_add_rms_norm also adds the residual and applies the next 
 their tiles in tiles.py.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -17,68 +18,83 @@ import triton
 from torch import Tensor
 
 from .. import reference
+from ..arguments import Rows
 from ..call import operation
 from ..checks import INTS, Matrix, Within
-from ..dispatch import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
-from ..launch import Configs, LaunchConfig, dense_rows, describe, launch, power_of_2, select_configs, target_arch
-from ..norm import NormWeight, fused_norm_args
-from ..op import Cost, Sizes
+from ..dispatch import expected_distinct_experts, gather_by_expert, launch_sort, sample_ids
+from ..launch import Configs, LaunchConfig, describe, launch, power_of_2, select_configs, target_arch
+from ..norm import FusedNorm, NormWeight
+from ..op import Cost
 from ..quantized import QUANT_NAMES, matrix_bytes
 from ..router import RoutingWeights, Tokens
 from ..samples import draw, shape_grid, shapes
 from ..weight import Weight
 from . import kernels
-from .tiles import DECODE_TOKENS, configs, norm_configs
+from .kernels import Groups
+from .tiles import DECODE_TOKENS, ExpertSizes, configs
 
 GateUp = Annotated[Matrix, "E 2*I H"]
 Down = Annotated[Matrix, "E H I"]
 Ids = Annotated[Tensor, "T K", INTS, Within(0, "E - 1")]
 
 
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    weights = draw((sizes["T"], sizes["K"]), torch.float32, device, generator).softmax(-1)
-    return {"ids": sample_ids(sizes, device, generator), "weights": weights}
+@dataclass(frozen=True)
+class ExpertCase:
+    T: int
+    H: int
+    I: int
+    E: int
+    K: int
+    gate_up: str | None = None  # the name of a quantized weight's format
+    down: str | None = None
+    deterministic: bool = False
+    distinct: float | None = None  # the number of experts in use; None: as expected under uniform routing
 
 
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def _inputs(case: ExpertCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    weights = draw((case.T, case.K), torch.float32, device, generator).softmax(-1)
+    return {"ids": sample_ids(case.T, case.E, case.K, device, generator), "weights": weights}
+
+
+def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
     """Count the weights of every expert in use, x and the result once; h and each slot's output, which do not fit on
-    chip between launches, written once and read once.
-
-    `sizes["distinct"]`: the number of experts in use; by default the expectation under uniform routing.
-    """
-    T, H, I, E, K = (sizes[letter] for letter in ("T", "H", "I", "E", "K"))
-    experts = sizes.get("distinct", expected_distinct_experts(T, K / E, E))
-    gate_up = matrix_bytes(sizes.get("gate_up"), 2 * I, H, dtype.itemsize)
-    weights = experts * (gate_up + matrix_bytes(sizes.get("down"), H, I, dtype.itemsize))
+    chip between launches, written once and read once."""
+    T, H, I, E, K = case.T, case.H, case.I, case.E, case.K
+    experts = expected_distinct_experts(T, K / E, E) if case.distinct is None else case.distinct
+    gate_up = matrix_bytes(case.gate_up, 2 * I, H, dtype.itemsize)
+    weights = experts * (gate_up + matrix_bytes(case.down, H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)
     return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
 
 
-def cost_norm(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def cost_norm(case: ExpertCase, dtype: torch.dtype) -> Cost:
     """Count the experts' work, the residual, the sum, and the norm's weight."""
-    experts, T, H = cost(sizes, dtype), sizes["T"], sizes["H"]
+    experts, T, H = cost(case, dtype), case.T, case.H
     return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
 
 
-_SIZES = {"H": 4096, "I": 14336, "E": 8, "K": 2}
+_SIZES: dict[str, Any] = {"H": 4096, "I": 14336, "E": 8, "K": 2}
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_DENSE_SHAPES = (*shape_grid(T=_TOKENS, **_SIZES), *shape_grid(T=_TOKENS, **_SIZES | {"H": 6144, "I": 16384}))
-_LETTERS = "T H I E K"
+_DENSE_SHAPES = (
+    *shape_grid(ExpertCase, T=_TOKENS, **_SIZES),
+    *shape_grid(ExpertCase, T=_TOKENS, **_SIZES | {"H": 6144, "I": 16384}),
+)
 
 
 @operation(
     reference=reference.expert_swiglu,
+    case=ExpertCase,
     inputs=_inputs,
     configs=configs,
     cost=cost,
     test_shapes=(
-        *shapes(_LETTERS, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
-        *shapes(_LETTERS, "3 128 96 4 2", gate_up="int4:128", down="int4:32"),
-        *shapes(_LETTERS, "70 96 64 4 2", gate_up="int8", down="fp8"),
+        *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
+        *shapes(ExpertCase, "3 128 96 4 2", gate_up="int4:128", down="int4:32"),
+        *shapes(ExpertCase, "70 96 64 4 2", gate_up="int8", down="fp8"),
     ),
     bench_shapes=(
         *_DENSE_SHAPES,
-        *({**shape, "down": shape["gate_up"]} for shape in shape_grid(T=(1, 4096), **_SIZES, gate_up=QUANT_NAMES)),
+        *(ExpertCase(T, **_SIZES, gate_up=name, down=name) for T in (1, 4096) for name in QUANT_NAMES),
     ),
 )
 def expert_swiglu(
@@ -101,16 +117,17 @@ def expert_swiglu(
     >>> weights, ids = ops.route(torch.randn(3, 8), top_k=2)
     >>> out = ops.expert_swiglu(x, gate_up_proj, down_proj, ids, weights)
     """
-    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic, fused_norm_args())
+    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic)
 
 
 @operation(
     reference=reference.experts_add_rms_norm,
+    case=ExpertCase,
     inputs=_inputs,
-    configs=norm_configs,
+    configs=configs,
     cost=cost_norm,
-    test_shapes=shapes(_LETTERS, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
-    bench_shapes=tuple(sizes for sizes in _DENSE_SHAPES if sizes["T"] in (1, 64, 4096)),
+    test_shapes=shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
+    bench_shapes=tuple(case for case in _DENSE_SHAPES if case.T in (1, 64, 4096)),
 )
 def experts_add_rms_norm(
     x: Tokens,
@@ -136,76 +153,153 @@ def experts_add_rms_norm(
     >>> y, total = ops.experts_add_rms_norm(x, gate_up_proj, down_proj, ids, weights, x, torch.ones(64), 1e-5)
     """
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    norm = fused_norm_args(residual, norm_weight, total, eps)
+    norm = FusedNorm.of(residual, norm_weight, total, eps)
     return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic, norm), total
 
 
 def _experts(
-    x: Tensor, gate_up: Matrix, down: Matrix, ids: Tensor, weights: Tensor, deterministic: bool, norm: dict[str, Any]
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    ids: Tensor,
+    weights: Tensor,
+    deterministic: bool,
+    norm: FusedNorm | None = None,
 ) -> Tensor:
     T, H = x.shape
     E, _, I = down.shape
-    x, ids, projections = dense_rows(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
+    rows, ids, projections = Rows.of(x), ids.contiguous(), (Weight.of(gate_up), Weight.of(down))
     arch = target_arch(x.device)
-    sizes: dict[str, Any] = {"T": T, "H": H, "I": I, "E": E, "K": ids.shape[1], "deterministic": deterministic}
-    sizes |= {"norm": norm["norm_ptr"] is not None, "gate_up": projections[0].name, "down": projections[1].name}
-    sizes["by_pointers"] = not all(weight.takes_tma(arch) for weight in projections if not weight.name)
+    sizes = ExpertSizes(
+        T=T,
+        H=H,
+        I=I,
+        E=E,
+        K=ids.shape[1],
+        gate_up=projections[0].name,
+        down=projections[1].name,
+        by_pointers=not all(weight.takes_tma(arch) for weight in projections if not weight.name),
+        deterministic=deterministic,
+        norm=norm is not None,
+    )
     selected = select_configs(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
-    y = (_decode if decode else _prefill)(x, *projections, ids, sizes, selected)
+    y = (_decode if decode else _prefill)(rows, *projections, ids, sizes, selected)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
-    args = {"y_ptr": y, "ids_ptr": ids, "weights_ptr": weights.contiguous(), "out_ptr": out, **norm}
-    args |= {"N": ids.numel(), "E": E, "H": H}
     combine = selected["experts_combine_kernel"]
-    grid = (T, triton.cdiv(H, combine.constexprs["BLOCK_H"]))
-    launch(kernels.experts_combine_kernel, grid, args, combine, TOP_K=sizes["K"], SPLIT_K=y.shape[0])
+    launch(
+        kernels.experts_combine_kernel,
+        (T, triton.cdiv(H, combine.constexprs["BLOCK_H"])),
+        combine,
+        y_ptr=y,
+        ids_ptr=ids,
+        weights_ptr=weights.contiguous(),
+        out_ptr=out,
+        norm=norm,
+        N=ids.numel(),
+        E=E,
+        H=H,
+        TOP_K=sizes.K,
+        SPLIT_K=y.shape[0],
+    )
     return out
 
 
-def _decode(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, selected: Configs) -> Tensor:
+def _decode(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs) -> Tensor:
     """Return partial sums fp32 [SPLIT_K, N, H]."""
-    H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
-    up, split = selected["experts_up_decode_kernel"], selected["experts_down_decode_kernel"]
-    h = torch.empty((N, I), dtype=x.dtype, device=x.device)
-    args = {"x_ptr": x, "gate_up_ptr": gate_up.data, "ids_ptr": ids, "h_ptr": h, "N": N, "E": E, "TOP_K": sizes["K"]}
-    args |= {"stride_xt": x.stride(0), **gate_up.args}
-    constexprs, arch = {"H": H, "I": I, "BY_SLOT": N < E}, target_arch(x.device)
-    grid = (triton.cdiv(I, up.constexprs["BLOCK_N"]), min(N, E))
-    launch(kernels.experts_up_decode_kernel, grid, args, up, **constexprs, LAYOUT=gate_up.layout(arch))
-    splits = split.constexprs["SPLIT_K"]
-    y = torch.empty((splits, N, H), dtype=torch.float32, device=x.device)
-    args = {"h_ptr": h, "down_ptr": down.data, "ids_ptr": ids, "y_ptr": y, "N": N, "E": E, **down.args}
-    split_grid = (triton.cdiv(H, split.constexprs["BLOCK_N"]), min(N, E), splits)
-    constexprs |= {"PREFETCH": down.prefetch_bytes(I // splits, split, split_grid, arch), "LAYOUT": down.layout(arch)}
-    launch(kernels.experts_down_decode_kernel, split_grid, args, split, **constexprs)
+    H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
+    arch, programs = target_arch(ids.device), min(N, E)
+    h = torch.empty((N, I), dtype=x.ptr.dtype, device=ids.device)
+    config = selected["experts_up_decode_kernel"]
+    launch(
+        kernels.experts_up_decode_kernel,
+        (triton.cdiv(I, config.constexprs["BLOCK_N"]), programs),
+        config,
+        x=x,
+        gate_up=gate_up.args,
+        ids_ptr=ids,
+        h_ptr=h,
+        N=N,
+        E=E,
+        TOP_K=sizes.K,
+        H=H,
+        I=I,
+        LAYOUT=gate_up.layout(arch),
+        BY_SLOT=N < E,
+    )
+    config = selected["experts_down_decode_kernel"]
+    splits = config.constexprs["SPLIT_K"]
+    y = torch.empty((splits, N, H), dtype=torch.float32, device=ids.device)
+    grid = (triton.cdiv(H, config.constexprs["BLOCK_N"]), programs, splits)
+    launch(
+        kernels.experts_down_decode_kernel,
+        grid,
+        config,
+        h_ptr=h,
+        down=down.args,
+        ids_ptr=ids,
+        y_ptr=y,
+        N=N,
+        E=E,
+        H=H,
+        I=I,
+        LAYOUT=down.layout(arch),
+        BY_SLOT=N < E,
+        PREFETCH=down.prefetch_bytes(I // splits, config, grid, arch),
+    )
     return y
 
 
-def _prefill(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, sizes: Sizes, selected: Configs) -> Tensor:
+def _prefill(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs) -> Tensor:
     """Return each slot's expert output [1, N, H]."""
-    H, I, E, N = sizes["H"], sizes["I"], sizes["E"], ids.numel()
-    arch = target_arch(x.device)
+    H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
+    arch, block_e = target_arch(ids.device), power_of_2(E)
     gather = selected.get("gather_by_expert_kernel")
     if gather is not None:
-        x, order, offsets = gather_by_expert(x, ids, E, gather)
+        gathered, order, offsets = gather_by_expert(x, ids, E, gather)
+        x = Rows.of(gathered)
     else:
-        order, offsets = sort_by_expert.op.run(ids, E)
-    groups = {"order_ptr": order, "offsets_ptr": offsets, "E": E}
-    constants = {"H": H, "I": I, "BLOCK_E": power_of_2(E)}
+        order, offsets = launch_sort(ids, E)
+    groups = Groups(order, offsets, E)
+    h = torch.empty((N, I), dtype=x.ptr.dtype, device=ids.device)
     config = selected["experts_up_kernel"]
-    h = torch.empty((N, I), dtype=x.dtype, device=x.device)
-    args = {"x_ptr": x, **_row_descriptors("x", x if gather is not None else None, config, arch)}
-    args |= {"gate_up_ptr": gate_up.staged(), "gate_up_desc": gate_up.descriptor(2, config, arch)}
-    args |= {"h_ptr": h, "TOP_K": sizes["K"], "stride_xt": x.stride(0), **groups, **gate_up.args}
-    grid = _prefill_grid(N, E, I, config)
-    launch(kernels.experts_up_kernel, grid, args, config, **constants, LAYOUT=gate_up.layout(arch))
+    x_desc, short_desc = _row_descriptors(None if gather is None else x.ptr, config, arch)
+    launch(
+        kernels.experts_up_kernel,
+        _prefill_grid(N, E, I, config),
+        config,
+        x=x,
+        x_desc=x_desc,
+        short_desc=short_desc,
+        gate_up=gate_up.staged(),
+        gate_up_desc=gate_up.descriptor(2, config, arch),
+        h_ptr=h,
+        groups=groups,
+        TOP_K=sizes.K,
+        H=H,
+        I=I,
+        LAYOUT=gate_up.layout(arch),
+        BLOCK_E=block_e,
+    )
+    y = torch.empty((1, N, H), dtype=h.dtype, device=ids.device)
     config = selected["experts_down_kernel"]
-    y = torch.empty((1, N, H), dtype=x.dtype, device=x.device)
-    args = {"h_ptr": h, **_row_descriptors("h", h, config, arch)}
-    args |= {"down_ptr": down.staged(), "down_desc": down.descriptor(1, config, arch)}
-    args |= {"y_ptr": y, **groups, **down.args}
-    grid = _prefill_grid(N, E, H, config)
-    launch(kernels.experts_down_kernel, grid, args, config, **constants, LAYOUT=down.layout(arch))
+    h_desc, short_desc = _row_descriptors(h, config, arch)
+    launch(
+        kernels.experts_down_kernel,
+        _prefill_grid(N, E, H, config),
+        config,
+        h_ptr=h,
+        h_desc=h_desc,
+        short_desc=short_desc,
+        down=down.staged(),
+        down_desc=down.descriptor(1, config, arch),
+        y_ptr=y,
+        groups=groups,
+        H=H,
+        I=I,
+        LAYOUT=down.layout(arch),
+        BLOCK_E=block_e,
+    )
     return y
 
 
@@ -215,10 +309,10 @@ def _prefill_grid(N: int, E: int, columns: int, config: LaunchConfig) -> tuple[i
     return (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
 
 
-def _row_descriptors(name: str, rows: Tensor | None, config: LaunchConfig, arch: str) -> dict[str, Any]:
+def _row_descriptors(rows: Tensor | None, config: LaunchConfig, arch: str) -> tuple[Any, Any]:
     """Return descriptors of rows in sorted order, for a full and for a short row tile; None: pointers read."""
     if rows is None:
-        return {f"{name}_desc": None, "short_desc": None}
+        return None, None
     m, short_m, k = (config.constexprs[constant] for constant in ("BLOCK_M", "SHORT_M", "BLOCK_K"))
     full = describe(rows, (kernels.main_rows(m, short_m), k), arch)
-    return {f"{name}_desc": full, "short_desc": describe(rows, (short_m, k), arch) if short_m else None}
+    return full, describe(rows, (short_m, k), arch) if short_m else None

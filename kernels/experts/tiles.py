@@ -4,7 +4,7 @@ The literals compile without a spill and are the best by the cost model; not mea
 """
 
 from collections import namedtuple
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,21 @@ from ..arch import amd, family, tma
 from ..dispatch import gather_config
 from ..launch import LaunchConfig, power_of_2
 from ..linear import skinny_config, wide_config
-from ..op import Sizes
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    T: int
+    H: int
+    I: int
+    E: int
+    K: int
+    gate_up: str | None  # the name of a quantized weight's format
+    down: str | None
+    by_pointers: bool  # TMA cannot read a dense weight
+    deterministic: bool
+    norm: bool  # the combine also normalizes
+
 
 # Up to here the sort-free kernels run: the bytes of the weights bound the layer, whatever the tiles.
 DECODE_TOKENS = 64
@@ -42,10 +56,10 @@ _PREFILL["sm_100"], _DECODE["sm_100"] = _PREFILL["sm_90"], _DECODE["sm_90"]
 _PREFILL_FP32, _DECODE_FP32 = PrefillTile(32, 0, 16, 32, 32, 4, 2), DecodeTile(32, 2)
 
 
-def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    deterministic, by_pointers = sizes.get("deterministic"), sizes.get("by_pointers")
-    slots, dense = sizes["T"] * sizes["K"], not (sizes.get("gate_up") or sizes.get("down"))
-    rows = 0 if deterministic else slots // sizes["E"]
+def _prefill(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    deterministic, by_pointers = sizes.deterministic, sizes.by_pointers
+    slots, dense = sizes.T * sizes.K, not (sizes.gate_up or sizes.down)
+    rows = 0 if deterministic else slots // sizes.E
     table = _PREFILL[family(arch)]
     if by_pointers and not amd(arch):
         # The larger tiles of later GPUs spill. Each is as deep as TMA's for as many rows: the depth is the order of a
@@ -69,19 +83,19 @@ def _prefill(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchCon
         return LaunchConfig(tiles, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
     kernels = {
-        "experts_up_kernel": config(sizes["I"], tile.UP_BLOCK_N, sizes["H"], sizes.get("gate_up"), 2),
-        "experts_down_kernel": config(sizes["H"], tile.DOWN_BLOCK_N, sizes["I"], sizes.get("down"), 1),
+        "experts_up_kernel": config(sizes.I, tile.UP_BLOCK_N, sizes.H, sizes.gate_up, 2),
+        "experts_down_kernel": config(sizes.H, tile.DOWN_BLOCK_N, sizes.I, sizes.down, 1),
     }
     if sorted_x:
-        kernels["gather_by_expert_kernel"] = gather_config(slots, sizes["E"], sizes["H"])
+        kernels["gather_by_expert_kernel"] = gather_config(slots, sizes.E, sizes.H)
     return kernels
 
 
-def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+def _decode(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """64 weight rows a program, tiles as deep as shared memory allows."""
-    block_t = power_of_2(sizes["T"], low=16, high=DECODE_TOKENS)
+    block_t = power_of_2(sizes.T, low=16, high=DECODE_TOKENS)
     block_k, stages = _DECODE_FP32 if dtype == torch.float32 else _DECODE[family(arch)][block_t]
-    tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(block_t * sizes["K"])}
+    tiles = {"BLOCK_T": block_t, "BLOCK_S": power_of_2(block_t * sizes.K)}
 
     def config(columns: int, depth: int, weights: str | None, halves: int, **split: int) -> LaunchConfig:
         if weights:
@@ -92,19 +106,14 @@ def _decode(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConf
         return LaunchConfig(tiles | tile | split, num_warps=4, num_stages=stages)
 
     return {
-        "experts_up_decode_kernel": config(sizes["I"], sizes["H"], sizes.get("gate_up"), 2),
-        "experts_down_decode_kernel": config(sizes["H"], sizes["I"], sizes.get("down"), 1, SPLIT_K=SPLIT_K),
+        "experts_up_decode_kernel": config(sizes.I, sizes.H, sizes.gate_up, 2),
+        "experts_down_decode_kernel": config(sizes.H, sizes.I, sizes.down, 1, SPLIT_K=SPLIT_K),
     }
 
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     # The fused norm needs a full row.
-    norm = sizes.get("norm")
-    combine = LaunchConfig({"BLOCK_H": power_of_2(sizes["H"], high=1 << 30 if norm else 1024)}, 8 if norm else 4)
-    prefill = sizes["T"] > DECODE_TOKENS or sizes.get("deterministic")
+    norm = sizes.norm
+    combine = LaunchConfig({"BLOCK_H": power_of_2(sizes.H, high=1 << 30 if norm else 1024)}, 8 if norm else 4)
+    prefill = sizes.T > DECODE_TOKENS or sizes.deterministic
     return {"experts_combine_kernel": combine} | (_prefill if prefill else _decode)(sizes, dtype, arch)
-
-
-def norm_configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """Configure the kernels of `experts_add_rms_norm`."""
-    return configs({**sizes, "norm": True}, dtype, arch)

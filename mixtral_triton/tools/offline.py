@@ -1,10 +1,10 @@
 """The command `compile`: compile what operations launch for a GPU that need not be there."""
 
 import argparse
+import copy
 import hashlib
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,22 +16,26 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from ..cache import KVCache
+from ..generate import prefill
 from ..kernels.arch import ARCHS, amd, family
+from ..kernels.arguments import flatten
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
 from ..kernels.op import Op
-from ..kernels.quantized import QuantizedWeight
 from ..kernels.quantized_cache import vector_bytes
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
+from ..load import usable_cores
 from ..model import Mixtral
 from .predict import family_note
 from .sass import Loop, main_loops
@@ -53,7 +57,7 @@ class Compiled:
     num_warps: int
     num_stages: int
     constexprs: Mapping[str, Any]
-    signature: Mapping[str, str]  # Triton's types: "*bf16", "constexpr" (also what the JIT makes constant: None, 1)
+    signature: Mapping[str, str]  # Triton's types by path: "*bf16"; "constexpr" also for None and 1
     dtype: str  # the narrowest type behind a pointer, a floating-point one where there is one
     limit_bytes: int  # of shared memory that a block can have on `arch`
     registers: int = 0  # of a thread; on AMD the vector registers of a lane, those for accumulation included
@@ -83,7 +87,7 @@ class Compiled:
         """Thread instructions of a decode step's attention for a byte of keys and values that an iteration loads."""
         if self.kernel != "attention_decode_kernel" or not self.loops:
             return None
-        quantized = self.signature["k_scales_ptr"] != "constexpr"
+        quantized = self.signature["keys.k_scales"] != "constexpr"
         vector = vector_bytes(self.constexprs["D"], {"fp32": 4}.get(self.dtype, 2), quantized)
         least = min(loop.tensor + loop.other for loop in self.loops)
         return 32 * self.num_warps * least / (2 * self.constexprs["BLOCK_N"] * vector)
@@ -157,7 +161,7 @@ def _options(launch: Launch) -> dict[str, Any]:
 
 def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     """Return the launch's kernel with `figures`; without any, those of a kernel that does not compile."""
-    signature = _source(launch, arch).signature
+    signature = dict(flatten(_source(launch, arch).signature))
     pointers = [kind.lstrip("*") for kind in signature.values() if kind.startswith("*")]
     dtype = min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind))))
     constexprs = {name: launch.constexprs[name] for name in signature if name in launch.constexprs}
@@ -210,7 +214,7 @@ def _compile_all(
     kernels: Iterable[tuple[str, Launch]], arch: str, progress: Progress, out: Path | None = None
 ) -> list[Compiled]:
     """Compile each kernel, on all cores: Triton's passes release the GIL, and ptxas is a process."""
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(usable_cores())
     with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
         try:
             futures = [pool.submit(_attempt, launch, arch, op, out) for op, launch in kernels]
@@ -223,40 +227,62 @@ def _compile_all(
 
 
 def compile_launches(
-    launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None
+    launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None, share: float = 0.0
 ) -> list[Compiled]:
-    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores."""
+    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores. `share`: of the kernels,
+    how many come last, as another process begins with them."""
     distinct = {}
     for launch in launches:  # what is known of its integers, and a dependent launch, make another kernel of it, too
         source = _source(launch, arch)
         distinct[_key(launch, source), repr(source.attrs), launch.dependent] = "", launch
-    return _compile_all(distinct.values(), arch, progress)
+    first, kernels = int(share * len(distinct)), [*distinct.values()]
+    return _compile_all(kernels[first:] + kernels[:first], arch, progress)
 
 
-def compile_ahead(
-    model: Mixtral,
-    sizes: Iterable[tuple[int, int, int]],
-    dtypes: Iterable[torch.dtype],
-    progress: Progress,
-    cache_dtype: torch.dtype | None = None,
-) -> None:
-    """Compile what forwards of [B,T] tokens over caches of C slots launch on the model's GPU, if the compiler can."""
+def with_layers(model: Mixtral, indices: Sequence[int]) -> Any:
+    """Return a copy of the model on the same weights, with these of its layers alone."""
+    model = copy.copy(model)
+    model._modules = {**model._modules, "layers": nn.ModuleList(model.layers[index] for index in indices)}
+    model.config = replace(model.config, num_hidden_layers=len(indices))
+    return model
+
+
+def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
+    """Return a copy of the model with these layers on the meta device, without a caller's hooks and other ranks."""
+    model, ranks = with_layers(model, indices), model.ranks
+    memo: dict[int, Any] = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
+    if ranks is not None:
+        collectives: dict[str, Any] = {"all_reduce": lambda part, in_order: part}
+        collectives["all_gather"] = lambda part, size: part.new_empty((*part.shape[:-1], size))
+        collectives |= dict.fromkeys(("gather", "all_gather_object"), lambda part: [part] * ranks.shard.ranks)
+        memo[id(ranks)] = SimpleNamespace(shard=ranks.shard, local_ids=ranks.local_ids, **collectives)
+    model = copy.deepcopy(model, memo)
+    for module in model.modules():  # which may read values
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return model
+
+
+def launch_text(model: Mixtral, tokens: int, new: int, cache_dtype: torch.dtype | None = None, batch: int = 1) -> None:
+    """Launch on the meta device what `generate` launches for prompts of up to so many tokens, and `new` ones."""
+    kinds = {bool(getattr(layer.down_proj, "on_host", ())): index for index, layer in enumerate(model.layers)}
+    model = on_meta(model, [*kinds.values()])  # a layer with experts in host memory, and one without
+    ids, lengths = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((batch, tokens), (batch,)))
+    cache = KVCache(model.config, batch, tokens + new, "meta", cache_dtype or model.dtype)
+    model.head(prefill(model, cache, ids, lengths))
+    model.head(model.hidden(ids[:, :1], cache)[:, 0])
+
+
+def compile_ahead(model: Mixtral, launch: Callable[[], object], progress: Progress) -> None:
+    """Compile the kernels that `launch` launches on the meta device for the model's GPU, if the compiler can."""
     arch = target_arch(model.device)
-    if INTERPRETED or model.device.type != "cuda" or model.ranks is not None or arch not in ARCHS:
+    if INTERPRETED or model.device.type != "cuda" or arch not in ARCHS:
         return
-    # A layer with experts in host memory, and one without.
-    on_host = (getattr(layer.down_proj, "on_host", ()) for layer in model.layers)
-    kinds = {bool(experts): experts for experts in on_host}
-    config = replace(model.config, num_hidden_layers=len(kinds))
-    quantized = {name: x for name, x in model.named_weights().items() if isinstance(x, QuantizedWeight)}
-    specs = {name: x.spec for name, x in quantized.items() if x.format != "dense"}
     with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
-        for dtype in dict.fromkeys(dtypes):
-            layer = Mixtral(config, "meta", dtype, model.deterministic, specs, on_host=[*kinds.values()])
-            for B, T, C in sizes:
-                ids = torch.zeros((B, T), dtype=torch.int64, device="meta")
-                layer(ids, cache=KVCache(config, B, max(T, C), "meta", cache_dtype or dtype))
-    compile_launches((launch for launch in launches if launch.fn is not None), arch, progress)
+        launch()
+    # Each rank begins elsewhere, and finds in the cache what another has compiled.
+    share = 0.0 if model.ranks is None else model.ranks.shard.rank / model.ranks.shard.ranks
+    compile_launches((launch for launch in launches if launch.fn is not None), arch, progress, share)
 
 
 def compile_ops(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Binomial
 
 from ..kernels.arch import ARCHS, amd, family, max_multiprocessors
+from ..kernels.arguments import flatten, operand_name
 from ..kernels.dispatch import expected_distinct_experts
 from ..kernels.experts.kernels import main_rows
 from ..kernels.launch import Launch
@@ -29,7 +30,7 @@ from .gpus import GPU, LINKS
 SOFTMAX = 12 + 2 * 128 // 16
 CODES = 20  # more for a score over keys in 8 bits, whose codes become numbers: as compiled for sm_90
 LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
-Operands = Mapping[str, Tensor]  # by name without _ptr; a descriptor's tensor is that of a pointer, too
+Operands = Mapping[str, Tensor]  # by name, as "weight.scales"; a descriptor's tensor is that of a pointer, too
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def count_work(launch: Launch) -> Work:
     if launch.fn is None and launch.kernel not in WORK:
         known = ", ".join(sorted(WORK))
         raise ValueError(f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {known}")
-    tensors = {name.removesuffix("_ptr"): x for name, x in launch.args.items() if isinstance(x, Tensor)}
+    tensors = {operand_name(path): x for path, x in flatten(launch.args) if isinstance(x, Tensor)}
     return WORK.get(launch.kernel, _stream)(launch, tensors)
 
 
@@ -87,9 +88,9 @@ def _stream(launch: Launch, t: Operands) -> Work:
     if launch.kernel == "embed_rms_norm_kernel":  # the rows that become x
         memory += t["x"].nbytes - t["table"].nbytes
     elif launch.kernel == "append_kernel":
-        memory = _nbytes(t, "k", "v") + _appended_bytes(t, "k", "k_cache")
+        memory = _nbytes(t, "k", "v") + _appended_bytes(t, "k", "cache.k")
     elif launch.kernel == "rope_kernel":  # q and k in and out; cos and sin of each token
-        memory = 2 * _nbytes(t, "q", "k") + 2 * programs * t["cos"][0].nbytes
+        memory = 2 * _nbytes(t, "q", "k") + 2 * programs * t["tables.cos"][0].nbytes
     programs = programs if launch.grid else max(1, math.ceil(memory / 16384))
     host = t["x"].nbytes if getattr(t.get("table"), "on_host", False) else 0  # the embedding's rows
     return Work(memory - host, ((programs, memory / programs, 0.0),), host=host)
@@ -130,10 +131,11 @@ def _product(launch: Launch, operands: Operands) -> Work:
         t[weight] = torch.empty((len(offloaded), *offloaded.host.shape[1:]), dtype=offloaded.dtype, device="meta")
     K = t["ids"].shape[1] if "ids" in t else args.get("TOP_K", 1)
     tokens = len(t["ids"]) if "ids" in t else len(t[x]) // (1 if args.get("x_desc") is None else K)
-    E, splits, size = args.get("E", 1), c.get("SPLIT_K", 1), t[x].element_size()
+    E = args["groups"].E if "groups" in args else args.get("E", 1)
+    splits, size = c.get("SPLIT_K", 1), t[x].element_size()
     distinct, in_place = expected_distinct_experts(tokens, K / E, E), "BLOCK_T" in c
     columns, depth = halves * c["BLOCK_N"], c[letter] / splits
-    parts = [t[name] for name in (weight, "scales", "zeros") if name in t]
+    parts = [t[name] for name in (weight, f"{weight}.scales", f"{weight}.zeros") if name in t]
     stages = launch.num_stages or 1
     if in_place:
         rows = mean = c["BLOCK_T"]
@@ -183,12 +185,14 @@ def _attention(launch: Launch, t: Operands) -> Work:
             spans.append(high - (max(0, first - before + 1) if window else 0))
     spans = [max(0, math.ceil(span / c["BLOCK_N"])) * c["BLOCK_N"] for span in spans]
     heads = math.prod(launch.grid or ()) / len(spans)
-    key, codes = width * size if "k_scales" not in t else width + 4, "k_scales" in t
+    codes = "keys.k_scales" in t
+    key = width + 4 if codes else width * size
     tiles = ((heads, rows * width * size + 2 * span * key, 4 * rows * span * width) for span in reversed(spans))
-    keys = [f"{name}{scales}" for name in ("k", "v", "k_cache", "v_cache") for scales in ("", "_scales")]
-    memory = _nbytes(t) - (1 - share) * _nbytes(t, *keys)
-    if "cos" in t:  # a row of each table a sequence, and the newest key into the cache
-        memory += 2 * len(t["q"]) * t["cos"][0].nbytes - _nbytes(t, "cos", "sin") + _appended_bytes(t, "new_k", "k")
+    memory = _nbytes(t) - (1 - share) * _nbytes(t, *(name for name in t if name.startswith(("keys.", "cache."))))
+    if "newest.k" in t:  # a row of each table a sequence, and the newest key into the cache
+        tables = "newest.tables.cos", "newest.tables.sin"
+        memory += 2 * len(t["q"]) * t[tables[0]][0].nbytes - _nbytes(t, *tables)
+        memory += _appended_bytes(t, "newest.k", "keys.k")
     vector = (SOFTMAX + CODES * (codes and launch.kernel == "attention_prefill_kernel")) / (4 * width)
     shared = rows * width * size + 2 * stages * c["BLOCK_N"] * key
     values = rows * (width + c["BLOCK_N"] * (1 + size / 4))

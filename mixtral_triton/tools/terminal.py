@@ -94,7 +94,7 @@ def print_message(line: str) -> None:
 
 class Bar(NamedTuple):
     advance: Callable[[int], None]  # by so much
-    update: Callable[[int, int], None]  # to so much, of so much
+    update: Callable[..., None]  # to so much, of so much, of a part of the work where it has parts
 
 
 @contextmanager
@@ -120,17 +120,23 @@ def bar(label: str, total: int | None, count: ProgressColumn | None = None, comp
                 state, estimate = progress.tasks[task], ""
                 if state.completed and state.remaining is not None and state.elapsed:
                     elapsed = state.elapsed - sum(() if compiles else compiled)
-                    estimate = f", about {elapsed * state.remaining / state.completed:.0f} s left"
+                    rest = "left" if state.description == label else "for the rest of them"
+                    estimate = f", about {elapsed * state.remaining / state.completed:.0f} s {rest}"
                 done_so_far = str(count(state)).strip() + (f", {len(compiled)} kernels compiled" if compiled else "")
                 if done_so_far != before:  # a line says something new
-                    print_message(f"{label}: {done_so_far}{estimate}")
+                    print_message(f"{state.description}: {done_so_far}{estimate}")
                 before = done_so_far
+
+        def update(done: int, total: int, part: str = "") -> None:
+            if (text := f"{label} {part}".rstrip()) != progress.tasks[task].description:
+                compiled.clear()
+                progress.reset(task, description=text)  # a step of another part takes another time
+            progress.update(task, completed=done, total=total)
 
         with ThreadPoolExecutor(1) as thread:
             if is_first() and not drawn:
                 thread.submit(report)
             try:
-                update = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
                 yield Bar(partial(progress.advance, task), update)
             finally:
                 done.set()

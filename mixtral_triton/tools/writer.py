@@ -15,6 +15,7 @@ from ..config import read_generation_config
 from ..generate import eos_ids
 from ..model import Mixtral
 from ..sampling import Logprobs
+from .offline import launch_text
 from .processes import is_first
 from .prompt import cut_at_stop, decode, print_stream, select_sampling, speed_of
 from .terminal import print_message
@@ -35,8 +36,7 @@ class Writer:
 
     notes    lines to print before the first text: `note`, and what generation_config.json sets
     encode   encode(text, template=False) -> the tokens of a prompt, or of the text of a chat template
-    compile  compile(model, [(B, T, C), ...], dtypes, cache_dtype) compiles ahead what a GPU launches for forwards [B,T]
-             over C slots
+    compile  compile(launch, model, *args) compiles ahead what that launches on a GPU
     """
 
     def __init__(
@@ -63,9 +63,7 @@ class Writer:
         """Print the notes and compile, once, before B texts of T tokens are continued by n."""
         if not self.began:
             print_message("\n".join(self.notes) if is_first() else "")
-            chunks = {1, min(T, self.model.prefill_chunk), T % self.model.prefill_chunk or 1}
-            sizes = [(B, chunk, T + n) for chunk in sorted(chunks)]
-            self.compile(self.model, sizes, [self.model.dtype], self.args.cache_dtype)
+            self.compile(launch_text, self.model, T, n, self.args.cache_dtype, B)
         self.began = True
 
     def write(

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,16 +29,18 @@ from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
 from ..quantize.hub import read_headers
+from ..tools.offline import launch_text, on_meta, with_layers
 from ..tools.tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
-from .calls import BATCH, SizedCalls, with_layers
-from .layers import LayerProbe, ModelUnderTest, compare_in_fp32, compare_layers
+from .calls import BATCH, SizedCalls
+from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
 from .targets import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .weights import check_weights, estimate, held_out, measure_cache_cost, perplexity
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
-TEXT_TOKENS, CALL_TOKENS = 66, 144  # by default, of the text and of the longest call without a GPU
+TEXT_TOKENS = 66  # by default
+CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
 END, REFUSALS = "end of a text", "refusals"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 HOT = 1e3  # a temperature at which sequences differ
@@ -46,7 +49,7 @@ MADE = 256, 1024  # the shape of made logits, at most
 EDGE = 1e-5  # how much fp32 sums of probabilities may differ
 RACE_LIMIT = 1e-3  # how much less than the winner's the race of a sampled token may be, for fp32 arithmetic
 
-Progress = Callable[[int, int], None] | None
+Progress = Callable[[int, int, str], None] | None
 
 
 def verify(
@@ -64,7 +67,7 @@ def verify(
     """Compare `target` with torch, or a transformers Mixtral with transformers' own modules -> Report.
 
     target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: applied or not.
-    input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps).
+    input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
     peer "transformers": layers and logits are also compared with transformers' model of the same folder, in fp32.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
@@ -96,9 +99,8 @@ def verify(
     if peer is not None and folder is None:
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     ranks = getattr(target, "ranks", None)
-    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
-        under_test = kind(target)
+        under_test = TransformersUnderTest(target) if is_transformers else _under_test(target)
         under_test.quantized = cache_dtype is torch.int8
         return _verify(under_test, input_ids, progress, folder, peer, quick, tokens, text)
 
@@ -146,22 +148,27 @@ def _verify(
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
-    fp32 = target.is_mixtral and target.ranks is None and not quick and dtype != torch.float32 and not target.quantized
-    forward_calls = len(list(target.forward_calls(config, *ids.shape)))
-    total = config.num_hidden_layers * (1 + forward_calls + (folder is not None) + (peer is not None) + fp32)
-    done = count(1)
+    fp32 = target.is_mixtral and _is_compared_in_fp32(target.model, quick, target.quantized)
+    L = config.num_hidden_layers
 
-    def step() -> None:
-        if progress is not None:
-            progress(next(done), total)
+    def steps(part: str, total: int) -> Step:
+        """Return what is called after each of so many steps, which take about the same time."""
+        done = count()
 
-    kernels, longest = INTERPRETED or on_gpu, tokens or (4 * PREFILL_CHUNK if on_gpu else CALL_TOKENS)
+        def step() -> None:
+            if progress is not None and total:
+                progress(next(done), total, part)
+
+        step()
+        return step
+
+    kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
-    rows, cost = check_weights(target, folder, ids, step, text)
+    rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
     cache_cost = measure_cache_cost(target, folder, ids, text) if target.quantized else None
-    found, expected, exact = compare_layers(target, ids, sized, step)
+    found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
-        found += compare_in_fp32(target, expected, step)
+        found += compare_in_fp32(target, expected, steps("layers in fp32", L))
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     found = [*target.measure(None, "rms_norm", "final", norm), *found]
     rows += sorted(found, key=lambda row: math.inf if row.layer is None else row.layer)
@@ -173,9 +180,11 @@ def _verify(
         out = target.logits(ids, routes)
     rows.append(Row(None, target.output, "end to end", *expected_logits.measure(*out)))
     if peer is not None:
+        step = steps(f"layers of {peer}", L)
         rows += compare_with_transformers(folder, target.model, ids, expected.layers, expected_logits, step)
     if target.is_mixtral:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
+            steps("generate", 1)
             rows += check_generate(target, ids, *logits)
     if target.ranks is not None:
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
@@ -186,12 +195,65 @@ def _verify(
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run, cache_cost)
 
 
+def _under_test(model: Any) -> ModelUnderTest:
+    return ModelUnderTest(model) if model.ranks is None else MeshUnderTest(model)
+
+
+def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
+    return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
+
+
+def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int | None, cache_dtype: Any) -> None:
+    """Launch on the meta device what `verify` launches on the model's GPU for a text [B,T], with the same options."""
+    (B, T), gpu = shape, (target_arch(model.device), multiprocessors(model.device))
+    # The first layer, and of those behind it one with experts in host memory and one without.
+    kinds = {(at > 0, bool(getattr(each.down_proj, "on_host", ()))): at for at, each in enumerate(model.layers)}
+    copied = on_meta(model, sorted(kinds.values()))
+    copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
+    targets = [target := _under_test(copied)]
+    target.quantized, x = cache_dtype is torch.int8, target.embed_tokens.new_empty((B, T, model.config.hidden_size))
+    if _is_compared_in_fp32(model, quick, target.quantized):
+        targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
+    for each in targets:
+        calls = SizedCalls(each, (tokens or CALL_TOKENS[True]) if each is target else 0, gpu)
+        x = x.to(each.embed_tokens.dtype)
+        for index in range(len(each.layers)):
+            for call in calls(each.check(each.layers[index], x, each.config), index):
+                each.measure(index, *call)
+        config = each.shard.config(each.probe_config(T))
+        forwards = list(each.forward_calls(config, B, T))
+        keeps_routes: Any = SimpleNamespace(replace_routes=lambda *routes: routes)
+        with each.forward(config, keeps_routes) as forward:
+            for _, chunk, _, cache, kwargs in forwards:
+                _launch(target, forward, chunk.shape, cache, **{name: x.to("meta") for name, x in kwargs.items()})
+    with target.forward(copied.config, keeps_routes) as forward:
+        _launch(target, forward, (B, T), target.make_cache(copied.config, B, T), lengths=x.new_empty(B).int())
+    generating, prompts = _with_prompts(copied, torch.empty((B, T), dtype=torch.int64, device="meta"))
+    launch_text(generating, len(prompts[0]), NEW_TOKENS, cache_dtype, len(prompts))
+    _launch(target, copied, (B, 1))  # of `_refusals`
+    new = _repeated_tokens(copied.config)
+    repeated = KVCache(copied.config, BATCH, new + 1, "meta", copied.dtype)
+    for chunk_size in (new, 1):  # of `_repeated_rows`
+        _launch(target, copied, (BATCH, chunk_size), repeated)
+
+
+def _launch(target: Any, forward: Callable[..., Any], shape: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    with target.catch_faults(lambda note: None):  # `verify` reports it
+        forward(torch.empty(shape, dtype=torch.int64, device="meta"), *args, **kwargs)
+
+
+def _with_prompts(model: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
+    """Return a copy of the model with another chunk, and prompts cut from ids [B,T], one of them longer than that."""
+    model, T = copy.copy(model), ids.shape[1]
+    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 6)]]
+    model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)
+    return model, prompts
+
+
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
     """Rows for greedy and sampled tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a
     right token may be below the greatest is set by the errors of `baseline` [B,T,V] and of `exact` fp64 [2B,T,V]."""
-    model, T = copy.copy(target.model), ids.shape[1]
-    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 6)]]
-    model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)
+    model, prompts = _with_prompts(target.model, ids)
     most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
     new = min(most, target.config.max_position_embeddings - len(prompts[0]))
     logits, perturbed = exact.chunk(2)
@@ -213,8 +275,8 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
             texts = eager.generate(prompts, new, **options)
         same = torch.equal(tokens, torch.stack([text[-new:] for text in texts]))
         rows.append(Row.exact(None, "generate", "captured step", same))
-    rows.append(Row.exact(None, "generate", END, _ends(with_layers(model, 1), ids[[0, -1]], min(2, new))))
     new, model.prefill_chunk = min(new, most - 1), PREFILL_CHUNK
+    rows.append(Row.exact(None, "generate", END, _ends(with_layers(model, [0]), ids[[0, -1]], min(2, new))))
     # A mesh samples the first rank's tokens, whatever the others draw.
     seeds = 1 + (0 if model.ranks is None else model.ranks.shard.rank), 1
     draws = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
@@ -253,11 +315,15 @@ def _refusals(model: Any, ids: Tensor) -> Row:
     return Row.exact(None, "forward", REFUSALS, True)
 
 
+def _repeated_tokens(config: Any) -> int:
+    return max(1, min(4, config.max_position_embeddings - 1))
+
+
 def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
     """Whether a ragged chunk and a step have the same bits: repeated on a GPU, or alone in deterministic mode."""
     if not (model.deterministic or model.device.type == "cuda"):
         return []
-    T = max(1, min(4, model.config.max_position_embeddings - 1))
+    T = _repeated_tokens(model.config)
     b = torch.arange(BATCH, device=ids.device)
     ids = ids.flatten()[(b[:, None] * 2 + b[:T]) % ids.numel()]
     lengths = (T - b % 3).clamp(min=1).int()

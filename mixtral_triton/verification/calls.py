@@ -1,6 +1,5 @@
 """The calls of operations in one layer, on what torch computes in it, and those of `generate`, of every size."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -8,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
@@ -16,11 +15,12 @@ from ..cache import KVCache, cache_shape
 from ..generate import PREFILL_CHUNK
 from ..kernels.call import unflatten_args
 from ..kernels.experts.tiles import DECODE_TOKENS
-from ..kernels.launch import DEFAULT_ARCH, Launch, launch_context
+from ..kernels.launch import DEFAULT_ARCH, Launch, active_records, launch_context
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.quantized_cache import QuantizedCache
 from ..kernels.registry import OPS
 from ..model import Mixtral
+from ..tools.offline import on_meta
 from ..tools.tolerance import Args, fp64_block
 
 Call = tuple[str, str, Args]  # operation, case, arguments
@@ -180,44 +180,23 @@ class LayerCheck:
 
 
 class CallRecorder(TorchDispatchMode):
-    """Records the calls of operations on meta tensors: the name, the arguments by name, and the launches."""
+    """Records the calls of operations on meta tensors: the name, the arguments by name, and the launches, which
+    `records` receive, too."""
 
-    def __init__(self, arch: str = DEFAULT_ARCH, sms: int | None = None) -> None:
+    def __init__(self, arch: str = DEFAULT_ARCH, sms: int | None = None, records: Iterable[list[Launch]] = ()) -> None:
         super().__init__()
-        self.gpu, self.calls = {"arch": arch, "sms": sms}, list[tuple[str, Args, list[Launch]]]()
+        self.gpu, self.records = {"arch": arch, "sms": sms}, records
+        self.calls = list[tuple[str, Args, list[Launch]]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "mixtral_triton":
             return func(*args, **(kwargs or {}))
         op, records = OPS[func._opname], list[Launch]()
         values = op.bind_by_name(*unflatten_args(op.arguments, args))
-        with launch_context(**self.gpu, records=(records,)):
+        with launch_context(**self.gpu, records=(*self.records, records)):
             out = op.run(**values)
         self.calls.append((op.name, values, records))
         return out
-
-
-def with_layers(model: Any, layers: int) -> Any:
-    """A copy of a Mixtral on the same weights, with its first layers only."""
-    model = copy.copy(model)
-    model._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[:layers])}
-    model.config = replace(model.config, num_hidden_layers=layers)
-    return model
-
-
-def on_meta(model: Any, layers: int) -> Any:
-    """A copy of a Mixtral's first layers on the meta device, without a caller's hooks and other ranks."""
-    model, ranks = with_layers(model, layers), model.ranks
-    memo: dict[int, Any] = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
-    if ranks is not None:
-        collectives: dict[str, Any] = {"all_reduce": lambda part, in_order: part}
-        collectives["all_gather"] = lambda part, size: part.new_empty((*part.shape[:-1], size))
-        memo[id(ranks)] = SimpleNamespace(shard=ranks.shard, local_ids=ranks.local_ids, **collectives)
-    model = copy.deepcopy(model, memo)
-    for module in model.modules():  # which may read values
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return model
 
 
 def forwards(config: Any) -> list[tuple[int, int, int]]:
@@ -246,7 +225,7 @@ class SizedCalls:
         self.rows: dict[Any, set[int]] = defaultdict(set)  # that were run, by launch
         self.not_run: dict[str, None] = {}  # each line once
         config, dtype = replace(target.config, num_hidden_layers=1), target.embed_tokens.dtype
-        self.model: Any = on_meta(target.model, 1) if target.is_mixtral else Mixtral(config, "meta", dtype)
+        self.model: Any = on_meta(target.model, [0]) if target.is_mixtral else Mixtral(config, "meta", dtype)
         first, outer = self.model.layers[0], ("norm", "embed_tokens", "lm_head", "cos", "sin")
         on = {name: getattr(first, name) for name in (*first._parameters, *first._modules)}
         self.on = on | {name: getattr(self.model, name) for name in outer}  # its weights by name
@@ -273,11 +252,12 @@ class SizedCalls:
         found = {name: next(x for each in owners if (x := getattr(each, name, self)) is not self) for name in self.on}
         return {_key(self.on[name]): weight for name, weight in found.items() if weight is not None}
 
-    def recorded(self, size: tuple[int, int, int]) -> list[tuple[str, Args, list[Launch]]]:
-        """The calls of a forward over a cache: of B sequences, T tokens each, C slots."""
+    def recorded(self, size: tuple[int, int, int], *records: list[Launch]) -> list[tuple[str, Args, list[Launch]]]:
+        """The calls of a forward over a cache: of B sequences, T tokens each, C slots. `records` receive launches."""
         B, T, C = size
         cache = KVCache(self.model.config, B, C, "meta", torch.int8 if self.target.quantized else self.model.dtype)
-        with torch.no_grad(), self.target.catch_faults(self.not_run.setdefault), CallRecorder(*self.gpu) as recorder:
+        recorder = CallRecorder(*self.gpu, records)
+        with torch.no_grad(), self.target.catch_faults(self.not_run.setdefault), recorder:
             h = self.model.hidden(torch.empty((B, T), dtype=torch.int64, device="meta"), cache)
             _ = self.target.lm_head is None or self.model.head(h[:, 0])
         return recorder.calls
@@ -311,7 +291,7 @@ class SizedCalls:
         weights = self.weights(check)
         calls, needed = list[Any](), defaultdict[Any, set[int]](set)
         for size in forwards(self.target.config):
-            for op, args, records in self.recorded(size):
+            for op, args, records in self.recorded(size, *active_records()):
                 calls.append((size, op, args, N := _rows(args), found := configurations(args, records)))
                 for launch in found:
                     needed[launch].add(N)

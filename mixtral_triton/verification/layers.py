@@ -187,7 +187,10 @@ class TextReference:
 
 
 def compare_layers(
-    target: ModelUnderTest, ids: Tensor, calls: SizedCalls | None = None, step: Step = lambda: None
+    target: ModelUnderTest,
+    ids: Tensor,
+    calls: SizedCalls | None = None,
+    steps: Callable[[str, int], Step] = lambda *part: lambda: None,
 ) -> tuple[list[Row], TextReference, Tensor]:
     """Measure the `calls` of every layer (None: each operation once), and the layers' forwards with `probe_config`, on
     ids [B,T] -> rows, references, and the last layer's fp64 output [2B,T,H] of the text `with_perturbed_input`."""
@@ -195,6 +198,7 @@ def compare_layers(
     x, probe_config, rows = F.embedding(ids, target.embed_tokens), target.probe_config(ids.shape[1]), list[Row]()
     expected, exact = TextReference(x), with_perturbed_input(x)
     probe_expected = expected if probe_config == target.config else TextReference(x)
+    step = steps("operations of the first layer", 1)
     for index in range(len(target.layers)):
         layer = target.layers[index]
         check = target.check(layer, expected.x, target.config)
@@ -210,7 +214,11 @@ def compare_layers(
             probe_expected.advance(check, check.fp64(with_perturbed_input(check.values.x)))
         del layer, check  # on a mesh, a layer that was gathered goes before the next one is
         step()
-    probe, config, logits = LayerProbe(probe_expected.layers, step), target.shard.config(probe_config), None
+        if index == 0:  # it has all sizes
+            step = steps("operations of other layers", len(target.layers) - 1)
+    config, logits = target.shard.config(probe_config), None
+    count = len(list(target.forward_calls(config, *ids.shape)))
+    probe = LayerProbe(probe_expected.layers, steps("layers of forwards", count * len(target.layers)))
     if target.is_mixtral:
         pair = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
         logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.quantized)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..model import State
+from ..tools.offline import on_meta
 from ..tools.prompt import ChatTemplate, encode, load_tokenizer
 from ..tools.tolerance import largest
-from .calls import CallRecorder, on_meta
+from .calls import CallRecorder
 from .report import Row
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -202,7 +203,7 @@ def _text_rows(source: Source) -> list[Row]:
 
 def recorded_constants(model: Any) -> dict[str, list[Any]]:
     """The constants and head sizes of operations in a forward, a chunk and a step, by the config's names."""
-    model, ids = on_meta(model, len(model.layers)), torch.zeros((1, 2), dtype=torch.int64, device="meta")
+    model, ids = on_meta(model, range(len(model.layers))), torch.zeros((1, 2), dtype=torch.int64, device="meta")
     cache, used = KVCache(model.config, 1, 3, "meta", model.dtype), {name: list[Any]() for name in CONSTANTS.values()}
     with CallRecorder() as recorder:
         model.hidden(ids)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import triton
 
+from mixtral_triton import verify
 from mixtral_triton.kernels.launch import LaunchConfig
 from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, cases
@@ -19,6 +20,7 @@ from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import resources_table
 from mixtral_triton.tools.terminal import PIPED, Table, console
 from tests.cli.commands import shown
+from tests.support.models import random_model, tokens
 
 pytestmark = pytest.mark.compiled
 at_widths = pytest.mark.parametrize("width", [80, 100, 120])
@@ -95,7 +97,7 @@ def test_bench_table(name: str, width: int) -> None:
 
 @at_widths
 def test_tune_table(width: int) -> None:
-    case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 64)
+    case = next(case for case in cases(["expert_swiglu"]) if case.sizes.T == 64)
     kernel = "experts_down_decode_kernel"
     config = kernel_configs(case, "sm_90")[kernel][1]
     wide = LaunchConfig({**config.constexprs, "BLOCK_N": 123}, 16, 7)
@@ -132,6 +134,29 @@ def test_width_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert console().width == PIPED
     monkeypatch.setenv("COLUMNS", "60")
     assert console().width == 60
+
+
+def test_estimate_of_the_time_left_is_of_steps_of_one_kind(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`verify` on random weights: what is said after the first step of each kind, of which the clock counts another."""
+    clock, steps = [0.0], list[tuple[str, int]]()
+    monkeypatch.setattr(terminal, "Progress", partial(terminal.Progress, get_time=lambda: clock[0]))
+    monkeypatch.setattr(terminal, "INTERVAL", 0.01)
+    seconds = {"operations of the first layer": 100.0, "operations of other layers": 10.0, "layers of forwards": 1.0}
+    with terminal.bar("verifying", None) as progress:
+
+        def update(done: int, total: int, part: str) -> None:
+            steps.append((part, total))
+            clock[0] += seconds.get(part, 5.0) if done else 0.0
+            progress.update(done, total, part)
+            time.sleep(0.1 if done in (0, 1) else 0.0)
+
+        verify(random_model(num_hidden_layers=3), tokens(2, 6), update)
+    kinds, printed = dict(steps), capsys.readouterr().err
+    assert kinds["layers of forwards"] % 3 == 0 and kinds["operations of other layers"] == 2 and kinds["generate"] == 1
+    for part, total in kinds.items():
+        assert f"verifying {part}: 0/{total}\n" in printed
+        left = (total - 1) * seconds.get(part, 5.0)
+        assert f"verifying {part}: 1/{total}, about {left:.0f} s for the rest" in printed or part == "generate"
 
 
 def test_estimate_of_the_time_left_is_without_compilation(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

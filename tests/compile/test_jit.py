@@ -3,9 +3,12 @@ holds the launch against what CUDA would demand (tests/support/stub); and a user
 results, devices, reads."""
 
 import random
+import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +17,14 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, apply, ops
+from mixtral_triton import SMALL, KVCache, Mixtral, apply, cli, ops
 from mixtral_triton.kernels import norm, router
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import offline
-from mixtral_triton.tools.offline import compile_ahead, compile_launches
-from tests.support.calls import inputs, with_offload
+from mixtral_triton.tools.offline import compile_ahead, compile_launches, launch_text
+from tests.support.calls import compilations, inputs, with_offload
 from tests.support.models import WIDER_SIZES, random_model
 from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
 
@@ -110,19 +113,40 @@ def test_kernels_compiled_ahead_are_not_compiled_again(gpu: Any, compile_nothing
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "on_host"), [(None, ()), ("int4", ()), (None, ((), (1,), ()))])
 def test_a_text_compiles_nothing_anew(weights: str | None, on_host: Any, gpu: Any, compile_nothing: Any) -> None:
-    """What `verify` and `generate` compile on all cores beforehand is what their model launches."""
+    """What `generate` compiles on all cores beforehand is what its model launches."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 64}
     model = random_model(dtype=torch.bfloat16, weights=weights, device="cuda", on_host=on_host, **sizes)
     ahead: list[Any] = []
     record = mock.patch.object(offline, "compile_launches", lambda *args: ahead.extend(compile_launches(*args)))
     finished: list[tuple[int, int]] = []
     with record:
-        compile_ahead(model, [(1, 1, 12), (1, 5, 12)], [model.dtype], lambda *done: finished.append(done))
+        compile_ahead(model, partial(launch_text, model, 5, 7), lambda *done: finished.append(done))
     assert finished[-1] == (len(ahead), len(ahead)) and len(ahead) >= 8 and not [each for each in ahead if each.error]
     compile_nothing()
     model.generate(torch.arange(5, device=model.device)[None], max_new_tokens=7)
     with pytest.raises(AssertionError, match="compiled anew"):
         model.generate(torch.arange(40, device=model.device)[None], max_new_tokens=2)
+
+
+COMMANDS = {"generate": ("--prompt", "x " * 50, "--max-new-tokens", "7"), "verify": ("--offload", "2", "--quick")}
+COMMANDS["generate, a second turn"] = (*COMMANDS["generate"], "--chat", "--prompt", "y " * 150, "--cache-dtype", "int8")
+COMMANDS |= {"verify, in fp32, too": (), "verify, int4": ("--weights", "experts=int4,linear=int8", "--deterministic")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMMANDS)
+def test_a_command_compiles_nothing_after_what_it_compiles_ahead(
+    case: str, gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, covers: Any
+) -> None:
+    shutil.copytree(SMALL, folder := tmp_path / "small")
+    (folder / "chat_template.jinja").write_text("{% for each in messages %}{{ each.content }} {% endfor %}")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    gpu.driver.executes = False  # results are undefined, and `verify` says so
+    with compilations() as compiled:
+        assert cli.main([case.partition(",")[0], str(folder), *COMMANDS[case]]) in (0, 1)
+    late = [name for name, thread in compiled if thread is threading.main_thread()]
+    covers("host", f"{case}: {len(compiled)} kernels compiled ahead, {len(late)} in the main thread")
+    assert not late and len(compiled) > (8 if "generate" in case else 50)
 
 
 def norm_launch(T: int, gpu: Any, offset: int = 0) -> tuple[Any, list[Any]]:

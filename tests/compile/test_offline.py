@@ -72,7 +72,7 @@ def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtyp
 PROMPT = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
 RING = {"C": 4096, "past": 3000, "fresh": True}
 STEP = {"B": 2, "T": 1, "Hq": 8, "Hkv": 2, "C": 4096, "window": 4096, "past": 4095}
-LONG = [sizes for sizes in OPS["attention"].bench_shapes if sizes["S"] == 4096]
+LONG = [sizes for sizes in OPS["attention"].bench_shapes if sizes.S == 4096]
 # D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
 HEADS = [(32, 150), (48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -81,7 +81,7 @@ Variant = tuple[str, dict[str, Any], str, torch.dtype]
 # Mixtral's is 128, and so it is in the bench shapes; the tiles differ by head size.
 HEAD_SIZES: list[Variant] = []
 for D, dtype, sizes in product((64, 256), (FP32, BF16), (LONG[0], LONG[-1])):
-    HEAD_SIZES.append(("attention", {**sizes, "D": D}, "sm_90", dtype))
+    HEAD_SIZES.append(("attention", vars(sizes) | {"D": D}, "sm_90", dtype))
 for arch, (D, T) in product(("sm_90", "sm_80"), HEADS):  # keys alone, or with a ring before them
     sizes = PROMPT | {"T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D}
     HEAD_SIZES.append(("attention", sizes, arch, BF16))
@@ -96,7 +96,7 @@ for arch, D in product(("sm_90", "sm_80", "gfx942"), (48, 72, 80, 192)):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "sizes", "arch", "dtype"), HEAD_SIZES)
 def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) -> None:
-    launches = launches_of(replace(OPS[name], bench_shapes=(dict(sizes),)), arch, dtype)
+    launches = launches_of(replace(OPS[name], bench_shapes=(sizes,)), arch, dtype)
     assert launches and not [(launch, fault) for launch in launches if (fault := compile_launch(launch, arch).fault)]
 
 
@@ -112,7 +112,7 @@ def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) 
     ],
 )
 def test_attention_with_no_more_tiles_than_sms(name: str, sizes: Any, rows: int, arch: str) -> None:
-    op = replace(OPS[name], bench_shapes=(dict(PROMPT | sizes),))
+    op = replace(OPS[name], bench_shapes=(PROMPT | sizes,))
     (launch,) = launches_of(op, arch, torch.bfloat16)
     assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None
 
@@ -120,7 +120,7 @@ def test_attention_with_no_more_tiles_than_sms(name: str, sizes: Any, rows: int,
 def prefill(kernel: str, arch: str = "sm_90") -> Launch:
     """A bf16 kernel as 8x7B launches it for 4096 tokens."""
     op = OPS["attention" if kernel.startswith("attention") else "expert_swiglu"]
-    op = replace(op, bench_shapes=tuple(sizes for sizes in op.bench_shapes if sizes["T"] == 4096)[:1])
+    op = replace(op, bench_shapes=tuple(sizes for sizes in op.bench_shapes if sizes.T == 4096)[:1])
     return next(found for found in launches_of(op, arch, torch.bfloat16) if found.kernel == kernel)
 
 
@@ -239,7 +239,7 @@ def test_a_kernel_of_two_operations_is_compiled_once() -> None:
 
 def test_a_model_of_other_widths_adds_only_other_tiles() -> None:
     """The command, and the gate but for bf16 on sm_90, compile one of those that differ in H and I alone."""
-    dense = tuple(sizes for sizes in OPS["expert_swiglu"].bench_shapes if "down" not in dict(sizes))
+    dense = tuple(sizes for sizes in OPS["expert_swiglu"].bench_shapes if sizes.down is None)
     op = replace(OPS["expert_swiglu"], bench_shapes=dense, dtypes=(torch.bfloat16,))
     every = launches_of(op, "sm_90")
     once = [launch for _, launch in collect([op], "sm_90", widths=False).values()]

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mixtral_triton.kernels.arguments import flatten
+
 from ..support.stub.adapter import memories_of
-from ..support.stub.driver import SWIZZLE_SPANS, with_memory
+from ..support.stub.driver import SWIZZLE_SPANS, with_kinds, with_memory
 from .copies import Descriptor
 from .machine import SCHEDULES, Code, Schedule, execute
 from .memory import Fault, Global, Params, Span
@@ -56,7 +58,8 @@ class Launch:
         values, spans, maps = list[bytes](), list[Span](), dict[int, Descriptor]()  # maps: by number of the parameter
         metadata = launched.launcher.metadata
         metas = iter(getattr(metadata, "tensordesc_meta", None) or ())
-        for (name, value), kind in zip(args.items(), launched.launcher.signature, strict=True):
+        held = dict(flatten(launched.args))
+        for _, name, kind, value in with_kinds(args, launched.launcher.signature, args.values()):
             if isinstance(value, TensorDescriptor):
                 spans.append(span_of(name, value.base))
                 maps[len(values)] = tensor_map(value, next(metas, None))
@@ -65,7 +68,7 @@ class Launch:
                 values += [struct.pack("<q", n) for n in value.strides]
             elif kind.startswith("*"):
                 spans.append(span_of(name, value))
-                memories = zip(("resident", "host"), memories_of(launched.args[name]), strict=False)
+                memories = zip(("resident", "host"), memories_of(held[name]), strict=False)
                 spans += [span_of(f"{name} {memory}", with_memory(tensor)) for memory, tensor in memories]
                 values.append(struct.pack("<Q", value.data_ptr()))
             elif kind in FORMATS:

@@ -1,8 +1,8 @@
 """The PTX emulator executes every kernel, compiled by Triton's JIT for sm_90 and sm_80, and a complete model."""
 
 import itertools
-from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mixtral_triton.tools.offline import compile_launch
 from mixtral_triton.tools.tolerance import Tolerance
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
 from tests.ops.test_deterministic import CASES, check
-from tests.support.calls import inputs, inputs_without_padding, with_offload
+from tests.support.calls import inputs, inputs_without_padding, selected_configs, with_offload
 
 from .memory import Fault
 from .parser import Unmodelled
@@ -33,11 +33,11 @@ ARCHS = ("sm_90", "sm_80")
 BOUND = 0.97  # of the instructions of one variant with the tiles of 8x7B, for each kernel
 
 
-def check_error(op: Op, sizes: Mapping[str, Any], dtype: torch.dtype = BF16) -> float:
+def check_error(op: Op, sizes: Any, dtype: torch.dtype = BF16) -> float:
     """Check that the error is at most twice that of the torch backend; return its share of this limit."""
     args = inputs_without_padding(op.name, sizes, GPU_DEVICE, dtype)
     error, limit = Tolerance(op.name, args).measure(dispatched(op.name, args))
-    assert error <= limit, f"{op.name} {dict(sizes)}"
+    assert error <= limit, f"{op.name} {sizes}"
     return float(error) / max(float(limit), 1e-30)
 
 
@@ -61,11 +61,11 @@ def test_attention_with_a_maskless_loop(arch: str, dtype: torch.dtype, ptx_emula
     """The configs of the test shapes with so many keys that every query attends to several tiles, and long prompts."""
     with ptx_emulator(arch):
         for name in ("attention", "cached_attention"):
-            for sizes in (dict(shape) for shape in OPS[name].test_shapes if shape["T"] > 1):
-                window = 200 if sizes["window"] else 0
-                more = {"C": window or 400, "past": 300} if "C" in sizes else {"S": 300}
-                with override_configs(OPS[name].configs(sizes, dtype, arch)):
-                    check_error(OPS[name], sizes | more | {"window": window}, dtype)
+            for sizes in (shape for shape in OPS[name].test_shapes if shape.T > 1):
+                window = 200 if sizes.window else 0
+                more = {"C": window or 400, "past": 300} if hasattr(sizes, "C") else {"S": 300}
+                with override_configs(selected_configs(name, sizes, dtype, arch)):
+                    check_error(OPS[name], replace(sizes, window=window, **more), dtype)
         for D, window in itertools.product((64, 128), (0, 100, 200)) if dtype == BF16 else [(64, 0)]:
             sizes = {"B": 1, "T": 300, "S": 300, "Hq": 2, "Hkv": 1, "D": D, "window": window}
             check_error(OPS["attention"], sizes, dtype)
@@ -78,11 +78,10 @@ TOKENS = 384  # of experts: on average 256 rows for each of 3, with short and lo
 HEADS = {"Hq": 8, "Hkv": 2}  # of attention
 
 
-def small(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    full = dict(sizes)
+def small(sizes: Any) -> dict[str, Any]:
+    full = vars(sizes)
     most = SMALL | (HEADS if "window" in full else MANY_ROWS if full.get("T", 0) > 64 and "I" in full else {})
-    reduced = {key: min(most.get(key, size), size) for key, size in full.items() if isinstance(size, int)}
-    reduced |= {key: value for key, value in full.items() if not isinstance(value, int)}
+    reduced = {key: min(most[key], size) if key in most else size for key, size in full.items()}
     if "T" in reduced:
         tokens = 300 if "B" in reduced else TOKENS if "I" in reduced else 600 if "H" in reduced else 2048
         reduced["T"] = min(reduced["T"], tokens)
@@ -98,8 +97,8 @@ def test_production_tiles(name: str, arch: str, ptx_emulator: Any) -> None:
     op, tested, kernels = OPS[name], set(), set()
     dtype = supported(op, BF16)
     with ptx_emulator(arch) as gpu:
-        for sizes in (dict(sizes) for sizes in op.bench_shapes if sizes.get("H", 4096) == 4096):  # of 8x7B
-            configs, reduced = op.configs(sizes, dtype, arch), small(sizes)
+        for sizes in (sizes for sizes in op.bench_shapes if getattr(sizes, "H", 4096) == 4096):  # of 8x7B
+            configs, reduced = selected_configs(name, sizes, dtype, arch), small(sizes)
             if (key := (str(configs), str(reduced))) in tested:
                 continue
             tested.add(key)

@@ -11,7 +11,7 @@ import torch
 
 from mixtral_triton.kernels.launch import override_configs
 from mixtral_triton.kernels.registry import OPS
-from tests.support.calls import inputs
+from tests.support.calls import inputs, selected_configs
 
 from .copies import Descriptor
 from .launch import Executor, Launch, compiled
@@ -194,7 +194,7 @@ class Recorder(Executor):
 def test_each_removed_instruction_is_detected(case: Case, arch: str, ptx_emulator: Any, covers: Any) -> None:
     op, counts, missed = OPS[case.op], Counter[str](), []
     dtype = BF16 if BF16 in op.dtypes else op.dtypes[0]
-    configs = op.configs(case.like, dtype, arch) if case.like else {}
+    configs = selected_configs(case.op, case.like, dtype, arch) if case.like else {}
     with ptx_emulator(arch) as gpu, override_configs(configs):
         recorder = gpu.driver.execute = Recorder(case.kernels)
         op.run(**inputs(case.op, case.sizes, "cuda:0", dtype))

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from mixtral_triton import Mixtral, load, verify
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.tools import fit
+from mixtral_triton.tools import fit, offline
 from mixtral_triton.tools.gpus import find_gpu
 from mixtral_triton.weights import parameter_shapes
 from tests.cli.commands import error_line, run, run_json
@@ -121,16 +122,45 @@ GROUPS = [
 ]
 
 
+def put_in_groups(line: str, files: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for /proc and for the folders of control groups: the process's line, and the files of its group."""
+    files = {f"groups/{name}": text for name, text in files.items()}
+    for name, text in {**files, "proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB", "proc/self/cgroup": line}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(load, "PROC", folder / "proc")
+    monkeypatch.setattr(load, "CGROUPS", folder / "groups")
+
+
 @pytest.mark.parametrize("case", GROUPS, ids=str)
 def test_host_memory_is_what_the_container_has_left(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line, files, left = case
-    files = {f"groups/{name}": text for name, text in files.items()}
-    for name, text in {**files, "proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB", "proc/self/cgroup": line}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(load, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(load, "CGROUPS", tmp_path / "groups")
+    put_in_groups(line, files, tmp_path, monkeypatch)
     assert load.host_memory() == left
+
+
+CORES = [
+    ("0::/", {"cpu.max": "max 100000"}, 8),
+    ("0::/a/b", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, 3),
+    ("4:cpu,cpuacct:/", {"cpu,cpuacct/cpu.cfs_quota_us": "200000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 2),
+    ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ("0::/", {"cpu.max": "1000 100000"}, 1),
+    ("0::/", {}, 4),
+]
+
+
+@pytest.mark.parametrize("case", CORES, ids=str)
+def test_kernels_are_compiled_on_the_cores_that_the_container_may_use(
+    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, files, cores = case
+    put_in_groups(line, files, tmp_path, monkeypatch)
+    monkeypatch.setattr(load.os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1" if files else "2")  # without a quota two ranks share the cores
+    assert load.usable_cores() == cores
+    workers: list[int] = []
+    monkeypatch.setattr(offline, "ThreadPoolExecutor", lambda count: workers.append(count) or ThreadPoolExecutor(1))
+    assert offline.compile_launches([], "sm_90") == [] and workers == [cores]
 
 
 def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,9 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
-from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
-from tests.support.calls import outputs, tensors
+from tests.support.calls import Sizes, outputs, tensors
 from tests.support.models import random_model
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -50,7 +49,7 @@ CASES: list[tuple[str, Sizes]] = [
 LISTED = {name for name, _ in CASES} | {"sort_by_expert"}  # the results of the latter are integers, and exact
 # Operations of no model need kernels: the torch backend is deterministic only where an operation has the argument.
 for name in OPS.keys() - LISTED if INTERPRETED else ():
-    shape = OPS[name].test_shapes[0]
+    shape = vars(OPS[name].test_shapes[0])
     CASES.append((name, {key: size for key, size in shape.items() if key != ("B" if "B" in shape else "T")}))
 
 
@@ -130,7 +129,7 @@ def launch_configs(name: str, sizes: Sizes, n: int, dtype: torch.dtype, arch: st
 
 def test_tile_that_depends_on_the_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def configs_by_batch(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-        tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32 if sizes["T"] > 1 else 16, "GROUP_M": 1}
+        tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32 if sizes.T > 1 else 16, "GROUP_M": 1}
         return {"linear_kernel": LaunchConfig(tiles, num_warps=4)}
 
     monkeypatch.setattr(linear, "configs", configs_by_batch)

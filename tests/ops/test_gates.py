@@ -40,7 +40,7 @@ def overflow_kernel(y_ptr, N):
 
 def run_double(rows: int, n: int, x: Any = None, y: Any = None, load: bool = True, store: bool = True) -> torch.Tensor:
     x, y = torch.ones(n) if x is None else x, torch.empty(n) if y is None else y
-    launch(double_kernel, (rows,), {"x_ptr": x, "y_ptr": y, "N": n}, ONE, BLOCK=8, MASK_LOAD=load, MASK_STORE=store)
+    launch(double_kernel, (rows,), ONE, x_ptr=x, y_ptr=y, N=n, BLOCK=8, MASK_LOAD=load, MASK_STORE=store)
     return y
 
 
@@ -55,8 +55,8 @@ FAULTS: list[tuple[str, Callable[[], Any]]] = [
     ("double_kernel stored outside y_ptr", lambda: run_double(1, 8, y=torch.zeros(4, 8)[:, :5])),
     ("double_kernel loads from outside its tensors", lambda: run_double(2, 11, load=False)),
     ("depends on program order or on what lies outside", lambda: run_double(1, 8, x=torch.zeros(4, 8)[:, :5])),
-    ("race_kernel: y_ptr depends on program order", lambda: launch(race_kernel, (2,), {"y_ptr": torch.empty(1)}, ONE)),
-    ("overflow", lambda: launch(overflow_kernel, (1,), Y, ONE)),
+    ("race_kernel: y_ptr depends on program order", lambda: launch(race_kernel, (2,), ONE, y_ptr=torch.empty(1))),
+    ("overflow", lambda: launch(overflow_kernel, (1,), ONE, **Y)),
 ]
 
 
@@ -77,7 +77,7 @@ def bf16_kernel(a_ptr, b_ptr, y_ptr, BLOCK: tl.constexpr):
 def test_bf16_dot_and_cast_round_as_hardware_does() -> None:
     a, b = (torch.randn(16, 16, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (0, 1))
     y = torch.empty(16, 16, dtype=torch.bfloat16)
-    launch(bf16_kernel, (1,), {"a_ptr": a, "b_ptr": b, "y_ptr": y}, ONE, BLOCK=16)
+    launch(bf16_kernel, (1,), ONE, a_ptr=a, b_ptr=b, y_ptr=y, BLOCK=16)
     assert torch.equal(y, (a.float() @ b.float()).bfloat16())
 
 

@@ -196,7 +196,7 @@ def test_missing_short_cut_is_caught() -> None:
 def test_short_cuts_for_equal_lengths_change_no_result(T: int, fresh: int | None, past: int, B: int) -> None:
     name = "rope_append_attention" if fresh is None else "cached_attention"
     op = OPS[name]
-    sizes = dict(op.test_shapes[0]) | {"B": B, "T": T, "C": 16, "past": past, "window": 16, "fresh": fresh != 0}
+    sizes = vars(op.test_shapes[0]) | {"B": B, "T": T, "C": 16, "past": past, "window": 16, "fresh": fresh != 0}
     args = copies(op.bind_by_name(**inputs(name, sizes, dtype=torch.float32)))
     args["past"], args["new"] = torch.full((B,), past, dtype=torch.int32), torch.full((B,), T, dtype=torch.int32)
     if "cos" in args:

@@ -13,6 +13,7 @@ TOY = '''"""gated_silu: silu(a) * b, and its negative. T rows, N columns, Z plan
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from .call import operation
 from .launch import LaunchConfig, launch, select_configs
-from .op import Sizes
 
 @triton.jit
 def gated_silu_kernel(a_ptr, b_ptr, y_ptr, negative_ptr, N, BLOCK: tl.constexpr, SQUARED: tl.constexpr):
@@ -41,17 +41,25 @@ def reference(a: Tensor, b: Tensor, squared: bool = False) -> tuple[Tensor, Tens
     y = y * y if squared else y
     return y, -y
 
-def configs(sizes: Sizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+@dataclass(frozen=True)
+class SiluSizes:
+    T: int
+    N: int
+    Z: int
+    squared: bool = False
+
+def configs(sizes: SiluSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     return {"gated_silu_kernel": LaunchConfig({"BLOCK": 64}, num_warps=1)}
 
 Planes = Annotated[Tensor, "T N Z"]
 
 @operation(
     reference=reference,
+    case=SiluSizes,
     configs=configs,
-    flops=lambda sizes: 4 * sizes["T"] * sizes["N"] * sizes["Z"],
-    test_shapes=({"T": 3, "N": 70, "Z": 2}, {"T": 3, "N": 7, "Z": 5, "squared": True}),
-    bench_shapes=({"T": 64, "N": 14336, "Z": 1},),
+    flops=lambda case: 4 * case.T * case.N * case.Z,
+    test_shapes=(SiluSizes(3, 70, 2), SiluSizes(3, 7, 5, squared=True)),
+    bench_shapes=(SiluSizes(64, 14336, 1),),
 )
 def gated_silu(a: Annotated[Tensor, "T N*Z"], b: Planes, squared: bool = False) -> tuple[Planes, Planes]:
     """Returns silu(a) * b, where `squared` its square, and the negative.
@@ -61,10 +69,9 @@ def gated_silu(a: Annotated[Tensor, "T N*Z"], b: Planes, squared: bool = False) 
     """
     a, b = a.contiguous(), b.contiguous()
     y, negative = torch.empty_like(b), torch.empty_like(b)
-    sizes = {"T": b.shape[0], "N": b.shape[1], "Z": b.shape[2], "squared": squared}
-    config = select_configs(configs, sizes, a.dtype, a.device)["gated_silu_kernel"]
+    config = select_configs(configs, SiluSizes(*b.shape, squared), a.dtype, a.device)["gated_silu_kernel"]
     args = {"a_ptr": a, "b_ptr": b, "y_ptr": y, "negative_ptr": negative, "N": a.numel()}
-    launch(gated_silu_kernel, (triton.cdiv(a.numel(), 64),), args, config, SQUARED=squared)
+    launch(gated_silu_kernel, (triton.cdiv(a.numel(), 64),), config, **args, SQUARED=squared)
     return y, negative
 '''
 GATES = ("ops/test_registry.py", "ops/test_operators.py", "ops/test_strides.py")

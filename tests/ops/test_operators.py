@@ -20,7 +20,7 @@ META = torch.device("meta")
 LETTERS = {"B": 2, "T": 3, "V": 11, "H": 8, "I": 12, "N": 5, "E": 6, "K": 2, "Hq": 4, "Hkv": 2, "D": 8, "P": 9}
 LETTERS |= {"C": 5, "S": 7, "past": 4, "window": 5}
 SIZES = {
-    name: dict(op.test_shapes[0]) | {letter: LETTERS.get(letter, size) for letter, size in op.test_shapes[0].items()}
+    name: {letter: LETTERS.get(letter, size) for letter, size in vars(op.test_shapes[0]).items()}
     for name, op in OPS.items()
 }
 SIZES["rope_append_attention"] = SIZES["rope_append_attention"] | {"T": 1}
@@ -101,10 +101,11 @@ def test_fake_results_have_the_layout_of_real_ones(name: str, sizes: Any, change
     assert [layout(x) for x in as_tuple(fake)] == [layout(x) for x in as_tuple(meta)] == want
 
 
-QUANTIZED = {"H": 128, "E": 4, "K": 2, "gate_up": "int4:32", "down": "int8", "weight": "int4:64"}
+QUANTIZED = {"expert_swiglu": {"H": 128, "E": 4, "K": 2, "gate_up": "int4:32", "down": "int8"}}
+QUANTIZED["linear"], QUANTIZED["experts_add_rms_norm"] = {"H": 128, "weight": "int4:64"}, QUANTIZED["expert_swiglu"]
 GRAPHS = [
     *SIZES.items(),
-    *((name, SIZES[name] | QUANTIZED) for name in ("linear", "expert_swiglu", "experts_add_rms_norm")),
+    *((name, SIZES[name] | more) for name, more in QUANTIZED.items()),
     *((name, SIZES[name] | {"cache": "int8"}) for name in ("append", "cached_attention", "rope_append_attention")),
 ]
 
@@ -152,6 +153,21 @@ def test_compile_with_a_dynamic_number(name: str, argument: str, least: int) -> 
     call = torch.compile(lambda number: public(name)(**args | {argument: number}), fullgraph=True, backend="aot_eager")
     for number in range(least, least + 3):
         assert same(as_tuple(call(number)), as_tuple(public(name)(**args | {argument: number})))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("by_name", (False, True), ids=("positional", "keywords"))
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_compile_after_a_mutation_of_a_dict(name: str, by_name: bool) -> None:
+    """The compiler refuses the mappings of inspect.Signature once the traced function has changed any dict."""
+    torch._dynamo.reset()
+    args = make_inputs(name, "cpu", SIZES[name] | QUANTIZED[name])
+
+    def call(state: dict[str, int]) -> Any:
+        state["calls"] = 1
+        return public(name)(**args) if by_name else public(name)(*args.values())
+
+    assert same(as_tuple(torch.compile(call, fullgraph=True, backend="eager")({})), as_tuple(call({})))
 
 
 @pytest.mark.compiled

@@ -6,6 +6,7 @@ The meta device represents a GPU where only the host's part counts: reading a va
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,11 +18,11 @@ from mixtral_triton import model as model_module
 from mixtral_triton.generate import sample
 from mixtral_triton.inputs import check_vocabulary
 from mixtral_triton.kernels import checks
-from mixtral_triton.kernels.op import Sizes
+from mixtral_triton.kernels.op import as_dict
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.ops.test_strides import QUANTIZED, representative_sizes
-from tests.support.calls import dense, inputs, outputs
+from tests.support.calls import Sizes, dense, inputs, outputs
 from tests.support.models import cache_of, random_model, tokens
 
 V, P, W = 23, 70, 6
@@ -48,8 +49,8 @@ def ranges(name: str, args: dict[str, Any]) -> dict[str, tuple[int, int]]:
 BOUNDED = [
     (name, sizes, argument)
     for name, op in OPS.items()
-    for sizes in (shape | ({"B": 3} if "B" in shape else {}) for shape in representative_sizes(op))
-    if sizes.keys().isdisjoint(QUANTIZED)  # as dense ones here, and slower
+    for sizes in (replace(shape, B=3) if hasattr(shape, "B") else shape for shape in representative_sizes(op))
+    if QUANTIZED.isdisjoint(as_dict(sizes))  # as dense ones here, and slower
     for argument in ranges(name, inputs(name, sizes, "meta"))
 ]
 EMBED = {"B": 3, "T": 2, "V": 11, "H": 8, "past": 4}

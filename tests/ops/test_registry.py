@@ -17,7 +17,7 @@ from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPERATIONS, OPS, dispatched
 from mixtral_triton.tools.tolerance import Tolerance
-from tests.support.calls import as_tuple, inputs_without_padding
+from tests.support.calls import as_tuple, inputs_without_padding, selected_configs
 
 # fp16 has bf16's tiles: the quick run takes the first shape in it.
 CASES = [
@@ -29,7 +29,8 @@ CASES = [
 # Sums over many tiles of positive numbers: the rounding errors of an accumulator in 16 bits grow with each tile.
 DEEP: list[Any] = [("linear", {"T": T, "N": 24, "deterministic": T > 3}) for T in (3, 20)]
 DEEP += [("expert_swiglu", {"T": T, "I": 16, "E": 1, "K": 1}) for T in (3, 70, 200)]
-CASES += [(name, {"H": 4096, **sizes, "positive": True}, torch.bfloat16) for name, sizes in DEEP]
+DEEP = [(name, OPS[name].case(H=4096, **sizes), torch.bfloat16) for name, sizes in DEEP]
+CASES += DEEP
 
 
 @pytest.mark.parametrize(("name", "sizes", "dtype"), CASES, ids=str)
@@ -37,7 +38,7 @@ def test_error_is_at_most_twice_that_of_plain_torch(name: str, sizes: Any, dtype
     if device.type == "cpu" and not INTERPRETED:
         pytest.skip("the torch backend is the reference itself: needs TRITON_INTERPRET=1 or a GPU")
     args = inputs_without_padding(name, sizes, device, dtype)
-    if "positive" in sizes:
+    if (name, sizes, dtype) in DEEP:
         args |= {key: x.abs() for key, x in args.items() if isinstance(x, torch.Tensor)}
         if "down_proj" in args:  # one column of h decides: the errors of several would cancel
             args["down_proj"][..., 1:] = 0.0
@@ -61,7 +62,7 @@ def test_declarations_of_an_operation_are_consistent(op: Op) -> None:
                 got = op.run(**args)
             assert describe(got) == describe(op.empty(**args))
             kernels = {launch.kernel for launch in launches}
-            assert kernels & set(op.configs(sizes, dtype, "sm_90")) or (op.name == "linear" and kernels == {"aten::mm"})
+            assert kernels & set(selected_configs(op.name, sizes, dtype)) or kernels == {"aten::mm"}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -4,6 +4,7 @@ Test shapes that launch the same kernels on the same arguments are represented b
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,25 +14,26 @@ from torch import Tensor
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference as kernel_reference
 from mixtral_triton.kernels.launch import describe, tma_can_read
-from mixtral_triton.kernels.op import Op, Sizes
+from mixtral_triton.kernels.op import Op, as_dict
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.verification.calls import LAYOUTS, with_layout
-from tests.support.calls import as_tuple, dense, inputs, inputs_without_padding, public, tensors
+from tests.support.calls import Sizes, as_tuple, dense, inputs, inputs_without_padding, public, tensors
 
 TOLERANCE = 4e-6  # of the largest value, in fp32
 LARGEST = {"H": 24, "I": 20, "N": 24, "E": 6, "V": 20, "Hq": 4, "Hkv": 2, "D": 16, "C": 80, "S": 60, "past": 70}
-QUANTIZED = ("weight", "gate_up", "down")
+QUANTIZED = {"weight", "gate_up", "down"}
 
 
 def representative_sizes(op: Op) -> Iterator[Sizes]:
     """Of each set of kernels and arguments, the sizes with the fewest dimensions of 1, which have no stride."""
     found: dict[Any, list[tuple[int, int, Sizes]]] = {}
     for shape in op.test_shapes:
-        sizes = dict(shape)
-        if sizes.keys().isdisjoint(QUANTIZED):  # groups of a quantized weight need their columns
-            sizes |= {letter: min(size, LARGEST.get(letter, size)) for letter, size in shape.items()}
+        sizes = shape
+        if QUANTIZED.isdisjoint(as_dict(shape)):  # groups of a quantized weight need their columns
+            known = {letter: getattr(shape, letter, None) for letter in LARGEST}
+            sizes = replace(shape, **{letter: min(n, LARGEST[letter]) for letter, n in known.items() if n is not None})
         args = op.inputs(sizes, op.dtypes[0], "meta")
         with record_launches() as launches:
             op.run(**args)

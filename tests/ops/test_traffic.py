@@ -16,9 +16,8 @@ from torch import Tensor
 from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.experts import op as experts
 from mixtral_triton.kernels.launch import LaunchConfig, describe, launch
-from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.registry import OPS
-from tests.support.calls import inputs
+from tests.support.calls import Sizes, inputs, selected_configs
 from tests.support.faults import module_with_fault
 from tests.support.traffic import Traffic, count_traffic
 
@@ -43,7 +42,7 @@ def spread_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
 
 def spread(x: Tensor, y: Tensor, n: int) -> Traffic:
     with count_traffic() as traffic:
-        launch(spread_kernel, (2,), {"x_ptr": x, "y_ptr": y, "N": n}, LaunchConfig({"BLOCK": 8}, num_warps=1))
+        launch(spread_kernel, (2,), LaunchConfig({"BLOCK": 8}, num_warps=1), x_ptr=x, y_ptr=y, N=n)
     return traffic
 
 
@@ -73,7 +72,7 @@ def described_kernel(x_desc, y_ptr):
 def test_part_of_a_tile_outside_a_descriptor_is_not_counted() -> None:
     x, y = torch.arange(6 * 32).view(6, 32).half(), torch.ones(4, 16).half()
     with count_traffic() as traffic:
-        launch(described_kernel, (1,), {"x_desc": describe(x, (4, 16), "sm_90"), "y_ptr": y}, LaunchConfig({}, 1))
+        launch(described_kernel, (1,), LaunchConfig({}, 1), x_desc=describe(x, (4, 16), "sm_90"), y_ptr=y)
     assert traffic.moved("x") == 2 * 16 * 2 and traffic.moved("y") == 4 * 16 * 2
     assert torch.equal(y[:2], x[4:, 16:]) and not y[2:].any()
 
@@ -105,7 +104,7 @@ def routing(kind: str, T: int) -> Tensor:
 
 @pytest.mark.parametrize(("T", "sizes"), [(1, SMALL), (4, SMALL), (64, SMALL), (1024, SMALL_PREFILL)])
 def test_small_experts_use_the_tiles_of_mixtral(T: int, sizes: Sizes) -> None:
-    small, real = (experts.configs({**each, "T": T}, BF16, "sm_90") for each in (sizes, MIXTRAL))
+    small, real = (selected_configs("expert_swiglu", {**each, "T": T}, BF16) for each in (sizes, MIXTRAL))
     for kernel in set(real) - {"experts_combine_kernel"}:
         assert small[kernel] == real[kernel]
 
@@ -128,7 +127,8 @@ def test_decode_reads_only_selected_experts_once(T: int, kind: str, within: Any)
 @pytest.mark.parametrize("name", ["expert_swiglu", "experts_add_rms_norm"])
 def test_combine_moves_each_byte_once(name: str) -> None:
     combine = count(name, {**TINY, "T": 64})["experts_combine_kernel"].arguments
-    moved = [combine[x] for x in ("y", "out", *(("residual", "total") if name == "experts_add_rms_norm" else ()))]
+    norm = ("norm.residual", "norm.total") if name == "experts_add_rms_norm" else ()
+    moved = [combine[x] for x in ("y", "out", *norm)]
     assert all(each.loaded + each.stored == each.distinct for each in moved)
 
 
@@ -148,7 +148,8 @@ def test_flops_of_experts_in_prefill(T: int, kind: str, bound: float | None, wit
     """Without a bound, each group may waste less than one row tile."""
     sizes, ids = {**(SMALL_PREFILL if bound == 1.15 else TINY), "T": T}, routing(kind, T)
     traffic = count("expert_swiglu", sizes, ids=ids)
-    rows = experts.configs({**MIXTRAL, "T": T}, BF16, "sm_90")["experts_up_kernel"].constexprs["BLOCK_M"]
+    tile = selected_configs("expert_swiglu", {**MIXTRAL, "T": T}, BF16)["experts_up_kernel"].constexprs
+    rows = tile["BLOCK_M"]
     bound = bound or round(1 + len(ids.unique()) * (rows - 1) / (T * K), 2)
     within(f"expert FLOP, T {T}, {kind}", issued(traffic, "expert_swiglu", sizes), bound)
     for kernel, weight in WEIGHTS.items() if kind == "balanced" else ():
@@ -194,7 +195,7 @@ def test_decode_reads_keys_once_a_group(
     """In the wrapped ring sequence 1 has no new token, so its window holds one key less."""
     traffic = count(name, HEADS | sizes)
     assert traffic["attention_decode_kernel"].grid[1] == HEADS["Hkv"]
-    moved = traffic.moved("k", "v", "k_cache", "v_cache", "k_scales", "v_scales")
+    moved = traffic.moved("keys.k", "keys.v", "keys.k_scales", "keys.v_scales")
     ratio = moved / (2 * keys * HEADS["Hkv"] * HEADS["D"] * BF16.itemsize)
     within(f"{name} K and V, {request.node.callspec.id}", ratio, bound)
 
@@ -205,9 +206,10 @@ def test_keys_read_by_each_query_head_are_caught(within: Any) -> None:
     once = {"q": q[:, :, :4], "k": k[:, :, :1], "v": v[:, :, :1]}
     each = {**once, "k": once["k"].expand(-1, -1, 4, -1), "v": once["v"].expand(-1, -1, 4, -1)}
     sizes = {**HEADS, "B": 1, "T": 1, "S": 300, "window": 0}
-    assert count("attention", sizes, **once).moved("k", "v") == 2 * 300 * HEADS["D"] * 2
+    assert count("attention", sizes, **once).moved("keys.k", "keys.v") == 2 * 300 * HEADS["D"] * 2
     with pytest.raises(AssertionError, match=r"a query head: 4\.000 .* at most 1\.05"):
-        within("a query head", count("attention", sizes, **each).moved("k", "v") / (2 * 300 * HEADS["D"] * 2), 1.05)
+        moved = count("attention", sizes, **each).moved("keys.k", "keys.v")
+        within("a query head", moved / (2 * 300 * HEADS["D"] * 2), 1.05)
 
 
 ONE_HEAD = {"B": 1, "Hq": 1, "Hkv": 1, "D": 128}
@@ -264,12 +266,13 @@ def test_bytes_from_l2_of_few_rows(T: int, within: Any, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("T", [1, 16])
 def test_bytes_from_l2_of_the_gate(T: int, within: Any) -> None:
     traffic = count("rms_norm_gate_route", {"T": T, "H": 512, "E": 8, "K": 2})["gate_route_kernel"].arguments
-    weights, rows = (sum(traffic[name].crossed for name in names) for names in (("gate", "norm"), ("x", "residual")))
+    operands = ("gate", "norm.weight"), ("x", "norm.residual")
+    weights, rows = (sum(traffic[name].crossed for name in names) for names in operands)
     within(f"gate and norm, bytes from L2 a weight byte, T {T}", 1 + rows / weights, L2_BYTES_MAX[T])
 
 
 CLAMPED = (
-    ("x_ptr + offs_t.to(tl.int64)[None, :]", "x_ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[None, :]"),
+    ("x.ptr + offs_t.to(tl.int64)[None, :]", "x.ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[None, :]"),
     ("(offs_t < T)[None, :], 0, H", "(offs_t >= 0)[None, :], 0, H"),
 )
 
@@ -285,7 +288,7 @@ def test_clamped_row_is_caught(tmp_path: Path, within: Any) -> None:
 
 
 # All programs read these, from the L2 cache, or they are a few bytes for each program.
-SHARED = {"weight", "norm", "gate", "past", "new"}
+SHARED = {"weight", "norm.weight", "gate", "past", "new"}
 ONCE = [
     ("rms_norm", {"T": 17, "H": 4096}),
     ("rms_norm", {"T": 70, "H": 80}),

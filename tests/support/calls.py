@@ -1,21 +1,50 @@
 """Calls of operations in tests: their arguments, copies of these, and their results as one list."""
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
+from mixtral_triton.kernels.arguments import flatten, replace_values
+from mixtral_triton.kernels.launch import LaunchConfig, override_configs
 from mixtral_triton.kernels.offload import OffloadedWeight
-from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 
 Args = dict[str, Any]
+Sizes = Any  # a case of an operation, or a mapping of its fields
+
+
+def selected_configs(
+    name: str, sizes: Sizes, dtype: torch.dtype, arch: str = "sm_90", **changes: Any
+) -> dict[str, LaunchConfig]:
+    """The launch configurations of a call, by kernel; `changes`: other arguments."""
+    with override_configs({}) as used, record_launches(arch):
+        OPS[name].run(**inputs(name, sizes, "meta", dtype) | changes)
+    return used
+
+
+@contextmanager
+def compilations() -> Iterator[list[tuple[str, threading.Thread]]]:
+    """Record the kernels that Triton compiles for NVIDIA's GPUs within the block, and the threads that do."""
+    compiled, make_cubin = list[tuple[str, threading.Thread]](), CUDABackend.make_cubin
+
+    def record(self: Any, src: Any, metadata: Any, *args: Any) -> Any:
+        compiled.append((metadata["name"], threading.current_thread()))
+        return make_cubin(self, src, metadata, *args)
+
+    with mock.patch.object(CUDABackend, "make_cubin", record):
+        yield compiled
 
 
 def inputs(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | None = None) -> Args:
@@ -30,7 +59,7 @@ def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 def inputs_without_padding(name: str, sizes: Sizes, device: Any = "cpu", dtype: torch.dtype | None = None) -> Args:
     """`inputs` whose chunks have no padding, for which results are undefined."""
     args = inputs(name, sizes, device, dtype)
-    return args | ({"new": args["new"] * 0 + sizes["T"]} if name == "cached_attention" else {})
+    return args | ({"new": args["new"] * 0 + args["q"].shape[1]} if name == "cached_attention" else {})
 
 
 def public(name: str) -> Callable[..., Any]:
@@ -62,13 +91,17 @@ def outputs(name: str, function: Callable[..., Any], args: Args) -> list[Tensor]
 
 
 def tensors_of_launch(args: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors among a launch's arguments by name, including the bases of descriptors."""
-    return tensors({name: arg.base if isinstance(arg, TensorDescriptor) else arg for name, arg in args.items()})
+    """Return the tensors among a launch's arguments by path, including the bases of descriptors."""
+    found = ((path, arg.base if isinstance(arg, TensorDescriptor) else arg) for path, arg in flatten(args))
+    return {path: x for path, x in found if isinstance(x, Tensor)}
 
 
-def replace_base(arg: Any, tensor: Tensor) -> Any:
-    """Return a launch argument with another tensor: a descriptor of it where `arg` is a descriptor."""
-    return replace(arg, base=tensor) if isinstance(arg, TensorDescriptor) else tensor
+def replace_tensors(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Args:
+    """Return the arguments of a launch with other tensors by path; a descriptor describes the other one."""
+    known = dict(flatten(args))
+    described = {path: arg for path, arg in known.items() if isinstance(arg, TensorDescriptor)}
+    others = {path: replace(described[path], base=x) if path in described else x for path, x in tensors.items()}
+    return replace_values(args, others)
 
 
 def memory_of(tensor: Tensor) -> Tensor:

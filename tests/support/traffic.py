@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from mixtral_triton.kernels import launch as launching
+from mixtral_triton.kernels.arguments import operand_name
 from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.offload import find_weight
-from tests.support.calls import memory_of, replace_base, tensors_of_launch
+from tests.support.calls import memory_of, replace_tensors, tensors_of_launch
 
 
 def active_addresses(pointers: Any, mask: Any) -> np.ndarray:
@@ -55,8 +56,8 @@ class Argument:
 
 @dataclass
 class Kernel:
-    """One launch. `arguments`: its tensors by name, without _ptr or _desc, of an offloaded weight also its memories, as
-    "down resident" and "down host"; `flops` of its tl.dot tiles as issued."""
+    """One launch. `arguments`: its tensors by operand, of an offloaded weight also its memories, as "down resident" and
+    "down host"; `flops` of its tl.dot tiles as issued."""
 
     name: str
     grid: tuple[int, ...]
@@ -101,14 +102,13 @@ class Traffic:
 
 def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
     """Run `launch.interpret` and count. Tensors get memory of their own, since views may overlap."""
-    call, tensors = dict(args), tensors_of_launch(args)
-    short = {name: name.removesuffix("_ptr").removesuffix("_desc") for name in tensors}
+    copies, tensors = dict[str, torch.Tensor](), tensors_of_launch(args)
+    short = {name: operand_name(name) for name in tensors}
     for name, tensor in tensors.items():
         if short[name] not in counted.arguments:
             buffer = memory_of(tensor).clone()
             counted.arguments[short[name]] = Argument(buffer, np.zeros(len(buffer), bool))
-        copy = counted.arguments[short[name]].buffer.as_strided(tensor.shape, tensor.stride())
-        call[name] = replace_base(args[name], copy)
+        copies[name] = counted.arguments[short[name]].buffer.as_strided(tensor.shape, tensor.stride())
         if (weight := find_weight(tensor)) is not None:
             for memory, rows in (("resident", weight.resident.flatten()), ("host", weight.host.flatten())):
                 counted.arguments[f"{short[name]} {memory}"] = Argument(rows, np.zeros(len(rows), bool))
@@ -128,7 +128,7 @@ def _interpret(counted: Kernel, kernel: Any, args: dict[str, Any]) -> None:
         with patch.multiple(
             builder, **{name: counting(getattr(builder, name), count) for name, count in counts.items()}
         ):
-            kernel[counted.grid](**call)
+            kernel[counted.grid](**replace_tensors(args, copies))
     for name, tensor in tensors.items():  # not an offloaded weight's rows: kernels only read these
         argument = counted.arguments[short[name]]
         if argument.stored:

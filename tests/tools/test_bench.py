@@ -13,6 +13,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from mixtral_triton.kernels.attention.op import AttentionCase
+from mixtral_triton.kernels.experts.op import ExpertCase
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import command, decode_step, measure
 from mixtral_triton.tools.bench.cases import BENCHED, QUICK, TOKENS, Case, Oracle, cases, check_of
@@ -45,30 +47,31 @@ def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
     assert {case.op.name for case in found} == set(BENCHED) == {*OPS, "decode_step"}
     layer = [case.sizes for case in found if case.op.name == "expert_swiglu" and "down" not in case.as_dict()]
     for H in (4096, 6144):
-        assert tuple(sizes["T"] for sizes in layer if sizes["H"] == H) == TOKENS
+        assert tuple(sizes.T for sizes in layer if sizes.H == H) == TOKENS
     for name, letter in (("attention", "S"), ("cached_attention", "C"), ("decode_step", "S")):
-        assert max(case.sizes[letter] for case in found if case.op.name == name) == 32768
+        assert max(getattr(case.sizes, letter) for case in found if case.op.name == name) == 32768
     assert len({(case.op.name, *sorted(case.as_dict().items())) for case in found}) == len(found)
     quick = cases(quick=True)
     assert {case.op.name for case in quick} == set(BENCHED)
     assert max(sum(case.op.name == name for case in quick) for name in BENCHED) == QUICK
-    assert {case.sizes["H"] for case in cases(["linear"], quick=True)} == {4096}
-    assert [case.sizes["E"] for case in cases(["route"], at=["T=64"])] == [8]
-    assert {case.sizes["T"] for case in cases(["route"], at=["T=64", "T=128"])} == {64, 128}, "of one letter any"
-    assert {case.sizes["N"] for case in cases(["linear"], at=["T=64", "N=32000"])} == {32000}
+    assert {case.sizes.H for case in cases(["linear"], quick=True)} == {4096}
+    assert [case.sizes.E for case in cases(["route"], at=["T=64"])] == [8]
+    assert {case.sizes.T for case in cases(["route"], at=["T=64", "T=128"])} == {64, 128}, "of one letter any"
+    assert {case.sizes.N for case in cases(["linear"], at=["T=64", "N=32000"])} == {32000}
 
 
 def test_floor_follows_the_actual_routing() -> None:
-    case = Case(OPS["expert_swiglu"], {"T": 6, "H": 32, "I": 16, "E": 8, "K": 2})
+    case = Case(OPS["expert_swiglu"], ExpertCase(T=6, H=32, I=16, E=8, K=2))
     args = case.inputs(CPU) | {"ids": torch.tensor([[3, 5]] * 6, dtype=torch.int32)}
-    assert case.cost(args).bytes == case.op.cost({**case.sizes, "distinct": 2}, case.dtype).bytes < case.cost().bytes
+    assert case.cost(args).bytes == case.op.cost(replace(case.sizes, distinct=2), case.dtype).bytes < case.cost().bytes
     for offload in (0, 3):
-        sizes = {**decode_step.SMALL, "B": 1, "offload": offload}
+        sizes = replace(decode_step.SMALL, B=1, offload=offload)
         step = decode_step.inputs(sizes, torch.float32, CPU, torch.Generator().manual_seed(0))
-        routed, experts = decode_step.routed(step), sizes["E"]
-        assert routed["distinct"] == sizes["K"] and routed["distinct_on_host"] in ((0,) if not offload else (1, 1.5, 2))
-        cost, all_on_gpu = (decode_step.cost({**sizes, **more}, torch.float32) for more in (routed, {"offload": 0}))
-        each = sizes["L"] * 3 * sizes["H"] * sizes["I"] * 4
+        routed, experts = decode_step.routed(step), sizes.E
+        assert routed["distinct"] == sizes.K and routed["distinct_on_host"] in ((0,) if not offload else (1, 1.5, 2))
+        changes = routed, {"offload": 0}
+        cost, all_on_gpu = (decode_step.cost(replace(sizes, **more), torch.float32) for more in changes)
+        each = sizes.L * 3 * sizes.H * sizes.I * 4
         assert cost.host_bytes == routed["distinct_on_host"] * each
         assert cost.bytes + cost.host_bytes == all_on_gpu.bytes and cost.flops == all_on_gpu.flops
         assert decode_step.cost(sizes, torch.float32).host_bytes == 2 * offload / experts * each
@@ -112,8 +115,7 @@ def test_sdpa_equals_the_reference(name: str, least: int) -> None:
 def test_long_attention_is_checked_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixtral_triton.tools.bench.cases.UNBLOCKED_MOST", 16)
     monkeypatch.setattr("mixtral_triton.tools.bench.cases.BLOCK", 8)
-    sizes = {"B": 1, "T": 64, "S": 64, "Hq": 2, "Hkv": 1, "D": 16, "window": 20}
-    case = Case(OPS["attention"], sizes, torch.float32)
+    case = Case(OPS["attention"], AttentionCase(B=1, T=64, S=64, Hq=2, Hkv=1, D=16, window=20), torch.float32)
     oracle = Oracle(case.op, case.inputs(CPU))
     assert [rows for _, rows in oracle.parts] == [slice(0, 8), slice(28, 36), slice(56, 64)]
     assert oracle.fault(case.op.reference) is None
@@ -230,7 +232,7 @@ def floors(*names: str) -> list[Row]:
 
 def dense(*names: str) -> list[Row]:
     """Return rows that differ in the tokens alone."""
-    return [row for row in floors(*names) if row.case.sizes["H"] == 4096 and "down" not in row.case.as_dict()]
+    return [row for row in floors(*names) if row.case.sizes.H == 4096 and "down" not in row.case.as_dict()]
 
 
 def with_times(row: Row) -> Row:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from examples.my_experts import swiglu
 from mixtral_triton.kernels import reference
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.router import RouteSizes
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
 from mixtral_triton.tools.bench.measure import checked_row, timed_row
 from mixtral_triton.tools.bench.peers import PEERS, import_peer, user_peer
@@ -162,8 +162,7 @@ HIDDEN: dict[str, tuple[str, Any, str, bool]] = {
 @pytest.mark.parametrize("fault", HIDDEN)
 def test_a_peer_must_be_right_in_fp32_and_with_ties(fault: str) -> None:
     name, function, note, right = HIDDEN[fault]
-    peer, case = user_peer("mine", function), Case(OPS[name], {"T": 17, "H": 128, "E": 8, "K": 2})
-    case = replace(case, sizes=OPS[name].test_shapes[1]) if name == "attention" else case
+    peer, case = user_peer("mine", function), Case(OPS[name], OPS[name].test_shapes[1])
     assert Oracle(case.op, args := case.inputs(CPU)).fault(peer.build(case.op, args)) is None
     outcome = checked_row(case, H100, [peer], "there is no GPU").peers["mine"]
     assert outcome.right is right and str(outcome.note).endswith(note), outcome
@@ -185,7 +184,7 @@ def test_a_peer_gets_the_arguments_in_the_operation_s_order(name: str) -> None:
 
 
 def test_results_must_have_number_kind_and_shape() -> None:
-    case = Case(OPS["route"], {"T": 1, "E": 8, "K": 2}, torch.float32)
+    case = Case(OPS["route"], RouteSizes(1, 8, 2), torch.float32)
     args = case.inputs(CPU)
     w, i = reference.route(**args)
     assert Oracle(case.op, args).fault(lambda **_: [w, i.long()]) is None, "ids of any integer type"
@@ -207,7 +206,7 @@ def test_a_case_too_large_for_a_cpu_is_not_checked() -> None:
     assert outcome.note == "not checked: too large for a CPU (705 MB, 1 GFLOP)" and outcome.right is None
     (step,) = cases(["decode_step"], at=["L=1", "H=4096"])
     assert "too large" in str(step.too_large_for_cpu())
-    assert Case(OPS["expert_swiglu"], SIZES).too_large_for_cpu() is None
+    assert Case(OPS["expert_swiglu"], OPS["expert_swiglu"].case(**SIZES)).too_large_for_cpu() is None
 
 
 def test_modules_are_imported_from_the_current_folder_first(folder: Path) -> None:

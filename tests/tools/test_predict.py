@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from mixtral_triton.kernels import linear
+from mixtral_triton.kernels.experts.op import ExpertCase
 from mixtral_triton.kernels.launch import Launch, LaunchConfig, override_configs
-from mixtral_triton.kernels.op import Cost, Sizes
+from mixtral_triton.kernels.linear import LinearSizes
+from mixtral_triton.kernels.op import Cost
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.router import RouteSizes
 from mixtral_triton.tools.bench import decode_step
 from mixtral_triton.tools.bench.cases import Case, cases
 from mixtral_triton.tools.bench.command import op_table
@@ -29,6 +32,7 @@ from mixtral_triton.tools.predict import (
     predict,
 )
 from tests.cli.commands import shown
+from tests.support.calls import Sizes
 
 pytestmark = pytest.mark.compiled
 CPU, H100, BF16 = torch.device("cpu"), GPUS["h100"], torch.bfloat16
@@ -51,8 +55,6 @@ def tiles(tile: Tile, short: int = 0) -> dict[str, LaunchConfig]:
 
 def recorded(name: str, sizes: Sizes, arch: str = "sm_90", **configs: LaunchConfig) -> list[Launch]:
     args = OPS[name].inputs(sizes, BF16, torch.device("meta"))
-    if sizes.get("deterministic"):
-        args["deterministic"] = True
     with override_configs(configs), record_launches(arch) as launches:
         OPS[name].run(**args)
     return launches
@@ -83,7 +85,7 @@ def test_floors_of_the_expert_layer(T: int, microseconds: int) -> None:
 
 @pytest.mark.parametrize(("gpu", "tokens_per_second"), [("h100", 131), ("h200", 188), ("a100", 80)])
 def test_floor_of_decoding_8x7b(gpu: str, tokens_per_second: int) -> None:
-    sizes = {**decode_step.STEP.bench_shapes[0], "B": 1, "S": 1, "L": 32}
+    sizes = replace(decode_step.MIXTRAL, B=1, S=1, L=32)
     assert 1 / floor(decode_step.cost(sizes, BF16), GPUS[gpu])[0] == pytest.approx(tokens_per_second, rel=0.01)
 
 
@@ -184,8 +186,7 @@ STEP = 0.82
 
 @pytest.mark.parametrize("L", [1, 4])
 def test_a_decode_step_is_near_its_floor(L: int) -> None:
-    sizes = {"L": L, "B": 1, "S": 1024, "H": 4096}.items()
-    (case,) = (case for case in cases(["decode_step"]) if sizes <= case.sizes.items())
+    case = Case(decode_step.STEP, replace(decode_step.MIXTRAL, L=L))
     said = untimed_row(case, GPUS["h200"]).predicted
     assert said is not None and said.share >= STEP
 
@@ -196,16 +197,16 @@ def test_linear_is_ours_where_that_is_no_slower(name: str, T: int, monkeypatch: 
     gpu, widths = GPUS[name], ((4096, 6144), (4096, 4096), (4096, 32000), (6144, 8192), (6144, 6144), (6144, 32000))
     weights = ("int4:128", "int8", "fp8") if name == "h100" else ()
     for sizes in (*({"H": H, "N": N} for H, N in widths), *({"H": 4096, "N": 6144, "weight": one} for one in weights)):
-        sizes = {"T": T, **sizes}
+        sizes = LinearSizes(T, **sizes)
         if not linear.use_skinny_kernel(sizes, BF16, gpu.arch):
-            assert "weight" not in sizes
+            assert sizes.weight is None
             continue
         seconds = []
         for ours in (True, False):
             with monkeypatch.context() as patch:
                 patch.setattr(linear, "use_skinny_kernel", lambda *sizes, ours=ours: ours)
                 seconds.append(foreseen("linear", sizes, gpu).seconds)
-        assert seconds[0] < (1.0 if "weight" in sizes else 1.01) * seconds[1], sizes
+        assert seconds[0] < (1.0 if sizes.weight else 1.01) * seconds[1], sizes
 
 
 @pytest.mark.parametrize(("T", "least"), [(512, 0.80), (1024, 0.55), (1536, 0.50), (4096, 0.60), (8192, 0.65)])
@@ -221,7 +222,7 @@ def table_of(row: Row) -> str:
 
 
 def test_bench_prints_the_prediction_of_the_data_sheet() -> None:
-    case = Case(OPS["expert_swiglu"], LAYER | {"T": 512})
+    case = Case(OPS["expert_swiglu"], ExpertCase(512, **LAYER))
     row = untimed_row(case, H100)
     assert row.predicted is not None
     said = row.as_dict()["predicted"]
@@ -239,7 +240,7 @@ def test_bench_prints_the_prediction_of_the_data_sheet() -> None:
 
 def test_no_prediction_for_a_gpu_without_cost_model_figures() -> None:
     for name in ("a10", "b300"):
-        row = untimed_row(Case(OPS["route"], {"T": 1, "E": 8, "K": 2}), GPUS[name])
+        row = untimed_row(Case(OPS["route"], RouteSizes(1, 8, 2)), GPUS[name])
         assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in table_of(row)
     with pytest.raises(ValueError, match=r"predict: GPU is A10, needs one whose L2 bandwidth"):
         foreseen("linear", {"T": 1, "H": 64, "N": 64}, GPUS["a10"])
@@ -285,8 +286,8 @@ def test_device_timers_time_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["attention", "cached_attention"])
 def test_range_of_prefill_attention_is_near_an_independent_estimate(name: str) -> None:
     """A prompt that fills an empty cache counts once, not as if the cache had been full before."""
-    heads = {"Hq": 32, "Hkv": 8, "D": 128, "window": 0}
-    said = foreseen(name, {"B": 1, "T": 4096, "S": 4096, "C": 4096, "past": 0, **heads})
+    keys = {"S": 4096} if name == "attention" else {"C": 4096}
+    said = foreseen(name, {"B": 1, "T": 4096, "Hq": 32, "Hkv": 8, "D": 128, **keys})
     assert said.seconds * 1e6 == pytest.approx(327, rel=0.15) and said.cautious * 1e6 == pytest.approx(416, rel=0.15)
 
 
@@ -299,7 +300,7 @@ def test_streaming_kernels_have_a_ramp() -> None:
 
 def test_prefetches_shorten_a_step_by_what_the_launches_in_front_leave_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written out for the output projection of 8x7B, which follows two launches that do little."""
-    sizes = {**decode_step.STEP.bench_shapes[0], "B": 1, "S": 1024, "L": 2}
+    sizes = replace(decode_step.MIXTRAL, L=2)
     steps = []
     for on in (True, False):
         monkeypatch.setattr("mixtral_triton.kernels.launch.PREFETCH", on)

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from mixtral_triton.kernels import launch
+from mixtral_triton.kernels.dispatch import SortSizes
 from mixtral_triton.kernels.launch import LaunchConfig, target_arch
+from mixtral_triton.kernels.linear import LinearSizes
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.router import RouteSizes
 from mixtral_triton.tools.bench import measure, tune
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
 from tests.cli.commands import error_line, output, run_json
@@ -27,7 +30,7 @@ def test_neighbours_are_one_step_away() -> None:
 
 
 def test_depth_of_a_quantized_weight_s_tile_stays() -> None:
-    case = Case(OPS["linear"], {"T": 1, "H": 4096, "N": 6144, "weight": "int4:128"}, torch.bfloat16)
+    case = Case(OPS["linear"], LinearSizes(1, 4096, 6144, weight="int4:128"), torch.bfloat16)
     recorded, config = tune.kernel_configs(case, "sm_90")["linear_decode_kernel"]
     found = [one.constexprs for one in tune.neighbours(config, tune.fixed_tiles(recorded))]
     assert len({one["BLOCK_K"] for one in found}) == 1 and len({one["BLOCK_N"] for one in found}) == 3
@@ -70,14 +73,14 @@ def test_every_candidate_gives_the_right_result(name: str) -> None:
     ("name", "kernel"), [("linear", "linear_decode_kernel"), ("expert_swiglu", "experts_down_decode_kernel")]
 )
 def test_decode_kernel_with_one_stage_can_be_built(name: str, kernel: str) -> None:
-    case = next(case for case in cases([name]) if case.sizes["T"] == 1)
+    case = next(case for case in cases([name]) if case.sizes.T == 1)
     config = replace(tune.kernel_configs(case, "sm_90")[kernel][1], num_stages=1)
     assert tune.kernel_configs(case, "sm_90", {kernel: config})[kernel][0].constexprs["PREFETCH"] > 0
 
 
 @pytest.mark.compiled
 def test_spills_shared_memory_and_compile_errors_have_notes() -> None:
-    case = next(case for case in cases(["expert_swiglu"]) if case.sizes["T"] == 4096)
+    case = next(case for case in cases(["expert_swiglu"]) if case.sizes.T == 4096)
     kernel = "experts_up_kernel"
     config = tune.kernel_configs(case, "sm_90")[kernel][1]
     shallow = replace(config, constexprs={**config.constexprs, "BLOCK_K": 8})
@@ -100,12 +103,12 @@ def timer_of(case: Case, kernel: str, score: Callable[[LaunchConfig], float]) ->
     return timer
 
 
-ROUTE = Case(OPS["route"], {"T": 64, "E": 8, "K": 2}, torch.float32)
+ROUTE = Case(OPS["route"], RouteSizes(64, 8, 2), torch.float32)
 
 
 @pytest.mark.compiled
 def test_tuner_climbs_to_the_fastest_and_keeps_the_current_in_a_tie() -> None:
-    case, kernel = Case(OPS["sort_by_expert"], {"T": 2048, "E": 8, "K": 2}, torch.int32), "sort_by_expert_kernel"
+    case, kernel = Case(OPS["sort_by_expert"], SortSizes(2048, 8, 2), torch.int32), "sort_by_expert_kernel"
     current = tune.kernel_configs(case, "sm_90")[kernel][1]
 
     def score(config: LaunchConfig) -> float:
@@ -174,4 +177,4 @@ TABLES += [("expert_swiglu", {"gate_up": "int8"}, "linear"), ("attention", {}, "
 
 @pytest.mark.parametrize(("name", "sizes", "file"), TABLES)
 def test_file_of_the_tables(name: str, sizes: dict[str, Any], file: str) -> None:
-    assert tune.config_file(Case(OPS[name], sizes)) == f"kernels/{file}.py"
+    assert tune.config_file(Case(OPS[name], OPS[name].case(**sizes))) == f"kernels/{file}.py"

@@ -1,6 +1,7 @@
 """The work of launches: compared with costs and interpreted kernels; and the tiles that it makes the fastest."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,13 @@ from mixtral_triton.kernels import linear, reference
 from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.experts import tiles as expert_tiles
 from mixtral_triton.kernels.launch import Launch, LaunchConfig, override_configs
-from mixtral_triton.kernels.op import Sizes
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench.cases import cases
 from mixtral_triton.tools.offline import compile_launch
 from mixtral_triton.tools.predict import WORK, count_work, row_tiles
 from tests.compile.test_quantized_offline import instructions_a_byte
+from tests.support.calls import Sizes
 from tests.support.traffic import Traffic, count_traffic
 from tests.tools.test_predict import BF16, LARGE, LAYER, Tile, microseconds, recorded, tiles
 
@@ -167,10 +168,12 @@ def test_prefill_uses_the_best_of_three_tiles(T: int, width: tuple[int, int]) ->
 @pytest.mark.compiled
 def test_x_is_gathered_where_tma_reads_it() -> None:
     """Elsewhere a sort without x: by pointers, of quantized weights, on GPUs without TMA, and in fp32."""
-    sizes = LAYER | {"T": 512}
+    sizes = expert_tiles.ExpertSizes(
+        512, **LAYER, gate_up=None, down=None, by_pointers=False, deterministic=False, norm=False
+    )
     gathered = [(arch, sizes, BF16) for arch in ("sm_90", "sm_100")]
-    others = {"by_pointers": True}, {"gate_up": "int8", "down": "int8"}
-    sorted_alone = [("sm_90", sizes | more, BF16) for more in others]
+    others = replace(sizes, by_pointers=True), replace(sizes, gate_up="int8", down="int8")
+    sorted_alone = [("sm_90", other, BF16) for other in others]
     sorted_alone += [("sm_80", sizes, BF16), ("gfx942", sizes, BF16), ("sm_90", sizes, torch.float32)]
     for arch, sizes, dtype in (*gathered, *sorted_alone):
         gathers = "gather_by_expert_kernel" in expert_tiles.configs(sizes, dtype, arch)
@@ -193,7 +196,8 @@ A_BYTE = 2.5
 def test_masks_cost_few_instructions(T: int, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
     monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
     for name in ("linear", "expert_swiglu"):
-        for launch in recorded(name, LAYER | {"T": T, "N": 6144}):
+        sizes = {"H": 4096, "N": 6144} if name == "linear" else LAYER
+        for launch in recorded(name, {"T": T, **sizes}):
             if "decode" not in launch.kernel:
                 continue
             (loop,) = compile_launch(launch, "sm_90").loops

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from ...kernels.checks import dtype_name
-from ...kernels.op import Cost, Op, Sizes
+from ...kernels.op import Cost, Op, as_dict
 from ...kernels.quantized import BITS
 from ...kernels.registry import OPS
 from ...load import check_offload, movable_bytes, usable_bytes
@@ -30,7 +30,7 @@ BENCHED: dict[str, Op] = {**OPS, decode_step.STEP.name: decode_step.STEP}
 CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
 QUANTIZED = {"weight", "gate_up", "down"}  # flags that hold the format of a quantized weight
 FORMATS = QUANTIZED | {"cache"}
-DEFAULTS = {"window": 0, "past": 0}  # of sizes that `--sizes` may leave out: no window, an empty cache
+FROM_VALUES = {"distinct", "distinct_on_host"}  # what the values of a call decide: `--sizes` does not set them
 PEER_SLACK = 2.0  # peers round at other points than the reference: they may err twice as much as our own limit
 TF32 = 2.0**-9  # the error of fp32 products in TF32, Triton's default; these operations have none:
 NO_PRODUCT = {"rms_norm", "add_rms_norm", "embed_rms_norm", "rope", "append", "route", "sort_by_expert"}
@@ -47,7 +47,7 @@ class Case:
     """One call of an operation at some sizes in one dtype."""
 
     op: Op
-    sizes: Sizes
+    sizes: Any  # a case of the operation
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -56,20 +56,20 @@ class Case:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the sizes and flags, as `--sizes` takes them: True is 1."""
-        return {name: int(value) if isinstance(value, bool) else value for name, value in self.sizes.items()}
+        return {name: int(value) if isinstance(value, bool) else value for name, value in as_dict(self.sizes).items()}
 
     def offloaded(self, experts: int | str, gpu: GPU | None = None) -> Case:
         """Return this decode step with so many experts of each layer in host memory; "auto": what `fit` says."""
         config, sizes = replace(decode_step.config(self.sizes), dtype=self.dtype_name), self.sizes
         most = (config.num_local_experts - 1) * config.num_hidden_layers
         if experts == "auto" and gpu is not None:
-            cache_dtype = torch.int8 if "cache" in sizes else None
-            found = placement(config, {}, sizes["B"], sizes["S"], cache_dtype, usable_bytes(gpu.bytes))
+            cache_dtype = torch.int8 if sizes.cache else None
+            found = placement(config, {}, sizes.B, sizes.S, cache_dtype, usable_bytes(gpu.bytes))
             count = found.count if found else most  # where no number is enough, as in loading
         else:
             movable = movable_bytes(config, parameter_shapes(config), {}, self.dtype)
             count = check_offload(experts, config, None, torch.device("meta"), 0, movable).count
-        return replace(self, sizes={**sizes, "offload": count / config.num_hidden_layers})
+        return replace(self, sizes=replace(sizes, offload=count / config.num_hidden_layers))
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Return the arguments by name. Random values are drawn on the device, where a layer's weights take no time."""
@@ -77,7 +77,7 @@ class Case:
         with device:
             args = self.op.inputs(self.sizes, self.dtype, device, generator)
         if "new" in args:
-            args["new"] = torch.full_like(args["new"], self.sizes["T"])  # no sequence is padded
+            args["new"] = torch.full_like(args["new"], self.sizes.T)  # no sequence is padded
         return args
 
     def too_large_for_cpu(self) -> str | None:
@@ -90,7 +90,7 @@ class Case:
         routed: dict[str, Any] = decode_step.routed(args) if args and self.op is decode_step.STEP else {}
         if args and "ids" in args:
             routed["distinct"] = len(args["ids"].unique())
-        return self.op.cost({**self.sizes, **routed}, self.dtype)
+        return self.op.cost(replace(self.sizes, **routed), self.dtype)
 
 
 def cases(
@@ -113,14 +113,13 @@ def cases(
     for name, size in (item for text in at for item in _parse_sizes("--at", [text]).items()):
         wanted.setdefault(name, []).append(size)
     for op in (op for name, op in BENCHED.items() if name in names or not names):
-        shapes: list[dict[str, Any]] = []
-        for shape in map(dict, op.bench_shapes):
-            swept = "T" in shape and not {"S", "C"} & set(shape)  # only the tokens vary
-            shapes += [shape | {"T": T} for T in TOKENS] if swept else [shape]
-        distinct = [shape for index, shape in enumerate(shapes) if shape not in shapes[:index]]
-        shapes = [shape for shape in distinct if all(shape.get(name) in wanted[name] for name in wanted)]
+        shapes, letters = list(op.bench_shapes), set(sizes_of(op)[0])
+        if "T" in letters and not {"S", "C"} & letters:  # only the tokens vary
+            shapes = [replace(shape, T=T) for shape in shapes for T in TOKENS]
+        distinct = dict.fromkeys(shapes)
+        shapes = [shape for shape in distinct if all(getattr(shape, name, None) in wanted[name] for name in wanted)]
         if quick:  # evenly spread by their bytes, with the first and the last
-            shapes = [shape for shape in shapes if shape.get("H") != KNOWN["mixtral-8x22b"].hidden_size]
+            shapes = [shape for shape in shapes if getattr(shape, "H", None) != KNOWN["mixtral-8x22b"].hidden_size]
             shapes.sort(key=lambda shape: op.cost(shape, _dtype(op, dtype)).bytes)
             step = max(1.0, (len(shapes) - 1) / (QUICK - 1))
             shapes = [shapes[round(index * step)] for index in range(min(QUICK, len(shapes)))]
@@ -136,25 +135,25 @@ def _dtype(op: Op, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def sizes_of(op: Op) -> tuple[list[str], list[str]]:
-    """Return the sizes and flags of an operation, and those that each of its cases has."""
-    shapes = [*op.test_shapes, *op.bench_shapes]
-    known = list(dict.fromkeys(name for sizes in shapes for name in sizes))
-    return known, [name for name in known if all(name in sizes for sizes in shapes)]
+    """Return the sizes and flags of an operation, and those without a default."""
+    known = [field for field in fields(op.case) if field.name not in FROM_VALUES]
+    return [field.name for field in known], [field.name for field in known if field.default is MISSING]
 
 
 def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
-    """Return the case of `op` at the sizes that a user wrote; those of DEFAULTS may be left out."""
+    """Return the case of `op` at the sizes that a user wrote; those with a default may be left out."""
     sizes, (known, needed) = _parse_sizes("--sizes", text.split(",")), sizes_of(op)
     if foreign := [name for name in sizes if name not in known]:
         raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
-    sizes = {name: size for name, size in DEFAULTS.items() if name in needed} | sizes
     if missing := [name for name in needed if name not in sizes]:
         raise ValueError(f"--sizes lacks {', '.join(missing)}: {op.name} needs {', '.join(needed)}")
     if empty := [name for name in ("B", "T", "H", "I", "E", "V", "N", "P") if sizes.get(name) == 0]:
         raise ValueError(f"--sizes has {empty[0]}=0, needs at least 1: there is nothing to time")
     if "E" in sizes and (K := sizes.get("K", 0)) > sizes["E"]:
         raise ValueError(f"--sizes has K={K}, needs at most E={sizes['E']}: a token's experts differ")
-    case = Case(op, sizes, _dtype(op, dtype))
+    flags = {field.name for field in fields(op.case) if isinstance(field.default, bool)}
+    sizes = {name: bool(size) if name in flags else size for name, size in sizes.items()}
+    case = Case(op, op.case(**sizes), _dtype(op, dtype))
     if "offload" in sizes:
         case.offloaded(sizes["offload"])
     try:

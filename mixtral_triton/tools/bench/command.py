@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         if value and args.ops != ["decode_step"]:
             raise ValueError(f"{option} is {value!r}, and goes with decode_step: bench decode_step {option} {value}")
     if args.cache_dtype:
-        selected = [replace(case, sizes={**case.sizes, "cache": args.cache_dtype}) for case in selected]
+        selected = [replace(case, sizes=replace(case.sizes, cache=args.cache_dtype)) for case in selected]
     user_peers = [import_peer(text) for text in dict.fromkeys(args.peer)]
     gpu = find_gpu(args.gpu or "h100")
     if not gpu.bandwidth:

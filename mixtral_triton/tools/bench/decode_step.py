@@ -2,6 +2,7 @@
 L layers and a head of V rows. On average `offload` experts of each layer are in host memory, and the embedding, too."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -14,9 +15,11 @@ from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture, capture
 from ...kernels import reference
+from ...kernels.attention.op import CachedCase
 from ...kernels.dispatch import expected_distinct_experts
+from ...kernels.experts.op import ExpertCase
 from ...kernels.offload import OffloadedWeight
-from ...kernels.op import Cost, Op, Sizes
+from ...kernels.op import Cost, Op
 from ...kernels.registry import OPS
 from ...load import select_experts
 from ...model import Mixtral
@@ -31,16 +34,35 @@ FIELDS |= {"num_attention_heads": "Hq", "num_key_value_heads": "Hkv", "num_local
 FIELDS |= {"num_experts_per_tok": "K"}
 
 
-def config(sizes: Sizes) -> MixtralConfig:
-    fields: dict[str, Any] = {field: sizes[letter] for field, letter in FIELDS.items()}
-    return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=sizes["S"] + STEPS_MOST)
+@dataclass(frozen=True)
+class StepCase:
+    B: int
+    S: int
+    L: int
+    H: int
+    I: int
+    E: int
+    K: int
+    Hq: int
+    Hkv: int
+    D: int
+    V: int
+    offload: float | None = None  # on average, so many experts of each layer are in host memory
+    cache: str | None = None  # "int8"
+    distinct: float | None = None  # means per layer of the experts in use, and of those in host memory; None: as
+    distinct_on_host: float | None = None  # expected under uniform routing
 
 
-def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None) -> Args:
+def config(case: StepCase) -> MixtralConfig:
+    fields: dict[str, Any] = {field: getattr(case, letter) for field, letter in FIELDS.items()}
+    return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=case.S + STEPS_MOST)
+
+
+def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = None) -> Args:
     """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1]. Experts of a layer are equal: a
     near tie in a 16-bit router changes no logits."""
-    settings = config(sizes)
-    on_host = select_experts(settings, round(sizes.get("offload", 0) * sizes["L"]))
+    settings = config(case)
+    on_host = select_experts(settings, round((case.offload or 0) * case.L))
     model = Mixtral(settings, device, dtype, on_host=on_host, embedding_on_host=any(on_host))
     for name, weight in model.named_weights().items():
         experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else weight
@@ -51,14 +73,14 @@ def inputs(sizes: Sizes, dtype: torch.dtype, device: Any, generator: Any = None)
             first.normal_(std=1.0 if name == "embed_tokens" else weight.shape[-1] ** -0.5, generator=generator)
         for copy in copies:
             copy.copy_(first)
-    cache = KVCache(model.config, sizes["B"], sizes["S"], device, torch.int8 if "cache" in sizes else dtype)
+    cache = KVCache(model.config, case.B, case.S, device, torch.int8 if case.cache else dtype)
     cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
-    sequences = range(sizes["B"]) if cache.lengths.device.type != "meta" else ()  # there, no value is kept
+    sequences = range(case.B) if cache.lengths.device.type != "meta" else ()  # there, no value is kept
     for buffer, b in product((*cache.keys, *cache.values), sequences):
         # One sequence at a time: a draw for all of them may not fit beside them.
         buffer[b] = torch.randn(buffer.shape[1:], generator=generator, device=device, dtype=dtype)
     rewind(cache)
-    return {"model": model, "cache": cache, "token": torch.arange(sizes["B"], device=device)[:, None] % sizes["V"]}
+    return {"model": model, "cache": cache, "token": torch.arange(case.B, device=device)[:, None] % case.V}
 
 
 def rewind(cache: KVCache) -> None:
@@ -127,33 +149,35 @@ def routed(args: Args) -> dict[str, float]:
     return {name: sum(each) / len(selected) for name, each in counts.items()}
 
 
-def cost(sizes: Sizes, dtype: torch.dtype) -> Cost:
+def cost(case: StepCase, dtype: torch.dtype) -> Cost:
     """Count each needed weight once, and per layer the cache and the selected experts, or as many as uniform routing
     would select. Activations between operations do not count: further fusion would keep them on the chip."""
-    B, H, I, E, K, D, L, V = (sizes[letter] for letter in "BHIEKDLV")
-    rows = 2 * (sizes["Hq"] + sizes["Hkv"]) * D + E  # of q, k, v, o and the gate, each H long
-    attention = OPS["cached_attention"].cost({**sizes, "T": 1, "past": sizes["S"] - 1, "window": 0}, dtype)
-    experts = OPS["expert_swiglu"].cost({**sizes, "T": B}, dtype)
+    B, H, I, E, K, D, L, V = (getattr(case, letter) for letter in "BHIEKDLV")
+    rows = 2 * (case.Hq + case.Hkv) * D + E  # of q, k, v, o and the gate, each H long
+    step = CachedCase(B, 1, case.Hq, case.Hkv, D, case.S, past=case.S - 1, fresh=False, cache=case.cache)
+    attention = OPS["cached_attention"].cost(step, dtype)
+    experts = OPS["expert_swiglu"].cost(ExpertCase(B, H, I, E, K, distinct=case.distinct), dtype)
     layer = (rows * H + 2 * H) * dtype.itemsize + attention.bytes + experts.bytes
     head = (V * H + H + B * H) * dtype.itemsize + 4 * B * V
-    distinct = sizes.get("distinct", expected_distinct_experts(B, K / E, E))
-    on_host = sizes.get("distinct_on_host", distinct * sizes.get("offload", 0) / E)
+    distinct = expected_distinct_experts(B, K / E, E) if case.distinct is None else case.distinct
+    on_host = distinct * (case.offload or 0) / E if case.distinct_on_host is None else case.distinct_on_host
     host = int(L * on_host * 3 * H * I * dtype.itemsize)
     flops = L * (2 * B * rows * H + attention.flops + experts.flops) + 2 * B * V * H
     return Cost(flops, L * layer + head - host, host)
 
 
-SMALL = {"B": 3, "S": 12, "L": 2, "H": 64, "I": 96, "E": 4, "K": 2, "Hq": 4, "Hkv": 2, "D": 16, "V": 100}
-MIXTRAL = {"H": 4096, "I": 14336, "E": 8, "K": 2, "Hq": 32, "Hkv": 8, "D": 128, "V": 32000}
+SMALL = StepCase(B=3, S=12, L=2, H=64, I=96, E=4, K=2, Hq=4, Hkv=2, D=16, V=100)
+MIXTRAL = StepCase(B=1, S=1024, L=1, H=4096, I=14336, E=8, K=2, Hq=32, Hkv=8, D=128, V=32000)
 # B, S, L: two depths of one step give the time of a layer.
 STEPS = [(1, 1024, 1), *product((1, 8, 32), (1024, 4096, 32768), (4,))]
 STEP = Op(
     name="decode_step",
     run=decode_step,
     reference=plain_step,
+    case=StepCase,
     inputs=inputs,
     configs=lambda sizes, dtype, arch: {},
     cost=cost,
-    test_shapes=(SMALL, {**SMALL, "offload": 1}, {**SMALL, "cache": "int8"}),
-    bench_shapes=tuple({"B": B, "S": S, "L": L, **MIXTRAL} for B, S, L in STEPS),
+    test_shapes=(SMALL, replace(SMALL, offload=1.0), replace(SMALL, cache="int8")),
+    bench_shapes=tuple(replace(MIXTRAL, B=B, S=S, L=L) for B, S, L in STEPS),
 )

@@ -17,7 +17,7 @@ from ..offline import compile_launches
 from ..predict import family_note
 from ..terminal import Table, bar, console
 from . import measure
-from .cases import Case, cases, check_of
+from .cases import QUANTIZED, Case, cases, check_of
 from .command import micro, sizes_text
 
 # What may vary: tiles, how many tiles share a stretch of L2, and a decode's splits. SPLIT_K decides a result's bits.
@@ -101,7 +101,7 @@ def tune(
 
 def config_file(case: Case) -> str:
     """Return the file with the case's configurations; those of quantized weights stand in linear.py."""
-    quantized = any(case.sizes.get(flag) for flag in ("weight", "gate_up", "down"))
+    quantized = any(getattr(case.sizes, name, None) for name in QUANTIZED)
     module = linear.__name__ if quantized else case.op.configs.__module__
     return module.removeprefix("mixtral_triton.").replace(".", "/") + ".py"
 

@@ -1,6 +1,6 @@
 """A Triton driver without a GPU: Triton's JIT runs up to the launch, which is checked against CUDA's requirements."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import triton
 from torch.utils._python_dispatch import _disable_current_modes
+from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime import interpreter
@@ -76,6 +77,22 @@ def check_descriptor(name: str, descriptor: TensorDescriptor, meta: Mapping[str,
         raise LaunchError(f"cuTensorMapEncodeTiled refuses {name}: {found[0]}")
 
 
+def with_kinds(
+    names: Iterable[str], kinds: Iterable[Any], values: Iterable[Any], at: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[int, ...], str, str, Any]]:
+    """Yield each argument, those inside of tuples one by one: its place as Triton counts, path, type and value."""
+    for index, (name, kind, value) in enumerate(zip(names, kinds, values, strict=True)):
+        if isinstance(kind, tuple):
+            yield from with_kinds([f"{name}.{field}" for field in kind._fields], kind, value, (*at, index))
+        else:
+            yield (*at, index), name, kind, value
+
+
+def as_kind(kind: Any, value: Any) -> Any:
+    """Return a tuple as the NamedTuple that the kernel was compiled for; a launcher takes any."""
+    return type(kind)(*map(as_kind, kind, value)) if isinstance(kind, tuple) else value
+
+
 class Launcher:
     """The launcher of a compiled kernel, which Triton calls with grid, stream, hooks and all bound arguments."""
 
@@ -83,19 +100,20 @@ class Launcher:
         self.fn, self.metadata = src.fn, metadata
         triton.runtime.driver.active.kernels.add(src.fn)
         self.signature = list(src.signature.values())
-        self.divisible = {at[0] for at, attrs in src.attrs.items() if ["tt.divisibility", 16] in attrs}
-        self.constants = {(at if isinstance(at, tuple) else (at,))[0]: value for at, value in src.constants.items()}
+        self.divisible = {at for at, attrs in src.attrs.items() if ["tt.divisibility", 16] in attrs}
+        self.constants = {at if isinstance(at, tuple) else (at,): value for at, value in src.constants.items()}
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
-        args = rest[4:]  # after the metadata of kernel and launch, and two hooks
+        # After the metadata of kernel and launch, and two hooks.
+        args = [as_kind(kind, value) for kind, value in zip(self.signature, rest[4:], strict=True)]
         driver: Driver = triton.runtime.driver.active
         device, num_warps = driver.get_current_device(), self.metadata.num_warps
         driver.check_alive()
         for axis, n, most in zip("xyz", (x, y, z), GRID_MOST, strict=True):
             if not 1 <= n <= most:
                 raise LaunchError(f"invalid argument: grid.{axis} is {n}, needs 1..{most}")
-        if num_warps * 32 > THREADS_MOST:
-            raise LaunchError(f"invalid argument: {num_warps} warps, needs at most {THREADS_MOST // 32}")
+        if num_warps * driver.gpu.properties.warp_size > THREADS_MOST:
+            raise LaunchError(f"invalid argument: {num_warps} warps, needs at most {THREADS_MOST} threads")
         self._check_arguments(args, device)
         by_name = dict(zip(self.fn.arg_names, args, strict=True))
         shared, name = self.metadata.shared, self.fn.__name__
@@ -104,7 +122,7 @@ class Launcher:
     def _check_arguments(self, args: Sequence[Any], device: int) -> None:
         """Check values against the kernel's specialization, and pointers against the GPU that runs it."""
         metas = iter(getattr(self.metadata, "tensordesc_meta", None) or ())
-        for at, (name, kind, value) in enumerate(zip(self.fn.arg_names, self.signature, args, strict=True)):
+        for at, name, kind, value in with_kinds(self.fn.arg_names, self.signature, args):
             tensor = value.base if isinstance(value, TensorDescriptor) else value
             if isinstance(tensor, torch.Tensor) and tensor.device != torch.device("cuda", device):
                 raise LaunchError(f"illegal memory access: {name} is on {tensor.device}, the launch on cuda:{device}")
@@ -128,13 +146,14 @@ class Driver(CudaDriver):
 
     def __init__(self, gpu: Any) -> None:
         self.gpu = gpu
-        fixed = {"max_num_regs": 65536, "warpSize": 32, "sm_clock_rate": 1_980_000, "mem_clock_rate": 2_619_000}
+        fixed = {"max_num_regs": 65536, "sm_clock_rate": 1_980_000, "mem_clock_rate": 2_619_000}
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {
                 "max_shared_mem": gpu.properties.shared_memory_per_block_optin,
                 "multiprocessor_count": gpu.properties.multi_processor_count,
                 "mem_bus_width": 5120,
                 **fixed,
+                "warpSize": gpu.properties.warp_size,
             },
             # module, function (the binary itself), registers, spills and the maximum of threads
             load_binary=lambda name, kernel, shared, device: (object(), kernel, 0, 0, THREADS_MOST),
@@ -148,6 +167,10 @@ class Driver(CudaDriver):
         self.kernels: set[JITFunction] = set()
         self.executes, self.breaks, self.broken = True, "", False
         self.execute: Callable[[Launched, Mapping[str, Any]], None] = interpret
+
+    def get_current_target(self) -> GPUTarget:
+        arch = getattr(self.gpu.properties, "gcnArchName", None)
+        return super().get_current_target() if arch is None else GPUTarget("hip", arch.split(":")[0], 64)
 
     def forget(self) -> None:
         """Clear the caches of kernels that were compiled for this GPU."""
@@ -176,6 +199,8 @@ class Driver(CudaDriver):
 
 
 def with_memory(arg: Any) -> Any:
+    if isinstance(arg, tuple):
+        return type(arg)(*map(with_memory, arg))
     if isinstance(arg, TensorDescriptor):
         return TensorDescriptor(with_memory(arg.base), arg.shape, arg.strides, arg.block_shape)
     return getattr(arg, "held", arg)

@@ -18,6 +18,9 @@ from .tensors import Factories, FakeGPUTensor, indexed, stage
 
 H100 = {"name": "NVIDIA H100 80GB HBM3 (stub)", "major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32}
 H100 |= {"total_memory": 80 << 30, "L2_cache_size": 50 << 20, "shared_memory_per_block_optin": 232448}
+MI300X = {"name": "AMD Instinct MI300X (stub)", "gcnArchName": "gfx942:sramecc+:xnack-", "major": 9, "minor": 4}
+MI300X |= {"multi_processor_count": 304, "warp_size": 64, "total_memory": 192 << 30, "L2_cache_size": 4 << 20}
+MI300X |= {"shared_memory_per_block_optin": 65536}
 POOL = 32  # streams of a device, which torch hands out in turn
 _handles = itertools.count(1)
 _active: list["GPU"] = []
@@ -246,9 +249,10 @@ class GPU:
 
 @contextmanager
 def gpu(count: int = 1, **properties: Any) -> Iterator[GPU]:
-    """Simulate `count` GPUs within the block: H100s with these changes of their properties."""
+    """Simulate `count` GPUs within the block: H100s with these changes of their properties, or MI300X by `MI300X`."""
     machine = GPU(count, **properties)
     patches = [(torch.cuda, name, function) for name, function in machine.functions().items()]
+    patches += [(torch.version, "hip", "6.4" if hasattr(machine.properties, "gcnArchName") else None)]
     patches += [(torch.cuda.graphs.graph, "default_capture_stream", None), (torch, "Generator", Generator)]
     patches += project_patches(FakeGPUTensor, machine.call_runtime)
     patches += [(stage, "last_error", 0), (stage, "pinned", machine.pinned)]

@@ -1,0 +1,82 @@
+"""Kernel arguments of several values: NamedTuples that the host fills and kernels read.
+
+A NamedTuple of tensors, numbers and None is one parameter of a kernel. Triton specializes its integers as it does
+parameters (1, multiples of 16), and `do_not_specialize` reaches none of them: what changes from call to call, as a
+number of tokens, stays a parameter of its own. So do TMA descriptors, which Triton 3.6 and 3.7 find nowhere else.
+
+B batch, T tokens or rows, H columns, D head size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Pointer = Any  # a tensor on the host, a pointer on the device
+
+
+class Rows(NamedTuple):
+    ptr: Pointer  # [T, H], the columns contiguous
+    stride: int  # between rows
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        x = dense_rows(x)
+        return cls(x, x.stride(0))
+
+
+class Heads(NamedTuple):
+    """Queries, keys or values."""
+
+    ptr: Pointer  # [B, T, heads, D], the last dimension contiguous
+    stride_b: int
+    stride_t: int
+    stride_h: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Heads:
+        x = dense_rows(x)
+        return cls(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """Return `x` with a contiguous last dimension, which kernels rely on: itself, or a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def flatten(args: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the arguments by path, those of a NamedTuple one by one: "weight.scales"."""
+    for name, value in args.items():
+        if hasattr(value, "_fields"):
+            yield from ((f"{name}.{path}", part) for path, part in flatten(value._asdict()))
+        else:
+            yield name, value
+
+
+def replace_values(args: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with those of these paths replaced."""
+
+    def replaced(path: str, value: Any) -> Any:
+        if not hasattr(value, "_fields"):
+            return values.get(path, value)
+        return type(value)(*(replaced(f"{path}.{name}", part) for name, part in value._asdict().items()))
+
+    return {name: replaced(name, value) for name, value in args.items()}
+
+
+def tensors_by_operand(args: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors, also those behind descriptors, by a short path: "x", "weight", "weight.scales", "keys.k"."""
+    found = {}
+    for path, value in flatten(args):
+        tensor = value.base if isinstance(value, TensorDescriptor) else value
+        if isinstance(tensor, Tensor):
+            found[operand_name(path)] = tensor
+    return found
+
+
+def operand_name(path: str) -> str:
+    """Return the path of an argument without its ending: of x_ptr, x.ptr and x_desc, "x"."""
+    return path.removesuffix("ptr").removesuffix("desc").rstrip("._")
