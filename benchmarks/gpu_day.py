@@ -218,7 +218,7 @@ def compile_ahead(small: bool) -> Figures:
 
 def prefetch(small: bool) -> Figures:
     """Time a decode step of two layers with prefetches into L2 and without (pdl.py)."""
-    sizes = decode_step.SMALL if small else {**decode_step.MIXTRAL, "L": 2, "B": 1, "S": 1024}
+    sizes = decode_step.SMALL if small else replace(decode_step.MIXTRAL, L=2)
     args, timer, figures = decode_step.inputs(sizes, torch.bfloat16, "cuda"), DeviceTimer(torch.device("cuda")), {}
     for name, on in (("with", True), ("without", False)):
         with mock.patch.object(launch, "PREFETCH", on):

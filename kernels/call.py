@@ -7,8 +7,7 @@ before the import; `torch`, the reference, for any other CPU tensor.
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, wraps
-from operator import itemgetter
+from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
@@ -266,49 +265,28 @@ def operation(
 
 
 def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
-    """Return a function that puts the arguments of a call that nothing traces in the order of `run`. It remembers the
-    order of each set of names, since a decode step repeats the same calls thousands of times."""
-    # Before a compiler reads them: it cannot trace a cached_property's lock (Python < 3.12).
-    names, defaults = op.names, op.defaults
-
-    @cache
-    def new_order(count: int, *keywords: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
-        """Return what picks the arguments from those given and all defaults; None where they are in order."""
-        _check_positional(op, count)
-        op.bind(*range(count), **dict.fromkeys(keywords))  # SignatureError: a name is unknown, missing or given twice
-        given = (*names[:count], *keywords)
-        if given == names[: len(given)]:
-            return None
-        places = {name: index for index, name in enumerate(given)}
-        return itemgetter(*(places.get(name, len(given) + index) for index, name in enumerate(names)))
+    """Return a function that puts the arguments of a call in the order of `run`, defaults filled in. A compiler follows
+    it, and does not follow inspect.Signature where the traced caller has mutated a dict."""
+    # Read before a compiler reads them: it cannot trace a cached_property's lock (Python < 3.12).
+    parameters, required = tuple(zip(op.names, op.defaults, strict=True)), inspect.Parameter.empty
+    positional, by_name = op.positional, ", ".join(op.names[op.positional :])
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        pick = new_order(len(args), *kwargs)
-        values = (*args, *kwargs.values())
-        return values if pick is None else pick((*values, *defaults))
+        if positional < len(args) <= len(parameters):
+            got = f"{op.public_name}: {len(args)} arguments are given by position"
+            raise SignatureError(f"{got}, needs at most {positional}, and by name: {by_name}")
+        values, used = list(args), 0
+        for name, default in parameters[len(args) :]:
+            if name in kwargs:
+                used += 1
+            elif default is required:
+                break
+            values.append(kwargs.get(name, default))
+        if len(values) != len(parameters) or used != len(kwargs):
+            return op.bind(*args, **kwargs)  # SignatureError: a name is unknown, missing or given twice
+        return tuple(values)
 
     return order
-
-
-def _order_traced(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Put the arguments in the order of `run`. A compiler follows neither inspect.Signature nor itemgetter."""
-    _check_positional(op, len(args))
-    names, defaults = op.names[len(args) :], op.defaults[len(args) :]
-    rest = [kwargs.get(name, default) for name, default in zip(names, defaults, strict=True)]
-    missing = any(value is inspect.Parameter.empty for value in rest)
-    if missing or any(name not in names for name in kwargs):
-        return op.bind(*args, **kwargs)  # SignatureError
-    return (*args, *rest)
-
-
-def _check_positional(op: Op, count: int) -> None:
-    """Raise SignatureError where so many arguments by position include one that has to be given by name."""
-    if op.positional < count <= len(op.names):
-        got, by_name = (
-            f"{op.public_name}: {count} arguments are given by position",
-            ", ".join(op.names[op.positional :]),
-        )
-        raise SignatureError(f"{got}, needs at most {op.positional}, and by name: {by_name}")
 
 
 def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -317,17 +295,16 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     Both skip torch's dispatcher, which would cost more host time than a decode step's kernels take, unless a trace, a
     dispatch mode or (checked) a gradient needs to see the operator.
     """
-    operator, order, positional = _register(op), _order_arguments(op), op.positional
+    operator, order, positional, defaults = _register(op), _order_arguments(op), op.positional, op.defaults
 
     def dispatch(args: tuple[Any, ...]) -> Any:
         quantized = any(isinstance(x, COMPOSITES) for x in args)
-        return operator(*(flatten_args(op.arguments, op.bind(*args)) if quantized else args))
+        return operator(*(flatten_args(op.arguments, (*args, *defaults[len(args) :])) if quantized else args))
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        traced = not untraced()
         if kwargs or len(args) > positional:
-            args = _order_traced(op, args, kwargs) if traced else order(args, kwargs)
-        if not traced and transformed():
+            args = order(args, kwargs)
+        if untraced() and transformed():
             reject_transforms(f"mixtral_triton.ops.{op.name}", args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it writes into a cache")
@@ -338,14 +315,14 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return dispatch(args)
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
-        if untraced():
-            if kwargs or len(args) > positional:
-                args = order(args, kwargs)
-            # To ask every tensor takes 3 % of a decode layer's host time, and in a model's layers none is negated.
-            if in_pdl_region() or not _any_lazy_negation(args):
-                return call_unchecked(op, args)
-            op.check(*args)
+        if kwargs or len(args) > positional:
+            args = order(args, kwargs)
+        if not untraced():
             return dispatch(args)
-        return dispatch(_order_traced(op, args, kwargs) if kwargs or len(args) > positional else args)
+        # To ask every tensor takes 3 % of a decode layer's host time, and in a model's layers none is negated.
+        if in_pdl_region() or not _any_lazy_negation(args):
+            return call_unchecked(op, args)
+        op.check(*args)
+        return dispatch(args)
 
     return checked, unchecked

@@ -15,6 +15,7 @@ from ..config import read_generation_config
 from ..generate import eos_ids
 from ..model import Mixtral
 from ..sampling import Logprobs
+from .offline import launch_text
 from .processes import is_first
 from .prompt import cut_at_stop, decode, print_stream, select_sampling, speed_of
 from .terminal import print_message
@@ -36,7 +37,6 @@ class Writer:
     notes    lines to print before the first text: `note`, and what generation_config.json sets
     encode   encode(text, template=False) -> the tokens of a prompt, or of the text of a chat template
     compile  compile(launch, model, *args) compiles ahead what `launch(model, *args)` launches on the meta device
-             over C slots
     """
 
     def __init__(
@@ -61,7 +61,6 @@ class Writer:
 
     def begin(self, B: int, T: int, n: int, held: int = 0) -> None:
         """Print the notes once, and compile what B texts of T tokens, `held` of them in a cache, and n more launch."""
-        from .offline import launch_text
 
         if not self.began:
             print_message("\n".join(self.notes) if is_first() else "")

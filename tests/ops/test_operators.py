@@ -163,6 +163,21 @@ def test_compile_with_a_dynamic_number(name: str, argument: str, least: int) -> 
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("by_name", (False, True), ids=("positional", "keywords"))
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_compile_after_a_mutation_of_a_dict(name: str, by_name: bool) -> None:
+    """The compiler refuses the mappings of inspect.Signature once the traced function has changed any dict."""
+    torch._dynamo.reset()
+    args = make_inputs(name, "cpu", SIZES[name] | QUANTIZED[name])
+
+    def call(state: dict[str, int]) -> Any:
+        state["calls"] = 1
+        return public(name)(**args) if by_name else public(name)(*args.values())
+
+    assert same(as_tuple(torch.compile(call, fullgraph=True, backend="eager")({})), as_tuple(call({})))
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize(("name", "sizes"), GRAPHS, ids=str)
 def test_export(name: str, sizes: Any, device: torch.device) -> None:
     call, args = graph_call(name, sizes, device)

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ def python(*codes: str) -> gpu_day.Part:
 
 
 def row(time_us: float, **sizes: int) -> dict[str, Any]:
-    case = Case(BENCHED["decode_step"], {**BENCHED["decode_step"].bench_shapes[0], **sizes})
+    case = Case(BENCHED["decode_step"], replace(BENCHED["decode_step"].bench_shapes[0], **sizes))
     peers = {"HF eager": Outcome(4e-6 * time_us), "HF static cache": Outcome(note="fails: RuntimeError: no")}
     line = Row(case, Cost(10, 20), time_us * 5e-7, "memory", ("k",), Outcome(time_us * 1e-6), peers).as_dict()
     return {"kind": "row", **line}
@@ -165,7 +166,7 @@ def test_parts_cover_every_operation() -> None:
     assert "tests/model/test_model.py" in files and all((ROOT / file).is_file() for file in files)
     decode = shlex.split(every["decode"][1]["decode_step"])
     at = [decode[place + 1] for place, word in enumerate(decode) if word == "--at"]
-    assert {case.sizes["L"] for case in cases(["decode_step"], at=at)} == {1, 4}, "two depths give the time of a layer"
+    assert {case.sizes.L for case in cases(["decode_step"], at=at)} == {1, 4}, "two depths give the time of a layer"
     # Ours and eager transformers are timed before torch.compile runs.
     order = list(every)
     for part in order[: order.index("decode compiled")]:
