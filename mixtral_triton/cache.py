@@ -78,23 +78,22 @@ class KVCache:
         self.max_len = limit if self.window else self.slots
 
         def zeros() -> Slots:  # so that no slot holds uninitialized bits
-            if dtype is torch.int8:
-                return QuantizedCache.empty(*shape[2:], device=device).zero_()
-            return torch.zeros(shape[2:], dtype=dtype, device=device)
+            try:
+                if dtype is torch.int8:
+                    return QuantizedCache.empty(*shape[2:], device=device).zero_()
+                return torch.zeros(shape[2:], dtype=dtype, device=device)
+            except torch.OutOfMemoryError:  # a smaller batch may fit, and a caller may try
+                raise
+            except (RuntimeError, OverflowError, TypeError) as error:
+                size = in_decimal(cache_bytes(config, batch, max_len or limit, dtype))
+                got = f"batch {batch} and {self.slots} slots take {size} on {device}"
+                text = f"KVCache: {got}, which torch cannot allocate, needs a smaller batch or max_len"
+                raise ValueError(text) from error
 
         # Memory of their own: `ops.append` says why.
-        try:
-            with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
-                self.keys, self.values = (tuple(zeros() for _ in range(shape[0])) for _ in range(2))
-                self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        except torch.OutOfMemoryError:  # a smaller batch may fit, and a caller may try
-            raise
-        except (RuntimeError, OverflowError, TypeError) as error:
-            size = in_decimal(cache_bytes(config, batch, max_len or limit, dtype))
-            got = f"batch {batch} and {self.slots} slots take {size} on {device}"
-            raise ValueError(
-                f"KVCache: {got}, which torch cannot allocate, needs a smaller batch or max_len"
-            ) from error
+        with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
+            self.keys, self.values = (tuple(zeros() for _ in range(shape[0])) for _ in range(2))
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version = 0, _version(self.lengths)
         self.replayed = False  # whether a captured graph, which a caller may replay, appends
         self.reused = [0] * batch

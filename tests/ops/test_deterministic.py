@@ -77,7 +77,7 @@ def make_batch(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any)
     return args, {key for key, x in tensors(args).items() if key not in larger or larger[key].shape != x.shape}
 
 
-def row_orders(sizes: Sizes, n: int) -> list[list[int]]:
+def row_orders(name: str, n: int) -> list[list[int]]:
     """All rows in another order, and single rows. Sequences share no program, so a few of many suffice."""
     mixed = torch.randperm(n, generator=torch.Generator().manual_seed(n)).tolist()
     single = [[0], [n // 2], [n - 1]]
@@ -94,7 +94,7 @@ def check(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> N
         return outputs(name, dispatched(name, selected), selected)
 
     batch = run(list(range(n)))
-    for rows in row_orders(sizes, n):
+    for rows in row_orders(name, n):
         for want, got in zip(batch, run(rows), strict=True):
             assert torch.equal(want[rows], got), f"{name}: {rows} of {n}"
 
