@@ -206,9 +206,7 @@ class KVCache:
         return reused
 
     def grown(self, max_len: int) -> KVCache:
-        """Return a cache for `max_len` tokens that holds the same; this one where it is long enough, as any ring is."""
-        if max_len <= self.max_len:
-            return self
+        """Return a cache for `max_len` tokens, at most the model's positions, that holds the same. Not of a ring."""
         cache = KVCache(self.config, self.batch, max_len, self.lengths.device, self.dtype)
         for old, new in zip((*self.keys, *self.values), (*cache.keys, *cache.values), strict=True):
             new[:, :, : self.slots].copy_(old)  # type: ignore[arg-type]

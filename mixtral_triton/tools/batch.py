@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from ..inputs import free_memory
 from ..load import running_bytes, usable_bytes
@@ -44,22 +43,22 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
 def _read_job(number: int, line: bytes) -> Job:
     try:
         values = json.loads(line.decode())
+        json.dumps(values, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError) as error:
         return Job(number, None, f"line {number} is no JSON in UTF-8: {' '.join(str(error).split())}")
-    if not isinstance(values, dict):
-        return Job(number, None, f"line {number} is a {type(values).__name__}, needs an object")
-    id, unknown = values.get("id", number), values.keys() - {"id", "prompt", "messages"}
-    prompt, messages = values.get("prompt"), values.get("messages")
-    is_text = isinstance(prompt, str) and prompt and "messages" not in values
-    is_chat = isinstance(messages, list) and messages and "prompt" not in values and all(map(_is_message, messages))
-    if unknown or not (is_text or is_chat):
-        need = 'a "prompt", a text, or "messages", a list of objects with a role and a content, and perhaps an "id"'
-        return Job(id, None, f"line {number} has {', '.join(map(repr, values)) or 'no keys'}, needs {need}")
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeError:
-        return Job(id, None, f"line {number} holds half a surrogate pair, which is no text")
-    return Job(id, prompt if is_text else messages)
+    fields = values if isinstance(values, dict) else {}
+    id, prompt, messages = fields.get("id", number), fields.get("prompt"), fields.get("messages")
+    if fields.keys() <= {"id", "prompt"} and isinstance(prompt, str) and prompt:
+        return Job(id, prompt)
+    if (
+        fields.keys() <= {"id", "messages"}
+        and isinstance(messages, list)
+        and messages
+        and all(map(_is_message, messages))
+    ):
+        return Job(id, messages)
+    need = 'an object with a "prompt", a text, or "messages", objects with a role and a content, and perhaps an "id"'
+    return Job(id, None, f"line {number} is {line.decode():.60}, needs {need}")
 
 
 def _is_message(value: Any) -> bool:
@@ -72,20 +71,19 @@ def read_done(file: Path | None, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     if file is None:
         return []
     check_writable("--out", file)
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    done = []
+    whole, done = file.read_bytes() if file.exists() else b"", list[dict[str, Any]]()
+    lines = whole[: whole.rfind(b"\n") + 1].splitlines()
     for number, line in enumerate(lines):
         try:
             done.append(json.loads(line.decode()))
-            same = number < len(jobs) and done[-1]["id"] == jobs[number].id
-        except (ValueError, KeyError, TypeError, RecursionError):
+            same = done[-1]["id"] == jobs[number].id
+        except (ValueError, LookupError, TypeError, RecursionError):
             same = False
         if not same:
             need = "the result of the same --batch, to be continued, or a new file"
             raise ValueError(f"--out {file}: line {number + 1} is not of the job in its place, needs {need}")
-    if is_first() and file.exists():
-        with file.open("r+b") as out:
-            out.truncate(sum(len(line) + 1 for line in lines))
+    if is_first() and whole:
+        os.truncate(file, whole.rfind(b"\n") + 1)
     return done
 
 
@@ -106,7 +104,8 @@ def run(args: argparse.Namespace, writer: Writer, jobs: list[Job], done: list[di
                 except ValueError as error:
                     results[index] = {"error": " ".join(str(error).split())}
             for batch in _batches(writer, {index: len(ids) for index, (ids, _) in rows.items()}, size):
-                results |= zip(batch, _write(writer, [rows[index] for index in batch]), strict=True)
+                written = writer.write_batch(*zip(*(rows[index] for index in batch), strict=True))
+                results |= zip(batch, written, strict=True)
                 progress.update(start + len(results), len(jobs))
             for index, job in enumerate(window):
                 failed |= "error" in results[index]
@@ -143,14 +142,3 @@ def _batches(writer: Writer, lengths: dict[int, int], size: int) -> Iterator[lis
         batch.append(index)
     if batch:
         yield batch
-
-
-def _write(writer: Writer, rows: Sequence[tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
-    """Return what is written of each row, in halves where memory does not hold all."""
-    try:
-        return writer.write_batch(*zip(*rows, strict=True))
-    except torch.OutOfMemoryError as error:
-        if len(rows) == 1:
-            return [{"error": " ".join(str(error).split())}]
-    half = len(rows) // 2
-    return _write(writer, rows[:half]) + _write(writer, rows[half:])

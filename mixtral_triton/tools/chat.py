@@ -47,13 +47,12 @@ class Conversation:
     def turn(self, text: str, shown: str | None, **options: Any) -> tuple[dict[str, Any], str]:
         """Answer a message -> as `Writer.write`. One that fails, or that Ctrl-C ends before a token, is forgotten."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        self.prompt, n = self.template.render(messages), self.writer.args.max_new_tokens
+        self.prompt, most = self.template.render(messages), self.writer.args.max_new_tokens
         ids = self._encode(self.prompt)
-        if self.limit is not None and n > (left := self.limit - len(ids)):
-            if left < 1:
-                got = f"this turn makes the chat {len(ids):,} tokens long, and fewer than {self.limit:,} are possible"
-                raise ValueError(f"{got}: /reset begins a new one, /undo forgets the last turn")
-            n = left
+        n = most if self.limit is None else min(most, self.limit - len(ids))
+        if n < min(1, most):
+            got = f"this turn makes the chat {len(ids):,} tokens long, and fewer than {self.limit:,} are possible"
+            raise ValueError(f"{got}: /reset begins a new one, /undo forgets the last turn")
         try:
             written, line = self.writer.write(ids, shown, [], n, self._reserve(len(ids) + n), **options)
         finally:
@@ -66,11 +65,11 @@ class Conversation:
             self.messages = [*messages, {"role": "assistant", "content": written["text"]}]
             kept = tokens[:-1] if tokens and tokens[-1] in self.writer.eos else tokens
             self._turns.append((self.prompt + decode(self.writer.tokenizer, ids[-1:], kept, special=True), ids + kept))
+        if self.limit is not None:
+            written["left"] = left = self.limit - len(ids) - len(tokens)
+            if left < written["computed"] + most:  # of another turn like this
+                line += f"; {left:,} of {self.limit:,} tokens are left: /reset begins a new chat"
         return written, line
-
-    def left(self) -> int | None:
-        """Return how many tokens there can still be; None without a limit."""
-        return self.limit if self.limit is None or not self._turns else self.limit - len(self._turns[-1][1])
 
     def undo(self) -> None:
         if not self._turns:
@@ -97,12 +96,12 @@ class Conversation:
 
     def _reserve(self, length: int) -> KVCache:
         """Return the cache, with at least `length` slots."""
-        config, old = self.writer.model.config, self.cache
-        if old is None:
-            self.cache = KVCache(config, 1, length, self.writer.model.device, self.writer.dtype)
-        elif length > old.max_len:  # twice as many, so that few turns copy it
-            self.cache = old.grown(min(config.max_position_embeddings, max(length, 2 * old.max_len)))
-        return self.cache  # type: ignore[return-value]
+        model = self.writer.model
+        cache = self.cache or KVCache(model.config, 1, length, model.device, self.writer.dtype)
+        if length > cache.max_len:  # twice as many, so that few turns copy it
+            cache = cache.grown(max(length, 2 * cache.max_len))
+        self.cache = cache
+        return cache
 
 
 def read_line(prompt: str) -> str:
@@ -157,10 +156,6 @@ def _answer(args: argparse.Namespace, chat: Conversation, text: str) -> None:
         print(json.dumps(written), flush=True)
     else:
         print_message(line)
-    if (left := chat.left()) is not None and left < args.max_new_tokens:
-        print_message(
-            f"{left:,} tokens are left of {chat.limit:,}, fewer than an answer may take: /reset begins a new chat"
-        )
 
 
 def _command(chat: Conversation, line: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice, tee
 from typing import Any
 
 import torch
@@ -46,14 +47,14 @@ class Writer:
         tokenizer: Any,
         note: str,
         encode: Callable[..., list[int]],
-        compile: Callable[..., None],
+        compile: Callable[..., None] | None,
     ) -> None:
         self.args, self.model, self.tokenizer, self.encode, self.compile = args, model, tokenizer, encode, compile
         self.eos, self.dtype = eos_ids(None, model.config), args.cache_dtype or model.dtype
         sampling, notes = select_sampling(args, read_generation_config(args.folder))
         generator = torch.Generator(model.device).manual_seed(args.seed)
         self.options = sampling | {"generator": generator, "logprobs": args.logprobs}
-        self.notes, self.began = [*filter(None, (note, *notes))], False
+        self.notes = [*filter(None, (note, *notes))]
 
     def stream(self, rows: Sequence[list[int]], n: int, cache: KVCache | None = None) -> Iterator[Any]:
         """Return `Mixtral.stream` of texts by at most n tokens, the arguments checked."""
@@ -61,10 +62,8 @@ class Writer:
 
     def begin(self, B: int, T: int, n: int, held: int = 0) -> None:
         """Print the notes once, and compile what B texts of T tokens, `held` of them in a cache, and n more launch."""
-
-        if not self.began:
-            print_message("\n".join(self.notes) if is_first() else "")
-        self.began = True
+        print_message("\n".join(self.notes) if is_first() else "")
+        self.notes = []
         self.compile(launch_text, self.model, T, n, self.args.cache_dtype, B, min(held, T - 1))
 
     def write(
@@ -72,20 +71,13 @@ class Writer:
     ) -> tuple[dict[str, Any], str]:
         """Continue a text by at most n tokens, printed behind `shown` (None: not) -> what `--json` prints of it, and
         the line of its speed. after, options: as in `print_stream`. cache: as in `Mixtral.stream`."""
-        found: list[Any] = []
-
-        def record(steps: Iterator[Any]) -> Iterator[Any]:
-            for step in steps:
-                found.append(step)
-                yield step
-
         with warning_lines(self.args.command):
-            steps = record(self.stream([ids], n, cache))
+            steps, again = tee(self.stream([ids], n, cache))
             (known,) = (cache and cache.held()) or [[]]
             self.begin(1, len(ids), n, len(known))
             tokens, text, times = print_stream(steps, self.tokenizer, shown, after, n, self.args.stop, **options)
         speed, line = speed_of(times, len(ids), self.model.device, cache.reused[0] if cache and tokens else 0)
-        return {"text": text, "tokens": tokens, **logprobs_of(found[: len(tokens)]), **speed}, line
+        return {"text": text, "tokens": tokens, **logprobs_of(list(islice(again, len(tokens)))), **speed}, line
 
     def write_batch(self, rows: Sequence[list[int]], afters: Sequence[list[int]]) -> list[dict[str, Any]]:
         """Continue texts together -> what is written of each. Those that stop early wait for the others."""
