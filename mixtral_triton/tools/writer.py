@@ -47,7 +47,7 @@ class Writer:
         tokenizer: Any,
         note: str,
         encode: Callable[..., list[int]],
-        compile: Callable[..., None] | None,
+        compile: Callable[..., None],
     ) -> None:
         self.args, self.model, self.tokenizer, self.encode, self.compile = args, model, tokenizer, encode, compile
         self.eos, self.dtype = eos_ids(None, model.config), args.cache_dtype or model.dtype
