@@ -34,6 +34,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/res
 OUTPUT = {  # of the examples
     "drop_in.py": ["The return statement", "the same text before, with and after apply: True"],
     "batch.py": ["A list is", "the same from both: True"],
+    "continuous_batch.py": ["A list is", "the same texts before and after apply: True"],
     "verify_folder.py": ["RIGHT: all", "nearest to its limit"],
 }
 MACHINES = {  # how a program runs: what Python gets before its file
@@ -112,8 +113,9 @@ def test_python_blocks_of_readme_print_right(how: str, checkpoint: Path, tmp_pat
 @pytest.mark.parametrize("how", MACHINES)
 def test_example_runs(how: str, checkpoint: Path) -> None:
     for name, texts in OUTPUT.items():
-        out = run_program(how, ROOT / "examples" / name, checkpoint)
-        assert all(text in out for text in texts)
+        if how == "no GPU" or name != "continuous_batch.py":  # transformers asks any GPU that it sees for its memory
+            out = run_program(how, ROOT / "examples" / name, checkpoint)
+            assert all(text in out for text in texts)
     # The tests of `bench --peer` run `my_experts.py`.
     assert {*OUTPUT, "my_experts.py", "__init__.py"} == {path.name for path in (ROOT / "examples").glob("*.py")}
 

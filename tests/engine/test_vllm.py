@@ -1,0 +1,215 @@
+"""The experts inside vLLM, against transformers and `Mixtral` with the same weights; options, checkpoints and versions
+that are refused. Tests with an engine need vLLM: `environment.sh` makes an environment for them, which the others do
+not."""
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral_triton import SMALL, Mixtral
+from mixtral_triton.model import QuantizedWeight
+from mixtral_triton.quantize import quantize
+from tests.cli.commands import ROOT
+
+pytestmark = pytest.mark.compiled
+NAME, NEW = "mixtral_triton", 8
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: tests/engine/environment.sh")
+VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+HELD_OUT = json.loads((SMALL / "heldout.json").read_text())["ids"]
+# More sequences than run at a time, the longest beyond the window, most in several chunks.
+PROMPTS = [HELD_OUT[100 * n : 100 * n + length] for n, length in enumerate((1, 3, 8, 31, 32, 33, 70, 100))]
+Tokens = tuple[list[list[int]], list[list[float]]]  # new ids and their log probabilities
+
+
+def engine(
+    options: Any = None, prompts: Any = PROMPTS, new: int = NEW, halved: bool = False, env: Any = None, **more: Any
+) -> Any:
+    """Return what `engine.py` prints; RuntimeError with its stderr if it fails."""
+    case = {"options": options, "prompts": prompts, "new": new, "halved": halved, "engine": more}
+    variables = {**os.environ, **VARIABLES, **(IN_PROCESS if env is None else env)}
+    command = [sys.executable, "-m", "tests.engine.engine"]
+    run = subprocess.run(command, input=json.dumps(case), capture_output=True, text=True, env=variables, cwd=ROOT)
+    if run.returncode:
+        raise RuntimeError(run.stdout + run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def of_transformers() -> Tokens:
+    """Greedy tokens of each prompt alone, in fp32."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32)
+    ids, logprobs = [], []
+    for prompt in PROMPTS:
+        x = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(x), "max_new_tokens": NEW, "min_new_tokens": NEW}
+        out = model.generate(x, **options, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        ids.append(out.sequences[0, len(prompt) :].tolist())
+        steps = zip(out.logits, ids[-1], strict=True)
+        logprobs.append([step[0].log_softmax(-1)[token].item() for step, token in steps])
+    return ids, logprobs
+
+
+def of_mixtral(**options: Any) -> tuple[Mixtral, Tokens]:
+    model = Mixtral.from_pretrained(SMALL, device="cpu", dtype=torch.float32, **options)
+    texts = model.generate([torch.tensor(ids) for ids in PROMPTS], NEW, eos_token_id=[])
+    scores = [model(text[None, :-1])[0, -NEW:].log_softmax(-1) for text in texts]
+    logprobs = [rows.gather(1, text[-NEW:, None])[:, 0].tolist() for rows, text in zip(scores, texts, strict=True)]
+    return model, ([text[-NEW:].tolist() for text in texts], logprobs)
+
+
+def compare(found: Any, want: Tokens) -> tuple[int, list[float]]:
+    """Return how many texts are equal, and each one's largest difference of a log probability."""
+    equal = sum(ids == expected for ids, expected in zip(found["ids"], want[0], strict=True))
+    errors = (torch.tensor(found["logprobs"]) - torch.tensor(want[1])).abs().amax(-1).tolist()
+    print(f"{equal} of {len(errors)} texts equal, differences of log probabilities {min(errors):.1e} to {max(errors):.1e}")
+    return equal, errors
+
+
+def assert_same(found: Any, want: Tokens) -> None:
+    equal, errors = compare(found, want)
+    assert equal == len(want[0]) and max(errors) < 1e-5
+
+
+DENSE = {
+    "vLLM routes": ({}, {}),
+    "deterministic": ({"route": True, "deterministic": True}, {}),
+    "tp": ({}, {"tensor_parallel_size": 2, "env": TWO_RANKS}),
+    "ep": ({"route": True}, {"tensor_parallel_size": 2, "enable_expert_parallel": True, "env": TWO_RANKS}),
+    "torch.compile": ({"route": True}, {"enforce_eager": False}),
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "vLLM routes" else []) for name in DENSE]
+)
+def test_dense_experts_give_the_tokens_of_transformers(name: str, of_transformers: Tokens) -> None:
+    options, more = DENSE[name]
+    assert_same(engine(options, **more), of_transformers)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("weights", "more"),
+    [("int4", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("int8", {}), ("fp8", {}), ("int4", {"enforce_eager": False}),
+        ("int4", {"tensor_parallel_size": 2, "enable_expert_parallel": True, "env": TWO_RANKS})])],
+    ids=str,
+)  # fmt: skip
+def test_quantized_experts_give_the_tokens_of_the_quantized_model(weights: str, more: Any) -> None:
+    """Once loaded, no dense projection is left in the process, and the experts take the model's bytes."""
+    model, want = of_mixtral(weights=weights)
+    found = engine({"weights": weights, "route": True}, **more)
+    assert_same(found, want)
+    if not more:
+        experts = [module.nbytes for module in model.modules() if isinstance(module, QuantizedWeight)]
+        assert (found["bytes"], found["dense"]) == (sum(experts), 0)
+
+
+@needs_vllm
+def test_the_engine_runs_these_experts(of_transformers: Tokens) -> None:
+    """Control: half of what they return changes every text."""
+    equal, errors = compare(engine({}, halved=True), of_transformers)
+    assert equal < len(PROMPTS) / 2 and min(errors) > 0.1
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ({"route": True}, {"weights": "int4"}), ids=str)
+def test_interpreted_kernels_give_the_same_tokens(options: Any) -> None:
+    prompts, interpreted = [HELD_OUT[:5], HELD_OUT[50:53]], {**IN_PROCESS, "TRITON_INTERPRET": "1"}
+    want = engine(options, prompts, new=3)
+    found = engine(options, prompts, new=3, env=interpreted)
+    assert want["launches"] == 0 < found["launches"]
+    assert_same(found, (want["ids"], want["logprobs"]))
+
+
+@contextmanager
+def server(*options: str) -> Iterator[str]:
+    """Start vLLM's OpenAI server, and yield its address when it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--model", str(SMALL), "--dtype", "float32", "--max-model-len", "128", "--enforce-eager", *options]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), *arguments]
+    process = subprocess.Popen(command, env={**os.environ, **VARIABLES}, cwd=ROOT, stdout=-1, stderr=-2, text=True)
+    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            process.kill()
+            raise RuntimeError(process.communicate()[0])
+        yield address
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_openai_server_answers_with_these_experts(of_transformers: Tokens) -> None:
+    """The engine has a process of its own there, to which the configuration is pickled."""
+    config = json.dumps({NAME: {"route": True}})
+    with server("--quantization", NAME, "--additional-config", config) as address:
+        body = {"model": str(SMALL), "prompt": PROMPTS[3], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+        body |= {"logprobs": 0, "return_token_ids": True}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=120) as response:
+            choice = json.load(response)["choices"][0]
+    ids, logprobs = of_transformers
+    assert_same({"ids": [choice["token_ids"]], "logprobs": [choice["logprobs"]["token_logprobs"]]}, (ids[3:4], logprobs[3:4]))
+
+
+def load_plugin(monkeypatch: pytest.MonkeyPatch, vllm: ModuleType | None = None) -> Any:
+    """Return the plugin as vLLM imports it, or a copy of it beside this module `vllm`."""
+    if vllm is None:
+        return importlib.import_module("mixtral_triton.vllm")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    spec = importlib.util.spec_from_file_location("mixtral_triton.other_vllm", ROOT / "mixtral_triton/vllm.py")
+    assert spec is not None and spec.loader is not None
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    return plugin
+
+
+@pytest.mark.parametrize("version", ("0.20.2", "0.30.0", "0.34.0rc1.dev2+g1234567", "1.31.0"))
+def test_other_versions_of_vllm_are_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = ModuleType("vllm")  # as 0.20, it has none of the classes
+    vllm.__version__ = version  # type: ignore[attr-defined]
+    plugin = load_plugin(monkeypatch, vllm)
+    with pytest.warns(UserWarning, match=rf"needs vLLM 0\.31, 0\.32, 0\.33, got {re.escape(version)}: not registered"):
+        plugin.register()
+
+
+def test_the_plugin_is_an_entry_point_for_the_versions_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'[project.entry-points."vllm.general_plugins"]\n{NAME} = "mixtral_triton.vllm:register"' in text
+    vllm = ModuleType("vllm")
+    vllm.__version__ = "0"  # type: ignore[attr-defined]
+    versions = load_plugin(monkeypatch, vllm).VERSIONS
+    assert f'"vllm>={versions[0]},<0.{int(versions[-1].split(".")[1]) + 1}"' in text
