@@ -60,17 +60,9 @@ def _bound(bounds_ptr, b):
 
 
 @triton.jit
-def _head_of(keys, b, head, WIDTH: tl.constexpr):
-    """Pointers to the keys, values and scales of a sequence and head; None for scales that there are not."""
-    k, v = (
-        keys.k_ptr + b * keys.stride_kb + head * keys.stride_kh,
-        keys.v_ptr + b * keys.stride_vb + head * keys.stride_vh,
-    )
-    ks, vs = keys.k_scales, keys.v_scales
-    if ks is not None:
-        ks += b * (keys.stride_kb // WIDTH) + head * (keys.stride_kh // WIDTH)
-        vs += b * (keys.stride_vb // WIDTH) + head * (keys.stride_vh // WIDTH)
-    return k, v, ks, vs
+def _offset(b, head, stride_b, stride_h, WIDTH: tl.constexpr):
+    """The offset of a sequence's head; with WIDTH in vectors, as scales have it."""
+    return b * (stride_b // WIDTH) + head * (stride_h // WIDTH)
 
 
 @kernel_facts("BLOCK_D", work="attention")
@@ -143,7 +135,11 @@ def attention_prefill_kernel(
         span = Span(tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
         state = sweep(state, queries, stored, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST, PTX), BLOCK_N)
         low = tl.maximum(low, first)
-    k, v, ks, vs = _head_of(keys, b, hkv, WIDTH)
+    k_offset, v_offset = b * keys.stride_kb + hkv * keys.stride_kh, b * keys.stride_vb + hkv * keys.stride_vh
+    k, v, ks, vs = keys.k_ptr + k_offset, keys.v_ptr + v_offset, None, None
+    if keys.k_scales is not None:
+        ks = keys.k_scales + _offset(b, hkv, keys.stride_kb, keys.stride_kh, WIDTH)
+        vs = keys.v_scales + _offset(b, hkv, keys.stride_vb, keys.stride_vh, WIDTH)
     of_batch, of_head = b.to(tl.int32), hkv.to(tl.int32)
     fresh = SequenceKeys(k, v, keys.stride_kt, keys.stride_vt, k_desc, v_desc, of_batch, of_head, first, ks, vs)
     span = Span(low, high, inner_low, inner_high)
@@ -258,7 +254,11 @@ def attention_decode_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     head, state = hkv.to(tl.int64), Softmax(acc, largest, total)
-    k, v, ks, vs = _head_of(keys, b, head, WIDTH)
+    k_offset, v_offset = b * keys.stride_kb + head * keys.stride_kh, b * keys.stride_vb + head * keys.stride_vh
+    k, v, ks, vs = keys.k_ptr + k_offset, keys.v_ptr + v_offset, None, None
+    if keys.k_scales is not None:
+        ks = keys.k_scales + _offset(b, head, keys.stride_kb, keys.stride_kh, WIDTH)
+        vs = keys.v_scales + _offset(b, head, keys.stride_vb, keys.stride_vh, WIDTH)
     if newest is not None:
         # Padding may lie past the last position: its result is unused, but must not be NaN.
         P = newest.tables.P

@@ -13,17 +13,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mixtral_triton import SMALL, Mixtral
 from mixtral_triton.model import QuantizedWeight
-from mixtral_triton.quantize import quantize
 from tests.cli.commands import ROOT
 
 pytestmark = pytest.mark.compiled
@@ -80,7 +77,9 @@ def compare(found: Any, want: Tokens) -> tuple[int, list[float]]:
     """Return how many texts are equal, and each one's largest difference of a log probability."""
     equal = sum(ids == expected for ids, expected in zip(found["ids"], want[0], strict=True))
     errors = (torch.tensor(found["logprobs"]) - torch.tensor(want[1])).abs().amax(-1).tolist()
-    print(f"{equal} of {len(errors)} texts equal, differences of log probabilities {min(errors):.1e} to {max(errors):.1e}")
+    print(
+        f"{equal} of {len(errors)} texts equal, differences of log probabilities {min(errors):.1e} to {max(errors):.1e}"
+    )
     return equal, errors
 
 
@@ -182,7 +181,9 @@ def test_the_openai_server_answers_with_these_experts(of_transformers: Tokens) -
         with urllib.request.urlopen(request, timeout=120) as response:
             choice = json.load(response)["choices"][0]
     ids, logprobs = of_transformers
-    assert_same({"ids": [choice["token_ids"]], "logprobs": [choice["logprobs"]["token_logprobs"]]}, (ids[3:4], logprobs[3:4]))
+    assert_same(
+        {"ids": [choice["token_ids"]], "logprobs": [choice["logprobs"]["token_logprobs"]]}, (ids[3:4], logprobs[3:4])
+    )
 
 
 def load_plugin(monkeypatch: pytest.MonkeyPatch, vllm: ModuleType | None = None) -> Any:
