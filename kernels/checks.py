@@ -138,7 +138,8 @@ class Binder:
         """Check the tensors in order, then shapes of plain letters, those that are expressions of them, and numbers."""
         present = [argument for argument in arguments if values[argument.name] is not None or not argument.optional]
         tensors = [argument for argument in present if argument.tensor]
-        self.may_be_empty |= {*tensors[0].shape_spec.split()[:1]}  # the rows, whatever an operation calls them
+        for first in tensors[:1]:
+            self.may_be_empty |= {*first.shape_spec.split()[:1]}  # the rows, whatever an operation calls them
         for argument in tensors:
             self.bind_tensor(argument, values[argument.name])
         for derived in (False, True):

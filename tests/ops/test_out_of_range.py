@@ -110,7 +110,7 @@ def test_sequence_beyond_the_limit_is_nan(past: int, new: int, limit: int, gpu_r
 
 def test_new_token_beyond_the_tables_is_nan_and_padding_is_not() -> None:
     """On the torch backend, too, where the sequences differ in length and where they do not."""
-    args = inputs("rope_append_attention", dict(OPS["rope_append_attention"].test_shapes[0]) | {"B": 3})
+    args = inputs("rope_append_attention", vars(OPS["rope_append_attention"].test_shapes[0]) | {"B": 3})
     args |= {"cos": args["cos"][:9], "sin": args["sin"][:9], "new": torch.tensor([1, 1, 0])}
     for past, is_nan in (((3, 9, 9), [False, True, False]), ((9, 9, 9), [True, True, False])):
         out, *_ = call("rope_append_attention", args | {"past": torch.tensor(past)})
