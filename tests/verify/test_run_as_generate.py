@@ -109,7 +109,7 @@ def test_a_tile_of_one_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def with_a_tile(sizes: Any, dtype: Any, arch: str) -> Any:
         found = configs(sizes, dtype, arch)
-        if sizes.T == rows:
+        if rows == sizes.T:
             found[kernel] = dataclasses.replace(found[kernel], num_warps=2)
         return found
 
