@@ -28,8 +28,7 @@ from tests.cli.commands import ROOT
 
 pytestmark = pytest.mark.compiled
 NAME, NEW = "mixtral_triton", 8
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: tests/engine/environment.sh")
+needs_vllm = pytest.mark.usefixtures("vllm")
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -50,6 +49,11 @@ def engine(
     if run.returncode:
         raise RuntimeError(run.stdout + run.stderr)
     return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))  # amid logs
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Any:
+    return pytest.importorskip("vllm", exc_type=ImportError)  # also one beside packages that it cannot import
 
 
 @pytest.fixture(scope="module")
