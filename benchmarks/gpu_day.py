@@ -41,13 +41,13 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.load import usable_cores
 from mixtral_triton.tools import predict
 from mixtral_triton.tools.bench import decode_step
-from mixtral_triton.tools.bench.cases import BENCHED, QUANTIZED, Case, cases
+from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
 from mixtral_triton.tools.bench.command import number, sizes_text
 from mixtral_triton.tools.bench.measure import DeviceTimer, untimed_row
 from mixtral_triton.tools.bench.peers import PEERS
 from mixtral_triton.tools.gpus import GPU, GPUS, data_sheet
 from mixtral_triton.tools.offline import compile_launches
-from mixtral_triton.tools.terminal import toolchain_fault
+from mixtral_triton.tools.terminal import QUANTIZED, toolchain_fault
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 550.0
 NOW = "clocks.sm,clocks.mem,power.draw,temperature.gpu"  # of a GPU under load
@@ -69,12 +69,11 @@ Part = tuple[float, dict[str, str]]  # the share of the time, and the commands b
 
 def parts(simulated: str = "", breaks: str = "") -> dict[str, Part]:
     """Return the parts in order of importance. `simulated`: the architecture of a simulated GPU, where the kernel
-    `breaks` fails. A share is what the part takes there, in seconds on two cores, most of it to start processes, or
-    what its work takes on a GPU, where that is more."""
+    `breaks` fails. The share is in seconds: at least ten a command, which the simulated GPU needs to start it."""
     experts = [name for name in OPS if name.startswith("expert")]
     cache = [name for name in OPS if "attention" in name or name == "append"]
     rest = [name for name in OPS if name not in (*experts, *cache)]
-    python, small = PYTHON, " --dry" if simulated else ""
+    python, small = PYTHON, "--dry" if simulated else ""
     if simulated:  # results are checked; kernels take long there
         python += f" -m tests.support.stub --arch {simulated} --executes" + (breaks and f" --breaks {breaks}")
     layer = "".join(f" --sizes T={T},H=4096,I=14336,E=8,K=2" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
@@ -86,21 +85,21 @@ def parts(simulated: str = "", breaks: str = "") -> dict[str, Part]:
         return {name: f"{command} {name} {_smallest(name) if simulated else options} {more}" for name in names}
 
     def check(name: str) -> dict[str, str]:
-        return {name: f"{python} -m benchmarks.gpu_day --check {name}{small}"}
+        return {name: f"{python} -m benchmarks.gpu_day --check {name} {small}"}
 
     of_ops = {name: f"tests/ops/test_registry.py -k=-{name}-" for name in OPS}
-    files = {file.stem: file for file in sorted((ROOT / "tests").rglob("test_*.py")) if file.stem != "test_registry"}
-    of_files = {name: file.relative_to(ROOT) for name, file in files.items() if GPU_TESTS.search(file.read_text())}
-    memcheck = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9"
-    has_sanitizer, two_gpus = shutil.which("compute-sanitizer") is not None, torch.cuda.device_count() > 1
-    launcher = f"{PYTHON} -m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
-    on_two = {"verify": f"{launcher} verify --tp 2 --quick", "generate": f"{launcher} generate --tp 2 --prompt The"}
-    return {
+    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if GPU_TESTS.search(file.read_text())]
+    of_files = {file.stem: file.relative_to(ROOT) for file in files if file.stem != "test_registry"}
+    sanitizer = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool"
+    tools = ("memcheck", "initcheck") if shutil.which("compute-sanitizer") and not simulated else ()
+    on_two = f"{PYTHON} -m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
+    ranked = ("verify --quick", "generate --prompt The") if torch.cuda.device_count() > 1 and not simulated else ()
+    found: dict[str, Part] = {
         # Nothing is timed while another core compiles.
         "compile": (80, check("compile")),
         "experts in bf16": (40, bench(["expert_swiglu"], f"{layer} {no_compile}")),
         "rates": (20, check("rates")),
-        "tests": (120, {name: f"{python} {TESTS}{first} {where}" for name, where in (of_ops | of_files).items()}),
+        "tests": (120, {name: f"{python} {TESTS}{first} {where}" for name, where in (of_files | of_ops).items()}),
         "experts": (40, bench(experts, f"--quick {no_compile}")),
         "attention": (60, bench(cache, f"--quick {no_compile}")),
         # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
@@ -111,12 +110,15 @@ def parts(simulated: str = "", breaks: str = "") -> dict[str, Part]:
         "decode compiled": (40, bench(["decode_step"], f"{two_depths} {no_compile}")),
         "one token and many": (90, bench(rest, "--quick --at T=1 --at T=4096")),
         "host": (20, {"host_time": f"{PYTHON} benchmarks/host_time.py --json --rounds {1 if simulated else 40}"}),
-        "two GPUs": (60, on_two if two_gpus and not simulated else {}),
+        "two GPUs": (60, {each.split()[0]: f"{on_two} {each} --tp 2" for each in ranked}),
         "sanitizer": (60, {
-            f"{tool} {name}": f"{memcheck} --tool {tool} {PYTHON} {TESTS} --first {where}"
-            for tool in ("memcheck", "initcheck") for name, where in of_ops.items() if has_sanitizer and not simulated
+            f"{tool} {name}": f"{sanitizer} {tool} {PYTHON} {TESTS} --first {where}"
+            for tool in tools for name, where in of_ops.items()
         }),
     }  # fmt: skip
+    if simulated:  # a command takes about ten seconds on two cores, one of the tests twice as long
+        found = {part: (10 * (1 + (part == "tests")) * len(each), each) for part, (_, each) in found.items()}
+    return found
 
 
 def _smallest(name: str) -> str:
@@ -187,14 +189,12 @@ def _predict_experts(rates: Figures) -> Figures:
     efficiency = replace(predict.OPTIMISTIC, l2=1.0, tile=rates["tile"])
     gaps = {False: rates["launch_gap"], True: rates["pdl_gap"] or rates["launch_gap"]}
     figures: Figures = {}
-    with (
-        mock.patch.object(predict, "OPTIMISTIC", efficiency),
-        mock.patch.object(GPU, "gap", lambda _, dependent: gaps[dependent]),
-    ):
-        for T in (512, 1024, 1536, 4096):
-            case = Case(OPS["expert_swiglu"], {"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2})
+    for T in (512, 1024, 1536, 4096):
+        case = Case(OPS["expert_swiglu"], {"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2})
+        gap = mock.patch.object(GPU, "gap", lambda _, dependent: gaps[dependent])
+        with mock.patch.object(predict, "OPTIMISTIC", efficiency), gap:
             predicted = untimed_row(case, gpu).predicted
-            figures[f"expert_swiglu T{T}, predicted, us"] = predicted and predicted.seconds * 1e6
+        figures[f"expert_swiglu T{T}, predicted, us"] = predicted and predicted.seconds * 1e6
     return figures
 
 
@@ -230,20 +230,11 @@ def prefetch(small: bool) -> Figures:
 CHECKS = {"compile": compile_ahead, "rates": rates, "prefetch": prefetch}
 
 
-def run_part(
-    part: str, commands: dict[str, str], out: Path, limit_s: float, done: dict[str, int], jobs: int = 1
-) -> Figures:
-    """Run the commands without a status in `done`, `jobs` at a time; kill those whose time is up, with all that they
-    started -> the entry."""
-    start, exits, running = time.monotonic(), dict(done), dict[str, subprocess.Popen[bytes]]()
+def run_part(part: str, commands: dict[str, str], entry: Figures, out: Path, limit_s: float, jobs: int = 1) -> None:
+    """Run the commands without a status in `entry`, `jobs` at a time, for so long, and write there how they end."""
+    start, exits, running = time.monotonic(), entry["exit"], dict[str, subprocess.Popen[bytes]]()
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
     waiting = [name for name in commands if name not in exits]
-
-    def end(name: str) -> None:
-        with suppress(ProcessLookupError):  # of what a command has left running, too
-            os.killpg(running[name].pid, signal.SIGKILL)
-        running.pop(name).wait()
-
     try:
         while (waiting or running) and time.monotonic() < start + limit_s:
             while waiting and len(running) < jobs:
@@ -252,15 +243,20 @@ def run_part(
                     output: dict[str, Any] = {"stdout": stdout, "stderr": stderr, "env": variables, "cwd": ROOT}
                     running[name] = subprocess.Popen(shlex.split(commands[name]), start_new_session=True, **output)
             time.sleep(0.05)
-            for name, status in [(name, process.poll()) for name, process in running.items()]:
-                if status is not None:
-                    exits[name] = status
-                    end(name)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                exits[name] = kill(running.pop(name))
     finally:  # also after Ctrl-C
-        for name in [*running]:
-            end(name)
-    status = "failed" if any(exits.values()) else "over budget" if len(exits) < len(commands) else "done"
-    return {"status": status, "seconds": time.monotonic() - start, "limit_s": limit_s, "exit": exits}
+        for process in running.values():
+            kill(process)
+    entry["status"] = "failed" if any(exits.values()) else "over budget" if len(exits) < len(commands) else "done"
+    entry["seconds"] = time.monotonic() - start
+
+
+def kill(process: subprocess.Popen[bytes]) -> int:
+    """Kill a process, if it runs, and all that it started -> its exit status."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def smi(query: str) -> str:
@@ -279,48 +275,41 @@ def day(selected: dict[str, Part], out: Path, budget_s: float, simulated: bool =
     out.mkdir(parents=True, exist_ok=True)
     file, start, setup, cores = out / "gpu_day.json", time.monotonic(), environment(), usable_cores()
     done: dict[str, Any] = json.loads(file.read_text())["parts"] if file.is_file() else {}
-    none = {"seconds": 0.0, "limit_s": 0.0, "exit": {}}
-    why = {part: "not started" if commands else "not possible here" for part, (_, commands) in selected.items()}
-    entries = {part: done.get(part, {"status": why[part], **none}) for part in selected}
-    shares = {part: share for part, (share, each) in selected.items() if len(entries[part]["exit"]) < len(each)}
+    for part, (_, commands) in selected.items():
+        status = "not started" if commands else "not possible here"
+        done.setdefault(part, {"status": status, "seconds": 0.0, "exit": {}})
+    shares = {part: share for part, (share, each) in selected.items() if len(done[part]["exit"]) < len(each)}
     print(f"parts: {', '.join(selected)}", flush=True)
     for part, (_, commands) in selected.items():
-        remaining_s = budget_s - (time.monotonic() - start)
+        remaining_s, entry = budget_s - (time.monotonic() - start), done[part]
         if part in shares and remaining_s >= 1:
-            limit_s = remaining_s * shares[part] / sum(shares.values())
             jobs = cores if simulated else max(1, min(8, cores // 2)) if part in UNTIMED else 1
-            entries[part] = run_part(part, commands, out, limit_s, entries[part]["exit"], jobs)
-        entry, _ = entries[part], shares.pop(part, None)
+            run_part(part, commands, entry, out, remaining_s * shares[part] / sum(shares.values()), jobs)
+        shares.pop(part, None)
         failed = ", ".join(name for name, status in entry["exit"].items() if status)
         print(f"{part}: {entry['status']} after {entry['seconds']:.0f} s {failed}".rstrip(), flush=True)
-        done[part] = entry
         found = {"setup": [*setup, environment()[1]], "parts": done, **results(done, out)}
         (out / "gpu_day.md").write_text(markdown(found))
         half = file.with_suffix(".part")  # the next run reads a whole file, whenever the session ends
         half.write_text(json.dumps(found, indent=1))
         half.replace(file)
-    return entries
+    return {part: done[part] for part in selected}
 
 
 def results(done: dict[str, Any], out: Path) -> dict[str, Any]:
     """Return tests by outcome, rows of the benchmarks, and what the scripts and checks print."""
-    found: dict[str, Any] = {"tests": {}, "rows": [], "host": [], "checks": []}
+    tests, events = dict[str, str](), list[dict[str, Any]]()
     for file in (file for part in done for file in sorted(out.glob(f"{part}-*.out".replace(" ", "_")))):
         text = file.read_text(errors="replace")
         if file.name.startswith("tests-"):
-            found["tests"] |= {match[1]: (match[2] or "died").lower() for match in OUTCOME.finditer(text)}
+            tests |= {match[1]: (match[2] or "died").lower() for match in OUTCOME.finditer(text)}
         for line in (line for line in text.splitlines() if line.startswith("{")):
-            event: dict[str, Any] = {}
             with suppress(json.JSONDecodeError):  # the last line may be incomplete
-                event = json.loads(line)
-            if event.get("kind") == "row":
-                found["rows"].append(event)
-            elif event.get("kind") == "check":
-                figures = [(name, value) for name, value in event.items() if name not in ("kind", "check")]
-                found["checks"] += [{"check": event["check"], "": name, "value": value} for name, value in figures]
-            elif "plain_launch_us" in event:
-                found["host"] = event["rows"]
-    return found
+                events.append(json.loads(line))
+    rows, checks = ([each for each in events if each.get("kind") == kind] for kind in ("row", "check"))
+    host = [row for each in events if "plain_launch_us" in each for row in each["rows"]]
+    figures = [{"check": each["check"], "": name, "value": each[name]} for each in checks for name in [*each][2:]]
+    return {"tests": tests, "rows": rows, "host": host, "checks": figures}
 
 
 def _cell(value: Any) -> str:
@@ -373,13 +362,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = CHECKS[args.check](args.dry is not None)
         print(json.dumps({"kind": "check", "check": args.check, **found}), flush=True)
         return int(not found["ok"])
-    every, name = parts(), f"dry-{args.arch}"
-    if args.dry is not None:
-        every = parts(args.arch, args.dry)
-    else:
-        name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    out = args.out or ROOT / "benchmarks" / "results" / name
-    done = day({name: every[name] for name in names if name in args.parts}, out, args.budget_s, args.dry is not None)
+    simulated = "" if args.dry is None else args.arch
+    every, gpu = parts(simulated, args.dry or ""), f"dry-{simulated}" if simulated else torch.cuda.get_device_name()
+    out = args.out or ROOT / "benchmarks" / "results" / gpu.lower().replace(" ", "-")
+    done = day({name: every[name] for name in names if name in args.parts}, out, args.budget_s, bool(simulated))
     print(f"results: {out / 'gpu_day.md'}")
     return int(any(entry["status"] == "failed" for entry in done.values()))
 

@@ -16,14 +16,14 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import plan
-from .checks import SEVERAL_TENSORS, Argument, Cache, Matrix, check_values
+from .checks import COMPOSITE_PARTS, COMPOSITES, Argument, Cache, Matrix, check_values
 from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
-from .op import Cost, Op
+from .op import Cost, Op, SignatureError, by_position, streaming_cost
 from .plan import call_key
 from .quantized import QuantizedWeight
 from .quantized_cache import QuantizedCache
-from .samples import random_inputs, streaming_cost
+from .samples import random_inputs
 from .sequential import sequential
 
 P = ParamSpec("P")
@@ -36,6 +36,7 @@ PLAIN_TYPES: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
 # same check thousands of times.
 _checked: dict[tuple[Any, ...], tuple[tuple[int, int, int], ...]] = {}
 _CHECKED_MAX = 4096
+_is_compiling, _dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack  # read at every call
 
 
 def call_checked(op: Op, args: tuple[Any, ...]) -> Any:
@@ -94,7 +95,7 @@ def _check(op: Op, args: tuple[Any, ...], call: tuple[Any, ...]) -> None:
 
 def untraced() -> bool:
     """Return whether nothing watches torch's operations: no compiler, no dispatch mode."""
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    return not (_is_compiling() or _dispatch_modes())
 
 
 def transformed() -> bool:
@@ -110,17 +111,18 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
     gradients = torch.is_grad_enabled()
     for x in values:
         if not isinstance(x, Tensor):
-            if not isinstance(x, SEVERAL_TENSORS):
-                continue
-            x = _first_tensor(x)
-        if type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
+            if isinstance(x, COMPOSITES) and not needs_no_dispatch(x.tensors):
+                return False
+        elif type(x) not in PLAIN_TYPES or x.is_meta or x.is_neg() or (gradients and x.requires_grad):
             return False
     return True
 
 
-# A quantized weight or cache is several tensors, and torch's operators take tensors: its codes take the place of the
-# argument; the other parts follow all other arguments.
-_PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
+def _any_lazy_negation(values: Iterable[Any]) -> bool:
+    return any(
+        x.is_neg() if isinstance(x, Tensor) else isinstance(x, COMPOSITES) and _any_lazy_negation(x.tensors)
+        for x in values
+    )
 
 
 def _first_tensor(x: Any) -> Any:
@@ -173,7 +175,7 @@ def _schema(op: Op) -> str:
     signature = op.plain_signature(Tensor)
     parameters = [*signature.parameters.values()]
     for argument in op.arguments:
-        for part, kind in _PARTS.get(argument.kind, ()):
+        for part, kind in COMPOSITE_PARTS.get(argument.kind, ()):
             more = inspect.Parameter(f"{argument.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
             parameters.append(more.replace(annotation=kind | None))
 
@@ -184,10 +186,11 @@ def _schema(op: Op) -> str:
 
 
 def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
-    """Turn all arguments of `run` into those of torch's operator."""
+    """Turn all arguments of `run` into those of torch's operator, which are tensors: the codes of a composite take its
+    place, and its other parts follow all other arguments."""
     parts: list[Any] = []
     for argument, x in zip(arguments, args, strict=True):
-        for name, _ in _PARTS.get(argument.kind, ()):
+        for name, _ in COMPOSITE_PARTS.get(argument.kind, ()):
             parts.append(None if isinstance(x, Tensor) else getattr(x, name, None))
     return (*map(_first_tensor, args), *parts)
 
@@ -198,7 +201,7 @@ def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[
     parts: Iterator[Any] = iter(args[len(arguments) :])
     for index, argument in enumerate(arguments):
         if argument.kind == Matrix:
-            scales, zeros, layout = (next(parts, None) for _ in _PARTS[Matrix])
+            scales, zeros, layout = (next(parts, None) for _ in COMPOSITE_PARTS[Matrix])
             if layout is not None:
                 weight_of: Any = OffloadedWeight.of if layout.startswith(OFFLOADED) else QuantizedWeight.of
                 values[index] = weight_of(values[index], scales, zeros, layout)
@@ -250,7 +253,7 @@ def operation(
         draw, count = random_inputs(run, inputs), streaming_cost(run, flops) if cost is None else cost
         fields["inputs"] = lambda each, *args, **kwargs: draw(op.case_of(each), *args, **kwargs)
         fields["cost"] = lambda each, dtype: count(op.case_of(each), dtype)
-        op: Op = Op(name=name or run.__name__, run=run, case=case, **fields)
+        op: Op = Op(name=name or run.__name__, run=by_position(run), case=case, **fields)
         checked, unchecked = _entry_points(op)
         for function in (checked, unchecked):
             wraps(run)(function)
@@ -266,8 +269,12 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
     it, and does not follow inspect.Signature where the traced caller has mutated a dict."""
     # Read before a compiler reads them: it cannot trace a cached_property's lock (Python < 3.12).
     parameters, required = tuple(zip(op.names, op.defaults, strict=True)), inspect.Parameter.empty
+    positional, by_name = op.positional, ", ".join(op.names[op.positional :])
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        if positional < len(args) <= len(parameters):
+            got = f"{op.public_name}: {len(args)} arguments are given by position"
+            raise SignatureError(f"{got}, needs at most {positional}, and by name: {by_name}")
         values, used = list(args), 0
         for name, default in parameters[len(args) :]:
             if name in kwargs:
@@ -288,14 +295,14 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     Both skip torch's dispatcher, which would cost more host time than a decode step's kernels take, unless a trace, a
     dispatch mode or (checked) a gradient needs to see the operator.
     """
-    operator, order = _register(op), _order_arguments(op)
+    operator, order, positional, defaults = _register(op), _order_arguments(op), op.positional, op.defaults
 
     def dispatch(args: tuple[Any, ...]) -> Any:
-        quantized = any(isinstance(x, SEVERAL_TENSORS) for x in args)
-        return operator(*(flatten_args(op.arguments, order(args, {})) if quantized else args))
+        quantized = any(isinstance(x, COMPOSITES) for x in args)
+        return operator(*(flatten_args(op.arguments, (*args, *defaults[len(args) :])) if quantized else args))
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if kwargs:
+        if kwargs or len(args) > positional:
             args = order(args, kwargs)
         if untraced() and transformed():
             reject_transforms(f"mixtral_triton.ops.{op.name}", args)
@@ -308,8 +315,14 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return dispatch(args)
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
-        if kwargs:
+        if kwargs or len(args) > positional:
             args = order(args, kwargs)
-        return call_unchecked(op, args) if untraced() else dispatch(args)
+        if not untraced():
+            return dispatch(args)
+        # To ask every tensor takes 3 % of a decode layer's host time, and in a model's layers none is negated.
+        if in_pdl_region() or not _any_lazy_negation(args):
+            return call_unchecked(op, args)
+        op.check(*args)
+        return dispatch(args)
 
     return checked, unchecked

@@ -34,8 +34,13 @@ MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model 
 
 Matrix = Tensor | QuantizedWeight
 Cache = Tensor | QuantizedCache
-PACKED = (Matrix, Cache)  # what may be an object of several tensors, which is one of these
-SEVERAL_TENSORS = QuantizedWeight, QuantizedCache
+COMPOSITES = QuantizedWeight, QuantizedCache  # arguments of several tensors
+# Of arguments that may be one, the parts beside the codes, which take the place of the tensor.
+COMPOSITE_PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
+
+# Annotations that operations share.
+Tokens = Annotated[Tensor, "T H"]
+RoutingWeights = Annotated[Tensor, "T K", FP32]
 
 # An argument's name, its values, the least and the most that they may be.
 Range = tuple[str, Tensor, int, int]
@@ -127,11 +132,13 @@ class Binder:
         self.sizes: dict[str, Any] = {}
         self.device: torch.device | None = None
         self.dtype: torch.dtype | None = None  # of the floats
+        self.may_be_empty = set(MAY_BE_EMPTY)
 
     def bind(self, arguments: Iterable[Argument], values: Mapping[str, Any]) -> None:
         """Check the tensors in order, then shapes of plain letters, those that are expressions of them, and numbers."""
         present = [argument for argument in arguments if values[argument.name] is not None or not argument.optional]
         tensors = [argument for argument in present if argument.tensor]
+        self.may_be_empty |= {*tensors[0].shape_spec.split()[:1]}  # the rows, whatever an operation calls them
         for argument in tensors:
             self.bind_tensor(argument, values[argument.name])
         for derived in (False, True):
@@ -176,7 +183,7 @@ class Binder:
         if not fits:
             raise fail(self.op, name, got, f"[{spec}]{self._known_sizes(spec)}")
         for part in parts:
-            if part.isidentifier() and part not in MAY_BE_EMPTY and self.sizes[part] < 1:
+            if part.isidentifier() and part not in self.may_be_empty and self.sizes[part] < 1:
                 raise fail(self.op, name, got, f"[{spec}] with {part} of at least 1")
 
     def _known_sizes(self, spec: str) -> str:

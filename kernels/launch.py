@@ -1,6 +1,5 @@
 """The only entry point to a Triton launch, its configuration and context, and TMA's descriptors."""
 
-import ctypes
 import inspect
 import threading
 from collections import namedtuple
@@ -198,11 +197,6 @@ def tma_can_read(x: torch.Tensor, arch: str) -> bool:
     return fits and all(stride % inner == 0 for stride, inner in pairwise(outer))
 
 
-def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
-    """Return the least power of two that is at least n, clamped to low..high (powers of two themselves)."""
-    return max(low, min(high, 1 << max(0, n - 1).bit_length()))
-
-
 def describe(x: torch.Tensor, block: Sequence[int], arch: str) -> TensorDescriptor | None:
     """Return a descriptor that loads tiles of shape `block`, zero outside x; None where pointers must read."""
     return TensorDescriptor(x, list(x.shape), _strides(x), list(block)) if tma_can_read(x, arch) else None
@@ -268,13 +262,6 @@ def _launch_compiled(
     launches = _context.get().compiled
     if launches is not None:
         launches.append(CompiledLaunch(compiled, kernel, (*grid, 1, 1)[:3], args))
-
-
-def call_runtime(function: str, *args: Any) -> int:
-    """Call the CUDA or HIP runtime that torch uses, for what torch does not offer, and return its status."""
-    runtime = ctypes.CDLL(torch._C.__file__)  # symbols of a library's dependencies count
-    status: int = getattr(runtime, ("hip" if torch.version.hip else "cuda") + function)(*args)
-    return status
 
 
 _interpreter_lock = threading.Lock()  # the interpreter's state is global: its threads take turns

@@ -6,7 +6,6 @@ torch's library multiplies more rows (`use_skinny_kernel`), except in determinis
 kernel, with another order of the sum, for another T.
 """
 
-from collections import namedtuple
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,68 +15,62 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .arch import amd, family, max_multiprocessors
+from .arch import family, max_multiprocessors
 from .arguments import Rows
 from .call import operation
 from .checks import Matrix
-from .launch import LaunchConfig, is_overridden, launch, power_of_2, select_configs, target_arch
+from .facts import Product, kernel_facts
+from .kernel_weight import Weight, WeightPtrs, WeightRows, add_products, program_tile, row_products, times_row_scales
+from .launch import LaunchConfig, is_overridden, launch, select_configs, target_arch
 from .pdl import prefetch_rows
-from .quantized import QUANT_NAMES, tile_columns
+from .quantized import QUANT_NAMES
 from .samples import shape_grid, shapes
+from .tiles import (
+    GROUP_M,
+    QUANTIZED_DECODE,
+    DecodeTile,
+    PrefillTile,
+    Table,
+    decode_tile,
+    power_of_2,
+    prefill_tile,
+    quantized_prefill,
+    weight_config,
+)
 from .unpack import fields_of
-from .weight import Weight, WeightPtrs, add_products, times_row_scales, weight_tile
 
 SKINNY_M = 16  # up to here always the skinny kernel: the narrowest side of a tensor core tile
 SKINNY_M_MAX = 64  # beyond it never
 
 
-# BLOCK_M rows of x, BLOCK_N rows of the weight.
-DecodeTile = namedtuple("DecodeTile", "BLOCK_N BLOCK_K")
-SkinnyTile = namedtuple("SkinnyTile", "BLOCK_N num_warps num_stages")
-WideTile = namedtuple("WideTile", "BLOCK_M BLOCK_N num_warps num_stages")
-# Dense weights of 16 bits on NVIDIA, by the most rows of x. Each program reads all rows of x through L2: fewer weight
-# rows give more programs, but x may take at most 0.3 of the weight's bytes up to SKINNY_M, and half of them beyond.
-_DECODE = {
-    4: DecodeTile(16, 256),
-    9: DecodeTile(32, 128),
-    16: DecodeTile(64, 128),
-    32: DecodeTile(64, 128),
-    64: DecodeTile(128, 64),
+# Each program reads all rows of x through L2: fewer weight rows give more programs, but x may take at most 0.3 of the
+# weight's bytes up to SKINNY_M, and half of them beyond, where four stages would leave room for one program an SM. On
+# AMD no size lies between.
+_DECODE_NVIDIA = (
+    DecodeTile(4, 16, 16, 256, 4, 4),
+    DecodeTile(9, 16, 32, 128, 4, 4),
+    DecodeTile(16, 16, 64, 128, 4, 4),
+    DecodeTile(32, 32, 64, 128, 4, 3),
+    DecodeTile(64, 64, 128, 64, 4, 3),
+)
+DECODE: Table[DecodeTile] = {
+    "sm_80": _DECODE_NVIDIA,
+    "sm_90": _DECODE_NVIDIA,
+    "sm_100": _DECODE_NVIDIA,
+    "gfx942": (DecodeTile(16, 16, 16, 128, 4, 2), DecodeTile(64, 64, 16, 128, 4, 2)),
+    "fp32": (DecodeTile(16, 16, 16, 64, 4, 2), DecodeTile(32, 32, 16, 64, 4, 2), DecodeTile(64, 64, 16, 64, 4, 2)),
 }
-# Quantized weights, by the rows of x in a tile. The layout fixes the depth of a tile: the columns of one field of a
-# unit. Not measured on a GPU: selected by instructions per byte (decode) and FLOP per instruction (prefill).
-_SKINNY = {
-    "sm_80": {16: SkinnyTile(128, 8, 4), 32: SkinnyTile(128, 8, 3), 64: SkinnyTile(64, 4, 3)},
-    "sm_90": {16: SkinnyTile(64, 4, 5), 32: SkinnyTile(64, 4, 4), 64: SkinnyTile(64, 4, 3)},
-    "gfx942": {16: SkinnyTile(32, 4, 1), 64: SkinnyTile(32, 8, 1)},
+# Any number of rows in deterministic mode: one tile.
+PREFILL: Table[PrefillTile] = {
+    "sm_80": (PrefillTile(0, 64, 64, 64, 4, 4),),
+    "sm_90": (PrefillTile(0, 64, 64, 64, 4, 4),),
+    "sm_100": (PrefillTile(0, 64, 64, 64, 4, 4),),
+    "gfx942": (PrefillTile(0, 64, 64, 64, 4, 2),),
+    "fp32": (PrefillTile(0, 32, 32, 32, 4, 2),),
 }
-# The same, by the average rows of x that share a weight.
-_WIDE = {
-    "sm_80": {0: WideTile(64, 128, 4, 3), 128: WideTile(128, 64, 4, 3), 256: WideTile(256, 64, 8, 3)},
-    "sm_90": {0: WideTile(64, 128, 4, 4), 128: WideTile(128, 128, 4, 4), 256: WideTile(256, 128, 8, 4)},
-    "sm_100": {0: WideTile(64, 128, 4, 4), 128: WideTile(128, 256, 8, 3)},
-    "gfx942": {0: WideTile(64, 64, 4, 2), 256: WideTile(128, 128, 8, 2)},
-}
-_SKINNY["sm_100"] = _SKINNY["sm_90"]
-# fp32 has no tensor cores at this precision: registers bound the tile, in decode to 16 rows of x.
-_SKINNY_FP32, _WIDE_FP32 = SkinnyTile(16, 8, 2), WideTile(32, 32, 8, 2)
 
 
-@triton.jit
-def depth_tile(ptrs, inside, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load a tile of a reduction over DEPTH, masked only where BLOCK_K does not divide it."""
-    return tl.load(ptrs) if DEPTH % BLOCK_K == 0 else tl.load(ptrs, mask=inside, other=0.0)
-
-
-@triton.jit
-def program_tile(pid, row_tiles, column_tiles, GROUP_M: tl.constexpr):
-    """Program -> (row tile, column tile). GROUP_M row tiles sweep the columns together, so weights stay in L2."""
-    group = pid // (GROUP_M * column_tiles)
-    height = tl.maximum(1, tl.minimum(row_tiles - group * GROUP_M, GROUP_M))  # 1 for a surplus program
-    within = pid % (GROUP_M * column_tiles)
-    return group * GROUP_M + within % height, within // height
-
-
+@kernel_facts("BLOCK_T", work=Product("x", "weight", halves=1, depth="H"))
 @triton.jit(do_not_specialize=["T"])
 def linear_decode_kernel(
     x,  # Rows [T, H]
@@ -103,6 +96,7 @@ def linear_decode_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
 
 
+@kernel_facts(work=Product("x", "weight", halves=1, depth="H"))
 @triton.jit(do_not_specialize=["T"])
 def linear_kernel(
     x,  # Rows [T, H]
@@ -119,38 +113,10 @@ def linear_kernel(
     x_ptrs = x.ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[:, None] * x.stride + offs_k[None, :]
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
     w = WeightPtrs(weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :], weight.scales, weight.zeros)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, H, BLOCK_K):
-        x_tile = depth_tile(x_ptrs, offs_k[None, :] < H - k, H, BLOCK_K)
-        w_tile = weight_tile(w, w_rows, k, H, BLOCK_K, x_tile.dtype, LAYOUT)
-        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
-        x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
+    acc = row_products(x_ptrs, None, 0, WeightRows(w, w_rows, None, None), BLOCK_M, BLOCK_K, H, LAYOUT)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
-
-
-def skinny_config(
-    weights: str, columns: int, depth: int, block_t: int, dtype: torch.dtype, arch: str, halves: int = 1
-) -> LaunchConfig:
-    """Configure a decode kernel with at most block_t rows of x a tile. `columns`: rows of each of the halves."""
-    table = {16: _SKINNY_FP32} if dtype == torch.float32 else _SKINNY[family(arch)]
-    height = max(key for key in table if key <= block_t)
-    rows, warps, stages = table[height]
-    tile = {"BLOCK_T": height, "BLOCK_N": power_of_2(columns, low=16, high=rows // halves)}
-    return LaunchConfig(tile | {"BLOCK_K": tile_columns(weights, depth)}, num_warps=warps, num_stages=stages)
-
-
-def wide_config(
-    weights: str, columns: int, depth: int, rows: tuple[int, int] | None, dtype: torch.dtype, arch: str, halves: int = 1
-) -> LaunchConfig:
-    """Configure a kernel for many rows of x. `rows`: average rows that share a weight, and all rows; None: one tile."""
-    shared, total = rows or (0, 0)
-    table = {0: _WIDE_FP32} if dtype == torch.float32 else _WIDE[family(arch)]
-    block_m, block_n, warps, stages = table[max(key for key in table if key <= shared)]
-    tile = {"BLOCK_M": power_of_2(total, low=16, high=block_m) if rows else block_m}
-    tile |= {"BLOCK_N": power_of_2(columns, low=16, high=block_n // halves), "BLOCK_K": tile_columns(weights, depth)}
-    return LaunchConfig(tile | {"GROUP_M": 8}, num_warps=warps, num_stages=stages)
 
 
 @dataclass(frozen=True)
@@ -170,43 +136,27 @@ def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool
         return T <= SKINNY_M
     if sizes.weight:
         return True
-    return family(arch) in ("sm_80", "sm_90") and _decode_tile(T).BLOCK_N * max_multiprocessors(arch) <= N
-
-
-def _decode_tile(T: int) -> DecodeTile:
-    return _DECODE[min(most for most in _DECODE if most >= min(T, SKINNY_M_MAX))]
-
-
-def _decode_rows(T: int, arch: str) -> int:
-    """Return the rows of x in a tile, which holds them all. AMD's has no size in between."""
-    return SKINNY_M_MAX if T > SKINNY_M and amd(arch) else power_of_2(T, low=SKINNY_M, high=SKINNY_M_MAX)
-
-
-def _decode_config(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    T, H, fp32, cdna = sizes.T, sizes.H, dtype == torch.float32, amd(arch)
-    block_n, block_k = DecodeTile(16, 64 if fp32 else 128) if fp32 or cdna else _decode_tile(T)
-    tiles = {"BLOCK_T": _decode_rows(T, arch), "BLOCK_N": block_n, "BLOCK_K": power_of_2(H, 16, block_k)}
-    # With more than SKINNY_M rows four stages would leave room for one program an SM.
-    return LaunchConfig(tiles, num_warps=4, num_stages=2 if fp32 or cdna else 4 if T <= SKINNY_M else 3)
+    tile = decode_tile(DECODE, T, dtype, arch)
+    return family(arch) in ("sm_80", "sm_90") and tile.BLOCK_N * max_multiprocessors(arch) <= N
 
 
 def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    T, N, H, fp32 = sizes.T, sizes.N, sizes.H, dtype == torch.float32
-    if weights := sizes.weight:
-        rows = None if sizes.deterministic else (T, T)
-        skinny = skinny_config(weights, N, H, _decode_rows(T, arch), dtype, arch)
-        wide = wide_config(weights, N, H, rows, dtype, arch)
-    else:
-        block = 32 if fp32 else 64
-        tiles = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": power_of_2(H, low=16, high=block), "GROUP_M": 8}
-        skinny = _decode_config(sizes, dtype, arch)
-        wide = LaunchConfig(tiles, num_warps=4, num_stages=2 if fp32 or amd(arch) else 4)
-    return {"linear_decode_kernel": skinny, "linear_kernel": wide}
+    T, quantized = sizes.T, sizes.weight
+    few = decode_tile(QUANTIZED_DECODE if quantized else DECODE, T, dtype, arch)
+    many = prefill_tile(
+        quantized_prefill(quantized) if quantized else PREFILL, 0 if sizes.deterministic else T, dtype, arch
+    )
+    block_m = many.BLOCK_M if sizes.deterministic else power_of_2(T, low=16, high=many.BLOCK_M)
+    return {
+        "linear_decode_kernel": weight_config(few, sizes.N, sizes.H, quantized, BLOCK_T=few.BLOCK_T),
+        "linear_kernel": weight_config(many, sizes.N, sizes.H, quantized, BLOCK_M=block_m, GROUP_M=GROUP_M),
+    }
 
 
 @operation(
     reference=reference.linear,
     case=LinearSizes,
+    multiplies=True,
     configs=configs,
     flops=lambda case: 2 * case.T * case.H * case.N,
     test_shapes=(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Annotated, Any, NamedTuple, Protocol, cast, overload
 
 import torch
@@ -19,10 +20,12 @@ from . import reference
 from .arguments import Pointer, Rows
 from .call import operation
 from .checks import INTS, Range, Within, fail, readable
+from .facts import Operands, kernel_facts
 from .heads import POSITIONS_MAX
-from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .launch import LaunchConfig, launch, select_configs
 from .op import Cost, Op
 from .samples import shape_grid, shapes
+from .tiles import power_of_2
 
 
 class FusedNorm(NamedTuple):
@@ -57,6 +60,7 @@ def normed(values, scale, weight, dtype: tl.constexpr):
     return ((values * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
 
 
+@kernel_facts("BLOCK_H")
 @triton.jit(do_not_specialize=["T"])
 def rms_norm_kernel(
     x,  # Rows [T, H]
@@ -145,6 +149,7 @@ class RmsNorm(Protocol):
 def _with_unchecked(function: Any) -> RmsNorm:
     """Give `rms_norm` what an operation has."""
 
+    @wraps(function)  # an error of the signature names it
     def unchecked(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
         if residual is None:
             return _norm.unchecked(x, weight, eps)
@@ -194,6 +199,13 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     return y, total
 
 
+def _embedded_bytes(operands: Operands, programs: int) -> float:
+    """Count the rows that become x, not the whole table."""
+    rest = sum(x.nbytes for name, x in operands.items() if name != "table")
+    return rest + operands["x"].nbytes
+
+
+@kernel_facts("BLOCK_H", work=_embedded_bytes)
 @triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
 def embed_rms_norm_kernel(
     ids_ptr,  # [B, T]

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import call_runtime
 from .quantized import QuantizedWeight
 
 ALIGNMENT = 16  # bytes: what a kernel assumes of an address in a table
@@ -34,6 +33,13 @@ PORTABLE_MAPPED = 3  # flags of cudaHostRegister: every GPU may read the memory,
 OFFLOADED = "offloaded "  # how `layout` starts
 _weights: weakref.WeakValueDictionary[int, OffloadedWeight] = weakref.WeakValueDictionary()  # by id
 _copy_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def call_runtime(function: str, *args: Any) -> int:
+    """Call the CUDA or HIP runtime that torch uses, for what torch does not offer, and return its status."""
+    runtime = ctypes.CDLL(torch._C.__file__)  # symbols of a library's dependencies count
+    status: int = getattr(runtime, ("hip" if torch.version.hip else "cuda") + function)(*args)
+    return status
 
 
 @dataclass(eq=False)
@@ -244,6 +250,17 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     return parameter
 
 
+def host_memory(parameter: Any) -> Any:
+    """Return a parameter of `empty_on_host` as a tensor of the host, and another one as it is.
+
+    A loader writes it: a copy to the device expects no address of the host.
+    """
+    if getattr(parameter, "on_host", None) is not True or parameter.device.type != "cuda":
+        return parameter
+    memory = (ctypes.c_char * parameter.nbytes).from_address(parameter.data_ptr())
+    return torch.frombuffer(memory, dtype=parameter.dtype).view(parameter.shape)
+
+
 def find_weight(table: Tensor) -> OffloadedWeight | None:
     """Return the weight that this table of addresses belongs to; None for another tensor."""
     return next((weight for weight in _weights.values() if weight.data is table), None)
@@ -257,13 +274,14 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
     count = torch.Size(shape).numel()
-    # Private: a child process that writes into it changes a copy. Shared memory has pages of 4 kB, too, which take
-    # several times as long to allocate and to pin.
+    # Private, because shared memory has pages of 4 kB, which take several times as long to allocate and to pin.
     pages = mmap.mmap(-1, max(1, count * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(AttributeError, OSError):  # a system without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     host = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
     if device.type == "cuda":
+        with suppress(AttributeError, OSError):  # else Linux copies all pinned private memory into every child process
+            pages.madvise(mmap.MADV_DONTFORK)
         runtime = torch.cuda.cudart()
         with torch.cuda.device(device):
             status = runtime.cudaHostRegister(host.data_ptr(), host.nbytes, PORTABLE_MAPPED)
@@ -287,12 +305,13 @@ def _call_runtime(function: str, *args: Any) -> int:
 
 
 def _check_address(host: Tensor, device: torch.device) -> None:
-    """Raise ValueError where pinned memory has another address on the device than on the host, as on WSL."""
+    """Raise ValueError where pinned memory has another address on the device than on the host."""
     pinned, address = ctypes.c_void_p(host.data_ptr()), ctypes.c_void_p(host.data_ptr())
     status = _call_runtime("HostGetDevicePointer", ctypes.byref(address), pinned, ctypes.c_uint(0))
     if status or address.value != pinned.value:
         _call_runtime("GetLastError")
-        raise ValueError(f"offload: {device} cannot read pinned memory at its host address, as on WSL: needs offload=0")
+        where = "HIP may give it another one" if torch.version.hip else "as on WSL"
+        raise ValueError(f"offload: {device} cannot read pinned memory at its host address, {where}: needs offload=0")
 
 
 def _unpin(unregister: Any, address: int, synchronize: Any, device: torch.device, pages: mmap.mmap) -> None:

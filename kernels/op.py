@@ -1,10 +1,11 @@
 """What an operation declares about itself: one entry in the registry serves tests, compile, bench and verify."""
 
 import inspect
+import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from . import checks
 from .checks import Argument, Binder, Within
 from .launch import LaunchConfig
+from .quantized import matrix_bytes
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,51 @@ def read_annotations(run: Callable[..., Any]) -> tuple[tuple[Argument, ...], tup
     return tuple(arguments), tuple(Argument.parse("", part) for part in parts if part is not type(None))
 
 
+def by_position(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` with its keyword-only arguments also by position, as torch's operators and plans give them."""
+    signature = inspect.signature(run)
+    names, count = tuple(signature.parameters), _positional(signature)
+    if count == len(names):
+        return run
+
+    @wraps(run)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return run(*args[:count], **dict(zip(names[count:], args[count:], strict=False)), **kwargs)
+
+    parameters = (each.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in signature.parameters.values())
+    function.__signature__ = signature.replace(parameters=[*parameters])  # type: ignore[attr-defined]
+    return function
+
+
+def _positional(signature: inspect.Signature) -> int:
+    return sum(each.kind is not inspect.Parameter.KEYWORD_ONLY for each in signature.parameters.values())
+
+
+def row_letter(run: Callable[..., Any]) -> str:
+    """Return the letter that counts rows, which a shape with "..." leaves out: T, where the operation names none."""
+    spec = read_annotations(run)[0][0].shape_spec.split()
+    return "T" if spec[0] == "..." else spec[0]
+
+
+def letters_of(run: Callable[..., Any], case: Any) -> dict[str, Any]:
+    return {"...": (getattr(case, row_letter(run)),), **vars(case)}
+
+
+def streaming_cost(run: Callable[..., Any], flops: Callable[[Any], int]) -> Callable[[Any, torch.dtype], Cost]:
+    """Return `Op.cost` for an operation that reads each required argument once and writes each result once."""
+
+    def cost(case: Any, dtype: torch.dtype) -> Cost:
+        total, letters = 0, letters_of(run, case)
+        for a in (a for part in read_annotations(run) for a in part if a.tensor and not a.optional):
+            *rows, columns = checks.shape_of(a.shape_spec, letters)
+            weights = letters[a.name] if a.kind == checks.Matrix else None
+            stored = dtype if a.dtypes is None or dtype in a.dtypes else a.dtypes[0]
+            total += matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
+        return Cost(flops=flops(case), bytes=total)
+
+    return cost
+
+
 class SignatureError(ValueError, TypeError):
     """A call that does not fit the signature: Python's TypeError, and a ValueError like an operation's other errors."""
 
@@ -50,7 +97,7 @@ class Op:
     operator, the shapes of its results and the torch backend derive from the annotations there (checks.py).
 
     name               its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`
-    run                launches the Triton kernels, its arguments already checked
+    run                launches the Triton kernels, its arguments already checked, and each of them also by position
     reference          the same in plain torch; it takes the arguments it shares with `run`, by name
     case               the dataclass of what draws inputs: sizes by shape letter, and flags. `inputs` and `cost` take a
                        mapping of its fields, too
@@ -60,6 +107,7 @@ class Op:
     test_shapes        cases that the interpreted tests run
     bench_shapes       cases of Mixtral's sizes, compiled offline and timed
     dtypes             dtypes of the floating-point arguments
+    multiplies         it has matrix products, which in fp32 may run in TF32 elsewhere
     mutates            names of the arguments that the operation writes into
     derived_outputs    derived_outputs(args, results) -> what the last results must equal exactly, given those before
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
@@ -79,6 +127,7 @@ class Op:
     test_shapes: Sequence[Any]
     bench_shapes: Sequence[Any]
     dtypes: tuple[torch.dtype, ...] = checks.FLOATS
+    multiplies: bool = False
     mutates: tuple[str, ...] = ()
     derived_outputs: Callable[[Any, Any], Any] | None = None
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
@@ -97,6 +146,11 @@ class Op:
     @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(self.signature.parameters)
+
+    @cached_property
+    def positional(self) -> int:
+        """How many arguments a public call may give by position."""
+        return _positional(inspect.signature(inspect.unwrap(self.run)))
 
     @cached_property
     def defaults(self) -> tuple[Any, ...]:
@@ -138,6 +192,9 @@ class Op:
         binder.bind(self.arguments, values)
         if self.rule is not None:
             self.rule(binder.op, values, binder.sizes)
+        for name in self.mutates:  # torch's fallback writes into a copy, and an assertion of its own fails
+            if isinstance(values[name], torch.Tensor) and values[name].is_neg():
+                raise checks.fail(binder.op, name, "a lazy negation", "memory that holds its values: x.resolve_neg()")
         return binder
 
     def bounds(self, args: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -160,13 +217,19 @@ class Op:
         )
         return results if len(results) > 1 else results[0] if results else None
 
-    def plain_signature(self, packed: Any = None) -> inspect.Signature:
-        """Return the signature with plain types: Tensor, int, ...; `packed` (None: itself) for a Matrix or a Cache."""
+    def plain_signature(self, composite: Any = None) -> inspect.Signature:
+        """Return the public signature with plain types: Tensor, int, ...
+
+        composite  the type for a Matrix or a Cache in torch's operator, which takes all arguments by position; None:
+                   the public signature
+        """
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
-        parameters = []
+        parameters: list[inspect.Parameter] = []
         for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
-            kind = argument.kind if packed is None or argument.kind not in checks.PACKED else packed
+            kind = argument.kind if composite is None or argument.kind not in checks.COMPOSITE_PARTS else composite
+            if composite is None and len(parameters) >= self.positional:
+                parameter = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))
         return inspect.Signature(parameters, return_annotation=returned)
 

@@ -23,7 +23,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
-from .checks import SEVERAL_TENSORS
+from .checks import COMPOSITES
 from .launch import CompiledLaunch
 from .offload import OffloadedWeight
 from .op import Op
@@ -50,7 +50,7 @@ def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
             key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % _ALIGNMENT)
             if hip:
                 key.append(x.untyped_storage().size() <= _BUFFER_MAX)
-        elif not isinstance(x, SEVERAL_TENSORS):
+        elif not isinstance(x, COMPOSITES):
             key += (type(x), x)  # True is not 1
         elif isinstance(x, QuantizedCache):
             key += (QuantizedCache, *call_key(x.tensors))
@@ -161,7 +161,7 @@ def _run_and_record(function: Callable[..., Any], args: tuple[Any, ...], key: tu
     launches: list[CompiledLaunch] = []
     with launch.launch_context(compiled=launches), _AllocationRecorder() as recorder:
         out = function(*args)
-    quantized = tuple(index for index, x in enumerate(args) if isinstance(x, SEVERAL_TENSORS))
+    quantized = tuple(index for index, x in enumerate(args) if isinstance(x, COMPOSITES))
     inputs = [*args, *(part for index in quantized for part in args[index].tensors)]
     addresses = [x.data_ptr() for x in inputs if isinstance(x, Tensor) and x.numel()]
     if len(set(addresses)) == len(addresses):  # else an address does not identify an argument

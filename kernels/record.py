@@ -19,6 +19,13 @@ from .registry import OPS
 _FREE = {*MEMORY, "_unsafe_view", "lift_fresh"}
 
 
+def _share_storage(x: torch.Tensor, out: Any) -> bool:
+    """Return whether the results of an operation that may return views of x do: `reshape`, `contiguous` and `to` arrive
+    whole within an operation and in inference mode, and may have copied."""
+    storages = {each.untyped_storage()._cdata for each in (x, *(out if isinstance(out, (list, tuple)) else (out,)))}
+    return len(storages) == 1  # their addresses on the meta device are 0
+
+
 class _Recorder(TorchDispatchMode):
     """Records each torch operation that computes; runs the launchers of our own operators, whose kernels then show."""
 
@@ -36,7 +43,7 @@ class _Recorder(TorchDispatchMode):
                 op.check(*args)
                 return op.run(*args)
         out = func(*args, **(kwargs or {}))
-        if func._opname not in _FREE and not func.is_view:
+        if func._opname not in _FREE and not (func.is_view and _share_storage(args[0], out)):
             name = f"aten::{func._opname}" if func.namespace == "aten" else str(func)
             tensors = {**{f"in_{index}": arg for index, arg in enumerate(args)}, "out": out}
             # Meta tensors only: a record keeps no memory alive.

@@ -8,8 +8,7 @@ import torch
 from .attention.op import attention as attention
 from .attention.op import cached_attention as cached_attention
 from .attention.op import rope_append_attention as rope_append_attention
-from .checks import SEVERAL_TENSORS
-from .dispatch import sort_by_expert as sort_by_expert
+from .checks import COMPOSITES
 from .experts.op import expert_swiglu as expert_swiglu
 from .experts.op import experts_add_rms_norm as experts_add_rms_norm
 from .linear import linear as linear
@@ -22,6 +21,7 @@ from .rope import rope as rope
 from .router import gate_route as gate_route
 from .router import rms_norm_gate_route as rms_norm_gate_route
 from .router import route as route
+from .sort import sort_by_expert as sort_by_expert
 
 # By name: the functions that are called, and what each declares.
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -32,5 +32,5 @@ OPS: dict[str, Op] = {name: function.op for name, function in OPERATIONS.items()
 
 def dispatched(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the operation as torch's operator; where an argument is quantized, the function that flattens it."""
-    quantized = any(isinstance(value, SEVERAL_TENSORS) for value in args.values())
+    quantized = any(isinstance(value, COMPOSITES) for value in args.values())
     return OPERATIONS[name] if quantized else getattr(torch.ops.mixtral_triton, name)

@@ -16,6 +16,7 @@ from . import reference
 from .arguments import Heads
 from .call import operation
 from .checks import INTS, Cache, Within
+from .facts import Operands, kernel_facts
 from .heads import (
     CacheArgs,
     KeyHeads,
@@ -31,11 +32,13 @@ from .heads import (
     check_head_size,
     rope_tables,
     sequence_position,
+    stored_bytes,
 )
-from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .launch import LaunchConfig, launch, select_configs
 from .op import Cost
 from .quantized_cache import quantized, vector_bytes
 from .samples import shape_grid, shapes
+from .tiles import power_of_2
 
 
 @triton.jit
@@ -59,6 +62,11 @@ def _quantize_heads(
     tl.store(scale_ptr + offs_h * (stride_yh // half), scales, mask=exists)
 
 
+def _append_bytes(operands: Operands, programs: int) -> float:
+    return operands["k"].nbytes + operands["v"].nbytes + stored_bytes(operands, "k", "cache.k")
+
+
+@kernel_facts("BLOCK_HKV", "BLOCK_D", work=_append_bytes)
 @triton.jit(do_not_specialize=["T", "C"])
 def append_kernel(
     k,  # Heads [B, T, Hkv, D]
@@ -112,6 +120,12 @@ def _rotate(
     tl.store(out + half, (high * cos + low * sin).to(dtype), mask=mask)
 
 
+def _rope_bytes(operands: Operands, programs: int) -> float:
+    """Count q and k in and out, and cos and sin of each token."""
+    return 2 * (operands["q"].nbytes + operands["k"].nbytes + programs * operands["tables.cos"][0].nbytes)
+
+
+@kernel_facts("BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF", work=_rope_bytes)
 @triton.jit(do_not_specialize=["T", "C", "stride_pb", "stride_pt"])
 def rope_kernel(
     q,  # Heads [B, T, Hq, D]

@@ -17,11 +17,13 @@ from torch import Tensor
 from . import reference
 from .arguments import Rows
 from .call import operation
-from .checks import FP32, INT32, Within
-from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .checks import INT32, RoutingWeights, Tokens, Within
+from .facts import kernel_facts
+from .launch import LaunchConfig, launch, select_configs
 from .norm import FusedNorm, NormWeight, normed
 from .pdl import pdl_wait
 from .samples import shape_grid, shapes
+from .tiles import power_of_2
 
 TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
 
@@ -64,6 +66,7 @@ def store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.conste
     tl.store(ids_ptr + out, ids, mask=mask)
 
 
+@kernel_facts("BLOCK_E", "BLOCK_K")
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logits_ptr,  # [T, E]
@@ -118,6 +121,7 @@ def _products(y_ptr, values, scale, gate, weight, offs_h, H: tl.constexpr):
     return tl.sum(gate.to(tl.float32) * values[None, :], axis=1)
 
 
+@kernel_facts("BLOCK_E", "BLOCK_K")
 @triton.jit(do_not_specialize=["T"])
 def gate_route_kernel(
     x,  # Rows [T, H]
@@ -190,10 +194,8 @@ def gate_configs(sizes: GateSizes, dtype: torch.dtype, arch: str) -> dict[str, L
 
 
 Logits = Annotated[Tensor, "T E"]
-Tokens = Annotated[Tensor, "T H"]
 Gate = Annotated[Tensor, "E H"]
 TopK = Annotated[int, "K", Within(1, "E")]
-RoutingWeights = Annotated[Tensor, "T K", FP32]
 Ids = Annotated[Tensor, "T K", INT32]
 
 
@@ -252,6 +254,7 @@ def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 _GATE_FIELDS: dict[str, Any] = {
     "case": GateSizes,
+    "multiplies": True,
     "configs": gate_configs,
     "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"]),  # of the returned logits
     "test_shapes": shapes(GateSizes, "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),

@@ -1,6 +1,5 @@
-"""Sizes, random arguments and compulsory bytes of an operation, from its annotations: for tests, compile and bench."""
+"""Cases and random arguments of an operation, from its annotations: for tests, compile and bench."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, TypeVar
@@ -9,8 +8,8 @@ import torch
 
 from . import checks
 from .checks import Argument
-from .op import Cost, as_dict, read_annotations
-from .quantized import matrix_bytes, sample_quantized
+from .op import as_dict, letters_of, read_annotations, row_letter
+from .quantized import sample_quantized
 from .quantized_cache import QuantizedCache
 
 Case = TypeVar("Case")
@@ -36,31 +35,6 @@ def draw(
     return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
 
-def _row_letter(run: Callable[..., Any]) -> str:
-    """Return the letter that counts rows, which a shape with "..." leaves out: T, where the operation names none."""
-    spec = read_annotations(run)[0][0].shape_spec.split()
-    return "T" if spec[0] == "..." else spec[0]
-
-
-def _letters(run: Callable[..., Any], case: Any) -> dict[str, Any]:
-    return {"...": (getattr(case, _row_letter(run)),), **vars(case)}
-
-
-def streaming_cost(run: Callable[..., Any], flops: Callable[[Any], int]) -> Callable[[Any, torch.dtype], Cost]:
-    """Return `Op.cost` for an operation that reads each required argument once and writes each result once."""
-
-    def cost(case: Any, dtype: torch.dtype) -> Cost:
-        total, letters = 0, _letters(run, case)
-        for a in (a for part in read_annotations(run) for a in part if a.tensor and not a.optional):
-            *rows, columns = checks.shape_of(a.shape_spec, letters)
-            weights = letters[a.name] if a.kind == checks.Matrix else None
-            stored = dtype if a.dtypes is None or dtype in a.dtypes else a.dtypes[0]
-            total += matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
-        return Cost(flops=flops(case), bytes=total)
-
-    return cost
-
-
 def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]] | None) -> Any:
     """Return `Op.inputs` for `run`: the arguments that `special` returns, and random ones by their annotations.
 
@@ -70,7 +44,7 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
     """
 
     def inputs(case: Any, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
-        letters = _letters(run, case)
+        letters = letters_of(run, case)
 
         def value(argument: Argument) -> Any:
             if not argument.tensor:
@@ -80,7 +54,7 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
                 return sample_quantized(format, *shape, device=device, generator=generator)
             if argument.kind == checks.Cache and case.cache:
                 return QuantizedCache.of(draw(shape, dtype, device, generator))
-            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "...", _row_letter(run))
+            is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "...", row_letter(run))
             return draw(shape, dtype, device, generator, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 
         args = {} if special is None else special(case, dtype, device, generator)

@@ -1,11 +1,14 @@
 """KVCache: cached keys and values, a ring where the model has a window (Mistral 7B, section 2)."""
 
+from __future__ import annotations
+
 import math
+import warnings
 
 import torch
 
 from .config import MixtralConfig
-from .inputs import check_dtype, default_dtype, is_int, usable_device
+from .inputs import check_dtype, default_dtype, in_decimal, is_int, usable_device
 from .kernels.checks import readable
 from .kernels.quantized_cache import QuantizedCache, vector_bytes
 
@@ -37,8 +40,10 @@ class KVCache:
                   a position can leave it, else max_len
     dtype         of the keys; int8: they are quantized as they are appended
     lengths       int32 [B]: tokens appended so far, which is the next position. A lower number written here drops the
-                  tokens behind it; where a ring has wrapped only 0 does, since they took the slots of earlier ones
+                  tokens behind it; where a ring has wrapped only 0 does, since they took the slots of earlier ones. A
+                  higher one adds tokens whose keys and values are what the slots hold: zeros, where nothing wrote them
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
+    reused        of each sequence: the tokens that the last `generate` with this cache did not compute again
     """
 
     def __init__(
@@ -73,15 +78,29 @@ class KVCache:
         self.max_len = limit if self.window else self.slots
 
         def zeros() -> Slots:  # so that no slot holds uninitialized bits
-            if dtype is torch.int8:
-                return QuantizedCache.empty(*shape[2:], device=device).zero_()
-            return torch.zeros(shape[2:], dtype=dtype, device=device)
+            try:
+                if dtype is torch.int8:
+                    return QuantizedCache.empty(*shape[2:], device=device).zero_()
+                return torch.zeros(shape[2:], dtype=dtype, device=device)
+            except torch.OutOfMemoryError:  # a smaller batch may fit, and a caller may try
+                raise
+            except (RuntimeError, OverflowError, TypeError) as error:
+                size = in_decimal(cache_bytes(config, batch, max_len or limit, dtype))
+                got = f"batch {batch} and {self.slots} slots take {size} on {device}"
+                text = f"KVCache: {got}, which torch cannot allocate, needs a smaller batch or max_len"
+                raise ValueError(text) from error
 
         # Memory of their own: `ops.append` says why.
         with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
             self.keys, self.values = (tuple(zeros() for _ in range(shape[0])) for _ in range(2))
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._known, self._version, self._replayed = 0, _version(self.lengths), False
+        self._known, self._version = 0, _version(self.lengths)
+        self.replayed = False  # whether a captured graph, which a caller may replay, appends
+        self.reused = [0] * batch
+        # The tokens of each sequence, `drawn` int64 [B] each behind them: the first `lengths` of these are held. None:
+        # a forward on a GPU, where the host reads no value, or in a graph has appended others.
+        self.texts: list[list[int]] | None = [[] for _ in range(batch)]
+        self.drawn: list[torch.Tensor] = []
         self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended
 
     @property
@@ -97,18 +116,26 @@ class KVCache:
         """
         if torch.compiler.is_compiling():
             return
-        if self.appending is not None:  # the last forward failed; `lengths` is what it was before
-            needed = (self.appending > 1) & (self.lengths > 0)  # of keys that the window has not left
-            if self.window and bool((needed & (self.lengths + self.appending > self.slots)).any()):
-                got = "a forward failed after it had overwritten keys of the ring that its tokens see"
-                raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
-            self.appending = None
+        self.check_intact()
+        self.appending = None
         if readable(self.lengths):
             if int(self.lengths.min()) < 0:
                 raise ValueError(f"KVCache: lengths holds {int(self.lengths.min())}, needs numbers of at least 0")
             reached = int((self.lengths.long() + new).max())
         else:
             reached = 0 if isinstance(new, torch.Tensor) else self._min_length() + new
+        self.check_length(reached)
+
+    def check_intact(self) -> None:
+        """Raise ValueError where a forward failed after it had overwritten keys of the ring that its tokens see."""
+        if self.appending is not None and self.window:  # `lengths` is what it was before
+            needed = (self.appending > 1) & (self.lengths > 0)  # of keys that the window has not left
+            if bool((needed & (self.lengths + self.appending > self.slots)).any()):
+                got = "a forward failed after it had overwritten keys of the ring that its tokens see"
+                raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
+
+    def check_length(self, reached: int) -> None:
+        """Raise ValueError where `reached` tokens of a sequence are more than the cache can hold."""
         if reached > self.max_len:
             what, advice = "cache's slots", "a larger max_len or fewer tokens"
             if self.max_len == self.config.max_position_embeddings:
@@ -120,15 +147,70 @@ class KVCache:
         """Count the `new` [B] tokens that every layer appended; `common`: the least number of any sequence."""
         if torch.compiler.is_compiling():  # a host counter would compile a graph for each count
             self.lengths += new
+            self.texts = None
             return
         known = self._min_length() + common
         self.lengths += new
         self.appending = None  # last: what has failed is not counted
         if self.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._replayed = True
+            self.replayed = True
         self._known, self._version = known, _version(self.lengths)
 
     def _min_length(self) -> int:
         """Return the tokens that each sequence holds at least, as far as the host knows."""
         written = self._version is None or _version(self.lengths) != self._version  # by a caller, possibly
-        return 0 if written or self._replayed else self._known
+        return 0 if written or self.replayed else self._known
+
+    def record(self, ids: torch.Tensor, new: torch.Tensor | None) -> None:
+        """Note the tokens of a forward, ids [B,T] and the `new` [B] of them that exist; None: all."""
+        texts = self.held() if readable(ids) and readable(self.lengths) else None
+        if texts is not None:
+            counts = [ids.shape[1]] * len(texts) if new is None else new.tolist()
+            texts = [text + row[:count] for text, row, count in zip(texts, ids.tolist(), counts, strict=True)]
+        self.texts, self.drawn = texts, []
+
+    def held(self) -> list[list[int]] | None:
+        """Return the tokens of each sequence that are held; None where the host does not know them."""
+        lengths = self.lengths.tolist()
+        if not any(lengths):
+            return [[] for _ in lengths]
+        if self.texts is None or self.replayed:
+            return None
+        drawn = torch.stack(self.drawn, dim=1).tolist() if self.drawn else [[]] * len(lengths)
+        texts = [(text + more)[:length] for text, more, length in zip(self.texts, drawn, lengths, strict=True)]
+        return texts if [*map(len, texts)] == lengths else None  # else a caller wrote a larger length
+
+    def set_back(self, texts: list[list[int]]) -> list[int]:
+        """Drop what is not the beginning of each text -> the number of tokens that stay, at most all but the last of a
+        text, whose logits are wanted. Warns where none can stay: a ring has lost keys, or tokens are unknown."""
+        held, lengths, reused, reasons = self.held(), self.lengths.tolist(), list[int](), set[str]()
+        # A failed forward may have taken slots, too.
+        written = lengths if self.appending is None else (self.lengths + self.appending).tolist()
+        for text, old, reached in zip(texts, held or [[]] * len(texts), written, strict=True):
+            pairs = enumerate(zip(old, text[:-1], strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(len(old), len(text) - 1))
+            # One token may go: it took the slot of a key that its own query does not see either.
+            lost = self.window and reached > self.slots and 0 < same < reached - 1
+            if held is None or lost:
+                what = f"other tokens are in the cache from {same} on, and its ring has moved on"
+                reasons.add(
+                    what if lost else "a forward on a GPU or a graph has appended tokens that the host does not know"
+                )
+            reused.append(0 if lost else same)
+        if reasons:
+            message = f"generate: a text is computed from its start: {'; '.join(sorted(reasons))}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        if reused != lengths:
+            self.lengths.copy_(torch.tensor(reused))
+        self.texts, self.drawn, self.reused, self.appending = texts, [], reused, None
+        return reused
+
+    def grown(self, max_len: int) -> KVCache:
+        """Return a cache for `max_len` tokens, at most the model's positions, that holds the same. Not of a ring."""
+        cache = KVCache(self.config, self.batch, max_len, self.lengths.device, self.dtype)
+        for old, new in zip((*self.keys, *self.values), (*cache.keys, *cache.values), strict=True):
+            new[:, :, : self.slots].copy_(old)  # type: ignore[arg-type]
+        cache.lengths.copy_(self.lengths)
+        cache.texts, cache.drawn, cache.replayed = self.texts, self.drawn, self.replayed
+        cache.filled_by = self.filled_by
+        return cache

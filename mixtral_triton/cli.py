@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 
 from . import __version__
-from .config import DTYPES, SMALL, checkpoint_folder, read_generation_config
+from .config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from .kernels.arch import ARCHS
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
-from .tools.prompt import ChatTemplate, encode, load_tokenizer, print_stream, read_prompts, select_sampling, speed_of
+from .tools.prompt import ChatTemplate, encode, load_tokenizer, read_prompts, read_text
 from .tools.terminal import bar, did_you_mean, exit_status, nearest, print_message
 
 if TYPE_CHECKING:
@@ -100,6 +100,16 @@ def parse_offload(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def parse_source(text: str) -> str | Path:
+    return text if text == "-" else Path(text)
+
+
+def parse_batch_size(text: str) -> int | None:
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} needs a number of prompts, or auto")
+    return None if text == "auto" else int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -117,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
         "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
         "--at": {"action": "append", "default": [], "metavar": "T=N", "help": "only cases of this size; repeatable"},
+        "--text": {"type": parse_source, "metavar": "FILE", "help": "a text in UTF-8, or - for standard input"},
         "--prompt": {"action": "append", "default": [], "metavar": "TEXT", "help": PROMPT},
         "--prompt-file": {"dest": "prompt", "action": "append", "type": Path, "metavar": "FILE", "help": "text to run"},
         "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
@@ -135,22 +146,46 @@ def parser() -> argparse.ArgumentParser:
     option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + offload)
     option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
+    option("--text", **shared["--text"] | {"help": "measure the perplexity that quantizing costs on this text"})
     option("--tokens", type=int, metavar="N", help="of the text, default: 66, and of the longest call: 144, GPU: 8192")
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
     option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
 
-    option = command("generate", "stream the continuation of a prompt", model + mesh + offload + prompt)
-    option("--prompt", **shared["--prompt"] | {"help": f"{PROMPT}; repeated: turns of a chat"})
-    option("--chat", action="store_true", help="use the checkpoint's chat template, and answer each --prompt in turn")
-    option("--system", metavar="TEXT", help="the system message of the chat; default: none")
-    option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
     stored = "default: generation_config.json's, else"
-    option("--temperature", type=float, metavar="X", help=f"0 is greedy; {stored} 0")
-    option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens, 0: all; {stored} 0")
-    option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
-    option("--min-p", type=float, metavar="P", help=f"of those, at least P times the likeliest; {stored} 0")
-    option("--stop", action="append", default=[], metavar="TEXT", help="end before this text, left out; repeatable")
-    option("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
+    for name, help, names in (
+        ("generate", "stream the continuation of a prompt", f"{mesh} --prompt --prompt-file"),
+        ("chat", "talk with an instruction-tuned checkpoint", "--cache-dtype"),
+    ):
+        option = command(name, help, f"{model} {offload} {names} --interpret")
+        option("--system", metavar="TEXT", help="the system message of the chat; default: none")
+        option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
+        option("--temperature", type=float, metavar="X", help=f"0 is greedy; {stored} 0")
+        option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens, 0: all; {stored} 0")
+        option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
+        option("--min-p", type=float, metavar="P", help=f"of those, at least P times the likeliest; {stored} 0")
+        text = f"divides the logits of tokens that the text has; {stored} 1"
+        option("--repetition-penalty", type=float, metavar="X", help=text)
+        option("--stop", action="append", default=[], metavar="TEXT", help="end before this text, left out; repeatable")
+        option("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
+        text = "with --json: the log probability of each token, and of the N likeliest"
+        option("--logprobs", type=int, metavar="N", help=text)
+        option("--deterministic", action="store_true", help="bits do not depend on the batch, or on a cache")
+        if name == "chat":
+            option("--context", type=int, metavar="S", help="tokens of the chat; default: the model's positions")
+        else:
+            option("--prompt", **shared["--prompt"] | {"help": f"{PROMPT}; repeated: turns of a chat"})
+            text = "use the checkpoint's chat template, and answer each --prompt in turn"
+            option("--chat", action="store_true", help=text)
+            text = 'JSON lines with a "prompt", or "messages", and perhaps an "id": print one with a "text" for each'
+            option("--batch", type=Path, metavar="FILE", help=text)
+            option("--out", type=Path, metavar="FILE", help="of --batch: write there, behind what is there already")
+            text = "prompts of --batch at a time; auto, the default: up to 32 that fit"
+            option("--batch-size", type=parse_batch_size, metavar="N|auto", help=text)
+
+    option = command("perplexity", "how well the model predicts a text", model + mesh + offload + "--interpret")
+    option("--text", required=True, **shared["--text"])
+    option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
+    option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
 
     option = command("trace", "which experts each token of a prompt took, by layer", model + offload + prompt)
     option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
@@ -189,6 +224,8 @@ def parser() -> argparse.ArgumentParser:
     option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
     text = f"{', '.join(ARCHS)}; repeatable"
     option("--arch", required=True, action="append", choices=ARCHS, metavar="ARCH", help=text)
+    option("--kernel", metavar="NAME", help="this kernel alone")
+    option("--at", action="append", default=[], metavar="T=N", help="a size in place of Mixtral's; repeatable")
     option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
     return parser
 
@@ -237,9 +274,9 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     return model
 
 
-def _encode(args: argparse.Namespace, tokenizer: Any, text: str, model: Mixtral, template: bool = False) -> list[int]:
+def _encode(args: argparse.Namespace, tokenizer: Any, config: Any, text: str, template: bool = False) -> list[int]:
     """Return the tokens of a prompt, or of the text of a chat template. Print the warning about special tokens."""
-    ids, warning = encode(tokenizer, text, model.config.vocab_size, add_special_tokens=not template)
+    ids, warning = encode(tokenizer, text, config.vocab_size, add_special_tokens=not template)
     if warning and is_first():
         print_message(f"mixtral-triton {args.command}: {warning}")
     return ids
@@ -261,12 +298,13 @@ def _verify(args: argparse.Namespace) -> int:
     from .verification import check_peer, default_text, estimate, launch_all, verify
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
+    measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
     check_peer(args.peer, args.tp * args.ep > 1, args.cache_dtype)
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
         prompt = None
         if text is not None:
-            ids = _encode(args, load_tokenizer(args.folder), text, model)
+            ids = _encode(args, load_tokenizer(args.folder), model.config, text)
             prompt = torch.tensor([ids], device=model.device)
             if args.tokens is not None and prompt.shape[1] < args.tokens:
                 raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
@@ -277,6 +315,9 @@ def _verify(args: argparse.Namespace) -> int:
             print_message(estimate(model, text_ids, args.folder, quick))
         _compile(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "peer", "tokens", "cache_dtype")}
+        if measured is not None:
+            ids = _encode(args, load_tokenizer(args.folder), model.config, measured)
+            options["text"] = torch.tensor(ids, device=model.device)
         with bar("verifying", None) as progress:
             report = verify(model, text_ids, progress.update, quick=quick, **options)
         if is_first() and args.json:
@@ -286,48 +327,71 @@ def _verify(args: argparse.Namespace) -> int:
         return int(not report.ok)
 
 
+def _writer(args: argparse.Namespace, note: str, mesh: Any = None) -> Any:
+    """Load what a command needs that writes texts -> Writer."""
+    from .tools.writer import Writer
+
+    model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
+    return Writer(args, model, tokenizer, note, partial(_encode, args, tokenizer, model.config), _compile)
+
+
 def _generate(args: argparse.Namespace) -> int:
-    note, texts = select_backend(args, interpret=False), read_prompts(args.prompt)
+    note = select_backend(args, interpret=False)
+    from .tools import batch
+    from .tools.chat import Conversation, check_system
+    from .tools.writer import check_options
+
+    check_options(args)
+    if args.batch is not None:
+        jobs = batch.read_jobs(args)
+        done = batch.read_done(args.out, jobs)
+        with open_mesh(args) as mesh:
+            return batch.run(args, _writer(args, note, mesh), jobs, done)
+    texts = read_prompts(args.prompt)
     if not args.chat and (len(texts) > 1 or args.system is not None):
         raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
-    if not -(1 << 63) <= args.seed < 1 << 64:
-        raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
-    if "" in args.stop:
-        raise ValueError("--stop is empty: give at least one character")
     template = ChatTemplate(args.folder) if args.chat else None
-    messages = [{"role": "system", "content": args.system}] if args.system else []
     if template is not None:  # before the weights are read
-        template.render([*messages, {"role": "user", "content": texts[0]}])
+        check_system(template, args.system, texts[0])
     with open_mesh(args) as mesh:
-        import torch
-
-        from .tools.offline import launch_text
-
-        model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
-        sampling, notes = select_sampling(args, read_generation_config(args.folder))
-        sampling |= {"generator": torch.Generator(model.device).manual_seed(args.seed), "cache_dtype": args.cache_dtype}
-        for number, text in enumerate(texts):
-            messages.append({"role": "user", "content": text})
-            whole = text if template is None else template.render(messages)
-            ids = _encode(args, tokenizer, whole, model, template is not None)
-            _compile(launch_text, model, len(ids), args.max_new_tokens, args.cache_dtype)
-            steps = model.stream(torch.tensor([ids], device=model.device), args.max_new_tokens, **sampling)
-            if is_first() and number == 0:
-                print_message("\n".join(filter(None, (note, *notes))))
-            # A continuation follows the prompt on its line, an answer stands alone.
-            shown: str | None = text if template is None else f"> {text}\n" if len(texts) > 1 else ""
-            after = ids[-1:] if template is None else []
-            shown = shown if is_first() and not args.json else None
-            tokens, answer, times = print_stream(steps, tokenizer, shown, after, args.max_new_tokens, args.stop)
-            speed, line = speed_of(times, len(ids), model.device)
-            messages.append({"role": "assistant", "content": answer})
-            if is_first() and not args.json:
-                print_message(line)
+        writer, quiet = _writer(args, note, mesh), args.json or not is_first()
+        chat = None if template is None else Conversation(writer, template, args.system)
+        for text in texts:
+            if chat is None:  # a continuation follows the prompt on its line, an answer stands alone
+                ids = writer.encode(text)
+                found, line = writer.write(ids, None if quiet else text, ids[-1:], args.max_new_tokens)
+            else:
+                shown = f"> {text}\n" if len(texts) > 1 else ""
+                found, line = chat.turn(text, None if quiet else shown)
+            print_message("" if quiet else line)
         if is_first() and args.json:
-            prompt_text = text if template is None else template.render(messages[:-1])
-            chat = {} if template is None else {"messages": messages}
-            print(json.dumps({"prompt": prompt_text, "text": answer, "tokens": tokens, **speed, **chat}))
+            more = {} if chat is None else {"prompt": chat.prompt, "messages": chat.messages}
+            print(json.dumps({"prompt": text, **found, **more}))
         return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    note = select_backend(args, interpret=False)
+    from .tools.chat import Conversation, check_system, run
+    from .tools.writer import check_options
+
+    check_options(args)
+    template, limit = ChatTemplate(args.folder), MixtralConfig.from_pretrained(args.folder).max_position_embeddings
+    check_system(template, args.system)
+    if args.context is not None and not 1 <= args.context <= limit:
+        raise ValueError(f"--context is {args.context}, needs 1 to {limit}, the model's positions")
+    limit, args.context = args.context or limit, args.context if args.offload == "auto" else None
+    return run(args, Conversation(_writer(args, note), template, args.system, limit))
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    note = select_backend(args, interpret=False)
+    from .tools.perplexity import run
+
+    text, config = read_text(args.text, f"--text {args.text}"), MixtralConfig.from_pretrained(args.folder)
+    ids = _encode(args, load_tokenizer(args.folder), config, text)
+    with open_mesh(args) as mesh:
+        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), note)
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -338,7 +402,7 @@ def _trace(args: argparse.Namespace) -> int:
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(args, model, tokenizer, _encode(args, tokenizer, args.prompt, model), note)
+    return run(args, model, tokenizer, _encode(args, tokenizer, model.config, args.prompt), note)
 
 
 def _quantize(args: argparse.Namespace) -> int:

@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,15 +22,13 @@ from .cache import KVCache
 from .inputs import check_ids, check_vocabulary, is_int
 from .kernels.call import untraced
 from .kernels.checks import readable
-from .kernels.launch import call_runtime as _call_runtime
 from .kernels.launch import launch_context, launches_dependently
+from .kernels.offload import call_runtime as _call_runtime
+from .sampling import Logprobs, Sampling, measure, penalize, sample, stack_steps
 
 if TYPE_CHECKING:
     from .model import Mixtral
 
-Sampling = tuple[float, float, torch.Generator | None, int | None, float]  # the arguments of `sample` after the logits
-MIN_TEMPERATURE = 1e-30
-TINY = torch.finfo(torch.float32).tiny  # in fp32 a smaller number may be 0
 PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
 GRAPH_MIN_TOKENS = 4  # remaining tokens that are worth a capture, which takes the host time of about two steps
 _lock = threading.Lock()  # captures take turns, as they share a stream
@@ -52,26 +49,42 @@ def generate(
     *,
     top_k: int | None = None,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    cache: KVCache | None = None,
     cache_dtype: torch.dtype | None = None,
-) -> Tensor | list[Tensor]:
+    logprobs: int | None = None,
+) -> Any:
     """Continue prompts: int64 [B,T] -> [B,T+n], or a list of prompts, each int64 [T] or a list of integers -> a list of
     prompts [T] with what follows them.
 
     temperature 0, the default whatever generation_config.json says, is greedy; else logits are divided by it, and of
     the top_k most likely tokens (None: of all) the smallest set with probability top_p is sampled from (Fan et al.
     2018, Holtzman et al. 2020), without those less likely than min_p times the likeliest (Nguyen et al. 2024).
+    Before that, repetition_penalty divides the positive logits of a sequence's tokens, those of the prompt included,
+    and multiplies the negative ones (Keskar et al. 2019).
     eos_token_id None: the config's, which are those of both files. A sequence ends with its EOS included; in a
     [B,T+n] result it is padded with it. cache_dtype None: the model's; torch.int8: keys and values in 8 bits (KVCache).
+
+    cache     a KVCache of B sequences that goes on. Each prompt is the whole text: what the cache holds of it is not
+              computed again, and where the two differ, the cache is set back, or, where its ring has moved on, filled
+              again, with a warning. Afterwards it holds every token but the newest. A call that fails leaves it as a
+              failed forward does
+    logprobs  N: return a `Logprobs` (ids, logprobs [B,n], top_ids [B,n,N], top_logprobs [B,n,N]) of the new tokens,
+              with lists in place of tensors for a list of prompts
     """
-    sampling: Any = {"generator": generator, "top_k": top_k, "min_p": min_p, "cache_dtype": cache_dtype}
-    steps = stream(model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, **sampling)
-    rows, eos = _prompts(model, input_ids), eos_ids(eos_token_id, model.config)
-    none = torch.empty((len(rows), 0), dtype=torch.int64, device="cpu")  # whatever a caller's default device is
-    new = torch.stack(list(steps), dim=1).cpu() if max_new_tokens else none
+    options: Any = {"generator": generator, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    options |= {"cache": cache, "cache_dtype": cache_dtype, "logprobs": logprobs}
+    steps = [*stream(model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, **options)]
+    rows, eos = to_rows(model, input_ids), eos_ids(eos_token_id, model.config)
+    new, *measured = stack_steps(steps, len(rows), max_new_tokens, logprobs or 0)
     if isinstance(input_ids, Tensor):
-        padding = new[:, -1:].expand(-1, max_new_tokens - new.shape[1])  # EOS, where the loop stopped early
-        return torch.cat((torch.stack(rows), torch.cat((new, padding), dim=1).to(rows[0].device)), dim=1)
-    return [torch.cat((row, _cut(tail, eos).to(row.device))) for row, tail in zip(rows, new, strict=True)]
+        device = rows[0].device
+        found = [torch.cat((torch.stack(rows), new.to(device)), dim=1), *(each.to(device) for each in measured)]
+    else:
+        tails = [(row, b, _end_of(new[b, : len(steps)], eos)) for b, row in enumerate(rows)]
+        found = [[torch.cat((row, new[b, :end].to(row.device))) for row, b, end in tails]]  # type: ignore[list-item]
+        found += [[each[b, :end].to(row.device) for row, b, end in tails] for each in measured]  # type: ignore[misc]
+    return found[0] if logprobs is None else Logprobs(*found)
 
 
 def stream(
@@ -85,60 +98,89 @@ def stream(
     *,
     top_k: int | None = None,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    cache: KVCache | None = None,
     cache_dtype: torch.dtype | None = None,
-) -> Iterator[Tensor]:
+    logprobs: int | None = None,
+) -> Iterator[Any]:
     """Check the arguments, those of `generate`, then return an iterator over the next tokens, int64 [B] on the model's
-    device. A sequence that has ended repeats its EOS; the iterator ends once every sequence has."""
-    if not isinstance(input_ids, (list, tuple)) and not (isinstance(input_ids, Tensor) and input_ids.dim()):
-        got = "one number" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
-        raise ValueError(f"generate: input_ids is {got}, needs a tensor [B, T] or a list of prompts [T]")
-    eos = eos_ids(eos_token_id, model.config)
-    dtypes = None, model.dtype, torch.int8
+    device, or with `logprobs` over `Logprobs` of a step. A sequence that has ended repeats its EOS; the iterator ends
+    once every sequence has. A cache is right wherever the caller stops."""
+    eos, rows = eos_ids(eos_token_id, model.config), to_rows(model, input_ids)
+    dtypes, vocabulary, penalty = (None, model.dtype, torch.int8), model.config.vocab_size, repetition_penalty
     finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
+    penalizes = _is_number(penalty) and 0.0 < penalty <= torch.finfo(torch.float32).max
     is_generator = generator is None or isinstance(generator, torch.Generator)
     same_device = not isinstance(generator, torch.Generator) or generator.device.type == model.device.type
+    measures = logprobs is None or (is_int(logprobs, 0) and logprobs <= vocabulary)
     for name, got, valid, need in (
         ("max_new_tokens", repr(max_new_tokens), is_int(max_new_tokens, 0), "an integer of at least 0"),
         ("temperature", repr(temperature), finite, "a finite number of at least 0"),
         ("top_p", repr(top_p), _is_number(top_p) and 0.0 < top_p <= 1.0, "a number above 0, at most 1"),
         ("top_k", repr(top_k), top_k is None or is_int(top_k, 1), "an integer of at least 1, or None"),
         ("min_p", repr(min_p), _is_number(min_p) and 0.0 <= min_p <= 1.0, "a number from 0 to 1"),
+        ("repetition_penalty", repr(penalty), penalizes, "a finite number above 0"),
         ("cache_dtype", repr(cache_dtype), cache_dtype in dtypes, f"None, {model.dtype}, the model's, or torch.int8"),
+        ("logprobs", repr(logprobs), measures, f"an integer from 0 to {vocabulary}, the vocabulary, or None"),
         ("the model", "on the meta device, which holds no numbers", model.device.type != "meta", "a CPU or a GPU"),
         ("generator", f"a {type(generator).__name__}", is_generator, "a torch.Generator"),
         ("generator", f"on {getattr(generator, 'device', None)}", same_device, f"the model's device, {model.device}"),
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")
-    ids, lengths = _pad_prompts(model, _prompts(model, input_ids))
-    limit = model.config.max_position_embeddings
-    if ids.shape[1] + max_new_tokens > limit:
-        got = f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones"
+    check_rows(model, rows, "generate: prompt")
+    longest, limit = max(map(len, rows)), model.config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        got = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
         raise ValueError(f"generate: {got} go beyond max_position_embeddings, {limit}")
+    if cache is not None:
+        model._check_cache(cache, len(rows))
+        if cache_dtype not in (None, cache.dtype):
+            raise ValueError(f"generate: cache_dtype is {cache_dtype}, needs None or the cache's, {cache.dtype}")
+        cache.check_intact()
+        cache.check_length(longest + max(0, max_new_tokens - 1))
     if generator is None and temperature > 0.0 and model.device.type == "cuda":
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
         generator = torch.Generator(model.device).manual_seed(int(torch.randint(1 << 62, (), device="cpu")))
-    dtype = model.dtype if cache_dtype is None else cache_dtype
-    return _stream(model, ids, lengths, max_new_tokens, eos, (temperature, top_p, generator, top_k, min_p), dtype)
+    sampling = Sampling(temperature, top_p, generator, top_k, min_p, penalty)
+    return _stream(model, rows, max_new_tokens, eos, sampling, cache or cache_dtype or model.dtype, logprobs)
 
 
 @torch.inference_mode(False)  # outermost: leaving inference mode turns gradients on
 @torch.no_grad()
 def _stream(
-    model: Mixtral, ids: Tensor, lengths: Tensor, n: int, eos: frozenset[int], sampling: Sampling, dtype: torch.dtype
-) -> Iterator[Tensor]:
+    model: Mixtral,
+    rows: list[Tensor],
+    n: int,
+    eos: frozenset[int],
+    sampling: Sampling,
+    cache: KVCache | torch.dtype,
+    logprobs: int | None,
+) -> Iterator[Any]:
     if n == 0:
         return
-    cache = KVCache(model.config, len(ids), ids.shape[1] + n, device=model.device, dtype=dtype)
-    step = Step(model, cache, eos, sampling)
-    step.pick(prefill(model, cache, ids, lengths))
+    drawn, texts = None, rows
+    if isinstance(cache, torch.dtype):
+        cache = KVCache(model.config, len(rows), max(map(len, rows)) + n, model.device, cache)
+    else:
+        texts = [row[kept:] for row, kept in zip(rows, cache.set_back([row.tolist() for row in rows]), strict=True)]
+        cache.filled_by, drawn = model.dtype, cache.drawn
+    step = Step(model, cache, eos, sampling, logprobs)
+    for seen, row in zip(step.seen, rows, strict=True) if step.penalizes else ():
+        seen[row] = True
+    replayed = cache.replayed
+    step.pick(prefill(model, cache, *pad(texts, model.device)))
     replay: Any = None
     captures = 1 + (model.ranks is None and launches_dependently(model.device))
     try:
         for done in range(1, n + 1):
             if model.ranks is not None:
                 model.ranks.synchronize(model.device)
-            yield step.token.clone()
+            if drawn is not None:
+                drawn.append(step.token.clone())
+            yield step.result()
+            if drawn is not None and cache.drawn is not drawn:
+                raise ValueError("generate: cache has gone on in another call, needs a cache that only this one uses")
             if done == n or (eos and bool(step.ended.all())):
                 return
             (replay or step)()
@@ -148,7 +190,7 @@ def _stream(
                 captures = 0
             elif to_capture:
                 try:
-                    replay = capture(step, sampling[2], model.device)
+                    replay = capture(step, sampling.generator, model.device)
                 except CaptureLost:
                     raise
                 except RuntimeError as error:
@@ -156,6 +198,7 @@ def _stream(
                     what = "capturing without dependent launches" if step.no_pdl else "decoding without a CUDA graph"
                     warnings.warn(f"generate: {what}, slower: {error}", RuntimeWarning, stacklevel=2)
     finally:
+        cache.replayed = replayed  # no replay follows
         if replay is not None:  # `destroy_process_group` waits for a graph that holds collectives
             replay.__self__.reset()
 
@@ -163,28 +206,55 @@ def _stream(
 class Step:
     """One token for each of B sequences, on buffers that keep their addresses.
 
-    token  int64 [B]: the newest token; a sequence that has ended repeats its EOS
-    ended  bool [B]
-    no_pdl: whether no launch is dependent
+    token     int64 [B]: the newest token; a sequence that has ended repeats its EOS, which `cache` does not hold
+    ended     bool [B]
+    new       int32 [B]: tokens that the step appends, none of a sequence that has ended
+    seen      bool [B,V]: the tokens of each sequence, with a repetition penalty
+    measured  the token's log probability [B], the likeliest tokens [B,N] and theirs, with `logprobs`
+    no_pdl    whether no launch is dependent
     """
 
-    def __init__(self, model: Mixtral, cache: KVCache, eos: frozenset[int], sampling: Sampling) -> None:
+    def __init__(
+        self, model: Mixtral, cache: KVCache, eos: frozenset[int], sampling: Sampling, logprobs: int | None = None
+    ) -> None:
         self.model, self.cache, self.sampling, self.no_pdl = model, cache, sampling, False
-        self.stops = torch.tensor(sorted(eos), dtype=torch.int64, device=model.device)
-        self.token = torch.zeros(cache.batch, dtype=torch.int64, device=model.device)
-        self.ended = torch.zeros(cache.batch, dtype=torch.bool, device=model.device)
+        self.penalizes = sampling.repetition_penalty != 1.0
+        B, device = cache.batch, model.device
+        self.stops = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
+        self.token = torch.zeros(B, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(B, dtype=torch.bool, device=device)
+        self.new = torch.ones(B, dtype=torch.int32, device=device)
+        self.measured: tuple[Tensor, ...] = ()
+        self.seen = torch.zeros((B, model.config.vocab_size), dtype=torch.bool, device=device)
+        if logprobs is not None:
+            no_steps = Logprobs(*(each[:, 0] for each in stack_steps([], B, 1, logprobs)))
+            self.measured = tuple(each.to(device, copy=True) for each in no_steps[1:])
 
     def __call__(self) -> None:
         with launch_context(no_pdl=self.no_pdl):
-            self.pick(self.model.hidden(self.token[:, None], self.cache)[:, 0])
+            torch.logical_not(self.ended, out=self.new)
+            self.pick(self.model.hidden(self.token[:, None], self.cache, self.new)[:, 0])
 
     def pick(self, h: Tensor) -> None:
         """Pick the next tokens from the hidden states h [B,H]."""
-        token = sample(self.model.head(h), *self.sampling)
+        logits = self.model.head(h)
+        scores = penalize(logits, self.seen, self.sampling.repetition_penalty) if self.penalizes else logits
+        token = sample(scores, *self.sampling[:5])
         if self.model.ranks is not None:
             token = self.model.ranks.broadcast(token)
         self.token.copy_(torch.where(self.ended, self.token, token))
+        if self.measured:
+            N = self.measured[1].shape[1]
+            for buffer, value in zip(self.measured, measure(logits, self.token, self.ended, N), strict=True):
+                buffer.copy_(value)
         self.ended |= (self.token[:, None] == self.stops).any(-1)
+        if self.penalizes:
+            self.seen.scatter_(1, self.token[:, None], True)
+
+    def result(self) -> Any:
+        """Return what `stream` yields, in memory of its own."""
+        token, *measured = (each.clone() for each in (self.token, *self.measured))
+        return Logprobs(token, *measured) if measured else token
 
 
 def can_capture(model: Mixtral) -> bool:
@@ -199,66 +269,51 @@ def can_capture(model: Mixtral) -> bool:
 
 def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
     """Run the right-padded prompts ids [B,T] in chunks -> the hidden state of each one's last token, [B,H]."""
-    last, size = torch.empty(0), model.prefill_chunk
-    for start in range(0, ids.shape[1], size):
-        chunk = ids[:, start : start + size]
-        new = (lengths - start).clamp(0, chunk.shape[1]).to(torch.int32)
-        h = model.hidden(chunk, cache, new)
+    last = torch.empty(0)
+    for start, h, new in run_chunks(model, cache, ids, lengths):
         end = h[torch.arange(len(h), device=h.device), (new - 1).clamp(min=0).long()]
         last = torch.where((new > 0)[:, None], end, last) if start else end
     return last
 
 
-def sample(
-    logits: Tensor, temperature: float, top_p: float, generator: Any = None, top_k: int | None = None, min_p: float = 0
-) -> Tensor:
-    """Sample token ids [B] from logits fp32 [B,V]; greedy at temperature 0."""
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    # Relative to the maximum all logits are at most 0: no temperature, however small, gives +inf.
-    shifted = (logits - logits.amax(-1, keepdim=True)).double()
-    if top_k is not None and top_k < logits.shape[-1]:
-        # As in transformers: ties with the k-th logit stay, and top_p applies to what stays.
-        least = shifted.topk(top_k, dim=-1).values[..., -1:]
-        shifted = shifted.masked_fill(shifted < least, -torch.inf)
-    p = torch.softmax(shifted / float(max(temperature, MIN_TEMPERATURE)), dim=-1).float()
-    if top_p < 1.0:
-        sorted_p, order = p.sort(dim=-1, descending=True)
-        # A token stays while the sum before it is below top_p; the first always stays.
-        sorted_p = sorted_p.masked_fill(sorted_p.cumsum(-1) - sorted_p >= max(top_p, TINY), 0.0)
-        p = torch.zeros_like(p).scatter(-1, order, sorted_p)
-    if min_p > 0.0:
-        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
-    # Exponential race, the token with rate p wins: torch.multinomial's draw without its synchronization.
-    clock = torch.empty_like(p).exponential_(generator=generator).clamp_(min=TINY)
-    return (p / clock).argmax(dim=-1)
+def run_chunks(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Run texts as `prefill` does -> each chunk's first token, hidden states [B,C,H], int32 [B] tokens that exist."""
+    for start in range(0, ids.shape[1], model.prefill_chunk):
+        chunk = ids[:, start : start + model.prefill_chunk]
+        new = (lengths - start).clamp(0, chunk.shape[1]).to(torch.int32)
+        yield start, model.hidden(chunk, cache, new), new
 
 
-def _prompts(model: Mixtral, input_ids: Any) -> list[Any]:
-    """Return the prompts, a list of integers as int64 [T] on the model's device; what is wrong stays as it is."""
-    of_integers = [
-        isinstance(row, (list, tuple)) and all(is_int(x, 0) and x < 1 << 63 for x in row) for row in input_ids
-    ]
-    to_ids = partial(torch.tensor, dtype=torch.int64, device=model.device)
-    return [to_ids(row) if right else row for row, right in zip(input_ids, of_integers, strict=True)]
+def to_rows(model: Mixtral, ids: Any, argument: str = "generate: input_ids") -> list[Any]:
+    """Return the rows of ids [B,T] or of a list, a list of integers as int64 [T] on the model's device; what else is no
+    tensor stays as it is, for `check_rows`."""
+    if not isinstance(ids, (list, tuple)) and not (isinstance(ids, Tensor) and ids.dim()):
+        got = "one number" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise ValueError(f"{argument} is {got}, needs a tensor [B, T] or a list of texts [T]")
+
+    def is_ids(row: Any) -> bool:
+        return isinstance(row, (list, tuple)) and all(is_int(token, 0) and token < 1 << 63 for token in row)
+
+    return [torch.tensor(row, dtype=torch.int64, device=model.device) if is_ids(row) else row for row in ids]
 
 
-def _pad_prompts(model: Mixtral, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pad 1-D prompts on the right with token 0 -> ids [B,T], lengths int64 [B], both on the model's device."""
-    if not prompts:
-        raise ValueError("generate: there is no prompt, needs at least one")
-    for number, row in enumerate(prompts):
+def check_rows(model: Mixtral, rows: Sequence[Tensor], what: str) -> None:
+    """Raise ValueError, which begins with `what`, unless there are rows [T], each with tokens of the vocabulary."""
+    if not rows:
+        raise ValueError(f"{what}: there is none, needs at least one")
+    for number, row in enumerate(rows):
         if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
             got = f"of shape {list(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
-            raise ValueError(
-                f"generate: prompt {number} is {got}, needs int64 [T] or a list of token ids, at least one"
-            )
+            raise ValueError(f"{what} {number} is {got}, needs int64 [T] or a list of token ids, not empty")
         check_ids(row[None], model.config.vocab_size, model.device)
-    lengths = torch.tensor([len(row) for row in prompts], device=model.device)
-    ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
-    if not readable(ids):
-        check_vocabulary(ids, model.config.vocab_size)  # the only synchronization of a prompt on a GPU
-    return ids, lengths
+    if not readable(rows[0]):
+        check_vocabulary(torch.cat([*rows]), model.config.vocab_size)  # the only synchronization of a prompt on a GPU
+
+
+def pad(texts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad 1-D texts on the right with token 0 -> ids [B,T], lengths int64 [B], both on the device."""
+    lengths = torch.tensor([len(row) for row in texts], device=device)
+    return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True), lengths
 
 
 def _is_number(value: Any) -> bool:
@@ -276,10 +331,10 @@ def eos_ids(eos_token_id: int | Sequence[int] | None, config: Any) -> frozenset[
     return frozenset(ids)
 
 
-def _cut(tail: Tensor, eos: frozenset[int]) -> Tensor:
-    """Cut after the first EOS."""
+def _end_of(tail: Tensor, eos: frozenset[int]) -> int:
+    """Return how many tokens there are up to the first EOS, which is counted."""
     ends = (index + 1 for index, token in enumerate(tail.tolist()) if token in eos)
-    return tail[: next(ends, len(tail))]
+    return next(ends, len(tail))
 
 
 class CaptureLost(RuntimeError):
@@ -290,11 +345,11 @@ def capture(step: Callable[[], object], generator: torch.Generator | None, devic
     """Capture the launches of `step` on `device` and return the replay. Nothing runs; `step` must have run before.
 
     `generator`: the one that the step draws from, if any. Other threads may use the device, but not synchronize it as
-    `torch.cuda.graph` does. Raises RuntimeError where the step cannot be captured, as one that reads a value: stream,
-    allocators and generators are then as before. Raises CaptureLost where they are not.
+    `torch.cuda.graph` does. Raises RuntimeError where the step cannot be captured, as one that reads a value, or the
+    graph not instantiated: stream, allocators and generators are then as before. Raises CaptureLost where they are not.
     """
     with _lock, torch.cuda.device(device), _no_collection():
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)  # the end of a capture then instantiates nothing, which may fail
         if generator is not None:  # here, because torch up to 2.12 allocates its seed on the current device
             graph.register_generator_state(generator)
         if (current := torch.cuda.current_device()) not in _streams:
@@ -309,6 +364,11 @@ def capture(step: Callable[[], object], generator: torch.Generator | None, devic
                 _end(graph, stream, device, failed=True)
                 raise
             _end(graph, stream, device, failed=False)
+        try:
+            graph.instantiate()
+        except RuntimeError:  # no memory is left, or the driver has no such edges: nothing is captured any more
+            graph.reset()
+            raise
     return graph.replay
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import MixtralConfig
-from .kernels.checks import FLOATS, INTS, check_values, fail, readable
+from .kernels.checks import FLOATS, INTS, fail, readable
 from .kernels.launch import INTERPRETED
 from .kernels.quantized import QuantSpec
 
@@ -100,10 +100,8 @@ def check_memory(device: torch.device, needed: int, bytes_of: Callable[[Any], in
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
     """Raise ValueError unless input_ids is int64 [B,T], not empty, on `device`, and on a CPU within the vocabulary."""
-    is_tensor = isinstance(input_ids, Tensor)
-    if not is_tensor or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
-        got = f"{input_ids.dtype} {list(input_ids.shape)}" if is_tensor else type(input_ids).__name__
-        raise fail("Mixtral", "input_ids", got, "an int64 tensor [B, T]")
+    if not _is_dense(input_ids) or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
+        raise fail("Mixtral", "input_ids", _describe(input_ids), "an int64 tensor [B, T]")
     if 0 in input_ids.shape:
         raise fail("Mixtral", "input_ids", f"empty, {list(input_ids.shape)}", "at least one token")
     if input_ids.device != device:
@@ -119,10 +117,20 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
             raise ValueError(f"Mixtral: argument 'input_ids' holds token {token}, needs ids in 0..{vocab_size - 1}")
 
 
-def check_lengths(lengths: Any, B: int, T: int, device: torch.device) -> None:
-    """Raise ValueError unless lengths is int [B] on `device`, on a CPU with values in 0..T."""
-    tensor = isinstance(lengths, Tensor)
-    if not tensor or lengths.dtype not in INTS or lengths.shape != (B,) or lengths.device != device:
-        got = f"{lengths.dtype} {list(lengths.shape)} on {lengths.device}" if tensor else f"a {type(lengths).__name__}"
-        raise fail("Mixtral", "lengths", got, f"an int32 or int64 tensor [{B}] on {device}")
-    check_values("Mixtral", "lengths", lengths, 0, T)
+def check_lengths(op: str, lengths: Any, B: int | None, device: torch.device | None) -> None:
+    """Raise ValueError unless lengths is int [B] on `device`. None: any B, any device."""
+    fits = _is_dense(lengths) and lengths.dtype in INTS and lengths.dim() == 1
+    if not (fits and B in (None, len(lengths)) and device in (None, lengths.device)):
+        on = "" if device is None else f" on {device}"
+        raise fail(op, "lengths", _describe(lengths), f"an int32 or int64 tensor [{'B' if B is None else B}]{on}")
+
+
+def _is_dense(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+
+
+def _describe(x: Any) -> str:
+    if not isinstance(x, Tensor):
+        return "None" if x is None else f"a {type(x).__name__}"
+    layout = f"{list(x.shape)} on {x.device}" if _is_dense(x) else "of a nested or sparse layout"
+    return f"{x.dtype} {layout}"

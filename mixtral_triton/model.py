@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,17 +21,24 @@ from .config import MixtralConfig
 from .generate import PREFILL_CHUNK, generate, stream
 from .inputs import check_dtype, check_ids, check_lengths, usable_device
 from .kernels.call import reject_transforms, transformed, untraced
+from .kernels.checks import check_values
+from .kernels.heads import rope_tables
 from .kernels.launch import pdl_region
 from .kernels.offload import empty_on_host
-from .kernels.rope import rope_tables
 from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
+from .score import score
 
-# Attributes of an instance with which a caller replaces what its class does; `compile` sets the last.
-_REPLACED = {"forward", "attention", "route", "experts", "hidden", "head", "_call_impl", "_compiled_call_impl"}
 LayerCache = tuple[Slots, Slots]  # a layer's cached keys and values, [B, Hkv, C, D] each
 WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
+
+
+@cache
+def _method_names(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the attributes of an instance with which a caller replaces what its class does in a forward."""
+    methods = {name for name in dir(kind) if callable(getattr(kind, name))}
+    return frozenset(methods - {"generate", "stream"} | {"_compiled_call_impl"})  # None until `compile` sets it
 
 
 def _empty_weight(
@@ -123,14 +131,14 @@ class State:
         self.window, self.deterministic = model.config.sliding_window, model.deterministic
         self.cos, self.sin, self.ranks = model.cos, model.sin, model.ranks
         self.shape, self.cache = (B, T, model.config.hidden_size), cache
-        # In deterministic mode a single token uses the chunk path, so its bits match those inside a longer chunk.
+        # A decode step's bits may depend on the rest of the batch; those of a chunk in deterministic mode do not.
         self.decodes = cache is not None and T == 1 and not model.deterministic
         self.num_new = torch.full((B,), T, dtype=torch.int32, device=model.device) if num_new is None else num_new
         if cache is None:
             self.positions = torch.arange(T, device=model.device).expand(B, T)
             self.cache_lengths = self.positions[:, 0]
         else:
-            self.cache_lengths = cache.lengths
+            self.cache_lengths = cache.lengths.resolve_neg()
             self.positions = cache.lengths[:, None]
             if not self.decodes:
                 t = torch.arange(T, device=model.device)
@@ -306,7 +314,7 @@ class Mixtral(nn.Module):
             # The operators' checks do not know other ranks' experts.
             raise ValueError("Mixtral: on a mesh a model cannot be compiled, traced or observed by a dispatch mode")
         eps = self.config.rms_norm_eps
-        num_new = None if lengths is None else lengths.to(torch.int32).contiguous()
+        num_new = None if lengths is None else lengths.to(torch.int32).contiguous().resolve_neg()
         state = State(self, B, T, cache, num_new)
         bounds = () if cache is None else (cache.lengths, state.num_new if lengths is None else lengths, cache.max_len)
         norm = self.layers[0].input_layernorm
@@ -331,10 +339,11 @@ class Mixtral(nn.Module):
         """
         if _has_any_global_hook():
             return "all modules have a hook"
+        methods = {kind: _method_names(kind) for kind in (Mixtral, Layer)}
         for index, module in enumerate((self, *self.layers)):
-            hooked = index and (module._forward_hooks or module._forward_pre_hooks)
+            kind, hooked = Layer if index else Mixtral, index and (module._forward_hooks or module._forward_pre_hooks)
             # A parametrization makes a subclass of its own.
-            if hooked or type(module) is not (Layer if index else Mixtral) or _REPLACED & module.__dict__.keys():
+            if hooked or type(module) is not kind or not methods[kind].isdisjoint(module.__dict__):
                 return f"{f'layer {index - 1}' if index else 'the model'} has a hook, or methods of its own"
         return None
 
@@ -352,6 +361,7 @@ class Mixtral(nn.Module):
 
     generate = generate
     stream = stream
+    score = score
 
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
@@ -368,14 +378,18 @@ class Mixtral(nn.Module):
         if cache is not None:
             self._check_cache(cache, B)
             if lengths is not None:
-                check_lengths(lengths, B, T, self.device)
+                check_lengths("Mixtral", lengths, B, self.device)
+                check_values("Mixtral", "lengths", lengths, 0, T)
             cache.reserve(T if lengths is None else lengths)
             if not torch.compiler.is_compiling():
                 cache.filled_by = self.dtype
+                cache.record(input_ids, lengths)
 
     def _check_cache(self, cache: KVCache, B: int) -> None:
+        """Raise ValueError unless `cache` is one of this model, for B sequences."""
         if not isinstance(cache, KVCache):
             raise ValueError(f"Mixtral: argument 'cache' is a {type(cache).__name__}, needs a KVCache")
+        check_lengths("KVCache", cache.lengths, None, None)  # a caller may have set them
         # Identity first: a compiler cannot compare a config whose numbers it has made symbols.
         same = cache.config is self.config or cache.config == self.config
         fields = () if same else vars(cache.config).items()

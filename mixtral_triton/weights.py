@@ -29,6 +29,7 @@ from .config import (
     refuse_lfs_pointer,
     shown,
 )
+from .kernels.offload import host_memory
 from .kernels.quantized import GROUPS, QuantizedWeight
 from .parallel import UNSHARDED, Shard
 
@@ -267,7 +268,7 @@ def fill(
                 for name, stored in items:
                     target = targets.get(name)
                     if target and target.is_kept and parameters[target.parameter].device.type != "meta":
-                        destination = parameters[target.parameter][target.index]
+                        destination = host_memory(parameters[target.parameter])[target.index]
                         _fill(opened.get_slice(name), name, stored, target, destination, progress, quantizer)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton import knobs
 
 from mixtral_triton.config import SMALL
 from mixtral_triton.kernels import call, interpret, launch
@@ -36,6 +37,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a plugin may have imported torch befo
     torch.set_num_threads(1)
 
 INTERPRET = launch.interpret
+KNOBS = (knobs.cache, knobs.compilation, knobs.runtime, knobs.nvidia, knobs.amd)
 MARGIN = 64  # elements on either side
 # Of both runs. Integers are small: a kernel that used one as an index must not reach foreign memory.
 CANARIES = {True: (float("nan"), 1.0e4), False: (0, 1)}
@@ -126,6 +128,15 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
 def folder(tmp_path: Path) -> Path:
     """A writable copy of the small checkpoint."""
     return Path(shutil.copytree(SMALL, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(autouse=True)
+def knobs_are_those_of_the_environment() -> Iterator[None]:
+    """A knob of Triton that was assigned ignores its environment variable from then on, and monkeypatch restores one by
+    an assignment: the cache of later tests would not be theirs, but the user's."""
+    yield
+    assigned = [name for group in KNOBS for name in vars(group) if hasattr(vars(type(group)).get(name), "key")]
+    assert not assigned, "set a knob's environment variable instead"
 
 
 @pytest.fixture(autouse=True)

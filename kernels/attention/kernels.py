@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..arguments import Heads, Pointer
+from ..facts import kernel_facts
 from ..heads import POSITIONS_MAX, RotaryTables, angles, sequence_position
 from ..pdl import pdl_wait
 from ..quantized_cache import quantized
@@ -72,6 +73,7 @@ def _head_of(keys, b, head, WIDTH: tl.constexpr):
     return k, v, ks, vs
 
 
+@kernel_facts("BLOCK_D", work="attention")
 @triton.jit(do_not_specialize=["T", "S", "C"])
 def attention_prefill_kernel(
     q,  # Heads [B, T, Hq, D]
@@ -206,6 +208,7 @@ def _append_newest_key(
     return Softmax(acc, tl.where(active, score, largest), tl.where(active, 1.0, total))
 
 
+@kernel_facts("BLOCK_D", "BLOCK_M", work="attention")
 @triton.jit(do_not_specialize=["T", "S", "SPLITS"])
 def attention_decode_kernel(
     q,  # Heads [B, T, Hq, D]
@@ -287,6 +290,7 @@ def attention_decode_kernel(
         tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
 
 
+@kernel_facts("BLOCK_D")
 @triton.jit
 def attention_combine_kernel(
     part_ptr,  # [rows, SPLITS, D] fp32

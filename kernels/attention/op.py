@@ -176,6 +176,7 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
 @operation(
     reference=reference.attention,
     case=AttentionCase,
+    multiplies=True,
     inputs=_inputs,
     configs=configs,
     cost=cost,
@@ -199,6 +200,7 @@ def attention(
     q: Queries,
     k: Positions,
     v: Positions,
+    *,
     window: Window | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -229,8 +231,8 @@ def attention(
     bounds = Bounds(_contiguous(starts), _contiguous(lengths), None)
     # Few causal queries, times the heads of a group, fill a tile of the decode kernel.
     if causal and (sizes.T == 1 or sizes.T * (sizes.Hq // sizes.Hkv) <= PACKED_ROWS):
-        return _decode(q, keys, bounds, sizes, scale=scale)
-    return _prefill(q, keys, bounds, sizes, causal=causal, scale=scale)
+        return _launch_decode(q, keys, bounds, sizes, scale=scale)
+    return _launch_prefill(q, keys, bounds, sizes, causal=causal, scale=scale)
 
 
 _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
@@ -239,6 +241,7 @@ _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
 @operation(
     reference=reference.cached_attention,
     case=CachedCase,
+    multiplies=True,
     inputs=_cached_inputs,
     configs=configs,
     cost=cost,
@@ -289,7 +292,7 @@ def cached_attention(
     sizes = _sizes(q, slots, window, deterministic)
     bounds = Bounds(None, new.contiguous(), past.contiguous())
     if k is None or v is None:
-        return _decode(q, slots, bounds, sizes)
+        return _launch_decode(q, slots, bounds, sizes)
     if slots.k_scales is None:
         keys = _keys(k, v)
     else:
@@ -298,12 +301,13 @@ def cached_attention(
         launch_append(k, v, chunk[0], chunk[1], None, new.contiguous())
         keys = _slots(*chunk)
     sizes = replace(sizes, S=sizes.T, C=sizes.S)
-    return _prefill(q, keys, bounds, sizes, CacheArgs.of(k_cache, v_cache))
+    return _launch_prefill(q, keys, bounds, sizes, CacheArgs.of(k_cache, v_cache))
 
 
 @operation(
     reference=reference.rope_append_attention,
     case=CachedCase,
+    multiplies=True,
     inputs=_step_inputs,
     configs=configs,
     cost=step_cost,
@@ -356,7 +360,7 @@ def rope_append_attention(
     sizes = _sizes(q, slots, window, deterministic)
     bounds = Bounds(None, new.contiguous(), past.contiguous())
     newest = Newest(Heads.of(k), Heads.of(v), RotaryTables.of(cos, sin))
-    return _decode(q, slots, bounds, sizes, newest)
+    return _launch_decode(q, slots, bounds, sizes, newest)
 
 
 def _contiguous(bound: Tensor | None) -> Tensor | None:
@@ -397,7 +401,7 @@ def _in_base_2(scale: float | None, D: int) -> float:
     return (D**-0.5 if scale is None else scale) * math.log2(math.e)
 
 
-def _prefill(
+def _launch_prefill(
     q: Tensor,
     keys: Keys,
     bounds: Bounds,
@@ -445,7 +449,7 @@ def _prefill(
     return out
 
 
-def _decode(
+def _launch_decode(
     q: Tensor,
     keys: Keys,
     bounds: Bounds,

@@ -3,14 +3,16 @@
 The literals compile without a spill; not measured on a GPU.
 """
 
-from collections import namedtuple
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 
-from ..arch import amd, family, max_multiprocessors, tma
-from ..launch import LaunchConfig, power_of_2
+from ..arch import max_multiprocessors, tma
+from ..launch import LaunchConfig
+from ..tiles import power_of_2, tiles_for
 
 
 @dataclass(frozen=True)
@@ -30,121 +32,223 @@ class AttentionSizes:
 
 DETERMINISTIC_SPLITS = 8  # for any batch and any length
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
-PrefillTile = namedtuple("PrefillTile", "BLOCK_M BLOCK_N num_warps num_stages")
-# By the greatest head size, for 16-bit types and for fp32. None spills a register; on AMD none spills a scalar register
-# into a vector one.
-_PREFILL = {
+
+
+class AttentionTile(NamedTuple):
+    """A tile of keys, and in prefill of queries. The first row whose conditions hold is selected.
+
+    heads  "odd": no multiple of 16 wide, which needs masks and their registers; "padded": narrower than the tile;
+           "overlapped": see `_overlapped`; "": any
+    """
+
+    D: int  # the widest head
+    BLOCK_M: int  # queries; in decode 0: those of a group
+    BLOCK_N: int  # keys
+    num_warps: int
+    num_stages: int
+    heads: str = ""
+    T: int = 0  # the most queries, except in deterministic mode; 0: any
+    window: int = 0  # the longest window; 0: any, or none
+
+
+Table = Mapping[str, Sequence[AttentionTile]]
+# None spills a register; on AMD none spills a scalar register into a vector one. A short window takes few queries,
+# since a tile sees window + BLOCK_M keys.
+_PREFILL_HOPPER = (
+    AttentionTile(128, 16, 32, 4, 2, heads="odd", T=16),
+    AttentionTile(128, 32, 32, 8, 2, heads="odd", T=32),
+    AttentionTile(128, 64, 64, 8, 2, heads="odd"),
+    AttentionTile(128, 64, 128, 4, 1, heads="overlapped"),
+    # Heads of 16 and 32: without wgmma, on which ptxas crashes with Triton 3.6 and no window.
+    AttentionTile(32, 16, 64, 4, 2, T=16),
+    AttentionTile(32, 32, 64, 4, 2),
+    # Padded heads: ptxas of CUDA 12.8 and 12.9 crashes where 128 x 64 meets 128 keys, or 64 x 128 has 4 warps.
+    AttentionTile(64, 16, 64, 4, 3, T=16, window=256),
+    AttentionTile(64, 32, 64, 4, 3, T=32, window=256),
+    AttentionTile(64, 64, 64, 4, 3, window=256),
+    AttentionTile(64, 16, 128, 4, 3, T=16),
+    AttentionTile(64, 64, 128, 4, 3, T=64),
+    AttentionTile(64, 128, 64, 8, 3, heads="padded"),
+    AttentionTile(64, 128, 128, 8, 3),
+    AttentionTile(128, 16, 64, 4, 2, T=16, window=256),
+    AttentionTile(128, 32, 64, 4, 2, T=32, window=256),
+    AttentionTile(128, 64, 64, 8, 2, heads="padded", window=256),
+    AttentionTile(128, 64, 64, 4, 2, window=256),
+    AttentionTile(128, 16, 128, 4, 2, T=16),
+    AttentionTile(128, 64, 64, 8, 2, heads="padded", T=64),
+    AttentionTile(128, 64, 128, 4, 2, T=64),
+    AttentionTile(128, 128, 128, 8, 2),
+    AttentionTile(256, 64, 32, 8, 2),
+)
+_PREFILL_HOPPER_FP32 = (
+    AttentionTile(64, 16, 32, 4, 1, T=16),
+    AttentionTile(64, 32, 32, 4, 1, T=32),
+    AttentionTile(64, 64, 32, 8, 1),
+    AttentionTile(128, 16, 16, 4, 1, T=16),
+    AttentionTile(128, 32, 16, 8, 1),
+    AttentionTile(256, 16, 32, 8, 1),
+)
+PREFILL: Table = {
     "sm_80": (
-        {128: PrefillTile(128, 32, 8, 3), 256: PrefillTile(64, 32, 8, 2)},
-        {64: PrefillTile(32, 64, 8, 1), 128: PrefillTile(16, 32, 4, 1), 256: PrefillTile(32, 16, 8, 1)},
+        AttentionTile(128, 16, 32, 4, 3, T=16),
+        AttentionTile(128, 32, 32, 8, 3, heads="odd", T=32, window=256),
+        AttentionTile(128, 32, 32, 4, 3, T=32, window=256),
+        AttentionTile(128, 64, 32, 8, 3, window=256),
+        AttentionTile(128, 64, 32, 8, 3, heads="odd", T=64),
+        AttentionTile(128, 64, 32, 4, 3, T=64),
+        AttentionTile(128, 128, 32, 8, 3),
+        AttentionTile(256, 16, 32, 4, 2, T=16),
+        AttentionTile(256, 32, 32, 4, 2, T=32),
+        AttentionTile(256, 64, 32, 8, 2),
     ),
-    "sm_90": (
-        {
-            32: PrefillTile(32, 64, 4, 2),  # without wgmma, on which ptxas crashes with Triton 3.6 and no window
-            64: PrefillTile(128, 128, 8, 3),
-            128: PrefillTile(128, 128, 8, 2),
-            256: PrefillTile(64, 32, 8, 2),
-        },
-        {64: PrefillTile(64, 32, 8, 1), 128: PrefillTile(32, 16, 8, 1), 256: PrefillTile(16, 32, 8, 1)},
+    "sm_80 fp32": (
+        AttentionTile(64, 16, 64, 4, 1, T=16),
+        AttentionTile(64, 32, 64, 8, 1),
+        AttentionTile(128, 16, 32, 4, 1),
+        AttentionTile(256, 16, 16, 4, 1, T=16),
+        AttentionTile(256, 32, 16, 8, 1),
     ),
+    "sm_90": _PREFILL_HOPPER,
+    "sm_90 fp32": _PREFILL_HOPPER_FP32,
+    "sm_100": _PREFILL_HOPPER,
+    "sm_100 fp32": _PREFILL_HOPPER_FP32,
     "gfx942": (
-        {128: PrefillTile(128, 16, 4, 1), 256: PrefillTile(64, 16, 4, 1)},
-        {128: PrefillTile(64, 16, 8, 1), 256: PrefillTile(32, 16, 8, 1)},
+        AttentionTile(256, 16, 16, 4, 1, T=16),
+        AttentionTile(256, 32, 16, 4, 1, T=32, window=256),
+        AttentionTile(128, 64, 16, 4, 1, window=256),
+        AttentionTile(128, 64, 16, 4, 1, T=64),
+        AttentionTile(128, 128, 16, 4, 1),
+        AttentionTile(256, 32, 16, 4, 1, T=32),
+        AttentionTile(256, 64, 16, 4, 1),
+    ),
+    "gfx942 fp32": (
+        AttentionTile(256, 16, 16, 4, 1, T=16),
+        AttentionTile(128, 32, 16, 4, 1, T=32),
+        AttentionTile(128, 64, 16, 8, 1),
+        AttentionTile(256, 32, 16, 8, 1),
     ),
 }
-_PREFILL["sm_100"] = _PREFILL["sm_90"]
-# Of keys in 8 bits, whose codes and numbers take registers side by side. fp32 has one tile for all head sizes.
-_PREFILL_CODES = {
-    "sm_80": {128: PrefillTile(128, 32, 8, 2), 256: PrefillTile(64, 32, 8, 2)},
-    "sm_90": {128: PrefillTile(128, 64, 8, 2), 256: PrefillTile(64, 32, 8, 2)},
-    "gfx942": {128: PrefillTile(128, 16, 8, 1), 256: PrefillTile(64, 16, 8, 1)},
+# Keys in 8 bits, whose codes and numbers take registers side by side.
+_PREFILL_CODES_HOPPER = (
+    AttentionTile(256, 16, 32, 4, 2, T=16),
+    AttentionTile(128, 128, 64, 8, 2),
+    AttentionTile(256, 64, 32, 8, 2),
+)
+PREFILL_CODES: Table = {
+    "sm_80": (
+        AttentionTile(256, 16, 32, 4, 2, T=16),
+        AttentionTile(128, 128, 32, 8, 2),
+        AttentionTile(256, 64, 32, 8, 2),
+    ),
+    "sm_90": _PREFILL_CODES_HOPPER,
+    "sm_100": _PREFILL_CODES_HOPPER,
+    "gfx942": (
+        AttentionTile(256, 16, 16, 4, 1, T=16),
+        AttentionTile(128, 128, 16, 8, 1),
+        AttentionTile(256, 64, 16, 8, 1),
+    ),
+    "gfx942 fp32": (AttentionTile(256, 16, 16, 8, 1),),
+    "fp32": (AttentionTile(256, 16, 16, 8, 2),),
 }
-_PREFILL_CODES["sm_100"] = _PREFILL_CODES["sm_90"]
-TWO_PER_SM = PrefillTile(64, 128, 4, 1)  # an SM holds two of these: one computes its softmax while the other multiplies
+_DECODE_NVIDIA = (
+    AttentionTile(256, 0, 32, 4, 3, heads="odd"),
+    AttentionTile(128, 0, 64, 4, 3),
+    AttentionTile(256, 0, 32, 4, 3),
+)
+DECODE: Table = {
+    "sm_80": _DECODE_NVIDIA,
+    "sm_90": _DECODE_NVIDIA,
+    "sm_100": _DECODE_NVIDIA,
+    "gfx942": (
+        AttentionTile(256, 0, 16, 8, 2, heads="odd"),
+        AttentionTile(256, 0, 16, 4, 2, heads="padded"),
+        AttentionTile(256, 0, 32, 4, 2),
+    ),
+    "gfx942 fp32": (
+        AttentionTile(128, 0, 16, 4, 2, heads="odd"),
+        AttentionTile(128, 0, 16, 4, 2, heads="padded"),
+        AttentionTile(128, 0, 32, 4, 2),
+        AttentionTile(256, 0, 16, 4, 2),
+    ),
+    "fp32": (AttentionTile(256, 0, 16, 8, 2),),
+}
+_DECODE_CODES_NVIDIA = (
+    AttentionTile(256, 0, 32, 4, 2, heads="odd"),
+    AttentionTile(128, 0, 64, 4, 2, heads="padded"),
+    AttentionTile(64, 0, 64, 4, 2),
+    AttentionTile(128, 0, 128, 4, 2),
+    AttentionTile(256, 0, 32, 4, 2),
+)
+DECODE_CODES: Table = {
+    "sm_80": _DECODE_CODES_NVIDIA,
+    "sm_90": _DECODE_CODES_NVIDIA,
+    "sm_100": _DECODE_CODES_NVIDIA,
+    "gfx942": (
+        AttentionTile(256, 0, 16, 8, 1, heads="odd"),
+        AttentionTile(256, 0, 16, 4, 1, heads="padded"),
+        AttentionTile(256, 0, 16, 4, 2),
+    ),
+    "gfx942 fp32": (
+        AttentionTile(256, 0, 16, 4, 1, heads="odd"),
+        AttentionTile(256, 0, 16, 4, 1, heads="padded"),
+        AttentionTile(256, 0, 16, 4, 2),
+    ),
+    "fp32": (AttentionTile(256, 0, 16, 8, 1),),
+}
 
 
-def _least_width(sizes: AttentionSizes) -> int:
-    """A product's depth is at least 16: that of a head, or in 8 bits of its half."""
-    return 32 if sizes.quantized else 16
+def _width(sizes: AttentionSizes) -> int:
+    """Return BLOCK_D. A product's depth is at least 16: that of a head, or in 8 bits of its half."""
+    return power_of_2(sizes.D, low=32 if sizes.quantized else 16)
+
+
+def _select(table: Table, sizes: AttentionSizes, dtype: torch.dtype, arch: str, heads: str = "") -> AttentionTile:
+    heads = heads or ("odd" if sizes.D % 16 else "padded" if _width(sizes) > sizes.D else "")
+    few = 0 if sizes.deterministic else sizes.T
+    return next(
+        tile
+        for tile in tiles_for(table, dtype, arch)
+        if _width(sizes) <= tile.D
+        and tile.heads in ("", heads)
+        and (tile.T == 0 or 0 < few <= tile.T)
+        and (tile.window == 0 or 0 < sizes.window <= tile.window)
+    )
+
+
+def _overlapped(sizes: AttentionSizes, arch: str) -> bool:
+    """Return whether an SM should hold two short tiles: one computes its softmax while the other multiplies.
+
+    That is where each SM gets at most one tall tile, or the keys are few. Else tiles of half the rows would read the
+    keys through L2 too often. With a window over a ring they would spill.
+    """
+    tall = 128
+    spills = sizes.C > 0 and sizes.window > 0
+    if tall != sizes.D or not tma(arch) or spills or sizes.deterministic or tall // 2 >= sizes.T:
+        return False
+    tiles = sizes.B * sizes.Hq * triton.cdiv(sizes.T, tall)
+    return sizes.S + sizes.C <= 1024 or tiles <= (sizes.sms or max_multiprocessors(arch))
 
 
 def _prefill_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Tiles by head size; a short window takes short tiles, since a tile sees window + BLOCK_M keys."""
-    D, window = power_of_2(sizes.D, low=_least_width(sizes)), sizes.window
-    if sizes.quantized:
-        return _prefill_codes_config(sizes, dtype, arch, D)
-    table = _PREFILL[family(arch)][dtype == torch.float32]
-    block_m, block_n, warps, stages = table[min(size for size in table if size >= D)]
-    # Head sizes that are no multiple of 16 need masks, which take registers.
-    odd = sizes.D % 16 > 0 and D <= 128 and not amd(arch) and dtype != torch.float32
-    if odd and tma(arch):
-        block_m, block_n, warps, stages = 64, 64, 8, 2
-    elif _two_per_sm(sizes, dtype, arch, block_m):
-        block_m, block_n, warps, stages = TWO_PER_SM
-    elif 0 < window <= 256 and block_m > 64:
-        block_m, block_n, warps = 64, min(block_n, 64 if tma(arch) else 32), 8 if family(arch) == "sm_80" else 4
-    # Half the rows take half the warps; heads of 256 would spill.
-    if not sizes.deterministic and block_m // 2 >= sizes.T and (D < 256 or not tma(arch)):
-        rows = 16 if sizes.T <= 16 else block_m // 2  # not every power of two: each compiles a kernel
-        block_m, block_n, warps = rows, 32 if odd and tma(arch) else block_n, max(4, warps * rows // block_m)
-        warps = 8 if odd and rows == 32 else warps
-    if sizes.D < D and tma(arch) and dtype != torch.float32:
-        # ptxas of CUDA 12.8 and 12.9 crashes where tiles of padded heads meet 128 keys, or 64 rows of 128 have 4 warps.
-        block_n = min(block_n, 64) if (block_m, D) in ((64, 128), (128, 64)) else block_n
-        warps = 8 if (block_m, D) == (64, 128) else warps
-    elif odd and block_m == 64:
-        warps = 8
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
-    return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
-
-
-def _prefill_codes_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str, D: int) -> LaunchConfig:
-    """Tiles of a chunk beside keys in 8 bits; few queries take 16 rows."""
-    table = _PREFILL_CODES[family(arch)]
-    block_m, block_n, warps, stages = table[128 if D <= 128 else 256]
-    if dtype == torch.float32:
-        block_m, block_n, stages = 16, 16, 1 if amd(arch) else 2
-    elif sizes.T <= 16 and not sizes.deterministic:
-        block_m, block_n, warps = 16, min(block_n, 32), 4
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": D}
-    return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
-
-
-def _two_per_sm(sizes: AttentionSizes, dtype: torch.dtype, arch: str, block_m: int) -> bool:
-    """Return whether TWO_PER_SM suits: each SM gets at most one tile of block_m rows, whose softmax nothing hides, or
-    the keys are few.
-
-    Else tiles of half the rows would read the keys through L2 too often. With a window over a ring they would spill.
-    """
-    spills = sizes.C > 0 and sizes.window > 0
-    if sizes.D != 128 or not tma(arch) or dtype == torch.float32 or spills or sizes.deterministic:
-        return False
-    tiles = sizes.B * sizes.Hq * triton.cdiv(sizes.T, block_m)
-    keys = sizes.S + sizes.C
-    few = keys <= 1024 or tiles <= (sizes.sms or max_multiprocessors(arch))
-    return block_m // 2 < sizes.T and few
+    overlapped = dtype != torch.float32 and not sizes.quantized and _overlapped(sizes, arch)
+    table = PREFILL_CODES if sizes.quantized else PREFILL
+    tile = _select(table, sizes, dtype, arch, "overlapped" if overlapped else "")
+    tiles = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": _width(sizes)}
+    return LaunchConfig(tiles, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def _decode_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """Splits until every SM has two programs, each of at least 256 keys."""
-    rows = sizes.T * sizes.Hq // sizes.Hkv
     keys = min(sizes.S, sizes.window or sizes.S)
     programs = max(1, sizes.B * sizes.Hkv)
     sms = sizes.sms or max_multiprocessors(arch)
     splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
     if sizes.deterministic:
         splits = DETERMINISTIC_SPLITS
-    D, fp32, cdna = power_of_2(sizes.D, low=_least_width(sizes)), dtype == torch.float32, amd(arch)
-    # Head sizes that are no multiple of 16 need masks, which take registers.
-    block_n = 16 if fp32 and (D > 128 or not cdna) else 32 if cdna or D > 128 or sizes.D % 16 else 64
-    block_n = 16 if cdna and sizes.D < D else block_n
-    stages = 2 if fp32 or cdna else 3
-    if sizes.quantized:  # codes and numbers take registers side by side
-        block_n = 16 if cdna else 128 if sizes.D == 128 and not fp32 else block_n
-        stages = 1 if (fp32 and not cdna) or (cdna and sizes.D < D) else 2
-    tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(rows, low=16), "BLOCK_N": block_n, "BLOCK_D": D}
-    more_warps = (fp32 and not cdna) or (cdna and not fp32 and sizes.D % 16 > 0)
-    return LaunchConfig(tiles, num_warps=8 if more_warps else 4, num_stages=stages)
+    tile = _select(DECODE_CODES if sizes.quantized else DECODE, sizes, dtype, arch)
+    tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(sizes.T * sizes.Hq // sizes.Hkv, low=16)}
+    tiles |= {"BLOCK_N": tile.BLOCK_N, "BLOCK_D": _width(sizes)}
+    return LaunchConfig(tiles, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def configs(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:

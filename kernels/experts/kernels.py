@@ -20,11 +20,20 @@ import triton
 import triton.language as tl
 
 from ..arguments import Pointer
-from ..linear import depth_tile, program_tile
+from ..facts import Product, kernel_facts
+from ..kernel_weight import (
+    WeightPtrs,
+    WeightRows,
+    add_products,
+    expert_rows,
+    program_tile,
+    row_products,
+    times_row_scales,
+    weight_tile,
+)
 from ..norm import normed_rows
 from ..pdl import pdl_wait, pdl_wait_first, prefetch_rows
 from ..unpack import fields_of
-from ..weight import WeightPtrs, add_products, expert_rows, times_row_scales, weight_tile
 
 
 class Groups(NamedTuple):
@@ -35,9 +44,6 @@ class Groups(NamedTuple):
     E: int
 
 
-# The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all experts' (for scales and zeros),
-# and a descriptor that reads at `coords`, or None.
-ExpertWeight = namedtuple("ExpertWeight", "ptrs rows desc coords")
 # The rows of x of a tile: pointers [rows, BLOCK_K] of column 0, or descriptors of the upper part and of SHORT_M rows.
 RowSource = namedtuple("RowSource", "ptrs desc short_desc")
 
@@ -83,6 +89,7 @@ def _compact(slots, match, rank, ranks):
     return tl.sum(tl.where(hit, slots[None, :], 0), axis=1).to(tl.int64)
 
 
+@kernel_facts("BLOCK_T", "BLOCK_S", work=Product("x", "gate_up", halves=2, depth="H"))
 @triton.jit(do_not_specialize=["N"])
 def experts_up_decode_kernel(
     x,  # Rows [T, H]
@@ -119,6 +126,7 @@ def experts_up_decode_kernel(
         tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
+@kernel_facts("BLOCK_T", "BLOCK_S", work=Product("h", "down", halves=1, depth="I"))
 @triton.jit(do_not_specialize=["N"])
 def experts_down_decode_kernel(
     h_ptr,  # [N, I] by slot
@@ -191,30 +199,14 @@ def _group_tile(
 
 
 @triton.jit
-def _products(x_ptrs, x_desc, row, w, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
-    """ROWS rows of x, from `row` on, times the rows of the ExpertWeight w -> [ROWS, w.rows] fp32."""
-    offs_k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((ROWS, w.rows.shape[0]), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if x_desc is None:
-            x = depth_tile(x_ptrs, offs_k[None, :] < K - k, K, BLOCK_K)
-            x_ptrs += BLOCK_K  # stepped, not computed from k: fewer instructions in the loop
-        else:
-            x = x_desc.load([row, k])
-        w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x.dtype, LAYOUT, w.desc, w.coords)
-        acc = tl.dot(x, w_tile.T, acc, "ieee")
-    return acc
-
-
-@triton.jit
 def _products_of_both_parts(
     x, row, w, MAIN_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    """`_products` of a full tile with two parts: each tile of the weight multiplies both."""
+    """`row_products` of a full tile with two parts: each tile of the weight multiplies both."""
     acc, short = tl.zeros((MAIN_M, w.rows.shape[0]), tl.float32), tl.zeros((SHORT_M, w.rows.shape[0]), tl.float32)
     for k in range(0, K, BLOCK_K):
         x_main, x_short = x.desc.load([row, k]), x.short_desc.load([row + MAIN_M, k])
-        w_tile = weight_tile(w.ptrs, w.rows, k, K, BLOCK_K, x_main.dtype, LAYOUT, w.desc, w.coords)
+        w_tile = weight_tile(w, k, K, BLOCK_K, LAYOUT)
         acc = tl.dot(x_main, w_tile.T, acc, input_precision="ieee")
         short = tl.dot(x_short, w_tile.T, short, input_precision="ieee")
     return acc, short
@@ -224,7 +216,7 @@ def _products_of_both_parts(
 def _multiply_parts(
     x,  # RowSource
     row, end,
-    w,  # ExpertWeight
+    w,  # WeightRows
     store: tl.constexpr,  # _store_swiglu or _store_slots
     out,  # the first arguments of `store` after the products
     pid_n,
@@ -235,10 +227,10 @@ def _multiply_parts(
     MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
     remaining = tl.minimum(end - row, BLOCK_M)
     if remaining <= SHORT_M:
-        short = _products(x.ptrs, x.short_desc, row, w, SHORT_M, BLOCK_K, K, LAYOUT)
+        short = row_products(x.ptrs, x.short_desc, row, w, SHORT_M, BLOCK_K, K, LAYOUT)
         store(short, *out, row, end, pid_n, COLUMNS)
     elif remaining <= MAIN_M:
-        upper = _products(x.ptrs, x.desc, row, w, MAIN_M, BLOCK_K, K, LAYOUT)
+        upper = row_products(x.ptrs, x.desc, row, w, MAIN_M, BLOCK_K, K, LAYOUT)
         store(upper, *out, row, end, pid_n, COLUMNS)
     elif MAIN_M < BLOCK_M:
         main, short = _products_of_both_parts(x, row, w, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT)
@@ -257,6 +249,7 @@ def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
     tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < I)[None, :])
 
 
+@kernel_facts("BLOCK_E", work=Product("x", "gate_up", halves=2, depth="H"))
 @triton.jit
 def experts_up_kernel(
     x,  # Rows [T, H]; unused where descriptors read
@@ -277,14 +270,14 @@ def experts_up_kernel(
         w_ptrs += w_rows[:, None] * gate_up.stride_n + offs_k[None, :]
         coords = expert, 0, pid_n * BLOCK_N
         w_rows = expert.to(tl.int64) * 2 * I + w_rows
-        w = ExpertWeight(WeightPtrs(w_ptrs, gate_up.scales, gate_up.zeros), w_rows, gate_up_desc, coords)
+        w = WeightRows(WeightPtrs(w_ptrs, gate_up.scales, gate_up.zeros), w_rows, gate_up_desc, coords)
         if SHORT_M == 0:
             x_ptrs = x.ptr
             if x_desc is None:
                 # Rows past the group repeat one of its slots: valid memory, no mask in the loop, never stored.
                 slots = tl.load(groups.order + tl.minimum(row + tl.arange(0, BLOCK_M), end - 1))
                 x_ptrs += (slots // TOP_K).to(tl.int64)[:, None] * x.stride + offs_k[None, :]
-            acc = _products(x_ptrs, x_desc, row, w, BLOCK_M, BLOCK_K, H, LAYOUT)
+            acc = row_products(x_ptrs, x_desc, row, w, BLOCK_M, BLOCK_K, H, LAYOUT)
             acc = times_row_scales(acc, w.ptrs, w.rows, H, LAYOUT, AXIS=1)
             _store_swiglu(acc, h_ptr, row, end, pid_n, I)
         else:
@@ -302,6 +295,7 @@ def _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr):
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
 
 
+@kernel_facts("BLOCK_E", work=Product("h", "down", halves=1, depth="I"))
 @triton.jit
 def experts_down_kernel(
     h_ptr,  # [N, I] in sorted order; unused where descriptors read
@@ -320,11 +314,11 @@ def experts_down_kernel(
         w_ptrs = expert_rows(down, expert.to(tl.int64), y_ptr.dtype.element_ty, LAYOUT)
         w_ptrs += w_rows[:, None] * down.stride_n + offs_k[None, :]
         coords, w_rows = (expert, pid_n * BLOCK_N), expert.to(tl.int64) * H + w_rows
-        w = ExpertWeight(WeightPtrs(w_ptrs, down.scales, down.zeros), w_rows, down_desc, coords)
+        w = WeightRows(WeightPtrs(w_ptrs, down.scales, down.zeros), w_rows, down_desc, coords)
         if SHORT_M == 0:
             rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
             h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]
-            acc = _products(h_ptrs, h_desc, row, w, BLOCK_M, BLOCK_K, I, LAYOUT)
+            acc = row_products(h_ptrs, h_desc, row, w, BLOCK_M, BLOCK_K, I, LAYOUT)
             acc = times_row_scales(acc, w.ptrs, w.rows, I, LAYOUT, AXIS=1)
             _store_slots(acc, y_ptr, groups.order, row, end, pid_n, H)
         else:
@@ -332,6 +326,7 @@ def experts_down_kernel(
             _multiply_parts(x, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
 
 
+@kernel_facts("BLOCK_H")  # with a norm: it needs the full row
 @triton.jit(do_not_specialize=["N"])
 def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]

@@ -20,15 +20,15 @@ from torch import Tensor
 from .. import reference
 from ..arguments import Rows
 from ..call import operation
-from ..checks import INTS, Matrix, Within
-from ..dispatch import expected_distinct_experts, gather_by_expert, launch_sort, sample_ids
-from ..launch import Configs, LaunchConfig, describe, launch, power_of_2, select_configs, target_arch
+from ..checks import INTS, Matrix, RoutingWeights, Tokens, Within
+from ..kernel_weight import Weight
+from ..launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
 from ..norm import FusedNorm, NormWeight
 from ..op import Cost
 from ..quantized import QUANT_NAMES, matrix_bytes
-from ..router import RoutingWeights, Tokens
 from ..samples import draw, shape_grid, shapes
-from ..weight import Weight
+from ..sort import expected_distinct_experts, gather_by_expert, launch_sort, sample_ids
+from ..tiles import power_of_2
 from . import kernels
 from .kernels import Groups
 from .tiles import DECODE_TOKENS, ExpertSizes, configs
@@ -84,6 +84,7 @@ _DENSE_SHAPES = (
 @operation(
     reference=reference.expert_swiglu,
     case=ExpertCase,
+    multiplies=True,
     inputs=_inputs,
     configs=configs,
     cost=cost,
@@ -123,6 +124,7 @@ def expert_swiglu(
 @operation(
     reference=reference.experts_add_rms_norm,
     case=ExpertCase,
+    multiplies=True,
     inputs=_inputs,
     configs=configs,
     cost=cost_norm,
@@ -184,7 +186,7 @@ def _experts(
     )
     selected = select_configs(configs, sizes, x.dtype, x.device)
     decode = T <= DECODE_TOKENS and not deterministic
-    y = (_decode if decode else _prefill)(rows, *projections, ids, sizes, selected)
+    y = (_launch_decode if decode else _launch_prefill)(rows, *projections, ids, sizes, selected)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
     combine = selected["experts_combine_kernel"]
     launch(
@@ -205,7 +207,9 @@ def _experts(
     return out
 
 
-def _decode(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs) -> Tensor:
+def _launch_decode(
+    x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs
+) -> Tensor:
     """Return partial sums fp32 [SPLIT_K, N, H]."""
     H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
     arch, programs = target_arch(ids.device), min(N, E)
@@ -250,7 +254,9 @@ def _decode(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSi
     return y
 
 
-def _prefill(x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs) -> Tensor:
+def _launch_prefill(
+    x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs
+) -> Tensor:
     """Return each slot's expert output [1, N, H]."""
     H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
     arch, block_e = target_arch(ids.device), power_of_2(E)

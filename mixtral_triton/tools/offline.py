@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
@@ -37,9 +37,9 @@ from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..load import usable_cores
 from ..model import Mixtral
-from .predict import family_note
+from .predict import family_note, programs_per_sm
 from .sass import Loop, main_loops
-from .terminal import Table, bar, console
+from .terminal import Table, bar, console, parse_sizes
 
 _WIDTHS = ("H", "I")  # of a model: they change no tile
 # Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
@@ -93,6 +93,13 @@ class Compiled:
         return 32 * self.num_warps * least / (2 * self.constexprs["BLOCK_N"] * vector)
 
     @property
+    def programs_per_sm(self) -> int | None:
+        """How many programs an SM holds at once, by registers and shared memory; None where that is not known."""
+        if self.error or amd(self.arch):
+            return None
+        return programs_per_sm(self.arch, self.num_warps, max(1, self.registers), self.shared_bytes)
+
+    @property
     def fault(self) -> str | None:
         """The reason why this kernel should not run, or None."""
         if self.error:
@@ -108,6 +115,7 @@ class Compiled:
     def as_dict(self) -> dict[str, Any]:
         """Return what `compile --json` prints."""
         names = [*vars(self), "loop_flop_per_instruction", "loop_instructions_per_byte", "loop_spills", "fault"]
+        names.append("programs_per_sm")
         return {name: getattr(self, name) for name in names if name not in ("signature", "stages", "error", "loops")}
 
 
@@ -170,11 +178,18 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     return Compiled(op, launch.kernel, arch, *program, constexprs, signature, dtype, limit, **figures)
 
 
-def collect(ops: Iterable[Op], arch: str, widths: bool = True) -> dict[str, tuple[str, Launch]]:
-    """Return the operation's name and a launch of each kernel, over bench shapes and dtypes, by `_key`."""
+def collect(
+    ops: Iterable[Op], arch: str, widths: bool = True, at: Mapping[str, Any] | None = None
+) -> dict[str, tuple[str, Launch]]:
+    """Return the operation's name and a launch of each kernel, over bench shapes and dtypes, by `_key`. `at`: sizes in
+    place of those of the shapes; ValueError where an operation has none of that name."""
     found: dict[str, tuple[str, Launch]] = {}
     for op in ops:
-        for dtype, sizes in product(op.dtypes, op.bench_shapes):
+        names = {field.name for field in fields(op.case)}
+        if unknown := [name for name in at or {} if name not in names]:
+            raise ValueError(f"--at has {unknown[0]}, and {op.name} has {', '.join(sorted(names))}")
+        shapes = dict.fromkeys(replace(shape, **at or {}) for shape in op.bench_shapes)
+        for dtype, sizes in product(op.dtypes, shapes):
             args = op.inputs(sizes, dtype, "meta")
             with record_launches(arch) as launches:
                 op.run(**args)
@@ -227,16 +242,14 @@ def _compile_all(
 
 
 def compile_launches(
-    launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None, share: float = 0.0
+    launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None
 ) -> list[Compiled]:
-    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores. `share`: of the kernels,
-    how many come last, as another process begins with them."""
+    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores."""
     distinct = {}
     for launch in launches:  # what is known of its integers, and a dependent launch, make another kernel of it, too
         source = _source(launch, arch)
         distinct[_key(launch, source), repr(source.attrs), launch.dependent] = "", launch
-    first, kernels = int(share * len(distinct)), [*distinct.values()]
-    return _compile_all(kernels[first:] + kernels[:first], arch, progress)
+    return _compile_all(distinct.values(), arch, progress)
 
 
 def with_layers(model: Mixtral, indices: Sequence[int]) -> Any:
@@ -263,11 +276,16 @@ def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
     return model
 
 
-def launch_text(model: Mixtral, tokens: int, new: int, cache_dtype: torch.dtype | None = None, batch: int = 1) -> None:
-    """Launch on the meta device what `generate` launches for prompts of up to so many tokens, and `new` ones."""
+def launch_text(
+    model: Mixtral, tokens: int, new: int, cache_dtype: torch.dtype | None = None, batch: int = 1, held: int = 0
+) -> None:
+    """Launch on the meta device what `generate` launches for prompts of up to so many tokens, `held` of which a cache
+    has, and `new` ones."""
     kinds = {bool(getattr(layer.down_proj, "on_host", ())): index for index, layer in enumerate(model.layers)}
     model = on_meta(model, [*kinds.values()])  # a layer with experts in host memory, and one without
-    ids, lengths = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((batch, tokens), (batch,)))
+    ids, lengths = (
+        torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((batch, tokens - held), (batch,))
+    )
     cache = KVCache(model.config, batch, tokens + new, "meta", cache_dtype or model.dtype)
     model.head(prefill(model, cache, ids, lengths))
     model.head(model.hidden(ids[:, :1], cache)[:, 0])
@@ -278,21 +296,33 @@ def compile_ahead(model: Mixtral, launch: Callable[[], object], progress: Progre
     arch = target_arch(model.device)
     if INTERPRETED or model.device.type != "cuda" or arch not in ARCHS:
         return
-    with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as launches:
+    with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as records:
         launch()
-    # Each rank begins elsewhere, and finds in the cache what another has compiled.
-    share = 0.0 if model.ranks is None else model.ranks.shard.rank / model.ranks.shard.ranks
-    compile_launches((launch for launch in launches if launch.fn is not None), arch, progress, share)
+    launches = [each for each in records if each.fn is not None]
+    # Each rank begins with other kernels, and finds in the cache what another has compiled.
+    first = 0 if model.ranks is None else len(launches) * model.ranks.shard.rank // model.ranks.shard.ranks
+    compile_launches(launches[first:] + launches[:first], arch, progress)
 
 
 def compile_ops(
-    ops: Sequence[str], arch: str, out: Path | None = None, progress: Progress = lambda *numbers: None
+    ops: Sequence[str],
+    arch: str,
+    out: Path | None = None,
+    progress: Progress = lambda *numbers: None,
+    kernel: str | None = None,
+    at: Mapping[str, Any] | None = None,
 ) -> list[Compiled]:
     """Compile the kernels of operations, by name, over their bench shapes, each once: a second model's widths make no
-    other kernel. `out`: a folder for the files, created if missing. ValueError for an unknown name or `arch`."""
+    other kernel. `out`: a folder for the files, created if missing. kernel: this one alone. at: as in `collect`.
+    ValueError for an unknown name or `arch`."""
     if unknown := [name for name in ops if name not in OPS]:
         raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
-    found = collect([op for name, op in OPS.items() if name in ops], arch, widths=False)
+    found = collect([op for name, op in OPS.items() if name in ops], arch, widths=False, at=at)
+    if kernel is not None:
+        names = dict.fromkeys(launch.kernel for _, launch in found.values())
+        found = {key: each for key, each in found.items() if each[1].kernel in (kernel, f"{kernel}_kernel")}
+        if not found:
+            raise ValueError(f"--kernel is {kernel!r}, needs one of {', '.join(names)}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     kernels = _compile_all(found.values(), arch, progress, out)
@@ -311,6 +341,9 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tabulate rows of `Compiled.as_dict`: a line for all kernels of the same name, dtype, tile and figures."""
     figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
     caption = {"w/s": "warps and stages", "regs": "registers of a thread", "kernels": "how many have these figures"}
+    tiles = (name.removeprefix("BLOCK_") for row in rows for name in row["constexprs"] if name.startswith("BLOCK_"))
+    caption["tile"] = f"BLOCK_ of {', '.join(dict.fromkeys(tiles))}, those that a kernel has"
+    caption["p/SM"] = "programs that an SM holds at once"
     caption["FLOP/i"] = "of the tensor cores, for each other instruction of the main loop"
     caption["i/B"] = "thread instructions there for a byte of a cache"
     lines: Counter[tuple[Any, ...]] = Counter()
@@ -318,6 +351,7 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         line = {"kernel": row["kernel"].removesuffix("_kernel"), "dtype": row["dtype"], "tile": _tile(row)}
         line["w/s"] = f"{row['num_warps']}/{row['num_stages']}"
         line |= {name: "" if row[key] is None else f"{row[key]:,.0f}" for name, key in figures.items()}
+        line["p/SM"] = str(row["programs_per_sm"] or "")
         per_byte = row["loop_instructions_per_byte"]
         line["i/B"] = "" if per_byte is None else f"{per_byte:.1f}"
         lines.update([("bold red" if row["fault"] else "", *line.items())])
@@ -332,7 +366,9 @@ def run(args: argparse.Namespace) -> int:
     status, out = 0, console()
     for arch in dict.fromkeys(args.arch):
         with bar(f"compiling for {arch}", None, compiles=True) as progress:
-            rows = [one.as_dict() for one in compile_ops(args.ops or list(OPS), arch, args.out, progress.update)]
+            ops, at = args.ops or list(OPS), parse_sizes("--at", args.at)
+            compiled = compile_ops(ops, arch, args.out, progress.update, args.kernel, at)
+            rows = [one.as_dict() for one in compiled]
         faults = [row for row in rows if row["fault"]]
         status |= bool(faults)
         if args.json:

@@ -7,7 +7,7 @@ a range, OPTIMISTIC to CAUTIOUS; docs/bench.md says what the model assumes: rout
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,19 +18,24 @@ from torch.distributions import Binomial
 
 from ..kernels.arch import ARCHS, amd, family, max_multiprocessors
 from ..kernels.arguments import flatten, operand_name
-from ..kernels.dispatch import expected_distinct_experts
 from ..kernels.experts.kernels import main_rows
+from ..kernels.facts import Operands, Product, facts_of
+from ..kernels.heads import stored_bytes
 from ..kernels.launch import Launch
 from ..kernels.offload import find_weight
 from ..kernels.op import Cost
+from ..kernels.quantized import BITS
+from ..kernels.sort import expected_distinct_experts
 from .gpus import GPU, LINKS
 
 # fp32 FLOP for a score of attention beside its products, two an instruction: 366 of the 501 instructions in the loop of
 # a 128 x 128 tile on sm_90; and exp2, 16 a clock beside 128 instructions (CUDA programming guide).
 SOFTMAX = 12 + 2 * 128 // 16
+# As much for an element of a quantized weight in a tile of many rows: about four instructions, its scale among them,
+# as compiled for sm_90 with 128 rows of int4 and 256 of fp8.
+DEQUANTIZED = 8
 CODES = 20  # more for a score over keys in 8 bits, whose codes become numbers: as compiled for sm_90
 LIBRARY = (256, 256, 64)  # a library's tile, that of two SMs which share what they load: an estimate
-Operands = Mapping[str, Tensor]  # by name, as "weight.scales"; a descriptor's tensor is that of a pointer, too
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Work:
     fp32: bool = False  # products without tensor cores
     host: float = 0.0  # of the experts in host memory, expected bytes that cross the link
     apart: float = 0.0  # the share that does not wait for the link: the probability that no token needs it
+    overlaps: bool = False  # `vector` of one warpgroup and the products of another
     early: int = 0  # bytes of a weight that a program prefetches before it waits for the launch in front
 
     @property
@@ -64,11 +70,16 @@ class Work:
 
 def count_work(launch: Launch) -> Work:
     """Return the work of a launch. A Triton kernel without a formula streams; another one is a ValueError."""
-    if launch.fn is None and launch.kernel not in WORK:
-        known = ", ".join(sorted(WORK))
+    if launch.fn is None and launch.kernel not in TORCH_WORK:
+        known = ", ".join(sorted(TORCH_WORK))
         raise ValueError(f"count_work: kernel is {launch.kernel!r}, needs one with a formula: {known}")
     tensors = {operand_name(path): x for path, x in flatten(launch.args) if isinstance(x, Tensor)}
-    return WORK.get(launch.kernel, _stream)(launch, tensors)
+    if launch.fn is None:
+        return TORCH_WORK[launch.kernel](launch, tensors)
+    work = facts_of(launch.kernel).work
+    if isinstance(work, Product):
+        return _product(launch, tensors, work)
+    return (_attention if work == "attention" else _stream)(launch, tensors)
 
 
 def _nbytes(t: Operands, *names: str) -> int:
@@ -76,21 +87,11 @@ def _nbytes(t: Operands, *names: str) -> int:
     return sum(one.nbytes for name, one in t.items() if name in names or not names)
 
 
-def _appended_bytes(t: Operands, new: str, cache: str) -> float:
-    """Return the bytes of as many keys and values as in `new`, as `cache` holds them: in 8 bits with scales."""
-    vectors, (*_, width) = t[new].numel() // max(1, t[new].shape[-1]), t[cache].shape
-    return 2 * vectors * (width * t[cache].element_size() + 4 * (f"{cache}_scales" in t))
-
-
 def _stream(launch: Launch, t: Operands) -> Work:
-    """Count each tensor once. Operations of torch have programs of 16 KiB, an arbitrary number."""
-    memory, programs = float(_nbytes(t)), math.prod(launch.grid or ())
-    if launch.kernel == "embed_rms_norm_kernel":  # the rows that become x
-        memory += t["x"].nbytes - t["table"].nbytes
-    elif launch.kernel == "append_kernel":
-        memory = _nbytes(t, "k", "v") + _appended_bytes(t, "k", "cache.k")
-    elif launch.kernel == "rope_kernel":  # q and k in and out; cos and sin of each token
-        memory = 2 * _nbytes(t, "q", "k") + 2 * programs * t["tables.cos"][0].nbytes
+    """Count what the kernel says that it moves, or each tensor once. Operations of torch have programs of 16 KiB, an
+    arbitrary number."""
+    moved, programs = facts_of(launch.kernel).work, math.prod(launch.grid or ())
+    memory = float(moved(t, programs) if callable(moved) else _nbytes(t))
     programs = programs if launch.grid else max(1, math.ceil(memory / 16384))
     host = t["x"].nbytes if getattr(t.get("table"), "on_host", False) else 0  # the embedding's rows
     return Work(memory - host, ((programs, memory / programs, 0.0),), host=host)
@@ -112,20 +113,12 @@ def row_tiles(slots: int, share: float, experts: int, rows: int, heights: tuple[
     return {height: round(experts * float((likely * count).sum()), 6) for height, count in counts.items()}
 
 
-# By the start of a kernel's name: input, weight, the parts of the weight's rows that one program takes, depth.
-PRODUCTS = {
-    "linear": ("x", "weight", 1, "H"),
-    "experts_up": ("x", "gate_up", 2, "H"),
-    "experts_down": ("h", "down", 1, "I"),
-}
-
-
-def _product(launch: Launch, operands: Operands) -> Work:
+def _product(launch: Launch, operands: Operands, product: Product) -> Work:
     """Count a product with one weight, or with those of E experts, in tiles for few rows (BLOCK_T) or many (BLOCK_M).
-    Programs for few rows multiply masked padding and do not load it. A tile for many loads an element of a quantized
-    weight again for each of its codes. Rows of x are tokens, or slots where TMA reads them; `down` has slots alone."""
+    Programs for few rows multiply masked padding and do not load it. Rows of x are tokens, or slots where TMA reads
+    them; `down` has slots alone."""
     t, c, args = dict(operands), launch.constexprs, launch.args
-    x, weight, halves, letter = next(item for name, item in PRODUCTS.items() if launch.kernel.startswith(name))
+    x, weight, halves, letter = product
     offloaded = find_weight(t[weight])
     if offloaded is not None:
         t[weight] = torch.empty((len(offloaded), *offloaded.host.shape[1:]), dtype=offloaded.dtype, device="meta")
@@ -136,10 +129,10 @@ def _product(launch: Launch, operands: Operands) -> Work:
     distinct, in_place = expected_distinct_experts(tokens, K / E, E), "BLOCK_T" in c
     columns, depth = halves * c["BLOCK_N"], c[letter] / splits
     parts = [t[name] for name in (weight, f"{weight}.scales", f"{weight}.zeros") if name in t]
-    stages = launch.num_stages or 1
+    bytes_of_weight = columns * sum(part.shape[-1] * part.element_size() for part in parts) / splits
+    stages, fields, vector = launch.num_stages or 1, 1, 0.0
     if in_place:
         rows = mean = c["BLOCK_T"]
-        bytes_of_weight = columns * sum(part.shape[-1] * part.element_size() for part in parts) / splits
         loaded = min(rows, tokens * K / distinct) * depth * size + bytes_of_weight
         tiles = [((launch.grid or (0,))[0] * distinct * splits, loaded, 2 * rows * columns * depth)]
         # As compiled: a first tile that a warpgroup multiplies before the loop has a buffer of its own.
@@ -148,7 +141,9 @@ def _product(launch: Launch, operands: Operands) -> Work:
         rows, short = c["BLOCK_M"], c.get("SHORT_M", 0)
         heights = row_tiles(tokens, K / E, E, rows, (short, main_rows(rows, short)) if short else ())
         mean = sum(height * count for height, count in heights.items()) / sum(heights.values())
-        across, bytes_of_weight = math.ceil(t[weight].shape[-2] / columns), columns * depth * t[weight].element_size()
+        across = math.ceil(t[weight].shape[-2] / columns)
+        if c["LAYOUT"].format != "dense":
+            fields, vector = 16 // BITS[c["LAYOUT"].format], DEQUANTIZED / (2 * rows)
         tiles = [
             (count * across / E, height * depth * size + bytes_of_weight, 2 * height * columns * depth)
             for height, count in heights.items()
@@ -159,9 +154,9 @@ def _product(launch: Launch, operands: Operands) -> Work:
         host = n / E * t[weight].nbytes * (distinct / E if in_place else 1.0)
         memory -= host if in_place else -host
         apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
-    shared = stages * c["BLOCK_K"] * (rows * size + columns * t[weight].element_size())
+    shared = stages * c["BLOCK_K"] * (rows * size * fields + columns * t[weight].element_size())
     sums, early = mean * columns, c.get("PREFETCH", 0) * c["BLOCK_N"]
-    return Work(memory, tuple(tiles), 0.0, shared, sums, sums, size == 4, host, apart, early)
+    return Work(memory, tuple(tiles), vector, shared, sums, sums, size == 4, host, apart, overlaps=True, early=early)
 
 
 def _attention(launch: Launch, t: Operands) -> Work:
@@ -192,7 +187,7 @@ def _attention(launch: Launch, t: Operands) -> Work:
     if "newest.k" in t:  # a row of each table a sequence, and the newest key into the cache
         tables = "newest.tables.cos", "newest.tables.sin"
         memory += 2 * len(t["q"]) * t[tables[0]][0].nbytes - _nbytes(t, *tables)
-        memory += _appended_bytes(t, "newest.k", "keys.k")
+        memory += stored_bytes(t, "newest.k", "keys.k")
     vector = (SOFTMAX + CODES * (codes and launch.kernel == "attention_prefill_kernel")) / (4 * width)
     shared = rows * width * size + 2 * stages * c["BLOCK_N"] * key
     values = rows * (width + c["BLOCK_N"] * (1 + size / 4))
@@ -209,9 +204,7 @@ def _mm(launch: Launch, t: Operands) -> Work:
 
 
 STREAMED = "add add_ mul copy_ clone _to_copy fill_ full zeros zero_ arange clamp_"  # operations of torch
-WORK: dict[str, Callable[[Launch, Operands], Work]] = {
-    **{f"{name}{path}_kernel": _product for name in PRODUCTS for path in ("", "_decode")},
-    **{f"attention_{name}_kernel": _attention for name in ("prefill", "decode")},
+TORCH_WORK: dict[str, Callable[[Launch, Operands], Work]] = {
     **{f"aten::{name}": _stream for name in STREAMED.split()},
     "aten::mm": _mm,
 }
@@ -311,12 +304,15 @@ def _parts(works: Iterable[tuple[Launch, Work]], gpu: GPU, efficiency: Efficienc
         resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
         multiplying = sms / (gpu.vector if work.fp32 else gpu.matmul * efficiency.matmul)
         vector = work.vector * sms / (gpu.vector * efficiency.matmul / OPTIMISTIC.matmul)
-        # One program computes while another multiplies.
-        multiplying = max(multiplying, vector) if resident > 1 else multiplying + vector
+        # One program, or in a product one warpgroup, computes while another multiplies.
+        overlaps = resident > 1 or work.overlaps
+        multiplying = max(multiplying, vector) if overlaps else multiplying + vector
         ends = efficiency.tile * (1 + 2 * work.stored / TILE) / 3 if resident == 1 and work.flops else 0.0
         runs = [(count, max(loading * loaded, multiplying * flops) + ends) for count, loaded, flops in work.tiles]
         slower = "L2" if loading * work.loaded >= multiplying * work.flops else "tensor cores"
-        limits = {"launches": efficiency.kernel, "memory": work.memory / bandwidth + efficiency.ramp}
+        # A program that is alone on its SM loads nothing while it starts and ends; several hide it from each other.
+        waves = math.ceil(work.programs / sms) if resident == 1 else 1
+        limits = {"launches": efficiency.kernel, "memory": work.memory / bandwidth + waves * efficiency.ramp}
         limits[slower] = list_schedule(runs, sms)
         limit = max(limits, key=limits.__getitem__)
         most, link = limits[limit], work.host / (LINKS[gpu.link] * efficiency.link)
@@ -346,10 +342,16 @@ def list_schedule(runs: Iterable[tuple[float, float]], processors: int) -> float
     return max(free)
 
 
-def _resident_programs(work: Work, warps: int, sms: int, arch: str) -> int:
-    """Return how many programs an SM holds at once; it shares its bandwidth and its tensor cores among them."""
-    most = min(WARPS // warps, int(REGISTERS // (work.values + OTHER_REGISTERS * THREADS * warps)))
-    if work.shared:
+def programs_per_sm(arch: str, warps: int, registers: float, shared: int) -> int:
+    """Return how many programs an SM holds at once. registers: of a thread."""
+    most = min(WARPS // warps, int(REGISTERS // (registers * THREADS * warps)))
+    if shared:
         reserved = 0 if amd(arch) else 1024  # by CUDA for each block: an SM has that much more than a block's most
-        most = min(most, (ARCHS[arch].shared_bytes + reserved) // (work.shared + reserved))
-    return max(1, min(most, math.ceil(work.programs / sms)))
+        most = min(most, (ARCHS[arch].shared_bytes + reserved) // (shared + reserved))
+    return max(1, most)
+
+
+def _resident_programs(work: Work, warps: int, sms: int, arch: str) -> int:
+    """Return how many programs an SM holds, of those that there are; they share its bandwidth and its tensor cores."""
+    registers = work.values / (THREADS * warps) + OTHER_REGISTERS
+    return max(1, min(programs_per_sm(arch, warps, registers, work.shared), math.ceil(work.programs / sms)))

@@ -30,16 +30,29 @@ def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
 
 
 def _read_prompt(prompt: str | Path) -> str:
-    name = f"--prompt-file {prompt}" if isinstance(prompt, Path) else "--prompt -" if prompt == "-" else "--prompt"
-    if name == "--prompt -" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--prompt - reads standard input, which several processes share: needs --prompt-file")
-    if name == "--prompt -" and sys.stdin is None:
-        raise ValueError("--prompt - reads standard input, which is closed: needs --prompt-file")
+    if isinstance(prompt, Path):
+        return read_text(prompt, f"--prompt-file {prompt}", strip=True)
+    return read_text("-", "--prompt -", strip=True) if prompt == "-" else _check_text(prompt, "--prompt")
+
+
+def read_text(source: str | Path, name: str, strip: bool = False) -> str:
+    """Return the text of a file, or of standard input ("-"), without a newline at its end if `strip`. `name` is the
+    option in errors. ValueError for one that is empty, too long, or no text in UTF-8."""
+    if not isinstance(source, Path) and (int(os.environ.get("WORLD_SIZE", 1)) > 1 or sys.stdin is None):
+        fault = "is closed" if sys.stdin is None else "several processes share"
+        raise ValueError(
+            f"{name} reads standard input, which {fault}: needs a file{' (--prompt-file)' if strip else ''}"
+        )
     try:
-        text = str(prompt)
-        if name != "--prompt":
-            with prompt.open(encoding="utf-8") if isinstance(prompt, Path) else nullcontext(sys.stdin) as source:
-                text = source.read(PROMPT_CHARACTERS + 1).removesuffix("\n")
+        with source.open(encoding="utf-8") if isinstance(source, Path) else nullcontext(sys.stdin) as opened:
+            text = opened.read(PROMPT_CHARACTERS + 1)
+    except UnicodeError:
+        raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
+    return _check_text(text.removesuffix("\n") if strip else text, name)
+
+
+def _check_text(text: str, name: str) -> str:
+    try:
         text.encode()  # fails for Python's stand-ins for bytes that are no UTF-8
     except UnicodeError:
         raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
@@ -189,14 +202,15 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
-SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}  # options and defaults
+PENALTY = "repetition_penalty"
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, PENALTY: 1.0}  # defaults
 # Fields of generation_config.json that change a text as they do in transformers, or change none.
 HONOURED = {*SAMPLING, "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
 # What transformers takes for a field that is missing, where it is not off: False, 0, an empty list.
 DEFAULTS: dict[str, Any] = {"max_length": 20, "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant"}
 DEFAULTS |= {"assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10, "target_lookbehind": 10}
 DEFAULTS |= dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "use_cache", "guidance_scale"), 1)
-DEFAULTS |= dict.fromkeys(("typical_p", "length_penalty", "repetition_penalty", "encoder_repetition_penalty"), 1.0)
+DEFAULTS |= dict.fromkeys(("typical_p", "length_penalty", "encoder_repetition_penalty"), 1.0)
 
 
 def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -207,7 +221,8 @@ def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], 
     taken = {"temperature": 1.0, "top_k": 50} | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
     found = {name: taken[name] for name in SAMPLING if name in taken and name not in explicit}
     options = SAMPLING | found | explicit
-    used = ", ".join(f"{name} {value}" for name, value in found.items() if options["temperature"])
+    effective = {name for name in found if (found[name] != 1 if name == PENALTY else options["temperature"])}
+    used = ", ".join(f"{name} {value}" for name, value in found.items() if name in effective)
     notes = [f"generation_config.json sets {used}"] if used else []
     others = {name: value for name, value in stored.items() if name not in HONOURED and not name.startswith("_")}
     changed = (name for name, value in others.items() if (value != DEFAULTS[name] if name in DEFAULTS else value))
@@ -216,63 +231,85 @@ def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], 
     return options | {"top_k": options["top_k"] or None}, notes  # 0: of all tokens
 
 
-def speed_of(times: Sequence[float], prompt_tokens: int, device: Any) -> tuple[dict[str, Any], str]:
+def speed_of(times: Sequence[float], prompt_tokens: int, device: Any, reused: int = 0) -> tuple[dict[str, Any], str]:
     """Return tokens per second (None without a token), and peak_bytes, which torch allocated on the GPU or the process
-    had resident; and a line that says so. times: of the start, and of each token."""
+    had resident; and a line that says so. times: of the start, and of each token. reused: the prompt's tokens that a
+    cache held."""
     import resource
 
     import torch
 
-    count = len(times) - 1
+    count, computed = len(times) - 1, prompt_tokens - reused
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
-    prefill = prompt_tokens / (times[1] - times[0]) if count > 0 else None
+    prefill = computed / (times[1] - times[0]) if count > 0 else None
     decode = (count - 1) / (times[-1] - times[1]) if count > 1 else None
-    speed = {"prompt_tokens": prompt_tokens, "tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
+    speed: dict[str, Any] = {"prompt_tokens": prompt_tokens, "computed": computed, "reused": reused}
+    speed |= {"tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
     speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "peak_bytes": peak}
-    first = f"prefill: {prompt_tokens} tokens, {prefill or 0:.1f} tokens/s"
+    first = f"prefill: {computed} tokens{f' and {reused} reused' if reused else ''}, {prefill or 0:.1f} tokens/s"
     rest = f"decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
     return speed, f"{first}; {rest}; peak of memory: {peak / 1e9:.2f} GB"
 
 
-def print_stream(
-    steps: Iterator[Any], tokenizer: Any, prefix: str | None, after: list[int], total: int, stop: Sequence[str] = ()
-) -> tuple[list[int], str, list[float]]:
-    """Return the tokens of one sequence of `Mixtral.stream`; their text up to `stop`, printed behind `prefix` as it
-    comes (None: it is not); and the times of the start and of each token. The text follows the tokens `after`, without
-    which a decoder drops a space before the first token."""
-    tokens, times = list[int](), [time.perf_counter()]
-    start, printed, answer = len(tokenizer.decode(after, skip_special_tokens=True)), 0, ""
+def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = False) -> str:
+    """Return the text of `tokens` behind the tokens `after`, without which a decoder drops a space before the first.
+    special: with the text of special tokens."""
+    start, whole = (tokenizer.decode(each, skip_special_tokens=not special) for each in (after, [*after, *tokens]))
+    return whole[len(start) :]  # type: ignore[no-any-return]
 
-    def decode() -> str:
-        return tokenizer.decode([*after, *tokens], skip_special_tokens=True)[start:]
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """Return the text before the first of the texts `stop`, and whether there is one."""
+    ends = [text.index(each) for each in stop if each in text]
+    return text[: min(ends, default=len(text))], bool(ends)
+
+
+def print_stream(
+    steps: Iterator[Any],
+    tokenizer: Any,
+    prefix: str | None,
+    after: list[int],
+    total: int,
+    stop: Sequence[str] = (),
+    interruptible: bool = False,
+) -> tuple[list[int], str, list[float]]:
+    """Return the tokens of one sequence of `Mixtral.stream`; their text behind the tokens `after` and up to `stop`,
+    printed behind `prefix` as it comes (None: it is not); and the times of the start and of each token. interruptible:
+    Ctrl-C ends the text."""
+    tokens, times, printed, answer = list[int](), [time.perf_counter()], 0, ""
 
     def read() -> Iterator[str]:
         """Yield the text after each token, up to where it ends or may end, and last all of it."""
         for step in steps:
             tokens.append(int(step[0]))  # waits for the GPU
             times.append(time.perf_counter())
-            text = decode() if stop or prefix is not None else ""
-            if ends := [text.index(each) for each in stop if each in text]:
-                yield text[: min(ends)]
+            whole = decode(tokenizer, after, tokens) if stop or prefix is not None else ""
+            text, ended = cut_at_stop(whole, stop)
+            if ended:
+                yield text
                 return
             # What may become a stop string is not printed until it cannot.
             held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
             yield text[: len(text) - held]
-        yield decode()
+        yield decode(tokenizer, after, tokens)
 
     parts, progress_bar = read(), bar("generating", total) if prefix is None else bar("reading the prompt", None)
-    with progress_bar as progress:
-        for text in islice(parts, None if prefix is None else 1):
-            answer = text
-            progress.update(len(tokens), total)
     try:
+        with progress_bar as progress:
+            for text in islice(parts, None if prefix is None else 1):
+                answer = text
+                progress.update(len(tokens), total)
         print(prefix or "", end="", flush=True)
         for text in chain([answer], parts):
             answer = text
             if prefix is not None and not text.endswith("\ufffd"):  # half a character: wait for the rest
                 print(text[printed:], end="", flush=True)
                 printed = max(printed, len(text))
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+        answer = decode(tokenizer, after, tokens)
     finally:
         print(end="" if prefix is None else "\n", flush=True)
     return tokens, answer, times

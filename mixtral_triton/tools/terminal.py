@@ -23,6 +23,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ..kernels.quantized import BITS
 from .processes import is_first
 
 PIPED = 120  # columns without a terminal and without COLUMNS
@@ -30,6 +31,8 @@ TEXT_WIDTH, HEADING_WIDTH = 24, 16  # a column of text is as wide as this, if ne
 INTERVAL = 10.0  # seconds between two lines of progress where stderr is no terminal
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
 CRASHED = 3
+QUANTIZED = {"weight", "gate_up", "down"}  # of a case: the formats of quantized weights
+FORMATS = QUANTIZED | {"cache"}
 
 
 def console(stderr: bool = False) -> Console:
@@ -38,6 +41,26 @@ def console(stderr: bool = False) -> Console:
     if not out.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
         out.width = PIPED
     return out
+
+
+def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
+    """Return sizes and formats by name from texts such as "T=4096" and "weight=int4:128"."""
+    texts = [*texts]
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        form, need = r"\d+", "a size letter and a number: T=4096"
+        if name == "cache":
+            form, need = "int8", "int8, or no cache=: the cache is then in the model's dtype"
+        elif name in QUANTIZED:
+            need = f"one of {', '.join(BITS)}, and maybe a group: {name}=int4:128"
+            form = rf"({'|'.join(BITS)})(:[1-9]\d*)?"
+        if not (name and re.fullmatch(form, size)):
+            raise ValueError(f"{option} is {text!r}, needs {need}")
+        if name in found:
+            raise ValueError(f"{option} is {','.join(texts)!r}, needs each letter once")
+        found[name] = size if name in FORMATS else int(size)
+    return found
 
 
 @dataclass

@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
@@ -41,6 +41,7 @@ __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
 TEXT_TOKENS = 66  # by default
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
+REPEATED_TOKENS = 4  # of a chunk that is computed again
 END, REFUSALS = "end of a text", "refusals"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 HOT = 1e3  # a temperature at which sequences differ
@@ -62,6 +63,7 @@ def verify(
     quick: bool = False,
     tokens: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    text: Tensor | None = None,
 ) -> Report:
     """Compare `target` with torch, or a transformers Mixtral with transformers' own modules -> Report.
 
@@ -72,6 +74,7 @@ def verify(
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
+    text: int64 [N], whose perplexity the cost of quantizing has; None: the folder's held-out text, if there is one.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
@@ -97,10 +100,11 @@ def verify(
     if peer is not None and folder is None:
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     ranks = getattr(target, "ranks", None)
+    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
-        under_test = TransformersUnderTest(target) if is_transformers else _under_test(target)
+        under_test = kind(target)
         under_test.quantized = cache_dtype is torch.int8
-        return _verify(under_test, input_ids, progress, folder, peer, quick, tokens)
+        return _verify(under_test, input_ids, progress, folder, peer, quick, tokens, text)
 
 
 def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any) -> None:
@@ -135,7 +139,14 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
 
 
 def _verify(
-    target: Any, input_ids: Tensor | None, progress: Progress, folder: Any, peer: str | None, quick: bool, tokens: Any
+    target: Any,
+    input_ids: Tensor | None,
+    progress: Progress,
+    folder: Any,
+    peer: str | None,
+    quick: bool,
+    tokens: Any,
+    text: Tensor | None,
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
@@ -155,8 +166,8 @@ def _verify(
 
     kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
-    rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0))
-    cache_cost = measure_cache_cost(target, folder, ids) if target.quantized else None
+    rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
+    cache_cost = measure_cache_cost(target, folder, ids, text) if target.quantized else None
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))
@@ -186,22 +197,19 @@ def _verify(
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run, cache_cost)
 
 
-def _under_test(model: Any) -> ModelUnderTest:
-    return ModelUnderTest(model) if model.ranks is None else MeshUnderTest(model)
-
-
 def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
     return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
 
 
 def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int | None, cache_dtype: Any) -> None:
     """Launch on the meta device what `verify` launches on the model's GPU for a text [B,T], with the same options."""
-    (B, T), gpu = shape, (target_arch(model.device), multiprocessors(model.device))
+    (B, T), ids = shape, torch.empty(shape, dtype=torch.int64, device="meta")
+    gpu = target_arch(model.device), multiprocessors(model.device)
     # The first layer, and of those behind it one with experts in host memory and one without.
     kinds = {(at > 0, bool(getattr(each.down_proj, "on_host", ()))): at for at, each in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
     copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
-    targets = [target := _under_test(copied)]
+    targets = [target := ModelUnderTest(copied) if model.ranks is None else MeshUnderTest(copied)]
     target.quantized, x = cache_dtype is torch.int8, target.embed_tokens.new_empty((B, T, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
@@ -216,21 +224,22 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
         keeps_routes: Any = SimpleNamespace(replace_routes=lambda *routes: routes)
         with each.forward(config, keeps_routes) as forward:
             for _, chunk, _, cache, kwargs in forwards:
-                _launch(target, forward, chunk.shape, cache, **{name: x.to("meta") for name, x in kwargs.items()})
+                lengths = {name: value.to("meta") for name, value in kwargs.items()}
+                _launch(forward, ids.new_empty(chunk.shape), cache, **lengths)
     with target.forward(copied.config, keeps_routes) as forward:
-        _launch(target, forward, (B, T), target.make_cache(copied.config, B, T), lengths=x.new_empty(B).int())
-    generating, prompts = _with_prompts(copied, torch.empty((B, T), dtype=torch.int64, device="meta"))
-    launch_text(generating, len(prompts[0]), NEW_TOKENS, cache_dtype, len(prompts))
-    _launch(target, copied, (B, 1))  # of `_refusals`
-    new = _repeated_tokens(copied.config)
-    repeated = KVCache(copied.config, BATCH, new + 1, "meta", copied.dtype)
-    for chunk_size in (new, 1):  # of `_repeated_rows`
-        _launch(target, copied, (BATCH, chunk_size), repeated)
+        _launch(forward, ids, target.make_cache(copied.config, B, T), lengths=ids[:, 0].int())
+    generating, prompts = _with_prompts(copied, ids)
+    new = min(NEW_TOKENS, model.config.max_position_embeddings - len(prompts[0]))
+    launch_text(generating, len(prompts[0]), new, cache_dtype, len(prompts))
+    repeated = KVCache(copied.config, BATCH, REPEATED_TOKENS + 1, "meta", copied.dtype)
+    chunks = [ids.new_empty((BATCH, new)) for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1)]
+    for args in (*_wrong_calls(copied, ids).values(), *((chunk, repeated) for chunk in chunks)):
+        _launch(copied, *args)
 
 
-def _launch(target: Any, forward: Callable[..., Any], shape: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    with target.catch_faults(lambda note: None):  # `verify` reports it
-        forward(torch.empty(shape, dtype=torch.int64, device="meta"), *args, **kwargs)
+def _launch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    with suppress(Exception):  # `verify` reports it
+        forward(*args, **kwargs)
 
 
 def _with_prompts(model: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
@@ -280,14 +289,14 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     return [*rows, _check_sample(baseline.flatten(0, 1).float())]
 
 
-def _refusals(model: Any, ids: Tensor) -> Row:
-    """Whether the forward refuses what it must: by a ValueError, or on a GPU, whose values are not read, by NaN."""
+def _wrong_calls(model: Any, ids: Tensor) -> dict[str, tuple[Any, ...]]:
+    """Return arguments of the forward that it must refuse, by what is wrong with them."""
     B, config, device, dtype = len(ids), model.config, model.device, model.dtype
     full, token = KVCache(config, B, 1, device, dtype), ids[:, :1]
     full.lengths += full.max_len
     other = next(each for each in (torch.float32, torch.bfloat16) if each != dtype)
     changed = replace(config, rms_norm_eps=config.rms_norm_eps + 1)
-    wrong: dict[str, tuple[Any, ...]] = {
+    return {
         "a full cache": (token, full),
         "a token outside the vocabulary": (token * 0 + config.vocab_size,),
         "lengths beyond the chunk": (token, KVCache(config, B, 2, device, dtype), torch.full_like(token[:, 0], 2)),
@@ -296,25 +305,25 @@ def _refusals(model: Any, ids: Tensor) -> Row:
         "a cache of another dtype": (token, KVCache(config, B, 2, device, other)),
         "another model's cache": (token, KVCache(changed, B, 2, device, dtype)),
     }
-    for name, args in wrong.items():
+
+
+def _refusals(model: Any, ids: Tensor) -> Row:
+    """Whether the forward refuses what it must: by a ValueError, or on a GPU, whose values are not read, by NaN."""
+    accepted = []
+    for name, args in _wrong_calls(model, ids).items():
         try:
-            refused = bool(model(*args).isnan().all()) and device.type != "cpu"
+            refused = bool(model(*args).isnan().all()) and model.device.type != "cpu"
         except Exception as error:
             refused = isinstance(error, ValueError)
-        if not refused:
-            return Row.exact(None, "forward", REFUSALS, False, f"{name} is not refused")
-    return Row.exact(None, "forward", REFUSALS, True)
-
-
-def _repeated_tokens(config: Any) -> int:
-    return max(1, min(4, config.max_position_embeddings - 1))
+        accepted += [] if refused else [f"{name} is not refused"]
+    return Row.exact(None, "forward", REFUSALS, not accepted, "; ".join(accepted))
 
 
 def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
     """Whether a ragged chunk and a step have the same bits: repeated on a GPU, or alone in deterministic mode."""
     if not (model.deterministic or model.device.type == "cuda"):
         return []
-    T = _repeated_tokens(model.config)
+    T = max(1, min(REPEATED_TOKENS, model.config.max_position_embeddings - 1))
     b = torch.arange(BATCH, device=ids.device)
     ids = ids.flatten()[(b[:, None] * 2 + b[:T]) % ids.numel()]
     lengths = (T - b % 3).clamp(min=1).int()

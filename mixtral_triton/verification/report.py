@@ -114,6 +114,8 @@ class QuantizationCost:
         if self.perplexity is not None and self.stored_perplexity is not None:
             percent = 100 * (self.perplexity / self.stored_perplexity - 1)
             perplexity = f"; perplexity {self.perplexity:.3f}, {short} {self.stored_perplexity:.3f} ({percent:+.2f} %)"
+        else:
+            perplexity = "; no perplexity, which `verify --text FILE` gives, or heldout.json in the folder"
         return (
             f"Quantized: {kinds}. Cost against {against}, in fp64: cosine of the logits {self.cosine:.5f}, of the "
             f"worst token {self.min_cosine:.5f}; routes that differ: {self.flips} of {self.routed}{perplexity}."

@@ -56,10 +56,10 @@ def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -
 
 
 def check_weights(
-    target: ModelUnderTest, folder: Any, ids: Tensor, step: Step
+    target: ModelUnderTest, folder: Any, ids: Tensor, step: Step, text: Tensor | None = None
 ) -> tuple[list[Row], QuantizationCost | None]:
-    """The rows of all weights, without a folder whether they are finite, and on ids [B,T] and the held-out text the
-    cost of quantization, None where files have it, too. One layer of tensors is read at a time, by every rank."""
+    """The rows of all weights, without a folder whether they are finite, and on ids [B,T] and `text` [N] (None: that of
+    the folder) the cost of quantization, None where files have it, too. Every rank reads one layer at a time."""
     layers = [None, *range(len(target.layers))]
     if folder is None:
         return [row for index in layers for row in _check_layer(target, index)], None
@@ -68,7 +68,7 @@ def check_weights(
         raise ValueError(f"verify: {source.folder} is another model's: it has a layer {extra.pop()}")
     rows = config_rows(source, target)
     if formats and (source.quantization is None or target.model.requantized):
-        cost = _LayerByLayer(target, source, ids)
+        cost = _LayerByLayer(target, source, ids, text)
     for index in layers:
         stored: Any = None if cost is None else cost.empty(index)
         rows += [*_check_layer(target, index), *_compare_layer(source, target, index, stored)]
@@ -240,11 +240,11 @@ def quantized_formats(model: Any) -> dict[str, str]:
 class _LayerByLayer:
     """The computation of a QuantizationCost, which gets the files' weights one layer after another."""
 
-    def __init__(self, target: ModelUnderTest, source: Source | None, ids: Tensor) -> None:
+    def __init__(self, target: ModelUnderTest, source: Source | None, ids: Tensor, text: Tensor | None) -> None:
         self.target, self.ids, self.flips, self.stored_head = target, ids, 0, None
         # fp32 holds what a quantized file means.
         self.dtype = target.model.dtype if source is None or source.quantization is None else torch.float32
-        text = None if source is None else held_out(source.folder, target.config)
+        text = held_out(source.folder, target.config) if text is None and source is not None else text
         self.windows = [] if text is None else list(_windows(text.to(ids.device), target.config))
         inputs = [ids, *(window[None] for window, _ in self.windows)]
         self.texts = [[F.embedding(each, target.embed_tokens).double() for each in inputs]] * 2
@@ -277,9 +277,9 @@ class _LayerByLayer:
         return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), self.flips, routed, *scores)
 
 
-def measure_cache_cost(target: ModelUnderTest, folder: Any, ids: Tensor) -> QuantizationCost:
-    """The cost of 8 bits for keys and values on ids [B,T], and on the held-out text of the folder, if any."""
-    cost = _LayerByLayer(target, None if folder is None else Source(folder), ids)
+def measure_cache_cost(target: ModelUnderTest, folder: Any, ids: Tensor, text: Tensor | None) -> QuantizationCost:
+    """The cost of 8 bits for keys and values on ids [B,T], and on `text` [N], or the held-out one of the folder."""
+    cost = _LayerByLayer(target, None if folder is None else Source(folder), ids, text)
     for layer in target.layers:
         cost.compare((layer, True), (layer, False))
     return cost.result({"cache": "int8"})

@@ -17,15 +17,17 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import SMALL, KVCache, Mixtral, apply, cli, ops
-from mixtral_triton.kernels import norm, router
+from mixtral_triton import SMALL, KVCache, Mixtral, apply, cli, ops, verify
+from mixtral_triton.kernels import launch, norm, router
+from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import offline
 from mixtral_triton.tools.offline import compile_ahead, compile_launches, launch_text
+from mixtral_triton.verification import launch_all
 from tests.support.calls import compilations, inputs, with_offload
-from tests.support.models import WIDER_SIZES, random_model
+from tests.support.models import WIDER_SIZES, random_model, tokens
 from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
 
 pytestmark = pytest.mark.compiled
@@ -128,9 +130,42 @@ def test_a_text_compiles_nothing_anew(weights: str | None, on_host: Any, gpu: An
         model.generate(torch.arange(40, device=model.device)[None], max_new_tokens=2)
 
 
+def kernel_of(launched: Launch) -> tuple[Any, ...]:
+    """What `compile_launches` compiles once."""
+    source = offline._source(launched, "sm_90")
+    return launched.kernel, launched.dependent, offline._key(launched, source), repr(source.attrs)
+
+
+VERIFIED: dict[str, dict[str, Any]] = {"in fp32, too": {"sliding_window": 7}, "8-bit cache": {}, "offload": {}}
+VERIFIED["offload"] |= {"on_host": ((), (1,), ()), "num_hidden_layers": 3}
+VERIFIED["quantized"] = {"hidden_size": 128, "intermediate_size": 128, "weights": {"experts": "int4", "linear": "int8"}}
+VERIFIED["deterministic"] = {"deterministic": True, "weights": "fp8"}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", VERIFIED)
+def test_verify_launches_only_kernels_that_are_compiled_ahead(case: str, gpu: Any) -> None:
+    """Nothing is compiled here: kernels are compared. Layers in fp32 that are left out ahead are seen."""
+    model, ids = random_model("cuda", torch.bfloat16, **VERIFIED[case]), tokens(2, 33, device="cuda")
+    cache_dtype, launched = torch.int8 if case == "8-bit cache" else None, set[Any]()
+
+    def record(kernel: Any, grid: Any, args: Any, config: Any, dependent: bool) -> None:
+        program = config.num_warps, config.num_stages
+        launched.add(kernel_of(Launch(kernel.__name__, grid, *program, fn=kernel, args=args, dependent=dependent)))
+
+    def ahead(quick: bool) -> set[Any]:
+        with torch.no_grad(), record_launches("sm_90", 132) as records:
+            launch_all(model, ids.shape, quick, None, cache_dtype)
+        return {kernel_of(each) for each in records if each.fn is not None}
+
+    with mock.patch.object(launch, "_launch_compiled", record):
+        verify(model, ids, cache_dtype=cache_dtype)
+    assert len(launched) > 40 and not launched - ahead(quick=False)
+    assert (launched - ahead(quick=True) == set()) == (cache_dtype is torch.int8)
+
+
 COMMANDS = {"generate": ("--prompt", "x " * 50, "--max-new-tokens", "7"), "verify": ("--offload", "2", "--quick")}
 COMMANDS["generate, a second turn"] = (*COMMANDS["generate"], "--chat", "--prompt", "y " * 150, "--cache-dtype", "int8")
-COMMANDS |= {"verify, in fp32, too": (), "verify, int4": ("--weights", "experts=int4,linear=int8", "--deterministic")}
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
 # Bytes that Triton 3.7 spills outside main loops, where 3.6 and 3.9 spill nothing.
 OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 0
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
-MEASURED |= {"loop_instructions_per_byte"}
+MEASURED |= {"loop_instructions_per_byte", "programs_per_sm"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
 
 
@@ -69,6 +69,7 @@ def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtyp
     assert compiled
 
 
+EXPERTS = {"I": 14336, "E": 8, "K": 2}
 PROMPT = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
 RING = {"C": 4096, "past": 3000, "fresh": True}
 STEP = {"B": 2, "T": 1, "Hq": 8, "Hkv": 2, "C": 4096, "window": 4096, "past": 4095}
@@ -164,6 +165,27 @@ def test_main_loops_of_other_tensor_cores(kernel: str, arch: str) -> None:
         assert all(loop.flops is None for loop in loops)
 
 
+@pytest.mark.parametrize("T", [1, 4, 16, 32, 64])
+def test_decode_tiles_leave_an_sm_two_programs(T: int) -> None:
+    """One alone would load nothing while it starts and ends."""
+    shapes = {name: {"T": T, "H": 4096, **more} for name, more in (("linear", {"N": 6144}), ("expert_swiglu", EXPERTS))}
+    for name, shape in shapes.items():
+        for launch in launches_of(replace(OPS[name], bench_shapes=(OPS[name].case(**shape),)), "sm_90", BF16):
+            if launch.kernel.endswith("_decode_kernel"):
+                compiled = compile_launch(launch, "sm_90")
+                assert compiled.programs_per_sm is not None and compiled.programs_per_sm >= 2, compiled
+
+
+def test_one_kernel_at_other_sizes() -> None:
+    rows = [one.as_dict() for one in compile_ops(["linear"], "sm_90", kernel="linear_decode", at={"T": 3, "H": 512})]
+    assert rows and {row["kernel"] for row in rows} == {"linear_decode_kernel"}
+    assert {row["constexprs"]["H"] for row in rows} == {512}
+    with pytest.raises(ValueError, match="--kernel is 'linear_encode', needs one of linear_decode_kernel,"):
+        compile_ops(["linear"], "sm_90", kernel="linear_encode")
+    with pytest.raises(ValueError, match="--at has S, and linear has H, N, T, deterministic, weight"):
+        compile_ops(["linear"], "sm_90", at={"S": 3})
+
+
 def test_the_gate_catches_a_spill() -> None:
     """Half the warps for the same tiles: the accumulators alone take every register that a thread can have."""
     up, attention = prefill("experts_up_kernel"), prefill("attention_prefill_kernel")
@@ -216,7 +238,7 @@ def test_the_cache_key_is_that_of_triton_s_jit(name: str, arch: str) -> None:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Triton's cache, empty."""
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

@@ -197,6 +197,9 @@ def test_what_the_page_about_generating_says_of_the_cache() -> None:
     assert found["cache"].lengths.tolist() == [5] and found["two"].lengths.tolist() == [4, 2]
     assert torch.equal(found["texts"][0], found["batch"][0]) and found["token"].item() == found["batch"][0, 4]
     short = model(ids.new_tensor([[0, 84]]))
+    assert found["turns"].reused == [9] and torch.equal(found["text"], model.generate(found["longer"], 6))
+    assert torch.equal(found["found"].ids, found["batch"]) and found["likeliest"][0].shape == (3,)
+    assert [len(each) for each in found["scores"]] == [3, 1]
     assert torch.allclose(found["logits"][1, :2], short[0], atol=1e-2 * short.abs().max())
     assert cache_bytes(KNOWN["mixtral-8x7b"], 1, 1) == 128 * 1024
 
@@ -246,6 +249,7 @@ sys.exit(main(sys.argv[1:]))
 COLLECT = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
 QUICK = ("mixtral-triton fit mixtral-8x7b --gpu h100", "mixtral-triton compile route")
 SHORTER = {"verify": "--quick --tokens 12", "generate": "--max-new-tokens 4", "tune": "--arch sm_90"}
+SHORTER["chat"] = SHORTER["generate"]
 
 
 def commands() -> list[str]:
@@ -312,6 +316,7 @@ def test_command_runs(line: str, one_layer: Path, tmp_path: Path) -> None:
     for name in ("benchmarks", "docs", "examples", "kernels", "mixtral_triton", "tests", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "checkpoint").symlink_to(one_layer)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "A list"}\n{"messages": [{"role": "user", "content": "x"}]}\n')
     words = shlex.split(line)
     settings = dict(word.split("=", 1) for word in words[:1] if word.startswith("TRITON_INTERPRET="))
     command = shortened(words[len(settings) :])

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mixtral_triton.kernels.arguments import flatten
-
 from ..support.stub.adapter import memories_of
 from ..support.stub.driver import SWIZZLE_SPANS, with_kinds, with_memory
 from .copies import Descriptor
@@ -58,8 +56,9 @@ class Launch:
         values, spans, maps = list[bytes](), list[Span](), dict[int, Descriptor]()  # maps: by number of the parameter
         metadata = launched.launcher.metadata
         metas = iter(getattr(metadata, "tensordesc_meta", None) or ())
-        held = dict(flatten(launched.args))
-        for _, name, kind, value in with_kinds(args, launched.launcher.signature, args.values()):
+        signature = launched.launcher.signature
+        held = {path: value for _, path, _, value in with_kinds(args, signature, launched.args.values())}
+        for _, name, kind, value in with_kinds(args, signature, args.values()):
             if isinstance(value, TensorDescriptor):
                 spans.append(span_of(name, value.base))
                 maps[len(values)] = tensor_map(value, next(metas, None))

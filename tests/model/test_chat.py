@@ -224,11 +224,11 @@ def test_sampling_of_generation_config_is_the_default_of_the_command_line(folder
     options = ["--temperature", "0.9", "--top-k", "7", "--top-p", "0.8", "--min-p", "0.02"]
     sampled, _, error = generate(folder, *options)
     assert sampled != greedy and "generation_config.json" not in error
-    write(folder, do_sample=True, temperature=0.9, top_k=7, top_p=0.8, min_p=0.02, repetition_penalty=1.1)
+    write(folder, do_sample=True, temperature=0.9, top_k=7, top_p=0.8, min_p=0.02, num_beams=2)
     tokens, _, error = generate(folder)
     assert tokens == sampled
     assert error.count("generation_config.json sets temperature 0.9, top_k 7, top_p 0.8, min_p 0.02\n") == 1
-    assert error.count("generation_config.json sets what is not supported and is ignored: repetition_penalty\n") == 1
+    assert error.count("generation_config.json sets what is not supported and is ignored: num_beams\n") == 1
     tokens, _, error = generate(folder, "--temperature", "0")
     assert tokens == greedy and "sets temperature" not in error
     tokens, _, error = generate(folder, *options[:2])
@@ -248,13 +248,18 @@ def test_sampling_of_generation_config_is_the_default_of_the_command_line(folder
     every, _, error = generate(folder, "--top-k", "0")
     write(folder, do_sample=True, top_k=0)
     assert generate(folder)[0] == every == generate(folder, "--temperature", "1")[0]
+    write(folder, repetition_penalty=1.3)
+    tokens, _, error = generate(folder)
+    assert "sets repetition_penalty 1.3\n" in error
+    assert tokens == generate(folder, "--repetition-penalty", "1.3", "--temperature", "0")[0] != greedy
+    assert generate(folder, "--repetition-penalty", "1")[0] == greedy
 
 
 IGNORED: dict[str, Any] = {"suppress_tokens": [5], "begin_suppress_tokens": [5], "forced_eos_token_id": 1}
 IGNORED |= {"bad_words_ids": [[5]], "min_new_tokens": 3, "min_length": 3, "no_repeat_ngram_size": 2, "num_beams": 2}
 IGNORED |= {"encoder_repetition_penalty": 1.1, "sequence_bias": [[[5], -9.0]], "guidance_scale": 0, "typical_p": 0.9}
 IGNORED |= {"epsilon_cutoff": 1e-4, "eta_cutoff": 1e-4, "stop_strings": ["x"], "max_length": 4096, "use_cache": False}
-IGNORED |= {"repetition_penalty": 1.1, "a_new\x1b_field": 1}
+IGNORED |= {"a_new\x1b_field": 1}
 
 
 def test_every_field_that_is_not_honoured_is_named(folder: Path) -> None:

@@ -1,6 +1,9 @@
-"""Generation beside a loop of argmax over the whole text; ragged prompts, EOS, sampling, and what is refused."""
+"""Generation beside a loop of argmax over the whole text; ragged prompts, EOS, sampling, caches that go on, log
+probabilities, and what is refused."""
 
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock
 
@@ -9,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import KVCache, Mixtral, reference
+from mixtral_triton import SMALL, KVCache, Mixtral, reference
 from mixtral_triton.cache import cache_bytes
 from mixtral_triton.generate import sample
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.sampling import Logprobs, measure
 from tests.support.models import cache_of, random_model, tokens
 
 V, P = 23, 30
@@ -229,6 +233,9 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1, 2.0, True, "5"),
     "min_p": (-0.1, 1.5, NAN, "a", True),
     "eos_token_id": ("2", 1.5, [1, "2"], 1 << 63),
+    "repetition_penalty": (0.0, -1.0, NAN, INF, 10**400, "a", True),
+    "logprobs": (-1, 1.5, V + 1, True, "3"),
+    "cache": (7, cache_of(random_model(), 3), KVCache(random_model(sliding_window=7).config, 2, device="cpu")),
 }
 OPTIONS: list[dict[str, Any]] = [{name: value} for name, values in WRONG.items() for value in values]
 ELSEWHERE = type("Elsewhere", (torch.Generator,), {"device": torch.device("xpu")})
@@ -268,3 +275,207 @@ def test_a_window_that_no_position_can_leave_takes_the_slots_of_the_text(window:
     cache = cache_of(model, 1)
     got = torch.cat([model(ids, cache=cache), model(ids, cache=cache)], 1)
     assert torch.allclose(got, plain(ids.repeat(1, 2)), atol=1e-4)
+
+
+def computed(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each forward from now on adds the tokens that it appends to all sequences."""
+    counts, hidden = list[int](), model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args: (counts.append(int(args[2].sum())), hidden(*args))[1])
+    return counts
+
+
+CACHED: dict[str, dict[str, Any]] = {"plain": {"sliding_window": None}, "ring": {}, "offload": {"on_host": (1, 3)}}
+CACHED |= {"deterministic": {"deterministic": True}, "int8": {"sliding_window": None}, "int8 ring": {}}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CACHED)
+def test_a_cache_goes_on_and_computes_new_tokens_alone(
+    case: str, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three turns of a ragged batch; the ring of 5 slots has moved on in the first."""
+    model, new = make(**CACHED[case]), 2 if INTERPRETED else 4
+    dtype = torch.int8 if "int8" in case else model.dtype
+    cache = KVCache(model.config, 2, P, device, dtype)
+    counts, texts, held = computed(model, monkeypatch), [tokens(T, seed=T, device=device) for T in (6, 2)], 0
+    for turn in range(3):
+        before = [text.clone() for text in texts]
+        got = model.generate(texts, new, cache=cache, logprobs=2)
+        assert sum(counts) == sum(map(len, texts)) + 2 * (new - 1) - held, "the whole text but what was held"
+        assert cache.lengths.tolist() == [len(text) - 1 for text in got.ids]
+        assert all(torch.equal(*pair) for pair in zip(texts, before, strict=True))
+        want = model.generate(texts, new, cache_dtype=dtype, logprobs=2)
+        assert all(torch.equal(*pair) for pair in zip(got.ids, want.ids, strict=True))
+        for mine, other in zip(got.logprobs, want.logprobs, strict=True):
+            assert torch.equal(mine, other) if case == "deterministic" else torch.allclose(mine, other, atol=1e-4)
+        held = sum(cache.lengths.tolist())
+        texts = [torch.cat((text, tokens(3 + b, seed=turn, device=device))) for b, text in enumerate(got.ids)]
+        counts.clear()
+    with pytest.raises(ValueError, match=r"cache_dtype is torch.*needs None or the cache's"):
+        model.generate(texts, 1, cache=cache, cache_dtype=torch.int8 if dtype != torch.int8 else model.dtype)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("window", "same", "kept"), [(None, 4, 4), (None, 13, 13), (None, 0, 0), (5, 13, 13), (5, 12, 0)]
+)
+def test_a_cache_is_set_back_or_refilled_where_the_text_differs(
+    window: int | None, same: int, kept: int, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 tokens are held. A ring that has moved on can lose its newest token alone."""
+    model, ids = make(sliding_window=window), tokens(1, 10, device=device)
+    cache = KVCache(model.config, 1, P, device, model.dtype)
+    text = model.generate(ids, 5, cache=cache)
+    changed = torch.cat((text[:, :same], (text[:, same : same + 1] + 1) % V, text[:, same + 1 :]), 1)
+    counts = computed(model, monkeypatch)
+    with (
+        pytest.warns(RuntimeWarning, match=r"other tokens are in the cache from 12 on.*ring")
+        if kept != same
+        else nullcontext()
+    ):
+        got = model.generate(changed, 3, cache=cache)
+    assert counts == [15 - kept, 1, 1] and cache.reused == [kept]
+    assert torch.equal(got, model.generate(changed, 3))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("window", (None, 5))
+def test_a_sequence_that_ends_is_not_appended_to(window: int | None, make: Make, device: torch.device) -> None:
+    """Its EOS, repeated until the last sequence ends, would take the slots of a ring."""
+    prompts = [tokens(T, seed=T, device=device) for T in (6, 2)]
+    plain = [text.tolist() for text in make(sliding_window=window).generate(prompts, NEW)]
+    model = make(sliding_window=window, eos_token_id=(eos := plain[0][8]))
+    cache = KVCache(model.config, 2, P, device, model.dtype)
+    texts = model.generate(prompts, NEW, cache=cache)
+    assert len(texts[0]) == 9 < len(texts[1]) and eos not in texts[1][2:].tolist()[:5]
+    assert cache.lengths.tolist() == [len(text) - 1 for text in texts]
+    longer = [torch.cat((text, tokens(2, device=device))) for text in texts]
+    got, want = model.generate(longer, 3, cache=cache), model.generate(longer, 3)
+    assert [text.tolist() for text in got] == [text.tolist() for text in want]
+    assert cache.reused == [len(text) - 1 for text in texts]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("window", (None, 5))
+def test_a_cache_after_a_failure_and_other_use(
+    window: int | None, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = make(sliding_window=window), tokens(1, 10, device=device)
+    cache, want = KVCache(model.config, 1, 16, device, model.dtype), model.generate(ids, 4)
+    model(ids[:, :6], cache=cache)  # a forward is known on a CPU alone
+    warned = pytest.warns(RuntimeWarning, match="host does not know") if device.type == "cuda" else nullcontext()
+    with warned:
+        first = model.stream(ids, 4, cache=cache)
+    assert next(first).tolist() == want[:, 10].tolist() and next(first).tolist() == want[:, 11].tolist()
+    assert cache.lengths.tolist() == [11] and cache.reused == [0 if device.type == "cuda" else 6]
+    assert torch.equal(model.generate(want[:, :12], 2, cache=cache), want) and cache.reused == [11]
+    with pytest.raises(ValueError, match="cache has gone on in another call"):
+        next(first)
+    if window is None:
+        with pytest.raises(ValueError, match="reach 17 tokens, beyond the cache's slots, 16"):
+            model.generate(want, 4, cache=cache)
+    longer = torch.cat((want, ids), 1)[:, :16]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        patch.setattr(model, "head", Mock(side_effect=RuntimeError("lost")))
+        model.generate(longer, 1, cache=cache)  # the prefill is complete, and counted
+    assert cache.lengths.tolist() == [16]
+    cache.lengths.fill_(0)  # by hand
+    model.generate(ids, 1, cache=cache)
+    failing = Mock(side_effect=[*[layer.experts for layer in model.layers[:0]], RuntimeError("lost")])
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        patch.setattr(model.layers[-1], "experts", failing)
+        model.generate(longer, 1, cache=cache)  # every layer's slots are overwritten, nothing is counted
+    assert cache.lengths.tolist() == [10]
+    if window is None:
+        assert torch.equal(model.generate(longer, 1, cache=cache), model.generate(longer, 1)) and cache.reused == [10]
+    else:
+        with pytest.raises(ValueError, match="needs a new cache, or lengths of 0"):
+            model.generate(longer, 1, cache=cache)
+        cache.lengths.fill_(0)
+        assert torch.equal(model.generate(longer, 1, cache=cache), model.generate(longer, 1))
+    cache.texts = None  # as after a forward in a graph
+    with pytest.warns(RuntimeWarning, match="host does not know"):
+        assert torch.equal(model.generate(longer, 1, cache=cache), model.generate(longer, 1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "top_p": 0.8}, {"repetition_penalty": 1.5}], ids=str)
+def test_log_probabilities_are_those_of_a_forward(settings: Any, make: Make, device: torch.device) -> None:
+    """Before temperature and penalty. Behind an EOS they are 0, so that a sum is the text's."""
+    plain, N = make(), 4
+    prompts = [tokens(T, seed=T, device=device) for T in (6, 6)]
+    options = {"max_new_tokens": NEW, **settings}
+    eos = int(plain.generate(prompts, generator=seeded(device), **options)[0][7])
+    model = make(eos_token_id=eos)
+    ids = model.generate(prompts, generator=seeded(device), **options)
+    got = model.generate(prompts, generator=seeded(device), logprobs=N, **options)
+    padded = model.generate(torch.stack(prompts), generator=seeded(device), logprobs=N, **options)
+    assert got._fields == ("ids", "logprobs", "top_ids", "top_logprobs") and padded.ids.shape == (2, 6 + NEW)
+    assert padded.logprobs.dtype == padded.top_logprobs.dtype == torch.float32 and padded.top_ids.dtype == torch.int64
+    for b, (text, same) in enumerate(zip(got.ids, ids, strict=True)):
+        assert torch.equal(text, same) and torch.equal(padded.ids[b, : len(text)], text)
+        n, want = len(text) - 6, logits_of(model, text[None])[0, 5:-1].log_softmax(-1)
+        top, top_ids = want.topk(N)
+        for found in (Logprobs(*(each[b] for each in got)), Logprobs(*(each[b, :n] for each in padded))):
+            assert torch.allclose(found.logprobs, want.gather(1, text[6:, None])[:, 0], atol=1e-4)
+            assert torch.allclose(found.top_logprobs, top, atol=1e-4) and torch.equal(found.top_ids, top_ids)
+        assert (padded.ids[b, len(text) :] == eos).all() and (padded.top_ids[b, n:] == eos).all()
+        assert not padded.logprobs[b, n:].any() and not padded.top_logprobs[b, n:].any()
+    steps = list(model.stream(prompts, generator=seeded(device), logprobs=N, **options))
+    assert torch.equal(torch.stack([step.top_ids for step in steps], 1), padded.top_ids[:, : len(steps)])
+    none = model.generate(torch.stack(prompts), 0, logprobs=0)
+    assert [list(each.shape) for each in none] == [[2, 6], [2, 0], [2, 0, 0], [2, 0, 0]]
+
+
+def test_equal_logits_have_their_likeliest_in_order() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0]])
+    token, ids, top = measure(logits, torch.tensor([2]), torch.tensor([False]), 4)
+    assert ids.tolist() == [[1, 3, 2, 4]] and token.item() == top[0, 2] == top[0, 3]
+
+
+@pytest.mark.parametrize("chunk", (2048, 3))
+def test_score_is_the_log_softmax_of_each_text(chunk: int, make: Make, device: torch.device, monkeypatch: Any) -> None:
+    model, texts = make(), [tokens(T, seed=T, device=device) for T in (9, 1, 5)]
+    model.prefill_chunk = chunk
+    monkeypatch.setattr("mixtral_triton.score.LOGITS", 2 * V)  # two rows at a time
+    for text, got in zip(texts, model.score(texts), strict=True):
+        want = logits_of(model, text[None])[0, :-1].log_softmax(-1).gather(1, text[1:, None])[:, 0]
+        assert got.dtype == torch.float32 and got.device == text.device and got.shape == want.shape
+        assert torch.allclose(got, want, atol=1e-4)
+    for wrong, message in (
+        ([], "at least one"),
+        ("ab", "a str"),
+        ([texts[0][None]], "text 0"),
+        ([texts[0] + V], "token"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)(score|Mixtral): .*{message}"):
+            model.score(wrong)
+    with pytest.raises(ValueError, match=f"score: .*{P + 1} tokens.*{P}"):
+        model.score([tokens(P + 1, device=device)])
+    with pytest.raises(ValueError, match="score: cache_dtype"):
+        model.score(texts, cache_dtype=torch.float64)
+    eighth = torch.cat(model.score(texts, cache_dtype=torch.int8)) - torch.cat(model.score(texts))
+    assert 0 < eighth.abs().max() < 0.5
+
+
+@pytest.mark.compiled
+def test_penalty_and_log_probabilities_equal_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    original = transformers.AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32).eval()
+    model = Mixtral.from_pretrained(SMALL, "cpu", torch.float32)
+    ids = torch.tensor(json.loads((SMALL / "heldout.json").read_text())["ids"][:20])
+    found = set()
+    for penalty in (1.0, 1.1, 1.3, 3.0, 0.8):
+        settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 1, "repetition_penalty": penalty}
+        want = original.generate(ids[None], **settings)[0].tolist()
+        assert model.generate([ids], 40, repetition_penalty=penalty)[0].tolist() == want
+        found.add(tuple(want))
+    assert len(found) == 5, "each penalty has its own text"
+    logprobs = original(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    assert torch.allclose(model.score([ids])[0], logprobs, atol=1e-4)
+    got = model.generate(ids[None], 8, logprobs=3)
+    want = original.generate(
+        ids[None], max_new_tokens=8, do_sample=False, pad_token_id=1, output_logits=True, return_dict_in_generate=True
+    )
+    top, top_ids = torch.stack(want.logits, 1).log_softmax(-1).topk(3)
+    assert torch.equal(got.ids, want.sequences) and torch.equal(got.top_ids, top_ids)
+    assert torch.allclose(got.top_logprobs, top, atol=1e-4) and torch.equal(got.logprobs, got.top_logprobs[..., 0])

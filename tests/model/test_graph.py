@@ -13,7 +13,7 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, generate
 from mixtral_triton.generate import CaptureLost, capture
-from mixtral_triton.model import Layer
+from mixtral_triton.model import Layer, _method_names
 from mixtral_triton.parallel import UNSHARDED
 from tests.support.models import cache_of, random_model, tokens
 
@@ -71,6 +71,31 @@ def test_replays_draw_new_tokens_and_take_the_top_k(gpu: Any) -> None:
     assert gpu.replays == 14 + NEW - 2
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_replays_go_on_in_a_cache_with_penalty_and_log_probabilities(window: int | None, gpu: Any) -> None:
+    """Sequences end at different replays, and a second turn continues where each stands."""
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "repetition_penalty": 1.4}
+    plain = texts(build(window, "cpu"), **settings)
+    assert plain != texts(build(window, "cpu"), max_new_tokens=NEW)
+    settings |= {"eos_token_id": [plain[1][3]], "logprobs": 2}
+    found = []
+    for device in ("cpu", GPU_DEVICE):
+        model, turns, ids = build(window, device), list[Any](), prompts(device)
+        cache = KVCache(model.config, len(ids), 40, device, model.dtype)
+        for _ in range(2):
+            held = cache.lengths.tolist()
+            got = model.generate(ids, cache=cache, **settings)
+            assert cache.reused == held
+            assert cache.lengths.tolist() == [len(text) - 1 for text in got.ids]
+            turns += [[each.tolist() for each in part] for part in got[::2]]
+            turns.append(torch.cat(got.logprobs).tolist())
+            ids = [torch.cat((text, text[-3:])) for text in got.ids]
+        found.append(turns)
+    (cpu, on_gpu), replays = found, gpu.replays
+    assert cpu[::3] == on_gpu[::3] and cpu[1::3] == on_gpu[1::3] and replays > NEW
+    assert all(a == pytest.approx(b, abs=1e-4) for a, b in zip(cpu[2::3], on_gpu[2::3], strict=True))
+
+
 def looks(step: Any) -> None:
     """A host that looks at a value: CUDA gives up the capture, and its end fails as well."""
     step()
@@ -117,6 +142,30 @@ def test_failed_capture_leaves_everything_usable(
     monkeypatch.undo()
     assert texts(model, **settings) == want
     assert gpu.replays == NEW - 2
+
+
+def is_dependent(graph: Any) -> bool:
+    return any(each.launcher.metadata.launch_pdl for each in graph.launches)
+
+
+REFUSED = [(is_dependent, ["capturing without dependent launches"], NEW - 3)]
+REFUSED += [(lambda graph: True, ["capturing without dependent launches", "decoding without a CUDA graph"], 0)]
+
+
+@pytest.mark.parametrize(("refuses", "said", "replays"), REFUSED)
+def test_graph_that_cannot_be_instantiated(refuses: Any, said: list[str], replays: int, gpu: Any) -> None:
+    """A driver without programmatic edges, and one without memory: both fallbacks are tried, in order."""
+    gpu.refuses, model, drawn = refuses, build(5, GPU_DEVICE), torch.Generator(GPU_DEVICE)
+    want = texts(build(5, "cpu"), max_new_tokens=NEW)
+    with pytest.warns(RuntimeWarning) as warned:
+        assert texts(model, max_new_tokens=NEW, temperature=1e-6, generator=drawn) == want
+    found = [str(each.message) for each in warned]
+    assert len(found) == len(said) and all(
+        f"generate: {a}, slower: CUDA" in b for a, b in zip(said, found, strict=True)
+    )
+    assert gpu.replays == replays and len(gpu.captures) == 2 and not gpu.pools and not gpu.host_pools
+    gpu.refuses = lambda graph: False
+    assert texts(model, max_new_tokens=NEW) == want and gpu.replays == replays + NEW - 2
 
 
 def test_a_model_that_is_collected_during_a_step_does_not_end_its_capture(gpu: Any) -> None:
@@ -268,6 +317,24 @@ def test_no_capture_and_no_pdl_where_a_layer_is_changed(change: str, gpu: Any) -
     if handle is not None:  # the hook is removed
         texts(model, max_new_tokens=NEW)
         assert any(each.launcher.metadata.launch_pdl for each in gpu.driver.launches[start:])
+
+
+@pytest.mark.compiled
+def test_every_method_that_an_instance_replaces_is_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a contributor adds to a class included, and `generate`, which runs around the steps, excluded."""
+    model = build(None, "cpu")
+    for kind in (Mixtral, Layer):
+        monkeypatch.setattr(kind, "scale", lambda self, out: out, raising=False)
+    _method_names.cache_clear()
+    model.generate = model.stream = print  # type: ignore[assignment]
+    assert model.find_change() is None
+    for module, where in ((model, "the model"), (model.layers[0], "layer 0")):
+        for name in ("scale", "forward", "_call_impl", "_compiled_call_impl"):
+            module.__dict__[name] = print
+            assert where in str(model.find_change())
+            del module.__dict__[name]
+    model.layers[0].compile()
+    assert "layer 0" in str(model.find_change())
 
 
 @pytest.mark.gpu

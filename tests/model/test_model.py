@@ -232,6 +232,13 @@ CALLS: dict[str, tuple[Callable[[Mixtral, Tensor], Any], str]] = {
     "cache of another dtype": (lambda m, x: m(x, cache=other_cache(m, dtype=torch.half)), "float16"),
     "meta cache": (lambda m, x: m(x, cache=other_cache(m, "meta")), "cache.*device meta"),
     "converted to fp64": (lambda m, x: m.double()(x), "dtype.*float64"),
+    "sparse ids": (lambda m, x: m(x.to_sparse()), "input_ids.*sparse"),
+    "csr ids": (lambda m, x: m(x.to_sparse_csr()), "input_ids.*sparse"),
+    "sparse prompts": (lambda m, x: m.generate(x.to_sparse(), 2), "input_ids.*sparse"),
+    "nested ids": (lambda m, x: m(torch.nested.nested_tensor([*x])), "input_ids.*nested"),
+    "jagged ids": (lambda m, x: m(torch.nested.nested_tensor([*x], layout=torch.jagged)), "input_ids.*nested"),
+    "huge batch": (lambda m, x: KVCache(m.config, 1 << 50, 5, "cpu"), rf"batch {1 << 50} .*smaller batch"),
+    "huge 8-bit cache": (lambda m, x: KVCache(m.config, 1 << 70, 5, "cpu", torch.int8), "batch .*smaller batch"),
     "not a cache": (lambda m, x: m(x, cache={}), "cache.*dict"),
 }
 LENGTHS: dict[str, Any] = {
@@ -243,6 +250,7 @@ LENGTHS: dict[str, Any] = {
     "bool": torch.tensor([True, False]),
     "on meta": torch.tensor([3, 3], device="meta"),
     "a list": [3, 3],
+    "sparse": torch.tensor([3, 3]).to_sparse(),
 }
 OF_VALUES = ("negative id", "id beyond", "negative", "beyond the chunk")  # cases that show in a value alone
 
@@ -278,6 +286,18 @@ def test_bad_lengths_leave_the_cache_alone(case: str, model: Mixtral, device: to
     assert cache.lengths.tolist() == [4, 4] and torch.equal(cache.keys[0], keys)
 
 
+def test_lazily_negated_lengths(model: Mixtral, device: torch.device, unguarded: None) -> None:
+    """Layers do not look for a lazy negation."""
+    ids, lengths = tokens(2, 9, device=device), torch.tensor([5, 9], dtype=torch.int32, device=device)
+    found = []
+    for change in (Tensor.clone, lambda x: torch._neg_view(-x)):
+        cache = cache_of(model, 2)
+        model(ids, cache, change(lengths))
+        cache.lengths = change(cache.lengths)
+        found.append(model(ids, cache))
+    assert torch.equal(*found)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "max_len", "most"), ROOM)
 @pytest.mark.parametrize("chunk", (1, 5))
@@ -292,6 +312,14 @@ def test_the_end_of_the_cache(name: str, max_len: int, most: int, chunk: int, lo
     with pytest.raises(ValueError, match=f"{most}: needs {'a larger max_len or ' if most == max_len else ''}fewer"):
         model(tokens(2, chunk, device=device), cache=cache)
     assert cache.lengths.tolist() == [most, 3 + chunk]
+
+
+@pytest.mark.parametrize("value", [*(LENGTHS[case] for case in LENGTHS if case not in OF_VALUES), 5, None], ids=str)
+def test_unsuitable_lengths_set_by_hand_raise_value_error(value: Any, model: Mixtral, device: torch.device) -> None:
+    cache = cache_of(model, 2)
+    cache.lengths = value
+    with pytest.raises(ValueError, match=r"^(KVCache: argument 'lengths'|Mixtral: argument 'cache') .*, needs "):
+        model(tokens(2, 9, device=device), cache=cache)
 
 
 @pytest.mark.parametrize("inference", (False, True))

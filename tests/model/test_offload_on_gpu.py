@@ -3,10 +3,12 @@
 The simulated GPU completes all work at once; `gpu.work` knows which order streams and events impose.
 """
 
+import ctypes
 import gc
 import json
 import math
 import os
+import platform
 import threading
 import weakref
 from pathlib import Path
@@ -16,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral
+from mixtral_triton import KVCache, Mixtral, load, weights
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels import offload, plan
 from mixtral_triton.kernels.offload import OffloadedWeight
@@ -229,6 +231,54 @@ def test_host_memory_is_pinned_at_its_size_and_returned(gpu: Any) -> None:
     del model, weights
     gc.collect()
     assert not gpu.pinned
+
+
+def pin_by_the_kernel(host: torch.Tensor) -> int:
+    """Pin memory as a driver does, as a buffer of io_uring -> a file descriptor that holds it."""
+    libc = ctypes.CDLL(None)
+    ring = libc.syscall(425, 8, ctypes.create_string_buffer(120))  # io_uring_setup
+    buffer = (ctypes.c_uint64 * 2)(host.data_ptr(), host.nbytes)
+    if ring < 0 or libc.syscall(427, ring, 0, buffer, 1):  # io_uring_register
+        pytest.skip("needs io_uring, and the right to lock memory")
+    return int(ring)
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="numbers of Linux' calls")
+def test_a_child_process_does_not_copy_pinned_memory(gpu: Any) -> None:
+    """Linux from 5.9 on copies private memory that is pinned: with 20 GB of experts, all of a machine's."""
+    host = offload._pinned((1 << 27,), torch.int8, GPU_DEVICE).fill_(1)
+    ring, (receiver, sender) = pin_by_the_kernel(host), os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(sender, Path("/proc/self/smaps_rollup").read_bytes())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(ring)
+    (line,) = (line for line in os.read(receiver, 1 << 16).decode().splitlines() if line.startswith("Private_Dirty"))
+    assert int(line.split()[1]) < 10_000, line
+
+
+def test_embedding_in_host_memory_is_loaded_by_the_host(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device address of what is registered is the host's, to which no copy to a device leads."""
+    fill, destinations = weights._fill, {}
+
+    def recorded(part: Any, name: str, stored: Any, target: Any, destination: Any, *rest: Any) -> None:
+        destinations[target.parameter] = destination.device.type
+        fill(part, name, stored, target, destination, *rest)
+
+    monkeypatch.setattr(weights, "_fill", recorded)
+    monkeypatch.setattr(load, "available_bytes", lambda *args: 1)
+    with pytest.warns(UserWarning, match="and the embedding in host memory"):
+        model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload="auto")
+    assert destinations["embed_tokens"] == "cpu" and destinations["norm"] == "cuda" and model.embed_tokens.is_cuda
+    assert torch.equal(model.embed_tokens.cpu(), Mixtral.from_pretrained(SMALL, "cpu").embed_tokens)
+
+
+@pytest.mark.parametrize(("hip", "why"), [(None, "as on WSL"), ("6.4", "HIP may give it another one")])
+def test_memory_at_another_address_is_refused(hip: Any, why: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    gpu.mapped_at = 1 << 12
+    with pytest.raises(ValueError, match=f"offload: cuda:0 cannot read pinned memory at its host address, {why}"):
+        offload.empty_on_host((4, 8), torch.bfloat16, GPU_DEVICE)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
+from mixtral_triton.kernels.op import row_letter
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
 from tests.support.calls import Sizes, outputs, tensors
@@ -20,6 +21,11 @@ from tests.support.models import random_model
 
 FLOATS = (torch.float32, torch.bfloat16)
 pytestmark = pytest.mark.usefixtures("unguarded", "ordered")  # other tests run the same kernels under guard
+
+
+def batch_letter(name: str) -> str:
+    """The letter that counts the rows, or the sequences, of a batch."""
+    return row_letter(OPS[name].run)
 
 
 # Odd sizes: rows start at any address, on which the products of plain torch depend.
@@ -50,17 +56,12 @@ LISTED = {name for name, _ in CASES} | {"sort_by_expert"}  # the results of the 
 # Operations of no model need kernels: the torch backend is deterministic only where an operation has the argument.
 for name in OPS.keys() - LISTED if INTERPRETED else ():
     shape = vars(OPS[name].test_shapes[0])
-    CASES.append((name, {key: size for key, size in shape.items() if key != ("B" if "B" in shape else "T")}))
-
-
-def batch_letter(sizes: Sizes) -> str:
-    """The letter that counts the rows, or the sequences, of a batch."""
-    return "B" if "T" in sizes else "T"
+    CASES.append((name, {key: size for key, size in shape.items() if key != batch_letter(name)}))
 
 
 def make_batch(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> tuple[dict[str, Any], set[str]]:
     """Arguments of n rows or sequences, each at another position; and the names of those with one row for each."""
-    op, generator, letter = OPS[name], torch.Generator().manual_seed(0), batch_letter(sizes)
+    op, generator, letter = OPS[name], torch.Generator().manual_seed(0), batch_letter(name)
     args = op.inputs(dict(sizes) | {letter: n}, dtype, device, generator)
     larger = op.inputs(dict(sizes) | {letter: n + 1}, dtype, "meta")
     if name == "attention":
@@ -76,11 +77,11 @@ def make_batch(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any)
     return args, {key for key, x in tensors(args).items() if key not in larger or larger[key].shape != x.shape}
 
 
-def row_orders(sizes: Sizes, n: int) -> list[list[int]]:
+def row_orders(name: str, n: int) -> list[list[int]]:
     """All rows in another order, and single rows. Sequences share no program, so a few of many suffice."""
     mixed = torch.randperm(n, generator=torch.Generator().manual_seed(n)).tolist()
     single = [[0], [n // 2], [n - 1]]
-    if batch_letter(sizes) == "B" and n > 10:
+    if batch_letter(name) == "B" and n > 10:
         return [mixed[:9], *single]
     return [mixed, *single] if n > 100 else [mixed, mixed[::-1], [*range(1, n), 0], *single]
 
@@ -93,7 +94,7 @@ def check(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> N
         return outputs(name, dispatched(name, selected), selected)
 
     batch = run(list(range(n)))
-    for rows in row_orders(sizes, n):
+    for rows in row_orders(name, n):
         for want, got in zip(batch, run(rows), strict=True):
             assert torch.equal(want[rows], got), f"{name}: {rows} of {n}"
 
@@ -104,7 +105,7 @@ def check(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: Any) -> N
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_row_at_any_place(name: str, sizes: Sizes, n: int, dtype: torch.dtype, device: torch.device) -> None:
     """Of 1001, rows alone in fp32: for one row at a time, plain torch is slow in bfloat16."""
-    sequences = batch_letter(sizes) == "B"
+    sequences = batch_letter(name) == "B"
     if n == 1001 and (sequences or dtype != torch.float32 or (INTERPRETED and name == "experts_add_rms_norm")):
         pytest.skip("takes half a minute, and is made of what runs in other cases")
     if INTERPRETED and n == 65 and sequences and dtype != torch.float32:

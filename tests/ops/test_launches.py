@@ -2,6 +2,7 @@
 on meta tensors; Python calls of the host between launches; torch's operations on the torch backend."""
 
 import cProfile
+import inspect
 import itertools
 import json
 import pstats
@@ -84,6 +85,25 @@ def test_additional_launch_is_caught(monkeypatch: pytest.MonkeyPatch, covers: An
             test_launches_per_layer(*phase, {}, covers)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_copies_within_an_operation_are_recorded(mode: Any) -> None:
+    """There, and in inference mode everywhere, `contiguous` and `reshape` are not yet `clone`."""
+    x, weight = torch.empty(64, 4, device="meta").t(), torch.empty(64, device="meta")
+    with mode(), record_launches() as launches:
+        ops.rms_norm(x, weight, 1e-5)
+        ops.rms_norm.unchecked(x, weight, 1e-5)
+        x.reshape(256)
+        x.reshape(2, 2, 64), weight.contiguous(), weight.to(torch.float32)  # views
+    assert [launch.kernel.startswith("aten::") for launch in launches] == [True, False, True, False, True]
+
+
+def test_copy_within_an_operation_is_caught(monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
+    monkeypatch.setattr("mixtral_triton.kernels.router.dense_rows", lambda x: x.t().contiguous().t())
+    for phase in PHASES:
+        with pytest.raises(AssertionError, match="'aten::contiguous': "):
+            test_launches_per_layer(*phase, {}, covers)
+
+
 PACKAGE = (str(ROOT / "kernels"), str(ROOT / "mixtral_triton"))
 CALLS_MAX = 80  # of this package's functions, a decode layer
 # Other tests share the CPU's caches, which slows torch's operations, and so an applied model, more than plain launches.
@@ -122,7 +142,8 @@ def count_calls(T: int, layers: int) -> Counter[tuple[str, str]]:
 def test_decode_layer_uses_cached_launches(gpu: Any, covers: Any) -> None:
     gpu.driver.executes = False
     calls = of_a_layer(partial(count_calls, 1))
-    runs = {(Path(op.run.__code__.co_filename).name, op.run.__name__) for op in OPS.values()}
+    functions = [inspect.unwrap(op.run) for op in OPS.values()]
+    runs = {(Path(run.__code__.co_filename).name, run.__name__) for run in functions}
     assert not [name for name in calls if name in runs or name[1] in ("configs", "launch", "__post_init__")], calls
     assert calls.total() <= CALLS_MAX, calls
     covers("host", f"a decode layer: {calls.total()} calls of the package's functions")

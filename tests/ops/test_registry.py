@@ -46,6 +46,9 @@ def test_error_is_at_most_twice_that_of_plain_torch(name: str, sizes: Any, dtype
     assert error <= limit
 
 
+ARGUMENTS_MOST = 18  # of a kernel, beside its constexprs
+
+
 def describe(out: Any) -> list[tuple[torch.Size, torch.dtype]]:
     return [(x.shape, x.dtype) for x in as_tuple(out)]
 
@@ -61,6 +64,7 @@ def test_declarations_of_an_operation_are_consistent(op: Op) -> None:
             with record_launches() as launches:
                 got = op.run(**args)
             assert describe(got) == describe(op.empty(**args))
+            assert all(len(launch.args) <= ARGUMENTS_MOST for launch in launches)
             kernels = {launch.kernel for launch in launches}
             assert kernels & set(selected_configs(op.name, sizes, dtype)) or kernels == {"aten::mm"}
 
@@ -117,6 +121,20 @@ def test_transforms_raise_value_error_with_the_name(case: str) -> None:
 
 @pytest.mark.parametrize("kind", [TypeError, ValueError])
 def test_wrong_signatures_name_the_operation(kind: Any) -> None:
-    for args, more in (((X,), {}), ((X,) * 20, {}), ((X,) * 3, {"size": 1})):
+    x = X.view(3, 1, 1, 8)
+    for args, more in (((x,), {}), ((x,) * 20, {}), ((x,) * 3, {"size": 1})):
         with pytest.raises(kind, match=r"^attention: "):
             ops.attention(*args, **more)
+    for call in (ops.attention, ops.attention.unchecked):
+        for more in ({}, {"causal": False}):
+            with pytest.raises(
+                kind, match=r"^attention: 4 arguments .* by position, needs at most 3, .*: window, causal"
+            ):
+                call(x, x, x, 3, **more)
+    with pytest.raises(TypeError, match=r"^rms_norm\(\) .*'bogus'"):
+        ops.rms_norm.unchecked(X, WEIGHT, 1e-5, bogus=1)
+    assert str(inspect.signature(ops.attention)).startswith(
+        "(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, win"
+    )
+    got = torch.ops.mixtral_triton.attention(x, x, x, 3, False)  # an operator's schema has no such rule
+    assert torch.equal(got, ops.attention(x, x, x, window=3, causal=False))

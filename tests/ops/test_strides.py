@@ -17,7 +17,7 @@ from mixtral_triton.kernels.launch import describe, tma_can_read
 from mixtral_triton.kernels.op import Op, as_dict
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.registry import OPERATIONS, OPS
 from mixtral_triton.verification.calls import LAYOUTS, with_layout
 from tests.support.calls import Sizes, as_tuple, dense, inputs, inputs_without_padding, public, tensors
 
@@ -68,14 +68,14 @@ def change_layout(layout: str, name: str, x: Any, written: bool) -> Any:
     return with_layout("sliced" if rows_apart else layout, x, rows_apart or name.endswith("cache"))
 
 
-def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], Tensor]) -> None:
+def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], Tensor], call: Any = public) -> None:
     """Compare the operation on changed arguments with its reference on dense copies of them."""
     op, args = OPS[name], inputs_without_padding(name, sizes, device)
     args |= {key: change(key, value) for key, value in tensors(args).items()}
     copied = {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors(args).items()}
     before = {key: x.clone() for key, x in copied.items() if key not in op.mutates}
     want = [*as_tuple(op.call_reference(**args | copied)), *(dense(copied[key]) for key in op.mutates)]
-    got = [*as_tuple(public(name)(**args)), *(dense(args[key]) for key in op.mutates)]
+    got = [*as_tuple(call(name)(**args)), *(dense(args[key]) for key in op.mutates)]
     for a, b in zip(got, want, strict=True):
         if b.is_floating_point():
             assert (a - b).abs().max() <= TOLERANCE * b.abs().max()
@@ -98,14 +98,30 @@ def test_layout_of_all_arguments(name: str, sizes: Sizes, layouts: str, integers
     check(name, sizes, device, change)
 
 
+@pytest.mark.parametrize("call", [public, lambda name: OPERATIONS[name].unchecked], ids=["checked", "unchecked"])
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
-def test_lazy_negation(name: str, sizes: Sizes, device: torch.device, unguarded: None) -> None:
-    """The memory of the imaginary part of a conjugate holds the opposite of its values. A guard copies the values."""
+def test_lazy_negation(name: str, sizes: Sizes, call: Any, device: torch.device, unguarded: None) -> None:
+    """The memory of the imaginary part of a conjugate holds the opposite of its values. A guard copies the values. A
+    tensor that the operation writes is refused."""
 
-    def change(key: str, x: Tensor) -> Tensor:
-        return torch._neg_view(-x) if not key.endswith("cache") and x.is_floating_point() else x
+    def change(key: str, x: Any, written: bool = False) -> Any:
+        changes = isinstance(x, Tensor) and x.is_floating_point() and (key in OPS[name].mutates) == written
+        return torch._neg_view(-x) if changes else x
 
-    check(name, sizes, device, change)
+    check(name, sizes, device, change, call)
+    for written in OPS[name].mutates:
+        args = {key: change(key, x, key == written) for key, x in inputs(name, sizes, device).items()}
+        if isinstance(args[written], Tensor):
+            with pytest.raises(ValueError, match=f"{written}.*lazy negation"):
+                call(name)(**args)
+
+
+@pytest.mark.parametrize("call", [ops.linear, ops.linear.unchecked], ids=["checked", "unchecked"])
+def test_lazily_negated_scales_of_a_quantized_weight(call: Any, device: torch.device, unguarded: None) -> None:
+    args = inputs("linear", {"T": 3, "H": 128, "N": 40, "weight": "int4:64"}, device)
+    want = call(**args)
+    args["weight"].scales = torch._neg_view(-args["weight"].scales)
+    assert torch.equal(call(**args), want)
 
 
 def misaligned(x: Tensor) -> Tensor:

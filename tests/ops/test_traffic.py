@@ -17,7 +17,7 @@ from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.experts import op as experts
 from mixtral_triton.kernels.launch import LaunchConfig, describe, launch
 from mixtral_triton.kernels.registry import OPS
-from tests.support.calls import Sizes, inputs, selected_configs
+from tests.support.calls import Sizes, inputs, selected_configs, with_offload
 from tests.support.faults import module_with_fault
 from tests.support.traffic import Traffic, count_traffic
 
@@ -169,6 +169,35 @@ def test_groups_padded_to_128_rows_are_caught(monkeypatch: pytest.MonkeyPatch, w
     with pytest.raises(AssertionError, match=r"padded: 4\.000 .* at most 2"):
         traffic = count("expert_swiglu", sizes, ids=routing("balanced", 128))
         within("padded", issued(traffic, "expert_swiglu", sizes), 2.0)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("more", [{}, {"deterministic": True}, {"on_host": (0, 3)}], ids=str)
+@pytest.mark.parametrize("T", [70, 300])
+@pytest.mark.parametrize("weight", ["int4:128", "int8", "fp8"])
+def test_prefill_loads_a_quantized_weight_once_a_row_tile(weight: str, T: int, more: Any, within: Any) -> None:
+    """Its fields multiply from registers: a tile that was loaded for each of them would cross L2 4 or 2 times."""
+    flags, ids = {name: value for name, value in more.items() if name == "deterministic"}, routing("balanced", T)
+    sizes = {"T": T, "H": 256, "I": 256, "E": E, "K": K, "gate_up": weight, "down": weight, **flags}
+    args = inputs("expert_swiglu", sizes, dtype=BF16) | {"ids": ids}
+    args = with_offload(args, more["on_host"]) if "on_host" in more else args
+    with count_traffic() as traffic:
+        OPS["expert_swiglu"].run(**args)
+    tiles = selected_configs("expert_swiglu", sizes, BF16)
+    for kernel, operand in WEIGHTS.items():
+        arguments, rows = traffic[f"experts_{kernel}_kernel"].arguments, tiles[f"experts_{kernel}_kernel"].constexprs
+        names = [f"{operand} {memory}" for memory in ("resident", "host")] if "on_host" in more else [operand]
+        loaded = sum(arguments[name].loaded for name in names if name in arguments)
+        elements = (2 if kernel == "up" else 1) * 256 * 256 * (1 if weight != "int4:128" else 0.5)
+        row_tiles = sum(-(-int(count) // rows["BLOCK_M"]) for count in ids.flatten().bincount())
+        within(f"{operand} in prefill, {weight}, T {T}, {more}", loaded / (row_tiles * elements), 1.0)
+    if "on_host" not in more:
+        sizes = {"T": T, "H": 256, "N": 128, "weight": weight, **flags}
+        arguments = count("linear", sizes)["linear_kernel"].arguments
+        rows = selected_configs("linear", sizes, BF16)["linear_kernel"].constexprs
+        stored = arguments["weight"].buffer.numel() * arguments["weight"].buffer.element_size()
+        ratio = arguments["weight"].loaded / (-(-T // rows["BLOCK_M"]) * stored)
+        within(f"linear's weight in prefill, {weight}, T {T}, {more}", ratio, 1.0)
 
 
 HEADS = {"Hq": 8, "Hkv": 2, "D": 128}

@@ -98,6 +98,8 @@ def test_mesh_equals_one_rank(mesh: str, name: str, per_expert: bool, ranks: Ran
         first = found[rank["first"]]
         assert all(torch.equal(rank[what], first[what]) for what in ("logits", "cached", "greedy", "drawn"))
         assert torch.equal(rank["greedy"], model.generate(IDS[:, :4], max_new_tokens=8))
+        assert torch.equal(rank["turn"], work.two_turns(model, IDS, cached=False))
+        close(rank["scores"], want[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0])
     theirs = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         close(found[-1]["logits"], theirs(IDS).logits)

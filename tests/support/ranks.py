@@ -145,6 +145,14 @@ def load_counted(mesh: Any, folder: Path, **options: Any) -> tuple[Mixtral, int]
         return Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options), sum(read)
 
 
+def two_turns(model: Mixtral, ids: torch.Tensor, cached: bool = True) -> torch.Tensor:
+    """Return the text of two turns, drawn with a penalty from the likeliest token alone, in one cache or in none."""
+    cache = KVCache(model.config, len(ids), 30, "cpu", model.dtype) if cached else None
+    options: dict[str, Any] = {"temperature": 1.0, "top_k": 1, "repetition_penalty": 1.2, "cache": cache}
+    text = model.generate(ids[:, :4], 4, **options)
+    return model.generate(torch.cat((text, ids[:, 4:7]), 1), 6, logprobs=2, **options).ids
+
+
 def everything(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> dict[str, Any]:
     """Return what a model on the mesh computes, holds, reads and sends."""
     model, read = load_counted(mesh, folder, **options)
@@ -152,6 +160,7 @@ def everything(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> di
     found |= {"logits": model(ids), "greedy": model.generate(ids[:, :4], max_new_tokens=8)}
     torch.manual_seed(dist.get_rank())  # each rank would draw another token
     found["drawn"] = model.generate(ids[:, :4], max_new_tokens=8, temperature=1.0)
+    found |= {"turn": two_turns(model, ids), "scores": torch.stack(model.score(ids))}
     cache = KVCache(model.config, batch=len(ids), max_len=ids.shape[1], device="cpu", dtype=model.dtype)
     steps = [model(ids[:, :5], cache=cache)]
     with counted_calls() as found["calls"]:

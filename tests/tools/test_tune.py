@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from mixtral_triton.kernels import launch
-from mixtral_triton.kernels.dispatch import SortSizes
 from mixtral_triton.kernels.launch import LaunchConfig, target_arch
 from mixtral_triton.kernels.linear import LinearSizes
+from mixtral_triton.kernels.op import row_letter
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.router import RouteSizes
+from mixtral_triton.kernels.sort import SortSizes
 from mixtral_triton.tools.bench import measure, tune
 from mixtral_triton.tools.bench.cases import Case, Oracle, cases
 from tests.cli.commands import error_line, output, run_json
@@ -22,7 +23,7 @@ PREFILL = LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128, "SPLIT_K"
 
 
 def test_neighbours_are_one_step_away() -> None:
-    found = tune.neighbours(PREFILL, tune.FULL_DIM_TILES_OF_ALL)
+    found = tune.neighbours(PREFILL, {"BLOCK_D"})
     tiles = [(one.constexprs["BLOCK_M"], one.constexprs["BLOCK_N"]) for one in found]
     assert tiles[:4] == [(64, 64), (256, 64), (128, 32), (128, 128)] and PREFILL not in found
     assert [(one.num_warps, one.num_stages) for one in found[4:]] == [(4, 1), (16, 1), (8, 2)]
@@ -39,10 +40,13 @@ def test_depth_of_a_quantized_weight_s_tile_stays() -> None:
 def small(name: str) -> list[Case]:
     """Return a case with one token, and one with several."""
     op = OPS[name]
-    shapes = sorted(op.test_shapes, key=lambda s: (s["T"], sum(x for x in s.values() if isinstance(x, int))))
+    rows = "T" if hasattr(op.test_shapes[0], "T") else row_letter(op.run)
+    shapes = sorted(
+        op.test_shapes, key=lambda s: (getattr(s, rows), sum(x for x in vars(s).values() if isinstance(x, int)))
+    )
     selected = [shapes[0], shapes[len(shapes) // 2]]
     if name.startswith("expert"):  # their test shapes take minutes here
-        selected = [{"T": T, "H": 40, "I": 24, "E": 2, "K": 1} for T in ((2, 66) if name == "expert_swiglu" else (2,))]
+        selected = [op.case(T, H=40, I=24, E=2, K=1) for T in ((2, 66) if name == "expert_swiglu" else (2,))]
     return [Case(op, sizes, torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]) for sizes in selected]
 
 
@@ -87,7 +91,7 @@ def test_spills_shared_memory_and_compile_errors_have_notes() -> None:
     faulty = replace(config, num_warps=4), replace(config, num_stages=8), shallow
     notes = [str(tune.compile_fault(case, kernel, one, "sm_90")) for one in faulty]
     neighbour = replace(config, constexprs={**config.constexprs, "BLOCK_M": 2 * config.constexprs["BLOCK_M"]})
-    assert neighbour in tune.neighbours(config, tune.FULL_DIM_TILES_OF_ALL)
+    assert neighbour in tune.neighbours(config, {"BLOCK_D"})
     note = tune.compile_fault(case, kernel, neighbour, "sm_90")
     assert note == "cannot be built: Shape element 0 must be a power of 2", note
     assert notes[0].startswith("spills ") and "shared memory" in notes[1] and "does not compile" in notes[2], notes
@@ -172,9 +176,9 @@ def test_command_prints_what_to_change_and_where(gpu: Any, monkeypatch: Any) -> 
 
 
 TABLES = [("expert_swiglu", {}, "experts/tiles"), ("experts_add_rms_norm", {}, "experts/tiles")]
-TABLES += [("expert_swiglu", {"gate_up": "int8"}, "linear"), ("attention", {}, "attention/tiles")]
+TABLES += [("expert_swiglu", {"gate_up": "int8"}, "tiles"), ("attention", {}, "attention/tiles")]
 
 
 @pytest.mark.parametrize(("name", "sizes", "file"), TABLES)
 def test_file_of_the_tables(name: str, sizes: dict[str, Any], file: str) -> None:
-    assert tune.config_file(Case(OPS[name], OPS[name].case(**sizes))) == f"kernels/{file}.py"
+    assert tune.config_file(Case(OPS[name], replace(OPS[name].test_shapes[0], **sizes))) == f"kernels/{file}.py"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
@@ -12,12 +11,12 @@ import torch
 
 from ...kernels.checks import dtype_name
 from ...kernels.op import Cost, Op, as_dict
-from ...kernels.quantized import BITS
 from ...kernels.registry import OPS
 from ...load import check_offload, movable_bytes, usable_bytes
 from ...weights import parameter_shapes
 from ..fit import KNOWN, placement
 from ..gpus import GPU
+from ..terminal import parse_sizes
 from ..tolerance import Tolerance
 from . import decode_step
 
@@ -28,12 +27,9 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK = 6  # cases per operation with --quick
 BENCHED: dict[str, Op] = {**OPS, decode_step.STEP.name: decode_step.STEP}
 CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
-QUANTIZED = {"weight", "gate_up", "down"}  # flags that hold the format of a quantized weight
-FORMATS = QUANTIZED | {"cache"}
 FROM_VALUES = {"distinct", "distinct_on_host"}  # what the values of a call decide: `--sizes` does not set them
 PEER_SLACK = 2.0  # peers round at other points than the reference: they may err twice as much as our own limit
-TF32 = 2.0**-9  # the error of fp32 products in TF32, Triton's default; these operations have none:
-NO_PRODUCT = {"rms_norm", "add_rms_norm", "embed_rms_norm", "rope", "append", "route", "sort_by_expert"}
+TF32 = 2.0**-9  # the error of fp32 products in TF32, Triton's default
 # A longer attention is checked in blocks of queries: the scores of all would not fit any GPU.
 UNBLOCKED_MOST, BLOCK = 1024, 256
 
@@ -110,7 +106,7 @@ def cases(
             raise ValueError("--sizes goes with the operations it is for, and without --quick and --at")
         return [_parse_case(BENCHED[name], text, dtype) for name in names for text in sizes]
     wanted, found = dict[str, list[Any]](), list[Case]()
-    for name, size in (item for text in at for item in _parse_sizes("--at", [text]).items()):
+    for name, size in (item for text in at for item in parse_sizes("--at", [text]).items()):
         wanted.setdefault(name, []).append(size)
     for op in (op for name, op in BENCHED.items() if name in names or not names):
         shapes, letters = list(op.bench_shapes), set(sizes_of(op)[0])
@@ -142,7 +138,7 @@ def sizes_of(op: Op) -> tuple[list[str], list[str]]:
 
 def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
     """Return the case of `op` at the sizes that a user wrote; those with a default may be left out."""
-    sizes, (known, needed) = _parse_sizes("--sizes", text.split(",")), sizes_of(op)
+    sizes, (known, needed) = parse_sizes("--sizes", text.split(",")), sizes_of(op)
     if foreign := [name for name in sizes if name not in known]:
         raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
     if missing := [name for name in needed if name not in sizes]:
@@ -161,24 +157,6 @@ def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
     except (RuntimeError, OverflowError, TypeError):
         raise ValueError(f"--sizes is {text!r:.80}, needs tensors that can be") from None
     return case
-
-
-def _parse_sizes(option: str, texts: Texts) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, _, size = text.partition("=")
-        form, need = r"\d+", "a size letter and a number: T=4096"
-        if name == "cache":
-            form, need = "int8", "int8, or no cache=: the cache is then in the model's dtype"
-        elif name in QUANTIZED:
-            need = f"one of {', '.join(BITS)}, and maybe a group: {name}=int4:128"
-            form = rf"({'|'.join(BITS)})(:[1-9]\d*)?"
-        if not (name and re.fullmatch(form, size)):
-            raise ValueError(f"{option} is {text!r}, needs {need}")
-        if name in found:
-            raise ValueError(f"{option} is {','.join(texts)!r}, needs each letter once")
-        found[name] = size if name in FORMATS else int(size)
-    return found
 
 
 class Oracle:
@@ -216,7 +194,7 @@ def stricter_oracles(case: Case, args: dict[str, Any]) -> Iterator[tuple[str, Or
     if case.dtype != torch.float32 and case.op.name in OPS and torch.float32 in case.op.dtypes:
         device = next(x.device for x in args.values() if isinstance(x, torch.Tensor))
         wide = replace(case, dtype=torch.float32).inputs(device)
-        yield "in float32", Oracle(case.op, wide, 0.0 if case.op.name in NO_PRODUCT else TF32)
+        yield "in float32", Oracle(case.op, wide, TF32 if case.op.multiplies else 0.0)
 
 
 def check_of(op: Op, args: dict[str, Any]) -> Check:

@@ -16,11 +16,11 @@ from ...config import MixtralConfig
 from ...generate import can_capture, capture
 from ...kernels import reference
 from ...kernels.attention.op import CachedCase
-from ...kernels.dispatch import expected_distinct_experts
 from ...kernels.experts.op import ExpertCase
 from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op
 from ...kernels.registry import OPS
+from ...kernels.sort import expected_distinct_experts
 from ...load import select_experts
 from ...model import Mixtral
 from ...reference import block
@@ -175,6 +175,7 @@ STEP = Op(
     run=decode_step,
     reference=plain_step,
     case=StepCase,
+    multiplies=True,
     inputs=inputs,
     configs=lambda sizes, dtype, arch: {},
     cost=cost,

@@ -8,29 +8,21 @@ from dataclasses import replace
 import torch
 from rich.text import Text
 
-from ...kernels import linear
+from ...kernels import tiles
 from ...kernels.arch import ARCHS
+from ...kernels.facts import facts_of
 from ...kernels.launch import INTERPRETED, Configs, Launch, LaunchConfig, override_configs, target_arch
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
 from ..offline import compile_launches
 from ..predict import family_note
-from ..terminal import Table, bar, console
+from ..terminal import QUANTIZED, Table, bar, console
 from . import measure
-from .cases import QUANTIZED, Case, cases, check_of
+from .cases import Case, cases, check_of
 from .command import micro, sizes_text
 
 # What may vary: tiles, how many tiles share a stretch of L2, and a decode's splits. SPLIT_K decides a result's bits.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
-# Tiles that must cover a full dimension, in every kernel or in some: a smaller one is wrong, a larger one idle.
-FULL_DIM_TILES_OF_ALL = {"BLOCK_D", "BLOCK_E", "BLOCK_S", "BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF"}
-FULL_DIM_TILES = {
-    "BLOCK_M": ("attention_decode_kernel",),
-    "BLOCK_T": ("linear_decode_kernel", "experts_down_decode_kernel", "experts_up_decode_kernel"),
-    "BLOCK_K": ("gate_route_kernel", "route_kernel"),
-    # The combine of the experts needs the full row with a norm.
-    "BLOCK_H": ("rms_norm_kernel", "embed_rms_norm_kernel", "experts_combine_kernel"),
-}
 WARPS, STAGES = range(1, 17), range(1, 9)
 FASTER = 0.98  # of the best time so far; a smaller gain is noise
 ROUNDS = 5
@@ -40,14 +32,13 @@ Candidate = tuple[LaunchConfig, measure.Outcome]
 def fixed_tiles(launch: Launch) -> set[str]:
     """Return the tiles that do not vary, of a quantized weight also its depth, which the layout fixes."""
     quantized = launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    full = {tile for tile, kernels in FULL_DIM_TILES.items() if launch.kernel in kernels}
-    return FULL_DIM_TILES_OF_ALL | full | ({"BLOCK_K"} if quantized else set())
+    return {*facts_of(launch.kernel).full, *(("BLOCK_K",) if quantized else ())}
 
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
     """Return the configurations one step away: a tile or the warps doubled or halved, one stage more or less."""
-    tiles = {name: size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in fixed}
-    steps = [(name, size) for name, now in tiles.items() for size in (now // 2, now * 2) if size]
+    varied = {name: size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in fixed}
+    steps = [(name, size) for name, now in varied.items() for size in (now // 2, now * 2) if size]
     found = [replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps]
     found += [replace(config, num_warps=n) for n in (config.num_warps // 2, config.num_warps * 2) if n in WARPS]
     found += [replace(config, num_stages=n) for n in (config.num_stages - 1, config.num_stages + 1) if n in STAGES]
@@ -100,9 +91,9 @@ def tune(
 
 
 def config_file(case: Case) -> str:
-    """Return the file with the case's configurations; those of quantized weights stand in linear.py."""
+    """Return the file with the case's configurations; those of quantized weights stand in tiles.py."""
     quantized = any(getattr(case.sizes, name, None) for name in QUANTIZED)
-    module = linear.__name__ if quantized else case.op.configs.__module__
+    module = tiles.__name__ if quantized else case.op.configs.__module__
     return module.removeprefix("mixtral_triton.").replace(".", "/") + ".py"
 
 

@@ -9,9 +9,9 @@ import torch
 from mixtral_triton import generate
 from mixtral_triton.kernels import call, offload, plan
 from mixtral_triton.kernels.interpret import interpreting as interpreting
+from mixtral_triton.kernels.kernel_weight import Layout as Layout
 from mixtral_triton.kernels.launch import INTERPRETED as INTERPRETED
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.weight import Layout as Layout
 from mixtral_triton.tools.bench import measure
 
 OPERATORS = "mixtral_triton"  # the namespace of the project's operators, which have no kernel for simulated tensors

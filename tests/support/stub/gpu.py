@@ -89,12 +89,13 @@ class Generator(torch.Generator):
 class Graph:
     """A CUDA graph: captured work does not run; a replay runs it on the same memory.
 
-    The end of an invalidated capture raises and leaves its generators and its memory pool in capture mode.
+    The end of an invalidated capture raises and leaves its generators and its memory pool in capture mode. The end of
+    another one instantiates the graph, unless it is kept.
     """
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.calls: list[Callable[[], Any]] = []
-        self.generators: list[Generator] = []
+        self.keep_graph, self.generators = keep_graph, list[Generator]()
         self.size = 0  # operations and launches at the end of the capture
         self.valid, self.ended, self.stream, self.memory_pool = True, False, None, (0, 0)
 
@@ -110,6 +111,7 @@ class Graph:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
         self.device = machine.current
         machine.captures.append(self)
+        self.first = len(machine.driver.launches)
         pool = self.memory_pool = (0, next(_handles)) if pool == (0, 0) else pool
         machine.pools.add(pool)
         machine.host_pools.add(pool)
@@ -134,6 +136,13 @@ class Graph:
         for generator in self.generators:
             generator.captured_by = None
         self.ended, self.size = True, len(self.calls)
+        self.launches = _active[-1].driver.launches[self.first :]
+        if not self.keep_graph:
+            self.instantiate()
+
+    def instantiate(self) -> None:
+        if _active[-1].refuses(self):
+            raise RuntimeError("CUDA error: operation not supported, or out of memory")
 
     def replay(self) -> None:
         if not self.ended:
@@ -160,6 +169,7 @@ class GPU:
         self.pinned: dict[int, int] = {}  # bytes of host memory, by address
         self.pinned_most = 1 << 40
         self.mapped_at = 0  # how far pinned memory's device address is from its host address
+        self.refuses: Callable[[Graph], bool] = lambda graph: False  # to instantiate this graph
         self.replays, self.syncs, self.work = 0, stage.syncs, stage.work
         self.driver = Driver(self)
 

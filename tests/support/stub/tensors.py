@@ -34,7 +34,9 @@ class FakeGPUTensor(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device) -> "FakeGPUTensor":
-        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        layout: dict[str, Any] = {"dtype": held.dtype, "layout": held.layout}
+        if held.layout == torch.strided:
+            layout |= {"strides": held.stride(), "storage_offset": held.storage_offset()}
         tensor = Tensor._make_wrapper_subclass(cls, held.shape, device=device, **layout)
         tensor.held = held
         return tensor

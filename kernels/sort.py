@@ -15,8 +15,10 @@ from . import reference
 from .arguments import Rows
 from .call import operation
 from .checks import INT32, INTS, Within
-from .launch import LaunchConfig, launch, power_of_2, select_configs
+from .facts import kernel_facts
+from .launch import LaunchConfig, launch, select_configs
 from .samples import shapes
+from .tiles import power_of_2
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -46,6 +48,7 @@ def sort_by_expert_kernel(
     tl.store(offsets_ptr + expert + 1, base)
 
 
+@kernel_facts("BLOCK_E", "BLOCK_S")
 @triton.jit(do_not_specialize=["N"])
 def gather_by_expert_kernel(
     ids_ptr,  # [N]

@@ -34,6 +34,9 @@ from .unpack import fields_of, scaled, unpacked
 Layout = namedtuple("Layout", "format group ptx table")
 # Pointers of a kernel's weight tile [rows, BLOCK_K], of the scales and of the zeros.
 WeightPtrs = namedtuple("WeightPtrs", "tile scales zeros")
+# The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all (for scales and zeros), and a
+# descriptor that reads at `coords`, or None.
+WeightRows = namedtuple("WeightRows", "ptrs rows desc coords")
 
 
 class WeightArgs(NamedTuple):
@@ -138,6 +141,21 @@ def expert_rows(weight, expert, dtype: tl.constexpr, LAYOUT: tl.constexpr, exist
 
 
 @triton.jit
+def depth_tile(ptrs, inside, EVEN: tl.constexpr):
+    """Load a tile of x, masked only where tiles do not divide the depth."""
+    return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=inside, other=0.0)
+
+
+@triton.jit
+def program_tile(pid, row_tiles, column_tiles, GROUP_M: tl.constexpr):
+    """Program -> (row tile, column tile). GROUP_M row tiles sweep the columns together, so weights stay in L2."""
+    group = pid // (GROUP_M * column_tiles)
+    height = tl.maximum(1, tl.minimum(row_tiles - group * GROUP_M, GROUP_M))  # 1 for a surplus program
+    within = pid % (GROUP_M * column_tiles)
+    return group * GROUP_M + within % height, within // height
+
+
+@triton.jit
 def _stored_tile(ptrs, k, depth, EVEN: tl.constexpr, FIELDS: tl.constexpr):
     """Load the tile at column k, given pointers of column 0: the values there, or the elements of k's unit."""
     BLOCK_K: tl.constexpr = ptrs.shape[1]
@@ -157,31 +175,58 @@ def _load_group(ptr, rows, group, inside, K: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def weight_tile(
-    w,  # WeightPtrs of column 0
-    rows,  # row indices of the scales and zeros
-    k,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.constexpr, LAYOUT: tl.constexpr,
-    desc=None,  # reads in place of the pointers, at `coords` and k
-    coords=None,
+def weight_tile(w, k, K: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr):
+    """Load the tile of WeightRows w at column k: values there, zero beyond K, or the elements of a unit."""
+    FIELDS: tl.constexpr = fields_of(LAYOUT.format)
+    if w.desc is not None:
+        return w.desc.load(w.coords + (k,)).reshape(w.ptrs.tile.shape)  # noqa: RUF005  # the JIT knows no starred element
+    else:
+        return _stored_tile(w.ptrs.tile, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
+
+
+@triton.jit
+def row_products(
+    x_ptrs,  # [ROWS, BLOCK_K] of column 0; unused where a descriptor reads
+    x_desc,  # x in tiles [ROWS, BLOCK_K], read at `row`, or None
+    row,
+    w,  # WeightRows
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Load columns k.. of a weight as a tile [rows, BLOCK_K] of dtype, its scales applied; finite beyond K."""
+    """Multiply ROWS rows of x with the rows of a weight -> [ROWS, w.rows] fp32.
+
+    Each element of a weight is loaded once: the fields of a unit multiply from registers, in the order of the columns.
+    Its scales multiply before the products, except those of whole rows (`times_row_scales`).
+    """
     FORMAT: tl.constexpr = LAYOUT.format
     GROUP: tl.constexpr = LAYOUT.group
     PTX: tl.constexpr = LAYOUT.ptx
     FIELDS: tl.constexpr = fields_of(FORMAT)
-    if desc is not None:
-        return desc.load(coords + (k,)).reshape(w.tile.shape)  # noqa: RUF005  # the JIT knows no starred element
-    tile = _stored_tile(w.tile, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
-    if FIELDS > 1:
-        group = k // GROUP
-        zeros = None if w.zeros is None else _load_group(w.zeros, rows, group, None, K, GROUP)
-        values = unpacked(tile, k // BLOCK_K % FIELDS, zeros, FORMAT, dtype, PTX)
-        if GROUP == K:
-            return values
-        return scaled(values, _load_group(w.scales, rows, group, None, K, GROUP), PTX)
-    else:
-        return tile
+    UNIT: tl.constexpr = FIELDS * BLOCK_K
+    EVEN: tl.constexpr = K // UNIT * UNIT == K
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((ROWS, w.rows.shape[0]), tl.float32)
+    for k in range(0, K, UNIT):
+        tile = weight_tile(w, k, K, BLOCK_K, LAYOUT)
+        for field in tl.static_range(FIELDS):
+            column = k + field * BLOCK_K
+            if x_desc is None:
+                x = depth_tile(x_ptrs + field * BLOCK_K, offs_k[None, :] < K - column, EVEN)
+            else:
+                x = x_desc.load([row, column])
+            if FIELDS > 1:
+                if field == 0 or field * BLOCK_K % GROUP == 0:  # a unit starts with a group, or the group is the row
+                    group = k // GROUP + field * BLOCK_K // GROUP
+                    inside = None if EVEN or GROUP == K else tl.full([1, 1], column, tl.int32) < K
+                    zeros = None if w.ptrs.zeros is None else _load_group(w.ptrs.zeros, w.rows, group, inside, K, GROUP)
+                    scales = None if GROUP == K else _load_group(w.ptrs.scales, w.rows, group, inside, K, GROUP)
+                values = unpacked(tile, field, zeros, FORMAT, x.dtype, PTX)
+                values = values if GROUP == K else scaled(values, scales, PTX)
+            else:
+                values = tile
+            acc = tl.dot(x, values.T, acc, input_precision="ieee")
+        if x_desc is None:
+            x_ptrs += UNIT  # stepped, not computed from k: fewer instructions in the loop
+    return acc
 
 
 @triton.jit

@@ -1,0 +1,106 @@
+"""The command `perplexity`: how well a model predicts a text, and what its formats cost beside the model as stored."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..model import Mixtral
+from .processes import is_first
+from .terminal import Table, bar, console, print_message
+
+WINDOW = 2048  # the most tokens of a window that is not given
+STORED: dict[str, Any] = {"weights": None, "cache_dtype": None}  # options that change the model's numbers
+COLUMNS = {"tokens": "tokens", "nats": "nats a token", "perplexity": "perplexity", "bits_per_byte": "bits a byte"}
+Span = tuple[int, int, int]
+
+
+def windows(tokens: int, window: int, stride: int) -> Iterator[Span]:
+    """Yield each window's first token, the first that it counts, and its end. Each token counts once, in the first
+    window that reaches it; the first of all has nothing before it, and does not count."""
+    counted = 0
+    for start in range(0, tokens, stride):
+        end = min(start + window, tokens)
+        yield start, max(counted, start + 1), end
+        if end == tokens:
+            return
+        counted = end
+
+
+def measure(
+    model: Mixtral, ids: list[int], size: int, spans: list[Span], cache_dtype: Any, label: str, models: int = 1
+) -> dict[str, Any]:
+    """Return what `--json` prints of a text of `size` bytes. The progress shown is that of so many models, each of them
+    as quick as this one."""
+    nats, tokens, total = list[float](), 0, models * sum(end - start for start, _, end in spans)
+    with bar(label, total) as progress:
+        for start, counted, end in spans:
+            scores = model.score([ids[start:end]], cache_dtype=cache_dtype)[0]
+            nats.append(-float(scores[counted - start - 1 :].double().sum()))
+            tokens += end - counted
+            progress.advance(end - start)
+    mean = math.fsum(nats) / tokens
+    bits = math.fsum(nats) / math.log(2) / size
+    return {"tokens": tokens, "nats": mean, "perplexity": math.exp(min(mean, 700)), "bits_per_byte": bits}
+
+
+def describe(options: dict[str, Any]) -> str:
+    """Name the options that change a model: experts int4, linear int8, cache int8."""
+    weights = options.pop("weights", None) or {}
+    parts = weights if isinstance(weights, dict) else {"experts": weights}
+    parts |= {name.removesuffix("_dtype"): value for name, value in options.items()}
+    return ", ".join(f"{name} {value}" for name, value in parts.items()) or "as stored"
+
+
+def run(
+    args: argparse.Namespace, text: str, ids: list[int], limit: int, load: Callable[..., Mixtral], note: str
+) -> int:
+    """Measure a text with the model of the options, and as stored where they change it -> exit status. limit: the
+    model's positions; load(args) returns a model."""
+    window = min(limit, WINDOW) if args.window is None else args.window
+    stride = max(1, window // 2) if args.stride is None else args.stride
+    for name, value, least, most, what in (
+        ("--window", window, 2, limit, "the model's positions"),
+        ("--stride", stride, 1, window, "the window"),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"{name} is {value}, needs {least} to {most}, {what}")
+    if len(ids) < 2:
+        raise ValueError("--text is one token, needs at least two: the first has nothing before it")
+    spans, size, found = list(windows(len(ids), window, stride)), len(text.encode()), dict[str, Any]()
+    changes = {name: getattr(args, name) for name in STORED if getattr(args, name) != STORED[name]}
+    models, model = {describe(dict(changes)): args}, None
+    models["as stored"] = argparse.Namespace(**vars(args) | STORED)
+    print_message(note if is_first() else "")
+    for number, (name, options) in enumerate(models.items()):
+        if model is None or changes.keys() != {"cache_dtype"}:
+            model = None
+            gc.collect()  # the memory is the next model's
+            try:
+                model = load(options)
+            except ValueError as error:
+                if number == 0:
+                    raise
+                print_message(f"mixtral-triton perplexity: no baseline: {error}" if is_first() else "")
+                break
+        cache_dtype = torch.int8 if options.cache_dtype else None
+        found[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}", len(models) - number)
+    result, *baseline = found.values()
+    if is_first() and args.json:
+        print(json.dumps(result | ({"baseline": [*baseline, None][0]} if changes else {})))
+    elif is_first():
+        table = Table(f"{len(spans)} windows of {window} tokens, every {stride} tokens")
+        for name, values in found.items():
+            cells = {"": name} | {
+                title: f"{values[key]:,.{0 if key == 'tokens' else 4}f}" for key, title in COLUMNS.items()
+            }
+            cost = values["perplexity"] / baseline[0]["perplexity"] - 1 if baseline else 0.0
+            table.add(cells | {"cost": f"{cost:+.2%}" if values is result and baseline else ""})
+        console().print(table)
+    return 0

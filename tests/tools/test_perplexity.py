@@ -1,0 +1,147 @@
+"""The command `perplexity` beside transformers' recipe of sliding windows; the baseline; the time that is announced."""
+
+import io
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton import Mixtral
+from mixtral_triton.config import SMALL
+from mixtral_triton.tools import perplexity, terminal
+from mixtral_triton.tools.prompt import load_tokenizer
+from tests.cli.commands import error_line, output, run, run_json
+
+pytestmark = pytest.mark.compiled
+COMMAND = "perplexity --device cpu"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of some 1,200 tokens, with characters of several bytes."""
+    ids = json.loads((SMALL / "heldout.json").read_text())["ids"][1:1200]
+    (tmp_path / "text.txt").write_text(load_tokenizer(SMALL).decode(ids) + " Überall.\n")
+    return tmp_path / "text.txt"
+
+
+@pytest.mark.parametrize(("window", "stride"), [(1024, 512), (300, 300), (200, 70), (2, 1)])
+def test_perplexity_equals_the_recipe_of_transformers(window: int, stride: int, text: Path) -> None:
+    """Their documentation's loop, "Perplexity of fixed-length models"; a loss is the mean over the targets of a window,
+    of which the window's first token is none."""
+    transformers = pytest.importorskip("transformers")
+    length = 60 if window == 2 else None
+    text.write_text(text.read_text()[:length])
+    model = transformers.AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32).eval()
+    encodings = transformers.AutoTokenizer.from_pretrained(SMALL)(text.read_text(), return_tensors="pt").input_ids
+    nll, count, previous = 0.0, 0, 0
+    for begin in range(0, encodings.shape[1], stride):
+        end = min(begin + window, encodings.shape[1])
+        target = encodings[:, begin:end].clone()
+        target[:, : previous - end] = -100 if previous else target[:, : previous - end]
+        targets = int((target[:, 1:] != -100).sum())
+        with torch.no_grad():
+            loss = model(encodings[:, begin:end], labels=target).loss
+        nll, count, previous = nll + float(loss) * targets, count + targets, end
+        if end == encodings.shape[1]:
+            break
+    options = () if (window, stride) == (1024, 512) else ("--window", window, "--stride", stride)
+    found = run_json(f"{COMMAND} --dtype float32 --text", text, *options)
+    assert found["tokens"] == count and math.isclose(found["nats"], nll / count, rel_tol=1e-4)
+    assert math.isclose(found["perplexity"], math.exp(nll / count), rel_tol=1e-4) and "baseline" not in found
+    assert math.isclose(found["bits_per_byte"], nll / math.log(2) / len(text.read_bytes()), rel_tol=1e-4)
+
+
+def test_a_format_is_beside_the_baseline(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = run_json(f"{COMMAND} --text", text)
+    for options in (["--weights", "experts=int4,linear=int8"], ["--cache-dtype", "int8"]):
+        found = run_json(f"{COMMAND} --text", text, *options)
+        assert found["baseline"] == stored and 0 < abs(found["perplexity"] / stored["perplexity"] - 1) < 0.05
+    table = output(f"{COMMAND} --weights int4 --cache-dtype int8 --text", text)
+    assert "experts int4, cache int8" in table and "as stored" in table and f"{stored['perplexity']:.4f}" in table
+    assert re.search(r"[+-]\d\.\d\d%", table)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text.read_text()))
+    assert run_json(f"{COMMAND} --text -") == stored
+    load = Mixtral.from_pretrained
+    fails = lambda *args, **options: load(*args, **options) if args[3] else _raise("no memory")  # noqa: E731
+    monkeypatch.setattr(Mixtral, "from_pretrained", fails)
+    status, out, error = run(f"{COMMAND} --weights int4 --json --text", text)
+    assert status == 0 and json.loads(out)["baseline"] is None and "no baseline: no memory" in error
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+@pytest.mark.parametrize("weights", [[], ["--weights", "int4"]])
+def test_the_time_left_is_right_after_a_tenth(weights: list[str], text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both models, within 30 %. Each token takes 1 ms more than it would."""
+    score, ends = Mixtral.score, list[float]()
+
+    def slow(model: Mixtral, texts: Any, **options: Any) -> Any:
+        time.sleep(1e-3 * len(texts[0]))
+        found = score(model, texts, **options)
+        ends.append(time.monotonic())
+        return found
+
+    lines = list[tuple[float, str]]()
+    monkeypatch.setattr(Mixtral, "score", slow)
+    monkeypatch.setattr(terminal, "INTERVAL", 0.1)
+    monkeypatch.setattr(terminal, "print_message", lambda line: lines.append((time.monotonic(), line)))
+    output(f"{COMMAND} --window 60 --stride 30 --text", text, *weights)
+    total = 2000 * (1 + bool(weights))
+    checked = 0
+    first = [(at, line) for at, line in lines if "left" in line and line.startswith("perplexity")]
+    first = [each for each in first if weights == [] or "int4" in each[1]]
+    for at, line in first:
+        done, all_of_it, seconds = map(int, re.findall(r"(\d+)/(\d+), about (\d+) s", line)[0])
+        assert all_of_it > total
+        if done >= all_of_it / 10:
+            left = ends[-1] - at
+            assert abs(seconds - left) <= 0.3 * left + 0.6, (line, left)
+            checked += 1
+    assert checked > 2
+
+
+WRONG = {
+    "--window 1": "--window is 1, needs 2 to 1024, the model's positions",
+    "--window 2000": "--window is 2000",
+    "--window 10 --stride 11": "--stride is 11, needs 1 to 10, the window",
+    "--stride 0": "--stride is 0",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_options_are_one_line(options: str, text: Path) -> None:
+    assert WRONG[options] in error_line(f"{COMMAND} {options} --text", text)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"\xff", "UTF-8"), (None, "No such file")])
+def test_wrong_texts_are_one_line(content: bytes | None, message: str, text: Path) -> None:
+    text.unlink() if content is None else text.write_bytes(content)
+    assert message in error_line(f"{COMMAND} --text", text)
+
+
+def test_verify_measures_a_given_text(folder: Path, text: Path) -> None:
+    (folder / "heldout.json").unlink()
+    command = "verify --device cpu --weights int4 --quick --tokens 8"
+    assert run_json(command, folder, status=1)["quantization"]["perplexity"] is None  # 1: no kernel ran
+    text.write_text(text.read_text()[:300])
+    found = run_json(command, folder, "--text", text, status=1)["quantization"]
+    assert 0 < abs(found["perplexity"] / found["stored_perplexity"] - 1) < 0.2
+    assert "no perplexity, which `verify --text FILE` gives" in " ".join(output(command, folder, status=1).split())
+
+
+def test_windows_count_each_token_once() -> None:
+    for tokens, window, stride in ((10, 4, 2), (10, 4, 4), (3, 10, 5), (11, 4, 1), (2, 2, 1)):
+        counted, starts = list[int](), list[int]()
+        for start, first, end in perplexity.windows(tokens, window, stride):
+            counted += range(first, end)
+            starts.append(start)
+            assert start < first and end - start <= window
+        skipped = set(starts) if stride == window else {0}  # nothing is before a window's first token
+        assert counted == [token for token in range(tokens) if token not in skipped]
