@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import MixtralConfig
-from vllm import LLM, SamplingParams
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8, "head_dim": 32, "vocab_size": 256}
 BATCHES, PROMPT, NEW = (1, 32), 4096, 65
@@ -23,6 +22,8 @@ BATCHES, PROMPT, NEW = (1, 32), 4096, 65
 
 def measure(llm: Any, vocabulary: int, prompt: int, new: int) -> dict[str, float]:
     """Return the prefill's tokens per second, and microseconds of a decode step by batch."""
+    from vllm import SamplingParams
+
     generator, figures = torch.Generator().manual_seed(0), dict[str, float]()
 
     def seconds(batch: int, length: int, tokens: int) -> float:
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.quantization == "mixtral_triton":
         options = {"weights": args.weights, "route": True}
         engine |= {"quantization": args.quantization, "additional_config": {"mixtral_triton": options}}
+    from vllm import LLM  # not for --help
+
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         figures = measure(LLM(folder, **engine), config.vocab_size, prompt, new)
