@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,6 +95,9 @@ def parts(simulated: str = "", breaks: str = "") -> dict[str, Part]:
     tools = ("memcheck", "initcheck") if shutil.which("compute-sanitizer") and not simulated else ()
     on_two = f"{PYTHON} -m torch.distributed.run --nproc-per-node 2 -m mixtral_triton"
     ranked = ("verify --quick", "generate --prompt The") if torch.cuda.device_count() > 1 and not simulated else ()
+    engine = f"{PYTHON} benchmarks/in_vllm.py"
+    ours = f"{engine} --quantization mixtral_triton"
+    in_vllm = {"its experts": engine, "ours": ours, "ours in int4": f"{ours} --weights int4"}
     found: dict[str, Part] = {
         # Nothing is timed while another core compiles.
         "compile": (80, check("compile")),
@@ -110,6 +114,7 @@ def parts(simulated: str = "", breaks: str = "") -> dict[str, Part]:
         "decode compiled": (40, bench(["decode_step"], f"{two_depths} {no_compile}")),
         "one token and many": (90, bench(rest, "--quick --at T=1 --at T=4096")),
         "host": (20, {"host_time": f"{PYTHON} benchmarks/host_time.py --json --rounds {1 if simulated else 40}"}),
+        "in vLLM": (240, in_vllm if find_spec("vllm") and not simulated else {}),
         "two GPUs": (60, {each.split()[0]: f"{on_two} {each} --tp 2" for each in ranked}),
         "sanitizer": (60, {
             f"{tool} {name}": f"{sanitizer} {tool} {PYTHON} {TESTS} --first {where}"

@@ -1,5 +1,5 @@
-"""A vLLM engine in a process of its own: `python -m tests.engine.engine`, its case as JSON on stdin, what it made on
-the last line of stdout.
+"""A vLLM engine in a process of its own: `python -m tests.engine.engine`, its case as JSON on stdin, what it made as
+JSON on a line of stdout, amid vLLM's logs.
 
 options   additional_config["mixtral_triton"]; None: vLLM without the plugin
 engine    further arguments of vllm.LLM

@@ -13,20 +13,21 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from mixtral_triton import SMALL, Mixtral
+from mixtral_triton import SMALL, Mixtral, ops
 from mixtral_triton.model import QuantizedWeight
 from tests.cli.commands import ROOT
 
 pytestmark = pytest.mark.compiled
 NAME, NEW = "mixtral_triton", 8
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: tests/engine/environment.sh")
+needs_vllm = pytest.mark.usefixtures("vllm")
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -39,14 +40,19 @@ Tokens = tuple[list[list[int]], list[list[float]]]  # new ids and their log prob
 def engine(
     options: Any = None, prompts: Any = PROMPTS, new: int = NEW, halved: bool = False, env: Any = None, **more: Any
 ) -> Any:
-    """Return what `engine.py` prints; RuntimeError with its stderr if it fails."""
+    """Return what `engine.py` prints of a case; RuntimeError with its stderr if it fails."""
     case = {"options": options, "prompts": prompts, "new": new, "halved": halved, "engine": more}
     variables = {**os.environ, **VARIABLES, **(IN_PROCESS if env is None else env)}
     command = [sys.executable, "-m", "tests.engine.engine"]
     run = subprocess.run(command, input=json.dumps(case), capture_output=True, text=True, env=variables, cwd=ROOT)
     if run.returncode:
         raise RuntimeError(run.stdout + run.stderr)
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))  # amid logs
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Any:
+    return pytest.importorskip("vllm", exc_type=ImportError)  # also one beside packages that it cannot import
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +148,19 @@ def test_interpreted_kernels_give_the_same_tokens(options: Any) -> None:
     assert_same(found, (want["ids"], want["logprobs"]))
 
 
+@needs_vllm
+@pytest.mark.slow
+def test_the_benchmark_times_both_experts() -> None:
+    for options in ([], ["--quantization", NAME, "--weights", "int4"]):
+        command = [sys.executable, "benchmarks/in_vllm.py", "--small", "--layers", "1", *options]
+        run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **VARIABLES}, cwd=ROOT)
+        assert run.returncode == 0, run.stdout + run.stderr
+        figures = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
+        assert figures.pop("kind") == "check" and figures.pop("layers") == 1
+        assert figures.pop("check") == f"in vLLM, experts of {'mixtral_triton int4' if options else 'vLLM bf16'}"
+        assert len(figures) == 3 and figures["prefill of 48 tokens, tokens/s"] > 0
+
+
 @contextmanager
 def server(*options: str) -> Iterator[str]:
     """Start vLLM's OpenAI server, and yield its address when it answers."""
@@ -214,3 +233,124 @@ def test_the_plugin_is_an_entry_point_for_the_versions_of_the_extra(monkeypatch:
     vllm.__version__ = "0"  # type: ignore[attr-defined]
     versions = load_plugin(monkeypatch, vllm).VERSIONS
     assert f'"vllm>={versions[0]},<0.{int(versions[-1].split(".")[1]) + 1}"' in text
+
+
+@contextmanager
+def building(options: Any) -> Iterator[Any]:
+    """Yield the plugin as within the construction of an engine with these options."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    plugin = importlib.import_module("mixtral_triton.vllm")
+    plugin.register()
+    with set_current_vllm_config(VllmConfig(additional_config={NAME: options})):
+        yield plugin
+
+
+WRONG: list[Any] = [{"wieghts": "int4"}, {"weights": "int3"}, {"weights": 4}, {"route": "yes"}, {"deterministic": None}]
+
+
+@needs_vllm
+@pytest.mark.parametrize("options", [*WRONG, "int4", ["route"]], ids=str)
+def test_a_wrong_option_raises_a_value_error_that_names_it(options: Any) -> None:
+    needs = "needs a dict of weights: None, 'int4', 'int8', 'fp8'; route: False, True; deterministic: False, True"
+    with building(options) as plugin, pytest.raises(ValueError) as caught:
+        plugin.read_options()
+    assert str(caught.value) == f"vLLM's additional_config['mixtral_triton'] is {options!r}, {needs}"
+
+
+@needs_vllm
+@pytest.mark.parametrize("method", ("awq", "gptq", "fp8", "compressed-tensors"))
+def test_a_quantized_checkpoint_is_refused_with_the_commands_that_take_it(method: str, tmp_path: Path) -> None:
+    from vllm.config import ModelConfig
+
+    quantized = {"quant_method": method, "bits": 4, "group_size": 128, "zero_point": True, "desc_act": False}
+    config = json.loads((SMALL / "config.json").read_text()) | {"quantization_config": quantized}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = f"quant_method is '{method}', needs none; `vllm serve FOLDER` without .*`mixtral-triton generate FOLDER`"
+    with building({}), pytest.raises(ValueError, match=message):
+        ModelConfig(model=str(tmp_path), tokenizer=str(SMALL), quantization=NAME)
+    with building({}) as plugin:
+        assert plugin.ExpertsConfig.override_quantization_method(quantized, None) is None
+
+
+def routed_experts(**changes: Any) -> Any:
+    """Return what `ExpertsMethod` reads of a layer of routed experts."""
+    from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEParallelConfig, MoEActivation
+    from vllm.model_executor.layers.fused_moe import RoutingMethodType as Routing
+
+    fields = dict.fromkeys(("num_experts", "num_local_experts", "num_logical_experts"), 8)
+    parallel = FusedMoEParallelConfig.make_no_parallel()
+    parallel = replace(parallel, **changes.pop("parallel", {}))
+    moe: dict[str, Any] = {"hidden_dim": 64, "intermediate_size": 64, "experts_per_token": 2, "device": "cpu"}
+    moe |= {"activation": MoEActivation.SILU, "routing_method": Routing.RenormalizeNaive, "in_dtype": torch.float32}
+    for name, kind in (("activation", MoEActivation), ("routing_method", Routing)):
+        moe |= {name: kind[changes.pop(name)]} if name in changes else {}
+    layer = {"swiglu_limit": None, "swiglu_alpha": None, "swiglu_beta": None, "use_grouped_topk": False}
+    layer |= {"routed_scaling_factor": 1.0, "apply_router_weight_on_input": False}
+    layer |= {name: changes.pop(name) for name in layer.keys() & changes.keys()}
+    config = FusedMoEConfig(**fields, **moe, moe_parallel_config=parallel, **changes)
+    return SimpleNamespace(moe_config=config, **layer)
+
+
+UNSUPPORTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "LoRA": ({}, {"is_lora_enabled": True}, "LoRA"),
+    "another activation": ({}, {"activation": "GELU"}, "activation"),
+    "data parallel": ({}, {"parallel": {"dp_size": 2}}, "parallel config"),
+    "all-to-all": ({}, {"parallel": {"use_ep": True, "sp_size": 2}}, "parallel config"),
+    "load balancing": ({}, {"parallel": {"enable_eplb": True}}, "parallel config"),
+    "a bias": ({}, {"has_bias": True}, "a bias"),
+    "a clamp": ({}, {"swiglu_limit": 7.0}, "a clamp"),
+    "a scaled input": ({}, {"apply_router_weight_on_input": True}, "a scaled input"),
+    "sigmoid": ({"route": True}, {"routing_method": "Sigmoid"}, "routing method"),
+    "weights that do not sum to 1": ({"route": True}, {"routing_method": "Default"}, "routing method"),
+    "groups": ({"route": True}, {"use_grouped_topk": True}, "a router with groups"),
+    "a factor": ({"route": True}, {"routed_scaling_factor": 2.5}, "a router with groups or a factor"),
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_experts_that_the_kernels_do_not_compute_raise_value_error(name: str) -> None:
+    options, changes, reason = UNSUPPORTED[name]
+    with building(options) as plugin, pytest.raises(ValueError, match=rf"options is .* kernel does not.* {reason}"):
+        plugin.ExpertsMethod(routed_experts(**changes))
+
+
+@needs_vllm
+def test_experts_that_the_kernels_compute_are_taken() -> None:
+    """Where vLLM routes, any router is right; expert and tensor parallelism need nothing of the kernels."""
+    for changes in ({"routing_method": "Sigmoid"}, {"use_grouped_topk": True}, {"parallel": {"use_ep": True}}):
+        with building({}) as plugin:
+            assert plugin.ExpertsMethod(routed_experts(**changes)).experts_cls is plugin.Experts
+    with building({"route": True, "weights": "int8"}) as plugin:
+        method = plugin.ExpertsMethod(routed_experts(routing_method="Renormalize"))
+    assert method.experts_cls is plugin.RoutingExperts and method.uses_meta_device
+
+
+@needs_vllm
+def test_batch_invariance_needs_deterministic_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True)
+    with building({}) as plugin, pytest.raises(ValueError, match="batch invariance"):
+        plugin.ExpertsMethod(routed_experts())
+    with building({"deterministic": True}) as plugin:
+        plugin.ExpertsMethod(routed_experts())
+
+
+@needs_vllm
+def test_weights_that_vllm_did_not_quantize_are_found() -> None:
+    """A version that does not call `process_weights_after_loading` would leave them dense."""
+    x, w13, w2 = torch.randn(3, 64), torch.randn(8, 128, 64), torch.randn(8, 64, 64)
+    routes = torch.tensor([[0, 7], [3, 2], [1, 5]]), torch.full((3, 2), 0.5)
+    with building({"weights": "int8"}) as plugin:
+        method = plugin.ExpertsMethod(routed_experts())
+        experts = method.experts_cls(method.moe, method.get_fused_moe_quant_config(routed_experts()))
+    dense, small = (w13, w2), (quantize(w13, "int8"), quantize(w2, "int8"))
+    for weights in (dense, (small[0], w2), (quantize(w13, "fp8"), small[1])):
+        with pytest.raises(RuntimeError, match="vLLM did not quantize the experts"):
+            experts.experts(x, *weights, *routes, None)
+    want = ops.expert_swiglu(x, *small, *routes)
+    assert torch.equal(experts.experts(x, *small, *routes, None), want)
+    here = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1])  # this rank's experts are the first four
+    part = ops.expert_swiglu(x, *small, routes[0].clamp(max=3), routes[1] * (routes[0] < 4))
+    first = tuple(weight[:4] for weight in small)
+    assert torch.allclose(experts.experts(x, *first, *routes, here), part, atol=1e-6)

@@ -153,6 +153,17 @@ def test_the_sanitizer_runs_a_test_of_each_function_for_each_operation(monkeypat
     assert all("--error-exitcode 9" in command and " --first " in command for command in commands.values())
 
 
+def test_vllm_is_timed_with_both_experts_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, names in ((None, set()), (object(), {"its experts", "ours", "ours in int4"})):
+        monkeypatch.setattr(gpu_day, "find_spec", lambda name, installed=installed: installed)
+        commands = parts()["in vLLM"][1]
+        assert commands.keys() == names and not parts("sm_90")["in vLLM"][1]
+    quantization = ["--quantization mixtral_triton" in command for command in commands.values()]
+    assert quantization == [False, True, True] and all(
+        (ROOT / command.split()[1]).is_file() for command in commands.values()
+    )
+
+
 def test_parts_cover_every_operation() -> None:
     every = parts()
     commands = [shlex.split(command) for _, commands in every.values() for command in commands.values()]
