@@ -79,16 +79,22 @@ def appended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def answers_from_scratch(folder: Path, turns: list[str], **settings: Any) -> list[list[int]]:
-    """The new tokens of each turn in fp32, computed at once from all before them, which stay as they were written."""
+def answers(found: list[Any]) -> list[Any]:
+    """Tokens and log probabilities of what `--json` prints."""
+    return [(turn["tokens"], [each["logprob"] for each in turn["logprobs"]]) for turn in found]
+
+
+def answers_from_scratch(folder: Path, turns: list[str], **settings: Any) -> list[Any]:
+    """The answer of each turn in fp32, computed at once from all before it, which stays as it was written."""
     model = Mixtral.from_pretrained(folder, "cpu", torch.float32)
     tokenizer, generator = load_tokenizer(folder), torch.Generator().manual_seed(0)
-    ids, answers = list[int](), list[list[int]]()
+    ids, answers = list[int](), list[Any]()
     for turn in turns:
         text = f"</s>[user] {turn} [/]" if ids else f"<s>[user] {turn} [/]"
         ids = ids + tokenizer.encode(text, add_special_tokens=False).ids
-        whole = model.generate([ids], 6, generator=generator, **settings)[0].tolist()
-        answers.append(whole[len(ids) :])
+        found = model.generate([ids], 6, generator=generator, logprobs=0, **settings)
+        whole, logprobs = found.ids[0].tolist(), found.logprobs[0].tolist()
+        answers.append((whole[len(ids) :], pytest.approx(logprobs, abs=1e-3)))
         ids = whole[:-1] if whole[-1] == 1 else whole
     return answers
 
@@ -98,7 +104,7 @@ def test_ten_turns_compute_new_tokens_alone_and_write_the_text_of_a_chat_from_sc
 ) -> None:
     """The ring of 64 slots moves on in the fourth turn. Sampled tokens are not those that the tokenizer has for their
     text."""
-    options = ("--deterministic", "--dtype", "float32", "--temperature", "2")
+    options = ("--deterministic", "--dtype", "float32", "--temperature", "50", "--logprobs", "0")
     found, error = talk(whole_folder, TURNS, *options)
     assert len(found) == 10 and "computed from its start" not in error
     for before, turn in pairwise(found):
@@ -106,11 +112,11 @@ def test_ten_turns_compute_new_tokens_alone_and_write_the_text_of_a_chat_from_sc
         assert turn["reused"] == held and turn["computed"] == turn["prompt_tokens"] - held
     assert sum(appended) == sum(turn["computed"] + len(turn["tokens"]) - 1 for turn in found)
     assert sum(appended) == found[-1]["prompt_tokens"] + len(found[-1]["tokens"]) - 1, "each token once"
-    assert [turn["tokens"] for turn in found] == answers_from_scratch(whole_folder, TURNS, temperature=2.0)
+    assert answers(found) == answers_from_scratch(whole_folder, TURNS, temperature=50.0)
     prompts = [part for turn in TURNS for part in ("--prompt", turn)]
     scratch = run_json(CHAT.replace("chat", "generate --chat"), whole_folder, *options, *prompts)
-    answers = [message["content"] for message in scratch["messages"] if message["role"] == "assistant"]
-    assert answers == [turn["text"] for turn in found] and scratch["reused"] == found[-1]["reused"]
+    texts = [message["content"] for message in scratch["messages"] if message["role"] == "assistant"]
+    assert texts == [turn["text"] for turn in found] and scratch["reused"] == found[-1]["reused"]
 
 
 def test_a_turn_that_fails_inside_the_model_does_not_end_the_chat(chat_folder: Path, monkeypatch: Any) -> None:
@@ -123,9 +129,11 @@ def test_a_turn_that_fails_inside_the_model_does_not_end_the_chat(chat_folder: P
         return experts(layer, h, *rest)
 
     monkeypatch.setattr(Layer, "experts", fail)
-    first, failed, again = talk(chat_folder, ["Hi " * 30, "There " * 30, "You"], "--dtype", "float32")[0]
+    first, failed, again = talk(
+        chat_folder, ["Hi " * 30, "There " * 30, "You"], "--dtype", "float32", "--logprobs", "0"
+    )[0]
     assert failed == {"error": "a fault"} and not failing and again["reused"] == 0
-    assert [first["tokens"], again["tokens"]] == answers_from_scratch(chat_folder, ["Hi " * 30, "You"])
+    assert answers([first, again]) == answers_from_scratch(chat_folder, ["Hi " * 30, "You"])
 
 
 def test_what_is_wrong_with_a_line_ends_in_a_line(chat_folder: Path) -> None:
@@ -187,10 +195,10 @@ def test_a_cache_without_a_window_grows_with_the_chat(chat_folder: Path, appende
     change(chat_folder / "config.json", sliding_window=None)
     for options in ((), ("--cache-dtype", "int8")):
         appended.clear()
-        found, _ = talk(chat_folder, TURNS[:5], "--dtype", "float32", *options)
+        found, _ = talk(chat_folder, TURNS[:5], "--dtype", "float32", "--logprobs", "0", *options)
         assert sum(appended) == found[-1]["prompt_tokens"] + len(found[-1]["tokens"]) - 1
-        want = answers_from_scratch(chat_folder, TURNS[:5], cache_dtype=torch.int8 if options else None)
-        assert [turn["tokens"] for turn in found] == want
+        dtype = torch.int8 if options else None
+        assert answers(found) == answers_from_scratch(chat_folder, TURNS[:5], cache_dtype=dtype)
     stop = found[0]["text"][2:5]
     shorter, _ = talk(chat_folder, TURNS[:5], "--cache-dtype", "int8", "--stop", stop)
     assert shorter[0]["text"] == found[0]["text"].partition(stop)[0] and shorter[1]["reused"] > 5
@@ -291,6 +299,10 @@ def test_batch_writes_each_line_s_result_in_order(chat_folder: Path, monkeypatch
     assert same["text"] == alone["text"] and [each["token"] for each in same["logprobs"]] == alone["tokens"]
     chat = run_json(BATCH.replace(" --batch-size 3", ""), chat_folder, "--chat", "--prompt", "Hi")
     assert found[4]["text"] == chat["text"] and found[4]["tokens"] == chat["tokens"]
+    change(chat_folder / "config.json", eos_token_id=alone["tokens"][2])
+    ends = [json.loads(line) for line in output(BATCH, chat_folder, "--batch", jobs, status=1).splitlines()]
+    assert [each["tokens"] for each in ends if each["id"] == same["id"]] == [alone["tokens"][:3]]
+    change(chat_folder / "config.json", eos_token_id=1)
     stop = alone["text"][3:5]
     stopped = output(BATCH, chat_folder, "--batch", jobs, "--stop", stop, status=1).splitlines()
     assert len(stopped) == 16
