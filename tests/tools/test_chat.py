@@ -23,6 +23,7 @@ from mixtral_triton.config import SMALL
 from mixtral_triton.model import Layer
 from mixtral_triton.tools import batch
 from mixtral_triton.tools.prompt import load_tokenizer
+from mixtral_triton.tools.writer import Writer
 from tests.cli.commands import ROOT, error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled
@@ -299,10 +300,6 @@ def test_batch_writes_each_line_s_result_in_order(chat_folder: Path, monkeypatch
     assert same["text"] == alone["text"] and [each["token"] for each in same["logprobs"]] == alone["tokens"]
     chat = run_json(BATCH.replace(" --batch-size 3", ""), chat_folder, "--chat", "--prompt", "Hi")
     assert found[4]["text"] == chat["text"] and found[4]["tokens"] == chat["tokens"]
-    change(chat_folder / "config.json", eos_token_id=alone["tokens"][2])
-    ends = [json.loads(line) for line in output(BATCH, chat_folder, "--batch", jobs, status=1).splitlines()]
-    assert [each["tokens"] for each in ends if each["id"] == same["id"]] == [alone["tokens"][:3]]
-    change(chat_folder / "config.json", eos_token_id=1)
     stop = alone["text"][3:5]
     stopped = output(BATCH, chat_folder, "--batch", jobs, "--stop", stop, status=1).splitlines()
     assert len(stopped) == 16
@@ -372,3 +369,15 @@ def test_a_batch_is_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -
     need = sum(batch.running_bytes(model.config, 2, 35, model.prefill_chunk, model.dtype).values())
     monkeypatch.setattr(batch, "free_memory", lambda device: int(1.1 * need))
     assert list(batch._batches(writer, lengths, 4)) == [[2, 4], [0, 1], [3], [5]]
+
+
+def test_a_sequence_of_a_batch_ends_before_the_others() -> None:
+    """With its EOS, or at a stop string."""
+    texts = {1: "", 5: "a", 6: "EN", 7: "D", 8: "b"}
+    words = mock.Mock(decode=lambda ids, **_: "".join(texts[id] for id in ids))
+    steps = [torch.tensor(step) for step in ([5, 5, 5], [1, 6, 8], [1, 7, 8], [1, 8, 8])]
+    writer: Any = mock.Mock(tokenizer=words, eos={1}, args=mock.Mock(stop=["END"], max_new_tokens=4))
+    writer.stream = lambda rows, n: iter(steps)
+    found = Writer.write_batch(writer, [[5]] * 3, [[]] * 3)
+    assert [each["tokens"] for each in found] == [[5, 1], [5, 6, 7], [5, 8, 8, 8]]
+    assert [each["text"] for each in found] == ["a", "a", "abbb"]
