@@ -169,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
         option("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
         text = "with --json: the log probability of each token, and of the N likeliest"
         option("--logprobs", type=int, metavar="N", help=text)
-        option("--deterministic", action="store_true", help="bits do not depend on the batch, or on a cache")
+        option("--deterministic", action="store_true", help="the mode in which bits do not depend on the batch")
         if name == "chat":
             option("--context", type=int, metavar="S", help="tokens of the chat; default: the model's positions")
         else:

@@ -16,7 +16,7 @@ from mixtral_triton import SMALL, KVCache, Mixtral, reference
 from mixtral_triton.cache import cache_bytes
 from mixtral_triton.generate import sample
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.sampling import Logprobs, measure
+from mixtral_triton.sampling import Logprobs, measure, penalize
 from tests.support.models import cache_of, random_model, tokens
 
 V, P = 23, 30
@@ -297,6 +297,7 @@ def test_a_cache_goes_on_and_computes_new_tokens_alone(
     model, new = make(**CACHED[case]), 2 if INTERPRETED else 4
     dtype = torch.int8 if "int8" in case else model.dtype
     cache = KVCache(model.config, 2, P, device, dtype)
+    alone = KVCache(model.config, 1, P, device, dtype)
     counts, texts, held = computed(model, monkeypatch), [tokens(T, seed=T, device=device) for T in (6, 2)], 0
     for turn in range(3):
         before = [text.clone() for text in texts]
@@ -307,7 +308,10 @@ def test_a_cache_goes_on_and_computes_new_tokens_alone(
         want = model.generate(texts, new, cache_dtype=dtype, logprobs=2)
         assert all(torch.equal(*pair) for pair in zip(got.ids, want.ids, strict=True))
         for mine, other in zip(got.logprobs, want.logprobs, strict=True):
-            assert torch.equal(mine, other) if case == "deterministic" else torch.allclose(mine, other, atol=1e-4)
+            assert torch.allclose(mine, other, atol=1e-4)
+        if case == "deterministic":  # the bits of a sequence are those that it has alone, in the same turns
+            single = model.generate(before[:1], new, cache=alone, logprobs=2)
+            assert torch.equal(single.ids[0], got.ids[0]) and torch.equal(single.logprobs[0], got.logprobs[0])
         held = sum(cache.lengths.tolist())
         texts = [torch.cat((text, tokens(3 + b, seed=turn, device=device))) for b, text in enumerate(got.ids)]
         counts.clear()
@@ -402,7 +406,7 @@ def test_a_cache_after_a_failure_and_other_use(
 def test_log_probabilities_are_those_of_a_forward(settings: Any, make: Make, device: torch.device) -> None:
     """Before temperature and penalty. Behind an EOS they are 0, so that a sum is the text's."""
     plain, N = make(), 4
-    prompts = [tokens(T, seed=T, device=device) for T in (6, 6)]
+    prompts = [tokens(6, seed=seed, device=device) for seed in (6, 7)]
     options = {"max_new_tokens": NEW, **settings}
     eos = int(plain.generate(prompts, generator=seeded(device), **options)[0][7])
     model = make(eos_token_id=eos)
@@ -463,6 +467,10 @@ def test_penalty_and_log_probabilities_equal_those_of_transformers() -> None:
     original = transformers.AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32).eval()
     model = Mixtral.from_pretrained(SMALL, "cpu", torch.float32)
     ids = torch.tensor(json.loads((SMALL / "heldout.json").read_text())["ids"][:20])
+    logits, seen = torch.randn(3, 50), torch.randint(50, (3, 9), generator=torch.Generator().manual_seed(0))
+    process = transformers.RepetitionPenaltyLogitsProcessor(1.7)
+    mask = torch.zeros(3, 50, dtype=torch.bool).scatter(1, seen, True)
+    assert torch.equal(penalize(logits, mask, 1.7), process(seen, logits))
     found = set()
     for penalty in (1.0, 1.1, 1.3, 3.0, 0.8):
         settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 1, "repetition_penalty": penalty}
