@@ -23,6 +23,7 @@ import torch
 
 from mixtral_triton import SMALL, Mixtral, ops
 from mixtral_triton.model import QuantizedWeight
+from mixtral_triton.quantize import quantize
 from tests.cli.commands import ROOT
 
 pytestmark = pytest.mark.compiled
