@@ -127,6 +127,11 @@ def _descriptor(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
     return descriptor
 
 
+def _has_tensor(x: Any) -> bool:
+    """Return whether x is a tensor, or a NamedTuple with one, however deep."""
+    return isinstance(x, Tensor) or (isinstance(x, tuple) and any(map(_has_tensor, x)))
+
+
 def _make_pick(places: tuple[Any, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Return a function that picks values into tuples nested as `places` are."""
 
@@ -189,7 +194,7 @@ def _make_plan(
 
     def locate(x: Any) -> Any:
         """Return the place of an argument among the plan's values; of a NamedTuple with tensors, those of its parts."""
-        if isinstance(x, tuple) and any(isinstance(part, Tensor) for part in x):
+        if isinstance(x, tuple) and _has_tensor(x):
             return tuple(map(locate, x))
         if isinstance(x, Tensor):
             index = indices[x.data_ptr()]
