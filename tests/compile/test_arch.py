@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from mixtral_triton.kernels import arch as arch_module
 from mixtral_triton.kernels.arch import ARCHS, family, max_multiprocessors, tma
-from mixtral_triton.kernels.launch import target_arch, tma_can_read
+from mixtral_triton.kernels.launch import launch_context, override_configs, target_arch, tma_can_read
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.gpus import GPUS
@@ -28,8 +29,13 @@ def first_time() -> Iterator[None]:
 
 def launch_configs(arch: str) -> list[Any]:
     """Of every operation at every size it is tested or timed at; the splits of a decode follow the multiprocessors."""
-    sized = [(op, {**sizes, "sms": 132}) for op in OPS.values() for sizes in (*op.test_shapes, *op.bench_shapes)]
-    return [op.configs(sizes, dtype, arch) for op, sizes in sized for dtype in op.dtypes]
+    found = []
+    for op in OPS.values():
+        for case, dtype in product((*op.test_shapes[:4], *op.bench_shapes), {op.dtypes[0], op.dtypes[-1]}):
+            with launch_context(arch=arch, sms=132), override_configs({}) as selected:
+                op.run(**op.inputs(case, dtype, "meta"))
+            found.append(selected)
+    return found
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -19,6 +19,7 @@ import torch
 
 from mixtral_triton import SMALL, KVCache, Mixtral, apply, cli, ops, verify
 from mixtral_triton.kernels import launch, norm, router
+from mixtral_triton.kernels.arguments import flatten
 from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
@@ -215,12 +216,12 @@ def test_injected_fault_grid_or_arguments_that_the_kernel_does_not_take(gpu: Any
     with pytest.raises(LaunchError, match=r"grid\.y is 65536, needs 1\.\.65535"):
         kernel[(1, GRID_MOST[1] + 1, 1)](*args)
     _, args = norm_launch(4, gpu, offset=4)
-    with pytest.raises(LaunchError, match="misaligned address: x_ptr"):
+    with pytest.raises(LaunchError, match=r"misaligned address: x\.ptr"):
         kernel[(4, 1, 1)](*args)
     kernel, args = norm_launch(1, gpu)
-    at = [parameter.name for parameter in norm.rms_norm_kernel.params].index("ADD")
-    with pytest.raises(LaunchError, match="ADD is True, and the kernel was compiled for False"):
-        kernel[(1, 1, 1)](*args[:at], True, *args[at + 1 :])
+    at = [parameter.name for parameter in norm.rms_norm_kernel.params].index("BLOCK_M")
+    with pytest.raises(LaunchError, match="BLOCK_M is 64, and the kernel was compiled for"):
+        kernel[(1, 1, 1)](*args[:at], 64, *args[at + 1 :])
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,8 @@ def kernels_of_prompts(gpu: Any, lengths: Sequence[int]) -> Counter[Any]:
         declared = [(at,) for at, parameter in enumerate(fn.params) if parameter.is_constexpr]
         for cache, *_ in fn.device_caches.values():
             for kernel in cache.values():
-                pointers = [kind for kind in kernel.src.signature.values() if kind[0] in "*t"]
+                kinds = [kind for _, kind in flatten(kernel.src.signature)]
+                pointers = [kind for kind in kinds if kind[0] in "*t"]
                 constants = [kernel.src.constants[at] for at in declared]
                 begins = getattr(kernel.metadata, "launch_pdl", False)  # before the launch in front of it has ended
                 compiled[(fn.__name__, begins, *pointers, *map(str, constants))] += 1
@@ -325,7 +327,7 @@ def test_the_current_device_changes_only_for_another_gpu(gpu: Any, monkeypatch: 
 def test_injected_fault_launch_on_the_wrong_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.ones(2, 16).to(OTHER), torch.ones(16).to(OTHER)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    with pytest.raises(LaunchError, match="x_ptr is on cuda:1, the launch on cuda:0"):
+    with pytest.raises(LaunchError, match=r"x\.ptr is on cuda:1, the launch on cuda:0"):
         ops.rms_norm(x, weight, 1e-5)
 
 

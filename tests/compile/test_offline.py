@@ -70,7 +70,7 @@ def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtyp
 
 
 EXPERTS = {"I": 14336, "E": 8, "K": 2}
-PROMPT = {"B": 1, "T": 500, "S": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
+PROMPT = {"B": 1, "T": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
 RING = {"C": 4096, "past": 3000, "fresh": True}
 STEP = {"B": 2, "T": 1, "Hq": 8, "Hkv": 2, "C": 4096, "window": 4096, "past": 4095}
 LONG = [sizes for sizes in OPS["attention"].bench_shapes if sizes.S == 4096]
@@ -84,20 +84,21 @@ HEAD_SIZES: list[Variant] = []
 for D, dtype, sizes in product((64, 256), (FP32, BF16), (LONG[0], LONG[-1])):
     HEAD_SIZES.append(("attention", vars(sizes) | {"D": D}, "sm_90", dtype))
 for arch, (D, T) in product(("sm_90", "sm_80"), HEADS):  # keys alone, or with a ring before them
-    sizes = PROMPT | {"T": T, "S": 4096, "Hq": 4, "Hkv": 2, "D": D}
-    HEAD_SIZES.append(("attention", sizes, arch, BF16))
+    sizes = PROMPT | {"T": T, "Hq": 4, "Hkv": 2, "D": D}
+    HEAD_SIZES.append(("attention", sizes | {"S": 4096}, arch, BF16))
     HEAD_SIZES.append(("cached_attention", sizes | RING | {"past": 5000}, arch, FP16))  # compiles to bf16's code
 for arch, D in product(("sm_90", "sm_80", "gfx942"), (48, 72, 80, 192)):
     HEAD_SIZES.append(("rope_append_attention", STEP | {"D": D}, arch, BF16))
     HEAD_SIZES.append(("rope_append_attention", STEP | {"D": D, "cache": "int8"}, arch, BF16))
-    CODES = PROMPT | RING | {"T": 65, "S": 4096, "Hq": 4, "Hkv": 2, "D": D, "cache": "int8"}
+    CODES = PROMPT | RING | {"T": 65, "Hq": 4, "Hkv": 2, "D": D, "cache": "int8"}
     HEAD_SIZES.append(("cached_attention", CODES, arch, BF16))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "sizes", "arch", "dtype"), HEAD_SIZES)
 def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) -> None:
-    launches = launches_of(replace(OPS[name], bench_shapes=(sizes,)), arch, dtype)
+    op = OPS[name]
+    launches = launches_of(replace(op, bench_shapes=(op.case_of(sizes),)), arch, dtype)
     assert launches and not [(launch, fault) for launch in launches if (fault := compile_launch(launch, arch).fault)]
 
 
@@ -106,14 +107,15 @@ def test_other_head_sizes(name: str, sizes: Any, arch: str, dtype: torch.dtype) 
 @pytest.mark.parametrize(
     ("name", "sizes", "rows"),
     [
-        ("attention", {}, 64),
-        ("attention", {"window": 4096}, 64),
+        ("attention", {"S": 500}, 64),
+        ("attention", {"S": 500, "window": 4096}, 64),
         ("cached_attention", RING, 64),
         ("cached_attention", RING | {"window": 4096}, 128),  # tiles of 64 rows would spill
     ],
 )
 def test_attention_with_no_more_tiles_than_sms(name: str, sizes: Any, rows: int, arch: str) -> None:
-    op = replace(OPS[name], bench_shapes=(PROMPT | sizes,))
+    op = OPS[name]
+    op = replace(op, bench_shapes=(op.case_of(PROMPT | sizes),))
     (launch,) = launches_of(op, arch, torch.bfloat16)
     assert launch.constexprs["BLOCK_M"] == rows and compile_launch(launch, arch).fault is None
 

@@ -117,10 +117,10 @@ def test_decode_spends_few_instructions_a_byte(format: Format, arch: str, covers
 
 def cache_instructions_a_byte(arch: str, sizes: Any) -> float:
     """Thread instructions of a turn of a decode step's loop, by the bytes of codes and scales that it loads."""
-    step = next(shape for shape in rope_append_attention.op.bench_shapes if shape.items() >= sizes.items())
+    step = next(shape for shape in rope_append_attention.op.bench_shapes if vars(shape).items() >= sizes.items())
     op = replace(rope_append_attention.op, bench_shapes=(step,))
     (launch,) = (each for each in launches_of(op, arch, BF16) if each.kernel == "attention_decode_kernel")
-    kernel, size = compile_launch(launch, arch), 1 + 4 / 128 if "cache" in step else 2
+    kernel, size = compile_launch(launch, arch), 1 + 4 / 128 if step.cache else 2
     (loop,) = kernel.loops
     assert kernel.fault is None and kernel.spills == 0
     keys = 2 * launch.constexprs["BLOCK_N"] * 128
@@ -134,7 +134,7 @@ def cache_instructions_a_byte(arch: str, sizes: Any) -> float:
 def test_cache_of_8_bits_spends_few_instructions_a_byte(arch: str, window: int, covers: Any) -> None:
     """Twice those of 16 bits: full bandwidth affords 8.6 on an H100, 6.0 on an H200."""
     figure = cache_instructions_a_byte(arch, {"window": window, "cache": "int8"})
-    assert figure <= 6.0 * SLACK and figure < 2.7 * cache_instructions_a_byte(arch, {"window": window})
+    assert figure <= 6.0 * SLACK and figure < 2.7 * cache_instructions_a_byte(arch, {"window": window, "cache": None})
     covers("main loops", f"decode over 8 bits, window {window}, {arch}: {figure:.2f} instructions a byte (bound 6)")
 
 

@@ -46,8 +46,8 @@ def test_a_layer_without_any_is_an_ordinary_one() -> None:
         model.hidden(torch.zeros(1, 65, dtype=torch.int64, device="meta"))
     for each in launches:
         for name in ("gate_up", "down"):
-            if (weight := each.args.get(f"{name}_ptr")) is not None:
-                read.append((weight.dtype, each.args.get(f"{name}_desc") is not None))
+            if (weight := each.args.get(name)) is not None:
+                read.append((weight.ptr.dtype, each.args.get(f"{name}_desc") is not None))
     stacked, table = (torch.bfloat16, False), (torch.int64, False)
     assert read == [stacked] * 2 + [table] * 2 + [(torch.bfloat16, True)] * 2 + [table] * 2
 

@@ -98,7 +98,7 @@ def test_copies_within_an_operation_are_recorded(mode: Any) -> None:
 
 
 def test_copy_within_an_operation_is_caught(monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
-    monkeypatch.setattr("mixtral_triton.kernels.router.dense_rows", lambda x: x.t().contiguous().t())
+    monkeypatch.setattr("mixtral_triton.kernels.arguments.dense_rows", lambda x: x.mT.contiguous().mT)
     for phase in PHASES:
         with pytest.raises(AssertionError, match="'aten::contiguous': "):
             test_launches_per_layer(*phase, {}, covers)

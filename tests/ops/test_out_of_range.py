@@ -269,7 +269,7 @@ def test_forward_reads_no_value(cached: bool, T: int, ragged: bool, deterministi
 
 READS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "ids": (model_module, "check_ids", lambda ids, *args: check_vocabulary(ids, V)),
-    "lengths": (model_module, "check_lengths", lambda lengths, *args: int(lengths.max())),
+    "lengths": (model_module, "check_lengths", lambda op, lengths, *args: int(lengths.max())),
     "slots": (KVCache, "reserve", lambda self, new: int(self.lengths.max())),
     "new": (KVCache, "advance", lambda self, new, alike: new.tolist()),
     "nonzero": (Mixtral, "head", lambda self, h: h.nonzero()),

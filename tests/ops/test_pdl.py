@@ -16,6 +16,7 @@ import torch
 from mixtral_triton import ops
 from mixtral_triton.kernels import linear, router
 from mixtral_triton.kernels.arch import ARCHS
+from mixtral_triton.kernels.arguments import operand_name
 from mixtral_triton.kernels.launch import Launch, pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.compiled
 BF16 = torch.bfloat16
 # Weights that a kernel loads before its wait; other kernels need the result of an earlier launch to select them.
 LOADED_EARLY = {"linear_decode_kernel": {"weight"}, "gate_route_kernel": {"gate"}}
-WEIGHTS = {"weight", "scales", "zeros", "gate", "norm"}
+WEIGHTS = {"weight", "weight.scales", "weight.zeros", "gate", "norm.weight"}
 # The up projection starts the down projection after its own wait, so the ids have been written.
 UP, DOWN = "experts_up_decode_kernel", "experts_down_decode_kernel"
 
@@ -55,7 +56,7 @@ def order(compiled: Compiled) -> SimpleNamespace:
     program = parse(compiled.stages["ptx"].read_text())
     runtime = [(name, kind) for name, kind in compiled.signature.items() if kind != "constexpr"]
     pairs = zip(program.params, runtime, strict=False)  # two addresses of scratch memory follow
-    named = {param.name: {name.removesuffix("_ptr")} for param, (name, kind) in pairs if kind.startswith("*")}
+    named = {param.name: {operand_name(name)} for param, (name, kind) in pairs if kind.startswith("*")}
     found = SimpleNamespace(waits=0, before=set(), after=set(), stores=set(), prefetched=set(), releases_first=False)
     pointers: dict[Any, set[str]] = {}  # by register
     for inst in program.instructions:
@@ -125,8 +126,13 @@ FAULTS = [  # the operation, the message, and changes of the source
         *((linear, "linear", LINEAR), r"\['weight'\] after the wait", IMPORT, LINEAR_WAIT),
         ("    acc = add_products(", f"{WAIT}    acc = add_products("),
     ),
-    (NORM_GATE, r"\['residual', 'x'\] before the wait", NO_WAIT, ("offs_h, H), 1.0\n", f"offs_h, H), 1.0\n{WAIT}")),
-    (NORM_GATE, "'total'.* before the wait", NO_WAIT, ("    acc = _products(", f"{WAIT}    acc = _products(")),
+    (
+        NORM_GATE,
+        r"\['norm.residual', 'x'\] before the wait",
+        NO_WAIT,
+        ("offs_h, H), 1.0\n", f"offs_h, H), 1.0\n{WAIT}"),
+    ),
+    (NORM_GATE, "'norm.total'.* before the wait", NO_WAIT, ("    acc = _products(", f"{WAIT}    acc = _products(")),
 ]
 
 

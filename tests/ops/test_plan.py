@@ -57,6 +57,8 @@ def launches(gpu: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> list[
     fresh: list[int] = []
 
     def describe(x: Any) -> Any:
+        if hasattr(x, "_fields"):
+            return tuple(map(describe, x))
         if isinstance(x, TensorDescriptor):
             return "descriptor", describe(x.base), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.padding
         if not isinstance(x, Tensor):

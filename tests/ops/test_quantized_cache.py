@@ -181,7 +181,8 @@ def test_cache_of_another_model_raises_value_error() -> None:
 @pytest.mark.compiled
 def test_perplexity_is_within_a_thousandth() -> None:
     model = Mixtral.from_pretrained(SMALL, "cpu")
-    cost = measure_cache_cost(ModelUnderTest(model), SMALL, tokens(1, 40, vocabulary=model.config.vocab_size))
+    ids = tokens(1, 40, vocabulary=model.config.vocab_size)
+    cost = measure_cache_cost(ModelUnderTest(model), SMALL, ids, None)
     assert cost.perplexity is not None and cost.stored_perplexity is not None
     assert 0 < abs(cost.perplexity / cost.stored_perplexity - 1) < 1e-3 and cost.min_cosine > 0.99
     assert "cache int8" in str(cost) and f"without {cost.stored_perplexity:.3f}" in str(cost)

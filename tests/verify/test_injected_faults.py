@@ -179,8 +179,8 @@ def one_behind(stream: Any) -> Any:
     return faulty
 
 
-def without_eos(cut: Any) -> Any:
-    return lambda tail, eos: (x := cut(tail, eos))[: len(x) - (int(x[-1]) in eos)]
+def without_eos(end_of: Any) -> Any:
+    return lambda tail, eos: (end := end_of(tail, eos)) - (int(tail[end - 1]) in eos)
 
 
 def in_sample(change: Callable[..., tuple[Any, ...]]) -> Inject:
@@ -195,7 +195,7 @@ def in_step(name: str, change: Callable[..., Any]) -> Inject:
 # What users read and launch around the model: the operation and the case of the first wrong row, and what is injected.
 FAULTS_AROUND: dict[tuple[str, str], dict[str, Inject]] = {
     ("generate", END): {
-        "EOS is cut off": replace_by(generate, "_cut", without_eos),
+        "EOS is cut off": replace_by(generate, "_end_of", without_eos),
         "an ended sequence goes on": in_step("pick", lambda _, step: step.ended.zero_()),
         "EOS of the config is ignored": replace_by(
             generate, "eos_ids", lambda f: lambda given, config: f([] if given is None else given, config)
@@ -299,10 +299,13 @@ def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monk
     if weights == "awq":
         hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
     model = Mixtral.from_pretrained(folder, "cpu", weights=None if weights == "awq" else weights)
-    steps: list[tuple[int, int]] = []
-    report = verify(model, IDS % 40, lambda *done: steps.append(done), folder=folder, peer="transformers", quick=True)
+    steps: dict[str, list[tuple[int, int]]] = {}
+    record = lambda done, total, part: steps.setdefault(part, []).append((done, total))  # noqa: E731
+    report = verify(model, IDS % 40, record, folder=folder, peer="transformers", quick=True)
     assert report.ok and len(loaded) == len(model.layers), str(report)
-    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
+    assert {"weights", "layers of transformers"} <= set(steps)
+    for part, done in steps.items():
+        assert done == [(n, done[0][1]) for n in range(1 if part == "generate" else done[0][1] + 1)]
     assert ("Quantized: " in str(report)) == isinstance(weights, dict)
     assert not isinstance(weights, dict) or report.as_dict()["quantization"]["formats"] == weights
     assert {row.layer for row in report.rows if row.case == "transformers"} == {None, *range(len(loaded))}
