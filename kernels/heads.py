@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Pointer
 from .checks import FP32, INTS, Cache, Within, fail
 from .facts import Operands
+from .kernel_args import Pointer
 from .quantized_cache import QuantizedCache
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .arch import ARCHS
-from .arguments import Pointer, dense_rows
+from .kernel_args import Pointer, dense_rows
 from .launch import LaunchConfig, describe, tma_can_read, unpacks_by_ptx
 from .offload import ALIGNMENT, OffloadedWeight
 from .pdl import pdl_wait

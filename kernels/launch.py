@@ -17,8 +17,8 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arch import amd, supports_pdl, tma
-from .arguments import flatten
 from .interpret import interpreting
+from .kernel_args import flatten
 
 # `triton.jit` reads the flag when it decorates, so one process either interprets or compiles.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)

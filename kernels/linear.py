@@ -16,10 +16,10 @@ from torch import Tensor
 
 from . import reference
 from .arch import family, max_multiprocessors
-from .arguments import Rows
 from .call import operation
 from .checks import Matrix
 from .facts import Product, kernel_facts
+from .kernel_args import Rows
 from .kernel_weight import Weight, WeightPtrs, WeightRows, add_products, program_tile, row_products, times_row_scales
 from .launch import LaunchConfig, is_overridden, launch, select_configs, target_arch
 from .pdl import prefetch_rows

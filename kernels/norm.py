@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .arguments import Pointer, Rows
 from .call import operation
 from .checks import INTS, Range, Within, fail, readable
 from .facts import Operands, kernel_facts
 from .heads import POSITIONS_MAX
+from .kernel_args import Pointer, Rows
 from .launch import LaunchConfig, launch, select_configs
 from .op import Cost, Op
 from .samples import shape_grid, shapes

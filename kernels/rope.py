@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .arguments import Heads
 from .call import operation
 from .checks import INTS, Cache, Within
 from .facts import Operands, kernel_facts
@@ -34,6 +33,7 @@ from .heads import (
     sequence_position,
     stored_bytes,
 )
+from .kernel_args import Heads
 from .launch import LaunchConfig, launch, select_configs
 from .op import Cost
 from .quantized_cache import quantized, vector_bytes

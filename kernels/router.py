@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .arguments import Rows
 from .call import operation
 from .checks import INT32, RoutingWeights, Tokens, Within
 from .facts import kernel_facts
+from .kernel_args import Rows
 from .launch import LaunchConfig, launch, select_configs
 from .norm import FusedNorm, NormWeight, normed
 from .pdl import pdl_wait

@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .arguments import Rows
 from .call import operation
 from .checks import INT32, INTS, Within
 from .facts import kernel_facts
+from .kernel_args import Rows
 from .launch import LaunchConfig, launch, select_configs
 from .samples import shapes
 from .tiles import power_of_2

@@ -7,8 +7,8 @@ import warnings
 
 import torch
 
+from .arguments import check_dtype, default_dtype, in_decimal, is_int, usable_device
 from .config import MixtralConfig
-from .inputs import check_dtype, default_dtype, in_decimal, is_int, usable_device
 from .kernels.checks import readable
 from .kernels.quantized_cache import QuantizedCache, vector_bytes
 

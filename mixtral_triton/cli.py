@@ -253,10 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     import torch
 
-    from .inputs import usable_device
+    from .arguments import usable_device
+    from .checkpoint import total_bytes
     from .model import Mixtral
     from .quantize.hub import read_headers
-    from .weights import total_bytes
 
     device = None if mesh is not None else usable_device(args.device)  # each rank of a mesh has its own
     if device is not None and device.type == "meta":
@@ -406,9 +406,9 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
+    from .checkpoint import total_bytes
     from .quantize.hub import read_headers
     from .quantize.write import write
-    from .weights import total_bytes
 
     before = total_bytes(read_headers(args.folder))
     with bar("quantizing", before, DownloadColumn()) as progress:

@@ -39,6 +39,7 @@ SIZES = (
 )
 LARGEST_SIZE = 2**31 - 1  # kernels index rows with int32
 MOST_POSITIONS = 1 << 22  # the rotary tables hold a row for each: 2 GiB of them at head size 128
+PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .arguments import check_ids, check_vocabulary, is_int
 from .cache import KVCache
-from .inputs import check_ids, check_vocabulary, is_int
 from .kernels.call import untraced
 from .kernels.checks import readable
 from .kernels.launch import launch_context, launches_dependently
@@ -29,7 +29,6 @@ from .sampling import Logprobs, Sampling, measure, penalize, sample, stack_steps
 if TYPE_CHECKING:
     from .model import Mixtral
 
-PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
 GRAPH_MIN_TOKENS = 4  # remaining tokens that are worth a capture, which takes the host time of about two steps
 _lock = threading.Lock()  # captures take turns, as they share a stream
 _streams: dict[int, torch.cuda.Stream] = {}  # by device: torch draws streams from a pool, where others get the same

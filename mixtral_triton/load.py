@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import weights
+from . import checkpoint
+from .arguments import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
 from .cache import cache_bytes
-from .config import MixtralConfig, checkpoint_folder, read_json_object
-from .generate import PREFILL_CHUNK
-from .inputs import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
+from .config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder, read_json_object
 from .kernels.offload import ALIGNMENT
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, Formats, QuantSpec, hub, quantize_into, select_specs
@@ -122,20 +121,22 @@ def load(
     fill: Callable[..., None]
     requantized: frozenset[str] = frozenset()
     if headers.scheme is None:
-        fill = partial(weights.load, headers, weights.check(headers, config, shard), quantizer=quantize_into)
-        specs = select_specs(quantization, weights.parameter_shapes(config))
+        fill = partial(
+            checkpoint.read_weights, headers, checkpoint.check(headers, config, shard), quantizer=quantize_into
+        )
+        specs = select_specs(quantization, checkpoint.parameter_shapes(config))
     else:
-        plan = hub.plan(headers, config, shard, quantization)
-        fill, specs = partial(hub.load, headers, plan), plan.specs
+        plan = hub.plan_load(headers, config, shard, quantization)
+        fill, specs = partial(hub.read_quantized_weights, headers, plan), plan.specs
         anew = (each.name for each in plan.linears if each.target.parameter in plan.requantized)
         if requantized := frozenset(f"{name}.weight" for name in anew):
             text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantization!r})"
             warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
-    dtype = dtype or weights.stored_dtype(headers)
+    dtype = dtype or checkpoint.stored_dtype(headers)
     target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None and target_device.type not in (need := ranks.device_type, "meta"):
         raise ValueError(f"Mixtral.from_pretrained: device is {target_device}, needs the mesh's type, {need}")
-    shapes, local_shapes = weights.parameter_shapes(config), weights.parameter_shapes(config, shard)
+    shapes, local_shapes = checkpoint.parameter_shapes(config), checkpoint.parameter_shapes(config, shard)
     specs = shard.specs(specs, shapes, local_shapes)
 
     def bytes_of(specs: Mapping[str, QuantSpec]) -> int:
@@ -153,7 +154,7 @@ def load(
     except torch.OutOfMemoryError as error:  # another process has taken what was free
         raise ValueError(f"{folder}: no memory is left on {target_device} for the weights: {error}") from error
     model.requantized, model.prefill_chunk = requantized, placement.chunk
-    fill(config, model.named_weights(), progress or weights.ignore_progress, shard)
+    fill(config, model.named_weights(), progress or checkpoint.ignore_progress, shard)
     return model
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import ops, weights
+from . import checkpoint, ops
+from .arguments import check_dtype, check_ids, check_lengths, usable_device
 from .cache import KVCache, Slots
-from .config import MixtralConfig
-from .generate import PREFILL_CHUNK, generate, stream
-from .inputs import check_dtype, check_ids, check_lengths, usable_device
+from .config import PREFILL_CHUNK, MixtralConfig
+from .generate import generate, stream
 from .kernels.call import reject_transforms, transformed, untraced
 from .kernels.checks import check_values
 from .kernels.heads import rope_tables
@@ -173,8 +173,8 @@ class Mixtral(nn.Module):
     """A Mixtral language model for inference.
 
     `Mixtral(config)` allocates the parameters unset; `Mixtral.from_pretrained` fills them. Their names and shapes are
-    `weights.parameter_shapes(config)`; those named in `specs` are QuantizedWeights. Gradients and training mode raise
-    ValueError.
+    `checkpoint.parameter_shapes(config)`; those named in `specs` are QuantizedWeights. Gradients and training mode
+    raise ValueError.
 
     deterministic  a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
                    tokens in every matrix product, sorted experts even for one token, and a fixed split of the keys
@@ -205,7 +205,7 @@ class Mixtral(nn.Module):
     ) -> None:
         super().__init__()
         self.deterministic, self.ranks = deterministic, ranks
-        shapes = weights.parameter_shapes(config, UNSHARDED if ranks is None else ranks.shard)
+        shapes = checkpoint.parameter_shapes(config, UNSHARDED if ranks is None else ranks.shard)
         self.full_config = config
         self.config = config = config if ranks is None else ranks.shard.config(config)
         specs = specs or {}
@@ -250,7 +250,7 @@ class Mixtral(nn.Module):
         context: int | None = None,
         cache_dtype: torch.dtype | None = None,
     ) -> Mixtral:
-        """Load a Hugging Face checkpoint (config.json and safetensors; weights.py says what is rejected).
+        """Load a Hugging Face checkpoint (config.json and safetensors; checkpoint.py says what is rejected).
 
         folder         a local one, or a name on the hub, `mistralai/Mixtral-8x7B-v0.1`, perhaps with `@revision`
         device         None: the GPU if there is one and nothing is interpreted, else the CPU; "meta": headers only
@@ -355,7 +355,7 @@ class Mixtral(nn.Module):
         return logits.float()
 
     def named_weights(self) -> dict[str, Any]:
-        """Return every Parameter and QuantizedWeight by the names of `weights.parameter_shapes`."""
+        """Return every Parameter and QuantizedWeight by the names of `checkpoint.parameter_shapes`."""
         quantized = {name: module for name, module in self.named_modules() if isinstance(module, QuantizedWeight)}
         return dict(self.named_parameters()) | quantized
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..arguments import Heads, Pointer
 from ..facts import kernel_facts
 from ..heads import POSITIONS_MAX, RotaryTables, angles, sequence_position
+from ..kernel_args import Heads, Pointer
 from ..pdl import pdl_wait
 from ..quantized_cache import quantized
 from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalized, store_heads, sweep, take_keys, unit_of

@@ -14,7 +14,6 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..arguments import Heads, dense_rows
 from ..call import operation
 from ..checks import INTS, Cache, Within, fail
 from ..heads import (
@@ -32,6 +31,7 @@ from ..heads import (
     check_head_size,
     rope_tables,
 )
+from ..kernel_args import Heads, dense_rows
 from ..launch import describe, launch, multiprocessors, select_configs, target_arch, unpacks_by_ptx
 from ..op import Cost
 from ..quantized_cache import QuantizedCache, vector_bytes

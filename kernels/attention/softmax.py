@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..arguments import Pointer
+from ..kernel_args import Pointer
 from ..unpack import unpacked
 
 # The running softmax of a tile, fp32: sum of p @ v [BLOCK_M, BLOCK_D], greatest score in base 2 and sum of p [BLOCK_M].

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..arguments import Pointer
 from ..facts import Product, kernel_facts
+from ..kernel_args import Pointer
 from ..kernel_weight import (
     WeightPtrs,
     WeightRows,

@@ -18,9 +18,9 @@ import triton
 from torch import Tensor
 
 from .. import reference
-from ..arguments import Rows
 from ..call import operation
 from ..checks import INTS, Matrix, RoutingWeights, Tokens, Within
+from ..kernel_args import Rows
 from ..kernel_weight import Weight
 from ..launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
 from ..norm import FusedNorm, NormWeight

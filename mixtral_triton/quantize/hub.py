@@ -1,7 +1,7 @@
 """Read quantized checkpoints of the hub: each linear's codes, scales and zeros exactly into its QuantizedWeight, or,
 where a caller asks for other formats, its values.
 
-As in `weights.py`, names and shapes on disk are checked in full before data are read.
+As in `checkpoint.py`, names and shapes on disk are checked in full before data are read.
 """
 
 import itertools
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import weights
+from .. import checkpoint
+from ..checkpoint import Destination, Headers, Stored
 from ..config import MixtralConfig, checkpoint_folder, error_prefix
 from ..kernels.quantized import QuantizedWeight
 from ..parallel import UNSHARDED, Shard
-from ..weights import Destination, Headers, Stored
 from . import QUANTIZED_PARTS, Formats, QuantSpec, put, quantize_into, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
 
@@ -51,13 +51,15 @@ class LoadPlan:
     requantized: frozenset[str]  # parameters whose linears are dequantized, and quantized anew where they have a spec
 
 
-def read_headers(folder: weights.Folder) -> Headers:
+def read_headers(folder: checkpoint.Folder) -> Headers:
     """Read the headers of a folder, quantized or not, and its scheme."""
     path = checkpoint_folder(folder)
-    return weights.read_headers(path, read_scheme(path))
+    return checkpoint.read_headers(path, read_scheme(path))
 
 
-def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, quantization: Formats = None) -> LoadPlan:
+def plan_load(
+    headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, quantization: Formats = None
+) -> LoadPlan:
     """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts.
 
     quantization: None, where every parameter is read exactly, or refused; else the formats of what is quantized anew,
@@ -72,7 +74,7 @@ def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, quan
     by_parameter: dict[str, list[Linear]] = defaultdict(list)
     dense: dict[str, Destination] = {}
     need: dict[str, Any] = {}
-    for name, target in weights.targets(headers, config, shard).items():
+    for name, target in checkpoint.destinations(headers, config, shard).items():
         prefix = name.removesuffix(".weight")
         linear = Linear(prefix, target, by_linear[prefix], layout := scheme.layout(prefix))
         quantizable = any(target.parameter.endswith(names) for names in QUANTIZED_PARTS.values())
@@ -84,12 +86,12 @@ def plan(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, quan
             raise ValueError(f"{folder}: {linear.name} is quantized, but the config declares it dense")
         by_parameter[target.parameter].append(linear)
         need |= _needed(folder, linear)
-    if config.tie_word_embeddings and weights.HEAD in headers.tensors:
-        need[weights.HEAD] = need[weights.EMBEDDING]
+    if config.tie_word_embeddings and checkpoint.HEAD in headers.tensors:
+        need[checkpoint.HEAD] = need[checkpoint.EMBEDDING]
     shapes = {name: stored.shape for name, stored in headers.tensors.items() if name not in unused}
-    weights.compare(str(folder), f"the config ({scheme.name})", need, shapes)
-    weights.one_dtype(folder, {name: headers.tensors[name] for name in dense})
-    specs = select_specs(quantization, weights.parameter_shapes(config))
+    checkpoint.compare(str(folder), f"the config ({scheme.name})", need, shapes)
+    checkpoint.one_dtype(folder, {name: headers.tensors[name] for name in dense})
+    specs = select_specs(quantization, checkpoint.parameter_shapes(config))
     requantized = by_parameter.keys() & specs.keys()
     for name, linears in by_parameter.items():
         # Act-order's groups may be scattered, which only the data show.
@@ -128,7 +130,7 @@ def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Destination])
     specs = []
     for linear in linears:
         with error_prefix(f"{folder}: {linear.name}"):
-            dtype = weights.DTYPES[linear.parts[linear.layout.scales.name].dtype]
+            dtype = checkpoint.DTYPES[linear.parts[linear.layout.scales.name].dtype]
             specs.append(linear.layout.spec(linear.target.shape[-1], dtype))
         if specs[-1] != specs[0]:
             got, need = (f"{x.format}:{x.group} with scales in {x.scales}" for x in (specs[-1], specs[0]))
@@ -136,27 +138,27 @@ def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Destination])
     return specs[0]
 
 
-def load(
+def read_quantized_weights(
     headers: Headers,
     plan: LoadPlan,
     config: MixtralConfig,
     parameters: Mapping[str, Any],
-    progress: weights.Progress = weights.ignore_progress,
+    progress: checkpoint.Progress = checkpoint.ignore_progress,
     shard: Shard = UNSHARDED,
 ) -> None:
-    """Fill the parameters of a model that has the specs of `plan`, from what the shard keeps. Raises as `weights.load`
-    does, and ValueError for a NaN or infinite scale or fp8 code, and for values a layout rejects (act-order, if not
-    dequantized). One warning names unused tensors."""
+    """Fill the parameters of a model that has the specs of `plan`, from what the shard keeps. Raises as
+    `checkpoint.read_weights` does, and ValueError for a NaN or infinite scale or fp8 code, and for values a layout
+    rejects (act-order, if not dequantized). One warning names unused tensors."""
     if plan.unused:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plan.unused}))
         text = f"{len(plan.unused)} scales of activations or caches ({kinds}) are not used: both stay in 16 bits here"
         warnings.warn(f"{headers.folder}: {text}", stacklevel=4)
         progress(sum(headers.tensors[name].nbytes for name in plan.unused))
-    weights.fill(headers.tensors, plan.dense, parameters, progress, quantize_into)
-    weights.check_tied_head(headers, config, parameters["embed_tokens"].device, progress, shard)
+    checkpoint.fill(headers.tensors, plan.dense, parameters, progress, quantize_into)
+    checkpoint.check_tied_head(headers, config, parameters["embed_tokens"].device, progress, shard)
     with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
         paths = {stored.file for linear in plan.linears for stored in linear.parts.values()}
-        files = {path: stack.enter_context(weights.opened_file(path)) for path in paths}
+        files = {path: stack.enter_context(checkpoint.opened_file(path)) for path in paths}
         for linear in plan.linears:
             target, parameter = linear.target, parameters[linear.target.parameter]
             if target.is_kept and parameter.device.type != "meta":
@@ -180,7 +182,7 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
             count = columns.stop - columns.start
             raise ValueError(f"a mesh leaves a rank {count} of its {K} columns: groups of {layout.group} cannot be cut")
         groups = layout.check(read, N, K, linear.parts, exact)
-        for piece, kept_rows in weights.cut(rows, max(1, PIECE // K)):
+        for piece, kept_rows in checkpoint.cut(rows, max(1, PIECE // K)):
             codes, scales, zeros = layout.rows(read, piece, columns if exact else slice(0, K), K)
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")
@@ -191,7 +193,7 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
                 put(destination, codes, scales, zeros)
                 continue
             values = layout.values((codes, scales, zeros), groups)
-            if isinstance(weight, QuantizedWeight) and weights.one_scale_a_row(weight, K):
+            if isinstance(weight, QuantizedWeight) and checkpoint.one_scale_a_row(weight, K):
                 quantize_into(destination, values, columns)
             elif isinstance(weight, QuantizedWeight):
                 quantize_into(destination, values[:, columns])

@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import weights
+from .. import checkpoint
+from ..arguments import usable_device
+from ..checkpoint import Destination
 from ..config import MixtralConfig, checkpoint_folder, read_json_object
-from ..inputs import usable_device
-from ..weights import Destination
 from . import QUANTIZED_PARTS, QuantSpec, encode, hub, pieces, select_specs
 
-NOT_COPIED = ("*.safetensors", "*.gguf", "config.json", weights.INDEX_FILE, *weights.PICKLED, ".*")
+NOT_COPIED = ("*.safetensors", "*.gguf", "config.json", checkpoint.INDEX_FILE, *checkpoint.PICKLED, ".*")
 LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
 # compressed-tensors' format, bits and type of each format.
 KINDS = {"int4": ("pack", 4, "int"), "int8": ("pack", 8, "int"), "fp8": ("float", 8, "float")}
@@ -37,11 +37,11 @@ TARGETS = {"experts": [r"re:.*\.experts\..*"], "linear": [r"re:.*\.self_attn\..*
 
 
 def write(
-    folder: weights.Folder,
-    out: weights.Folder,
+    folder: checkpoint.Folder,
+    out: checkpoint.Folder,
     quantization: str | Mapping[str, str],
     device: torch.device | str | None = None,
-    progress: weights.Progress = weights.ignore_progress,
+    progress: checkpoint.Progress = checkpoint.ignore_progress,
 ) -> int:
     """Write the checkpoint in `folder` into `out`, new or empty, quantized; return bytes of tensors.
 
@@ -57,9 +57,9 @@ def write(
         raise ValueError("quantize: device is 'meta', which holds no numbers, needs cpu or cuda")
     if headers.scheme is not None:
         raise ValueError(f"quantize: {headers.folder} is quantized already ({headers.scheme.name})")
-    targets, per_expert = weights.check(headers, config), weights.table(config, "per_expert")
-    weights.check_tied_head(headers, config, torch.device("cpu"))
-    specs = select_specs(quantization, weights.parameter_shapes(config), "quantize")
+    targets, per_expert = checkpoint.check(headers, config), checkpoint.table(config, "per_expert")
+    checkpoint.check_tied_head(headers, config, torch.device("cpu"))
+    specs = select_specs(quantization, checkpoint.parameter_shapes(config), "quantize")
     part_specs: dict[str, QuantSpec] = {}
     for part, names in QUANTIZED_PARTS.items():
         if found := {name: spec for name, spec in specs.items() if name.endswith(names)}:
@@ -72,7 +72,7 @@ def write(
     with torch.no_grad(), torch.device("cpu"), _new_folder(Path(out)) as new:
         for source, items in itertools.groupby(headers.tensors.items(), key=lambda item: item[1].file):
             tensors: dict[str, Tensor] = {}
-            with weights.opened_file(source) as opened:
+            with checkpoint.opened_file(source) as opened:
                 for name, _ in items:
                     read = partial(_read, opened.get_slice(name), f"{source}: {name}", progress)
                     target = targets.get(name)  # None: a tied head
@@ -122,7 +122,7 @@ def _error_names(path: Path) -> Iterator[None]:
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def _read(part: Any, name: str, progress: weights.Progress, index: Any) -> Tensor:
+def _read(part: Any, name: str, progress: checkpoint.Progress, index: Any) -> Tensor:
     """Read a part of a stored tensor; ValueError unless it is finite."""
     x = part[index]
     if not torch.isfinite(x).all():
@@ -161,8 +161,8 @@ def _pack(codes: Tensor, format: str) -> Tensor:
 def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, specs: Mapping[str, QuantSpec]) -> None:
     """Copy the other files, write the index if there was one, and last config.json, which makes the rest readable."""
     texts = {}
-    if set(files.values()) != {weights.SINGLE_FILE}:
-        texts[weights.INDEX_FILE] = {"metadata": {"total_size": total}, "weight_map": files}
+    if set(files.values()) != {checkpoint.SINGLE_FILE}:
+        texts[checkpoint.INDEX_FILE] = {"metadata": {"total_size": total}, "weight_map": files}
     root = folder.resolve()
     # The hub's cache holds links to its blobs. Other links that leave the folder may lead to anything.
     roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..inputs import free_memory
+from ..arguments import free_memory
 from ..load import running_bytes, usable_bytes
 from .processes import is_first
 from .prompt import ChatTemplate

@@ -18,10 +18,10 @@ import torch
 from rich.filesize import decimal
 from rich.text import Text
 
+from ..arguments import WEIGHT_FORMATS, default_dtype, weight_bytes
 from ..cache import KVCache
-from ..config import MixtralConfig, checkpoint_folder
-from ..generate import PREFILL_CHUNK
-from ..inputs import WEIGHT_FORMATS, default_dtype, weight_bytes
+from ..checkpoint import parameter_shapes
+from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..kernels.checks import dtype_name
 from ..kernels.op import Cost
 from ..kernels.record import record_launches
@@ -29,7 +29,6 @@ from ..load import AUTO_CONTEXT, OVERHEAD, Placement, fewest, movable_bytes, run
 from ..model import Mixtral
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.layouts import read_scheme
-from ..weights import parameter_shapes
 from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu
 from .predict import predict
 from .terminal import Table, console
@@ -142,11 +141,11 @@ class Request:
         specs, stored = format_specs(config), SHORT[default_dtype(config)]
         if not known and (scheme := read_scheme(checkpoint_folder(name, tensors=False))) is not None:
             # The files alone say which tensors are quantized.
-            specs, stored = {STORED: hub.plan(hub.read_headers(name), config).specs}, scheme.name
+            specs, stored = {STORED: hub.plan_load(hub.read_headers(name), config).specs}, scheme.name
         cache_dtype = torch.int8 if args.cache_dtype else None
         return cls(name, config, specs, stored, args.batch, context, gib * 2**30, cache_dtype)
 
-    def plan(self, format: str, gpu: GPU) -> MemoryPlan:
+    def memory_plan(self, format: str, gpu: GPU) -> MemoryPlan:
         config, limit = self.config, usable_bytes(gpu.bytes)
         need_of = partial(memory_need, config, self.specs[format], self.batch, cache_dtype=self.cache_dtype)
         need, contexts = need_of(self.context), range(config.max_position_embeddings + 1)
@@ -221,11 +220,13 @@ def run(args: argparse.Namespace) -> int:
     request, gpu = Request.of(args), select_gpu(args)
     if gpu is None:
         return _run_all_gpus(request, args)
-    plans = [request.plan(format, gpu) for format in request.specs]
+    plans = [request.memory_plan(format, gpu) for format in request.specs]
     fits = any(plan.verdict != "no" or plan.offload for plan in plans)
     if not fits:
         unlimited = replace(request, host_memory=math.inf)
-        needs = [(offload, format) for format in request.specs if (offload := unlimited.plan(format, gpu).offload)]
+        needs = [
+            (offload, format) for format in request.specs if (offload := unlimited.memory_plan(format, gpu).offload)
+        ]
         if more := [(offload["host_bytes"], format, offload["text"]) for offload, format in needs]:
             memory, (size, name, text) = decimal(int(request.host_memory)), min(more)
             raise ValueError(f"--host-memory is {memory}, and {name} with {text} needs {decimal(size)}")
@@ -293,7 +294,7 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
 def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
     """Print how many of each listed GPU hold each format, and what one holds with experts in host memory."""
     gpus = (replace(gpu, link=args.link or gpu.link) for gpu in GPUS.values())
-    rows = {gpu: [request.plan(format, gpu) for format in request.specs] for gpu in gpus}
+    rows = {gpu: [request.memory_plan(format, gpu) for format in request.specs] for gpu in gpus}
     if args.json:
         found = []
         for gpu, plans in rows.items():

@@ -29,7 +29,7 @@ from triton.runtime.jit import create_function_from_signature
 from ..cache import KVCache
 from ..generate import prefill
 from ..kernels.arch import ARCHS, amd, family
-from ..kernels.arguments import flatten
+from ..kernels.kernel_args import flatten
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
 from ..kernels.op import Op
 from ..kernels.quantized_cache import vector_bytes

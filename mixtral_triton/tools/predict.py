@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributions import Binomial
 
 from ..kernels.arch import ARCHS, amd, family, max_multiprocessors
-from ..kernels.arguments import flatten, operand_name
 from ..kernels.experts.kernels import main_rows
 from ..kernels.facts import Operands, Product, facts_of
 from ..kernels.heads import stored_bytes
+from ..kernels.kernel_args import flatten, operand_name
 from ..kernels.launch import Launch
 from ..kernels.offload import find_weight
 from ..kernels.op import Cost

@@ -57,7 +57,7 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from ..inputs import default_device
+    from ..arguments import default_device
     from ..parallel import TIMEOUT
 
     kind = args.device or default_device()

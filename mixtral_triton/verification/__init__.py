@@ -21,21 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
+from ..arguments import check_ids, check_vocabulary
 from ..cache import KVCache
-from ..config import MixtralConfig, checkpoint_folder
-from ..generate import GRAPH_MIN_TOKENS, PREFILL_CHUNK, can_capture, sample
-from ..inputs import check_ids, check_vocabulary
+from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
+from ..generate import GRAPH_MIN_TOKENS, can_capture, sample
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
 from ..quantize.hub import read_headers
+from ..tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
 from ..tools.offline import launch_text, on_meta, with_layers
-from ..tools.tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
 from .calls import BATCH, SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
+from .loaded import check_weights, estimate, held_out, measure_cache_cost, perplexity
+from .models import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
-from .targets import MeshUnderTest, TransformersUnderTest, compare_with_transformers
-from .weights import check_weights, estimate, held_out, measure_cache_cost, perplexity
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 

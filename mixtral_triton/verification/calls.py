@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
 from ..cache import KVCache, cache_shape
-from ..generate import PREFILL_CHUNK
+from ..config import PREFILL_CHUNK
 from ..kernels.call import unflatten_args
 from ..kernels.experts.tiles import DECODE_TOKENS
 from ..kernels.launch import DEFAULT_ARCH, Launch, active_records, launch_context
@@ -20,8 +20,8 @@ from ..kernels.quantized import QuantizedWeight
 from ..kernels.quantized_cache import QuantizedCache
 from ..kernels.registry import OPS
 from ..model import Mixtral
+from ..tolerance import Args, fp64_block
 from ..tools.offline import on_meta
-from ..tools.tolerance import Args, fp64_block
 
 Call = tuple[str, str, Args]  # operation, case, arguments
 

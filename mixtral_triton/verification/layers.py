@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
+from .. import reference, tolerance
 from ..cache import KVCache
 from ..kernels.registry import dispatched
 from ..model import Layer
 from ..parallel import UNSHARDED
-from ..tools import tolerance
-from ..tools.tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
+from ..tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
 from .calls import LAYOUTS, LayerCheck, SizedCalls
 from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 

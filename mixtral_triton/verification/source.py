@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..model import State
+from ..tolerance import largest
 from ..tools.offline import on_meta
 from ..tools.prompt import ChatTemplate, encode, load_tokenizer
-from ..tools.tolerance import largest
 from .calls import CallRecorder
 from .report import Row
 

@@ -19,7 +19,7 @@ import torch
 
 from mixtral_triton import SMALL, KVCache, Mixtral, apply, cli, ops, verify
 from mixtral_triton.kernels import launch, norm, router
-from mixtral_triton.kernels.arguments import flatten
+from mixtral_triton.kernels.kernel_args import flatten
 from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches

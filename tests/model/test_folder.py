@@ -49,7 +49,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.inputs.default_device", lambda: "cpu")
+    monkeypatch.setattr("mixtral_triton.arguments.default_device", lambda: "cpu")
     assert MixtralConfig.from_pretrained(NAME) == MixtralConfig.from_pretrained(SMALL)
     assert not list(hub.cache.glob("*.safetensors")) and hub.downloads[-1][:2] == (NAME, None)
     model = Mixtral.from_pretrained(f"{NAME}@v1.0", "cpu")

@@ -70,11 +70,11 @@ def test_ragged_prompts_are_as_each_alone(window: int | None, make: Make, device
 @pytest.mark.compiled
 @pytest.mark.parametrize("chunk", (1, 4, 7, 12))
 @pytest.mark.parametrize("window", (5, None))
-def test_prompt_in_several_chunks(window: int | None, chunk: int, make: Make, device: Any, monkeypatch: Any) -> None:
+def test_prompt_in_several_chunks(window: int | None, chunk: int, make: Make, device: Any) -> None:
     """Chunks of the prompts' own length too: then a sequence has no token in the last ones."""
     model, prompts = make(sliding_window=window), [tokens(T, seed=T, device=device) for T in (12, 1, 8)]
     want = model.generate(prompts, max_new_tokens=2)
-    monkeypatch.setattr("mixtral_triton.generate.PREFILL_CHUNK", chunk)
+    model.prefill_chunk = chunk
     assert all(torch.equal(*pair) for pair in zip(model.generate(prompts, max_new_tokens=2), want, strict=True))
 
 

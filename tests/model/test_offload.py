@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_model
 
 from mixtral_triton import Mixtral, load, verify
+from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools import fit, offline
 from mixtral_triton.tools.gpus import find_gpu
-from mixtral_triton.weights import parameter_shapes
 from tests.cli.commands import error_line, run, run_json
 from tests.support.memory import needs_proc
 from tests.support.models import random_model
@@ -231,7 +231,7 @@ def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any, monkeypatch: 
     gpu.properties.total_memory, config = gib << 30, fit.KNOWN["mixtral-8x7b"]
     specs, shapes = fit.format_specs(config)[format], parameter_shapes(config)
     gpu_of_fit = replace(find_gpu("h100"), mib=gib << 10)
-    offload = fit.Request("", config, {format: specs}, "", 1, 4096).plan(format, gpu_of_fit).offload
+    offload = fit.Request("", config, {format: specs}, "", 1, 4096).memory_plan(format, gpu_of_fit).offload
     need = fit.memory_need(config, specs, 1, 4096)
     sizes = load.movable_bytes(config, shapes, specs, torch.bfloat16)
     args = ("auto", config, None, torch.device("cuda"), need["weights"] + need["tables"], sizes)

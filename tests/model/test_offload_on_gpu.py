@@ -18,13 +18,13 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, load, weights
+from mixtral_triton import KVCache, Mixtral, checkpoint, load
+from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels import offload, plan
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.load import TIGHT, Placement, movable_bytes
 from mixtral_triton.tools.fit import memory_need
-from mixtral_triton.weights import parameter_shapes
 from tests.cli.commands import run
 from tests.support.models import random_model, tokens
 from tests.support.stub.gpu import Stream
@@ -266,13 +266,13 @@ def test_a_child_process_does_not_copy_pinned_memory(gpu: Any) -> None:
 
 def test_embedding_in_host_memory_is_loaded_by_the_host(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device address of what is registered is the host's, to which no copy to a device leads."""
-    fill, destinations = weights._fill, {}
+    fill, destinations = checkpoint._fill, {}
 
     def recorded(part: Any, name: str, stored: Any, target: Any, destination: Any, *rest: Any) -> None:
         destinations[target.parameter] = destination.device.type
         fill(part, name, stored, target, destination, *rest)
 
-    monkeypatch.setattr(weights, "_fill", recorded)
+    monkeypatch.setattr(checkpoint, "_fill", recorded)
     monkeypatch.setattr(load, "available_bytes", lambda *args: 1)
     with pytest.warns(UserWarning, match="and the embedding in host memory"):
         model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload="auto")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixtral_triton import SMALL, Mixtral, weights
+from mixtral_triton import SMALL, Mixtral, checkpoint
+from mixtral_triton.checkpoint import check, parameter_shapes, read_headers, stored_dtype, table, total_bytes
 from mixtral_triton.config import MixtralConfig
-from mixtral_triton.weights import check, parameter_shapes, read_headers, stored_dtype, table, total_bytes
 from tests.support.memory import anonymous_peak, needs_proc
 
 pytestmark = pytest.mark.compiled
@@ -37,7 +37,7 @@ def allocate(config, dtype=torch.bfloat16, device="cpu"):
 
 def load(folder, config, parameters, progress=lambda size: None):
     headers = read_headers(folder)
-    weights.load(headers, check(headers, config), config, parameters, progress)
+    checkpoint.read_weights(headers, check(headers, config), config, parameters, progress)
 
 
 def save(folder, tensors, shards=1):
@@ -99,7 +99,7 @@ def assert_refused(folder, message, config=CONFIG, error=ValueError, dtype=torch
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
 @pytest.mark.parametrize("chunk_bytes", [40, 2**24], ids=["many chunks", "one chunk"])
 def test_every_value_reaches_its_parameter(tmp_path, monkeypatch, layout, shards, config, chunk_bytes):
-    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk_bytes)
     tensors = tensors_of(config, layout)
     assert_loads(save(tmp_path, tensors, shards), tensors, config, layout)
     assert total_bytes(read_headers(tmp_path)) == sum(tensor.nbytes for tensor in tensors.values())
@@ -144,7 +144,7 @@ def test_cache_of_links_loads(tmp_path):
 
 
 def test_stored_tied_head_must_equal_the_embedding(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 100)
     tensors = tensors_of(TIED)
     head = tensors["model.embed_tokens.weight"].clone()
     assert_loads(save(tmp_path, tensors | {"lm_head.weight": head}, shards=2), tensors, TIED)
@@ -163,7 +163,7 @@ def test_missing_misshapen_or_non_finite_tensor_raises_value_error(tmp_path, mon
     assert_refused(save(tmp_path, tensors | {name: tensor[None].clone()}), rf"asks for: {name} has shape .*, not ")
     place = ", ".join(str(size - 1) for size in tensor.shape)
     for value, chunk_bytes, wanted in itertools.product((torch.nan, -torch.inf), (40, 2**24), ("bfloat16", "float16")):
-        monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk_bytes)
         tensor.view(-1)[-1] = value
         message = rf"model\.safetensors: {name} holds {value} at \[{place}\]: .* damaged"
         assert_refused(save(tmp_path, tensors | {name: tensor}), message, dtype=getattr(torch, wanted))
@@ -259,7 +259,7 @@ def test_damaged_file_raises_value_error(tmp_path, message):
 
 def test_a_lack_of_memory_is_a_value_error_and_not_a_damaged_file(tmp_path, monkeypatch):
     file, error = save(tmp_path, tensors_of(CONFIG)) / "model.safetensors", torch.OutOfMemoryError("2 GiB")
-    with pytest.raises(ValueError, match=r"^no memory is left for the weights: 2 GiB"), weights.opened_file(file):
+    with pytest.raises(ValueError, match=r"^no memory is left for the weights: 2 GiB"), checkpoint.opened_file(file):
         raise error
     monkeypatch.setattr(Mixtral, "__init__", Mock(side_effect=error))
     with pytest.raises(ValueError, match="no memory is left on cpu for the weights: 2 GiB"):
@@ -299,11 +299,11 @@ def test_pickled_or_missing_weights_are_rejected(tmp_path):
         (tmp_path / name).unlink()
 
 
-IMPORTS = "from mixtral_triton.weights import MixtralConfig, check, load, parameter_shapes, read_headers"
+IMPORTS = "from mixtral_triton.checkpoint import MixtralConfig, check, parameter_shapes, read_headers, read_weights"
 LOADED = """
 config, dtype = MixtralConfig(**eval(sys.argv[3])), getattr(torch, sys.argv[2])
 parameters = {name: torch.empty(shape, dtype=dtype) for name, shape in parameter_shapes(config).items()}
-load(headers := read_headers(sys.argv[1]), check(headers, config), config, parameters)
+read_weights(headers := read_headers(sys.argv[1]), check(headers, config), config, parameters)
 size = sum(parameter.nbytes for parameter in parameters.values())
 """
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton import model as model_module
+from mixtral_triton.arguments import check_vocabulary
 from mixtral_triton.generate import sample
-from mixtral_triton.inputs import check_vocabulary
 from mixtral_triton.kernels import checks
 from mixtral_triton.kernels.op import as_dict
 from mixtral_triton.kernels.record import record_launches

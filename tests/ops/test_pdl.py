@@ -16,7 +16,7 @@ import torch
 from mixtral_triton import ops
 from mixtral_triton.kernels import linear, router
 from mixtral_triton.kernels.arch import ARCHS
-from mixtral_triton.kernels.arguments import operand_name
+from mixtral_triton.kernels.kernel_args import operand_name
 from mixtral_triton.kernels.launch import Launch, pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS

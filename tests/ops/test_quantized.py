@@ -15,7 +15,7 @@ from mixtral_triton import ops
 from mixtral_triton.kernels import unpack as ptx_unpack
 from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, sample_quantized, unit_columns, unpack
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.tolerance import Tolerance
+from mixtral_triton.tolerance import Tolerance
 from tests.emulator.harness import run
 from tests.support.calls import Args, as_tuple, inputs, randn
 from tests.support.traffic import count_traffic

@@ -13,7 +13,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized_cache import QuantizedCache, quantize
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.verification.layers import ModelUnderTest
-from mixtral_triton.verification.weights import measure_cache_cost
+from mixtral_triton.verification.loaded import measure_cache_cost
 from tests.support.calls import Args, copies, inputs, outputs, randn
 from tests.support.models import WIDER_SIZES, random_model, tokens
 

@@ -24,7 +24,7 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.parallel import Shard
 from mixtral_triton.quantize import QUANTIZED_PARTS
 from mixtral_triton.verification.layers import ModelUnderTest
-from mixtral_triton.verification.weights import check_weights
+from mixtral_triton.verification.loaded import check_weights
 from tests.cli.commands import ROOT, error_line, output, python
 from tests.support import hub
 from tests.support import ranks as work

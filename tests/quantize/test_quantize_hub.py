@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixtral_triton import Mixtral, weights
+from mixtral_triton import Mixtral, checkpoint
+from mixtral_triton.checkpoint import total_bytes
 from mixtral_triton.cli import SMALL
 from mixtral_triton.quantize import QuantizedWeight
 from mixtral_triton.quantize.hub import read_headers
-from mixtral_triton.weights import total_bytes
 from tests.cli.commands import run
 from tests.model.test_weights import expected, save
 from tests.support import hub
@@ -55,9 +55,9 @@ def test_each_layout_loads_exactly(tmp_path: Path, layout: str, monkeypatch: pyt
 @pytest.mark.parametrize("layout", ["", "awq 32"], ids=["dense", "quantized"])
 def test_headers_are_read_and_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     hub.write(tmp_path, *hub.LAYOUTS[layout or "awq 32"], only="" if layout else "none of them")
-    spies = [mock.Mock(side_effect=getattr(weights, name)) for name in ("_read_header", "targets")]
-    monkeypatch.setattr(weights, "_read_header", spies[0])
-    monkeypatch.setattr(weights, "targets", spies[1])
+    spies = [mock.Mock(side_effect=getattr(checkpoint, name)) for name in ("_read_header", "destinations")]
+    monkeypatch.setattr(checkpoint, "_read_header", spies[0])
+    monkeypatch.setattr(checkpoint, "destinations", spies[1])
     load(tmp_path)
     assert [spy.call_count for spy in spies] == [1, 1]
 

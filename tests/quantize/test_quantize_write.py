@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixtral_triton import Mixtral, verify
+from mixtral_triton.checkpoint import parameter_shapes, total_bytes
 from mixtral_triton.cli import SMALL
 from mixtral_triton.quantize import QuantizedWeight, quantize
 from mixtral_triton.quantize.hub import plan, read_headers
 from mixtral_triton.quantize.write import write
-from mixtral_triton.weights import parameter_shapes, total_bytes
 from tests.cli.commands import python, run_json
 from tests.model.test_weights import expected, save
 from tests.quantize.test_quantize import EXPERT, FORMATS, IMPORTS, LOADED, checkpoint, fused, large, small_tensors
@@ -279,7 +279,9 @@ def test_a_config_far_beyond_the_files_is_refused_at_once(tmp_path: Path, layout
     hub.write(tmp_path, *hub.LAYOUTS[layout or "awq 64"], only="" if layout else "none of them")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 << 30}))
-    monkeypatch.setattr("mixtral_triton.weights.table", lambda *args: pytest.fail("lists all tensors of that config"))
+    monkeypatch.setattr(
+        "mixtral_triton.checkpoint.table", lambda *args: pytest.fail("lists all tensors of that config")
+    )
     with pytest.raises(ValueError, match="the config asks for"):
         load(tmp_path, weights="int8")
 

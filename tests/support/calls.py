@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
-from mixtral_triton.kernels.arguments import flatten, replace_values
+from mixtral_triton.kernels.kernel_args import flatten, replace_values
 from mixtral_triton.kernels.launch import LaunchConfig, override_configs
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.quantized import QuantizedWeight

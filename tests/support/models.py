@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
+from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.quantize import quantize_into, select_specs
 from mixtral_triton.verification.layers import ModelUnderTest
+from mixtral_triton.verification.loaded import check_weights
 from mixtral_triton.verification.report import Row
-from mixtral_triton.verification.weights import check_weights
-from mixtral_triton.weights import parameter_shapes
 
 SIZES: dict[str, Any] = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}

@@ -22,12 +22,12 @@ import torch.multiprocessing as processes
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixtral_triton import KVCache, Mixtral, parallel, verify, weights
+from mixtral_triton import KVCache, Mixtral, checkpoint, parallel, verify
 from mixtral_triton.quantize import QuantizedWeight
 from mixtral_triton.tools.offline import compile_ahead, launch_text
 from mixtral_triton.verification import launch_all
+from mixtral_triton.verification.models import MeshUnderTest
 from mixtral_triton.verification.report import Report
-from mixtral_triton.verification.targets import MeshUnderTest
 from tests.support.calls import compilations
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "isend")
@@ -134,14 +134,14 @@ class _Counting:
 
 
 def load_counted(mesh: Any, folder: Path, **options: Any) -> tuple[Mixtral, int]:
-    opened_file, read = weights.opened_file, [0]
+    opened_file, read = checkpoint.opened_file, [0]
 
     @contextmanager
     def counting(file: Path) -> Iterator[Any]:
         with opened_file(file) as opened:
             yield _Counting(opened, read)
 
-    with mock.patch.object(weights, "opened_file", counting):
+    with mock.patch.object(checkpoint, "opened_file", counting):
         return Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options), sum(read)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mixtral_triton.kernels import launch as launching
-from mixtral_triton.kernels.arguments import operand_name
 from mixtral_triton.kernels.interpret import interpreting
+from mixtral_triton.kernels.kernel_args import operand_name
 from mixtral_triton.kernels.offload import find_weight
 from tests.support.calls import memory_of, replace_tensors, tensors_of_launch
 

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, inputs
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, arguments
+from mixtral_triton.arguments import WEIGHT_FORMATS as FORMATS
+from mixtral_triton.arguments import check_memory
 from mixtral_triton.cache import cache_bytes
+from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.cli import SMALL, parser
 from mixtral_triton.generate import prefill, sample
-from mixtral_triton.inputs import WEIGHT_FORMATS as FORMATS
-from mixtral_triton.inputs import check_memory
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.load import LOGIT_BYTES, OVERHEAD, table_bytes, workspace_bytes
 from mixtral_triton.quantize import select_specs
 from mixtral_triton.tools.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
 from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
 from mixtral_triton.tools.predict import count_work
-from mixtral_triton.weights import parameter_shapes
 from tests.cli.commands import error_line, output, run, run_json
 from tests.support import hub
 from tests.support.memory import LiveBytes
@@ -46,7 +46,7 @@ INT4 = specs(SMALLER, "int4")
 
 def plan(config: MixtralConfig, specs: Any, mib: int, batch: int, context: int) -> MemoryPlan:
     request = Request("", config, {"as stored": specs}, "", batch, context)
-    return request.plan("as stored", GPU("", "", mib))
+    return request.memory_plan("as stored", GPU("", "", mib))
 
 
 def test_the_published_counts_and_sizes() -> None:
@@ -257,7 +257,7 @@ def bytes_of(weights: Any) -> int:
     ],
 )
 def test_memory_check_names_what_fits(weights: Any, free: int, choice: bool, message: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(inputs, "free_memory", lambda device: free)
+    monkeypatch.setattr(arguments, "free_memory", lambda device: free)
     with pytest.raises(ValueError, match=f"^Mixtral.from_pretrained: .*{re.escape(message)}"):
         check_memory(CUDA, bytes_of(weights), bytes_of if choice else None)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import KVCache, Mixtral, generate, ops, verification, verify, weights
+from mixtral_triton import KVCache, Mixtral, checkpoint, generate, ops, verification, verify
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
@@ -127,13 +127,13 @@ def wrong_weights(model: Mixtral) -> list[tuple[int | None, str]]:
 @pytest.mark.parametrize("swap", [("w1", "w3"), ("k_proj", "v_proj")])
 def test_loader_that_swaps(swap: tuple[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Model and reference share what was loaded, so only the files show it."""
-    table, swapped = weights.table, dict(zip(swap, swap[::-1], strict=True))
+    table, swapped = checkpoint.table, dict(zip(swap, swap[::-1], strict=True))
 
-    def faulty(*args: Any) -> dict[str, weights.Destination]:
+    def faulty(*args: Any) -> dict[str, checkpoint.Destination]:
         targets = table(*args)
         return {name: targets[re.sub("|".join(swap), lambda found: swapped[found[0]], name)] for name in targets}
 
-    monkeypatch.setattr(weights, "table", faulty)
+    monkeypatch.setattr(checkpoint, "table", faulty)
     assert wrong_weights(Mixtral.from_pretrained(SMALL, "cpu", dtype)) == [(layer, "weights") for layer in range(4)]
 
 
@@ -294,7 +294,7 @@ def test_fault_that_transformers_layers_show(fault: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("weights", [None, {"experts": "int4", "linear": "int8"}, "awq"])
 def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    loaded = one_at_a_time(monkeypatch, verification.targets, "_load_layer")
+    loaded = one_at_a_time(monkeypatch, verification.models, "_load_layer")
     folder = tmp_path if weights == "awq" else SMALL
     if weights == "awq":
         hub.write(tmp_path, *hub.LAYOUTS["awq 64"])

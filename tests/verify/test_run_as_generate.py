@@ -18,7 +18,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.model import Layer
-from mixtral_triton.tools.tolerance import Fp64Reference, Tolerance, worst
+from mixtral_triton.tolerance import Fp64Reference, Tolerance, worst
 from mixtral_triton.verification.calls import LayerCheck, SizedCalls, _rows, configurations
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.report import FP32, Row

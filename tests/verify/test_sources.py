@@ -24,11 +24,11 @@ from mixtral_triton.cli import SMALL, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
-from mixtral_triton.tools.tolerance import token_floor
-from mixtral_triton.verification import held_out, layers, perplexity, source, targets, weights
+from mixtral_triton.tolerance import token_floor
+from mixtral_triton.verification import held_out, layers, loaded, models, perplexity, source
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
+from mixtral_triton.verification.loaded import check_weights, estimate
 from mixtral_triton.verification.source import Source, decode
-from mixtral_triton.verification.weights import check_weights, estimate
 from tests.cli.commands import run_json
 from tests.support import hub
 from tests.support.faults import Inject, Patch, all_dtypes, change_state, in_router, one_at_a_time
@@ -186,18 +186,18 @@ def test_act_order_is_decoded(off: int) -> None:
 def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
     """On a mesh each layer is gathered when it is read: none is alive when the next one is."""
     target = ModelUnderTest(random_model(num_hidden_layers=3, max_position_embeddings=4200))
-    gathered = one_at_a_time(monkeypatch, targets, "Layer")
+    gathered = one_at_a_time(monkeypatch, models, "Layer")
     ranks = SimpleNamespace(model=target.model, config=target.config, gather=lambda name, weight: weight.detach() + 0)
-    target.layers = targets._GatheredLayers(ranks)  # type: ignore[arg-type]
+    target.layers = models._GatheredLayers(ranks)  # type: ignore[arg-type]
     with torch.no_grad():
         report = verification._verify(target, IDS[:, :4], None, None, None, True, None, None)
     assert not report.wrong and len(gathered) >= 6
 
 
 def test_one_layer_is_in_fp32_at_a_time_and_references_keep_no_more_than_they_hold(monkeypatch: Patch) -> None:
-    models = one_at_a_time(monkeypatch, layers, "single_layer_model", lambda model: model.layers[0].gate_up_proj)
+    alive = one_at_a_time(monkeypatch, layers, "single_layer_model", lambda model: model.layers[0].gate_up_proj)
     verify(random_model(dtype=torch.bfloat16, num_hidden_layers=3), IDS[:, :4])
-    assert len(models) == 3
+    assert len(alive) == 3
     target = ModelUnderTest(random_model(num_hidden_layers=2))
     with torch.no_grad():
         _, expected, _ = compare_layers(target, IDS)
@@ -230,7 +230,7 @@ def test_each_tensor_is_read_once(dense: Path, monkeypatch: Patch) -> None:
         return read(source, files, *args)
 
     monkeypatch.setattr(Source, "read", count)
-    monkeypatch.setattr("mixtral_triton.weights.fill", None)
+    monkeypatch.setattr("mixtral_triton.checkpoint.fill", None)
     report = verify(model, IDS, folder=dense)
     assert report.quantization is not None and set(reads.values()) == {1} and len(reads) == 16
 
@@ -272,7 +272,7 @@ def test_perplexity_equals_a_loop_over_tokens(context: int, tokens: int, monkeyp
     model, ids = random_model(max_position_embeddings=context), TEXT[:tokens]
     expected = perplexity_by_loop(model, ids, context)
     assert math.isclose(perplexity(model, ids), expected, rel_tol=1e-5)
-    monkeypatch.setattr(weights, "WINDOW_TOKENS", context)
+    monkeypatch.setattr(loaded, "WINDOW_TOKENS", context)
     assert math.isclose(perplexity(random_model(), ids), expected, rel_tol=1e-5)
 
 
@@ -283,7 +283,7 @@ def test_perplexity_of_extreme_logits_few_of_which_are_in_memory_at_once(monkeyp
     for factor, expected in ((1e6, math.inf), (0.0, 23)):  # no overflow, and uniform
         model.lm_head.data.mul_(factor)
         assert perplexity(model, TEXT.repeat(33)[:1001]) == pytest.approx(expected, rel=1e-12)
-    assert sum(sizes) == 2 * 1000 and max(sizes) == weights.LOGIT_ROWS
+    assert sum(sizes) == 2 * 1000 and max(sizes) == loaded.LOGIT_ROWS
 
 
 BAD_TEXTS = [(TEXT[None], r"ids' is \[1, 31\]"), (TEXT[:1], "at least two"), ([1, 2], "list")]
@@ -340,7 +340,7 @@ def routes(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("formats", "window"), [(BOTH, 2048), ("int4", 25)], ids=str)
 def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: Path, monkeypatch: Any) -> None:
     """With a text of one window, and of several, the last one shorter."""
-    monkeypatch.setattr(weights, "WINDOW_TOKENS", window)
+    monkeypatch.setattr(loaded, "WINDOW_TOKENS", window)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(SMALL / name, tmp_path / name)
     text = json.loads((SMALL / "heldout.json").read_text())["ids"][:60]

@@ -14,7 +14,7 @@ from torch import Tensor
 from mixtral_triton import Mixtral, apply, hf, verify
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import dispatched
-from mixtral_triton.tools.tolerance import Tolerance
+from mixtral_triton.tolerance import Tolerance
 from mixtral_triton.verification.report import Report, Row
 from tests.cli.commands import run_json, shown
 from tests.support.faults import DTYPES, small_model

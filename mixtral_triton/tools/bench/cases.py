@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
+from ...checkpoint import parameter_shapes
 from ...kernels.checks import dtype_name
 from ...kernels.op import Cost, Op, as_dict
 from ...kernels.registry import OPS
 from ...load import check_offload, movable_bytes, usable_bytes
-from ...weights import parameter_shapes
+from ...tolerance import Tolerance
 from ..fit import KNOWN, placement
 from ..gpus import GPU
 from ..terminal import parse_sizes
-from ..tolerance import Tolerance
 from . import decode_step
 
 Texts = Sequence[str]

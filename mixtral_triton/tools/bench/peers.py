@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...checkpoint import table
 from ...kernels import reference
 from ...kernels.op import Op
 from ...kernels.quantized import QuantizedWeight
 from ...kernels.quantized_cache import QuantizedCache
-from ...weights import table
 from .decode_step import STEPS_MOST, Args
 
 Function = Callable[..., Any]

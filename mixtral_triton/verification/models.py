@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import hf, reference
+from ..checkpoint import parameter_shapes, qkv_rows
 from ..config import SIZES, MixtralConfig
 from ..kernels.call import call_unchecked
 from ..kernels.quantized import QuantizedWeight, unpack
@@ -20,12 +21,11 @@ from ..kernels.registry import OPS
 from ..model import Layer, Mixtral
 from ..parallel import Shard
 from ..quantize import put
-from ..tools.tolerance import FLOOR, Fp64Reference, LayerReference
-from ..weights import parameter_shapes, qkv_rows
+from ..tolerance import FLOOR, Fp64Reference, LayerReference
 from .layers import PADDING, ForwardCall, LayerCheck, LayerProbe, ModelUnderTest, Step
+from .loaded import locate_weight
 from .report import PEER, Row
 from .source import Source
-from .weights import locate_weight
 
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
 
@@ -244,7 +244,7 @@ class MeshUnderTest(ModelUnderTest):
         return lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
 
     def gather(self, name: str, weight: Any) -> Any:
-        """The whole parameter `name` (see `weights.parameter_shapes`), of which this rank has `weight`."""
+        """The whole parameter `name` (see `checkpoint.parameter_shapes`), of which this rank has `weight`."""
         shape = self.shapes[name]
         if tuple(weight.shape) == shape:
             return weight

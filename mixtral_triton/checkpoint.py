@@ -110,13 +110,13 @@ def table(config: MixtralConfig, layout: KeyLayout, shard: Shard = UNSHARDED) ->
     experts, inner = shard.experts(config), shard.inner(config)
     kept_rows, rows = shard.qkv_rows(config), qkv_rows(shard.config(config))
     halves = {"w1": slice(0, _length(inner)), "w3": slice(_length(inner), 2 * _length(inner))}
-    targets: dict[str, Destination] = {}
+    destinations: dict[str, Destination] = {}
 
     def put(name: str, parameter: str, shape: Shape, *index: int | slice, **kept: Runs) -> None:
         """`kept`: the runs of the dimension "experts", or of the last two, "rows" and "columns"."""
         names = ("experts", "rows", "columns")[-len(shape) :] if len(shape) > 1 else ("",)
         runs = (kept.get(dimension, (slice(0, size),)) for dimension, size in zip(names, shape, strict=True))
-        targets[name] = Destination(parameter, index, shape, tuple(runs))
+        destinations[name] = Destination(parameter, index, shape, tuple(runs))
 
     put(EMBEDDING, "embed_tokens", (config.vocab_size, hidden))
     for layer in range(config.num_hidden_layers):
@@ -145,7 +145,7 @@ def table(config: MixtralConfig, layout: KeyLayout, shard: Shard = UNSHARDED) ->
     put("model.norm.weight", "norm", (hidden,))
     if not config.tie_word_embeddings:
         put(HEAD, "lm_head", (config.vocab_size, hidden), rows=(shard.vocabulary(config),))
-    return targets
+    return destinations
 
 
 def _length(run: slice) -> int:
@@ -202,22 +202,22 @@ def stored_dtype(headers: Headers) -> torch.dtype:
 
 
 def total_bytes(headers: Headers) -> int:
-    """Return the bytes of all stored tensors, to which `progress` of `load` adds up."""
+    """Return the bytes of all stored tensors, to which `progress` of `read_weights` adds up."""
     return sum(stored.nbytes for stored in headers.tensors.values())
 
 
 def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
     """Return the table of the layout that the names show; ValueError names missing, unknown and misshapen tensors.
     It is cheap for any config: run it before allocating."""
-    tensors, found = headers.tensors, targets(headers, config, shard)
+    tensors, found = headers.tensors, destinations(headers, config, shard)
     need = {name: target.shape for name, target in found.items()}
     if config.tie_word_embeddings and HEAD in tensors:
-        need[HEAD] = need[EMBEDDING]  # allowed if equal to the embedding, which `load` checks
+        need[HEAD] = need[EMBEDDING]  # allowed if equal to the embedding, which `read_weights` checks
     compare(str(headers.folder), "the config", need, {name: stored.shape for name, stored in tensors.items()})
     return found
 
 
-def targets(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
+def destinations(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
     """Return the table of the layout that the names on disk show; ValueError for a config far beyond them."""
     tensors = headers.tensors
     layout: KeyLayout = "fused" if any(".mlp.experts." in name for name in tensors) else "per_expert"
@@ -231,7 +231,7 @@ def ignore_progress(size: int) -> None:
     """Show nothing."""
 
 
-def load(
+def read_weights(
     headers: Headers,
     found: Mapping[str, Destination],
     config: MixtralConfig,
@@ -255,7 +255,7 @@ def load(
 
 def fill(
     tensors: Mapping[str, Stored],
-    targets: Mapping[str, Destination],
+    destinations: Mapping[str, Destination],
     parameters: Mapping[str, Any],
     progress: Progress,
     quantizer: Quantizer | None = None,
@@ -266,7 +266,7 @@ def fill(
         for file, items in itertools.groupby(tensors.items(), lambda item: item[1].file):
             with opened_file(file) as opened:
                 for name, stored in items:
-                    target = targets.get(name)
+                    target = destinations.get(name)
                     if target and target.is_kept and parameters[target.parameter].device.type != "meta":
                         destination = host_memory(parameters[target.parameter])[target.index]
                         _fill(opened.get_slice(name), name, stored, target, destination, progress, quantizer)

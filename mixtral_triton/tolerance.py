@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..kernels import interpret
-from ..kernels.launch import launch_context, multiprocessors, target_arch
-from ..kernels.op import Op
-from ..kernels.quantized import QuantizedWeight
-from ..kernels.quantized_cache import CODE_MAX, QuantizedCache
-from ..kernels.registry import OPS
+from . import reference
+from .kernels import interpret
+from .kernels.launch import launch_context, multiprocessors, target_arch
+from .kernels.op import Op
+from .kernels.quantized import QuantizedWeight
+from .kernels.quantized_cache import CODE_MAX, QuantizedCache
+from .kernels.registry import OPS
 
 RATIO = 2.0  # the error of an operation may be this many times that of torch in the same dtype
 # The least limit, relative to the largest value: a rounding of a result, in fp32 another order of a long sum.

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_ids, check_vocabulary
+from ..checkpoint import parameter_shapes
 from ..config import read_json_object
-from ..inputs import check_ids, check_vocabulary
 from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
 from ..quantize import QUANTIZED_PARTS, QuantizedWeight, QuantSpec
-from ..tools.tolerance import fp64_block, largest, to_fp64
-from ..weights import parameter_shapes
+from ..tolerance import fp64_block, largest, to_fp64
 from .layers import ModelUnderTest, Step
 from .report import QuantizationCost, Row, worst_rows
 from .source import LAYER, Source, config_rows
