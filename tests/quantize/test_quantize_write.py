@@ -17,7 +17,7 @@ from mixtral_triton import Mixtral, verify
 from mixtral_triton.checkpoint import parameter_shapes, total_bytes
 from mixtral_triton.cli import SMALL
 from mixtral_triton.quantize import QuantizedWeight, quantize
-from mixtral_triton.quantize.hub import plan, read_headers
+from mixtral_triton.quantize.hub import plan_load, read_headers
 from mixtral_triton.quantize.write import write
 from tests.cli.commands import python, run_json
 from tests.model.test_weights import expected, save
@@ -309,7 +309,7 @@ def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
     for rank in range(2):
         shard = Shard(tp=2, tp_rank=rank, rank=rank)
         shapes, local = parameter_shapes(config), parameter_shapes(config, shard)
-        found = plan(headers, config, shard, "int8")
+        found = plan_load(headers, config, shard, "int8")
         specs = shard.specs(found.specs, shapes, local)
         weights: dict[str, Any] = {name: torch.empty(shape) for name, shape in local.items()}
         weights |= {name: spec.empty(local[name], "cpu") for name, spec in specs.items()}

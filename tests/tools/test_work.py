@@ -70,14 +70,30 @@ def test_row_tiles_are_those_of_random_routing(T: int, rows: int) -> None:
 
 
 TALL: Tile = (192, 256, 64, 8, 4)
+KEYS = "q", "keys.k", "keys.v", "k", "v"  # the last two by descriptors
 COUNTED = [
     ("linear", {"T": 128, "H": 256, "N": 128, "deterministic": True}, ("x", "weight"), 1.0),
     ("linear", {"T": 16, "H": 512, "N": 64}, ("x", "weight"), 1.0),
-    ("linear", {"T": 16, "H": 512, "N": 64, "weight": "int4:128"}, ("x", "weight", "scales"), 1.0),
-    ("linear", {"T": 128, "H": 512, "N": 64, "weight": "int8"}, ("x", "weight"), 1.0),
-    ("attention", {"B": 1, "T": 512, "S": 512, "Hq": 2, "Hkv": 1, "D": 64, "window": 0}, ("q", "k", "v"), 1.1),
-    ("attention", {"B": 1, "T": 512, "S": 512, "Hq": 2, "Hkv": 1, "D": 64, "window": 100}, ("q", "k", "v"), 1.4),
-    ("attention", {"B": 2, "T": 1, "S": 1024, "Hq": 16, "Hkv": 1, "D": 64, "window": 0}, ("q", "k", "v"), 1.0),
+    ("linear", {"T": 16, "H": 512, "N": 64, "weight": "int4:128"}, ("x", "weight", "weight.scales"), 1.0),
+    ("linear", {"T": 128, "H": 512, "N": 64, "weight": "int8"}, ("x", "weight", "weight.scales"), 1.0),
+    (
+        "attention",
+        {"B": 1, "T": 512, "S": 512, "Hq": 2, "Hkv": 1, "D": 64, "window": 0},
+        KEYS,
+        1.1,
+    ),
+    (
+        "attention",
+        {"B": 1, "T": 512, "S": 512, "Hq": 2, "Hkv": 1, "D": 64, "window": 100},
+        KEYS,
+        1.4,
+    ),
+    (
+        "attention",
+        {"B": 2, "T": 1, "S": 1024, "Hq": 16, "Hkv": 1, "D": 64, "window": 0},
+        KEYS,
+        1.0,
+    ),
 ]
 
 
