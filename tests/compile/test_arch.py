@@ -38,6 +38,7 @@ def launch_configs(arch: str) -> list[Any]:
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ARCHS)
 def test_known_gpu_uses_its_family_s_launch_configs_without_a_warning(arch: str) -> None:
     with warnings.catch_warnings():

@@ -63,6 +63,7 @@ def set_template(folder: Path, template: Any, place: str = "config") -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("messages", [TURNS[:1], TURNS, SYSTEM + TURNS[:1], SYSTEM + TURNS], ids=len)
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("place", ["config", "jinja", "named"])

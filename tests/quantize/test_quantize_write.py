@@ -109,6 +109,7 @@ PAIRS = [{"experts": experts, "linear": linear} for experts in FORMATS for linea
 ERROR = {"int4": 5e-3, "exact": 2e-6}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("format", [*FORMATS, *PAIRS], ids=str)
 @pytest.mark.parametrize("head", ["untied", "tied", "tied, in the file"])
 @pytest.mark.parametrize("dequantize", [False, True])

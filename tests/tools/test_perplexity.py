@@ -77,7 +77,8 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
-@pytest.mark.parametrize("weights", [[], ["--weights", "int4"]])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("weights", [["--weights", "int4"], []])
 def test_the_time_left_is_right_after_a_tenth(weights: list[str], text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of both models, within 30 %. Each token takes 1 ms more than it would."""
     score, ends = Mixtral.score, list[float]()
