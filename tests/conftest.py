@@ -126,8 +126,9 @@ def guarded(kernel: Any, grid: tuple[int, ...], args: dict[str, Any]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A writable copy of the small checkpoint."""
-    return Path(shutil.copytree(SMALL, tmp_path / "checkpoint"))
+    """A writable copy of the small checkpoint, without its chat template."""
+    ignore = shutil.ignore_patterns("chat_template.jinja")
+    return Path(shutil.copytree(SMALL, tmp_path / "checkpoint", ignore=ignore))
 
 
 @pytest.fixture(autouse=True)

@@ -178,6 +178,11 @@ def test_commands_change_the_chat(chat_folder: Path) -> None:
     assert talk(chat_folder, ["/system fail", "Hi"])[0][0]["error"].endswith("leave --system out")
 
 
+def test_the_small_checkpoint_has_a_template() -> None:
+    found, error = talk(SMALL, ["The return statement", "and"], "--max-new-tokens", "3")
+    assert [each["reused"] for each in found] == [0, found[0]["computed"] + 2], error
+
+
 def test_the_chat_says_so_before_its_positions_end(chat_folder: Path) -> None:
     found, error = talk(chat_folder, ["Hi", "There", "More", "/reset", "Hi"], "--context", "32")
     used = found[0]["prompt_tokens"] + len(found[0]["tokens"])
@@ -188,8 +193,9 @@ def test_the_chat_says_so_before_its_positions_end(chat_folder: Path) -> None:
     assert any("fewer than 32 are possible" in each.get("error", "") for each in found) and used < 32
     assert found[-1]["tokens"] == found[0]["tokens"]
     assert "--context is 2000, needs 1 to 1024" in error_line(CHAT, chat_folder, "--context", "2000")
-    assert "--chat needs a template" in error_line(CHAT)
     assert "--logprobs is given" in error_line(CHAT, chat_folder, "--logprobs", "2")
+    change(chat_folder / "tokenizer_config.json", chat_template=None)
+    assert "--chat needs a template" in error_line(CHAT, chat_folder)
 
 
 def test_a_cache_without_a_window_grows_with_the_chat(chat_folder: Path, appended: list[int]) -> None:
