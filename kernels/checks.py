@@ -35,7 +35,7 @@ MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model 
 Matrix = Tensor | QuantizedWeight
 Cache = Tensor | QuantizedCache
 COMPOSITES = QuantizedWeight, QuantizedCache  # arguments of several tensors
-# Of arguments that may be one, the parts beside the codes, which take the place of the tensor.
+# What torch's operator takes at its end for such an argument. The codes take the argument's own place.
 COMPOSITE_PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
 
 # Annotations that operations share.

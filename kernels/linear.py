@@ -129,8 +129,11 @@ class LinearSizes:
 
 
 def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool:
-    """Return whether the skinny kernel runs: up to SKINNY_M rows always, up to SKINNY_M_MAX where the cost model
-    predicts it no slower than a library: memory is slow relative to L2, and the weight has a program for every SM."""
+    """Return whether the kernel for few rows of x runs, in place of torch's library or the one for many.
+
+    Up to SKINNY_M rows it does. Up to SKINNY_M_MAX it does for a quantized weight, and on sm_80 and sm_90 for a weight
+    whose rows fill a tile on every SM: there the cost model predicts it to be no slower than a library.
+    """
     T, N = sizes.T, sizes.N
     if T <= SKINNY_M or T > SKINNY_M_MAX or dtype == torch.float32:
         return T <= SKINNY_M

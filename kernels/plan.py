@@ -80,11 +80,16 @@ _Step = tuple[Any, tuple[int, int, int], Callable[[Sequence[Any]], tuple[Any, ..
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """The launches of a call. The values from which their arguments are picked are, in this order:
+    """The launches of a call, whose arguments are picked from one list of values.
 
-    the call's arguments; the tensors of those that are several, whose places are `quantized`; fresh memory of the
-    shapes, strides and dtypes in `allocations`; `constants`. Each call replaces some constants by descriptors:
-    `descriptors` has the place of each, its fields but the base, and the base's place.
+    The list holds, in this order, the call's arguments, the tensors of its composite arguments, new memory, and
+    constants.
+
+    quantized    the positions of the composite arguments
+    allocations  shape, stride and dtype of each new tensor
+    descriptors  of each TMA descriptor, which replaces a constant: its position, its fields, its base's position
+    steps        the launches
+    results      picks what the call returns
     """
 
     device: torch.device

@@ -36,11 +36,11 @@ def draw(
 
 
 def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]] | None) -> Any:
-    """Return `Op.inputs` for `run`: the arguments that `special` returns, and random ones by their annotations.
+    """Return `Op.inputs` for `run`: a function that draws its arguments. `special` may draw some of them.
 
-    Tensors have normal values, divided by the root of the columns where no dimension counts sequences or tokens. A
-    Matrix is quantized where the field of its name says so, a Cache where `cache` is "int8". Numbers are fields of the
-    case, or 1e-5.
+    Activations are normal. Weights, whose shape has no sequences and no tokens, are normal with a deviation of
+    columns ** -0.5. A Matrix is quantized if the case's field of its name is a format, a Cache if `case.cache` is set.
+    A number is the case's field of its name, or 1e-5.
     """
 
     def inputs(case: Any, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:

@@ -34,7 +34,8 @@ TOKEN_FLOOR = {dtype: floor / 2 for dtype, floor in FLOOR.items()}
 
 
 def token_floor(dtype: torch.dtype, quantized: bool) -> float:
-    """TOKEN_FLOOR; over a cache of 8 bits that of bf16: any rounding may change a code by one, as a rounding would."""
+    """Return the least limit of a token's logits. With a cache of 8 bits it is bf16's: a rounding of fp32 may change a
+    code by one, which is as much as a rounding of bf16."""
     return TOKEN_FLOOR[torch.bfloat16 if quantized else dtype]
 
 

@@ -39,7 +39,10 @@ class Parts:
 
 
 class Applied:
-    """A class that replaces `original`. Calling it makes an instance of that class, which its pickle names, too."""
+    """The base of classes that replace a class of transformers, their `original`.
+
+    Who calls the class with arguments gets an instance of `original`, and a pickle of an instance names `original`.
+    """
 
     original: ClassVar[Any]
     _mixtral_triton: Parts
