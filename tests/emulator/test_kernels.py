@@ -168,7 +168,7 @@ def test_offload_gives_the_same_bits_and_reads_each_byte_once(arch: str, format:
             assert torch.equal(experts(with_host), want)
             selected = set(args["ids"].held.unique().tolist())
             for name in ("gate_up_proj", "down_proj") if T < 70 else ():
-                of_expert, argument = with_host[name].host[0].nbytes, name.replace("_proj", "_ptr")
+                of_expert, argument = with_host[name].host[0].nbytes, name.replace("_proj", ".ptr")
                 assert loaded[f"{argument} host"] == len(selected & {*ON_HOST}) * of_expert
                 assert loaded[f"{argument} resident"] == len(selected - {*ON_HOST}) * of_expert
         with_host["down_proj"].host.zero_()

@@ -42,7 +42,7 @@ def meta_check(model: Mixtral) -> LayerCheck:
 def keys(launches: Any) -> set[Any]:
     """The launch configurations, and the shapes of dense weights, of Triton's launches."""
     found = (each for each in launches if each.grid is not None)
-    shape = lambda each: getattr(each.args.get("weight_ptr"), "shape", None)  # noqa: E731
+    shape = lambda each: getattr(getattr(each.args.get("weight"), "ptr", None), "shape", None)  # noqa: E731
     return {(each.kernel, each.num_warps, str(sorted(each.constexprs.items())), shape(each)) for each in found}
 
 
