@@ -195,7 +195,7 @@ def _predict_experts(rates: Figures) -> Figures:
     gaps = {False: rates["launch_gap"], True: rates["pdl_gap"] or rates["launch_gap"]}
     figures: Figures = {}
     for T in (512, 1024, 1536, 4096):
-        case = Case(OPS["expert_swiglu"], {"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2})
+        case = Case(op := OPS["expert_swiglu"], op.case(T=T, H=4096, I=14336, E=8, K=2))
         gap = mock.patch.object(GPU, "gap", lambda _, dependent: gaps[dependent])
         with mock.patch.object(predict, "OPTIMISTIC", efficiency), gap:
             predicted = untimed_row(case, gpu).predicted

@@ -84,7 +84,7 @@ class Case:
     def cost(self, args: dict[str, Any] | None = None) -> Cost:
         """Return the compulsory work, for the experts that `args` select, or those expected of uniform routing."""
         routed: dict[str, Any] = decode_step.routed(args) if args and self.op is decode_step.STEP else {}
-        if args and "ids" in args:
+        if args and "ids" in args and hasattr(self.sizes, "distinct"):
             routed["distinct"] = len(args["ids"].unique())
         return self.op.cost(replace(self.sizes, **routed), self.dtype)
 
