@@ -206,7 +206,8 @@ def row_products(
     offs_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((ROWS, w.rows.shape[0]), tl.float32)
     for k in range(0, K, UNIT):
-        tile = weight_tile(w, k, K, BLOCK_K, LAYOUT)
+        if FIELDS > 1:
+            tile = weight_tile(w, k, K, BLOCK_K, LAYOUT)
         for field in tl.static_range(FIELDS):
             column = k + field * BLOCK_K
             if x_desc is None:
@@ -221,8 +222,8 @@ def row_products(
                     scales = None if GROUP == K else _load_group(w.ptrs.scales, w.rows, group, inside, K, GROUP)
                 values = unpacked(tile, field, zeros, FORMAT, x.dtype, PTX)
                 values = values if GROUP == K else scaled(values, scales, PTX)
-            else:
-                values = tile
+            else:  # loaded after x: on sm_80 the loop then has fewer instructions
+                values = weight_tile(w, k, K, BLOCK_K, LAYOUT)
             acc = tl.dot(x, values.T, acc, input_precision="ieee")
         if x_desc is None:
             x_ptrs += UNIT  # stepped, not computed from k: fewer instructions in the loop
