@@ -24,6 +24,7 @@ from mixtral_triton.kernels.quantized import (
     unit_columns,
     unpack,
 )
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tolerance import Tolerance
 from tests.emulator.harness import run
@@ -237,6 +238,7 @@ def check(name: str, args: Args, **changes: Any) -> None:
 
 
 PATHS = [*((T, False, dtype) for T in (5, 70) for dtype in FLOATS), (5, True, torch.bfloat16)]
+PATHS += [(T, False, torch.bfloat16) for T in (65, 128, 129)]  # of few tokens up to 128
 
 
 @pytest.mark.exhaustive
@@ -246,6 +248,31 @@ PATHS = [*((T, False, dtype) for T in (5, 70) for dtype in FLOATS), (5, True, to
 @pytest.mark.parametrize("case", [CASES[number] for number in (0, 2, 4, 8)], ids=str)
 def test_experts(case: Any, T: int, deterministic: bool, dtype: torch.dtype) -> None:
     check("expert_swiglu", layer(*case, T, dtype) | {"deterministic": deterministic})
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    ("dense", "dtype", "deterministic", "limit"),
+    [
+        (None, torch.bfloat16, False, 128),
+        (None, torch.float16, False, 128),
+        (None, torch.float32, False, 64),
+        ("down_proj", torch.bfloat16, False, 64),
+        ("gate_up_proj", torch.bfloat16, False, 64),
+        (None, torch.bfloat16, True, 0),
+    ],
+)
+def test_the_most_tokens_of_the_kernels_without_a_sort(
+    arch: str, dense: str | None, dtype: torch.dtype, deterministic: bool, limit: int
+) -> None:
+    for T in (1, 64, 65, 128, 129):
+        args = inputs("expert_swiglu", {"T": T, "H": 256, "I": 256, "E": 8, "K": 2}, "meta", dtype)
+        for name in {"gate_up_proj", "down_proj"} - {dense}:
+            args[name] = sample_quantized("int4:128", *args[name].shape, device="meta")
+        with record_launches(arch) as launches:
+            ops.expert_swiglu(**args, deterministic=deterministic)
+        decode = any(launch.kernel == "experts_up_decode_kernel" for launch in launches)
+        assert decode == (limit >= T) != any(launch.kernel == "experts_up_kernel" for launch in launches), T
 
 
 @pytest.mark.exhaustive
