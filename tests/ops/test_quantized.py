@@ -311,7 +311,7 @@ def test_linear_of_views() -> None:
 @pytest.mark.parametrize(
     ("name", "zeros"), [("int4:128", True), ("int4:64", False), ("int8", False), ("fp8:128", False)]
 )
-@pytest.mark.parametrize("T", [1, 4, 64])
+@pytest.mark.parametrize("T", [1, 4, 64, 128])
 def test_decode_reads_the_packed_experts_once(name: str, zeros: bool, T: int, covers: Any) -> None:
     """Decode reads codes, scales and zeros of the selected experts, and nothing of the rest."""
     args = layer(name, 256, 512, zeros, T, torch.bfloat16, E=8)
