@@ -9,6 +9,11 @@ columns, and its product with x needs no interleave. K is padded to a full unit 
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +24,23 @@ GROUPS = (128, 64, 32)  # columns that may share a scale, besides a full row
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 # Dtypes of the scales that quantizing makes. One scale a group takes an eighth of the codes' bytes.
 SCALES = {"int4": torch.bfloat16, "int8": torch.float32, "fp8": torch.float32}
-CPU_INT8_ROWS = 128  # up to here torch's int8 product on a CPU is faster than a product with dequantized weights
+CPU_CODE_ROWS = 128  # up to here torch's products with codes on a CPU are faster than one with dequantized weights
 QUANT_NAMES = ("int4:128", "int8", "fp8")  # `QuantizedWeight.name`s that quantizing makes, benchmarked and compiled
 ZERO_INT4 = 8  # the code of value 0 where there are no zeros
+_multiplies_codes = ContextVar("multiplies_codes", default=False)
+# By weight and expert: int4 codes in the layout of torch's product. It depends on the CPU, so these are a second copy
+# beside the weight, and no part of its state, its copies or its pickle.
+_packed: weakref.WeakKeyDictionary[QuantizedWeight, dict[int | None, PackedInt4]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def products_of_codes() -> Iterator[None]:
+    """Let `QuantizedWeight.product` multiply by the codes. Elsewhere, as in `verify`'s references, it dequantizes."""
+    token = _multiplies_codes.set(True)
+    try:
+        yield
+    finally:
+        _multiplies_codes.reset(token)
 
 
 def unit_columns(format: str, K: int, group: int) -> int:
@@ -103,6 +122,7 @@ class QuantizedWeight(nn.Module):
     data: Tensor
     scales: Tensor
     zeros: Tensor | None
+    _expert_of: tuple[QuantizedWeight, int] | None = None  # of a view: the weight [E, N, K], and the expert
 
     def __init__(
         self, format: str, data: Tensor, scales: Tensor, zeros: Tensor | None, shape: tuple[int, ...], group: int
@@ -199,7 +219,11 @@ class QuantizedWeight(nn.Module):
     def __getitem__(self, index: int | slice) -> QuantizedWeight:
         """Return views of one expert, or of a slice of the first dimension."""
         data, zeros = self.data[index], None if self.zeros is None else self.zeros[index]
-        return type(self)(self.format, data, self.scales[index], zeros, (*data.shape[:-1], self.shape[-1]), self.group)
+        shape = (*data.shape[:-1], self.shape[-1])
+        part = type(self)(self.format, data, self.scales[index], zeros, shape, self.group)
+        if isinstance(index, int):
+            part._expert_of = self, index % len(self)
+        return part
 
     def dequantize(self) -> Tensor:
         """Return the exact weight in fp32, [(E,) N, K]."""
@@ -216,23 +240,88 @@ class QuantizedWeight(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] -> x @ weight.T [..., N] for a weight [N, K], in plain torch.
 
-        Dequantizes exactly in fp32 and rounds to x's dtype. For few rows of bf16 on a CPU and one int8 scale a row,
-        torch multiplies by the codes, and the scales, which torch would round, multiply the products.
+        Dequantizes exactly in fp32 and rounds to x's dtype. Within `products_of_codes` torch multiplies few rows of
+        bf16 on a CPU by int8 codes with one scale a row, and by int4 codes.
         """
         rows = x.numel() // max(1, x.shape[-1])
-        by_row = self.format == "int8" and self.group == self.shape[-1]
-        if not by_row or x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < rows <= CPU_INT8_ROWS:
-            return nn.functional.linear(x, self.dequantize().to(x.dtype))
+        few = 0 < rows <= CPU_CODE_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if few and _multiplies_codes.get():
+            flat = x.reshape(rows, -1)
+            if self.format == "int8" and self.group == self.shape[-1]:
+                return self._int8_product(flat).view(*x.shape[:-1], -1)
+            if self.format == "int4" and self.shape[0] % 16 == 0 and self.group % 32 == 0:
+                return self._packed_int4().product(flat).view(*x.shape[:-1], -1)
+        return nn.functional.linear(x, self.dequantize().to(x.dtype))
+
+    def _int8_product(self, x: Tensor) -> Tensor:
+        """x bf16 [M, K] -> [M, N]. The scales, which torch would round, multiply the products."""
         unit = unit_columns(self.format, self.shape[-1], self.group)
-        padded = nn.functional.pad(x.reshape(rows, -1), (0, -x.shape[-1] % unit))
+        padded = nn.functional.pad(x, (0, -x.shape[-1] % unit))
         # Byte order of an element: column j of a unit, then column J + j.
-        in_order = padded.unflatten(-1, (-1, 2, unit // 2)).transpose(-1, -2).reshape(rows, -1)
+        in_order = padded.unflatten(-1, (-1, 2, unit // 2)).transpose(-1, -2).reshape(len(x), -1)
         ones = x.new_ones(len(self))
         products = torch._weight_int8pack_mm(in_order, self.data.contiguous().view(torch.int8), ones)
-        return (products.float() * self.scales.float().squeeze(-1)).to(x.dtype).view(*x.shape[:-1], -1)
+        return (products.float() * self.scales.float().squeeze(-1)).to(x.dtype)
+
+    def _packed_int4(self) -> PackedInt4:
+        """Return the packed codes, which are made again after a tensor of the weight was written or replaced."""
+        owner, expert = self._expert_of or (self, None)
+        packed = _packed.setdefault(owner, {})
+        if expert not in packed or not packed[expert].holds(owner):
+            packed[expert] = PackedInt4.of(self, owner)
+        return packed[expert]
 
     def extra_repr(self) -> str:
         return f"{self.format}, {list(self.shape)}, group {self.group}"
+
+
+@dataclass(frozen=True)
+class PackedInt4:
+    """int4 codes [N, K] as `torch._weight_int4pack_mm_for_cpu` takes them, beside those of the weight.
+
+    tables   bf16 [K / group, N, 2]: scale and offset of value = (code - 8) * scale + offset. Their sum is exact for the
+             16 bits of fp16 and bf16 scales, with zeros; the second table is absent where the first is exact.
+    sources  the tensors of the weight that was packed, and their versions
+    """
+
+    codes: Tensor
+    tables: list[Tensor]
+    group: int
+    sources: list[tuple[weakref.ref[Tensor], int | None]]
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight, owner: QuantizedWeight) -> PackedInt4:
+        """Pack a weight [N, K]; owner: the weight that it is a view of."""
+        group = math.gcd(weight.group, 256)
+        codes = unpack(weight.data, weight.format, weight.shape[-1], weight.group)
+        scales = weight.scales.float()
+        offsets = (
+            torch.zeros_like(scales) if weight.zeros is None else scales * (128 + ZERO_INT4 - weight.zeros.float())
+        )
+        exact = torch.stack((scales, offsets), dim=-1).repeat_interleave(weight.group // group, 1).transpose(0, 1)
+        rounded = exact.bfloat16().contiguous()
+        rest = (exact - rounded).bfloat16().contiguous()
+        tables = [rounded, rest] if rest.any() else [rounded]
+        sources = [(weakref.ref(x), _version(x)) for x in owner.tensors if x is not None]
+        return cls(torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1), tables, group, sources)
+
+    def holds(self, owner: QuantizedWeight) -> bool:
+        """Return whether the weight's tensors are those that were packed, unchanged."""
+        tensors = [x for x in owner.tensors if x is not None]
+        return all(
+            x is ref() and version == _version(x) for x, (ref, version) in zip(tensors, self.sources, strict=True)
+        )
+
+    def product(self, x: Tensor) -> Tensor:
+        """x bf16 [M, K] -> [M, N]."""
+        x = x.contiguous()
+        first, *rest = (torch._weight_int4pack_mm_for_cpu(x, self.codes, self.group, table) for table in self.tables)
+        return sum((y.float() for y in rest), first.float()).to(x.dtype) if rest else first
+
+
+def _version(x: Tensor) -> int | None:
+    """Return the count of writes to a tensor; None for one made in inference mode, which has none."""
+    return None if x.is_inference() else x._version
 
 
 @dataclass(frozen=True)

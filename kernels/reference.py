@@ -39,7 +39,8 @@ def embed_rms_norm(input_ids: Tensor, table: Tensor, weight: Tensor, eps: float)
 def linear(x: Tensor, weight: Any) -> Tensor:
     """x [..., H], weight [N, H] -> [..., N].
 
-    A quantized weight multiplies itself (`QuantizedWeight.product`); 16 bits then have one more rounding.
+    A quantized weight is dequantized and rounded to x's dtype. A CPU without kernels may multiply by the codes instead
+    (`QuantizedWeight.product`); 16 bits then have one more rounding.
     """
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight.product(x)
 

@@ -51,12 +51,24 @@ Table = Mapping[str, Sequence[Tile]]
 
 # Quantized weights. BLOCK_N counts gate and up rows together. Not measured on a GPU: selected by instructions per byte
 # (decode) and FLOP per instruction (prefill). Registers bound the tiles of fp32, in decode to 16 rows of x.
-_DECODE_HOPPER = DecodeTile(16, 16, 64, 0, 4, 5), DecodeTile(32, 32, 64, 0, 4, 4), DecodeTile(64, 64, 64, 0, 4, 3)
+# The experts of up to 128 tokens take these, too. With 2 of 8 an expert then has 32 rows on average, and where it has
+# more than 64 reads its weight again.
+_DECODE_HOPPER = (
+    DecodeTile(16, 16, 64, 0, 4, 5),
+    DecodeTile(32, 32, 64, 0, 4, 4),
+    DecodeTile(64, 64, 64, 0, 4, 3),
+    DecodeTile(128, 64, 128, 0, 8, 3),
+)
 QUANTIZED_DECODE: Table[DecodeTile] = {
-    "sm_80": (DecodeTile(16, 16, 128, 0, 8, 4), DecodeTile(32, 32, 128, 0, 8, 3), DecodeTile(64, 64, 64, 0, 4, 3)),
+    "sm_80": (
+        DecodeTile(16, 16, 128, 0, 8, 4),
+        DecodeTile(32, 32, 128, 0, 8, 3),
+        DecodeTile(64, 64, 64, 0, 4, 3),
+        DecodeTile(128, 64, 128, 0, 8, 2),
+    ),
     "sm_90": _DECODE_HOPPER,
     "sm_100": _DECODE_HOPPER,
-    "gfx942": (DecodeTile(16, 16, 32, 0, 4, 1), DecodeTile(64, 64, 32, 0, 8, 1)),
+    "gfx942": (DecodeTile(16, 16, 32, 0, 4, 1), DecodeTile(64, 64, 32, 0, 8, 1), DecodeTile(128, 64, 32, 0, 8, 1)),
     "fp32": (DecodeTile(16, 16, 16, 0, 8, 2), DecodeTile(32, 16, 16, 0, 8, 2), DecodeTile(64, 16, 16, 0, 8, 2)),
 }
 # A unit's tile of a weight meets as many tiles of x as an element has codes, which take shared memory.

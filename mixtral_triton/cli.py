@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     import torch
 
-    from .arguments import usable_device
+    from .arguments import free_memory, in_decimal, usable_device
     from .checkpoint import total_bytes
     from .model import Mixtral
     from .quantize.hub import read_headers
@@ -271,6 +271,8 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
         model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
         print_message(f"mixtral-triton {args.command}: {warning.message}")
+    if (free := free_memory(model.device)) is not None and is_first():
+        print_message(f"mixtral-triton {args.command}: {in_decimal(free)} of {model.device} are free after loading")
     return model
 
 

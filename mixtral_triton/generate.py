@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from .kernels.call import untraced
 from .kernels.checks import readable
 from .kernels.launch import launch_context, launches_dependently
 from .kernels.offload import call_runtime as _call_runtime
+from .out_of_memory import explain_out_of_memory
 from .sampling import Logprobs, Sampling, measure, penalize, sample, stack_steps
 
 if TYPE_CHECKING:
@@ -158,17 +160,20 @@ def _stream(
 ) -> Iterator[Any]:
     if n == 0:
         return
-    drawn, texts = None, rows
+    drawn, texts, context = None, rows, max(map(len, rows)) + n
+    explain = partial(explain_out_of_memory, "generate", model, len(rows), context)
     if isinstance(cache, torch.dtype):
-        cache = KVCache(model.config, len(rows), max(map(len, rows)) + n, model.device, cache)
+        with explain(cache):
+            cache = KVCache(model.config, len(rows), context, model.device, cache)
     else:
         texts = [row[kept:] for row, kept in zip(rows, cache.set_back([row.tolist() for row in rows]), strict=True)]
         cache.filled_by, drawn = model.dtype, cache.drawn
-    step = Step(model, cache, eos, sampling, logprobs)
-    for seen, row in zip(step.seen, rows, strict=True) if step.penalizes else ():
-        seen[row] = True
-    replayed = cache.replayed
-    step.pick(prefill(model, cache, *pad(texts, model.device)))
+    with explain(cache.dtype):
+        step = Step(model, cache, eos, sampling, logprobs)
+        for seen, row in zip(step.seen, rows, strict=True) if step.penalizes else ():
+            seen[row] = True
+        replayed = cache.replayed
+        step.pick(prefill(model, cache, *pad(texts, model.device)))
     replay: Any = None
     captures = 1 + (model.ranks is None and launches_dependently(model.device))
     try:
@@ -182,14 +187,16 @@ def _stream(
                 raise ValueError("generate: cache has gone on in another call, needs a cache that only this one uses")
             if done == n or (eos and bool(step.ended.all())):
                 return
-            (replay or step)()
+            with explain(cache.dtype):
+                (replay or step)()
             # A step that ran eagerly has its kernels compiled.
             to_capture = replay is None and done <= captures and n - done > GRAPH_MIN_TOKENS
             if to_capture and not can_capture(model):
                 captures = 0
             elif to_capture:
                 try:
-                    replay = capture(step, sampling.generator, model.device)
+                    with explain(cache.dtype):
+                        replay = capture(step, sampling.generator, model.device)
                 except CaptureLost:
                     raise
                 except RuntimeError as error:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,34 @@ from .quantize import QUANTIZED_PARTS, Formats, QuantSpec, hub, quantize_into, s
 if TYPE_CHECKING:
     from .model import Mixtral
 
-# An estimate, not a count: what the driver keeps of the total that its tool prints, a CUDA context with the kernels of
-# torch and Triton, a library's workspace for matrix products, the graph of a decode step and that step's own buffers.
-OVERHEAD = 5 * 2**28
-TIGHT = 0.02  # of the memory: the error of the estimate
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a GPU by estimate: a share of the memory that its driver's tool prints, at most `most`."""
+
+    source: str
+    most: int
+    share: float = 1.0
+
+    def of(self, memory: int) -> int:
+        return min(self.most, math.ceil(self.share * memory))
+
+
+# What a GPU holds beside the tensors that are counted. On a GPU the first two are measured, as memory that is not free.
+ESTIMATES = {
+    "driver": Estimate(
+        "torch's total_memory beside nvidia-smi's total: RTX 5090 32,117 of 32,607 MiB, A100 40 GB 40,339 of 40,960, "
+        "A100 80 GB 79.15 GiB of 81,920 MiB, RTX 4090 23.64 GiB of 24,564 MiB",
+        870 * MIB,
+        0.0152,
+    ),
+    "context": Estimate("reports of a CUDA context with torch's kernels: 256 to 426 MiB", 426 * MIB),
+    "graph": Estimate("a decode step's buffers, by tests/tools/test_fit.py, and as much for its kernels", 256 * MIB),
+}
+MARGIN = 0.02  # of the free memory: what an allocator rounds up, and the error of the estimates
+TENTH = 0.9  # a smaller chunk stages all offloaded experts more often, so it has to leave a tenth fewer of them
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
 LOGIT_BYTES = 64
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -186,12 +210,18 @@ def running_bytes(
         "cache": cache_bytes(config, batch, context, cache_dtype),
         "workspace": workspace_bytes(config, batch, context, chunk),
         "logits": LOGIT_BYTES * batch * config.vocab_size,
+        "graph": ESTIMATES["graph"].most,
     }
 
 
-def usable_bytes(memory: int) -> int:
-    """Return the bytes that may be planned for, of all memory of a GPU."""
-    return memory - math.ceil(memory * TIGHT)
+def estimated_free(memory: int) -> int:
+    """Return the free bytes of a GPU of so much memory, by its driver's tool, that runs this process alone."""
+    return memory - ESTIMATES["driver"].of(memory) - ESTIMATES["context"].of(memory)
+
+
+def usable_bytes(free: int) -> int:
+    """Return the bytes that may be planned for, of the free ones."""
+    return free - math.ceil(free * MARGIN)
 
 
 def movable_bytes(
@@ -226,8 +256,8 @@ def fewest(
     config: MixtralConfig, sizes: Movable, needed: Callable[[int], int], available: int, routes: Routes | None = None
 ) -> Placement | None:
     """Return the fewest experts of the whole model in host memory, and the embedding, with which `available` bytes
-    suffice; None where no number is enough. needed: bytes where all of it is on the device, by the tokens of a chunk: a
-    smaller chunk may save experts."""
+    suffice; None where no number is enough. needed: bytes where all of it is on the device, by the tokens of a chunk. A
+    smaller chunk has to save a tenth of the experts."""
     L, most, found = config.num_hidden_layers, config.num_local_experts - 1, list[Placement]()
     if needed(PREFILL_CHUNK) <= available:
         return Placement()
@@ -244,16 +274,18 @@ def fewest(
             count = next((n for n in range(L * most + 1) if freed(n) >= excess), L * most + 1)
         if count <= L * most:
             found.append(Placement.of(select_experts(config, count, routes), *sizes, chunk))
-    best = min(found, key=lambda one: (one.count, -one.chunk), default=None)
-    return best and replace(best, saved=found[0].count - best.count)
+    if not found:
+        return None
+    best = reduce(lambda best, one: one if one.count <= TENTH * best.count and best.count else best, found)
+    return replace(best, saved=found[0].count - best.count)
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return the bytes that `fit` counts on for a model on a CUDA device, at most the free ones; None for another."""
+    """Return the bytes that may be planned for on a CUDA device; None for another."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # makes the context, whose memory is then no longer free
     free = free_memory(device)
-    if free is None:
-        return None
-    return min(free, usable_bytes(torch.cuda.get_device_properties(device).total_memory) - OVERHEAD)
+    return None if free is None else usable_bytes(free)
 
 
 def check_offload(

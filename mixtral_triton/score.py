@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .generate import check_rows, pad, run_chunks, to_rows
+from .out_of_memory import explain_out_of_memory
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -37,6 +38,12 @@ def score(
         raise ValueError(f"score: a text of {ids.shape[1]} tokens is beyond max_position_embeddings, {limit}")
     if (dtype := model.dtype if cache_dtype is None else cache_dtype) not in dtypes:
         raise ValueError(f"score: cache_dtype is {dtype!r}, needs None, {model.dtype}, the model's, or torch.int8")
+    with explain_out_of_memory("score", model, len(rows), ids.shape[1], dtype):
+        return _score(model, rows, ids, lengths, dtype)
+
+
+def _score(model: Mixtral, rows: list[Tensor], ids: Tensor, lengths: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """`score` of checked texts, padded to ids [B,T]."""
     cache = KVCache(model.config, len(rows), ids.shape[1], model.device, dtype)
     targets, found, at_once = F.pad(ids[:, 1:], (0, 1)), [], max(1, LOGITS // model.full_config.vocab_size)
     for start, h, _ in run_chunks(model, cache, ids, lengths):

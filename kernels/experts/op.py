@@ -31,7 +31,7 @@ from ..sort import expected_distinct_experts, gather_by_expert, launch_sort, sam
 from ..tiles import power_of_2
 from . import kernels
 from .kernels import Groups
-from .tiles import DECODE_TOKENS, ExpertSizes, configs
+from .tiles import ExpertSizes, configs
 
 GateUp = Annotated[Matrix, "E 2*I H"]
 Down = Annotated[Matrix, "E H I"]
@@ -91,11 +91,14 @@ _DENSE_SHAPES = (
     test_shapes=(
         *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
         *shapes(ExpertCase, "3 128 96 4 2", gate_up="int4:128", down="int4:32"),
-        *shapes(ExpertCase, "70 96 64 4 2", gate_up="int8", down="fp8"),
+        *shapes(ExpertCase, "70 96 64 4 2, 150 96 64 4 2", gate_up="int8", down="fp8"),
+        *shapes(
+            ExpertCase, "128 128 96 2 1", gate_up="int4:128", down="int4:32"
+        ),  # more rows an expert than a tile has
     ),
     bench_shapes=(
         *_DENSE_SHAPES,
-        *(ExpertCase(T, **_SIZES, gate_up=name, down=name) for T in (1, 4096) for name in QUANT_NAMES),
+        *(ExpertCase(T, **_SIZES, gate_up=name, down=name) for T in (1, 128, 4096) for name in QUANT_NAMES),
     ),
 )
 def expert_swiglu(
@@ -185,7 +188,7 @@ def _experts(
         norm=norm is not None,
     )
     selected = select_configs(configs, sizes, x.dtype, x.device)
-    decode = T <= DECODE_TOKENS and not deterministic
+    decode = "experts_up_decode_kernel" in selected
     y = (_launch_decode if decode else _launch_prefill)(rows, *projections, ids, sizes, selected)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
     combine = selected["experts_combine_kernel"]

@@ -20,6 +20,7 @@ from ..tiles import (
     power_of_2,
     prefill_tile,
     quantized_prefill,
+    tiles_for,
     weight_config,
 )
 from .kernels import main_rows
@@ -39,7 +40,8 @@ class ExpertSizes:
     norm: bool  # the combine also normalizes
 
 
-# Up to here the sort-free kernels run: the bytes of the weights bound the layer, whatever the tiles.
+# Up to here the sort-free kernels run: the bytes of the weights bound the layer, whatever the tiles. With quantized
+# weights they run for as many tokens as QUANTIZED_DECODE has a tile for (`decode_tokens`).
 DECODE_TOKENS = 64
 # A fixed split: a row's sum has the same order in any batch.
 SPLIT_K = 4
@@ -112,6 +114,11 @@ DOWN: Table[PrefillTile] = {
 }
 
 
+def decode_tokens(gate_up: str | None, down: str | None, dtype: torch.dtype, arch: str) -> int:
+    """Return the most tokens for which the sort-free kernels run, for weights of these `QuantizedWeight.name`s."""
+    return tiles_for(QUANTIZED_DECODE, dtype, arch)[-1].rows if gate_up and down else DECODE_TOKENS
+
+
 def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     slots, dense = sizes.T * sizes.K, not (sizes.gate_up or sizes.down)
     rows = 0 if sizes.deterministic else slots // sizes.E
@@ -158,5 +165,5 @@ def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     # The fused norm needs a full row.
     norm = sizes.norm
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes.H, high=1 << 30 if norm else 1024)}, 8 if norm else 4)
-    prefill = sizes.T > DECODE_TOKENS or sizes.deterministic
-    return {"experts_combine_kernel": combine} | (_prefill_configs if prefill else _decode_configs)(sizes, dtype, arch)
+    decode = decode_tokens(sizes.gate_up, sizes.down, dtype, arch) >= sizes.T and not sizes.deterministic
+    return {"experts_combine_kernel": combine} | (_decode_configs if decode else _prefill_configs)(sizes, dtype, arch)

@@ -25,7 +25,17 @@ from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..kernels.checks import dtype_name
 from ..kernels.op import Cost
 from ..kernels.record import record_launches
-from ..load import AUTO_CONTEXT, OVERHEAD, Placement, fewest, movable_bytes, running_bytes, table_bytes, usable_bytes
+from ..load import (
+    AUTO_CONTEXT,
+    MARGIN,
+    Placement,
+    estimated_free,
+    fewest,
+    movable_bytes,
+    running_bytes,
+    table_bytes,
+    usable_bytes,
+)
 from ..model import Mixtral
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.layouts import read_scheme
@@ -77,7 +87,7 @@ def memory_need(
     """Bytes of a model on one GPU, by what they hold, and "total". Prompts are read in chunks of `chunk` tokens."""
     weights = weight_bytes(parameter_shapes(config), specs, default_dtype(config))
     need = {"weights": weights, "tables": table_bytes(config)}
-    need |= running_bytes(config, batch, context, chunk, cache_dtype) | {"overhead": OVERHEAD}
+    need |= running_bytes(config, batch, context, chunk, cache_dtype)
     return need | {"total": sum(need.values())}
 
 
@@ -88,6 +98,11 @@ def placement(
     need, dtype = partial(memory_need, config, specs, batch, context, cache_dtype=cache_dtype), default_dtype(config)
     movable = movable_bytes(config, parameter_shapes(config), specs, dtype)
     return fewest(config, movable, lambda chunk: need(chunk=chunk)["total"], limit)
+
+
+def free_bytes(gpu: GPU) -> int:
+    """The free bytes of a GPU beside its driver and a context: measured where it is at hand, else by estimate."""
+    return gpu.free or estimated_free(gpu.bytes)
 
 
 Offload = dict[str, Any]  # what `--json` prints of it
@@ -101,7 +116,7 @@ class MemoryPlan:
     format: str
     weights: Any  # its value in WEIGHT_FORMATS
     bytes: dict[str, int]  # `memory_need`
-    verdict: str  # "fits"; "tight": by less than TIGHT of the memory; "no"
+    verdict: str  # "fits"; "tight": by less than MARGIN of the free memory; "no"
     longest_context: int  # tokens a sequence that it holds without being tight, at most the model's positions; 0: none
     gpus_needed: int | None
     offload: Offload | None  # where the verdict is "no", if host memory holds enough experts: see `Request.offload`
@@ -146,11 +161,12 @@ class Request:
         return cls(name, config, specs, stored, args.batch, context, gib * 2**30, cache_dtype)
 
     def memory_plan(self, format: str, gpu: GPU) -> MemoryPlan:
-        config, limit = self.config, usable_bytes(gpu.bytes)
+        config, free = self.config, free_bytes(gpu)
+        limit = usable_bytes(free)
         need_of = partial(memory_need, config, self.specs[format], self.batch, cache_dtype=self.cache_dtype)
         need, contexts = need_of(self.context), range(config.max_position_embeddings + 1)
         longest = max(0, bisect_right(contexts, limit, key=lambda S: need_of(S)["total"]) - 1)
-        verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= gpu.bytes else "no"
+        verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= free else "no"
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding
         available, offload = limit - (need["total"] - shared), None
@@ -231,7 +247,7 @@ def run(args: argparse.Namespace) -> int:
             memory, (size, name, text) = decimal(int(request.host_memory)), min(more)
             raise ValueError(f"--host-memory is {memory}, and {name} with {text} needs {decimal(size)}")
     if args.json:
-        found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes}, "formats": plans}
+        found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}, "formats": plans}
         print(json.dumps(request.as_dict() | found, default=vars))
     else:
         _print(request, gpu, plans)
@@ -239,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def select_gpu(args: argparse.Namespace) -> GPU | None:
-    """Return the GPU of the options, else the one at hand, by its driver; None where there is none."""
+    """Return the GPU of the options, else the one at hand with what is free on it; None where there is none."""
     if args.memory is not None:
         if args.gpu is not None:
             raise ValueError("--gpu is given, and --memory, too: needs one of the two")
@@ -251,7 +267,8 @@ def select_gpu(args: argparse.Namespace) -> GPU | None:
     elif torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         gpu = data_sheet(properties.name) or GPU("", "")
-        gpu = replace(gpu, name=properties.name, mib=properties.total_memory // MIB)
+        free = torch.cuda.mem_get_info(0)[0]
+        gpu = replace(gpu, name=properties.name, mib=properties.total_memory // MIB, free=free)
     else:
         return None
     return replace(gpu, link=args.link or gpu.link)
@@ -263,15 +280,18 @@ def _speed(offload: Offload) -> str:
 
 def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out, need = console(), plans[0].bytes
-    parts = (f"{name} {decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits"))
+    parts = (f"{name} {decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits", "graph"))
     out.print(Text(str(request)))
-    out.print(f"Beside the weights: {', '.join(parts)}, and by estimate {decimal(OVERHEAD)} for driver and graph.")
-    caption = "longest: tokens a sequence, and gpus: how many, with 2 % of the memory to spare; tight: less to spare. "
-    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", f"{caption}{FORMAT_NOTE} {SEVERAL}", ranks={"verdict": -1})
+    free = free_bytes(gpu)
+    held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
+    out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
+    caption = f"used: of what is free. longest: tokens a sequence, and gpus: how many, with {MARGIN:.0%} of it to spare"
+    caption = f"{caption.replace('%', ' %')}; tight: less to spare. {FORMAT_NOTE} {SEVERAL}"
+    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", caption, ranks={"verdict": -1})
     for plan in plans:
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
-        cells |= {"used": f"{100 * total / gpu.bytes:.0f} %", "longest": f"{longest:,}" if longest else "-"}
+        cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
         table.add(cells | {"gpus": str(plan.gpus_needed or "-"), "verdict": plan.verdict}, COLOURS[plan.verdict])
     out.print(table)
     offloads = {plan.format: plan.offload for plan in plans if plan.offload}
@@ -300,7 +320,8 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         for gpu, plans in rows.items():
             needed = {plan.format: plan.gpus_needed for plan in plans}
             offloads = {plan.format: plan.offload for plan in plans if plan.offload}
-            found.append({"name": gpu.name, "bytes": gpu.bytes, "gpus_needed": needed, "offload": offloads})
+            sizes = {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}
+            found.append(sizes | {"gpus_needed": needed, "offload": offloads})
         print(json.dumps(request.as_dict() | {"gpus": found}))
         return 0
     offloaded = f"{OFFLOADED} " if any(plan.offload for plans in rows.values() for plan in plans) else ""

@@ -10,9 +10,13 @@ MIB = 2**20
 # 130 bits) and by GH200's data sheet.
 LINKS = {f"pcie{n}x{lanes}": lanes * 2**n * 1e9 / 8 * 128 / 130 for n in (3, 4, 5) for lanes in (4, 8, 16)}
 LINKS["nvlink-c2c"] = 450e9
-_PCIE4, _PCIE5 = "pcie4x16", "pcie5x16"
+_PCIE4, _PCIE5, _C2C = "pcie4x16", "pcie5x16", "nvlink-c2c"
 _H100 = ("H100-80", "H100 80GB HBM3", "H100 SXM", "H100 PCIe")
 _A100 = ("A100-80", "A100-SXM4-80GB", "A100 80GB PCIe")
+_A100_40, _A100_40GB = r"A100-(SXM4|PCIE)-40GB", ("A100-SXM4-40GB", "A100-PCIE-40GB")
+# The driver's name and the aliases. The Max-Q edition of RTX PRO 6000 has lower clocks.
+_ADA = r"RTX 6000 Ada", ("RTX 6000 Ada Generation",)
+_PRO = r"RTX PRO 6000 Blackwell (Workstation|Server)", ("RTX PRO 6000 Blackwell",)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class GPU:
     vector: float = 0.0  # FLOP/s of fp32 without tensor cores
     sms: int = 0  # multiprocessors; 0: those of the largest GPU of its architecture
     source: str = "data sheet"  # of bandwidth and matmul; or "measured"
+    free: int = 0  # bytes that are free on the GPU at hand; 0: unknown
 
     @property
     def names(self) -> set[str]:
@@ -48,34 +53,38 @@ class GPU:
 
 
 # Memory: the totals of nvidia-smi since driver 510 (earlier ones leave out what the driver keeps), with ECC as shipped;
-# MI300X by rocm-smi, "VRAM Total Memory (B): 206141652992". RTX 30 and 40: bf16 with fp32 sums (NVIDIA's white papers).
+# MI300X by rocm-smi, "VRAM Total Memory (B): 206141652992".
+# Bandwidth, dense bf16 products with fp32 sums and fp32 vector rates: NVIDIA's data sheets of A10, A10G, A30, A40,
+# A100, L4, L40S, RTX A6000, RTX 6000 Ada, H100 (SXM, NVL), GH200 (96 GB), H200, HGX B200 and B300 (an eighth), half
+# of what is printed with sparsity; its white papers of GA102, Ada, RTX Blackwell and RTX PRO Blackwell; AMD's sheet
+# of MI300X.
 # l2: estimates. A100 and H100 have 5,120 bytes a clock (NVIDIA's white papers), at 1.41 and 1.755 GHz 7.2 and 9.0 TB/s,
-# of which tiled products reach about 78 %; B200 as much an SM as H100 at 1.85 GHz; MI300X is bound by its Infinity
-# Cache (CDNA 3 white paper), since 4 MB of L2 a die hold little of a weight; RTX: 16 bytes a clock for each SM.
-# vector: data sheets (B200: an eighth of HGX B200's).
+# of which tiled products reach about 78 %; A30 as much an SM as A100, at 1.44 GHz; H100 NVL as H100, by its clock; B200
+# and B300 as much an SM as H100 at 1.85 GHz; MI300X is bound by its Infinity Cache (CDNA 3 white paper), since 4 MB of
+# L2 a die hold little of a weight; the chips with GDDR: 16 bytes a clock for each SM.
 _TABLE = (
     GPU("rtx4080", "RTX 4080", 16376, "sm_89", 0.717e12, 97.5e12, r"RTX 4080$", (), _PCIE4, 3.0e12, 48.7e12, 76),
-    GPU("a10", "A10", 23028, "sm_86", 0.6e12, 125e12, r"\bA10$"),
-    GPU("a10g", "A10G", 23028, "sm_86"),
-    GPU("l4", "L4", 23034, "sm_89"),
+    GPU("a10", "A10", 23028, "sm_86", 0.6e12, 125e12, r"\bA10$", (), _PCIE4, 1.95e12, 31.2e12, 72),
+    GPU("a10g", "A10G", 23028, "sm_86", 0.6e12, 70e12, r"\bA10G$", (), _PCIE4, 2.2e12, 35e12, 80),
+    GPU("l4", "L4", 23034, "sm_89", 0.3e12, 121e12, r"\bL4$", (), _PCIE4, 1.9e12, 30.3e12, 58),
     GPU("rtx4090", "RTX 4090", 24564, "sm_89", 1.008e12, 165e12, r"RTX 4090$", (), _PCIE4, 5.2e12, 82.6e12, 128),
-    GPU("a30", "A30", 24576, "sm_80"),
+    GPU("a30", "A30", 24576, "sm_80", 0.933e12, 165e12, r"\bA30$", (), _PCIE4, 3.0e12, 10.3e12, 56),
     GPU("rtx3090", "RTX 3090", 24576, "sm_86", 0.936e12, 71e12, r"RTX 3090$", (), _PCIE4, 2.2e12, 35.6e12, 82),
     GPU("rtx5090", "RTX 5090", 32607, "sm_120", 1.792e12, 209.5e12, r"RTX 5090$", (), _PCIE5, 6.5e12, 104.8e12, 170),
-    GPU("a100-40", "A100 40GB", 40960, "sm_80", aliases=("A100-SXM4-40GB", "A100-PCIE-40GB")),
-    GPU("a40", "A40", 46068, "sm_86"),
-    GPU("l40s", "L40S", 46068, "sm_89", 0.864e12, 362.05e12, r"\bL40S$"),
-    GPU("a6000", "A6000", 49140, "sm_86"),
-    GPU("rtx6000ada", "RTX 6000 Ada", 49140, "sm_89", aliases=("RTX 6000 Ada Generation",)),
+    GPU("a100-40", "A100 40GB", 40960, "sm_80", 1.555e12, 312e12, _A100_40, _A100_40GB, _PCIE4, 5.6e12, 19.5e12),
+    GPU("a40", "A40", 46068, "sm_86", 0.696e12, 149.7e12, r"\bA40$", (), _PCIE4, 2.3e12, 37.4e12, 84),
+    GPU("l40s", "L40S", 46068, "sm_89", 0.864e12, 362.05e12, r"\bL40S$", (), _PCIE4, 5.7e12, 91.6e12, 142),
+    GPU("a6000", "A6000", 49140, "sm_86", 0.768e12, 154.8e12, r"RTX A6000$", (), _PCIE4, 2.4e12, 38.7e12, 84),
+    GPU("rtx6000ada", "RTX 6000 Ada", 49140, "sm_89", 0.96e12, 364.2e12, *_ADA, _PCIE4, 5.7e12, 91.1e12, 142),
     GPU("h100", "H100 80GB", 81559, "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3", _H100, _PCIE5, 7.0e12, 67e12),
     GPU("a100", "A100 80GB", 81920, "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB", _A100, _PCIE4, 5.6e12, 19.5e12),
-    GPU("h100nvl", "H100 NVL", 95830, "sm_90", link=_PCIE5),
-    GPU("gh200", "GH200", 97871, "sm_90", aliases=("GH200 480GB",), link="nvlink-c2c"),
-    GPU("rtxpro6000", "RTX PRO 6000", 97887, "sm_120", aliases=("RTX PRO 6000 Blackwell",), link=_PCIE5),
+    GPU("h100nvl", "H100 NVL", 95830, "sm_90", 3.9e12, 835.5e12, r"H100 NVL$", (), _PCIE5, 6.3e12, 60e12),
+    GPU("gh200", "GH200", 97871, "sm_90", 4.0e12, 990e12, r"GH200 480GB", ("GH200 480GB",), _C2C, 7.0e12, 67e12),
+    GPU("rtxpro6000", "RTX PRO 6000", 97887, "sm_120", 1.792e12, 503.8e12, *_PRO, _PCIE5, 7.8e12, 125e12, 188),
     GPU("h200", "H200", 143771, "sm_90", 4.8e12, 989e12, r"H200$", ("H200 NVL",), _PCIE5, 7.0e12, 67e12),
     GPU("b200", "B200", 183359, "sm_100", 8.0e12, 2250e12, r"\bB200$", (), _PCIE5, 8.3e12, 75e12),
     GPU("mi300x", "MI300X", 196592, "gfx942", 5.3e12, 1307e12, r"MI300X", (), _PCIE5, 17.2e12, 163.4e12),
-    GPU("b300", "B300", 275040, "sm_103", 8.0e12, 2250e12, r"\bB300 SXM", ("B300 SXM6 AC",), _PCIE5),
+    GPU("b300", "B300", 275040, "sm_103", 8.0e12, 2250e12, r"\bB300 SXM", ("B300 SXM6 AC",), _PCIE5, 8.3e12, 75e12),
 )
 GPUS = {gpu.key: gpu for gpu in _TABLE}
 RATED = {key: gpu for key, gpu in GPUS.items() if gpu.bandwidth}  # those of which a floor is known

@@ -14,8 +14,9 @@ from .. import reference
 from ..cache import KVCache, cache_shape
 from ..config import PREFILL_CHUNK
 from ..kernels.call import unflatten_args
-from ..kernels.experts.tiles import DECODE_TOKENS
-from ..kernels.launch import DEFAULT_ARCH, Launch, active_records, launch_context
+from ..kernels.experts.tiles import decode_tokens
+from ..kernels.kernel_weight import Weight
+from ..kernels.launch import DEFAULT_ARCH, Launch, active_records, launch_context, target_arch
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.quantized_cache import QuantizedCache
 from ..kernels.registry import OPS
@@ -94,9 +95,11 @@ class LayerCheck:
         experts = self._experts()
         norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
         yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
-        sizes = {"decode": min(DECODE_TOKENS, -(-E // K))}
+        gate_up, down = (Weight.of(experts[name]).name for name in ("gate_up_proj", "down_proj"))
+        limit = decode_tokens(gate_up, down, values.h.dtype, target_arch(values.h.device))
+        sizes = {"decode": min(limit, -(-E // K))}
         if index == 0 or values.x.is_cuda:  # they are slow
-            sizes["prefill"] = max(DECODE_TOKENS + 1, -(-E // K))
+            sizes["prefill"] = max(limit + 1, -(-E // K))
         for case, size in sizes.items():  # routes that take every expert
             ids = torch.arange(size * K, device=values.x.device).view(size, K) % E
             rows = torch.arange(size, device=values.x.device) % N

@@ -52,8 +52,8 @@ def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16, offlo
     return [launch for launch in found if "LAYOUT" in launch.constexprs]
 
 
-CASES = [(format, arch, T, BF16) for format in FORMATS for arch in FAMILIES for T in (1, 32, 64, 300, 4096)]
-CASES += [(format, "sm_90", T, BF16) for format in OTHER_GROUPS for T in (1, 300, 4096)]
+CASES = [(format, arch, T, BF16) for format in FORMATS for arch in FAMILIES for T in (1, 32, 64, 128, 300, 4096)]
+CASES += [(format, "sm_90", T, BF16) for format in OTHER_GROUPS for T in (1, 128, 300, 4096)]
 FP32 = [(FORMATS[1], "sm_80"), (FORMATS[2], "sm_90"), (FORMATS[3], "gfx942")]
 CASES += [(format, arch, T, torch.float32) for format, arch in FP32 for T in (1, 64, 128)]
 
@@ -68,7 +68,9 @@ def test_no_spill_and_fits(format: Format, arch: str, T: int, dtype: torch.dtype
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("format", [("dense", 0, False), *FORMATS], ids=format_name)
-@pytest.mark.parametrize(("arch", "T"), [("sm_90", 1), ("sm_80", 1), ("sm_90", 64), ("sm_90", 4096), ("gfx942", 1)])
+@pytest.mark.parametrize(
+    ("arch", "T"), [("sm_90", 1), ("sm_80", 1), ("sm_90", 64), ("sm_90", 128), ("sm_90", 4096), ("gfx942", 1)]
+)
 def test_table_of_addresses(format: Format, arch: str, T: int) -> None:
     """No spill, and in decode instructions within 4 % of a stacked weight's: the compiler knows the alignment.
 

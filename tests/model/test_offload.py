@@ -185,8 +185,8 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found.host_bytes, found.staging_bytes) == (host, 250_000 * max(counts, default=0))
 
 
-def test_a_smaller_chunk_is_taken_where_it_saves_an_expert() -> None:
-    """The largest of those with the fewest experts. A token of a chunk takes 100 bytes, an expert 10,000."""
+def test_a_smaller_chunk_is_taken_where_it_saves_a_tenth_of_the_experts() -> None:
+    """A token of a chunk takes 100 bytes, an expert 10,000."""
     config, sizes = replace(Mixtral.from_pretrained(SMALL, "meta").config, num_hidden_layers=8), ([10_000] * 8, 1000)
     for excess, count, chunk, saved in (
         (0, 0, 2048, 0),
@@ -197,11 +197,15 @@ def test_a_smaller_chunk_is_taken_where_it_saves_an_expert() -> None:
         (154_600, 0, 512, 19),
         (154_601, 2, 512, 17),
         (164_601, 3, 512, 17),
+        (424_600, 31, 512, 19),
         (10_000_000, 0, 0, 0),
     ):
         found = load.fewest(config, sizes, lambda chunk, more=excess: 100 * chunk + more, 204_800)
         got = (0, 0, 0) if found is None else (found.count, found.chunk, found.saved)
         assert got == (count, chunk, saved), excess
+    for token_bytes, count, chunk in ((0, 50, 2048), (21, 50, 2048), (22, 45, 512)):  # 46 of 50 are not enough
+        found = load.fewest(config, sizes, lambda chunk, each=token_bytes: each * (chunk - 2048) + 424_600, 0)
+        assert found is not None and (found.count, found.chunk) == (count, chunk), token_bytes
 
 
 def test_least_used_over_all_layers() -> None:
@@ -225,12 +229,17 @@ def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
         assert load.Placement.of([[]], each, embedding).embedding is not tied
 
 
-@pytest.mark.parametrize(("gib", "format"), [(16, "int4"), (24, "int4"), (80, "as stored")])
-def test_auto_takes_what_fit_says(gib: int, format: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "format"), [("rtx4080", "int4"), ("rtx4090", "int4, linear int8"), ("h100", "as stored")]
+)
+def test_auto_takes_what_fit_says(name: str, format: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the GPU has as much free memory as the table says, once its context exists."""
     monkeypatch.setattr(load, "host_memory", lambda: None)  # that of this machine may not suffice
-    gpu.properties.total_memory, config = gib << 30, fit.KNOWN["mixtral-8x7b"]
+    gpu_of_fit, config, synchronized = find_gpu(name), fit.KNOWN["mixtral-8x7b"], list[Any]()
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    free = lambda device: load.estimated_free(gpu_of_fit.bytes) if synchronized else gpu_of_fit.bytes  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free(device), gpu_of_fit.bytes))
     specs, shapes = fit.format_specs(config)[format], parameter_shapes(config)
-    gpu_of_fit = replace(find_gpu("h100"), mib=gib << 10)
     offload = fit.Request("", config, {format: specs}, "", 1, 4096).memory_plan(format, gpu_of_fit).offload
     need = fit.memory_need(config, specs, 1, 4096)
     sizes = load.movable_bytes(config, shapes, specs, torch.bfloat16)

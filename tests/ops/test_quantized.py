@@ -5,6 +5,8 @@ The PTX emulator runs the strings that are compiled, for every pair of 16-bit ha
 and test_quantized_offline.py.
 """
 
+import pickle
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,16 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import unpack as ptx_unpack
-from mixtral_triton.kernels.quantized import BITS, QuantizedWeight, pack, sample_quantized, unit_columns, unpack
+from mixtral_triton.kernels.quantized import (
+    BITS,
+    QuantizedWeight,
+    pack,
+    products_of_codes,
+    sample_quantized,
+    unit_columns,
+    unpack,
+)
+from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tolerance import Tolerance
 from tests.emulator.harness import run
@@ -60,18 +71,91 @@ def test_dequantize_is_code_minus_zero_times_scale(name: str) -> None:
     assert weight.to("meta").data.is_meta
 
 
+PRODUCTS = [("int8", 80, False), ("int8", 128, False), ("int8", 300, False), ("int4:128", 256, True)]
+PRODUCTS += [("int4:128", 384, False), ("int4:64", 128, True), ("int4:32", 96, True), ("int4", 160, True)]
+
+
 @pytest.mark.parametrize("rows", [1, 5, 200])
-@pytest.mark.parametrize("K", [80, 128, 300])
-def test_product_of_codes_is_as_exact_as_that_of_dequantized_values(K: int, rows: int) -> None:
-    weight = random_weight("int8", 3, 5, K)[1]
+@pytest.mark.parametrize("scales", FLOATS)
+@pytest.mark.parametrize(("name", "K", "zeros"), PRODUCTS)
+def test_product_of_codes_is_as_exact_as_that_of_dequantized_values(
+    name: str, K: int, zeros: bool, scales: torch.dtype, rows: int
+) -> None:
+    weight = random_weight(name, 3, 48, K, zeros=zeros, scales=scales)
     x = randn(rows, K).bfloat16()
-    exact = x.double() @ weight.dequantize().double().T
-    dequantized = torch.nn.functional.linear(x, weight.dequantize().bfloat16())
-    with torch.device("meta"):  # a caller's default device
-        got = weight.product(x.view(1, rows, K))[0]
+    exact = x.double() @ weight[1].dequantize().double().T
+    dequantized = torch.nn.functional.linear(x, weight[1].dequantize().bfloat16())
+    with torch.device("meta"), products_of_codes():  # a caller's default device
+        got = weight[1].product(x.view(1, rows, K))[0]
+        assert torch.equal(weight[1].product(x.float()), x.float() @ weight[1].dequantize().T)
     error, limit = ((y.double() - exact).abs().max() for y in (got, dequantized))
     assert error <= max(2 * limit, 2.0**-7 * exact.abs().max())  # two roundings to bf16
-    assert torch.equal(weight.product(x.float()), x.float() @ weight.dequantize().T)
+    assert rows < 200 or torch.equal(got, dequantized)
+    assert torch.equal(weight[1].product(x), dequantized)  # the reference
+
+
+def packs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that grows with each packing of int4 codes."""
+    calls: list[Any] = []
+    pack_int4 = torch._convert_weight_to_int4pack_for_cpu
+    monkeypatch.setattr(
+        torch, "_convert_weight_to_int4pack_for_cpu", lambda *args: calls.append(args) or pack_int4(*args)
+    )
+    return calls
+
+
+def test_int4_codes_are_packed_once_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, weight, x = packs(monkeypatch), random_weight("int4:128", 3, 16, 256, scales=torch.bfloat16), randn(2, 256)
+    x = x.bfloat16()
+    state, size = {name: value.clone() for name, value in weight.state_dict().items()}, len(pickle.dumps(weight))
+    with products_of_codes():
+        before = [weight[expert].product(x) for expert in (0, 1, -2, 1)]
+        assert len(calls) == 2 and torch.equal(before[1], before[2])
+        assert len(pickle.dumps(weight)) == size and weight.state_dict().keys() == state.keys()
+        weight.load_state_dict({**state, "data": state["data"].roll(1, 0)})  # expert 1's codes are now those of 0
+        weight.scales.copy_(weight.scales[:1].expand_as(weight.scales).clone())
+        after = weight[1].product(x)
+        assert len(calls) == 3 and torch.equal(after, before[0])
+        copied = deepcopy(weight).to(torch.float16)
+        copied.data = copied.data.clone()
+        assert torch.equal(copied[1].product(x), after) and len(calls) == 4
+        assert torch.equal(copied.to("meta").to_empty(device="cpu")[1].product(x[:0]), after[:0])
+
+
+@pytest.mark.parametrize(
+    ("name", "N", "K", "dtype"),
+    [
+        ("int4:32", 40, 96, torch.bfloat16),
+        ("int4", 48, 80, torch.bfloat16),
+        ("int4:128", 48, 128, torch.float16),
+        ("int4:128", 48, 128, torch.float32),
+        ("fp8", 48, 128, torch.bfloat16),
+    ],
+)
+def test_what_torch_does_not_multiply_by_codes_is_dequantized(
+    name: str, N: int, K: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, weight, x = packs(monkeypatch), random_weight(name, N, K), randn(3, K).to(dtype)
+    with products_of_codes():
+        assert torch.equal(weight.product(x), torch.nn.functional.linear(x, weight.dequantize().to(dtype)))
+    assert not calls
+
+
+@pytest.mark.compiled
+def test_experts_in_plain_torch_multiply_by_packed_codes_and_their_reference_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = packs(monkeypatch)
+    args = inputs(
+        "expert_swiglu", {**EXPERTS, "I": 128, "gate_up": "int4:128", "down": "int4:64"}, dtype=torch.bfloat16
+    )
+    tolerance, want = Tolerance("expert_swiglu", args), OPS["expert_swiglu"].call_reference(**args)
+    assert not calls
+    got = [ops.expert_swiglu(**args) for _ in range(2)]
+    used = len(set(args["ids"].flatten().tolist()))
+    assert len(calls) == 2 * used and torch.equal(*got) and not torch.equal(got[0], want)
+    error, limit = tolerance.measure(lambda **args: got[0])
+    assert error <= limit
 
 
 WRONG: dict[str, dict[str, object]] = {
@@ -154,6 +238,7 @@ def check(name: str, args: Args, **changes: Any) -> None:
 
 
 PATHS = [*((T, False, dtype) for T in (5, 70) for dtype in FLOATS), (5, True, torch.bfloat16)]
+PATHS += [(T, False, torch.bfloat16) for T in (65, 128, 129)]  # of few tokens up to 128
 
 
 @pytest.mark.exhaustive
@@ -163,6 +248,31 @@ PATHS = [*((T, False, dtype) for T in (5, 70) for dtype in FLOATS), (5, True, to
 @pytest.mark.parametrize("case", [CASES[number] for number in (0, 2, 4, 8)], ids=str)
 def test_experts(case: Any, T: int, deterministic: bool, dtype: torch.dtype) -> None:
     check("expert_swiglu", layer(*case, T, dtype) | {"deterministic": deterministic})
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    ("dense", "dtype", "deterministic", "limit"),
+    [
+        (None, torch.bfloat16, False, 128),
+        (None, torch.float16, False, 128),
+        (None, torch.float32, False, 64),
+        ("down_proj", torch.bfloat16, False, 64),
+        ("gate_up_proj", torch.bfloat16, False, 64),
+        (None, torch.bfloat16, True, 0),
+    ],
+)
+def test_the_most_tokens_of_the_kernels_without_a_sort(
+    arch: str, dense: str | None, dtype: torch.dtype, deterministic: bool, limit: int
+) -> None:
+    for T in (1, 64, 65, 128, 129):
+        args = inputs("expert_swiglu", {"T": T, "H": 256, "I": 256, "E": 8, "K": 2}, "meta", dtype)
+        for name in {"gate_up_proj", "down_proj"} - {dense}:
+            args[name] = sample_quantized("int4:128", *args[name].shape, device="meta")
+        with record_launches(arch) as launches:
+            ops.expert_swiglu(**args, deterministic=deterministic)
+        decode = any(launch.kernel == "experts_up_decode_kernel" for launch in launches)
+        assert decode == (limit >= T) != any(launch.kernel == "experts_up_kernel" for launch in launches), T
 
 
 @pytest.mark.exhaustive
@@ -201,7 +311,7 @@ def test_linear_of_views() -> None:
 @pytest.mark.parametrize(
     ("name", "zeros"), [("int4:128", True), ("int4:64", False), ("int8", False), ("fp8:128", False)]
 )
-@pytest.mark.parametrize("T", [1, 4, 64])
+@pytest.mark.parametrize("T", [1, 4, 64, 128])
 def test_decode_reads_the_packed_experts_once(name: str, zeros: bool, T: int, covers: Any) -> None:
     """Decode reads codes, scales and zeros of the selected experts, and nothing of the rest."""
     args = layer(name, 256, 512, zeros, T, torch.bfloat16, E=8)

@@ -225,6 +225,17 @@ def test_rates_host_time_and_offloaded_experts_run_on_the_simulated_gpu(arch: st
     assert "| rates | l2 |" in page
 
 
+SMALL_SIZES = ("--hidden", 256, "--intermediate", 128)
+
+
+@pytest.mark.parametrize(("sizes", "least"), [(SMALL_SIZES, 0), pytest.param((), 40, marks=pytest.mark.slow)])
+def test_int4_on_a_cpu_is_paired_with_dequantized_weights(sizes: tuple[Any, ...], least: int) -> None:
+    command = ("benchmarks/cpu_int4.py", "--rounds", 3, *sizes)
+    assert re.search(r"dequantized .* packed .* times, needs 40", start(*command).stdout)
+    runs = (json.loads(start(*command, "--json").stdout) for _ in range(3))  # other processes may take the CPU in one
+    assert any(found["packed"] < found["first"] and found["ratio"] > least for found in runs)
+
+
 BAD_INPUT = {"--parts tests lunch": "lunch", "--check lunch": "lunch"}
 BAD_INPUT |= dict.fromkeys(("", "--check rates --dry"), "there is no GPU: nothing was measured")
 BAD_INPUT |= {"no compiler": "no gcc or clang", "no header": "Python.h is not there: install python3-dev"}

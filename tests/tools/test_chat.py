@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from mixtral_triton import Mixtral
 from mixtral_triton.config import SMALL
+from mixtral_triton.load import MARGIN
 from mixtral_triton.model import Layer
 from mixtral_triton.tools import batch
 from mixtral_triton.tools.prompt import load_tokenizer
@@ -372,8 +373,9 @@ def test_a_batch_is_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -
     writer: Any = mock.Mock(model=model, dtype=model.dtype, args=mock.Mock(max_new_tokens=5))
     lengths = dict(enumerate([9, 30, 3, 500, 4, 900]))
     assert list(batch._batches(writer, lengths, 4)) == [[2, 4, 0, 1], [3, 5]]
-    need = sum(batch.running_bytes(model.config, 2, 35, model.prefill_chunk, model.dtype).values())
-    monkeypatch.setattr(batch, "free_memory", lambda device: int(1.1 * need))
+    need = batch.running_bytes(model.config, 2, 35, model.prefill_chunk, model.dtype)
+    free = need["graph"] / (1 - MARGIN) + 1.1 * (sum(need.values()) - need["graph"])
+    monkeypatch.setattr(batch, "free_memory", lambda device: int(free))
     assert list(batch._batches(writer, lengths, 4)) == [[2, 4], [0, 1], [3], [5]]
 
 

@@ -92,9 +92,13 @@ def test_floor_of_decoding_8x7b(gpu: str, tokens_per_second: int) -> None:
 def test_data_sheet_by_the_driver_s_name() -> None:
     names = {"H100 80GB HBM3": "h100", "H200": "h200", "A100-SXM4-80GB": "a100", "B200": "b200", "A10": "a10"}
     names |= {"B300 SXM6 AC": "b300", "L40S": "l40s", "GeForce RTX 5090": "rtx5090"}
+    names |= {"A10G": "a10g", "L4": "l4", "A30": "a30", "A40": "a40", "RTX A6000": "a6000", "H100 NVL": "h100nvl"}
+    names |= {"A100-SXM4-40GB": "a100-40", "A100-PCIE-40GB": "a100-40", "GH200 480GB": "gh200"}
+    names |= {"RTX 6000 Ada Generation": "rtx6000ada", "RTX PRO 6000 Blackwell Server Edition": "rtxpro6000"}
     assert {name: data_sheet(f"NVIDIA {name}") for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
     # The same chip with other memory or clocks.
-    unknown = "H100 PCIe", "A100-SXM4-40GB", "H200 NVL", "GB200", "A10G", "L40", "GeForce RTX 5090 Laptop GPU", "GB300"
+    unknown = ["H100 PCIe", "A100-SXM4-64GB", "H200 NVL", "GB200", "L40", "GeForce RTX 5090 Laptop GPU", "GB300"]
+    unknown += ["RTX 6000", "RTX PRO 6000 Blackwell Max-Q Workstation Edition", "GH200 144G HBM3e"]
     assert not [name for name in unknown if data_sheet(f"NVIDIA {name}")]
 
 
@@ -239,11 +243,11 @@ def test_bench_prints_the_prediction_of_the_data_sheet() -> None:
 
 
 def test_no_prediction_for_a_gpu_without_cost_model_figures() -> None:
-    for name in ("a10", "b300"):
-        row = untimed_row(Case(OPS["route"], RouteSizes(1, 8, 2)), GPUS[name])
-        assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in table_of(row)
-    with pytest.raises(ValueError, match=r"predict: GPU is A10, needs one whose L2 bandwidth"):
-        foreseen("linear", {"T": 1, "H": 64, "N": 64}, GPUS["a10"])
+    gpu = replace(GPUS["a10"], name="A GPU", l2=0.0)
+    row = untimed_row(Case(OPS["route"], RouteSizes(1, 8, 2)), gpu)
+    assert row.predicted is None and row.as_dict()["predicted"] is None and "redicted" not in table_of(row)
+    with pytest.raises(ValueError, match=r"predict: GPU is A GPU, needs one whose L2 bandwidth"):
+        foreseen("linear", {"T": 1, "H": 64, "N": 64}, gpu)
 
 
 class FakeEvent:

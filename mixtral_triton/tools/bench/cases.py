@@ -15,7 +15,7 @@ from ...kernels.op import Cost, Op, as_dict
 from ...kernels.registry import OPS
 from ...load import check_offload, movable_bytes, usable_bytes
 from ...tolerance import Tolerance
-from ..fit import KNOWN, placement
+from ..fit import KNOWN, free_bytes, placement
 from ..gpus import GPU
 from ..terminal import parse_sizes
 from . import decode_step
@@ -60,7 +60,7 @@ class Case:
         most = (config.num_local_experts - 1) * config.num_hidden_layers
         if experts == "auto" and gpu is not None:
             cache_dtype = torch.int8 if sizes.cache else None
-            found = placement(config, {}, sizes.B, sizes.S, cache_dtype, usable_bytes(gpu.bytes))
+            found = placement(config, {}, sizes.B, sizes.S, cache_dtype, usable_bytes(free_bytes(gpu)))
             count = found.count if found else most  # where no number is enough, as in loading
         else:
             movable = movable_bytes(config, parameter_shapes(config), {}, self.dtype)
