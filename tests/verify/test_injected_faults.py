@@ -17,7 +17,6 @@ from mixtral_triton import KVCache, Mixtral, checkpoint, generate, ops, verifica
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
-from mixtral_triton.verification import END
 from mixtral_triton.verification.calls import with_layouts
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults, hub
@@ -179,43 +178,11 @@ def one_behind(stream: Any) -> Any:
     return faulty
 
 
-def without_eos(end_of: Any) -> Any:
-    return lambda tail, eos: (end := end_of(tail, eos)) - (int(tail[end - 1]) in eos)
-
-
-def in_sample(change: Callable[..., tuple[Any, ...]]) -> Inject:
-    return replace_by(verification, "sample", lambda sample: lambda *args: sample(*change(*args)))
-
-
-def in_step(name: str, change: Callable[..., Any]) -> Inject:
-    """change(result, step) after a method of a step."""
-    return replace_by(generate.Step, name, lambda f: lambda step, *args: (x := f(step, *args), change(x, step))[0])
-
-
 # What users read and launch around the model: the operation and the case of the first wrong row, and what is injected.
 FAULTS_AROUND: dict[tuple[str, str], dict[str, Inject]] = {
-    ("generate", END): {
-        "EOS is cut off": replace_by(generate, "_end_of", without_eos),
-        "an ended sequence goes on": in_step("pick", lambda _, step: step.ended.zero_()),
-        "EOS of the config is ignored": replace_by(
-            generate, "eos_ids", lambda f: lambda given, config: f([] if given is None else given, config)
-        ),
-        "the last EOS is unknown": in_step("__init__", lambda _, step: setattr(step, "stops", step.stops[:-1])),
-        "all sequences end together": in_step("pick", lambda _, step: step.ended.fill_(bool(step.ended.any()))),
-    },
     ("generate", "greedy"): {
         "a token behind": replace_by(generate, "_stream", one_behind),
         "rows of a long prompt": replace_by(generate, "prefill", longer_than_a_chunk),
-    },
-    ("generate", "sample"): {
-        "temperature twice": in_sample(lambda x, t, *args: (x / t, t, *args)),
-        "top_p is wider": in_sample(lambda x, t, p, *args: (x, t, min(1.0, 1.03 * p), *args)),
-        "top_k + 1": in_sample(lambda x, t, p, g, k=None, *m: (x, t, p, g, k and k + 1, *m)),
-        "no min_p": in_sample(lambda x, t, p, g, k=None, *m: (x, t, p, g, k)),
-    },
-    ("forward", "refusals"): {
-        "a full cache": replace_by(KVCache, "reserve", lambda f: lambda cache, new: None),
-        "any cache": replace_by(Mixtral, "_check_cache", lambda f: lambda *args: None),
     },
     ("layer", "attention, token by token"): {
         "a step is not counted": replace_by(KVCache, "advance", lambda f: lambda kv, n, m: f(kv, n * (m != 1), m)),
