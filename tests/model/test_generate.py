@@ -88,7 +88,7 @@ def check_eos(model: Mixtral, ids: Tensor, stops: set[int], **options: Any) -> N
         assert short == row[:end]
 
 
-EOS = ("int", "list", "tuple", "config", "config's list", "over the config's")
+EOS = ("int", "list", "tuple", "config", "config's list", "over the config's", "never")
 
 
 @pytest.mark.compiled
@@ -99,9 +99,11 @@ def test_generation_stops_after_eos(source: str, step: int, make: Make, device: 
     plain, ids = make(), tokens(2, 6, device=device)
     eos = int(argmax_loop(plain, ids, NEW)[0, 6 + step])
     ids[1, 2] = eos
-    config: Any = {"config": eos, "config's list": [eos, V - 1], "over the config's": (eos + 1) % V}.get(source)
-    option: Any = {"int": eos, "list": [eos], "tuple": (eos,), "over the config's": eos}.get(source)
-    stops = {eos, V - 1} if source == "config's list" else {eos}
+    config: Any = {"config": eos, "config's list": [eos, V - 1], "over the config's": (eos + 1) % V, "never": eos}.get(
+        source
+    )
+    option: Any = {"int": eos, "list": [eos], "tuple": (eos,), "over the config's": eos, "never": []}.get(source)
+    stops = {"config's list": {eos, V - 1}, "never": set()}.get(source, {eos})
     check_eos(make(eos_token_id=config), ids, stops, **{} if option is None else {"eos_token_id": option})
     ids = tokens(3, 4, device=device)
     stops = {int(row[4 + step]) for row in argmax_loop(plain, ids, NEW)}  # several, one for each sequence
@@ -135,6 +137,15 @@ def test_fault_in_the_end_of_a_text(fault: str, make: Make, device: torch.device
     END_FAULTS[fault](monkeypatch)
     with pytest.raises(AssertionError):
         check_eos(model, ids, stops)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.int8])
+def test_cache_has_the_requested_dtype(dtype: Any, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = list[KVCache]()
+    monkeypatch.setattr(generate, "KVCache", lambda *args: caches.append(KVCache(*args)) or caches[-1])
+    make().generate(tokens(1, 3), 1, cache_dtype=dtype)
+    assert [cache.dtype for cache in caches] == [dtype or torch.float32]
 
 
 @pytest.mark.compiled

@@ -1,6 +1,7 @@
 """The whole model beside transformers' MixtralForCausalLM on random checkpoints, with and without the ring cache."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -433,6 +434,28 @@ def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, i
             caches[1].lengths.zero_()
         for _ in range(2):
             assert torch.equal(model(chunk, cache=caches[0]), model(chunk, cache=caches[1]))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("held", "appending", "refused"),
+    zip(
+        ([3, 4], [3, 2], [5, 2], [2, 5], [5, 2], [0, 0], [8, 8], [8, 8]),
+        (None, [2, 1], [2, 0], [0, 2], [1, 4], [9, 9], [1, 1], [1, 2]),
+        (0, 0, 1, 1, 0, 0, 0, 1),
+        strict=True,
+    ),
+)
+def test_slots_that_a_failed_forward_overwrote(held: list[int], appending: Any, refused: int) -> None:
+    """Of a ring of 6 slots and of a cache without a window, which overwrites nothing."""
+    for window in (6, None):
+        cache = make_cache(random_model(sliding_window=window), 2)
+        cache.check_intact()
+        cache.lengths.copy_(torch.tensor(held))
+        cache.appending = None if appending is None else torch.tensor(appending)
+        with pytest.raises(ValueError, match="forward failed") if refused and window else nullcontext():
+            cache.reserve(1)
+            assert cache.appending is None
 
 
 def test_window_reach() -> None:
