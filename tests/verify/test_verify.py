@@ -54,10 +54,11 @@ def test_right_model(dtype: torch.dtype, window: int | None) -> None:
 @pytest.mark.parametrize("window", [6] if INTERPRETED else [6, None])
 def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_hf: Any) -> None:
     model = make_hf(sliding_window=window).to(dtype)
-    steps: list[tuple[int, int]] = []
-    report = verify(model, IDS[:, :10], lambda *done: steps.append(done))
+    state, steps = {name: x.clone() for name, x in model.state_dict().items()}, dict[str, list[int]]()
+    report = verify(model, IDS[:, :10], lambda done, total, part: steps.setdefault(part, [total]).append(done))
     assert report.ok and "transformers' own modules" in str(report), str(report)
-    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
+    assert all(done == list(range(total + 1)) for total, *done in steps.values()) and "calls of transformers" in steps
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in state.items())
     check_complete(report, model.config.num_hidden_layers)
     assert not hf.applied(model)
     assert (report.flips == 0 and report.rows[-1].op == "logits") or dtype != torch.float32
