@@ -32,31 +32,39 @@ FEW = 10  # tokens of a sequence in the calls of all layers but the first: layer
 EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
 # Rows, sequences, and keys of each, where bits must not depend on the batch: so many that one sequence may split them.
 BATCH, RAGGED, KEYS = 33, 5, 280
-LAYOUTS = ("sliced", "transposed", "expanded")
+LAYOUTS = ("sliced", "rows apart", "transposed", "expanded")
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
 
 
 def with_layout(layout: str, x: Tensor, is_cache: bool) -> Tensor:
     """x in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range between; the
-    first dimension last in memory; the first element repeated. The last dimension of a cache stays dense."""
+    same but for the last dimension; the first dimension last in memory; the first element repeated. The last dimension
+    of a cache stays dense."""
     if layout == "expanded":
         return x[:1].expand(x.shape)
     if layout == "transposed":
         last = 1 if is_cache else -1
         return x.transpose(0, last).contiguous().transpose(0, last)
     around = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
-    steps = [2] * (x.dim() - 1) + [1 if is_cache else 2]
+    steps = [2] * (x.dim() - 1) + [1 if is_cache or layout == "rows apart" else 2]
     slices = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
     return around.to(x.dtype)[slices].copy_(x)
 
 
 def with_layouts(calls: Iterable[Call]) -> Iterator[Call]:
-    """The calls with every argument but weights in each of the LAYOUTS; a tensor that is written has no repetition."""
+    """The calls with every argument but weights in each of the LAYOUTS, and each argument in another one than the next:
+    a kernel may take one's strides for another's. A tensor that is written has no repetition. `case` is the first
+    argument's layout."""
     for op, _, args in calls:
-        for layout in LAYOUTS:
-            fixed = WEIGHTS.union(OPS[op].mutates if layout == "expanded" else ())
-            changed = {name for name, x in args.items() if isinstance(x, Tensor) and name not in fixed}
-            yield op, layout, args | {name: with_layout(layout, args[name], name.endswith("cache")) for name in changed}
+        names = [name for name, x in args.items() if isinstance(x, Tensor) and name not in WEIGHTS]
+        for shift, case in enumerate(LAYOUTS):
+            changed = dict[str, Tensor]()
+            for index, name in enumerate(names):
+                is_cache = name.endswith("cache")  # caches need equal strides
+                layout = LAYOUTS[(shift + (0 if is_cache else index)) % len(LAYOUTS)]
+                if layout != "expanded" or name not in OPS[op].mutates:
+                    changed[name] = with_layout(layout, args[name], is_cache)
+            yield op, case, args | changed
 
 
 @dataclass

@@ -64,8 +64,7 @@ def change_layout(layout: str, name: str, x: Any, written: bool) -> Any:
         return big[::2, ::2, ::2].to(x.device).copy_(x)
     if layout == "dense" or (written and layout == "expanded"):
         return x.clone()
-    rows_apart = layout == "rows apart"
-    return with_layout("sliced" if rows_apart else layout, x, rows_apart or name.endswith("cache"))
+    return with_layout(layout, x, name.endswith("cache"))
 
 
 def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], Tensor], call: Any = public) -> None:
@@ -108,7 +107,7 @@ def test_caches_of_columns_apart_raise_value_error(name: str, device: torch.devi
 
 def test_embedding_of_rows_that_lie_apart(device: torch.device) -> None:
     sizes = next(sizes for op, sizes in CASES if op == "embed_rms_norm")
-    change = lambda key, x: with_layout("sliced", x, True) if key == "table" else x  # noqa: E731
+    change = lambda key, x: with_layout("rows apart", x, False) if key == "table" else x  # noqa: E731
     check("embed_rms_norm", sizes, device, change)
 
 

@@ -203,9 +203,9 @@ def test_fault_around_the_model(place: Any, name: str, dtype: torch.dtype, monke
 
 
 @bf16_then_others
-@pytest.mark.parametrize("fault", ["strides", "batch"])
+@pytest.mark.parametrize("fault", ["strides", "strides of k", "batch"])
 def test_fault_that_contiguous_or_single_calls_hide(fault: str, dtype: torch.dtype, monkeypatch: Any) -> None:
-    """A row's stride is ignored, or what else is in the batch is not."""
+    """A row's stride is ignored, v is read by the strides of k, or what else is in the batch is not ignored."""
     model, right = small_model(dtype), verification.ModelUnderTest.operation
     target = verification.ModelUnderTest(model)
 
@@ -214,6 +214,9 @@ def test_fault_that_contiguous_or_single_calls_hide(fault: str, dtype: torch.dty
             first = next(iter(args))
             if fault == "strides" and op == "rms_norm" and args["x"].stride() != args["x"].contiguous().stride():
                 args[first] = torch.as_strided(args["x"], args["x"].shape, args["x"].contiguous().stride())
+            if fault == "strides of k" and op == "attention" and args["k"].stride(-1) == 1:
+                memory = torch.cat((args["v"].flatten(), args["v"].new_full((10**6,), torch.nan)))
+                args["v"] = memory.as_strided(args["v"].shape, args["k"].stride())
             out = right(op, args)(**args)
             return out * 1.01 if fault == "batch" and op == "attention" and len(args[first]) > 4 else out
 
@@ -224,7 +227,8 @@ def test_fault_that_contiguous_or_single_calls_hide(fault: str, dtype: torch.dty
     assert all(row.ok for call in calls for row in target.measure(0, *call))
     monkeypatch.setattr(verification.ModelUnderTest, "operation", staticmethod(faulty))
     wrong = {(row.op, row.case) for call in calls for row in target.measure(0, *call) if not row.ok}
-    assert wrong >= ({("rms_norm", "sliced")} if fault == "strides" else {("attention", "bits in any batch")}), wrong
+    found = {"strides": ("rms_norm", "sliced"), "strides of k": ("attention", "transposed")}
+    assert found.get(fault, ("attention", "bits in any batch")) in wrong, wrong
 
 
 def change_config(model: Mixtral, **changes: Any) -> None:
