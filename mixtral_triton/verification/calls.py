@@ -45,9 +45,11 @@ def with_layout(layout: str, x: Tensor, is_cache: bool) -> Tensor:
     if layout == "transposed":
         last = 1 if is_cache else -1
         return x.transpose(0, last).contiguous().transpose(0, last)
-    around = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
+    around = torch.full([2 * n + 8 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
     steps = [2] * (x.dim() - 1) + [1 if is_cache or layout == "rows apart" else 2]
-    slices = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
+    # Rows apart are read in place: at 16 bytes, as the meta device, whose addresses are 0, compiles ahead.
+    starts = [1] * (x.dim() - 1) + [8 if layout == "rows apart" else 1]
+    slices = tuple(slice(start, start + step * n, step) for start, n, step in zip(starts, x.shape, steps, strict=True))
     return around.to(x.dtype)[slices].copy_(x)
 
 
