@@ -160,7 +160,8 @@ class Report:
                 return f"OVERFLOW: plain torch overflows in {self.dtype} in {row.where}: use bfloat16"
         if not self.compared:
             return "NOTHING WAS COMPARED: no kernel ran, so plain torch was compared with itself"
-        return f"RIGHT: all {len(self.rows)} comparisons are within their limits"
+        ran = f" ({TORCH}; no kernel ran)" if self.backend == TORCH else ""
+        return f"RIGHT{ran}: all {len(self.rows)} comparisons are within their limits"
 
     def as_dict(self) -> dict[str, Any]:
         rows = [asdict(row, dict_factory=_for_json) | {"ok": row.ok} for row in self.rows]
