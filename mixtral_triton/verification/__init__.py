@@ -28,14 +28,16 @@ from ..generate import GRAPH_MIN_TOKENS, can_capture
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
+from ..quantize.cost import held_out, measure_cache_cost, perplexity
 from ..quantize.hub import read_headers
 from ..tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
 from ..tools.offline import launch_text, on_meta
 from .calls import BATCH, SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
-from .loaded import check_weights, estimate, held_out, measure_cache_cost, perplexity
+from .loaded import check_weights, estimate
 from .models import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
+from .source import Source
 
 __all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
 
@@ -162,7 +164,9 @@ def _verify(
     kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
-    cache_cost = measure_cache_cost(target, folder, ids, text) if target.quantized else None
+    cache_cost = None
+    if target.quantized:
+        cache_cost = measure_cache_cost(target, None if folder is None else Source(folder), ids, text)
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))

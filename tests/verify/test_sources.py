@@ -25,7 +25,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.tolerance import token_floor
-from mixtral_triton.verification import held_out, layers, loaded, models, perplexity, source
+from mixtral_triton.verification import held_out, layers, models, perplexity, source
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.loaded import check_weights, estimate
 from mixtral_triton.verification.source import Source, decode
@@ -272,7 +272,7 @@ def test_perplexity_equals_a_loop_over_tokens(context: int, tokens: int, monkeyp
     model, ids = random_model(max_position_embeddings=context), TEXT[:tokens]
     expected = perplexity_by_loop(model, ids, context)
     assert math.isclose(perplexity(model, ids), expected, rel_tol=1e-5)
-    monkeypatch.setattr(loaded, "WINDOW_TOKENS", context)
+    monkeypatch.setattr("mixtral_triton.quantize.cost.WINDOW_TOKENS", context)
     assert math.isclose(perplexity(random_model(), ids), expected, rel_tol=1e-5)
 
 
@@ -283,7 +283,7 @@ def test_perplexity_of_extreme_logits_few_of_which_are_in_memory_at_once(monkeyp
     for factor, expected in ((1e6, math.inf), (0.0, 23)):  # no overflow, and uniform
         model.lm_head.data.mul_(factor)
         assert perplexity(model, TEXT.repeat(33)[:1001]) == pytest.approx(expected, rel=1e-12)
-    assert sum(sizes) == 2 * 1000 and max(sizes) == loaded.LOGIT_ROWS
+    assert sum(sizes) == 2 * 1000 and max(sizes) == LOGIT_ROWS
 
 
 BAD_TEXTS = [(TEXT[None], r"ids' is \[1, 31\]"), (TEXT[:1], "at least two"), ([1, 2], "list")]
@@ -340,7 +340,7 @@ def routes(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("formats", "window"), [(BOTH, 2048), ("int4", 25)], ids=str)
 def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: Path, monkeypatch: Any) -> None:
     """With a text of one window, and of several, the last one shorter."""
-    monkeypatch.setattr(loaded, "WINDOW_TOKENS", window)
+    monkeypatch.setattr("mixtral_triton.quantize.cost.WINDOW_TOKENS", window)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(SMALL / name, tmp_path / name)
     text = json.loads((SMALL / "heldout.json").read_text())["ids"][:60]
