@@ -33,6 +33,7 @@ EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
 # Rows, sequences, and keys of each, where bits must not depend on the batch: so many that one sequence may split them.
 BATCH, RAGGED, KEYS = 33, 5, 280
 LAYOUTS = ("sliced", "rows apart", "transposed", "expanded")
+BEYOND, INDICES = "one beyond", ("input_ids", "positions", "past", "new")  # what is out of range makes a sequence NaN
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
 
 
@@ -69,6 +70,21 @@ def with_layouts(calls: Iterable[Call]) -> Iterator[Call]:
             yield op, case, args | changed
 
 
+def calls_beyond(calls: Iterable[Call]) -> Iterator[Call]:
+    """Calls whose first sequence has a token, position or number of tokens one beyond what its operation declares."""
+    for op, _, args in calls:
+        if not OPS[op].results:
+            continue
+        host = args | {name: x.cpu() for name in INDICES if (x := args.get(name)) is not None and not x.is_meta}
+        found = [(name, args[name], high) for name, _, high in OPS[op].bounds(OPS[op].bind_by_name(**args))]
+        found += [(name, x, high) for name, x, _, high in (OPS[op].ranges or (lambda args: ()))(host)]
+        for name, values, high in found:
+            if name in INDICES:
+                x, last = args[name].clone(), values.view(len(values), -1)[0, -1].to(args[name].device)
+                x.view(len(x), -1)[0, -1] += high + 1 - last
+                yield op, f"{name} {BEYOND}", args | {name: x}
+
+
 @dataclass
 class LayerCheck:
     """The calls of operations in a layer, on what torch computes in it."""
@@ -100,15 +116,21 @@ class LayerCheck:
         (N, K), E = values.ids.shape, len(layer.gate)
         yield "route", "all tokens", {"logits": values.logits, "top_k": K}
         yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
+        if index == 0:  # of two tied experts the lower index is first
+            yield "route", "ties", {"logits": values.logits.repeat_interleave(2, -1)[:, :E], "top_k": K}
+            yield "gate_route", "ties", {"x": values.h, "gate": layer.gate.repeat_interleave(2, 0)[:E], "top_k": K}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
         experts = self._experts()
         norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
         yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
         sizes = {"decode": min(DECODE_TOKENS, -(-E // K))}
         if index == 0 or values.x.is_cuda:  # they are slow
-            sizes["prefill"] = max(DECODE_TOKENS + 1, -(-E // K))
+            sizes["prefill"] = DECODE_TOKENS + E
         for case, size in sizes.items():  # routes that take every expert
             ids = torch.arange(size * K, device=values.x.device).view(size, K) % E
+            if case == "prefill":  # each group ends with few rows of a tile: the grid needs all the tiles of its bound
+                ids = ids[:1].repeat(size, 1)
+                ids[: E - K, -1] = torch.arange(K, E, device=ids.device)
             rows = torch.arange(size, device=values.x.device) % N
             some = {"x": values.h[rows], "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
             yield "expert_swiglu", f"every expert, {case}", {**experts, **some}
@@ -146,11 +168,13 @@ class LayerCheck:
         index, slots = draw(T, B * PREFILL_CHUNK + T), cache_shape(config, B, C)[4]
         b = torch.arange(B, device=device)
         # Deterministic torch computes the chunk's padding in another way.
-        short = 0 * b if recorded.get("deterministic") else b % 3
-        # The first sequence of a step ends where the cache does.
-        past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
+        short = 0 * b if recorded.get("deterministic") else (b + 1) % 3
+        new = (T - short).clamp(min=1)
         limit = len(self.tables["cos"])  # transformers makes them for the text
-        past = past.clamp(min=0, max=max(0, limit - T if config.window else min(limit, slots) - T)).int()
+        last = (limit if config.window else min(limit, slots)) - new
+        # The first sequence ends where the cache or the positions do, and its padding is beyond.
+        past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
+        past = torch.where(b == 0, last, past.minimum(last)).clamp(min=0).int()
         is_o = weights.get(_key(recorded.get("weight"))) is self.layer.o_proj
         x = values.heads if is_o else values.normed if op == "linear" else values.attn_output
         residual = values.x if op == "rms_norm_gate_route" else values.x + values.attn_output
@@ -160,7 +184,8 @@ class LayerCheck:
         if op.startswith("expert"):
             text |= {"x": values.h, "ids": self.local_ids(values.ids), "weights": values.weights}
         found = {"table": values.x.flatten(0, 1), "input_ids": index, "past": past}
-        found |= {"new": (T - short).clamp(min=1).int(), "positions": past[:, None] + torch.arange(T, device=device)}
+        positions = (past[:, None] + torch.arange(T, device=device)).clamp(max=limit - 1)
+        found |= {"new": new.int(), "positions": positions}
 
         def value(name: str, like: Any) -> Any:
             if not (isinstance(like, (Tensor, QuantizedCache)) or name in WEIGHTS):
@@ -252,6 +277,8 @@ class SizedCalls:
             return
         least = prefix(3)
         yield from with_layouts((*least.calls(1), *self.calls_on_text(least)))
+        if self.target.ranks is None:  # their operations run without checks
+            yield from calls_beyond(self.calls_on_text(least))
         yield from check.deterministic_calls()
         yield from self.calls_of_generate(check)
 

@@ -134,6 +134,21 @@ def test_a_lost_row_of_any_size_is_run() -> None:
             assert any(map(loses, sized.rows[launch])) or not any(map(loses, rows)), (launch, rows)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="about a kernel's grid: with the interpreter")
+def test_a_grid_one_tile_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the last tile are memory that nobody wrote."""
+    model = small_model(torch.bfloat16)
+    target = ModelUnderTest(model)
+    x = torch.nn.functional.embedding(IDS, model.embed_tokens)
+    calls = [call for call in target.check(model.layers[0], x, model.config).calls(0) if call[1].endswith("prefill")]
+    calls = [call for call in calls if call[0] == "expert_swiglu"]
+    assert calls and all(row.ok for call in calls for row in target.measure(0, *call))
+    short = lambda N, E, columns, config: (grid(N, E, columns, config)[0] - grid(1, 1, columns, config)[0],)  # noqa: E731
+    grid = op._prefill_grid
+    monkeypatch.setattr(op, "_prefill_grid", short)
+    assert not any(row.ok for call in calls for row in target.measure(0, *call))
+
+
 def first_row_for_all(argument: int, patch: pytest.MonkeyPatch) -> None:
     """The first sequence's `past` (0) or `new` (1), its positions or lengths, are taken for all."""
 

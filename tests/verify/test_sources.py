@@ -24,6 +24,7 @@ from mixtral_triton.cli import SMALL, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
+from mixtral_triton.quantize.cost import LOGIT_ROWS
 from mixtral_triton.tolerance import token_floor
 from mixtral_triton.verification import held_out, layers, models, perplexity, source
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
