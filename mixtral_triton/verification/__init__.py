@@ -34,12 +34,12 @@ from ..tolerance import Fp64Reference, largest, ordered_products, to_fp64, token
 from ..tools.offline import launch_text, on_meta
 from .calls import BATCH, SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
-from .loaded import check_weights, estimate
+from .loaded import check_weights
 from .models import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
 from .source import Source
 
-__all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
+__all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
 
 TEXT_TOKENS = 66  # by default
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one

@@ -69,6 +69,7 @@ def _small_copy(target: TransformersUnderTest) -> tuple[Any, dict[str, Tensor]]:
     tensors |= {"model.embed_tokens": target.embed_tokens, "model.norm": target.norm}
     for index, layer in enumerate(target.layers[: config.num_hidden_layers]):
         place, experts = f"model.layers.{index}.", layer.mlp.experts
+        halves = experts.gate_up_proj[:E].unflatten(1, (2, -1))[:, :, :I]
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[place + name] = getattr(layer, name).weight
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -76,9 +77,7 @@ def _small_copy(target: TransformersUnderTest) -> tuple[Any, dict[str, Tensor]]:
             identity = torch.eye(project.in_features, dtype=project.weight.dtype, device=project.weight.device)
             tensors[f"{place}self_attn.{name}"] = project(identity).t()  # with what an adapter adds
         tensors[f"{place}mlp.gate"] = layer.mlp.gate.weight[:E]
-        tensors[f"{place}mlp.experts.gate_up_proj"] = (
-            experts.gate_up_proj[:E].unflatten(1, (2, -1))[:, :, :I].flatten(1, 2)
-        )
+        tensors[f"{place}mlp.experts.gate_up_proj"] = halves.flatten(1, 2)
         tensors[f"{place}mlp.experts.down_proj"] = experts.down_proj[:E, :, :I]
     fp32 = {name: x.detach().float().contiguous() for name, x in tensors.items()}
     return config, {name if "experts" in name else f"{name}.weight": x for name, x in fp32.items()}

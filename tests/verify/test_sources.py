@@ -26,9 +26,10 @@ from mixtral_triton.model import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.quantize.cost import LOGIT_ROWS
 from mixtral_triton.tolerance import token_floor
+from mixtral_triton.tools.estimate import estimate
 from mixtral_triton.verification import held_out, layers, models, perplexity, source
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
-from mixtral_triton.verification.loaded import check_weights, estimate
+from mixtral_triton.verification.loaded import check_weights
 from mixtral_triton.verification.source import Source, decode
 from tests.cli.commands import run_json
 from tests.support import hub
@@ -245,7 +246,7 @@ def test_layouts_are_decoded_on_the_model_s_device(tmp_path: Path, gpu: Any, mon
 
 
 def test_the_cost_is_said_before(dense: Path) -> None:
-    found = [estimate(load(dense), IDS.repeat(1, n), dense) for n in (1, 100)]
+    found = [estimate(load(dense), IDS.repeat(1, n), Source(dense).files) for n in (1, 100)]
     size = (dense / "model.safetensors").stat().st_size / 1e6
     assert all(re.search(rf": reads {size:.1f} MB once, .* and \d+ s$", text) for text in found)
     small, large = (int(re.findall(r"about (\d+) MB", text)[0]) for text in found)
