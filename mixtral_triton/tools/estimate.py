@@ -19,7 +19,7 @@ PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; te
 
 
 def estimate(model: Any, ids: Tensor, files: Sequence[Path] = (), quick: bool = False) -> str:
-    """Estimate what `verify` on ids [B,T] takes: bytes of the files of weights, memory beside the model, and seconds of torch's
+    """Estimate what `verify` on ids [B,T] takes: bytes of the files, memory beside the model, and seconds of torch's
     computation in fp64, for which a product with one expert is timed."""
     config, N, down = model.full_config, ids.numel(), model.layers[0].down_proj[0]
     x = torch.ones((2 * N, down.shape[-1]), dtype=torch.float64, device=model.device)

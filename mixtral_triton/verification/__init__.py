@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,14 +136,7 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
 
 
 def _verify(
-    target: Any,
-    input_ids: Tensor | None,
-    progress: Progress,
-    folder: Any,
-    peer: str | None,
-    quick: bool,
-    tokens: Any,
-    text: Tensor | None,
+    target: Any, input_ids: Any, progress: Progress, folder: Any, peer: Any, quick: bool, tokens: Any, text: Any
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
@@ -164,9 +157,7 @@ def _verify(
     kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
-    cache_cost = None
-    if target.quantized:
-        cache_cost = measure_cache_cost(target, None if folder is None else Source(folder), ids, text)
+    cache_cost = measure_cache_cost(target, folder and Source(folder), ids, text) if target.quantized else None
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))
@@ -278,16 +269,13 @@ def _captures_the_step(model: Any, prompts: list[Tensor], new: int, options: Any
     """Whether a replay gives the tokens of the eager step, greedy and sampled: a graph draws in its own way."""
     eager = copy.copy(model)
     eager.head = model.head  # as a caller's code, which a graph would not run
-    same = True
-    for temperature in (0.0, TEMPERATURE):
-        texts = []
-        for each in (model, eager):
+    texts = list[Tensor]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is slower
+        for each, temperature in product((model, eager), (0.0, TEMPERATURE)):
             generator = torch.Generator(model.device).manual_seed(1)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is slower
-                texts.append(each.generate(prompts, new, temperature, generator=generator, **options))
-        same = same and all(map(torch.equal, *texts))
-    return same
+            texts += each.generate(prompts, new, temperature, generator=generator, **options)
+    return all(map(torch.equal, texts, texts[2 * len(prompts) :]))
 
 
 def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:

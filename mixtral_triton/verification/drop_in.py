@@ -27,18 +27,14 @@ CACHES = ("no cache", "dynamic cache", "static cache")
 
 
 def compare_calls(target: TransformersUnderTest, ids: Tensor, steps: Callable[[str, int], Step]) -> list[Row]:
-    """Rows of the same calls of transformers' model and of an applied one, for every mask, cache and output.
+    """Rows of the same calls of transformers' model and of an applied one, with a text that is cut from ids [B,T].
 
-    Both are fp32 copies of the first layers with some of the experts, since what a call hands to the operations is the
-    same in every layer: the target stays as it is, and errors are far below the limit. A window is half as long as the
-    text, which is cut from ids [B,T].
-    """
+    Both are fp32 copies of the target, which stays as it is, with few layers, experts and rows: a call hands each layer
+    the same masks, and errors are far below the limit. A window is half as long as the text."""
     pair = [eager_model(*_small_copy(target), ids.device) for _ in range(2)]
     hf.apply(pair[1])
-    B, T = 2, TOKENS
-    text = ids.flatten()[torch.arange(B * T, device=ids.device) % ids.numel()].view(B, T)
-    t, b = torch.arange(T, device=ids.device), torch.arange(B, device=ids.device)[:, None]
-    masks: dict[str, Tensor | None] = {"no mask": None, "packed": None}
+    t, b, T = torch.arange(TOKENS, device=ids.device), torch.arange(2, device=ids.device)[:, None], TOKENS
+    text, masks = ids.flatten()[(b * T + t) % ids.numel()], dict[str, Any].fromkeys(("no mask", "packed"))
     masks |= {"left padding": t >= b * T // 3, "right padding": t < T - b * T // 3}
     masks |= dict.fromkeys(("a hole", "4-D mask"), (t < T // 3) | (t > T // 3 + b))
     calls = {
@@ -48,11 +44,13 @@ def compare_calls(target: TransformersUnderTest, ids: Tensor, steps: Callable[[s
     calls |= {f"generate, {cache}": partial(_generated, text, masks["left padding"], cache) for cache in CACHES[1:]}
     rows, step = list[Row](), steps("calls of transformers", len(calls))
     for case, call in calls.items():
-        with target.catch_faults(lambda note, case=case: rows.append(Row.exact(None, "call", case, False, note))):
+        notes = list[str]()
+        with target.catch_faults(notes.append):
             errors = _errors(*_run_both(pair, call))
             worst = max(errors, key=errors.__getitem__)
             note = "" if errors[worst] <= LIMIT else f"{worst}: error {errors[worst]:.1e}, limit {LIMIT:.0e}"
             rows.append(Row(None, "call", case, errors[worst], LIMIT, note))
+        rows += [Row.exact(None, "call", case, False, note) for note in notes]
         step()
     return rows
 
@@ -86,21 +84,19 @@ def _small_copy(target: TransformersUnderTest) -> tuple[Any, dict[str, Tensor]]:
 def _run_both(pair: list[Any], call: Callable[[Any], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """What `call` returns of both models. Where the second one's routes differ it takes the first one's: they differ by
     a near tie, or else by wrong router logits, which are an output."""
-    routes = list[Any]()
+    routes, found = list[Any](), list[dict[str, Tensor]]()
 
-    def record(gate: Any, args: Any, out: Any) -> None:
-        routes.append(out[1:])
-
-    def follow(gate: Any, args: Any, out: Any) -> Any:
+    def route(gate: Any, args: Any, out: Any) -> Any:
+        if not found:
+            return routes.append(out[1:])
         weights, ids = routes.pop(0)
         differs = (out[2].sort(-1).values != ids.sort(-1).values).any(-1, keepdim=True)
         return out[0], weights.where(differs, out[1]), ids.where(differs, out[2])
 
-    found = []
-    for model, hook in zip(pair, (record, follow), strict=True):
-        with ExitStack() as stack:
-            for layer in model.model.layers:
-                stack.enter_context(layer.mlp.gate.register_forward_hook(hook))
+    with ExitStack() as stack:
+        for layer in (layer for model in pair for layer in model.model.layers):
+            stack.enter_context(layer.mlp.gate.register_forward_hook(route))
+        for model in pair:
             found.append(call(model))
     return found
 
@@ -110,18 +106,16 @@ def _errors(want: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]
     if "tokens" in want:
         same = int((want["tokens"] == got["tokens"]).all(0).cumprod(0).sum())
         want, got = ({"logits": each["logits"][:, : same + 1]} for each in (want, got))
-
-    def error(name: str, x: Tensor) -> float:
-        fits = name in got and got[name].shape == x.shape
-        return largest(got[name] - x) / max(largest(x), 1e-30) if fits else math.inf
-
-    return {name: error(name, x) for name, x in want.items()}
+    return {
+        name: largest(got[name] - x) / max(largest(x), 1e-30) if got[name].shape == x.shape else math.inf
+        for name, x in want.items()
+    }
 
 
 def _outputs(text: Tensor, valid: Tensor | None, mask: str, kind: str, model: Any) -> dict[str, Tensor]:
     """The outputs of the text [B,T], over a cache in chunks and a step, for tokens that see a key: [n,...] each."""
     (B, T), config, found = text.shape, model.config, dict[str, Tensor]()
-    caches = {CACHES[1]: DynamicCache, CACHES[2]: partial(StaticCache, max_cache_len=T + NEW)}
+    caches: dict[str, Any] = {CACHES[1]: DynamicCache, CACHES[2]: partial(StaticCache, max_cache_len=T + NEW)}
     cache: Any = caches[kind](config=config) if kind in caches else None
     create: Any = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
     restarted = torch.arange(T, device=text.device) % (T // 2 + 1 + torch.arange(B, device=text.device)[:, None])
@@ -143,7 +137,7 @@ def _outputs(text: Tensor, valid: Tensor | None, mask: str, kind: str, model: An
     return found
 
 
-def _generated(text: Tensor, valid: Tensor, kind: str, model: Any) -> dict[str, Tensor]:
+def _generated(text: Tensor, valid: Any, kind: str, model: Any) -> dict[str, Tensor]:
     """The greedy tokens [B,n] behind the text [B,T], and their logits [B,n,V]."""
     settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "output_logits": True}
     if kind == CACHES[2]:

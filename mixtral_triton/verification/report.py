@@ -81,9 +81,9 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, mixtral: bool, half: bool,
         ("caches of the model's dtype; needs no --cache-dtype", mixtral, not quantized_cache),
         ("experts alone in each layer; needs 24 tokens of text", True, alone),
         ("generate; needs a Mixtral, and positions for new tokens", True, "generate" in ops),
-        ("captured and repeated steps, staging; needs a GPU", mixtral, REPEATED in cases),
+        ("captured and repeated steps, staging, launch plans; needs a GPU", mixtral, REPEATED in cases),
         ("deterministic mode; needs --deterministic", mixtral, ("generate", BITS) in found),
-        ("sampling, ends of texts, refusals; needs the project's tests: they are the same everywhere", mixtral, False),
+        ("sampling, ends of texts, refusals, options; needs the tests: they are the same everywhere", mixtral, False),
     )
     uncalled = [f"{op}; needs a case in LayerCheck.calls (verification/calls.py)" for op in OPS if op not in ops]
     return uncalled + [line for line, possible, ran in kinds if possible and not ran]
