@@ -297,7 +297,9 @@ def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     import torch
 
-    from .verification import check_peer, default_text, estimate, launch_all, verify
+    from .tools.estimate import estimate
+    from .verification import check_peer, default_text, launch_all, verify
+    from .verification.source import Source
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
@@ -314,7 +316,7 @@ def _verify(args: argparse.Namespace) -> int:
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         if is_first():
             print_message(note)
-            print_message(estimate(model, text_ids, args.folder, quick))
+            print_message(estimate(model, text_ids, Source(args.folder).files, quick))
         _compile(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "peer", "tokens", "cache_dtype")}
         if measured is not None:

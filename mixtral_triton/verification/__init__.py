@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,31 +24,28 @@ from .. import reference
 from ..arguments import check_ids, check_vocabulary
 from ..cache import KVCache
 from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
-from ..generate import GRAPH_MIN_TOKENS, can_capture, sample
+from ..generate import GRAPH_MIN_TOKENS, can_capture
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
 from ..model import Mixtral
+from ..quantize.cost import held_out, measure_cache_cost, perplexity
 from ..quantize.hub import read_headers
 from ..tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
-from ..tools.offline import launch_text, on_meta, with_layers
+from ..tools.offline import launch_text, on_meta
 from .calls import BATCH, SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
-from .loaded import check_weights, estimate, held_out, measure_cache_cost, perplexity
+from .loaded import check_weights
 from .models import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
+from .source import Source
 
-__all__ = ["Report", "Row", "estimate", "held_out", "perplexity", "verify"]
+__all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
 
 TEXT_TOKENS = 66  # by default
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
 REPEATED_TOKENS = 4  # of a chunk that is computed again
-END, REFUSALS = "end of a text", "refusals"
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
-HOT = 1e3  # a temperature at which sequences differ
-TEMPERATURE, TOP_P, TOP_K, MIN_P = 0.8, 0.9, 50, 0.2
-MADE = 256, 1024  # the shape of made logits, at most
-EDGE = 1e-5  # how much fp32 sums of probabilities may differ
-RACE_LIMIT = 1e-3  # how much less than the winner's the race of a sampled token may be, for fp32 arithmetic
+TEMPERATURE = 0.8  # of the sampled text whose captured step is compared with the eager one
 
 Progress = Callable[[int, int, str], None] | None
 
@@ -139,14 +136,7 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
 
 
 def _verify(
-    target: Any,
-    input_ids: Tensor | None,
-    progress: Progress,
-    folder: Any,
-    peer: str | None,
-    quick: bool,
-    tokens: Any,
-    text: Tensor | None,
+    target: Any, input_ids: Any, progress: Progress, folder: Any, peer: Any, quick: bool, tokens: Any, text: Any
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
@@ -167,13 +157,17 @@ def _verify(
     kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
-    cache_cost = measure_cache_cost(target, folder, ids, text) if target.quantized else None
+    cache_cost = measure_cache_cost(target, folder and Source(folder), ids, text) if target.quantized else None
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     found = [*target.measure(None, "rms_norm", "final", norm), *found]
     rows += sorted(found, key=lambda row: math.inf if row.layer is None else row.layer)
+    if not target.is_mixtral:
+        from .drop_in import compare_calls  # imports transformers
+
+        rows += compare_calls(target, ids, steps)
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.quantized)
     routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
@@ -232,9 +226,8 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
     new = min(NEW_TOKENS, model.config.max_position_embeddings - len(prompts[0]))
     launch_text(generating, len(prompts[0]), new, cache_dtype, len(prompts))
     repeated = KVCache(copied.config, BATCH, REPEATED_TOKENS + 1, "meta", copied.dtype)
-    chunks = [ids.new_empty((BATCH, new)) for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1)]
-    for args in (*_wrong_calls(copied, ids).values(), *((chunk, repeated) for chunk in chunks)):
-        _launch(copied, *args)
+    for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1):
+        _launch(copied, ids.new_empty((BATCH, new)), repeated)
 
 
 def _launch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -251,7 +244,7 @@ def _with_prompts(model: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
 
 
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
-    """Rows for greedy and sampled tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a
+    """Rows for greedy tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a
     right token may be below the greatest is set by the errors of `baseline` [B,T,V] and of `exact` fp64 [2B,T,V]."""
     model, prompts = _with_prompts(target.model, ids)
     most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
@@ -268,55 +261,21 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     scale = max(largest(logits), 1e-30)
     rows = [Row(None, "generate", "greedy", shortfall / scale, limit / scale)]
     if can_capture(model):
-        eager = copy.copy(model)
-        eager.head = model.head  # as a caller's code, which a graph would not run
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is slower
-            texts = eager.generate(prompts, new, **options)
-        same = torch.equal(tokens, torch.stack([text[-new:] for text in texts]))
-        rows.append(Row.exact(None, "generate", "captured step", same))
-    new, model.prefill_chunk = min(new, most - 1), PREFILL_CHUNK
-    rows.append(Row.exact(None, "generate", END, _ends(with_layers(model, [0]), ids[[0, -1]], min(2, new))))
-    # A mesh samples the first rank's tokens, whatever the others draw.
-    seeds = 1 + (0 if model.ranks is None else model.ranks.shard.rank), 1
-    draws = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
-    sampled = model.generate([prompt[:2] for prompt in prompts], new, TEMPERATURE, generator=draws[0], **options)
-    next_logits, tokens = _next_logits(target, sampled, new)
-    error = max(_race_error(next_logits[:, index], tokens[:, index], draws[1]) for index in range(new))
-    # A logit's error e changes a probability by a factor of at most exp(2 e).
-    rows.append(Row(None, "generate", "sampled", error, 1 - math.exp(-limit / TEMPERATURE) + RACE_LIMIT))
-    rows += [_refusals(model, ids), *_repeated_rows(model, ids)]
-    return [*rows, _check_sample(baseline.flatten(0, 1).float())]
+        rows.append(Row.exact(None, "generate", "captured step", _captures_the_step(model, prompts, new, options)))
+    return rows + _repeated_rows(model, ids)
 
 
-def _wrong_calls(model: Any, ids: Tensor) -> dict[str, tuple[Any, ...]]:
-    """Return arguments of the forward that it must refuse, by what is wrong with them."""
-    B, config, device, dtype = len(ids), model.config, model.device, model.dtype
-    full, token = KVCache(config, B, 1, device, dtype), ids[:, :1]
-    full.lengths += full.max_len
-    other = next(each for each in (torch.float32, torch.bfloat16) if each != dtype)
-    changed = replace(config, rms_norm_eps=config.rms_norm_eps + 1)
-    return {
-        "a full cache": (token, full),
-        "a token outside the vocabulary": (token * 0 + config.vocab_size,),
-        "lengths beyond the chunk": (token, KVCache(config, B, 2, device, dtype), torch.full_like(token[:, 0], 2)),
-        "lengths without a cache": (token, None, torch.ones_like(token[:, 0])),
-        "a cache of another batch": (token, KVCache(config, B + 1, 2, device, dtype)),
-        "a cache of another dtype": (token, KVCache(config, B, 2, device, other)),
-        "another model's cache": (token, KVCache(changed, B, 2, device, dtype)),
-    }
-
-
-def _refusals(model: Any, ids: Tensor) -> Row:
-    """Whether the forward refuses what it must: by a ValueError, or on a GPU, whose values are not read, by NaN."""
-    accepted = []
-    for name, args in _wrong_calls(model, ids).items():
-        try:
-            refused = bool(model(*args).isnan().all()) and model.device.type != "cpu"
-        except Exception as error:
-            refused = isinstance(error, ValueError)
-        accepted += [] if refused else [f"{name} is not refused"]
-    return Row.exact(None, "forward", REFUSALS, not accepted, "; ".join(accepted))
+def _captures_the_step(model: Any, prompts: list[Tensor], new: int, options: Any) -> bool:
+    """Whether a replay gives the tokens of the eager step, greedy and sampled: a graph draws in its own way."""
+    eager = copy.copy(model)
+    eager.head = model.head  # as a caller's code, which a graph would not run
+    texts = list[Tensor]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is slower
+        for each, temperature in product((model, eager), (0.0, TEMPERATURE)):
+            generator = torch.Generator(model.device).manual_seed(1)
+            texts += each.generate(prompts, new, temperature, generator=generator, **options)
+    return all(map(torch.equal, texts, texts[2 * len(prompts) :]))
 
 
 def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
@@ -326,12 +285,12 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
     T = max(1, min(REPEATED_TOKENS, model.config.max_position_embeddings - 1))
     b = torch.arange(BATCH, device=ids.device)
     ids = ids.flatten()[(b[:, None] * 2 + b[:T]) % ids.numel()]
-    lengths = (T - b % 3).clamp(min=1).int()
+    lengths = (T - b % T).int()
 
     def run(rows: slice = slice(None), ids: Tensor = ids) -> list[Tensor]:
         new = lengths[rows]
         cache = KVCache(model.config, len(new), T + 1, model.device, model.dtype)
-        chunk, step = model(ids[rows], cache, new), model(ids[rows, :1], cache)
+        chunk, step = model(ids[rows, : int(new.max())], cache, new), model(ids[rows, :1], cache)
         return [torch.cat((each[:n], last)) for each, last, n in zip(chunk, step, new.tolist(), strict=True)]
 
     with ordered_products():
@@ -340,76 +299,10 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
             again = [part for _ in range(2) if run(ids=ids.flip(0)) for part in run()]  # another text lies between
             same[REPEATED] = all(map(torch.equal, again, whole * 2))
         if model.deterministic:
-            parts = slice(1), slice(-1, None), slice(2), slice(1, 6)
+            # Each length alone, in a chunk of its own: one token shall not take the path of a decode step.
+            parts = *(slice(row, row + 1) for row in range(T)), slice(-1, None), slice(2), slice(1, 6)
             same[BITS] = all(torch.equal(*pair) for part in parts for pair in zip(run(part), whole[part], strict=True))
     return [Row.exact(None, "generate", case, right) for case, right in same.items()]
-
-
-def _ends(model: Any, ids: Tensor, new: int) -> bool:
-    """Whether sequences end with a token that one of them samples first: a list with it included, a tensor padded."""
-    prompts = ids[:, : max(1, min(2, model.config.max_position_embeddings - new))]
-
-    def run(prompts: Any, eos: Any) -> Any:  # hot, so that the sequences differ
-        generator = torch.Generator(model.device).manual_seed(3)
-        return model.generate(prompts, new, HOT, eos_token_id=eos, generator=generator)
-
-    tokens = run(prompts, [])[:, prompts.shape[1] :]
-
-    def ends_at(eos: int) -> list[int]:
-        return [row.index(eos) + 1 if eos in row else new for row in tokens.tolist()]
-
-    # One sequence shall end where another goes on.
-    eos = max(tokens.flatten().tolist(), key=lambda eos: (max(ends_at(eos)) - min(ends_at(eos)), -min(ends_at(eos))))
-    ends = ends_at(eos)
-    model.config = replace(model.config, eos_token_id=eos)
-    texts, padded = run(list(prompts), None), run(prompts, [eos])
-    wants = [torch.cat((prompt, row[:n])) for prompt, row, n in zip(prompts, tokens, ends, strict=True)]
-    longest = torch.stack([F.pad(want, (0, prompts.shape[1] + new - len(want)), value=eos) for want in wants])
-    return all(map(torch.equal, texts, wants)) and torch.equal(padded, longest)
-
-
-def _check_sample(logits: Tensor) -> Row:
-    """The row of `sample` on logits [N,V], and on some with likely, equal tokens at the edges of top-k and top-p."""
-
-    def draw() -> torch.Generator:
-        return torch.Generator(logits.device).manual_seed(2)
-
-    errors, shape = list[float](), (MADE[0], min(logits.shape[-1], MADE[1]))
-    k = min(TOP_K, max(1, shape[1] // 2))
-    made = -1e-3 * torch.rand(shape, device=logits.device, generator=draw()).argsort(-1).float()
-    for texts, top_p, top_k, min_p in (
-        (logits, TOP_P, k, 0.0),
-        (made, TOP_P, None, 0.0),
-        (made, 1.0, min(3, k), 0.0),
-        (made.round(decimals=2), 1.0, k, 0.0),
-        (logits, 1.0, None, MIN_P),
-    ):
-        sampled_ids = sample(texts, TEMPERATURE, top_p, draw(), top_k, min_p)
-        errors.append(_race_error(texts, sampled_ids, draw(), top_p, top_k, min_p))
-    return Row(None, "generate", "sample", max(errors), RACE_LIMIT)
-
-
-def _race_error(
-    logits: Tensor, sampled_ids: Tensor, generator: Any, top_p: float = 1.0, top_k: int | None = None, min_p: float = 0
-) -> float:
-    """How far the tokens `sampled_ids` [N] are from winning the exponential race of logits [N,V]: 0 for a winner, 1 for
-    a token that does not take part (Holtzman et al. 2020; min-p: Nguyen et al. 2024)."""
-    clock = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).double()
-    p = (logits.double() / TEMPERATURE).softmax(-1)
-    if top_k is not None:
-        p = p.where(logits >= logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], 0.0)
-    p = p / p.sum(-1, keepdim=True)
-    # What is before a token in the order of p must have less than top_p. Ties have any order, and fp32 sums may differ
-    # at the edge: a token there may take part, and need not.
-    ascending = p.sort(-1).values
-    sums = F.pad(ascending.cumsum(-1), (1, 0))
-    starts = (torch.searchsorted(ascending, p, right=right) for right in (True, False))
-    least, most = (sums[:, -1:] - sums.gather(-1, start) for start in starts)
-    race, share = p / clock, p / p.amax(-1, keepdim=True)
-    allowed = race.where(((least < top_p + EDGE) | (top_p == 1)) & (share >= min_p * (1 - EDGE)), 0.0)
-    certain = race.where(((most - p < top_p - EDGE) | (top_p == 1)) & (share >= min_p * (1 + EDGE)), 0.0).amax(-1)
-    allowed = allowed.gather(-1, sampled_ids[:, None])[:, 0]
-    return largest((1 - allowed / certain.clamp(min=1e-30)).clamp(min=0.0))
 
 
 def _next_logits(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Tensor]:

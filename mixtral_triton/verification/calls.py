@@ -33,31 +33,57 @@ FEW = 10  # tokens of a sequence in the calls of all layers but the first: layer
 EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
 # Rows, sequences, and keys of each, where bits must not depend on the batch: so many that one sequence may split them.
 BATCH, RAGGED, KEYS = 33, 5, 280
-LAYOUTS = ("sliced", "transposed", "expanded")
+LAYOUTS = ("sliced", "rows apart", "transposed", "expanded")
+BEYOND, INDICES = "one beyond", ("input_ids", "positions", "past", "new")  # what is out of range makes a sequence NaN
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
 
 
 def with_layout(layout: str, x: Tensor, is_cache: bool) -> Tensor:
     """x in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range between; the
-    first dimension last in memory; the first element repeated. The last dimension of a cache stays dense."""
+    same but for the last dimension; the first dimension last in memory; the first element repeated. The last dimension
+    of a cache stays dense."""
     if layout == "expanded":
         return x[:1].expand(x.shape)
     if layout == "transposed":
         last = 1 if is_cache else -1
         return x.transpose(0, last).contiguous().transpose(0, last)
-    around = torch.full([2 * n + 1 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
-    steps = [2] * (x.dim() - 1) + [1 if is_cache else 2]
-    slices = tuple(slice(1, 1 + step * n, step) for n, step in zip(x.shape, steps, strict=True))
+    around = torch.full([2 * n + 8 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
+    steps = [2] * (x.dim() - 1) + [1 if is_cache or layout == "rows apart" else 2]
+    # Rows apart are read in place: at 16 bytes, as the meta device, whose addresses are 0, compiles ahead.
+    starts = [1] * (x.dim() - 1) + [8 if layout == "rows apart" else 1]
+    slices = tuple(slice(start, start + step * n, step) for start, n, step in zip(starts, x.shape, steps, strict=True))
     return around.to(x.dtype)[slices].copy_(x)
 
 
 def with_layouts(calls: Iterable[Call]) -> Iterator[Call]:
-    """The calls with every argument but weights in each of the LAYOUTS; a tensor that is written has no repetition."""
+    """The calls with every argument but weights in each of the LAYOUTS, and each argument in another one than the next:
+    a kernel may take one's strides for another's. A tensor that is written has no repetition. `case` is the first
+    argument's layout."""
     for op, _, args in calls:
-        for layout in LAYOUTS:
-            fixed = WEIGHTS.union(OPS[op].mutates if layout == "expanded" else ())
-            changed = {name for name, x in args.items() if isinstance(x, Tensor) and name not in fixed}
-            yield op, layout, args | {name: with_layout(layout, args[name], name.endswith("cache")) for name in changed}
+        names = [name for name, x in args.items() if isinstance(x, Tensor) and name not in WEIGHTS]
+        for shift, case in enumerate(LAYOUTS):
+            changed = dict[str, Tensor]()
+            for index, name in enumerate(names):
+                is_cache = name.endswith("cache")  # caches need equal strides
+                layout = LAYOUTS[(shift + (0 if is_cache else index)) % len(LAYOUTS)]
+                if layout != "expanded" or name not in OPS[op].mutates:
+                    changed[name] = with_layout(layout, args[name], is_cache)
+            yield op, case, args | changed
+
+
+def calls_beyond(calls: Iterable[Call]) -> Iterator[Call]:
+    """Calls whose first sequence has a token, position or number of tokens one beyond what its operation declares."""
+    for op, _, args in calls:
+        if not OPS[op].results:
+            continue
+        host = args | {name: x.cpu() for name in INDICES if (x := args.get(name)) is not None and not x.is_meta}
+        found = [(name, args[name], high) for name, _, high in OPS[op].bounds(OPS[op].bind_by_name(**args))]
+        found += [(name, x, high) for name, x, _, high in (OPS[op].ranges or (lambda args: ()))(host)]
+        for name, values, high in found:
+            if name in INDICES:
+                x, last = args[name].clone(), values.view(len(values), -1)[0, -1].to(args[name].device)
+                x.view(len(x), -1)[0, -1] += high + 1 - last
+                yield op, f"{name} {BEYOND}", args | {name: x}
 
 
 @dataclass
@@ -91,6 +117,9 @@ class LayerCheck:
         (N, K), E = values.ids.shape, len(layer.gate)
         yield "route", "all tokens", {"logits": values.logits, "top_k": K}
         yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
+        if index == 0:  # of two tied experts the lower index is first
+            yield "route", "ties", {"logits": values.logits.repeat_interleave(2, -1)[:, :E], "top_k": K}
+            yield "gate_route", "ties", {"x": values.h, "gate": layer.gate.repeat_interleave(2, 0)[:E], "top_k": K}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
         experts = self._experts()
         norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
@@ -99,9 +128,12 @@ class LayerCheck:
         limit = decode_tokens(gate_up, down, values.h.dtype, target_arch(values.h.device))
         sizes = {"decode": min(limit, -(-E // K))}
         if index == 0 or values.x.is_cuda:  # they are slow
-            sizes["prefill"] = max(limit + 1, -(-E // K))
+            sizes["prefill"] = limit + E
         for case, size in sizes.items():  # routes that take every expert
             ids = torch.arange(size * K, device=values.x.device).view(size, K) % E
+            if case == "prefill":  # each group ends with few rows of a tile: the grid needs all the tiles of its bound
+                ids = ids[:1].repeat(size, 1)
+                ids[: E - K, -1] = torch.arange(K, E, device=ids.device)
             rows = torch.arange(size, device=values.x.device) % N
             some = {"x": values.h[rows], "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
             yield "expert_swiglu", f"every expert, {case}", {**experts, **some}
@@ -139,11 +171,13 @@ class LayerCheck:
         index, slots = draw(T, B * PREFILL_CHUNK + T), cache_shape(config, B, C)[4]
         b = torch.arange(B, device=device)
         # Deterministic torch computes the chunk's padding in another way.
-        short = 0 * b if recorded.get("deterministic") else b % 3
-        # The first sequence of a step ends where the cache does.
-        past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
+        short = 0 * b if recorded.get("deterministic") else (b + 1) % 3
+        new = (T - short).clamp(min=1)
         limit = len(self.tables["cos"])  # transformers makes them for the text
-        past = past.clamp(min=0, max=max(0, limit - T if config.window else min(limit, slots) - T)).int()
+        last = (limit if config.window else min(limit, slots)) - new
+        # The first sequence ends where the cache or the positions do, and its padding is beyond.
+        past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
+        past = torch.where(b == 0, last, past.minimum(last)).clamp(min=0).int()
         is_o = weights.get(_key(recorded.get("weight"))) is self.layer.o_proj
         x = values.heads if is_o else values.normed if op == "linear" else values.attn_output
         residual = values.x if op == "rms_norm_gate_route" else values.x + values.attn_output
@@ -153,7 +187,8 @@ class LayerCheck:
         if op.startswith("expert"):
             text |= {"x": values.h, "ids": self.local_ids(values.ids), "weights": values.weights}
         found = {"table": values.x.flatten(0, 1), "input_ids": index, "past": past}
-        found |= {"new": (T - short).clamp(min=1).int(), "positions": past[:, None] + torch.arange(T, device=device)}
+        positions = (past[:, None] + torch.arange(T, device=device)).clamp(max=limit - 1)
+        found |= {"new": new.int(), "positions": positions}
 
         def value(name: str, like: Any) -> Any:
             if not (isinstance(like, (Tensor, QuantizedCache)) or name in WEIGHTS):
@@ -245,6 +280,8 @@ class SizedCalls:
             return
         least = prefix(3)
         yield from with_layouts((*least.calls(1), *self.calls_on_text(least)))
+        if self.target.ranks is None:  # their operations run without checks
+            yield from calls_beyond(self.calls_on_text(least))
         yield from check.deterministic_calls()
         yield from self.calls_of_generate(check)
 
@@ -298,10 +335,17 @@ class SizedCalls:
                 calls.append((size, op, args, N := _rows(args), found := configurations(args, records)))
                 for launch in found:
                     needed[launch].add(N)
+        beyond = defaultdict[tuple[int, int], set[str]](set)  # kernels, by the rows that run and that a chunk reaches
         for launch, rows in needed.items():
-            most = max((n for n in rows if n <= min(self.limit, PREFILL_CHUNK)), default=0)
+            most, reached = (max((n for n in rows if n <= m), default=0) for m in (self.limit, PREFILL_CHUNK))
+            most = min(most, reached)
+            if 0 < most < reached:
+                beyond[most, reached].add(launch[0][0])
             tiled = any(name in ("BLOCK_T", "BLOCK_M") for name, _ in launch[0][3])
             needed[launch] = rows & {min(rows), most, *((EDGE, 2 * EDGE) if tiled else ())}
+        for (most, reached), names in beyond.items():
+            line = f"{most + 1} to {reached} rows of {', '.join(sorted(names))}; needs a GPU or --tokens {reached}"
+            self.not_run[line] = None
         for size, op, args, N, found in calls:
             new = {launch for launch in found if N in needed[launch] - self.rows[launch]}
             # More than the most that are needed were run for another launch.

@@ -25,7 +25,7 @@ from ..kernels.registry import dispatched
 from ..model import Layer
 from ..parallel import UNSHARDED
 from ..tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
-from .calls import LAYOUTS, LayerCheck, SizedCalls
+from .calls import BEYOND, LAYOUTS, LayerCheck, SizedCalls
 from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
@@ -111,7 +111,18 @@ class ModelUnderTest:
                 raise
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
+    def refuses(self, op: str, args: tolerance.Args) -> bool:
+        """Whether a call with an index out of range raises ValueError, or where no value is read, gives NaN."""
+        try:
+            out = self.operation(op, args)(**args)
+        except ValueError:
+            return True
+        first = out if isinstance(out, Tensor) else out[0]
+        return first.is_meta or (first.device.type != "cpu" and bool(first[0].isnan().any()))
+
     def measure(self, layer: int | None, op: str, case: str, args: tolerance.Args) -> list[Row]:
+        if case.endswith(BEYOND):
+            return [Row.exact(layer, op, case, self.refuses(op, args))]
         expected, rows = Tolerance(op, args), list[Row]()
         with self.catch_faults(lambda note: rows.append(Row.exact(layer, op, case, False, note))):
             function = self.operation(op, args)

@@ -1,58 +1,25 @@
-"""The loaded weights against the files, without the loader's tables of names and places, and the cost of quantizing."""
+"""The loaded weights against the files, without the loader's tables of names and places."""
 
 import ctypes
-import math
 import re
-import timeit
-from collections.abc import Callable, Iterable
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import check_ids, check_vocabulary
-from ..checkpoint import parameter_shapes
-from ..config import read_json_object
-from ..kernels.launch import INTERPRETED
 from ..kernels.offload import OffloadedWeight
-from ..quantize import QUANTIZED_PARTS, QuantizedWeight, QuantSpec
-from ..tolerance import fp64_block, largest, to_fp64
+from ..quantize import QuantizedWeight, QuantSpec
+from ..quantize.cost import LayerByLayer, QuantizationCost, quantized_formats
+from ..tolerance import largest
 from .layers import ModelUnderTest, Step
-from .report import QuantizationCost, Row, worst_rows
+from .report import Row, worst_rows
 from .source import LAYER, Source, config_rows
 
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
 # A format's largest value, and the error that rounding the scale (int4's to bf16) adds, relative to a group's largest.
 ROUNDING = {"int4": (7.0, 1.01 * 2**-8), "int8": (127.0, 1e-6), "fp8": (448.0, 1e-6)}
-HELD_OUT = "heldout.json"  # in a checkpoint's folder: {"ids": tokens of a text that it was not trained on}
-WINDOW_TOKENS = 2048  # the most tokens of a window
 READ_BYTES = 1 << 16
-LOGIT_ROWS = 256  # tokens whose logits are in memory at once
-CALLS_S = 0.3  # seconds that Python takes for a layer's calls
-PASSES, LOGITS = 10, 16  # how often a layer's weights are converted to fp64; tensors of a text's logits at once
-
-
-def estimate(model: Any, ids: Tensor, folder: Any = None, quick: bool = False) -> str:
-    """Estimate what `verify` on ids [B,T] takes: bytes of the files, memory beside the model, and seconds of torch's
-    computation in fp64, for which a product with one expert is timed."""
-    config, N, down = model.full_config, ids.numel(), model.layers[0].down_proj[0]
-    x = torch.ones((2 * N, down.shape[-1]), dtype=torch.float64, device=model.device)
-    seconds = min(timeit.repeat(lambda: largest(x @ to_fp64(down).T), number=1, repeat=3))
-    layer = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if name.startswith("layers.0."))
-    fp32, quantized = not quick and model.dtype != torch.float32, folder is not None and bool(quantized_formats(model))
-    products = layer / down.shape.numel() * (PASSES * (1 + fp32) + 2 * quantized)
-    seconds = config.num_hidden_layers * (seconds * products + CALLS_S)
-    # Every layer's references stay. Beside them are a layer in fp32 or as stored and an expert, or the head and logits.
-    references = config.num_hidden_layers * N * config.hidden_size * (8 * 8 + 3 * model.dtype.itemsize)
-    inside = layer * max(6 * fp32, 4 * quantized) + 24 * config.intermediate_size * config.hidden_size
-    memory = (references + max(inside, 8 * config.vocab_size * (config.hidden_size + LOGITS * N))) / 1e6
-    stored = 0 if folder is None else sum(file.stat().st_size for file in Source(folder).files) / 1e6
-    torch_takes = f"torch takes about {memory:,.0f} MB beside the model and {seconds:.0f} s"
-    return f"verifying: reads {stored:,.1f} MB once, {torch_takes}{', without the interpreter' if INTERPRETED else ''}"
 
 
 def check_weights(
@@ -68,9 +35,9 @@ def check_weights(
         raise ValueError(f"verify: {source.folder} is another model's: it has a layer {extra.pop()}")
     rows = config_rows(source, target)
     if formats and (source.quantization is None or target.model.requantized):
-        cost = _LayerByLayer(target, source, ids, text)
+        cost = LayerByLayer(target, source, ids, text)
     for index in layers:
-        stored: Any = None if cost is None else cost.empty(index)
+        stored: Any = None if cost is None else cost.empty(index, _weights(target, index))
         rows += [*_check_layer(target, index), *_compare_layer(source, target, index, stored)]
         if cost is not None and index is None:
             cost.stored_head = stored.lm_head if isinstance(target.lm_head, QuantizedWeight) else None
@@ -184,102 +151,3 @@ def _rounding_error(loaded: QuantizedWeight, from_file: Tensor) -> float:
     nearest = groups.to(torch.float8_e4m3fn).float() if loaded.format == "fp8" else groups.round()
     error = (loaded.dequantize().view_as(groups) / unit - groups).square().mean(-1).sqrt()
     return largest((error - (nearest - groups).square().mean(-1).sqrt()).clamp(min=0)) / top
-
-
-def perplexity(model: Any, ids: Tensor) -> float:
-    """exp of the mean loss of a text, int64 [N] of at least two tokens, by the model's forward, summed in fp64. Each
-    token is predicted from those before it in its window of the model's positions, at most WINDOW_TOKENS."""
-    if not isinstance(ids, Tensor) or ids.dim() != 1 or len(ids) < 2:
-        got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"perplexity: argument 'ids' is {got}, needs a tensor [N] of at least two tokens")
-    check_ids(ids[None], model.config.vocab_size, model.device)
-    check_vocabulary(ids, model.config.vocab_size)
-    with torch.no_grad():
-        return _perplexity(((model.hidden(x[None])[0], y) for x, y in _windows(ids, model.config)), model.head)
-
-
-def _windows(ids: Tensor, config: Any) -> Iterable[tuple[Tensor, Tensor]]:
-    """The inputs and targets [T] of each window of a text [N]."""
-    length = min(config.max_position_embeddings, WINDOW_TOKENS)
-    return zip(ids[:-1].split(length), ids[1:].split(length), strict=True)
-
-
-def _perplexity(windows: Iterable[tuple[Tensor, Tensor]], head: Callable[[Tensor], Tensor]) -> float:
-    """exp of the mean loss of targets [T], predicted from hidden states [T,H]; `head` gives logits [...,V]."""
-    losses, count = [], 0
-    for hidden, targets in windows:
-        count += len(targets)
-        for h, ids in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            losses.append(float(F.cross_entropy(head(h).double(), ids, reduction="sum")))
-    mean = math.fsum(losses) / count
-    return math.exp(mean) if mean < 700 else math.inf
-
-
-def held_out(folder: Any, config: Any) -> Tensor | None:
-    """The held-out text int64 [N] in a checkpoint's folder; None where there is none."""
-    file = Path(folder) / HELD_OUT
-    if not file.is_file():
-        return None
-    ids = read_json_object(file).get("ids")
-    integers = isinstance(ids, list) and len(ids) > 1 and all(type(token) is int for token in ids)
-    if not integers or not 0 <= min(ids) <= max(ids) < config.vocab_size:  # type: ignore[type-var,arg-type]
-        raise ValueError(f"{file}: ids needs to be a list of at least two token ids below {config.vocab_size}")
-    return torch.tensor(ids)
-
-
-def quantized_formats(model: Any) -> dict[str, str]:
-    """The formats of a model's quantized parts, by their names in QUANTIZED_PARTS."""
-    formats = {name: getattr(weight, "format", "dense") for name, weight in model.named_weights().items()}
-    found = {}
-    for part, names in QUANTIZED_PARTS.items():
-        if kinds := {format for name, format in formats.items() if name.endswith(names)} - {"dense"}:
-            found[part] = " and ".join(sorted(kinds))
-    return found
-
-
-class _LayerByLayer:
-    """The computation of a QuantizationCost, which gets the files' weights one layer after another."""
-
-    def __init__(self, target: ModelUnderTest, source: Source | None, ids: Tensor, text: Tensor | None) -> None:
-        self.target, self.ids, self.flips, self.stored_head = target, ids, 0, None
-        # fp32 holds what a quantized file means.
-        self.dtype = target.model.dtype if source is None or source.quantization is None else torch.float32
-        text = held_out(source.folder, target.config) if text is None and source is not None else text
-        self.windows = [] if text is None else list(_windows(text.to(ids.device), target.config))
-        inputs = [ids, *(window[None] for window, _ in self.windows)]
-        self.texts = [[F.embedding(each, target.embed_tokens).double() for each in inputs]] * 2
-
-    def empty(self, index: int | None) -> Any:
-        """Unset tensors for what the files hold for a layer, or None, as `locate_weight` finds them."""
-        unset = partial(torch.empty, dtype=self.dtype, device=self.target.model.device)
-        weights: dict[Any, Any] = {name: unset(x.shape) for name, x in _weights(self.target, index).items()}
-        weights = weights if index is None else {"layers": {index: SimpleNamespace(**weights)}}
-        return SimpleNamespace(config=self.target.config, **weights)
-
-    def compare(self, *sides: tuple[Any, bool]) -> None:
-        """Run a layer of both models, each with whether it has 8-bit keys and values, and count routes that differ."""
-        routes, config, tables = [], self.target.config, self.target.tables
-        for side, (layer, quantized) in enumerate(sides):
-            values = [fp64_block(layer, config, tables, x, quantized=quantized) for x in self.texts[side]]
-            self.texts[side] = [each.output for each in values]
-            routes.append(values[0].ids.sort(-1).values)
-        self.flips += int((routes[0] != routes[1]).any(-1).sum())
-
-    def result(self, formats: dict[str, str]) -> QuantizationCost:
-        logits, scores = [], []
-        for lm_head, (x, *texts) in zip((None, self.stored_head), self.texts, strict=True):
-            head = partial(self.target.head, convert=to_fp64, lm_head=lm_head)
-            logits.append(head(x))
-            if texts:
-                scores.append(_perplexity([(x[0], y) for x, (_, y) in zip(texts, self.windows, strict=True)], head))
-        cosines = F.cosine_similarity(logits[0], logits[1], dim=-1)
-        routed = self.target.config.num_hidden_layers * self.ids.numel()
-        return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), self.flips, routed, *scores)
-
-
-def measure_cache_cost(target: ModelUnderTest, folder: Any, ids: Tensor, text: Tensor | None) -> QuantizationCost:
-    """The cost of 8 bits for keys and values on ids [B,T], and on `text` [N], or the held-out one of the folder."""
-    cost = _LayerByLayer(target, None if folder is None else Source(folder), ids, text)
-    for layer in target.layers:
-        cost.compare((layer, True), (layer, False))
-    return cost.result({"cache": "int8"})

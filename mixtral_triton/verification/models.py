@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..model import Layer, Mixtral
 from ..parallel import Shard
 from ..quantize import put
 from ..tolerance import FLOOR, Fp64Reference, LayerReference
-from .layers import PADDING, ForwardCall, LayerCheck, LayerProbe, ModelUnderTest, Step
+from .layers import LayerCheck, LayerProbe, ModelUnderTest, Step
 from .loaded import locate_weight
 from .report import PEER, Row
 from .source import Source
@@ -92,30 +91,6 @@ class TransformersUnderTest(ModelUnderTest):
 
         return DynamicCache(config=self.backbone.config)
 
-    def forward_calls(self, config: MixtralConfig, B: int, T: int) -> Iterator[ForwardCall]:
-        """Add left-padded and packed sequences and static caches: prefixes of the text, whose references hold."""
-        from transformers import StaticCache
-
-        yield from super().forward_calls(config, B, T)
-        t, row = torch.arange(T), torch.arange(max(B, 2))[:, None]
-        padded, packed = t - row % 3 * T // 4, t % (T // 2 + 1 + row % 3)  # positions [R,T], negative for padding
-        static = partial(StaticCache, config=self.backbone.config, max_cache_len=T + PADDING)
-        for case, positions, cache in (
-            ("left-padded", padded, None),
-            ("padded, cached", padded, self.make_cache(config, B, T)),
-            ("static cache", t.expand_as(padded), static()),
-            ("padded, static", padded, static()),
-            ("packed", packed, None),
-        ):
-            real = positions >= 0
-            # Over a cache a prefill, a chunk and one token.
-            for begin, end in pairwise([0, T] if cache is None else sorted({0, T // 2, T - 1, T})):
-                part = positions[:, begin:end]
-                kwargs = {"position_ids": part.clamp(min=0)}
-                if not real.all():
-                    kwargs["attention_mask"] = real[:, :end].long()
-                yield case, part % T, real[:, begin:end], cache, kwargs  # padding holds the last tokens of the text
-
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
         from ..hf.attention import CACHE
@@ -180,8 +155,7 @@ def _compare_layer(model: Any, layer: LayerReference, ids: Tensor, x: Tensor | N
 
 def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
     """transformers' eager model of one layer of the folder. What `model` quantized is dequantized."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-    from transformers.utils import logging
+    from transformers import MixtralConfig
 
     config = MixtralConfig.from_pretrained(source.folder)
     config.num_hidden_layers, tensors = 1, {}
@@ -194,12 +168,20 @@ def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
         elif len(files) == 1 or name in model.requantized:
             tensor = parameter.dequantize()
         tensors[name.replace(f"layers.{index}.", "layers.0.")] = tensor.float()
+    return eager_model(config, tensors, model.device)
+
+
+def eager_model(config: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
+    """transformers' model of a config with these tensors, in fp32, with none of the kernels that it may select."""
+    from transformers import MixtralForCausalLM
+    from transformers.utils import logging
+
     settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     settings |= {"config": config, "state_dict": tensors, "dtype": torch.float32}
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # one for each layer
+    logging.disable_progress_bar()  # one for each model
     try:
-        return MixtralForCausalLM.from_pretrained(None, **settings).eval().to(model.device)
+        return MixtralForCausalLM.from_pretrained(None, **settings).eval().to(device)
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..kernels.registry import OPS
+from ..quantize.cost import QuantizationCost
 from ..tolerance import share_of_limit
 
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
@@ -80,8 +81,9 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, mixtral: bool, half: bool,
         ("caches of the model's dtype; needs no --cache-dtype", mixtral, not quantized_cache),
         ("experts alone in each layer; needs 24 tokens of text", True, alone),
         ("generate; needs a Mixtral, and positions for new tokens", True, "generate" in ops),
-        ("captured and repeated steps, staging; needs a GPU", mixtral, REPEATED in cases),
+        ("captured and repeated steps, staging, launch plans; needs a GPU", mixtral, REPEATED in cases),
         ("deterministic mode; needs --deterministic", mixtral, ("generate", BITS) in found),
+        ("sampling, ends of texts, refusals, options; needs the tests: they are the same everywhere", mixtral, False),
     )
     uncalled = [f"{op}; needs a case in LayerCheck.calls (verification/calls.py)" for op in OPS if op not in ops]
     return uncalled + [line for line, possible, ran in kinds if possible and not ran]
@@ -92,34 +94,6 @@ def _for_json(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     odd = {key: str(x) for key, x in fields if isinstance(x, float) and not math.isfinite(x)}
     values = {key: None if key in odd else x for key, x in fields}
     return values | {f"{key}_text": text for key, text in odd.items()}
-
-
-@dataclass(frozen=True)
-class QuantizationCost:
-    """Both models in fp64: on the dequantized weights, and on the weights of the files; or over both caches."""
-
-    formats: dict[str, str]  # of the quantized parts of the model, by their names in QUANTIZED_PARTS, or of the cache
-    cosine: float  # between the logits of a token in both, the mean over all tokens
-    min_cosine: float  # that of the worst token
-    flips: int  # of `routed` routes (a token in a layer), those that differ
-    routed: int
-    perplexity: float | None = None  # of the folder's held-out text; None where it has none
-    stored_perplexity: float | None = None
-
-    def __str__(self) -> str:
-        kinds, perplexity = ", ".join(f"{part} {format}" for part, format in self.formats.items()), ""
-        against, short = "the weights as stored", "as stored"
-        if "cache" in self.formats:
-            against, short = "keys and values that are not quantized", "without"
-        if self.perplexity is not None and self.stored_perplexity is not None:
-            percent = 100 * (self.perplexity / self.stored_perplexity - 1)
-            perplexity = f"; perplexity {self.perplexity:.3f}, {short} {self.stored_perplexity:.3f} ({percent:+.2f} %)"
-        else:
-            perplexity = "; no perplexity, which `verify --text FILE` gives, or heldout.json in the folder"
-        return (
-            f"Quantized: {kinds}. Cost against {against}, in fp64: cosine of the logits {self.cosine:.5f}, of the "
-            f"worst token {self.min_cosine:.5f}; routes that differ: {self.flips} of {self.routed}{perplexity}."
-        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +133,8 @@ class Report:
                 return f"OVERFLOW: plain torch overflows in {self.dtype} in {row.where}: use bfloat16"
         if not self.compared:
             return "NOTHING WAS COMPARED: no kernel ran, so plain torch was compared with itself"
-        return f"RIGHT: all {len(self.rows)} comparisons are within their limits"
+        ran = f" ({TORCH}; no kernel ran)" if self.backend == TORCH else ""
+        return f"RIGHT{ran}: all {len(self.rows)} comparisons are within their limits"
 
     def as_dict(self) -> dict[str, Any]:
         rows = [asdict(row, dict_factory=_for_json) | {"ok": row.ok} for row in self.rows]

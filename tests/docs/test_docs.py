@@ -103,7 +103,8 @@ def test_python_blocks_of_readme_print_right(how: str, checkpoint: Path, tmp_pat
         assert changed != block
         (tmp_path / f"{number}.py").write_text(re.sub(r"(max_new_tokens\W+)\d+", r"\g<1>4", changed))
         out.append(run_program(how, tmp_path / f"{number}.py"))
-        assert out[-1].splitlines()[-1].startswith("RIGHT: all")
+        ran = "" if "Triton" in out[-1] else " (plain torch; no kernel ran)"
+        assert out[-1].splitlines()[-1].startswith(f"RIGHT{ran}: all")
     assert ("Triton on NVIDIA H100" if how == "simulated GPU" else "Triton, interpreted") in out[0]
     before, after = out[1].split("<s>The return statement")[1:]
     assert before == after[: len(before)]

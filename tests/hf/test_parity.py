@@ -290,11 +290,14 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "attention weights: holes": ({}, partial(attn_output, mask=HOLES)),
     "attention weights: packed sequences": ({}, lambda m: attn_output(m, position_ids=RESTARTED, use_cache=False)),
     "attention weights: user's 4-D, added": ({}, lambda m: attn_output(m, added(causal(m, HOLES)))),
+    "attention weights: dynamic cache, no mask": (NO_WINDOW, in_chunks(dynamic, None, weights=True)),
     "attention weights: dynamic cache": (NO_WINDOW, in_chunks(dynamic, LEFT, weights=True)),
     "attention weights: sliding window, cached": ({}, in_chunks(dynamic, LEFT, weights=True)),
     "attention weights: static cache": (NO_WINDOW, in_chunks(static, LEFT, weights=True)),
     "attention weights: static sliding window": ({}, in_chunks(static, LEFT, weights=True)),
 }
+QUICK = ("forward: sliding window", "forward: every output, as object and tuple", "cache: static, left padding")
+QUICK += ("attention weights: dynamic cache, no mask",)
 SHORT = ("forward: sliding window", "mask: left padding", "cache: static, left padding", "generate: left padding")
 
 
@@ -314,8 +317,13 @@ def compare(got: Results, want: Results) -> str:
     return f"error {max(errors):.0e}" if max(errors) else "tokens identical" if tokens else "identical"
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("feature", [name for name in TABLE if not INTERPRETED or name in SHORT])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        pytest.param(name, marks=() if name in (SHORT[:1] if INTERPRETED else QUICK) else pytest.mark.slow)
+        for name in (SHORT if INTERPRETED else TABLE)
+    ],
+)
 def test_parity(feature: str, make_hf: Any, parity: Any) -> None:
     sizes, run = TABLE[feature]
     with torch.no_grad():

@@ -319,6 +319,7 @@ STOPPED: dict[str, tuple[list[bytes], list[str], str, int]] = {
     "begins and fails": ([b"a", b"EN", b"x", b"EN"], ["END"], "aENxEN", 4),
     "begins again": ([b"aE", b"ENE", b"ND"], ["END"], "aEEN", 3),
     "the first of two": ([b"one\n", b"\nUs", b"er: x"], ["User:", "\n\n"], "one", 2),
+    "the later first in the list": ([b"one\n\nUser: x"], ["User:", "\n\n"], "one", 1),
     "half a character": ([b"\xc3", b"\xbc", b"EN", b"D"], ["END"], "ü", 4),
     "in the middle of a character": ([b"x", b"\xe2", b"\x82", b"\xac", b"y"], ["€"], "x", 4),
     "none": ([b"a", b"b"], [], "ab", 2),

@@ -1,4 +1,4 @@
-"""Generation beside a loop of argmax over the whole text; ragged prompts, EOS, sampling, caches that go on, log
+"""Generation beside a loop of argmax over the whole text; ragged prompts, EOS, caches that go on, log
 probabilities, and what is refused."""
 
 import json
@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import SMALL, KVCache, Mixtral, reference
+from mixtral_triton import SMALL, KVCache, Mixtral, generate, reference
 from mixtral_triton.cache import cache_bytes
-from mixtral_triton.generate import sample
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.sampling import Logprobs, measure, penalize
-from tests.support.models import cache_of, random_model, tokens
+from tests.support.faults import Inject, in_step, replace_by
+from tests.support.models import cache_of, random_model, seeded, tokens
 
 V, P = 23, 30
 NEW = 3 if INTERPRETED else 12
@@ -88,7 +88,7 @@ def check_eos(model: Mixtral, ids: Tensor, stops: set[int], **options: Any) -> N
         assert short == row[:end]
 
 
-EOS = ("int", "list", "tuple", "config", "config's list", "over the config's")
+EOS = ("int", "list", "tuple", "config", "config's list", "over the config's", "never")
 
 
 @pytest.mark.compiled
@@ -99,13 +99,53 @@ def test_generation_stops_after_eos(source: str, step: int, make: Make, device: 
     plain, ids = make(), tokens(2, 6, device=device)
     eos = int(argmax_loop(plain, ids, NEW)[0, 6 + step])
     ids[1, 2] = eos
-    config: Any = {"config": eos, "config's list": [eos, V - 1], "over the config's": (eos + 1) % V}.get(source)
-    option: Any = {"int": eos, "list": [eos], "tuple": (eos,), "over the config's": eos}.get(source)
-    stops = {eos, V - 1} if source == "config's list" else {eos}
+    config: Any = {"config": eos, "config's list": [eos, V - 1], "over the config's": (eos + 1) % V, "never": eos}.get(
+        source
+    )
+    option: Any = {"int": eos, "list": [eos], "tuple": (eos,), "over the config's": eos, "never": []}.get(source)
+    stops = {"config's list": {eos, V - 1}, "never": set()}.get(source, {eos})
     check_eos(make(eos_token_id=config), ids, stops, **{} if option is None else {"eos_token_id": option})
     ids = tokens(3, 4, device=device)
     stops = {int(row[4 + step]) for row in argmax_loop(plain, ids, NEW)}  # several, one for each sequence
     check_eos(plain, ids, stops, eos_token_id=sorted(stops))
+
+
+def without_eos(end_of: Any) -> Any:
+    return lambda tail, eos: (end := end_of(tail, eos)) - (int(tail[end - 1]) in eos)
+
+
+END_FAULTS: dict[str, Inject] = {
+    "EOS is cut off": replace_by(generate, "_end_of", without_eos),
+    "an ended sequence goes on": in_step("pick", lambda _, step: step.ended.zero_()),
+    "EOS of the config is ignored": replace_by(
+        generate, "eos_ids", lambda f: lambda given, config: f([] if given is None else given, config)
+    ),
+    "the last EOS is unknown": in_step("__init__", lambda _, step: setattr(step, "stops", step.stops[:-1])),
+    "all sequences end together": in_step("pick", lambda _, step: step.ended.fill_(bool(step.ended.any()))),
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("fault", END_FAULTS)
+def test_fault_in_the_end_of_a_text(fault: str, make: Make, device: torch.device, monkeypatch: Any) -> None:
+    ids = tokens(2, 6, seed=1, device=device)
+    new = argmax_loop(make(), ids, NEW)[:, 6:]
+    stops = {int(new[0, 4]), int(new[1, 7])}
+    assert not stops & {*new[0, :4].tolist(), *new[1, :7].tolist()}  # the sequences end apart, each by another EOS
+    model = make(eos_token_id=sorted(stops))
+    check_eos(model, ids, stops)
+    END_FAULTS[fault](monkeypatch)
+    with pytest.raises(AssertionError):
+        check_eos(model, ids, stops)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.int8])
+def test_cache_has_the_requested_dtype(dtype: Any, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = list[KVCache]()
+    monkeypatch.setattr(generate, "KVCache", lambda *args: caches.append(KVCache(*args)) or caches[-1])
+    make().generate(tokens(1, 3), 1, cache_dtype=dtype)
+    assert [cache.dtype for cache in caches] == [dtype or torch.float32]
 
 
 @pytest.mark.compiled
@@ -116,50 +156,6 @@ def test_it_stops_when_all_have_ended(make: Make, device: torch.device, monkeypa
     monkeypatch.setattr(model, "hidden", lambda *args: (calls.append(1), hidden(*args))[1])
     assert model.generate(ids, max_new_tokens=26, eos_token_id=eos)[0, 4:].tolist() == [eos] * 26
     assert len(calls) == 1
-
-
-def seeded(device: torch.device, seed: int = 0) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
-
-
-def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: Any = None, min_p: float = 0.0) -> Tensor:
-    """Those of the tokens that transformers' filters leave, in their order; 0 of the others. Ties all stay."""
-    warpers = pytest.importorskip("transformers.generation.logits_process")
-    left, no_ids = logits[None].cpu() / temperature, torch.zeros(1, 1)
-    if top_k is not None:
-        left = warpers.TopKLogitsWarper(top_k)(no_ids, left)
-    if top_p < 1.0:
-        left = warpers.TopPLogitsWarper(top_p)(no_ids, left)
-    if min_p > 0.0:
-        left = warpers.MinPLogitsWarper(min_p)(no_ids, left)
-    return left.softmax(-1)[0]
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("temperature", (0.3, 1.5, 4.0))
-@pytest.mark.parametrize("top_p", (0.01, 0.5, 0.9, 1.0))
-@pytest.mark.parametrize(("top_k", "min_p"), [*((k, 0.0) for k in (None, 1, 3, V - 1, V, 10 * V)), (None, 0.3), (9, 1)])
-def test_sample(top_k: int | None, min_p: float, top_p: float, temperature: float, device: torch.device) -> None:
-    logits, draws = torch.randn(V, generator=torch.Generator().manual_seed(1)), 20000
-    logits[[2, 5, 11]] = logits.topk(3).values[-1]  # a tie for third place
-    want = probabilities(logits, temperature, top_p, top_k, min_p)
-    batch = logits.to(device).expand(draws, -1)
-    often = torch.bincount(sample(batch, temperature, top_p, seeded(device), top_k, min_p).cpu(), minlength=V) / draws
-    assert not often[want == 0].any()
-    assert (often - want).abs().sum() < 0.05
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (2.0, 0.3)])
-def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, make: Make, device: torch.device) -> None:
-    model = make()
-    options = {"max_new_tokens": NEW, "temperature": temperature, "top_p": top_p}
-    ids = tokens(3, 3, device=device)
-    out, again, other = (model.generate(ids, generator=seeded(device, seed), **options) for seed in (0, 0, 1))
-    assert torch.equal(out, again) and not torch.equal(out, other)
-    logits = logits_of(model, out)
-    for row, scores in zip(out.tolist(), logits, strict=True):
-        assert all(probabilities(scores[t - 1], temperature, top_p)[row[t]] > 0 for t in range(3, len(row)))
 
 
 @pytest.mark.compiled

@@ -1,6 +1,7 @@
 """The whole model beside transformers' MixtralForCausalLM on random checkpoints, with and without the ring cache."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -212,6 +213,12 @@ def other_cache(model: Mixtral, device: Any = None, dtype: Any = None, **changes
     return KVCache(replace(model.config, **changes), 2, P, device or model.device, dtype or model.dtype)
 
 
+def full_cache(model: Mixtral) -> KVCache:
+    cache = cache_of(model, 2)
+    cache.lengths += P
+    return cache
+
+
 CALLS: dict[str, tuple[Callable[[Mixtral, Tensor], Any], str]] = {
     "negative id": (lambda m, x: m(x - 50), "input_ids.*-"),
     "id beyond": (lambda m, x: m(x * 0 + V), f"input_ids.* {V}"),
@@ -230,6 +237,7 @@ CALLS: dict[str, tuple[Callable[[Mixtral, Tensor], Any], str]] = {
     ),
     "cache of another batch": (lambda m, x: m(x, cache=cache_of(m, 3)), "cache.*batch 3.*2"),
     "cache of another dtype": (lambda m, x: m(x, cache=other_cache(m, dtype=torch.half)), "float16"),
+    "full cache": (lambda m, x: m(x, cache=full_cache(m)), f"{P + 9} tokens, beyond the max_position_embeddings"),
     "meta cache": (lambda m, x: m(x, cache=other_cache(m, "meta")), "cache.*device meta"),
     "converted to fp64": (lambda m, x: m.double()(x), "dtype.*float64"),
     "sparse ids": (lambda m, x: m(x.to_sparse()), "input_ids.*sparse"),
@@ -252,7 +260,13 @@ LENGTHS: dict[str, Any] = {
     "a list": [3, 3],
     "sparse": torch.tensor([3, 3]).to_sparse(),
 }
-OF_VALUES = ("negative id", "id beyond", "negative", "beyond the chunk")  # cases that show in a value alone
+OF_VALUES = (
+    "negative id",
+    "id beyond",
+    "full cache",
+    "negative",
+    "beyond the chunk",
+)  # cases that show in a value alone
 
 
 def check_rows(logits: Tensor, bad: list[bool]) -> None:
@@ -268,6 +282,23 @@ def test_wrong_arguments_raise_value_error(case: str, model: Mixtral, device: to
         return check_rows(function(model, tokens(2, 9, device=device)), [True, True])
     with pytest.raises(ValueError, match=f"(?s){message}"):
         function(model, tokens(2, 9, device=device))
+
+
+# The checks without which a forward takes what it must refuse.
+UNCHECKED: dict[str, tuple[Any, str]] = {
+    "cache, another config": (Mixtral, "_check_cache"),
+    "cache of another dtype": (Mixtral, "_check_cache"),
+    "full cache": (KVCache, "reserve"),
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("case", UNCHECKED)
+def test_fault_in_a_refusal(case: str, model: Mixtral, device: torch.device, monkeypatch: Any) -> None:
+    test_wrong_arguments_raise_value_error(case, model, device)
+    monkeypatch.setattr(*UNCHECKED[case], lambda *args: None)
+    with pytest.raises((pytest.fail.Exception, AssertionError, RuntimeError)):
+        test_wrong_arguments_raise_value_error(case, model, device)
 
 
 @pytest.mark.exhaustive
@@ -403,6 +434,28 @@ def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, i
             caches[1].lengths.zero_()
         for _ in range(2):
             assert torch.equal(model(chunk, cache=caches[0]), model(chunk, cache=caches[1]))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("held", "appending", "refused"),
+    zip(
+        ([3, 4], [3, 2], [5, 2], [2, 5], [5, 2], [0, 0], [8, 8], [8, 8]),
+        (None, [2, 1], [2, 0], [0, 2], [1, 4], [9, 9], [1, 1], [1, 2]),
+        (0, 0, 1, 1, 0, 0, 0, 1),
+        strict=True,
+    ),
+)
+def test_slots_that_a_failed_forward_overwrote(held: list[int], appending: Any, refused: int) -> None:
+    """Of a ring of 6 slots and of a cache without a window, which overwrites nothing."""
+    for window in (6, None):
+        cache = make_cache(random_model(sliding_window=window), 2)
+        cache.check_intact()
+        cache.lengths.copy_(torch.tensor(held))
+        cache.appending = None if appending is None else torch.tensor(appending)
+        with pytest.raises(ValueError, match="forward failed") if refused and window else nullcontext():
+            cache.reserve(1)
+            assert cache.appending is None
 
 
 def test_window_reach() -> None:

@@ -220,6 +220,7 @@ def test_host_does_not_count_ragged_or_captured_chunks(gpu: Any, monkeypatch: py
     held = cache_of(model, 2)
     for _ in range(4):
         model(ids, cache=held, lengths=torch.ones(2, dtype=torch.int32, device="cuda"))
+    model(ids, cache=held)  # the 4 tokens of each, of chunks of 20, leave room for 5 more
     held = cache_of(model, 2)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

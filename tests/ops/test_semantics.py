@@ -241,6 +241,18 @@ def test_expert_swiglu(T: int, E: int, K: int, H: int, I: int, device: torch.dev
     check_close(ops.expert_swiglu(*(a.to(device) for a in args)), expected_swiglu(*args), 4e-6)
 
 
+@pytest.mark.parametrize("T", (40, 65))
+def test_experts_are_added_in_fp32(T: int, device: torch.device) -> None:
+    """Of four equal experts with weights 1 and 3/256, a sum in bf16 is more than a unit of 2^-8 off, all in one way."""
+    x, gate_up, down = (each.bfloat16() for each in expert_inputs(T, 1, 1)[:3])
+    gate_up, down = gate_up.expand(4, -1, -1), down.expand(4, -1, -1)
+    ids, weights = torch.arange(4).expand(T, 4).int(), torch.tensor([1.0, *[1 / 256] * 3]).expand(T, 4)
+    want = expected_swiglu(x, gate_up, down, ids, weights)
+    got = ops.expert_swiglu(*(each.contiguous().to(device) for each in (x, gate_up, down, ids, weights)))
+    signed_error = (got.double().cpu() - want) * want.sign()
+    assert abs(float(signed_error.sum() / want.abs().sum())) < 2**-8 / 8
+
+
 @pytest.mark.parametrize("T", (1, 40, 65))
 @pytest.mark.parametrize("row", [[3, 3], [2, 0], [1, 1]], ids=str)
 def test_unused_experts_may_hold_nan(T: int, row: list[int], device: torch.device) -> None:
@@ -275,7 +287,7 @@ def test_sort_by_expert_is_stable(T: int, K: int, E: int, dtype: torch.dtype, de
     assert offsets.tolist() == [sum(i < e for i in flat) for e in range(E + 1)]
 
 
-@pytest.mark.parametrize("rows", [(), (SKINNY_M,), (SKINNY_M + 1,), (2, 3, 4), (0,)])
+@pytest.mark.parametrize("rows", [(), (SKINNY_M,), (SKINNY_M + 1,), (2, 3, 4), (0,), (1100,)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_linear_keeps_leading_dimensions(rows: tuple[int, ...], deterministic: bool, device: torch.device) -> None:
     x, weight = randn(*rows, 48).to(device), randn(33, 48, seed=1).to(device)

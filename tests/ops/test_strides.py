@@ -49,7 +49,7 @@ CASES = [(name, sizes) for name, op in OPS.items() for sizes in representative_s
 
 # Of the arguments in turn: where all have one layout, a kernel may take one's strides for another's.
 # Rows that lie apart, of dense columns, are read in place; in the other layouts most operations read copies.
-IN_TURN = ("rows apart and dense", *LAYOUTS)
+IN_TURN = ("rows apart and dense", "dense and rows apart", *LAYOUTS)
 
 
 def change_layout(layout: str, name: str, x: Any, written: bool) -> Any:
@@ -64,8 +64,7 @@ def change_layout(layout: str, name: str, x: Any, written: bool) -> Any:
         return big[::2, ::2, ::2].to(x.device).copy_(x)
     if layout == "dense" or (written and layout == "expanded"):
         return x.clone()
-    rows_apart = layout == "rows apart"
-    return with_layout("sliced" if rows_apart else layout, x, rows_apart or name.endswith("cache"))
+    return with_layout(layout, x, name.endswith("cache"))
 
 
 def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], Tensor], call: Any = public) -> None:
@@ -96,6 +95,20 @@ def test_layout_of_all_arguments(name: str, sizes: Sizes, layouts: str, integers
         return change_layout(layout, key, x.to(integers) if of_integers else x, key in OPS[name].mutates)
 
     check(name, sizes, device, change)
+
+
+@pytest.mark.parametrize("name", ["append", "cached_attention", "rope_append_attention"])
+def test_caches_of_columns_apart_raise_value_error(name: str, device: torch.device) -> None:
+    args = inputs(name, next(sizes for op, sizes in CASES if op == name), device)
+    args |= {key: args[key].repeat_interleave(2, -1)[..., ::2] for key in ("k_cache", "v_cache")}
+    with pytest.raises(ValueError, match=r"of strides .*, needs those of k_cache, the last of them 1"):
+        public(name)(**args)
+
+
+def test_embedding_of_rows_that_lie_apart(device: torch.device) -> None:
+    sizes = next(sizes for op, sizes in CASES if op == "embed_rms_norm")
+    change = lambda key, x: with_layout("rows apart", x, False) if key == "table" else x  # noqa: E731
+    check("embed_rms_norm", sizes, device, change)
 
 
 @pytest.mark.parametrize("call", [public, lambda name: OPERATIONS[name].unchecked], ids=["checked", "unchecked"])

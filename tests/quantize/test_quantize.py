@@ -64,6 +64,14 @@ def test_int4_has_the_best_scale_and_the_nearest_codes(K: int, group: int | None
     assert ours <= 1.03 * least
 
 
+def test_int4_finds_the_scale_that_a_group_has() -> None:
+    """By least squares of the codes: no step of the search is a scale of which the lowest code alone clips nothing."""
+    codes = torch.randint(-7, 8, (50, 64), generator=torch.Generator().manual_seed(0)).float()
+    codes[:, 0] = -8
+    x = codes * torch.linspace(0.5, 0.99, 50)[:, None].bfloat16().float()
+    assert torch.equal(quantize(x, "int4", 64).dequantize(), x)
+
+
 def error(part: Tensor, scale: Tensor) -> Tensor:
     """Return the squared error of a group in int4 with this scale, by the nearest of all sixteen values."""
     values = torch.arange(-8, 8) * scale

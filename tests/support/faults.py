@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import Mixtral
+from mixtral_triton import Mixtral, generate
 from mixtral_triton.model import Layer, State
 from tests.support.models import random_model
 
@@ -37,6 +37,11 @@ def small_model(dtype: torch.dtype = torch.float32, **sizes: Any) -> Mixtral:
 def replace_by(place: Any, name: str, change: Callable[[Any], Any]) -> Inject:
     """change(function) in the place of the function `place.name`."""
     return lambda patch: patch.setattr(place, name, change(getattr(place, name)))
+
+
+def in_step(name: str, change: Callable[..., Any]) -> Inject:
+    """change(result, step) after a method of a step."""
+    return replace_by(generate.Step, name, lambda f: lambda step, *args: (x := f(step, *args), change(x, step))[0])
 
 
 def change_state(change: Callable[[State], Any]) -> Inject:

@@ -65,6 +65,10 @@ def tokens(*shape: int, seed: int = 0, device: Any = "cpu", vocabulary: int = SI
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
+def seeded(device: torch.device, seed: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
 def check_loaded(folder: Path, model: Mixtral) -> list[Row]:
     """verify's rows of the loaded tensors against the files of the folder."""
     rows, _ = check_weights(ModelUnderTest(model), folder, torch.zeros((1, 1), dtype=torch.int64), lambda: None)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_triton import Mixtral
+from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.config import SMALL
 from mixtral_triton.load import MARGIN
 from mixtral_triton.model import Layer
@@ -136,6 +136,16 @@ def test_a_turn_that_fails_inside_the_model_does_not_end_the_chat(chat_folder: P
     )[0]
     assert failed == {"error": "a fault"} and not failing and again["reused"] == 0
     assert answers([first, again]) == answers_from_scratch(chat_folder, ["Hi " * 30, "You"])
+
+
+def test_options_of_the_command_line_reach_generate(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds draw other tokens, and one the same; the tokens do not show the cache's dtype."""
+    dtypes, cache = list[Any](), KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda kv, *args: (dtypes.append(args[4]), cache(kv, *args))[1])
+    command, texts = "generate --device cpu --prompt x --max-new-tokens 8 --temperature 2 --seed", list[Any]()
+    for options in ("1", "2", "2 --cache-dtype int8", "1"):
+        texts.append(run_json(f"{command} {options}", chat_folder)["tokens"])
+    assert texts[0] == texts[3] != texts[1] and [dtype == torch.int8 for dtype in dtypes] == [0, 0, 1, 0]
 
 
 def test_what_is_wrong_with_a_line_ends_in_a_line(chat_folder: Path) -> None:

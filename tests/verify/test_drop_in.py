@@ -1,4 +1,4 @@
-"""verify of a transformers model finds faults of the drop-in in padded, packed and cached forwards."""
+"""verify of a transformers model finds faults of the drop-in in padded, packed and cached calls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ Change = Callable[..., Any]
 def result(place: Any, name: str, change: Change) -> Inject:
     """change(result, *arguments) in the place of the result of `place.name`."""
     function = getattr(place, name)
-    return lambda patch: patch.setattr(place, name, lambda *args: change(function(*args), *args))
+    return lambda patch: patch.setattr(place, name, lambda *args, **more: change(function(*args, **more), *args))
 
 
 def mask_by(change: Change) -> Inject:
@@ -80,54 +80,73 @@ first_row = lambda q, k, v, key_mask, window: (q, k, v, 0 * key_mask + key_mask[
 first_query = lambda q, k, v, key_mask, window: (q, k, v, 0 * key_mask + key_mask[:, :, :1], window)  # noqa: E731
 first_keys = lambda q, k, v, *rest: (q, k[:, :, : q.shape[2]], v[:, :, : q.shape[2]], *rest)  # noqa: E731
 new_keys = lambda q, k, v, *rest: (q, k[:, :, -q.shape[2] :], v[:, :, -q.shape[2] :], *rest)  # noqa: E731
+to_the_last_key = lambda q, k, v, mask, window: (q, k, v, mask[..., ::2] if mask.shape[3] > 2 else mask, window)  # noqa: E731
 cached = lambda k: {"attention_mask": None} if k["kv_length"] > k["q_length"] else {}  # noqa: E731
 last_slot = lambda k: {"q_offset": k["q_offset"] * 0 + k["kv_length"] - k["q_length"]}  # noqa: E731
-# The case of the first wrong row, which is attention's, and the faults, written before any was tried. The model of a
-# fault with "window" in its name has one.
-FAULTS: dict[str, dict[str, Inject]] = {
-    "whole text": {"no window": attend("causal", no_window)},
-    "left-padded": {
-        "padding ignored": result(attention, "first_key", lambda *_: (True, None)),
-        "one token of padding seen": result(attention, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
-        "first row's padding for all": attend("interval", first_row),
-        "first query's interval for all": attend("interval", first_query),
-        "no window beside padding": several(mask_by(lambda _: {"local_size": None}), attend("interval", no_window)),
+
+
+def shift_attentions(found: Any, module: Any, q: Tensor, k: Tensor, *_: Any) -> Any:
+    out, weights = found
+    return out, weights if weights is None or q.shape[2] == k.shape[2] else weights.roll(-1, -1)
+
+
+def probabilities(found: Any, *_: Any) -> Any:
+    return found[0].softmax(-1), *found[1:]
+
+
+# The operation and the case of the first wrong row, and the faults, written before any was tried. The model of a fault
+# with "window" in its name has one.
+FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
+    ("layer", "attention, whole text"): {"no window": attend("causal", no_window)},
+    ("layer", "attention, in chunks"): {
+        "at a cache's first keys": attend("causal", first_keys),
+        "new keys only": attend("causal", new_keys),
+        "positions from 0": lambda patch: patch.setattr(modules.TritonRotaryEmbedding, "forward", rotary_from_zero),
+        "offset of a window's keys ignored": mask_by(lambda _: {"kv_offset": 0}),
     },
-    "padded, cached": {
-        "mask forgotten": mask_without(2),  # without a cache, the positions alone separate the padding
-        "padding of a cache ignored": mask_by(cached),
+    ("call", "no mask, no cache"): {
+        "router probabilities for logits": result(modules.TritonRouter, "forward", probabilities)
     },
-    "padded, static": {"padding ignored": static_by(lambda _: {"attention_mask": None})},
-    "static cache": {
+    ("call", "no mask, dynamic cache"): {
+        "attentions over a cache shifted": result(modules, "attention", shift_attentions)
+    },
+    ("call", "no mask, static cache"): {
         "unwritten slots seen": static_by(last_slot),
         "offset - 1": static_by(lambda k: {"q_offset": k["q_offset"] - 1}),
+        "first query's interval for all": attend("interval", first_query),
         "offset 0": static_by(lambda k: {"q_offset": k["q_offset"] * 0}),
     },
-    "packed": {
+    ("call", "packed, no cache"): {
         "boundaries ignored": result(attention, "sequence_bounds", lambda *_: (True, None)),
         "boundaries one token late": result(attention, "sequence_bounds", late_bounds),
         "first row's boundaries for all": result(attention, "sequence_bounds", first_bounds),
         "positions forgotten": mask_without(3),
         "no window": attend("packed", no_window),
-        # Rows in which padding shifts all positions are right.
         "first row's positions for all": result(modules, "token_tables", lambda x, *_: (*x[:2], 0 * x[2] + x[2][:1])),
     },
-    "in chunks": {
-        "at a cache's first keys": attend("causal", first_keys),
-        "new keys only": attend("causal", new_keys),
-        "offset of a window's keys ignored": mask_by(lambda _: {"kv_offset": 0}),
-        "positions from 0": lambda patch: patch.setattr(modules.TritonRotaryEmbedding, "forward", rotary_from_zero),
+    ("call", "left padding, no cache"): {
+        "padding ignored": result(attention, "first_key", lambda *_: (True, None)),
+        "one token of padding seen": result(attention, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
+        "first row's padding for all": attend("interval", first_row),
+        "no window beside padding": several(mask_by(lambda _: {"local_size": None}), attend("interval", no_window)),
+        "mask forgotten": mask_without(2),
+    },
+    ("call", "left padding, dynamic cache"): {"padding of a cache ignored": mask_by(cached)},
+    ("call", "left padding, static cache"): {"padding ignored": static_by(lambda _: {"attention_mask": None})},
+    ("call", "right padding, no cache"): {"read at the last key": attend("interval", to_the_last_key)},
+    ("call", "a hole, no cache"): {
+        "a hole is an interval": result(attention, "first_key", lambda out, *_: (True, out[1]))
     },
 }
 
 
 @pytest.mark.parametrize(("case", "fault"), [(case, fault) for case in FAULTS for fault in FAULTS[case]])
-def test_fault_in_the_drop_in(case: str, fault: str, make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_in_the_drop_in(case: Any, fault: str, make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     FAULTS[case][fault](monkeypatch)
     for dtype in DTYPES:
         model = make_hf(sliding_window=4 if "window" in fault else None).to(dtype)
         first = next(iter(verify(model, IDS).wrong), None)
-        assert first is not None and (first.layer, first.case) == (0, f"attention, {case}"), (dtype, first)
+        assert first is not None and (first.op, first.case) == case, (dtype, first)
 
 
 @pytest.mark.parametrize("parameters", [["mlp.experts.gate_up_proj"], ["mlp.gate.weight"], None], ids=str)

@@ -17,8 +17,7 @@ from mixtral_triton import KVCache, Mixtral, checkpoint, generate, ops, verifica
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import Layer, State
-from mixtral_triton.verification import END
-from mixtral_triton.verification.calls import with_layouts
+from mixtral_triton.verification.calls import SizedCalls
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults, hub
 from tests.support.faults import Inject, all_dtypes, bf16_then_others, change_state, one_at_a_time, replace_by
@@ -179,43 +178,11 @@ def one_behind(stream: Any) -> Any:
     return faulty
 
 
-def without_eos(end_of: Any) -> Any:
-    return lambda tail, eos: (end := end_of(tail, eos)) - (int(tail[end - 1]) in eos)
-
-
-def in_sample(change: Callable[..., tuple[Any, ...]]) -> Inject:
-    return replace_by(verification, "sample", lambda sample: lambda *args: sample(*change(*args)))
-
-
-def in_step(name: str, change: Callable[..., Any]) -> Inject:
-    """change(result, step) after a method of a step."""
-    return replace_by(generate.Step, name, lambda f: lambda step, *args: (x := f(step, *args), change(x, step))[0])
-
-
 # What users read and launch around the model: the operation and the case of the first wrong row, and what is injected.
 FAULTS_AROUND: dict[tuple[str, str], dict[str, Inject]] = {
-    ("generate", END): {
-        "EOS is cut off": replace_by(generate, "_end_of", without_eos),
-        "an ended sequence goes on": in_step("pick", lambda _, step: step.ended.zero_()),
-        "EOS of the config is ignored": replace_by(
-            generate, "eos_ids", lambda f: lambda given, config: f([] if given is None else given, config)
-        ),
-        "the last EOS is unknown": in_step("__init__", lambda _, step: setattr(step, "stops", step.stops[:-1])),
-        "all sequences end together": in_step("pick", lambda _, step: step.ended.fill_(bool(step.ended.any()))),
-    },
     ("generate", "greedy"): {
         "a token behind": replace_by(generate, "_stream", one_behind),
         "rows of a long prompt": replace_by(generate, "prefill", longer_than_a_chunk),
-    },
-    ("generate", "sample"): {
-        "temperature twice": in_sample(lambda x, t, *args: (x / t, t, *args)),
-        "top_p is wider": in_sample(lambda x, t, p, *args: (x, t, min(1.0, 1.03 * p), *args)),
-        "top_k + 1": in_sample(lambda x, t, p, g, k=None, *m: (x, t, p, g, k and k + 1, *m)),
-        "no min_p": in_sample(lambda x, t, p, g, k=None, *m: (x, t, p, g, k)),
-    },
-    ("forward", "refusals"): {
-        "a full cache": replace_by(KVCache, "reserve", lambda f: lambda cache, new: None),
-        "any cache": replace_by(Mixtral, "_check_cache", lambda f: lambda *args: None),
     },
     ("layer", "attention, token by token"): {
         "a step is not counted": replace_by(KVCache, "advance", lambda f: lambda kv, n, m: f(kv, n * (m != 1), m)),
@@ -235,29 +202,68 @@ def test_fault_around_the_model(place: Any, name: str, dtype: torch.dtype, monke
     assert place[0] != "config" or " at 0, where the files give [0, " in wrong[0].note
 
 
+Run = Callable[..., Any]
+
+
+def dense_x(op: str, run: Run, args: dict[str, Any]) -> Any:
+    if op == "rms_norm":
+        args["x"] = torch.as_strided(args["x"], args["x"].shape, args["x"].contiguous().stride())
+    return run(**args)
+
+
+def strides_of_k(op: str, run: Run, args: dict[str, Any]) -> Any:
+    if op == "attention" and args["k"].stride(-1) == 1:
+        memory = torch.cat((args["v"].flatten(), args["v"].new_full((10**6,), torch.nan)))
+        args["v"] = memory.as_strided(args["v"].shape, args["k"].stride())
+    return run(**args)
+
+
+def other_bits_of_a_batch(op: str, run: Run, args: dict[str, Any]) -> Any:
+    return run(**args) * 1.01 if op == "attention" and len(args["q"]) > 4 else run(**args)
+
+
+def higher_index_first(op: str, run: Run, args: dict[str, Any]) -> Any:
+    if op != "route":
+        return run(**args)
+    weights, ids = run(**args | {"logits": args["logits"].flip(-1)})
+    return weights, args["logits"].shape[-1] - 1 - ids
+
+
+def no_padding_beyond_the_cache(op: str, run: Run, args: dict[str, Any]) -> Any:
+    out = run(**args)
+    beyond = op == "cached_attention" and args["past"] + args["q"].shape[1] > args["k_cache"].shape[2]
+    return out.masked_fill(beyond[:, None, None, None], torch.nan) if isinstance(beyond, Tensor) else out
+
+
+def clamped(op: str, run: Run, args: dict[str, Any]) -> Any:
+    if op == "embed_rms_norm":
+        args["new"] = args["new"].minimum(args["limit"] - args["past"])
+    return run(**args)
+
+
+# What an operation computes in place of its result, and the row of it that is wrong.
+OPERATION_FAULTS: dict[str, tuple[Callable[[str, Run, dict[str, Any]], Any], tuple[str, str]]] = {
+    "a row's stride is ignored": (dense_x, ("rms_norm", "sliced")),
+    "v is read by the strides of k": (strides_of_k, ("attention", "transposed")),
+    "the batch changes bits": (other_bits_of_a_batch, ("attention", "bits in any batch")),
+    "the higher of tied experts is first": (higher_index_first, ("route", "ties")),
+    "padding beyond the last slot makes a chunk NaN": (no_padding_beyond_the_cache, ("cached_attention", "chunk")),
+    "a token beyond the last position is embedded": (clamped, ("embed_rms_norm", "new one beyond")),
+}
+
+
 @bf16_then_others
-@pytest.mark.parametrize("fault", ["strides", "batch"])
-def test_fault_that_contiguous_or_single_calls_hide(fault: str, dtype: torch.dtype, monkeypatch: Any) -> None:
-    """A row's stride is ignored, or what else is in the batch is not."""
-    model, right = small_model(dtype), verification.ModelUnderTest.operation
-    target = verification.ModelUnderTest(model)
-
-    def faulty(op: str, args: Any) -> Any:
-        def run(**args: Any) -> Any:
-            first = next(iter(args))
-            if fault == "strides" and op == "rms_norm" and args["x"].stride() != args["x"].contiguous().stride():
-                args[first] = torch.as_strided(args["x"], args["x"].shape, args["x"].contiguous().stride())
-            out = right(op, args)(**args)
-            return out * 1.01 if fault == "batch" and op == "attention" and len(args[first]) > 4 else out
-
-        return run
-
+@pytest.mark.parametrize("fault", OPERATION_FAULTS)
+def test_fault_at_the_edges_of_an_operation(fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts, batches, ties and ends, which no text brings about."""
+    model, right = small_model(dtype, sliding_window=None), verification.ModelUnderTest.operation
+    target, (change, place) = verification.ModelUnderTest(model), OPERATION_FAULTS[fault]
     check = target.check(model.layers[0], torch.nn.functional.embedding(IDS, model.embed_tokens), model.config)
-    calls = [*with_layouts(check.calls(1)), *check.deterministic_calls()]
+    calls = [*SizedCalls(target, 2)(check, 0)]
     assert all(row.ok for call in calls for row in target.measure(0, *call))
+    faulty = lambda op, args: lambda **args: change(op, right(op, args), args)  # noqa: E731
     monkeypatch.setattr(verification.ModelUnderTest, "operation", staticmethod(faulty))
-    wrong = {(row.op, row.case) for call in calls for row in target.measure(0, *call) if not row.ok}
-    assert wrong >= ({("rms_norm", "sliced")} if fault == "strides" else {("attention", "bits in any batch")}), wrong
+    assert place in {(row.op, row.case) for call in calls for row in target.measure(0, *call) if not row.ok}
 
 
 def change_config(model: Mixtral, **changes: Any) -> None:

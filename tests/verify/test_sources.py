@@ -24,10 +24,12 @@ from mixtral_triton.cli import SMALL, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.model import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
+from mixtral_triton.quantize.cost import LOGIT_ROWS
 from mixtral_triton.tolerance import token_floor
-from mixtral_triton.verification import held_out, layers, loaded, models, perplexity, source
+from mixtral_triton.tools.estimate import estimate
+from mixtral_triton.verification import held_out, layers, models, perplexity, source
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
-from mixtral_triton.verification.loaded import check_weights, estimate
+from mixtral_triton.verification.loaded import check_weights
 from mixtral_triton.verification.source import Source, decode
 from tests.cli.commands import run_json
 from tests.support import hub
@@ -244,7 +246,7 @@ def test_layouts_are_decoded_on_the_model_s_device(tmp_path: Path, gpu: Any, mon
 
 
 def test_the_cost_is_said_before(dense: Path) -> None:
-    found = [estimate(load(dense), IDS.repeat(1, n), dense) for n in (1, 100)]
+    found = [estimate(load(dense), IDS.repeat(1, n), Source(dense).files) for n in (1, 100)]
     size = (dense / "model.safetensors").stat().st_size / 1e6
     assert all(re.search(rf": reads {size:.1f} MB once, .* and \d+ s$", text) for text in found)
     small, large = (int(re.findall(r"about (\d+) MB", text)[0]) for text in found)
@@ -272,7 +274,7 @@ def test_perplexity_equals_a_loop_over_tokens(context: int, tokens: int, monkeyp
     model, ids = random_model(max_position_embeddings=context), TEXT[:tokens]
     expected = perplexity_by_loop(model, ids, context)
     assert math.isclose(perplexity(model, ids), expected, rel_tol=1e-5)
-    monkeypatch.setattr(loaded, "WINDOW_TOKENS", context)
+    monkeypatch.setattr("mixtral_triton.quantize.cost.WINDOW_TOKENS", context)
     assert math.isclose(perplexity(random_model(), ids), expected, rel_tol=1e-5)
 
 
@@ -283,7 +285,7 @@ def test_perplexity_of_extreme_logits_few_of_which_are_in_memory_at_once(monkeyp
     for factor, expected in ((1e6, math.inf), (0.0, 23)):  # no overflow, and uniform
         model.lm_head.data.mul_(factor)
         assert perplexity(model, TEXT.repeat(33)[:1001]) == pytest.approx(expected, rel=1e-12)
-    assert sum(sizes) == 2 * 1000 and max(sizes) == loaded.LOGIT_ROWS
+    assert sum(sizes) == 2 * 1000 and max(sizes) == LOGIT_ROWS
 
 
 BAD_TEXTS = [(TEXT[None], r"ids' is \[1, 31\]"), (TEXT[:1], "at least two"), ([1, 2], "list")]
@@ -340,7 +342,7 @@ def routes(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("formats", "window"), [(BOTH, 2048), ("int4", 25)], ids=str)
 def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: Path, monkeypatch: Any) -> None:
     """With a text of one window, and of several, the last one shorter."""
-    monkeypatch.setattr(loaded, "WINDOW_TOKENS", window)
+    monkeypatch.setattr("mixtral_triton.quantize.cost.WINDOW_TOKENS", window)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(SMALL / name, tmp_path / name)
     text = json.loads((SMALL / "heldout.json").read_text())["ids"][:60]

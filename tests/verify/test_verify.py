@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import Mixtral, apply, hf, verify
+from mixtral_triton import Mixtral, apply, hf, verification, verify
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import dispatched
+from mixtral_triton.model import Layer
 from mixtral_triton.tolerance import Tolerance
-from mixtral_triton.verification.report import Report, Row
+from mixtral_triton.verification.report import BITS, Report, Row
 from tests.cli.commands import run_json, shown
-from tests.support.faults import DTYPES, small_model
+from tests.support.faults import DTYPES, replace_by, small_model
 from tests.support.hub import LAYOUTS, write
 from tests.support.models import random_model
 
@@ -45,8 +46,7 @@ def test_right_model(dtype: torch.dtype, window: int | None) -> None:
     assert not report.wrong, str(report)
     check_complete(report, 2)
     logits = ["logits"] * (5 if dtype == torch.float32 else 9)
-    generate = ["generate", "generate", "generate", "forward", "generate"]
-    assert [row.op for row in report.rows if row.layer is None] == ["weights", "rms_norm", *logits, *generate]
+    assert [row.op for row in report.rows if row.layer is None] == ["weights", "rms_norm", *logits, "generate"]
     assert report.flips == 0 or dtype != torch.float32
 
 
@@ -55,21 +55,25 @@ def test_right_model(dtype: torch.dtype, window: int | None) -> None:
 @pytest.mark.parametrize("window", [6] if INTERPRETED else [6, None])
 def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_hf: Any) -> None:
     model = make_hf(sliding_window=window).to(dtype)
-    steps: list[tuple[int, int, str]] = []
-    report = verify(model, IDS[:, :10], lambda *done: steps.append(done))
+    state, steps = {name: x.clone() for name, x in model.state_dict().items()}, dict[str, list[int]]()
+    report = verify(model, IDS[:, :10], lambda done, total, part: steps.setdefault(part, [total]).append(done))
     assert report.ok and "transformers' own modules" in str(report), str(report)
-    forwards = [(done, total) for done, total, part in steps if part == "layers of forwards"]
-    assert forwards == [(done, forwards[0][1]) for done in range(forwards[0][1] + 1)]
+    assert all(done == list(range(total + 1)) for total, *done in steps.values()) and "calls of transformers" in steps
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in state.items())
     check_complete(report, model.config.num_hidden_layers)
     assert not hf.applied(model)
     assert (report.flips == 0 and report.rows[-1].op == "logits") or dtype != torch.float32
 
 
 @once
-def test_right_deterministic_model() -> None:
+def test_deterministic_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right; and with a chunk of one token that takes another path than a longer one, which holds the same row."""
     model = small_model(torch.bfloat16, rms_norm_eps=1.0)  # so large that it is no small change of another
     model.deterministic = True
     assert not verify(model, IDS).wrong
+    alone = lambda f: lambda layer, h, *args: f(layer, h, *args) * (1.01 if h.shape[1] == 1 else 1)  # noqa: E731
+    replace_by(Layer, "attention", alone)(monkeypatch)
+    assert [row.case for row in verification._repeated_rows(model, IDS) if not row.ok] == [BITS]
 
 
 @pytest.mark.slow
@@ -155,7 +159,9 @@ def test_other_and_applied_transformers_models(make_hf: Any) -> None:
         assert report.ok and report.rows[-1].op == "hidden"
     assert verify(make_hf(head_dim=8, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})).ok
     model = apply(make_hf(), attention=False)  # stays as it is
-    assert verify(model).ok and hf.applied(model) and model.config._attn_implementation == "eager"
+    report = verify(model)
+    assert report.verdict.startswith("RIGHT (plain torch; no kernel ran): all")
+    assert report.ok and hf.applied(model) and model.config._attn_implementation == "eager"
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -166,7 +172,7 @@ def test_report_names_every_kind_of_row_that_did_not_run(make_hf: Any) -> None:
         assert all(f"not run: {line}"[:60] in str(report) for line in found)
         return {line.split()[0] for line in found}
 
-    always = {"kernels;", "config.json,", "transformers'", "captured", "deterministic", "caches"}
+    always = {"kernels;", "config.json,", "transformers'", "captured", "deterministic", "caches", "sampling,"}
     assert not_run(verify(small_model(), IDS[:, :4])) == always
     assert not_run(verify(small_model(torch.bfloat16), IDS[:, :4], quick=True)) == {*always, "layers"}
     of_int8 = verify(small_model(), cache_dtype=torch.int8).not_run
