@@ -249,6 +249,7 @@ class Mixtral(nn.Module):
         progress: Callable[[int], None] | None = None,
         context: int | None = None,
         cache_dtype: torch.dtype | None = None,
+        activations: str | None = None,
     ) -> Mixtral:
         """Load a Hugging Face checkpoint (config.json and safetensors; checkpoint.py says what is rejected).
 
@@ -268,7 +269,12 @@ class Mixtral(nn.Module):
                        a warning tells
         offload_by     a file that `trace --counts FILE` writes: those used least, of each layer or of the whole model
         progress       is called with the number of bytes just read
+        activations    None: products take activations of 16 bits, or fp32. Products of 8-bit activations are not
+                       supported: anything else is a ValueError
         """
+        if activations is not None:
+            got = f"activations is {activations!r}"
+            raise ValueError(f"Mixtral.from_pretrained: {got}, needs None: those of 8 bits are not supported")
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
         options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, cache_dtype, progress)

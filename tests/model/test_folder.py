@@ -382,3 +382,8 @@ def test_source_that_is_no_config_is_rejected(tmp_path):
         with pytest.raises(ValueError, match=f"folder is a {type(wrong).__name__}, needs the path") as caught:
             MixtralConfig.from_pretrained(wrong)
         assert str(caught.value).count("\n") == 0
+
+
+def test_activations_of_8_bits_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"from_pretrained: activations is 'fp8', needs None"):
+        Mixtral.from_pretrained("small", "meta", activations="fp8")
