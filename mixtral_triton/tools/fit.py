@@ -54,7 +54,7 @@ QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-OFFLOADED = "(62: 15-16): or one GPU, with 62 of all experts in host memory; tokens/s predicted, ?: no rates known."
+OFFLOADED = "(62: 15-16): or one GPU, with 62 of all experts in host memory; tokens/s predicted."
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
@@ -329,7 +329,7 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
     for gpu, plans in rows.items():
         cells = {"gpu": gpu.name, "MiB": f"{gpu.mib:,}", "link": gpu.link}
         for plan in plans:
-            offload = f" ({plan.offload['experts']}: {_speed(plan.offload) or '?'})" if plan.offload else ""
+            offload = f" ({plan.offload['experts']}: {_speed(plan.offload)})" if plan.offload else ""
             cells[request.label(plan.format)] = str(plan.gpus_needed or "-") + offload
         table.add(cells)
     console().print(Text(str(request)), table, sep="\n")

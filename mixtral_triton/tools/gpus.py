@@ -27,7 +27,7 @@ class GPU:
     name: str
     mib: int = 0  # MiB of memory that the driver's tool prints as the total, which is less than the label says
     arch: str = ""
-    bandwidth: float = 0.0  # bytes/s of device memory; 0: not in this table
+    bandwidth: float = 0.0  # bytes/s of device memory; 0: unknown
     matmul: float = 0.0  # FLOP/s of dense bf16 matrix products
     driver: str = ""  # matches the driver's name of the GPU that has exactly these rates
     aliases: tuple[str, ...] = ()
@@ -87,7 +87,6 @@ _TABLE = (
     GPU("b300", "B300", 275040, "sm_103", 8.0e12, 2250e12, r"\bB300 SXM", ("B300 SXM6 AC",), _PCIE5, 8.3e12, 75e12),
 )
 GPUS = {gpu.key: gpu for gpu in _TABLE}
-RATED = {key: gpu for key, gpu in GPUS.items() if gpu.bandwidth}  # those of which a floor is known
 
 
 def find_gpu(name: str) -> GPU:
@@ -99,8 +98,8 @@ def find_gpu(name: str) -> GPU:
 
 
 def data_sheet(device_name: str) -> GPU | None:
-    """Return the GPU of RATED that the driver calls `device_name`; None where memory or clocks differ."""
-    return next((gpu for gpu in RATED.values() if re.search(gpu.driver, device_name)), None)
+    """Return the GPU of the table that the driver calls `device_name`; None where memory or clocks differ."""
+    return next((gpu for gpu in GPUS.values() if re.search(gpu.driver, device_name)), None)
 
 
 def _normalize(name: str) -> str:

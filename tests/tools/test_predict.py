@@ -96,6 +96,7 @@ def test_data_sheet_by_the_driver_s_name() -> None:
     names |= {"A100-SXM4-40GB": "a100-40", "A100-PCIE-40GB": "a100-40", "GH200 480GB": "gh200"}
     names |= {"RTX 6000 Ada Generation": "rtx6000ada", "RTX PRO 6000 Blackwell Server Edition": "rtxpro6000"}
     assert {name: data_sheet(f"NVIDIA {name}") for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
+    assert all(gpu.driver and gpu.bandwidth and gpu.matmul and gpu.l2 and gpu.vector for gpu in GPUS.values())
     # The same chip with other memory or clocks.
     unknown = ["H100 PCIe", "A100-SXM4-64GB", "H200 NVL", "GB200", "L40", "GeForce RTX 5090 Laptop GPU", "GB300"]
     unknown += ["RTX 6000", "RTX PRO 6000 Blackwell Max-Q Workstation Edition", "GH200 144G HBM3e"]

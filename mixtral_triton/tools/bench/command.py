@@ -16,7 +16,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from ...kernels.registry import OPERATIONS
-from ..gpus import GPU, RATED, find_gpu
+from ..gpus import GPU, find_gpu
 from ..predict import family_note
 from ..terminal import Table, bar, check_writable, console
 from .cases import Case, cases, sizes_of
@@ -41,9 +41,6 @@ def run(args: argparse.Namespace) -> int:
         selected = [replace(case, sizes=replace(case.sizes, cache=args.cache_dtype)) for case in selected]
     user_peers = [import_peer(text) for text in dict.fromkeys(args.peer)]
     gpu = find_gpu(args.gpu or "h100")
-    if not gpu.bandwidth:
-        unknown_rates = f"--gpu is {args.gpu!r}, whose bandwidth and matmul rate are unknown"
-        raise ValueError(f"{unknown_rates}, needs one of {', '.join(RATED)}")
     if unknown := set(args.without) - (known := {peer.name for peer in PEERS}):
         raise ValueError(f"--without is {min(unknown)!r}, needs one of {', '.join(sorted(known))}")
     if args.plot is not None:
