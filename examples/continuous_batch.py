@@ -5,7 +5,7 @@ python examples/continuous_batch.py [FOLDER]
 
 import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 from mixtral_triton import SMALL, apply
 
@@ -14,10 +14,11 @@ prompts = ["The return statement", "A list is", "When an exception is raised in 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 config = GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=1, pad_token_id=1)
+pages = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256)  # by default they take 90 % of the free memory
 
 
 def texts() -> list[str]:
-    found = model.generate_batch(tokenizer(prompts).input_ids, config, progress_bar=False)
+    found = model.generate_batch(tokenizer(prompts).input_ids, config, pages, progress_bar=False)
     return sorted(tokenizer.decode([*out.prompt_ids, *out.generated_tokens]) for out in found.values())
 
 
