@@ -26,7 +26,7 @@ from ..cache import KVCache
 from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..generate import GRAPH_MIN_TOKENS, can_capture
 from ..kernels.checks import dtype_name
-from ..kernels.launch import INTERPRETED, multiprocessors, target_arch
+from ..kernels.launch import INTERPRETED, launch_context, multiprocessors, target_arch
 from ..model import Mixtral
 from ..quantize.cost import held_out, measure_cache_cost, perplexity
 from ..quantize.hub import read_headers
@@ -223,8 +223,10 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
     with target.forward(copied.config, keeps_routes) as forward:
         _launch(forward, ids, target.make_cache(copied.config, B, T), lengths=ids[:, 0].int())
     generating, prompts = _with_prompts(copied, ids)
-    new = min(NEW_TOKENS, model.config.max_position_embeddings - len(prompts[0]))
-    launch_text(generating, len(prompts[0]), new, cache_dtype, len(prompts))
+    captures = model.device.type == "cuda" and model.find_change() is None
+    for no_pdl in (False, True)[: 1 + captures]:  # the eager step's launches do not depend on each other
+        with launch_context(no_pdl=no_pdl):
+            launch_text(generating, len(prompts[0]), _new_tokens(model, prompts, captures), cache_dtype, len(prompts))
     repeated = KVCache(copied.config, BATCH, REPEATED_TOKENS + 1, "meta", copied.dtype)
     for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1):
         _launch(copied, ids.new_empty((BATCH, new)), repeated)
@@ -243,12 +245,17 @@ def _with_prompts(model: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
     return model, prompts
 
 
+def _new_tokens(model: Any, prompts: list[Tensor], captures: bool) -> int:
+    """Return how many tokens follow the prompts: where the step is captured, enough for that."""
+    most = NEW_TOKENS + GRAPH_MIN_TOKENS * captures
+    return min(most, model.config.max_position_embeddings - len(prompts[0]))
+
+
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
     """Rows for greedy tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a
     right token may be below the greatest is set by the errors of `baseline` [B,T,V] and of `exact` fp64 [2B,T,V]."""
     model, prompts = _with_prompts(target.model, ids)
-    most = NEW_TOKENS + (GRAPH_MIN_TOKENS if can_capture(model) else 0)
-    new = min(most, target.config.max_position_embeddings - len(prompts[0]))
+    new = _new_tokens(model, prompts, captures := can_capture(model))
     logits, perturbed = exact.chunk(2)
     limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
     if target.quantized:
@@ -260,7 +267,7 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     shortfall = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     scale = max(largest(logits), 1e-30)
     rows = [Row(None, "generate", "greedy", shortfall / scale, limit / scale)]
-    if can_capture(model):
+    if captures:
         rows.append(Row.exact(None, "generate", "captured step", _captures_the_step(model, prompts, new, options)))
     return rows + _repeated_rows(model, ids)
 

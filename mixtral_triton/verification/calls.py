@@ -198,7 +198,10 @@ class LayerCheck:
             if name in ("k_cache", "v_cache"):
                 cached = self.rk if name == "k_cache" else values.v
                 cached = cached.flatten(0, 1)[draw(slots, slots)].transpose(1, 2).contiguous()
-                return QuantizedCache.of(cached) if self.quantized else cached
+                if not self.quantized:
+                    return cached
+                empty = QuantizedCache.empty(*cached.shape, device=cached.device)  # has a model's strides of one head
+                return empty.copy_(QuantizedCache.of(cached))
             if name not in text:
                 if _key(like) not in weights or (name == "cos" and limit < T):
                     raise KeyError(name)
