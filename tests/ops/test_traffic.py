@@ -173,7 +173,7 @@ def test_groups_padded_to_128_rows_are_caught(monkeypatch: pytest.MonkeyPatch, w
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [{}, {"deterministic": True}, {"on_host": (0, 3)}], ids=str)
-@pytest.mark.parametrize("T", [70, 300])
+@pytest.mark.parametrize("T", [130, 300])
 @pytest.mark.parametrize("weight", ["int4:128", "int8", "fp8"])
 def test_prefill_loads_a_quantized_weight_once_a_row_tile(weight: str, T: int, more: Any, within: Any) -> None:
     """Its fields multiply from registers: a tile that was loaded for each of them would cross L2 4 or 2 times."""
