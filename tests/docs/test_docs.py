@@ -192,7 +192,8 @@ def test_recipes_of_other_routers_compute_what_they_say() -> None:
     assert torch.allclose(found["shared"], shared, atol=1e-5) and not torch.allclose(deepseek, shared, atol=0.1)
 
 
-def test_what_the_page_about_generating_says_of_the_cache() -> None:
+def test_what_the_page_about_generating_says_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixtral_triton.arguments.default_device", lambda: "cpu")
     found = program_of("docs/generate.md")
     model, ids = found["model"], found["ids"]
     assert found["cache"].lengths.tolist() == [5] and found["two"].lengths.tolist() == [4, 2]

@@ -354,4 +354,4 @@ def test_weights_that_vllm_did_not_quantize_are_found() -> None:
     here = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1])  # this rank's experts are the first four
     part = ops.expert_swiglu(x, *small, routes[0].clamp(max=3), routes[1] * (routes[0] < 4))
     first = tuple(weight[:4] for weight in small)
-    assert torch.allclose(experts.experts(x, *first, *routes, here), part, atol=1e-6)
+    assert torch.allclose(experts.experts(x, *first, *routes, here), part, atol=float(1e-6 * part.abs().max()))

@@ -141,10 +141,12 @@ def test_fault_in_the_end_of_a_text(fault: str, make: Make, device: torch.device
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.int8])
-def test_cache_has_the_requested_dtype(dtype: Any, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_has_the_requested_dtype(
+    dtype: Any, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caches = list[KVCache]()
     monkeypatch.setattr(generate, "KVCache", lambda *args: caches.append(KVCache(*args)) or caches[-1])
-    make().generate(tokens(1, 3), 1, cache_dtype=dtype)
+    make().generate(tokens(1, 3, device=device), 1, cache_dtype=dtype)
     assert [cache.dtype for cache in caches] == [dtype or torch.float32]
 
 
@@ -364,9 +366,10 @@ def test_a_cache_after_a_failure_and_other_use(
     cache, want = KVCache(model.config, 1, 16, device, model.dtype), model.generate(ids, 4)
     model(ids[:, :6], cache=cache)  # a forward is known on a CPU alone
     warned = pytest.warns(RuntimeWarning, match="host does not know") if device.type == "cuda" else nullcontext()
+    first = model.stream(ids, 4, cache=cache)
     with warned:
-        first = model.stream(ids, 4, cache=cache)
-    assert next(first).tolist() == want[:, 10].tolist() and next(first).tolist() == want[:, 11].tolist()
+        token = next(first)
+    assert token.tolist() == want[:, 10].tolist() and next(first).tolist() == want[:, 11].tolist()
     assert cache.lengths.tolist() == [11] and cache.reused == [0 if device.type == "cuda" else 6]
     assert torch.equal(model.generate(want[:, :12], 2, cache=cache), want) and cache.reused == [11]
     with pytest.raises(ValueError, match="cache has gone on in another call"):

@@ -439,12 +439,14 @@ def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, i
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     ("held", "appending", "refused"),
-    zip(
-        ([3, 4], [3, 2], [5, 2], [2, 5], [5, 2], [0, 0], [8, 8], [8, 8]),
-        (None, [2, 1], [2, 0], [0, 2], [1, 4], [9, 9], [1, 1], [1, 2]),
-        (0, 0, 1, 1, 0, 0, 0, 1),
-        strict=True,
-    ),
+    [
+        *zip(
+            ([3, 4], [3, 2], [5, 2], [2, 5], [5, 2], [0, 0], [8, 8], [8, 8]),
+            (None, [2, 1], [2, 0], [0, 2], [1, 4], [9, 9], [1, 1], [1, 2]),
+            (0, 0, 1, 1, 0, 0, 0, 1),
+            strict=True,
+        )
+    ],
 )
 def test_slots_that_a_failed_forward_overwrote(held: list[int], appending: Any, refused: int) -> None:
     """Of a ring of 6 slots and of a cache without a window, which overwrites nothing."""

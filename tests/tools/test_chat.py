@@ -229,22 +229,13 @@ def start(*words: Any) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
-def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat_on_a_terminal(chat_folder: Path) -> None:
+def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat_on_a_terminal(whole_folder: Path) -> None:
     import pty
 
     ours, theirs = pty.openpty()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "TERM": "dumb"}
-    command = [
-        sys.executable,
-        "-m",
-        "mixtral_triton",
-        "chat",
-        chat_folder,
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        "900",
-    ]
+    options = "--device cpu --max-new-tokens 900 --deterministic"  # an answer that takes longer than a signal
+    command = [sys.executable, "-m", "mixtral_triton", "chat", whole_folder, *options.split()]
     process = subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=_lead)
     os.close(theirs)
     shown = ""
@@ -326,8 +317,9 @@ def test_batch_writes_each_line_s_result_in_order(chat_folder: Path, monkeypatch
 
 def test_an_interrupted_batch_is_continued(chat_folder: Path, appended: list[int], monkeypatch: Any) -> None:
     jobs, out = write_jobs(chat_folder), chat_folder / "out.jsonl"
-    whole = output(BATCH, chat_folder, "--batch", jobs, status=1)
-    process = start(*BATCH.split(), chat_folder, "--batch", jobs, "--out", out)
+    long = BATCH.replace("--max-new-tokens 5", "--max-new-tokens 40")  # the rest takes longer than a signal
+    whole = output(long, chat_folder, "--batch", jobs, status=1)
+    process = start(*long.split(), chat_folder, "--batch", jobs, "--out", out)
     while not out.exists() or not out.read_bytes():
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.01)
@@ -337,7 +329,7 @@ def test_an_interrupted_batch_is_continued(chat_folder: Path, appended: list[int
     assert whole.startswith(written) and 12 <= len(written.splitlines()) < 40
     out.write_text(written + '{"id": "a12", "te')  # half a line
     appended.clear()
-    assert output(BATCH, chat_folder, "--batch", jobs, "--out", out, status=1) == ""
+    assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == ""
     assert out.read_text() == whole
     tokenizer, rest = load_tokenizer(chat_folder), [json.loads(line) for line in whole.splitlines()]
     prompts = [json.loads(line) for line in jobs.read_text().splitlines()[len(written.splitlines()) :] if line]
@@ -345,7 +337,7 @@ def test_an_interrupted_batch_is_continued(chat_folder: Path, appended: list[int
     rest = rest[len(written.splitlines()) :]
     assert sum(appended) == sum(lengths) + sum(len(each["tokens"]) - 1 for each in rest if "tokens" in each)
     appended.clear()
-    assert output(BATCH, chat_folder, "--batch", jobs, "--out", out, status=1) == "" and not appended
+    assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == "" and not appended
 
 
 WRONG: dict[str, tuple[str, ...]] = {
