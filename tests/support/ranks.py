@@ -153,13 +153,20 @@ def two_turns(model: Mixtral, ids: torch.Tensor, cached: bool = True) -> torch.T
     return model.generate(torch.cat((text, ids[:, 4:7]), 1), 6, logprobs=2, **options).ids
 
 
+def drawn(mesh: Any, folder: Path, ids: torch.Tensor, fault: Any = None) -> torch.Tensor:
+    """Return a text that is drawn where each rank would draw other tokens."""
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
+    if fault is not None:
+        fault(model)
+    torch.manual_seed(dist.get_rank())
+    return model.generate(ids[:, :4], max_new_tokens=8, temperature=1.0)
+
+
 def everything(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> dict[str, Any]:
     """Return what a model on the mesh computes, holds, reads and sends."""
     model, read = load_counted(mesh, folder, **options)
     found: dict[str, Any] = {"first": int(mesh.mesh.min()), "read": read}
     found |= {"logits": model(ids), "greedy": model.generate(ids[:, :4], max_new_tokens=8)}
-    torch.manual_seed(dist.get_rank())  # each rank would draw another token
-    found["drawn"] = model.generate(ids[:, :4], max_new_tokens=8, temperature=1.0)
     found |= {"turn": two_turns(model, ids), "scores": torch.stack(model.score(ids))}
     cache = KVCache(model.config, batch=len(ids), max_len=ids.shape[1], device="cpu", dtype=model.dtype)
     steps = [model(ids[:, :5], cache=cache)]
