@@ -120,10 +120,10 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
 
 
 def _any_lazy_negation(values: Iterable[Any]) -> bool:
-    return any(
-        x.is_neg() if isinstance(x, Tensor) else isinstance(x, COMPOSITES) and _any_lazy_negation(x.tensors)
-        for x in values
-    )
+    for x in values:  # a loop takes half the time of `any`
+        if x.is_neg() if isinstance(x, Tensor) else isinstance(x, COMPOSITES) and _any_lazy_negation(x.tensors):
+            return True
+    return False
 
 
 def _first_tensor(x: Any) -> Any:
@@ -270,12 +270,16 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
     it, and does not follow inspect.Signature where the traced caller has mutated a dict."""
     # Read before a compiler reads them: it cannot trace a cached_property's lock (Python < 3.12).
     parameters, required = tuple(zip(op.names, op.defaults, strict=True)), inspect.Parameter.empty
-    positional, by_name = op.positional, ", ".join(op.names[op.positional :])
+    positional, by_name, names = op.positional, ", ".join(op.names[op.positional :]), op.names
+    least = sum(default is required for default in op.defaults)  # they come first
 
     def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if positional < len(args) <= len(parameters):
             got = f"{op.public_name}: {len(args)} arguments are given by position"
             raise SignatureError(f"{got}, needs at most {positional}, and by name: {by_name}")
+        given = len(args) + len(kwargs)
+        if least <= given <= len(names) and tuple(kwargs) == names[len(args) : given]:  # in order, as a model's calls are
+            return (*args, *kwargs.values())
         values, used = list(args), 0
         for name, default in parameters[len(args) :]:
             if name in kwargs:
