@@ -278,7 +278,7 @@ def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tupl
             got = f"{op.public_name}: {len(args)} arguments are given by position"
             raise SignatureError(f"{got}, needs at most {positional}, and by name: {by_name}")
         given = len(args) + len(kwargs)
-        if least <= given <= len(names) and tuple(kwargs) == names[len(args) : given]:  # in order, as a model's calls are
+        if least <= given <= len(names) and tuple(kwargs) == names[len(args) : given]:  # as in a model
             return (*args, *kwargs.values())
         values, used = list(args), 0
         for name, default in parameters[len(args) :]:
