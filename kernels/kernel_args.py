@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 Pointer = Any  # a tensor on the host, a pointer on the device
 
@@ -65,16 +64,6 @@ def replace_values(args: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
         return type(value)(*(replaced(f"{path}.{name}", part) for name, part in value._asdict().items()))
 
     return {name: replaced(name, value) for name, value in args.items()}
-
-
-def tensors_by_operand(args: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors, also those behind descriptors, by a short path: "x", "weight", "weight.scales", "keys.k"."""
-    found = {}
-    for path, value in flatten(args):
-        tensor = value.base if isinstance(value, TensorDescriptor) else value
-        if isinstance(tensor, Tensor):
-            found[operand_name(path)] = tensor
-    return found
 
 
 def operand_name(path: str) -> str:
