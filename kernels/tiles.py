@@ -127,7 +127,6 @@ def weight_config(
     quantized  the name of the weight's format
     more       other constexprs
     """
-    block_n = tile.BLOCK_N // halves if quantized else tile.BLOCK_N
-    tiles = {"BLOCK_N": power_of_2(columns, low=16, high=block_n)}
+    tiles = {"BLOCK_N": power_of_2(columns, low=16, high=tile.BLOCK_N // halves)}
     tiles["BLOCK_K"] = tile_columns(quantized, depth) if quantized else power_of_2(depth, low=16, high=tile.BLOCK_K)
     return LaunchConfig(tiles | more, num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -46,69 +46,38 @@ DECODE_TOKENS = 64
 # A fixed split: a row's sum has the same order in any batch.
 SPLIT_K = 4
 
+# Up and down take the same tiles. BLOCK_N counts gate and up rows together.
 # Few tokens: tiles as deep as shared memory allows. With 32 tokens five stages would leave room for one program an SM.
-# BLOCK_N of up counts rows of the gate projection; as many of up go with them.
-_UP_DECODE_HOPPER = (
-    DecodeTile(16, 16, 32, 128, 4, 5),
-    DecodeTile(32, 32, 32, 128, 4, 4),
-    DecodeTile(64, 64, 32, 64, 4, 5),
-)
-UP_DECODE: Table[DecodeTile] = {
-    "sm_80": (
-        DecodeTile(16, 16, 32, 128, 4, 4),
-        DecodeTile(32, 32, 32, 128, 4, 4),
-        DecodeTile(64, 64, 32, 64, 4, 4),
-    ),
-    "sm_90": _UP_DECODE_HOPPER,
-    "sm_100": _UP_DECODE_HOPPER,
-    "gfx942": (DecodeTile(16, 16, 32, 64, 4, 2), DecodeTile(32, 32, 32, 64, 4, 2), DecodeTile(64, 64, 32, 64, 4, 2)),
-    "fp32": (DecodeTile(16, 16, 32, 32, 4, 2), DecodeTile(32, 32, 32, 32, 4, 2), DecodeTile(64, 64, 32, 32, 4, 2)),
-}
-_DOWN_DECODE_HOPPER = (
+_DECODE_HOPPER = (
     DecodeTile(16, 16, 64, 128, 4, 5),
     DecodeTile(32, 32, 64, 128, 4, 4),
     DecodeTile(64, 64, 64, 64, 4, 5),
 )
-DOWN_DECODE: Table[DecodeTile] = {
+DECODE: Table[DecodeTile] = {
     "sm_80": (
         DecodeTile(16, 16, 64, 128, 4, 4),
         DecodeTile(32, 32, 64, 128, 4, 4),
         DecodeTile(64, 64, 64, 64, 4, 4),
     ),
-    "sm_90": _DOWN_DECODE_HOPPER,
-    "sm_100": _DOWN_DECODE_HOPPER,
+    "sm_90": _DECODE_HOPPER,
+    "sm_100": _DECODE_HOPPER,
     "gfx942": (DecodeTile(16, 16, 64, 64, 4, 2), DecodeTile(32, 32, 64, 64, 4, 2), DecodeTile(64, 64, 64, 64, 4, 2)),
     "fp32": (DecodeTile(16, 16, 64, 32, 4, 2), DecodeTile(32, 32, 64, 32, 4, 2), DecodeTile(64, 64, 64, 32, 4, 2)),
 }
 # Many tokens. Where TMA cannot read a weight, the larger tiles of later GPUs spill: "pointers". Each is as deep as
 # those of TMA: the depth is the order of a sum, and offloaded experts give the bits of resident ones.
-_UP_TMA = (
-    PrefillTile(0, 64, 64, 64, 4, 4),
-    PrefillTile(64, 128, 128, 64, 8, 4, SHORT_M=64),
-    PrefillTile(112, 192, 128, 64, 8, 4, SHORT_M=64),
-)
-_UP_POINTERS = PrefillTile(0, 64, 64, 64, 4, 4), PrefillTile(128, 64, 64, 64, 8, 3)
-UP: Table[PrefillTile] = {
-    "sm_80": (PrefillTile(0, 64, 64, 32, 4, 4), PrefillTile(128, 64, 64, 64, 8, 3)),
-    "sm_90": _UP_TMA,
-    "sm_90 pointers": _UP_POINTERS,
-    "sm_100": _UP_TMA,
-    "sm_100 pointers": _UP_POINTERS,
-    "gfx942": (PrefillTile(0, 64, 32, 64, 4, 2), PrefillTile(256, 128, 64, 32, 8, 2)),
-    "fp32": (PrefillTile(0, 32, 16, 32, 4, 2),),
-}
-_DOWN_TMA = (
+_TMA = (
     PrefillTile(0, 64, 128, 64, 4, 4),
     PrefillTile(64, 128, 256, 64, 8, 4, SHORT_M=64),
     PrefillTile(112, 192, 256, 64, 8, 4, SHORT_M=64),
 )
-_DOWN_POINTERS = PrefillTile(0, 64, 128, 64, 4, 4), PrefillTile(128, 64, 128, 64, 8, 3)
-DOWN: Table[PrefillTile] = {
+_POINTERS = PrefillTile(0, 64, 128, 64, 4, 4), PrefillTile(128, 64, 128, 64, 8, 3)
+PREFILL: Table[PrefillTile] = {
     "sm_80": (PrefillTile(0, 64, 128, 32, 4, 4), PrefillTile(128, 64, 128, 64, 8, 3)),
-    "sm_90": _DOWN_TMA,
-    "sm_90 pointers": _DOWN_POINTERS,
-    "sm_100": _DOWN_TMA,
-    "sm_100 pointers": _DOWN_POINTERS,
+    "sm_90": _TMA,
+    "sm_90 pointers": _POINTERS,
+    "sm_100": _TMA,
+    "sm_100 pointers": _POINTERS,
     "gfx942": (PrefillTile(0, 64, 64, 64, 4, 2), PrefillTile(256, 128, 128, 32, 8, 2)),
     "fp32": (PrefillTile(0, 32, 32, 32, 4, 2),),
 }
@@ -125,10 +94,8 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
     # TMA reads x where it was gathered in sorted order.
     sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not sizes.by_pointers
 
-    def config(
-        dense: Table[PrefillTile], columns: int, depth: int, quantized: str | None, halves: int = 1
-    ) -> LaunchConfig:
-        table = quantized_prefill(quantized) if quantized else dense
+    def config(columns: int, depth: int, quantized: str | None, halves: int = 1) -> LaunchConfig:
+        table = quantized_prefill(quantized) if quantized else PREFILL
         tile = prefill_tile(table, rows, dtype, arch, "pointers" if sizes.by_pointers else "")
         block_m, short_m = tile.BLOCK_M, tile.SHORT_M
         if not sorted_x:  # pointers need tiles of one part, a power of 2
@@ -138,8 +105,8 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
         return weight_config(tile, columns, depth, quantized, halves, **more)
 
     kernels = {
-        "experts_up_kernel": config(UP, sizes.I, sizes.H, sizes.gate_up, halves=2),
-        "experts_down_kernel": config(DOWN, sizes.H, sizes.I, sizes.down),
+        "experts_up_kernel": config(sizes.I, sizes.H, sizes.gate_up, halves=2),
+        "experts_down_kernel": config(sizes.H, sizes.I, sizes.down),
     }
     if sorted_x:
         kernels["gather_by_expert_kernel"] = gather_config(slots, sizes.E, sizes.H)
@@ -147,17 +114,15 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
 
 
 def _decode_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    def config(
-        dense: Table[DecodeTile], columns: int, depth: int, quantized: str | None, halves: int = 1, **more: int
-    ) -> LaunchConfig:
-        tile = decode_tile(QUANTIZED_DECODE if quantized else dense, sizes.T, dtype, arch)
+    def config(columns: int, depth: int, quantized: str | None, halves: int = 1, **more: int) -> LaunchConfig:
+        tile = decode_tile(QUANTIZED_DECODE if quantized else DECODE, sizes.T, dtype, arch)
         more |= {"BLOCK_T": tile.BLOCK_T, "BLOCK_S": power_of_2(tile.rows * sizes.K)}
         return weight_config(tile, columns, depth, quantized, halves, **more)
 
     span = sizes.I if sizes.down else -(-sizes.I // SPLIT_K)
     return {
-        "experts_up_decode_kernel": config(UP_DECODE, sizes.I, sizes.H, sizes.gate_up, halves=2),
-        "experts_down_decode_kernel": config(DOWN_DECODE, sizes.H, span, sizes.down, SPLIT_K=SPLIT_K),
+        "experts_up_decode_kernel": config(sizes.I, sizes.H, sizes.gate_up, halves=2),
+        "experts_down_decode_kernel": config(sizes.H, span, sizes.down, SPLIT_K=SPLIT_K),
     }
 
 
