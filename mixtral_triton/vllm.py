@@ -100,7 +100,9 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
         dense = layer._parameters.keys() & {"w13_weight", "w2_weight"}  # none at the second call, after all layers
         for name in dense if self.uses_meta_device else ():
             with error_prefix(f"quantization={NAME!r}: {layer.layer_name}.{name}"):
-                setattr(layer, name, quantize(layer._parameters.pop(name).data, self.options["weights"]))
+                weight: Any = quantize(layer._parameters.pop(name).data, self.options["weights"])
+            weight.weight_loader = layer.weight_loader  # skips other ranks' experts, which may follow
+            setattr(layer, name, weight)
         self._init_moe_kernel(layer)
 
 
