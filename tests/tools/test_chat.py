@@ -240,14 +240,17 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat_on_a_terminal(whole_folder: 
     os.close(theirs)
     shown = ""
 
-    def read_until(text: str) -> str:
-        """Return what the terminal shows up to `text`; the rest is for the next call. "": 30 characters."""
+    def read_until(text: str, again: bytes = b"") -> str:
+        """Return what the terminal shows up to `text`; the rest is for the next call. "": 30 characters.
+        Where nothing comes for a second, the keys `again` are pressed again."""
         nonlocal shown
         end = time.monotonic() + 120
         while text not in shown if text else len(shown) < 30:
             assert time.monotonic() < end and process.poll() is None, shown
             if select.select([ours], [], [], 1.0)[0]:
                 shown += os.read(ours, 1 << 16).decode(errors="replace")
+            elif again:
+                os.write(ours, again)
         seen, _, shown = shown.partition(text or shown)
         return seen
 
@@ -259,9 +262,10 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat_on_a_terminal(whole_folder: 
         os.write(ours, b"\x03")
         assert "decode: 899 tokens" not in read_until("tokens/s; peak")
         read_until("> ")
-        for keys in (b"/undo\n", b"\x03"):
-            os.write(ours, keys)
-            read_until("> ")
+        os.write(ours, b"/undo\n")
+        read_until("> ")
+        os.write(ours, b"\x03")
+        read_until("> ", again=b"\x03")  # CPython sees one that comes between prompt and wait only with the next key
         os.write(ours, b"\x04")
         assert process.wait(60) == 0
     finally:
