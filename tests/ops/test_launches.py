@@ -159,7 +159,7 @@ def test_prefill_uses_cached_descriptors(gpu: Any) -> None:
 
 def test_missing_plans_are_caught(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.driver.executes, numbers, call_key = False, itertools.count(), plan.call_key
-    monkeypatch.setattr(plan, "call_key", lambda args: (*call_key(args), next(numbers)))
+    monkeypatch.setattr(plan, "call_key", lambda *args: (*call_key(*args), next(numbers)))
     calls = of_a_layer(partial(count_calls, 1))
     assert calls.total() > 2 * CALLS_MAX and any(name[1] == "configs" for name in calls)
 

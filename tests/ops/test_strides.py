@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference as kernel_reference
-from mixtral_triton.kernels.launch import describe, tma_can_read
+from mixtral_triton.kernels.launch import INTERPRETED, describe, tma_can_read
 from mixtral_triton.kernels.op import Op, as_dict
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.record import record_launches
@@ -115,14 +115,15 @@ def test_embedding_of_rows_that_lie_apart(device: torch.device) -> None:
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_lazy_negation(name: str, sizes: Sizes, call: Any, device: torch.device, unguarded: None) -> None:
     """The memory of the imaginary part of a conjugate holds the opposite of its values. A guard copies the values. A
-    tensor that the operation writes is refused."""
+    tensor that the operation writes is refused, except where plain torch, which knows what it holds, runs at once."""
 
     def change(key: str, x: Any, written: bool = False) -> Any:
         changes = isinstance(x, Tensor) and x.is_floating_point() and (key in OPS[name].mutates) == written
         return torch._neg_view(-x) if changes else x
 
     check(name, sizes, device, change, call)
-    for written in OPS[name].mutates:
+    plain = call is not public and device.type == "cpu" and not INTERPRETED
+    for written in () if plain else OPS[name].mutates:
         args = {key: change(key, x, key == written) for key, x in inputs(name, sizes, device).items()}
         if isinstance(args[written], Tensor):
             with pytest.raises(ValueError, match=f"{written}.*lazy negation"):

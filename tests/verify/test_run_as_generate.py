@@ -280,7 +280,7 @@ def stale_buffer(begin: Any) -> Any:
 
 
 def key_without_shapes(call_key: Any) -> Any:
-    return lambda args: tuple(each for each in call_key(args) if not isinstance(each, tuple))
+    return lambda *args: tuple(each for each in call_key(*args) if not isinstance(each, tuple))
 
 
 def stale_base(describe: Any) -> Any:
