@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixtral_triton.kernels import linear
 from mixtral_triton.kernels.experts import op as experts
+from mixtral_triton.kernels.experts.tiles import DECODE, SPLIT_K
 from mixtral_triton.kernels.launch import LaunchConfig, describe, launch
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import Sizes, inputs, selected_configs, with_offload
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.interpreted
 BF16 = torch.bfloat16
 WEIGHTS = {"up": "gate_up", "down": "down"}
 E, K = 8, 2
-SMALL = {"H": 256, "I": 512, "E": E, "K": K}
+DEPTH = max(tile.BLOCK_K for tile in DECODE["sm_90"])  # of a tile, which a split of a small expert holds, too
+SMALL = {"H": 2 * DEPTH, "I": SPLIT_K * DEPTH, "E": E, "K": K}
 SMALL_PREFILL = {**SMALL, "I": 256}
 TINY = {**SMALL, "H": 64, "I": 64}  # the row tiles stay, the others are smaller
 MIXTRAL = {"H": 4096, "I": 14336, "E": E, "K": K}
