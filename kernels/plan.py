@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
@@ -75,8 +76,9 @@ def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> An
 
     Raises LazyNegation, except in a `pdl_region`: among a model's own tensors none is negated, and to ask takes time.
     """
-    key = key or call_key(args, not launch.in_pdl_region())
     context = launch.launch_context_key()
+    if key is None:
+        key = call_key(args, ask_negation=context is None or not context[2])  # its third part says whether it is one
     if context is None or args[0].is_meta:
         return op.run(*args)
     full = (op.run, context, knobs.runtime.debug, knobs.compilation.instrumentation_mode, key)
@@ -150,6 +152,7 @@ def _has_tensor(x: Any) -> bool:
     return isinstance(x, Tensor) or (isinstance(x, tuple) and any(map(_has_tensor, x)))
 
 
+@cache  # over a cache that grows, each step makes a plan, and the places are those of the step before
 def _make_pick(places: tuple[Any, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Return a function that picks values into tuples nested as `places` are."""
 
