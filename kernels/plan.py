@@ -78,7 +78,8 @@ def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> An
     """
     context = launch.launch_context_key()
     if key is None:
-        key = call_key(args, ask_negation=context is None or not context[2])  # its third part says whether it is one
+        in_pdl_region = context is not None and context[2]
+        key = call_key(args, not in_pdl_region)
     if context is None or args[0].is_meta:
         return op.run(*args)
     full = (op.run, context, knobs.runtime.debug, knobs.compilation.instrumentation_mode, key)
