@@ -40,10 +40,10 @@ WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table"
 
 def with_layout(layout: str, x: Tensor, is_cache: bool) -> Tensor:
     """x in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range between; the
-    same but for the last dimension; the first dimension last in memory; the first element repeated. The last dimension
-    of a cache stays dense."""
+    same but for the last dimension; the first dimension last in memory; the first element repeated, of sequences'
+    numbers the least, which is in range beside others. The last dimension of a cache stays dense."""
     if layout == "expanded":
-        return x[:1].expand(x.shape)
+        return (x[:1] if x.dim() > 1 else x.amin(0, keepdim=True)).expand(x.shape)
     if layout == "transposed":
         last = 1 if is_cache else -1
         return x.transpose(0, last).contiguous().transpose(0, last)

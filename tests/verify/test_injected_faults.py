@@ -258,7 +258,8 @@ def test_fault_at_the_edges_of_an_operation(fault: str, dtype: torch.dtype, monk
     """Layouts, batches, ties and ends, which no text brings about."""
     model, right = small_model(dtype, sliding_window=None), verification.ModelUnderTest.operation
     target, (change, place) = verification.ModelUnderTest(model), OPERATION_FAULTS[fault]
-    check = target.check(model.layers[0], torch.nn.functional.embedding(IDS, model.embed_tokens), model.config)
+    ids = torch.cat((IDS, IDS[:1]))  # of three sequences `new` and `past` are out of step with the first one's
+    check = target.check(model.layers[0], torch.nn.functional.embedding(ids, model.embed_tokens), model.config)
     calls = [*SizedCalls(target, 2)(check, 0)]
     assert all(row.ok for call in calls for row in target.measure(0, *call))
     faulty = lambda op, args: lambda **args: change(op, right(op, args), args)  # noqa: E731
