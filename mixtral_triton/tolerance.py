@@ -41,7 +41,7 @@ def token_floor(dtype: torch.dtype, quantized: bool) -> float:
 
 Args = dict[str, Any]
 PERTURBED = 12  # runs of torch on activations next to those of a call whose error is beyond the limit
-ACTIVATIONS = ("x", "residual", "q", "k", "v")  # of the arguments of operations
+ACTIVATIONS = ("x", "residual", "q", "k", "v", "k_cache", "v_cache")  # of the arguments of operations
 
 
 class Tolerance:
@@ -193,8 +193,11 @@ def with_perturbed_input(x: Tensor) -> Tensor:
     return torch.cat((x.double(), _perturbed(x)))
 
 
-def _perturbed(x: Tensor, seed: int = 0) -> Tensor:
-    """x in fp64, each value larger or smaller by half a rounding; with a seed, by more, and in x's dtype."""
+def _perturbed(x: Any, seed: int = 0) -> Any:
+    """x in fp64, each value larger or smaller by half a rounding; with a seed, by more, and in x's dtype. Of a cache of
+    8 bits it is the scale of each vector, in bf16."""
+    if isinstance(x, QuantizedCache):
+        return QuantizedCache(x.codes, _perturbed(x.scales.bfloat16(), seed).to(x.scales.dtype))
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed), device="cpu").mul_(2).sub_(1)
     near = x.double() * (1 + (1 + 2 * seed) * TOKEN_FLOOR[x.dtype] * signs.to(x.device))
     return near.to(x.dtype) if seed else near
@@ -242,13 +245,15 @@ class LayerReference:
 
     def route_error(self, ids: Tensor, where: Any, weights: Tensor) -> tuple[float, float]:
         """The worse of two errors of routes [M,K] at `where` in [B,T], with its limit: of `weights`, and how far an
-        expert's logit is below one left out, by the largest; infinite where ids are not K distinct experts."""
+        expert's logit is below one left out, by the largest; infinite where ids are not K distinct experts, or weights
+        of another dtype."""
         # The limit allows two wrong logits, one too large and one too small.
         scale = max(largest(self.logits), 1e-30)
         limit, logits = 2 * self.logits_limit / scale, self.logits[where]
         ordered = ids.long().sort(-1).values
         out_of_range = ordered.numel() and (ordered.amin() < 0 or ordered.amax() >= logits.shape[-1])
-        if ids.shape[-1] != self.ids.shape[-1] or out_of_range or (ordered[..., 1:] == ordered[..., :-1]).any():
+        same = ids.shape[-1] == self.ids.shape[-1] and weights.dtype == self.weights.dtype
+        if not same or out_of_range or (ordered[..., 1:] == ordered[..., :-1]).any():
             return math.inf, limit
         left_out = logits.scatter(-1, ordered, -math.inf).amax(-1)
         shortfall = largest((left_out - logits.gather(-1, ordered).amin(-1)).clamp(min=0.0)) / scale

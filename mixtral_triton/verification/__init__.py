@@ -238,9 +238,9 @@ def _launch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 
 def _with_prompts(model: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
-    """Return a copy of the model with another chunk, and prompts cut from ids [B,T], one of them longer than that."""
+    """Return a copy of the model with another chunk, and prompts from ids [B,T], one longer, one shorter."""
     model, T = copy.copy(model), ids.shape[1]
-    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 6)]]
+    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 8)]]
     model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)
     return model, prompts
 

@@ -40,13 +40,14 @@ WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table"
 
 def with_layout(layout: str, x: Tensor, is_cache: bool) -> Tensor:
     """x in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range between; the
-    same but for the last dimension; the first dimension last in memory; the first element repeated. The last dimension
-    of a cache stays dense."""
+    same but for the last dimension; the first dimension last in memory; the first element repeated, of sequences'
+    numbers the least, which is in range beside others. The last dimension of a cache stays dense."""
     if layout == "expanded":
-        return x[:1].expand(x.shape)
+        return (x[:1] if x.dim() > 1 else x.amin(0, keepdim=True)).expand(x.shape)
     if layout == "transposed":
-        last = 1 if is_cache else -1
-        return x.transpose(0, last).contiguous().transpose(0, last)
+        return x.transpose(0, last := 1 if is_cache else -1).contiguous().transpose(0, last)
+    if layout == "rows apart" and x.dim() == 3:  # operations read rows [B,T,H] as [B T,H]
+        return with_layout(layout, x.flatten(0, 1), is_cache).unflatten(0, x.shape[:2])
     around = torch.full([2 * n + 8 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
     steps = [2] * (x.dim() - 1) + [1 if is_cache or layout == "rows apart" else 2]
     # Rows apart are read in place: at 16 bytes, as the meta device, whose addresses are 0, compiles ahead.
@@ -83,7 +84,8 @@ def calls_beyond(calls: Iterable[Call]) -> Iterator[Call]:
             if name in INDICES:
                 x, last = args[name].clone(), values.view(len(values), -1)[0, -1].to(args[name].device)
                 x.view(len(x), -1)[0, -1] += high + 1 - last
-                yield op, f"{name} {BEYOND}", args | {name: x}
+                others = {"past": 0 * args["past"]} if name == "new" and values is args[name] else {}  # room for them
+                yield op, f"{name} {BEYOND}", args | others | {name: x}
 
 
 @dataclass
@@ -117,8 +119,11 @@ class LayerCheck:
         (N, K), E = values.ids.shape, len(layer.gate)
         yield "route", "all tokens", {"logits": values.logits, "top_k": K}
         yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
-        if index == 0:  # of two tied experts the lower index is first
-            yield "route", "ties", {"logits": values.logits.repeat_interleave(2, -1)[:, :E], "top_k": K}
+        if index == 0:  # of two tied experts the lower index is first, and NaN is -inf
+            tied = torch.nn.functional.pad(values.logits.repeat_interleave(2, -1)[:, : E - 1], (0, 1), value=torch.nan)
+            q, k, v = (x.flatten(0, 1)[None] for x in (self.rq, self.rk, values.v))  # of more queries than a tile has
+            yield "attention", "symmetric window", {"q": q, "k": k, "v": v, "causal": False, "window": 4}
+            yield "route", "ties", {"logits": tied, "top_k": K}
             yield "gate_route", "ties", {"x": values.h, "gate": layer.gate.repeat_interleave(2, 0)[:E], "top_k": K}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
         experts = self._experts()
@@ -128,12 +133,12 @@ class LayerCheck:
         limit = decode_tokens(gate_up, down, values.h.dtype, target_arch(values.h.device))
         sizes = {"decode": min(limit, -(-E // K))}
         if index == 0 or values.x.is_cuda:  # they are slow
-            sizes["prefill"] = limit + E
+            sizes |= {"prefill": limit + E, **({} if gate_up is None else {"decode in several tiles": limit})}
         for case, size in sizes.items():  # routes that take every expert
             ids = torch.arange(size * K, device=values.x.device).view(size, K) % E
-            if case == "prefill":  # each group ends with few rows of a tile: the grid needs all the tiles of its bound
+            if case != "decode":  # each group ends with few rows of a tile: the grid needs all the tiles of its bound
                 ids = ids[:1].repeat(size, 1)
-                ids[: E - K, -1] = torch.arange(K, E, device=ids.device)
+                ids[: E - K, -1] = torch.arange(K, E, device=ids.device)[:size]
             rows = torch.arange(size, device=values.x.device) % N
             some = {"x": values.h[rows], "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
             yield "expert_swiglu", f"every expert, {case}", {**experts, **some}

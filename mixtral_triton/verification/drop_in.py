@@ -23,25 +23,23 @@ from .report import Row
 TOKENS, NEW = 8, 3  # of the text, and those that `generate` adds
 LAYERS, EXPERTS, INNER = 2, 3, 32  # of the model, and of rows of an expert, at most
 LIMIT = 1e-2  # of an output's largest value: a sharp softmax makes 1e-3 of fp32 roundings, a wrong key far more
-CACHES = ("no cache", "dynamic cache", "static cache")
+CACHES = ("no cache", "dynamic cache", "static cache", "the model's cache")
 
 
 def compare_calls(target: TransformersUnderTest, ids: Tensor, steps: Callable[[str, int], Step]) -> list[Row]:
     """Rows of the same calls of transformers' model and of an applied one, with a text that is cut from ids [B,T].
 
     Both are fp32 copies of the target, which stays as it is, with few layers, experts and rows: a call hands each layer
-    the same masks, and errors are far below the limit. A window is half as long as the text."""
+    the same masks, errors are far below the limit, and eps shows. A window is half as long as the text."""
     pair = [eager_model(*_small_copy(target), ids.device) for _ in range(2)]
     hf.apply(pair[1])
     t, b, T = torch.arange(TOKENS, device=ids.device), torch.arange(2, device=ids.device)[:, None], TOKENS
     text, masks = ids.flatten()[(b * T + t) % ids.numel()], dict[str, Any].fromkeys(("no mask", "packed"))
     masks |= {"left padding": t >= b * T // 3, "right padding": t < T - b * T // 3}
     masks |= dict.fromkeys(("a hole", "4-D mask"), (t < T // 3) | (t > T // 3 + b))
-    calls = {
-        f"{mask}, {cache}": partial(_outputs, text, valid, mask, cache)
-        for (mask, valid), cache in product(masks.items(), CACHES)
-    }
-    calls |= {f"generate, {cache}": partial(_generated, text, masks["left padding"], cache) for cache in CACHES[1:]}
+    kinds = [*product(masks.items(), CACHES[:3]), (("packed", None), CACHES[3])]  # the last: one sequence a row
+    calls = {f"{mask}, {cache}": partial(_outputs, text, valid, mask, cache) for (mask, valid), cache in kinds}
+    calls |= {f"generate, {cache}": partial(_generated, text, masks["left padding"], cache) for cache in CACHES[1:3]}
     rows, step = list[Row](), steps("calls of transformers", len(calls))
     for case, call in calls.items():
         notes = list[str]()
@@ -64,12 +62,13 @@ def _small_copy(target: TransformersUnderTest) -> tuple[Any, dict[str, Tensor]]:
     I = config.intermediate_size = min(INNER, config.intermediate_size)
     config.sliding_window = config.sliding_window and TOKENS // 2
     tensors["lm_head"] = target.embed_tokens if target.lm_head is None else target.lm_head
-    tensors |= {"model.embed_tokens": target.embed_tokens, "model.norm": target.norm}
+    x, eps = target.embed_tokens.float(), target.config.rms_norm_eps
+    tensors |= {"model.embed_tokens": x * (eps / x.square().mean()).sqrt(), "model.norm": target.norm}
     for index, layer in enumerate(target.layers[: config.num_hidden_layers]):
         place, experts = f"model.layers.{index}.", layer.mlp.experts
         halves = experts.gate_up_proj[:E].unflatten(1, (2, -1))[:, :, :I]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[place + name] = getattr(layer, name).weight
+        norms = ("input_layernorm", "post_attention_layernorm")
+        tensors |= {place + name: getattr(layer, name).weight for name in norms}
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             project = getattr(layer.self_attn, name)
             identity = torch.eye(project.in_features, dtype=project.weight.dtype, device=project.weight.device)
@@ -126,7 +125,7 @@ def _outputs(text: Tensor, valid: Tensor | None, mask: str, kind: str, model: An
         if mask == "4-D mask":
             kwargs["attention_mask"] = dense
         names = dict.fromkeys(("output_attentions", "output_hidden_states", "output_router_logits"), True)
-        out = model.model(text[:, begin:end], use_cache=cache is not None, **kwargs, **names)
+        out = model.model(text[:, begin:end], use_cache=kind != CACHES[0], **kwargs, **names)
         outputs = {"logits": [model.lm_head(out.last_hidden_state)], "hidden states": out.hidden_states}
         outputs["attentions"] = [weights.transpose(1, 2) for weights in out.attentions]
         outputs["router logits"] = [logits.view(B, end - begin, -1) for logits in out.router_logits]

@@ -1,6 +1,5 @@
 """The loaded weights against the files, without the loader's tables of names and places."""
 
-import ctypes
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -13,13 +12,12 @@ from ..quantize import QuantizedWeight, QuantSpec
 from ..quantize.cost import LayerByLayer, QuantizationCost, quantized_formats
 from ..tolerance import largest
 from .layers import ModelUnderTest, Step
-from .report import Row, worst_rows
+from .report import ROUNDED, Row, worst_rows
 from .source import LAYER, Source, config_rows
 
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
 # A format's largest value, and the error that rounding the scale (int4's to bf16) adds, relative to a group's largest.
 ROUNDING = {"int4": (7.0, 1.01 * 2**-8), "int8": (127.0, 1e-6), "fp8": (448.0, 1e-6)}
-READ_BYTES = 1 << 16
 
 
 def check_weights(
@@ -71,20 +69,10 @@ def _check_layer(target: ModelUnderTest, index: int | None) -> list[Row]:
 
 
 def _is_addressed(weight: OffloadedWeight) -> bool:
-    """Whether the table has each expert's address, without the loader's own `rows`, and the memory there, as far as
-    READ_BYTES, its bytes."""
+    """Whether the table has the address of each expert's rows, without the loader's own `rows`."""
     stored = {True: iter(weight.host), False: iter(weight.resident)}
-    for expert, address in enumerate(weight.data.tolist()):
-        rows = next(stored[expert in weight.on_host])
-        if address != rows.data_ptr():
-            return False
-        head = rows.flatten()[: READ_BYTES // rows.itemsize]
-        found = torch.empty_like(head, device="cpu")
-        if rows.device.type == "cpu":
-            ctypes.memmove(found.data_ptr(), address, found.nbytes)
-            if not torch.equal(found.view(torch.uint8), head.view(torch.uint8)):
-                return False
-    return True
+    rows = (next(stored[expert in weight.on_host]) for expert in range(len(weight)))
+    return weight.data.tolist() == [each.data_ptr() for each in rows]
 
 
 def _experts(weight: Any) -> Iterable[Any]:
@@ -115,9 +103,10 @@ def _compare_layer(source: Source, target: ModelUnderTest, index: int | None, st
                 result = "quantized", _rounding_error(loaded, from_file), ROUNDING[loaded.format][1]
             else:
                 loaded = _dense(loaded)
+                rounded = torch.promote_types(loaded.dtype, from_file.dtype) != loaded.dtype
                 from_file = from_file.to(loaded.device, loaded.dtype)
                 error = 0.0 if torch.equal(loaded, from_file) else largest(loaded.double() - from_file.double())
-                result = "as stored", error, 0.0
+                result = ROUNDED if rounded else "as stored", error, 0.0
             rows.append(Row(index, "weights", *result))
     return worst_rows([Row.exact(index, "weights", "as stored", missing == 0), *rows])
 

@@ -192,7 +192,7 @@ def _in_fp32(layer: LayerReference) -> LayerReference:
     scale = FLOOR[torch.float32] / FLOOR[layer.x.dtype]
     references = {name: replace(each, limit=each.limit * scale) for name, each in layer.references.items()}
     changed: dict[str, Any] = {"x": layer.x.float(), "h": layer.h.float(), "references": references}
-    weights = layer.logits.gather(-1, layer.ids.long()).softmax(-1)
+    weights = layer.logits.gather(-1, layer.ids.long()).softmax(-1).float()
     return replace(layer, weights=weights, logits_limit=layer.logits_limit * scale, **changed)
 
 

@@ -19,6 +19,7 @@ from ..tolerance import share_of_limit
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
 TORCH = "plain torch"  # the backend without kernels
 BITS, REPEATED = "bits in any batch", "repeated"
+ROUNDED = "as stored, rounded"  # the case of tensors that the model's dtype cannot hold exactly
 PEER = "transformers"  # the case of a row that compares with another implementation
 END_RATIO = 4.0  # in the place of RATIO for a whole model, where rounding errors have grown from layer to layer
 
@@ -75,6 +76,7 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, mixtral: bool, half: bool,
     kinds = (  # the line, whether what was verified could have such rows, and whether it has
         ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", True, kernels),
         ("config.json, tensors and tokenizer; needs folder=, the checkpoint", mixtral, "config" in ops),
+        ("digits of the files that the model's dtype has not; needs no --dtype", mixtral, ROUNDED not in cases),
         ("transformers' model of the files; needs --peer transformers", mixtral, PEER in cases),
         ("layers in fp32; needs a Mixtral on one device, no --quick or --cache-dtype", half, fp32),
         ("caches of 8 bits; needs --cache-dtype int8", mixtral, quantized_cache),

@@ -30,8 +30,9 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
 PROMPT = "Of 8 experts, two.\n\tZwölf Boxkämpfer: \u4e24\u4e2a <s>"
-# Arguments of operations that a config.json declares.
+# Arguments of operations that a config.json declares, or the caller.
 CONSTANTS = {"eps": "rms_norm_eps", "top_k": "num_experts_per_tok", "window": "sliding_window"}
+CONSTANTS["deterministic"] = "deterministic"
 
 
 class Source:
@@ -147,12 +148,13 @@ def config_rows(source: Source, target: Any) -> list[Row]:
     used = {name: [getattr(target.config, name)] for name in raw}
     used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
     used["eos_token_id"] = [_ids(target.config.eos_token_id)]
+    raw["deterministic"] = model.deterministic
     used["tie_word_embeddings"].append(model.lm_head is model.embed_tokens)
     rows = []
     for case, values in ("values", used), ("operations", recorded_constants(model)):
         differing = ((name, x) for name in values for x in values[name] or ["nothing"] if x != raw[name])
         name, x = next(differing, (case, None))
-        note = "" if name == case else f"the model has {x!r}, the folder declares {raw[name]!r}"
+        note = "" if name == case else f"the model has {x!r}, declared is {raw[name]!r}"
         rows.append(Row.exact(None, "config", name, not note, note))
     return [*rows, *_rotary_rows(model, raw), *_text_rows(source)]
 

@@ -45,6 +45,22 @@ def test_sample(top_k: int | None, min_p: float, top_p: float, temperature: floa
     assert (often - want).abs().sum() < 0.05
 
 
+def test_a_sum_that_equals_top_p_is_enough(device: torch.device) -> None:
+    assert len(sample(torch.zeros(99, 2, device=device), 1.0, 0.5, seeded(device)).unique()) == 1
+
+
+@pytest.mark.parametrize("options", [{"min_p": 1.0}, {"top_k": 1}, {"top_p": 1e-9}], ids=str)
+def test_options_of_generate_reach_the_draw(options: dict[str, Any], device: torch.device) -> None:
+    model, ids = random_model(device), tokens(3, 3, device=device)
+    assert torch.equal(model.generate(ids, 8, 4.0, generator=seeded(device), **options), model.generate(ids, 8))
+
+
+def test_the_last_token_of_a_prompt_is_penalized(device: torch.device) -> None:
+    model, ids = random_model(device, tie_word_embeddings=True), torch.arange(V, device=device)[:, None]
+    next_ids = (model.generate(ids, 1, repetition_penalty=penalty)[:, 1:] for penalty in (1.0, 1e9))
+    assert [bool((each == ids).any()) for each in next_ids] == [True, False]
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (2.0, 0.3)])
 def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, device: torch.device) -> None:
     model = random_model(device, sliding_window=5)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,8 @@ def test_batch_writes_each_line_s_result_in_order(chat_folder: Path, monkeypatch
     assert "line 10 " in found[9]["error"] and "line 12 is no JSON" in found[11]["error"]
     alone = run_json(BATCH.replace(" --batch-size 3", ""), chat_folder, "--prompt", "The return " * 3)
     same = next(each for each in found if each["id"] == "a4" or each.get("tokens") == alone["tokens"])
-    assert same["text"] == alone["text"] and [each["token"] for each in same["logprobs"]] == alone["tokens"]
+    assert same["text"] == alone["text"]
+    assert all([each["token"] for each in line["logprobs"]] == line["tokens"] for line in found if "tokens" in line)
     chat = run_json(BATCH.replace(" --batch-size 3", ""), chat_folder, "--chat", "--prompt", "Hi")
     assert found[4]["text"] == chat["text"] and found[4]["tokens"] == chat["tokens"]
     stop = alone["text"][3:5]
@@ -383,6 +385,14 @@ def test_a_batch_is_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -
     free = need["graph"] / (1 - MARGIN) + 1.1 * (sum(need.values()) - need["graph"])
     monkeypatch.setattr(batch, "free_memory", lambda device: int(free))
     assert list(batch._batches(writer, lengths, 4)) == [[2, 4], [0, 1], [3], [5]]
+
+
+@pytest.mark.parametrize("tokens", [5, 6])
+def test_a_job_may_take_all_positions_and_no_more(tokens: int) -> None:
+    writer = mock.Mock(args=mock.Mock(max_new_tokens=3), encode=lambda text: [*range(tokens)])
+    writer.model.config.max_position_embeddings = 8
+    with nullcontext() if tokens == 5 else pytest.raises(ValueError, match="max_position_embeddings, 8"):
+        assert batch._encode(writer, [], batch.Job(0, "x"))[1] == [tokens - 1]
 
 
 def test_a_sequence_of_a_batch_ends_before_the_others() -> None:

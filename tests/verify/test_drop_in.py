@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import verify
+from mixtral_triton import ops, verify
 from mixtral_triton.kernels.launch import INTERPRETED
 from tests.support.faults import DTYPES, Inject
 
@@ -90,6 +90,15 @@ def shift_attentions(found: Any, module: Any, q: Tensor, k: Tensor, *_: Any) -> 
     return out, weights if weights is None or q.shape[2] == k.shape[2] else weights.roll(-1, -1)
 
 
+def without_cache(patch: pytest.MonkeyPatch) -> None:
+    function = modules.with_mask
+    patch.setattr(modules, "with_mask", lambda *args: function(*args[:2], args[2] | {"use_cache": False}))
+
+
+def in_half(found: Any, *_: Any) -> Any:
+    return found[0], found[1].half(), found[2]
+
+
 def probabilities(found: Any, *_: Any) -> Any:
     return found[0].softmax(-1), *found[1:]
 
@@ -97,6 +106,9 @@ def probabilities(found: Any, *_: Any) -> Any:
 # The operation and the case of the first wrong row, and the faults, written before any was tried. The model of a fault
 # with "window" in its name has one.
 FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
+    ("layer", "routes, whole text"): {
+        "routing weights of another dtype": result(modules.TritonRouter, "forward", in_half)
+    },
     ("layer", "attention, whole text"): {"no window": attend("causal", no_window)},
     ("layer", "attention, in chunks"): {
         "at a cache's first keys": attend("causal", first_keys),
@@ -124,6 +136,7 @@ FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
         "no window": attend("packed", no_window),
         "first row's positions for all": result(modules, "token_tables", lambda x, *_: (*x[:2], 0 * x[2] + x[2][:1])),
     },
+    ("call", "packed, the model's cache"): {"packed beside a cache": without_cache},
     ("call", "left padding, no cache"): {
         "padding ignored": result(attention, "first_key", lambda *_: (True, None)),
         "one token of padding seen": result(attention, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
@@ -147,6 +160,12 @@ def test_fault_in_the_drop_in(case: Any, fault: str, make_hf: Any, monkeypatch: 
         model = make_hf(sliding_window=4 if "window" in fault else None).to(dtype)
         first = next(iter(verify(model, IDS).wrong), None)
         assert first is not None and (first.op, first.case) == case, (dtype, first)
+
+
+def test_eps_of_the_norms_is_seen_in_16_bits(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = lambda module, x: ops.rms_norm(x, module.weight, 1e-6)  # noqa: E731
+    monkeypatch.setattr(modules.TritonRMSNorm, "forward", norm)
+    assert {row.op for row in verify(make_hf().bfloat16(), IDS).wrong} == {"call"}
 
 
 @pytest.mark.parametrize("parameters", [["mlp.experts.gate_up_proj"], ["mlp.gate.weight"], None], ids=str)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, checkpoint, generate, ops, verification, verify
@@ -165,6 +166,15 @@ def test_checkpoint_with_fused_experts_and_tied_head(make_hf: Any, tmp_path: Pat
     assert [row.layer for row in report.rows if row.case == "as stored"] == [None, 0, 1, 2]
 
 
+def test_digits_that_the_dtype_of_the_model_has_not_are_named(folder: Path) -> None:
+    tensors = {name: x.float() for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    assert Mixtral.from_pretrained(folder, "cpu").dtype == torch.float32  # whatever config.json says
+    for dtype in (torch.float32, torch.bfloat16):
+        report = verify(Mixtral.from_pretrained(folder, "cpu", dtype), IDS[:1, :4], folder=folder, quick=True)
+        assert not report.wrong and ("digits of the files" in str(report)) == (dtype == torch.bfloat16)
+
+
 def longer_than_a_chunk(prefill: Any) -> Any:
     """The hidden states of prompts that are longer than a chunk are those of each other's."""
     return lambda model, cache, ids, lengths: prefill(model, cache, ids, lengths).flip(int(ids.shape[1] <= 3))
@@ -178,6 +188,10 @@ def one_behind(stream: Any) -> Any:
     return faulty
 
 
+def decode_path(state: State) -> None:
+    state.decodes = state.cache is not None and state.shape[1] == 1
+
+
 # What users read and launch around the model: the operation and the case of the first wrong row, and what is injected.
 FAULTS_AROUND: dict[tuple[str, str], dict[str, Inject]] = {
     ("generate", "greedy"): {
@@ -187,6 +201,7 @@ FAULTS_AROUND: dict[tuple[str, str], dict[str, Inject]] = {
     ("layer", "attention, token by token"): {
         "a step is not counted": replace_by(KVCache, "advance", lambda f: lambda kv, n, m: f(kv, n * (m != 1), m)),
     },
+    ("config", "deterministic"): {"a step takes the path of decode": change_state(decode_path)},
     ("config", "tokens of a prompt"): {
         "no BOS": replace_by(verification.source, "encode", lambda f: lambda *args: (f(*args)[0][1:], "")),
     },
@@ -197,9 +212,10 @@ FAULTS_AROUND: dict[tuple[str, str], dict[str, Inject]] = {
 @pytest.mark.parametrize(("place", "name"), [(place, name) for place in FAULTS_AROUND for name in FAULTS_AROUND[place]])
 def test_fault_around_the_model(place: Any, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     FAULTS_AROUND[place][name](monkeypatch)
-    wrong = verify(Mixtral.from_pretrained(SMALL, "cpu", dtype), IDS, folder=SMALL, quick=True).wrong
+    model = Mixtral.from_pretrained(SMALL, "cpu", dtype, deterministic=place[1] == "deterministic")
+    wrong = verify(model, IDS, folder=SMALL, quick=True).wrong
     assert wrong and (wrong[0].op, wrong[0].case) == place, wrong
-    assert place[0] != "config" or " at 0, where the files give [0, " in wrong[0].note
+    assert place[1] != "tokens of a prompt" or " at 0, where the files give [0, " in wrong[0].note
 
 
 Run = Callable[..., Any]
@@ -258,7 +274,8 @@ def test_fault_at_the_edges_of_an_operation(fault: str, dtype: torch.dtype, monk
     """Layouts, batches, ties and ends, which no text brings about."""
     model, right = small_model(dtype, sliding_window=None), verification.ModelUnderTest.operation
     target, (change, place) = verification.ModelUnderTest(model), OPERATION_FAULTS[fault]
-    check = target.check(model.layers[0], torch.nn.functional.embedding(IDS, model.embed_tokens), model.config)
+    ids = torch.cat((IDS, IDS[:1]))  # of three sequences `new` and `past` are out of step with the first one's
+    check = target.check(model.layers[0], torch.nn.functional.embedding(ids, model.embed_tokens), model.config)
     calls = [*SizedCalls(target, 2)(check, 0)]
     assert all(row.ok for call in calls for row in target.measure(0, *call))
     faulty = lambda op, args: lambda **args: change(op, right(op, args), args)  # noqa: E731

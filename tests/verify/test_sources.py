@@ -138,7 +138,7 @@ def test_a_loader_that_drops_ids_of_a_file_is_wrong(
     read_config(monkeypatch, eos_token_id=tuple(kept))
     report = verify(load(dense), IDS[:, :3], folder=dense, quick=True)
     assert [row.where for row in report.wrong] == ["config (eos_token_id)"]
-    assert f"the model has {kept}, the folder declares {declared}" in " ".join(str(report).split())
+    assert f"the model has {kept}, declared is {declared}" in " ".join(str(report).split())
 
 
 # Written down before any was tried: the layout, and what its reader makes of (codes, scales, zeros), or AWQ's order.

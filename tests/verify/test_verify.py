@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixtral_triton import Mixtral, apply, hf, verification, verify
 from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.model import Layer
 from mixtral_triton.tolerance import Tolerance
@@ -141,6 +142,18 @@ def test_roundings_in_a_row_are_no_fault(seed: int) -> None:
     earlier = tolerance.limits
     error, limit = tolerance.measure(dispatched(op, args))
     assert tolerance.limits is not earlier and error <= limit
+
+
+@interpreted
+@pytest.mark.parametrize("seed", [55, 76, 91])
+def test_roundings_of_a_cache_of_8_bits_are_no_fault(seed: int) -> None:
+    """Of one key the kernel rounds the scale and the result, torch the value, whose error is small by chance."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    k, v = (QuantizedCache.of(draw(1, 2, 2, 8)) for _ in range(2))
+    args: dict[str, Any] = {"q": draw(1, 1, 4, 8).bfloat16(), "k": None, "v": None, "k_cache": k, "v_cache": v}
+    args |= {"past": torch.tensor([0]), "new": torch.tensor([1]), "window": 2}
+    error, limit = Tolerance("cached_attention", args).measure(dispatched("cached_attention", args))
+    assert 2**-8 < error <= limit
 
 
 @once
