@@ -23,7 +23,7 @@ from . import reference
 from .kernels import interpret
 from .kernels.launch import launch_context, multiprocessors, target_arch
 from .kernels.op import Op
-from .kernels.quantized import QuantizedWeight
+from .kernels.quantized import W8A8, QuantizedWeight
 from .kernels.quantized_cache import CODE_MAX, QuantizedCache
 from .kernels.registry import OPS
 
@@ -108,8 +108,9 @@ def largest(x: Tensor) -> float:
 
 
 def to_fp64(value: Any) -> Any:
-    """A tensor of floats, or a quantized weight dequantized, in fp64; anything else unchanged."""
-    if isinstance(value, QuantizedWeight):
+    """A tensor of floats, or a quantized weight dequantized, in fp64; anything else unchanged, and so is a weight whose
+    products quantize x: they are in fp64 where x is."""
+    if isinstance(value, QuantizedWeight) and value.format != W8A8:
         return value.dequantize().double()
     return value.double() if isinstance(value, Tensor) and value.dtype.is_floating_point else value
 
