@@ -58,6 +58,12 @@ def multiplies_fp8(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89
 
 
+def check_multiplies_fp8(arch: str, what: str) -> None:
+    """Raise ValueError unless `multiplies_fp8(arch)`. what: the argument and what it is."""
+    if not multiplies_fp8(arch):
+        raise ValueError(f"{what}, and the GPU is {arch}: needs sm_89, sm_90, sm_100, sm_103 or sm_120")
+
+
 def sums_fp8_exactly(arch: str) -> bool:
     """Return whether tensor cores keep fp32 sums of fp8 products. Those before sm_100, and sm_120, whose instruction is
     sm_89's, are taken to keep about 14 bits (DeepSeek-V3 report, section 3.3.2; SageAttention2)."""

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arch import multiplies_fp8
 from .facts import kernel_facts
 from .kernel_args import Groups, Rows
-from .launch import LaunchConfig, launch, select_configs, target_arch
+from .launch import LaunchConfig, launch, select_configs
 from .quantized import FP8_MAX, LEAST_AMAX, W8A8, row_elements, unit_columns
 from .tiles import power_of_2
 
@@ -82,7 +81,6 @@ def quantize_rows(x: Rows, groups: Groups | None = None, top_k: int = 0) -> tupl
     top_k   row i is the token of slot order[i]; 0: it is row i of x
     """
     (T, K), device = x.ptr.shape, x.ptr.device
-    check_arch(target_arch(device))
     N, unit = T * max(1, top_k), unit_columns(W8A8, K, K)
     codes = torch.empty((N, 2 * row_elements(W8A8, K, K)), dtype=torch.float8_e4m3fn, device=device)
     scales = torch.empty(N, dtype=torch.float32, device=device)
@@ -90,9 +88,3 @@ def quantize_rows(x: Rows, groups: Groups | None = None, top_k: int = 0) -> tupl
     arguments = {"x": x, "groups": groups, "codes_ptr": codes, "scales_ptr": scales, "N": N, "TOP_K": top_k, "K": K}
     launch(quantize_rows_kernel, (N,), config, **arguments, J=unit // 2, UNITS=codes.shape[1] // unit)
     return codes, scales
-
-
-def check_arch(arch: str, caller: str = "fp8_w8a8") -> None:
-    """Raise ValueError where no tensor core multiplies e4m3, the OCP format; AMD's before gfx950 is another."""
-    if not multiplies_fp8(arch):
-        raise ValueError(f"{caller}: the GPU is {arch}, products of fp8 activations need sm_89, sm_90, sm_100 or later")

@@ -32,8 +32,9 @@ from .kernel_weight import (
     times_x_scales,
 )
 from .launch import LaunchConfig, describe, is_overridden, launch, select_configs, target_arch
+from .op import Cost
 from .pdl import prefetch_rows
-from .quantized import QUANT_NAMES, W8A8
+from .quantized import QUANT_NAMES, W8A8, matrix_bytes
 from .samples import shape_grid, shapes
 from .tiles import (
     GROUP_M,
@@ -166,7 +167,7 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     T, quantized = sizes.T, sizes.weight
     few = decode_tile(QUANTIZED_DECODE if quantized else DECODE, T, dtype, arch)
     many = prefill_tile(
-        quantized_prefill(quantized) if quantized else PREFILL, 0 if sizes.deterministic else T, dtype, arch
+        quantized_prefill(quantized, arch) if quantized else PREFILL, 0 if sizes.deterministic else T, dtype, arch
     )
     rows = many.BLOCK_M - many.SHORT_M  # a tile has one part here
     block_m = rows if sizes.deterministic else power_of_2(T, low=16, high=rows)
@@ -176,12 +177,21 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     }
 
 
+def cost(case: LinearSizes, dtype: torch.dtype) -> Cost:
+    """Count x, the weight and the result once; codes of x, which a launch of their own writes, once more."""
+    T, H, N = case.T, case.H, case.N
+    fp8, flops = case.weight == W8A8, 2 * T * H * N
+    codes = 2 * T * (H + torch.float32.itemsize) * fp8
+    elements = T * (H + N) * dtype.itemsize
+    return Cost(flops, matrix_bytes(case.weight, N, H, dtype.itemsize) + elements + codes, fp8_flops=flops * fp8)
+
+
 @operation(
     reference=reference.linear,
     case=LinearSizes,
     multiplies=True,
     configs=configs,
-    flops=lambda case: 2 * case.T * case.H * case.N,
+    cost=cost,
     test_shapes=(
         *shapes(LinearSizes, "1 512 40, 3 100 64, 16 256 33"),
         *shapes(LinearSizes, "1 128 70, 70 100 64", deterministic=True),

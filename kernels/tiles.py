@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .arch import family
+from .arch import check_multiplies_fp8, family
 from .launch import LaunchConfig
 from .quantized import BITS, W8A8, tile_columns
 
@@ -104,9 +104,12 @@ FP8_PREFILL: Table[PrefillTile] = {
 }
 
 
-def quantized_prefill(name: str) -> Table[PrefillTile]:
-    """Return the tiles of a format, as `QuantizedWeight.name` has it."""
-    return FP8_PREFILL if name == W8A8 else QUANTIZED_PREFILL[BITS[name.partition(":")[0]]]
+def quantized_prefill(name: str, arch: str) -> Table[PrefillTile]:
+    """Return the tiles of a format, as `QuantizedWeight.name` has it; ValueError where `arch` does not multiply it."""
+    if name == W8A8:
+        check_multiplies_fp8(arch, f"the format of a weight is {name}")
+        return FP8_PREFILL
+    return QUANTIZED_PREFILL[BITS[name.partition(":")[0]]]
 
 
 def tiles_for(table: Table[Tile], dtype: torch.dtype, arch: str, variant: str = "") -> Sequence[Tile]:

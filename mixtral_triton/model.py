@@ -30,6 +30,8 @@ from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 from .score import score
 
+# Rows of a forward up to which activations="fp8" keeps 16 bits: its products are then bound by the weights' bytes.
+SIXTEEN_BIT_ROWS = 64
 LayerCache = tuple[Slots, Slots]  # a layer's cached keys and values, [B, Hkv, C, D] each
 WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
 

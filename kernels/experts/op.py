@@ -10,7 +10,7 @@ The combine of experts_add_rms_norm also adds the residual and applies the next 
 their tiles in tiles.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -59,19 +59,23 @@ def _inputs(case: ExpertCase, dtype: torch.dtype, device: Any, generator: Any) -
 
 def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
     """Count the weights of every expert in use, x and the result once; h and each slot's output, which do not fit on
-    chip between launches, written once and read once."""
+    chip between launches, and codes of x and h, written once and read once."""
     T, H, I, E, K = case.T, case.H, case.I, case.E, case.K
     experts = expected_distinct_experts(T, K / E, E) if case.distinct is None else case.distinct
     gate_up = matrix_bytes(case.gate_up, 2 * I, H, dtype.itemsize)
     weights = experts * (gate_up + matrix_bytes(case.down, H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)
-    return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
+    codes = 2 * T * K * (H * (case.gate_up == W8A8) + I * (case.down == W8A8))
+    flops, fp8 = 2 * T * K * H * I, 2 * (case.gate_up == W8A8) + (case.down == W8A8)
+    total = int(weights) + elements * dtype.itemsize + codes + 8 * T * K
+    return Cost(flops=3 * flops, bytes=total, fp8_flops=fp8 * flops)
 
 
 def cost_norm(case: ExpertCase, dtype: torch.dtype) -> Cost:
     """Count the experts' work, the residual, the sum, and the norm's weight."""
     experts, T, H = cost(case, dtype), case.T, case.H
-    return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
+    total = experts.bytes + (2 * T + 1) * H * dtype.itemsize
+    return replace(experts, flops=experts.flops + 5 * T * H, bytes=total)
 
 
 _SIZES: dict[str, Any] = {"H": 4096, "I": 14336, "E": 8, "K": 2}

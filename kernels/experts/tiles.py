@@ -98,7 +98,7 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
     sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not sizes.by_pointers
 
     def config(columns: int, depth: int, quantized: str | None, halves: int = 1) -> LaunchConfig:
-        table = quantized_prefill(quantized) if quantized else PREFILL
+        table = quantized_prefill(quantized, arch) if quantized else PREFILL
         tile = prefill_tile(table, rows, dtype, arch, "pointers" if sizes.by_pointers else "")
         block_m, short_m = tile.BLOCK_M, tile.SHORT_M
         if not (
