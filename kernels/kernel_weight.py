@@ -81,6 +81,8 @@ class Weight:
     @property
     def args(self) -> WeightArgs:
         rows = self.data if self.memory is None else self.memory.host
+        if self.memory is not None and self.format == W8A8:
+            rows = rows.view(torch.float8_e4m3fn)
         between_experts = rows.stride(0) if rows.dim() == 3 else None
         return WeightArgs(self.data, self.scales, self.zeros, rows.stride(-2), between_experts)
 

@@ -332,6 +332,12 @@ class QuantizedWeight(nn.Module):
         return f"{self.format}, {list(self.shape)}, group {self.group}"
 
 
+def with_fp8_activations(weight: Any) -> Any:
+    """Return the view of an fp8 weight with one scale a row whose products quantize activations; others as they are."""
+    quantizes = isinstance(weight, QuantizedWeight) and weight.takes_fp8_activations
+    return weight.with_fp8_activations() if quantizes else weight
+
+
 @dataclass(frozen=True)
 class PackedInt4:
     """int4 codes [N, K] as `torch._weight_int4pack_mm_for_cpu` takes them, beside those of the weight.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import reference, tolerance
 from ..cache import KVCache
+from ..kernels.quantized import with_fp8_activations
 from ..kernels.registry import dispatched
 from ..model import Layer
 from ..parallel import UNSHARDED
@@ -48,17 +50,31 @@ class ModelUnderTest:
     is_mixtral = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
     ranks: Any = None  # on a mesh its Ranks: an error is then no wrong row, and no layer is compared in fp32
     quantized = False  # keys and values: every forward reads them from a cache of 8 bits
+    activations: str | None = None  # of the layers' products, in every forward: `Mixtral.activations`
     operation = staticmethod(dispatched)  # the runtime's function for (operation, arguments)
     shard = UNSHARDED  # the part of the weights that the model's own layers have
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.layers = model, model.full_config, model.layers
+        self.activations = model.activations
+        if self.activations is not None:  # one reference for forwards of any number of rows
+            self.model = copy.copy(model)
+            self.model.sixteen_bit_rows = 0
         self.embed_tokens, self.norm, self.lm_head = model.embed_tokens, model.norm, model.lm_head
         self.tables = {"cos": model.cos, "sin": model.sin}
+
+    def reference_layer(self, layer: Any) -> Any:
+        """The weights of a layer as torch multiplies with them: those that quantize activations where the model's do.
+        `local`: the layer."""
+        if self.activations is None:
+            return layer
+        weights = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_children())}
+        return SimpleNamespace(local=layer, **{name: with_fp8_activations(each) for name, each in weights.items()})
 
     def check(self, layer: Any, x: Tensor, config: Any) -> LayerCheck:
         """Compute a layer with torch on x [B,T,H]."""
         attend = reference.uncached_attention(config.sliding_window, **self.tables, quantized=self.quantized)
+        layer = self.reference_layer(layer)
         return LayerCheck(reference.block(layer, config, x, attend), layer, config, self.tables, self.quantized)
 
     def probe_config(self, tokens: int) -> Any:
