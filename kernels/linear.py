@@ -43,6 +43,7 @@ from .tiles import (
     PrefillTile,
     Table,
     decode_tile,
+    least_rows,
     power_of_2,
     prefill_tile,
     quantized_prefill,
@@ -170,7 +171,7 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
         quantized_prefill(quantized, arch) if quantized else PREFILL, 0 if sizes.deterministic else T, dtype, arch
     )
     rows = many.BLOCK_M - many.SHORT_M  # a tile has one part here
-    block_m = rows if sizes.deterministic else power_of_2(T, low=16, high=rows)
+    block_m = rows if sizes.deterministic else power_of_2(T, low=least_rows(quantized), high=rows)
     return {
         "linear_decode_kernel": weight_config(few, sizes.N, sizes.H, quantized, BLOCK_T=few.BLOCK_T),
         "linear_kernel": weight_config(many, sizes.N, sizes.H, quantized, BLOCK_M=block_m, GROUP_M=GROUP_M),

@@ -112,6 +112,11 @@ def quantized_prefill(name: str, arch: str) -> Table[PrefillTile]:
     return QUANTIZED_PREFILL[BITS[name.partition(":")[0]]]
 
 
+def least_rows(quantized: str | None) -> int:
+    """Return the least rows of x of a tile for many: of fp8 codes those of wgmma, without which sm_90 widens them."""
+    return 64 if quantized == W8A8 else 16
+
+
 def tiles_for(table: Table[Tile], dtype: torch.dtype, arch: str, variant: str = "") -> Sequence[Tile]:
     """Return the tiles of an architecture and dtype; `variant`: of "<family> <variant>" where the table has it."""
     known = family(arch)

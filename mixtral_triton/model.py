@@ -89,10 +89,12 @@ class Layer(nn.Module):
         """h [B,T,H] -> the attention block's output [B,T,H]."""
         B, T, _ = h.shape
         Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        qkv = ops.linear.unchecked(h, state.weight(self.qkv_proj), deterministic=state.deterministic)
+        qkv_proj, o_proj = self.qkv_proj, self.o_proj
+        if state.quantizes:
+            qkv_proj, o_proj = map(with_fp8_activations, (qkv_proj, o_proj))
+        qkv = ops.linear.unchecked(h, qkv_proj, deterministic=state.deterministic)
         q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split_with_sizes((Hq, Hkv, Hkv), dim=2)
         heads = state.attend(q, k, v, kv_cache).reshape(B, T, Hq * D)
-        o_proj = state.weight(self.o_proj)
         return state.all_reduce(ops.linear.unchecked(heads, o_proj, deterministic=state.deterministic))
 
     def route(self, attn_output: Tensor, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,8 +114,10 @@ class Layer(nn.Module):
         self, h: Tensor, x: Tensor, routing_weights: Tensor, ids: Tensor, next_norm: Tensor, state: State
     ) -> tuple[Tensor, Tensor]:
         """h and the residual stream x [N,H], routes [N,K] -> the next layer's h, and x with the experts' output."""
-        eps, deterministic = self.config.rms_norm_eps, state.deterministic
-        proj = state.weight(self.gate_up_proj), state.weight(self.down_proj)
+        eps, proj, deterministic = self.config.rms_norm_eps, (self.gate_up_proj, self.down_proj), state.deterministic
+        if state.quantizes:
+            gate_up_proj, down_proj = map(with_fp8_activations, proj)
+            proj = gate_up_proj, down_proj
         if state.ranks is not None:  # the all-reduce comes between the experts and the norm: they cannot fuse
             ids = state.ranks.local_ids(ids, len(self.down_proj))
             part = ops.expert_swiglu.unchecked(h, *proj, ids, routing_weights, deterministic=deterministic)
@@ -150,10 +154,6 @@ class State:
             if not self.decodes:
                 t = torch.arange(T, device=model.device)
                 self.positions = (self.positions + t).clamp_(max=len(model.cos) - 1)
-
-    def weight(self, weight: Any) -> Any:
-        """Return a layer's weight as this forward multiplies with it."""
-        return with_fp8_activations(weight) if self.quantizes else weight
 
     def all_reduce(self, part: Tensor) -> Tensor:
         """Sum a rank's part over the mesh."""

@@ -18,6 +18,7 @@ from ..tiles import (
     PrefillTile,
     Table,
     decode_tile,
+    least_rows,
     power_of_2,
     prefill_tile,
     quantized_prefill,
@@ -105,7 +106,7 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
             sorted_x or (quantized == W8A8 and tma(arch) and not sizes.by_pointers)
         ):  # pointers need tiles of one part, a power of 2
             block_m, short_m = main_rows(block_m, short_m), 0
-            block_m = block_m if sizes.deterministic else power_of_2(slots, low=16, high=block_m)
+            block_m = block_m if sizes.deterministic else power_of_2(slots, low=least_rows(quantized), high=block_m)
         more = {"BLOCK_M": block_m, "SHORT_M": short_m, "GROUP_M": GROUP_M}
         return weight_config(tile, columns, depth, quantized, halves, **more)
 

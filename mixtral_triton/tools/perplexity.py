@@ -58,7 +58,7 @@ def describe(options: dict[str, Any]) -> str:
     """Name the options that change a model: experts int4, linear int8, cache int8."""
     weights = options.pop("weights", None) or {}
     parts = weights if isinstance(weights, dict) else {"experts": weights}
-    parts |= {name.removesuffix("_dtype"): value for name, value in options.items()}
+    parts = {**parts, **{name.removesuffix("_dtype"): value for name, value in options.items()}}  # not the caller's
     return ", ".join(f"{name} {value}" for name, value in parts.items()) or "as stored"
 
 

@@ -176,7 +176,7 @@ def _verify(
 
         rows += compare_calls(target, ids, steps)
     logits = target.head(exact, to_fp64), target.head(expected.x)
-    expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.quantized)
+    expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
     routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
     routes.start("end to end")
     with target.catch_faults(routes.fail):
@@ -268,7 +268,7 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     new = _new_tokens(model, prompts, captures := can_capture(model))
     logits, perturbed = exact.chunk(2)
     limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
-    if target.quantized:
+    if target.coarse:
         limit = max(limit, token_floor(baseline.dtype, True) * largest(logits))
     options: Any = {"eos_token_id": [], "cache_dtype": torch.int8 if target.quantized else None}
     if new < 1 or not math.isfinite(limit):  # where torch overflows, the row of the logits says so

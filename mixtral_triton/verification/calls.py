@@ -96,6 +96,7 @@ class LayerCheck:
     tables: dict[str, Tensor]  # cos and sin fp32
     quantized: bool = False  # caches have 8 bits
     local_ids: Callable[[Tensor], Tensor] = lambda ids: ids  # routes [N,K] -> as this layer numbers its experts
+    coarse: bool = False  # `ModelUnderTest.coarse`
 
     def __post_init__(self) -> None:
         values, (B, T, _) = self.values, self.values.x.shape

@@ -63,6 +63,11 @@ class ModelUnderTest:
         self.embed_tokens, self.norm, self.lm_head = model.embed_tokens, model.norm, model.lm_head
         self.tables = {"cos": model.cos, "sin": model.sin}
 
+    @property
+    def coarse(self) -> bool:
+        """Whether a rounding of fp32 may change a code of the cache or of activations."""
+        return self.quantized or self.activations is not None
+
     def reference_layer(self, layer: Any) -> Any:
         """The weights of a layer as torch multiplies with them: those that quantize activations where the model's do.
         `local`: the layer."""
@@ -75,7 +80,9 @@ class ModelUnderTest:
         """Compute a layer with torch on x [B,T,H]."""
         attend = reference.uncached_attention(config.sliding_window, **self.tables, quantized=self.quantized)
         layer = self.reference_layer(layer)
-        return LayerCheck(reference.block(layer, config, x, attend), layer, config, self.tables, self.quantized)
+        check = LayerCheck(reference.block(layer, config, x, attend), layer, config, self.tables, self.quantized)
+        check.coarse = self.coarse
+        return check
 
     def probe_config(self, tokens: int) -> Any:
         """The config with a window that is shorter than the text."""
@@ -199,14 +206,14 @@ class TextReference:
         values, norm = check.values, to_fp64(check.layer.input_layernorm)
         normed = reference.rms_norm(self.exact.to(values.x.device), norm, check.config.rms_norm_eps)
         # The norm of a layer behind the first is computed from what the layer before it adds.
-        quantized = check.quantized and len(self.layers) > 0
+        quantized = check.coarse and len(self.layers) > 0
         references = {"normed": Fp64Reference.from_baseline(normed, values.normed, quantized=quantized)}
         for name, ratio in {"attn_output": PART_RATIO, "y": PART_RATIO, "output": tolerance.RATIO}.items():
             parts = getattr(exact, name), getattr(values, name)
-            references[name] = Fp64Reference.from_baseline(*parts, ratio, check.quantized)
+            references[name] = Fp64Reference.from_baseline(*parts, ratio, check.coarse)
         logits, perturbed = exact.logits.view(2, *values.x.shape[:2], -1)
         error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
-        limit = tolerance.RATIO * error + tolerance.token_floor(values.x.dtype, check.quantized) * largest(logits)
+        limit = tolerance.RATIO * error + tolerance.token_floor(values.x.dtype, check.coarse) * largest(logits)
         ids, weights = (x.view(*logits.shape[:2], -1) for x in (values.ids, values.weights))
         self.layers.append(LayerReference(values.x, values.normed, ids, weights, logits.clone(), limit, references))
         self.x, self.exact = values.output, exact.output
@@ -247,7 +254,7 @@ def compare_layers(
     probe = LayerProbe(probe_expected.layers, steps("layers of forwards", count * len(target.layers)))
     if target.is_mixtral:
         pair = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
-        logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.quantized)
+        logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.coarse)
     with target.forward(config, probe, probe_layers=True) as forward:
         for case, tokens, valid, cache, kwargs in target.forward_calls(config, *ids.shape):
             probe.start(case, tokens, valid)
