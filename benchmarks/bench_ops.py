@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launch import INTERPRETED, target_arch
+from mixtral_triton.kernels.op import runs_on
 from mixtral_triton.tools.bench.cases import BENCHED, Case, cases, check_of
 from mixtral_triton.tools.bench.measure import attempt, our_call, wall_seconds
 from mixtral_triton.tools.bench.peers import PEERS, Peer
@@ -21,7 +22,11 @@ DEVICE_NAME = torch.cuda.get_device_name() if GPU else "CPU, plain torch"
 
 
 def _params() -> Iterator[Any]:
-    for case in cases() if GPU else [Case(op, op.test_shapes[0], op.dtypes[0]) for op in BENCHED.values()]:
+    for case in (
+        [case for case in cases() if runs_on(case.sizes, target_arch(DEVICE))]
+        if GPU
+        else [Case(op, op.test_shapes[0], op.dtypes[0]) for op in BENCHED.values()]
+    ):
         shape = "-".join(f"{key}{value}" for key, value in case.as_dict().items())
         ours = Peer("ours", case.op.name, "", lambda op, args, case=case: our_call(case, args))
         for peer in (ours, *(peer for peer in PEERS if GPU and peer.does(case.op.name))):

@@ -36,6 +36,7 @@ from mixtral_triton.generate import capture
 from mixtral_triton.kernels import launch
 from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.launch import Launch, LaunchConfig, launches_dependently, multiprocessors, target_arch
+from mixtral_triton.kernels.op import runs_on
 from mixtral_triton.kernels.pdl import pdl_wait
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -207,6 +208,7 @@ def compile_ahead(small: bool) -> Figures:
     """Compile the kernels that the GPU day's benchmarks and registry tests launch into Triton's cache, on all cores."""
     arch, sms = target_arch(torch.device("cuda")), multiprocessors(torch.device("cuda"))
     found = [Case(op, sizes, dtype) for op in OPS.values() for sizes in op.test_shapes for dtype in op.dtypes]
+    found = [case for case in found if runs_on(case.sizes, arch)]
     for command in (command for _, commands in parts().values() for command in commands.values()):
         if " bench " in command:
             options = cli.parser().parse_args(shlex.split(command)[3:])

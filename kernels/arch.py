@@ -53,6 +53,23 @@ def tma(arch: str) -> bool:
     return family(arch) in ("sm_90", "sm_100")
 
 
+def multiplies_fp8(arch: str) -> bool:
+    """Return whether tensor cores multiply e4m3 of the OCP format. gfx942's is another one."""
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89
+
+
+def check_multiplies_fp8(arch: str, what: str) -> None:
+    """Raise ValueError unless `multiplies_fp8(arch)`. what: the argument and what it is."""
+    if not multiplies_fp8(arch):
+        raise ValueError(f"{what}, and the GPU is {arch}: needs sm_89, sm_90, sm_100, sm_103 or sm_120")
+
+
+def sums_fp8_exactly(arch: str) -> bool:
+    """Return whether tensor cores keep fp32 sums of fp8 products. Those before sm_100, and sm_120, whose instruction is
+    sm_89's, are taken to keep about 14 bits (DeepSeek-V3 report, section 3.3.2; SageAttention2)."""
+    return multiplies_fp8(arch) and family(arch) == "sm_100"
+
+
 def supports_pdl(arch: str) -> bool:
     """Return whether programmatic dependent launch exists (pdl.py)."""
     return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90

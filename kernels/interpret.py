@@ -1,8 +1,8 @@
 """Corrections to Triton's interpreter, active during our launches.
 
 The interpreter stores bfloat16 as raw 16-bit integers: `tl.dot` multiplies those integers, and a cast from float32
-truncates where hardware rounds to nearest even. It also derives the same few types and shapes anew in each operation,
-which takes a third of its time: here they are remembered.
+truncates where hardware rounds to nearest even. So does a cast to e4m3, whose NaN `tl.dot` reads as 480. It also
+derives the same few types and shapes anew in each operation, which takes a third of its time: here they are remembered.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from .quantized import FP8_MAX
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
@@ -29,9 +32,18 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(values))
 
 
+def f32_to_fp8(values: np.ndarray) -> np.ndarray:
+    """float32 -> uint8 bit patterns of e4m3, rounded to nearest, ties to even, saturated; a NaN stays a NaN."""
+    values = np.clip(np.asarray(values, np.float32), -FP8_MAX, FP8_MAX)
+    return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def _values(handle: Any) -> np.ndarray:
     """Return a handle's values in a dtype that numpy computes in."""
-    return bf16_to_f32(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
+    kind = handle.dtype.scalar
+    if kind == tl.float8e4nv:
+        return torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn).float().numpy()
+    return bf16_to_f32(handle.data) if kind == tl.bfloat16 else handle.data
 
 
 def _cast(builder: Any, src: Any, dst_type: Any) -> Any:
@@ -48,9 +60,13 @@ def _cast(builder: Any, src: Any, dst_type: Any) -> Any:
 product = np.matmul
 
 
+def _cast_by_bits(builder: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+    if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
+        return type(src)(f32_to_fp8(src.data), dst_type.scalar)
+    return type(builder).create_fp_to_fp(builder, src, dst_type, rounding_mode)
+
+
 def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    if a.dtype.scalar.primitive_bitwidth == 8:
-        return type(builder).create_dot(builder, a, b, d, input_precision, max_num_imprecise_acc)
     accumulate = d.data.dtype
     return type(d)(product(_values(a).astype(accumulate), _values(b).astype(accumulate)) + d.data, d.dtype.scalar)
 
@@ -119,6 +135,7 @@ def interpreting() -> Iterator[Any]:
     changes: list[tuple[Any, str, Any]] = [
         (builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
         (builder, "cast_impl", partial(_cast, builder)),
+        (builder, "create_fp_to_fp", partial(_cast_by_bits, builder)),
         (builder, "create_dot", partial(_dot, builder)),
         (interpreter, "_patch_lang", _patch_once(interpreter._patch_lang)),
         (interpreter, "_patch_lang_tensor", _patch_tensor(interpreter._patch_lang_tensor)),

@@ -4,7 +4,7 @@ A NamedTuple of tensors, numbers and None is one parameter of a kernel. Triton s
 parameters (1, multiples of 16), and `do_not_specialize` reaches none of them: what changes from call to call, as a
 number of tokens, stays a parameter of its own. So do TMA descriptors, which Triton 3.6 and 3.7 find nowhere else.
 
-B batch, T tokens or rows, H columns, D head size
+B batch, T tokens or rows, H columns, D head size, E experts, N slots (token, expert)
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ class Rows(NamedTuple):
     def of(cls, x: Tensor) -> Rows:
         x = dense_rows(x)
         return cls(x, x.stride(0))
+
+
+class Groups(NamedTuple):
+    """The slots of each expert, as `sort_by_expert` returns them."""
+
+    order: Pointer  # [N] sorted slots
+    offsets: Pointer  # [E + 1] groups in `order`
+    E: int
 
 
 class Heads(NamedTuple):

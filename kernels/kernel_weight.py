@@ -4,7 +4,7 @@ E experts (or none), N rows, K columns: the depth of the sum; G groups of column
 
 A launch passes WeightArgs and LAYOUT. BLOCK_K columns go into one product. An element of a quantized weight holds
 FIELDS codes, so a tile of BLOCK_K elements holds the next FIELDS * BLOCK_K columns: a unit (quantized.py). A dense
-weight has one field.
+weight has one field, and so has one of "fp8_w8a8": its values are codes, as those of x are (fp8.py), and its K is K'.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
-from .arch import ARCHS
+from .arch import ARCHS, sums_fp8_exactly
 from .kernel_args import Pointer, dense_rows
 from .launch import LaunchConfig, describe, tma_can_read, unpacks_by_ptx
 from .offload import ALIGNMENT, OffloadedWeight
 from .pdl import pdl_wait
-from .quantized import BITS, QuantizedWeight
+from .quantized import BITS, W8A8, QuantizedWeight, row_elements
 from .unpack import fields_of, scaled, unpacked
 
-# How a weight is stored: its format ("dense" or quantized), columns that share a scale, whether PTX unpacks it, whether
-# its pointer is a table of the experts' addresses.
-Layout = namedtuple("Layout", "format group ptx table")
+# How a weight is stored: its format ("dense" or quantized), columns that share a scale (of
+# "fp8_w8a8" K', its padded columns), whether PTX unpacks it, whether its pointer is a table of the experts' addresses,
+# whether sums of its codes' products are added to fp32 tile by tile.
+Layout = namedtuple("Layout", "format group ptx table promoted")
 # Pointers of a kernel's weight tile [rows, BLOCK_K], of the scales and of the zeros.
 WeightPtrs = namedtuple("WeightPtrs", "tile scales zeros")
 # The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all (for scales and zeros), and a
@@ -42,7 +43,7 @@ WeightRows = namedtuple("WeightRows", "ptrs rows desc coords")
 class WeightArgs(NamedTuple):
     """A weight as an argument of kernels."""
 
-    ptr: Pointer  # [(E,) N, K] values or int16 elements; or int64 [E], addresses of the experts' rows
+    ptr: Pointer  # [(E,) N, K] values, e4m3 or int16 elements; or int64 [E], addresses of the experts' rows
     scales: Pointer  # [(E,) N, G], or None
     zeros: Pointer  # the same, or None
     stride_n: int  # between rows
@@ -53,7 +54,7 @@ class WeightArgs(NamedTuple):
 class Weight:
     """A weight [E, N, K] or [N, K] as launches take it.
 
-    data    values or int16 elements, rows contiguous
+    data    values, e4m3 codes or int16 elements, rows contiguous
     scales  [(E,) N, G] and zeros the same or None, contiguous; a dense weight has neither
     name    `QuantizedWeight.name`, which `configs` reads; None: dense
     memory  where the rows of experts lie whose addresses are `data`; None: `data` has the rows
@@ -72,12 +73,16 @@ class Weight:
         if isinstance(weight, Tensor):
             return cls(dense_rows(weight))
         memory = weight if isinstance(weight, OffloadedWeight) else None
-        scales, zeros = (None if part is None else part.contiguous() for part in (weight.scales, weight.zeros))
-        return cls(dense_rows(weight.data), scales, zeros, weight.name, weight.format, weight.group, memory)
+        data, *parts = weight.tensors
+        scales, zeros = (None if part is None else part.contiguous() for part in parts)
+        group = 2 * row_elements(W8A8, *weight.shape[-1:] * 2) if weight.format == W8A8 else weight.group
+        return cls(dense_rows(data), scales, zeros, weight.name, weight.format, group, memory)
 
     @property
     def args(self) -> WeightArgs:
         rows = self.data if self.memory is None else self.memory.host
+        if self.memory is not None and self.format == W8A8:
+            rows = rows.view(torch.float8_e4m3fn)
         between_experts = rows.stride(0) if rows.dim() == 3 else None
         return WeightArgs(self.data, self.scales, self.zeros, rows.stride(-2), between_experts)
 
@@ -86,8 +91,9 @@ class Weight:
         return self.args if self.memory is None else self.args._replace(ptr=self.memory.staged())
 
     def layout(self, arch: str) -> Layout:
-        ptx = self.format != "dense" and unpacks_by_ptx(arch)
-        return Layout(self.format, self.group, ptx, self.memory is not None)
+        ptx = self.format not in ("dense", W8A8) and unpacks_by_ptx(arch)
+        promoted = self.format == W8A8 and not sums_fp8_exactly(arch)
+        return Layout(self.format, self.group, ptx, self.memory is not None, promoted)
 
     def prefetch_bytes(self, columns: int, config: LaunchConfig, grid: tuple[int, ...], arch: str) -> int:
         """Return how many bytes of each row the programs of a decode kernel prefetch: a power of two; 0: none.
@@ -109,16 +115,21 @@ class Weight:
         most = min(row, known.l2_bytes // 2 // (resident * rows))
         return 1 << most.bit_length() - 1 if most >= 128 else 0
 
+    @property
+    def multiplied_as_stored(self) -> bool:
+        """Whether products take its values, or codes, as they lie in memory: TMA can then bring their tiles."""
+        return fields_of(self.format) == 1
+
     def takes_tma(self, arch: str) -> bool:
-        return self.scales is None and self.memory is None and tma_can_read(self.data, arch)
+        return self.multiplied_as_stored and self.memory is None and tma_can_read(self.data, arch)
 
     def descriptor(self, parts: int, config: LaunchConfig, arch: str) -> TensorDescriptor | None:
-        """Describe [E, N, K], or with 2 parts [E, 2, N / 2, K]: loads have BLOCK_N rows a part. None: pointers."""
-        if self.scales is not None or self.memory is not None:
+        """Describe [(E,) N, K], or with 2 parts [E, 2, N / 2, K]: loads have BLOCK_N rows a part. None: pointers."""
+        if not self.multiplied_as_stored or self.memory is not None:
             return None
         block = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_K"]
         if parts == 1:
-            return describe(self.data, (1, *block), arch)
+            return describe(self.data, (1, *block)[-self.data.dim() :], arch)
         return describe(self.data.unflatten(1, (parts, -1)), (1, parts, *block), arch)
 
 
@@ -132,7 +143,8 @@ def expert_rows(weight, expert, dtype: tl.constexpr, LAYOUT: tl.constexpr, exist
     Where `exists` is false, the table's first entry is read instead, and the caller masks the rows.
     """
     if LAYOUT.table:
-        element: tl.constexpr = dtype if LAYOUT.format == "dense" else tl.int16
+        stored: tl.constexpr = tl.float8e4nv if LAYOUT.format == "fp8_w8a8" else tl.int16
+        element: tl.constexpr = dtype if LAYOUT.format == "dense" else stored
         return tl.multiple_of(
             tl.load(weight.ptr + tl.where(exists, expert, 0)).to(tl.pointer_type(element)), _ALIGNMENT
         )
@@ -185,6 +197,21 @@ def weight_tile(w, k, K: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT: tl.constex
 
 
 @triton.jit
+def add_product(acc, x, values, LAYOUT: tl.constexpr):
+    """acc + x @ values.T, summed in fp32.
+
+    Where few bits of a running sum are kept (`sums_fp8_exactly`), each tile, of at most 128 columns, has a sum of its
+    own. With `max_num_imprecise_acc` ptxas would wait after each instruction of a tile, not once. A plain addition the
+    compiler would make the tile's first sum.
+    """
+    if LAYOUT.promoted:
+        part = tl.dot(x, values.T)
+        return tl.fma(part, tl.full(part.shape, 1.0, tl.float32), acc)
+    else:
+        return tl.dot(x, values.T, acc, input_precision="ieee")
+
+
+@triton.jit
 def row_products(
     x_ptrs,  # [ROWS, BLOCK_K] of column 0; unused where a descriptor reads
     x_desc,  # x in tiles [ROWS, BLOCK_K], read at `row`, or None
@@ -224,7 +251,7 @@ def row_products(
                 values = values if GROUP == K else scaled(values, scales, PTX)
             else:  # loaded after x: on sm_80 the loop then has fewer instructions
                 values = weight_tile(w, k, K, BLOCK_K, LAYOUT)
-            acc = tl.dot(x, values.T, acc, input_precision="ieee")
+            acc = add_product(acc, x, values, LAYOUT)
         if x_desc is None:
             x_ptrs += UNIT  # stepped, not computed from k: fewer instructions in the loop
     return acc
@@ -299,3 +326,9 @@ def times_row_scales(acc, w, rows, K: tl.constexpr, LAYOUT: tl.constexpr, AXIS: 
     if LAYOUT.format != "dense" and LAYOUT.group == K:
         acc *= tl.expand_dims(tl.load(w.scales + rows).to(tl.float32), 1 - AXIS)
     return acc
+
+
+@triton.jit
+def times_x_scales(acc, x_scales, rows):
+    """Multiply acc [rows, columns] by the scales of x at `rows`, where x are codes (fp8.py); None: they are values."""
+    return acc if x_scales is None else acc * tl.load(x_scales + rows)[:, None]

@@ -188,9 +188,9 @@ def _strides(x: torch.Tensor) -> list[int]:
 
 
 def tma_can_read(x: torch.Tensor, arch: str) -> bool:
-    """Return whether TMA of `arch` can read x: 16-bit, not empty, the last dimension contiguous, the base and the other
-    strides multiples of 16 bytes, each a multiple of the next, no stride 0."""
-    if not tma(arch) or x.dtype.itemsize != 2 or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
+    """Return whether TMA of `arch` can read x: of 8 or 16 bits, not empty, the last dimension contiguous, the base and
+    the other strides multiples of 16 bytes, each a multiple of the next, no stride 0."""
+    if not tma(arch) or x.dtype.itemsize > 2 or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
         return False
     outer = _strides(x)[:-1]
     fits = all(stride > 0 and stride * x.dtype.itemsize % 16 == 0 for stride in outer)

@@ -7,7 +7,7 @@ kernel, with another order of the sum, for another T.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -19,11 +19,22 @@ from .arch import family, max_multiprocessors
 from .call import operation
 from .checks import Matrix
 from .facts import Product, kernel_facts
+from .fp8 import quantize_rows
 from .kernel_args import Rows
-from .kernel_weight import Weight, WeightPtrs, WeightRows, add_products, program_tile, row_products, times_row_scales
-from .launch import LaunchConfig, is_overridden, launch, select_configs, target_arch
+from .kernel_weight import (
+    Weight,
+    WeightPtrs,
+    WeightRows,
+    add_products,
+    program_tile,
+    row_products,
+    times_row_scales,
+    times_x_scales,
+)
+from .launch import LaunchConfig, describe, is_overridden, launch, select_configs, target_arch
+from .op import Cost
 from .pdl import prefetch_rows
-from .quantized import QUANT_NAMES
+from .quantized import QUANT_NAMES, W8A8, matrix_bytes
 from .samples import shape_grid, shapes
 from .tiles import (
     GROUP_M,
@@ -32,6 +43,7 @@ from .tiles import (
     PrefillTile,
     Table,
     decode_tile,
+    least_rows,
     power_of_2,
     prefill_tile,
     quantized_prefill,
@@ -99,8 +111,11 @@ def linear_decode_kernel(
 @kernel_facts(work=Product("x", "weight", halves=1, depth="H"))
 @triton.jit(do_not_specialize=["T"])
 def linear_kernel(
-    x,  # Rows [T, H]
+    x,  # Rows [T, H], values or codes
+    x_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None
+    x_scales,  # [T] fp32 of codes, or None
     weight,  # WeightArgs [N, H]
+    weight_desc,  # the same in tiles [BLOCK_N, BLOCK_K], or None
     y_ptr,  # [T, N] out
     T, N,
     H: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -110,10 +125,13 @@ def linear_kernel(
     offs_t = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x.ptr + tl.minimum(offs_t, T - 1).to(tl.int64)[:, None] * x.stride + offs_k[None, :]
+    x_rows = tl.minimum(offs_t, T - 1)
+    x_ptrs = x.ptr + x_rows.to(tl.int64)[:, None] * x.stride + offs_k[None, :]
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
     w = WeightPtrs(weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :], weight.scales, weight.zeros)
-    acc = row_products(x_ptrs, None, 0, WeightRows(w, w_rows, None, None), BLOCK_M, BLOCK_K, H, LAYOUT)
+    rows = WeightRows(w, w_rows, weight_desc, (pid_n * BLOCK_N,))
+    acc = row_products(x_ptrs, x_desc, pid_m * BLOCK_M, rows, BLOCK_M, BLOCK_K, H, LAYOUT)
+    acc = times_x_scales(acc, x_scales, x_rows)
     acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
@@ -131,10 +149,13 @@ class LinearSizes:
 def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool:
     """Return whether the kernel for few rows of x runs, in place of torch's library or the one for many.
 
-    Up to SKINNY_M rows it does. Up to SKINNY_M_MAX it does for a quantized weight, and on sm_80 and sm_90 for a weight
-    whose rows fill a tile on every SM: there the cost model predicts it to be no slower than a library.
+    Not for products of fp8 codes. Up to SKINNY_M rows it does for others. Up to SKINNY_M_MAX it does for a quantized
+    weight, and on sm_80 and sm_90 for a weight whose rows fill a tile on every SM: there the cost model predicts it to
+    be no slower than a library.
     """
     T, N = sizes.T, sizes.N
+    if sizes.weight == W8A8:
+        return False
     if T <= SKINNY_M or T > SKINNY_M_MAX or dtype == torch.float32:
         return T <= SKINNY_M
     if sizes.weight:
@@ -147,13 +168,23 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     T, quantized = sizes.T, sizes.weight
     few = decode_tile(QUANTIZED_DECODE if quantized else DECODE, T, dtype, arch)
     many = prefill_tile(
-        quantized_prefill(quantized) if quantized else PREFILL, 0 if sizes.deterministic else T, dtype, arch
+        quantized_prefill(quantized, arch) if quantized else PREFILL, 0 if sizes.deterministic else T, dtype, arch
     )
-    block_m = many.BLOCK_M if sizes.deterministic else power_of_2(T, low=16, high=many.BLOCK_M)
+    rows = many.BLOCK_M - many.SHORT_M  # a tile has one part here
+    block_m = rows if sizes.deterministic else power_of_2(T, low=least_rows(quantized), high=rows)
     return {
         "linear_decode_kernel": weight_config(few, sizes.N, sizes.H, quantized, BLOCK_T=few.BLOCK_T),
         "linear_kernel": weight_config(many, sizes.N, sizes.H, quantized, BLOCK_M=block_m, GROUP_M=GROUP_M),
     }
+
+
+def cost(case: LinearSizes, dtype: torch.dtype) -> Cost:
+    """Count x, the weight and the result once; codes of x, which a launch of their own writes, once more."""
+    T, H, N = case.T, case.H, case.N
+    fp8, flops = case.weight == W8A8, 2 * T * H * N
+    codes = 2 * T * (H + torch.float32.itemsize) * fp8
+    elements = T * (H + N) * dtype.itemsize
+    return Cost(flops, matrix_bytes(case.weight, N, H, dtype.itemsize) + elements + codes, fp8_flops=flops * fp8)
 
 
 @operation(
@@ -161,13 +192,15 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     case=LinearSizes,
     multiplies=True,
     configs=configs,
-    flops=lambda case: 2 * case.T * case.H * case.N,
+    cost=cost,
     test_shapes=(
         *shapes(LinearSizes, "1 512 40, 3 100 64, 16 256 33"),
         *shapes(LinearSizes, "1 128 70, 70 100 64", deterministic=True),
         *shapes(LinearSizes, "3 128 40", weight="int4:64"),
         *shapes(LinearSizes, "20 100 33", weight="int8"),
         *shapes(LinearSizes, "5 96 33", weight="fp8", deterministic=True),
+        *shapes(LinearSizes, "3 100 40, 70 300 33", weight=W8A8),
+        *shapes(LinearSizes, "5 64 33", weight=W8A8, deterministic=True),
     ),
     bench_shapes=(
         *shape_grid(LinearSizes, T=(1, 4, 8, 16), H=4096, N=(6144, 4096)),
@@ -175,6 +208,7 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
         *shapes(LinearSizes, "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
         *shapes(LinearSizes, "1 4096 6144, 4096 4096 6144", deterministic=True),
         *shape_grid(LinearSizes, T=(1, 32, 128, 4096), H=4096, N=6144, weight=QUANT_NAMES),
+        *shape_grid(LinearSizes, T=(128, 4096), H=4096, N=6144, weight=W8A8),
     ),
 )
 def linear(
@@ -183,7 +217,7 @@ def linear(
     """Multiply rows with a weight: x @ weight.T.
 
     x              [..., H], fp32, bf16 or fp16
-    weight         [N, H] in x's dtype, or a QuantizedWeight of that shape
+    weight         [N, H] in x's dtype, or a QuantizedWeight of that shape; "fp8_w8a8" quantizes x (sm_89 and later)
     deterministic  a row's bits do not depend on the other rows: one tile for any number of rows
 
     Returns [..., N] in x's dtype, summed in fp32. Raises ValueError for another shape, dtype or device.
@@ -203,6 +237,13 @@ def linear(
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if wide else min(T, 1)
     grid = (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),)
-    more = {} if wide else {"PREFETCH": w.prefetch_bytes(H, config, grid, arch)}
+    more: dict[str, Any] = {"x_desc": None, "x_scales": None, "weight_desc": None}
+    if w.name == W8A8:
+        codes, scales = quantize_rows(rows)
+        rows, H = Rows.of(codes), codes.shape[1]
+        tile = config.constexprs["BLOCK_M"], config.constexprs["BLOCK_K"]
+        more = {"x_desc": describe(codes, tile, arch), "x_scales": scales, "weight_desc": w.descriptor(1, config, arch)}
+    elif not wide:
+        more = {"PREFETCH": w.prefetch_bytes(H, config, grid, arch)}
     launch(kernel, grid, config, x=rows, weight=w.args, y_ptr=y, T=T, N=N, H=H, LAYOUT=w.layout(arch), **more)
     return y

@@ -183,6 +183,13 @@ class OffloadedWeight(QuantizedWeight):
         experts = (self[expert] for expert in range(len(self)))
         return torch.stack([x.float() if self.format == "dense" else x.dequantize() for x in experts])
 
+    def with_fp8_activations(self) -> QuantizedWeight:
+        if (view := self.__dict__.get("_fp8_view")) is None:
+            view = super().with_fp8_activations()
+            _weights[id(view)] = view  # type: ignore[assignment]
+            view.__dict__["staged"] = self.staged  # a buffer holds the rows for both
+        return view  # type: ignore[no-any-return]
+
     def staged(self) -> Tensor:
         """Return a table of addresses on the device, where the host's experts are copied: each byte once, on another
         stream, which begins with the next weight's, too. The host does not wait. On a CPU, return the table itself."""

@@ -11,25 +11,32 @@ from typing import Any
 import torch
 
 from . import checks
+from .arch import multiplies_fp8
 from .checks import Argument, Binder, Within
 from .launch import LaunchConfig
-from .quantized import matrix_bytes
+from .quantized import W8A8, matrix_bytes
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Compulsory work: floating-point operations, and bytes that must cross device memory, or the link to host memory,
-    at least once."""
+    """Compulsory work: floating-point operations, of which `fp8_flops` are products of fp8 codes, and bytes that must
+    cross device memory, or the link to host memory, at least once."""
 
     flops: int
     bytes: int
     host_bytes: int = 0
+    fp8_flops: int = 0
 
 
 def as_dict(case: Any) -> dict[str, Any]:
     """Return the fields of a case: its sizes, and the flags and formats that are not at their default."""
     flags = {field.name: field.default for field in fields(case) if isinstance(field.default, bool | None)}
     return {name: value for name, value in vars(case).items() if name not in flags or value != flags[name]}
+
+
+def runs_on(case: Any, arch: str) -> bool:
+    """Return whether the GPU has the products of a case: those of fp8 codes not every one has."""
+    return W8A8 not in vars(case).values() or multiplies_fp8(arch)
 
 
 @cache

@@ -20,12 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernel_args import dense_rows
+
 GROUPS = (128, 64, 32)  # columns that may share a scale, besides a full row
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 # Dtypes of the scales that quantizing makes. One scale a group takes an eighth of the codes' bytes.
 SCALES = {"int4": torch.bfloat16, "int8": torch.float32, "fp8": torch.float32}
 CPU_CODE_ROWS = 128  # up to here torch's products with codes on a CPU are faster than one with dequantized weights
 QUANT_NAMES = ("int4:128", "int8", "fp8")  # `QuantizedWeight.name`s that quantizing makes, benchmarked and compiled
+# The format of fp8 weights with one scale a row whose products quantize x, too (`with_fp8_activations`).
+W8A8 = "fp8_w8a8"
+FP8_MAX = 448.0  # the largest value of e4m3
+# The least magnitude that maps to FP8_MAX, so that its inverse is finite: a row of zeros has this one, too.
+LEAST_AMAX = FP8_MAX * 2.0**-126
 ZERO_INT4 = 8  # the code of value 0 where there are no zeros
 _multiplies_codes = ContextVar("multiplies_codes", default=False)
 # By weight and expert: int4 codes in the layout of torch's product. It depends on the CPU, so these are a second copy
@@ -43,6 +50,11 @@ def products_of_codes() -> Iterator[None]:
         _multiplies_codes.reset(token)
 
 
+def stored_format(format: str) -> str:
+    """Return the format of the codes and their layout."""
+    return "fp8" if format == W8A8 else format
+
+
 def unit_columns(format: str, K: int, group: int) -> int:
     """Return the columns of a unit: each field lies within one group, and K is padded as little as possible."""
     if format != "int4":
@@ -53,7 +65,7 @@ def unit_columns(format: str, K: int, group: int) -> int:
 def row_elements(format: str, K: int, group: int) -> int:
     """Return the int16 elements of a row of K columns, padding included."""
     unit = unit_columns(format, K, group)
-    return -(-K // unit) * unit * BITS[format] // 16
+    return -(-K // unit) * unit * BITS[stored_format(format)] // 16
 
 
 def tile_columns(weights: str, K: int) -> int:
@@ -66,13 +78,13 @@ def matrix_bytes(weights: str | None, rows: int, K: int, itemsize: int) -> int:
     """Return the bytes of `rows` rows of K columns with their scales, for a `QuantizedWeight.name` or None (dense)."""
     if weights is None:
         return rows * K * itemsize
-    format, _, group = weights.partition(":")
+    format, _, group = stored_format(weights).partition(":")
     return rows * (K * BITS[format] // 8 + K // int(group or K) * SCALES[format].itemsize)
 
 
 def sample_quantized(weights: str, *shape: int, device: Any, generator: Any = None) -> QuantizedWeight:
     """Draw a weight of the format `weights`, its values about as large as a dense weight's of K columns."""
-    format, _, group = weights.partition(":")
+    format, _, group = stored_format(weights).partition(":")
     K = shape[-1]
     weight = QuantSpec(format, int(group or K), SCALES[format]).empty(shape, device)
     if weight.device.type != "meta":
@@ -81,12 +93,12 @@ def sample_quantized(weights: str, *shape: int, device: Any, generator: Any = No
         weight.data.copy_(data & -16449 if format == "fp8" else data)
         scales = torch.rand(weight.scales.shape, generator=generator) + 0.5
         weight.scales.copy_(scales * K**-0.5 / {"int4": 4, "int8": 64, "fp8": 0.5}[format])
-    return weight
+    return weight.with_fp8_activations() if weights == W8A8 else weight
 
 
 def pack(codes: Tensor, format: str, group: int) -> Tensor:
     """Pack codes uint8 [..., K], one a byte -> int16 [..., K' * bits / 16], K' the padded columns."""
-    bits, K = BITS[format], codes.shape[-1]
+    bits, K = BITS[stored_format(format)], codes.shape[-1]
     unit, fields = unit_columns(format, K, group), 16 // bits
     padding = -K % unit
     if padding:
@@ -98,18 +110,31 @@ def pack(codes: Tensor, format: str, group: int) -> Tensor:
 
 def unpack(data: Tensor, format: str, K: int, group: int) -> Tensor:
     """Invert `pack`: int16 [..., K' * bits / 16] -> uint8 [..., K]."""
-    unit = unit_columns(format, K, group) * BITS[format] // 16
+    unit = unit_columns(format, K, group) * BITS[stored_format(format)] // 16
     elements = data.contiguous().view(torch.uint8).unflatten(-1, (-1, unit, 2))
-    if BITS[format] == 4:  # a byte has two fields, the lower first
+    if format == "int4":  # a byte has two fields, the lower first
         elements = torch.stack((elements & 15, elements >> 4), dim=-1).flatten(-2)
     return elements.transpose(-1, -2).flatten(-3)[..., :K]
+
+
+def encode_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize activations x [..., K] to e4m3 in fp32 -> codes float8_e4m3fn [..., K], a scale a row fp32 [..., 1].
+
+    A row's largest magnitude maps to FP8_MAX. A row with a NaN or an infinity has a code that is NaN.
+    """
+    values = x.float()
+    largest = values.abs().amax(-1, keepdim=True).clamp(min=LEAST_AMAX)
+    most = torch.full_like(largest, FP8_MAX)  # torch divides by a number, or a number, with two roundings
+    codes = (values * (most / largest)).clamp(-FP8_MAX, FP8_MAX)
+    return codes.to(torch.float8_e4m3fn), largest / most
 
 
 class QuantizedWeight(nn.Module):
     """A weight [E, N, K] or [N, K]: value = (code - zero) * scale, in fp32.
 
     format  "int4": codes 0..15, zero 8 unless `zeros` says otherwise; "int8": two's complement; "fp8": e4m3, none of
-            them NaN (0x7F, 0xFF): loading refuses those, kernels look at no value
+            them NaN (0x7F, 0xFF): loading refuses those, kernels look at no value; "fp8_w8a8": the same, a scale a row,
+            of a view whose products quantize x (`with_fp8_activations`)
     data    int16 [(E,) N, K' * bits / 16], see `pack`
     scales  [(E,) N, G], as stored: never rounded
     zeros   int4 only: bf16 [(E,) N, G], 128 + zero; None: 8 everywhere
@@ -136,10 +161,12 @@ class QuantizedWeight(nn.Module):
 
     def _check(self) -> None:
         *lead, K = self.shape
-        if self.format not in BITS:
+        if stored_format(self.format) not in BITS:
             raise ValueError(f"QuantizedWeight: format is {self.format!r}, needs one of {', '.join(BITS)}")
         if self.group < 1 or K % self.group or (self.group != K and self.group not in GROUPS):
             raise ValueError(f"QuantizedWeight: group is {self.group}, needs 32, 64 or 128 that divide {K}, or {K}")
+        if self.format == W8A8 and self.group != K:
+            raise ValueError(f"QuantizedWeight: group is {self.group}, {W8A8} needs {K}: one scale a row")
         groups = (*lead, K // self.group)
         shapes = {"data": (*lead, row_elements(self.format, K, self.group)), "scales": groups, "zeros": groups}
         for name, shape in shapes.items():
@@ -167,8 +194,11 @@ class QuantizedWeight(nn.Module):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """data, scales, zeros."""
-        return tuple(self._buffers.values())  # an attribute of a module is read more slowly
+        """data, scales, zeros; data of "fp8_w8a8" as float8_e4m3fn [(E,) N, K'], in the order of their bytes."""
+        tensors = tuple(self._buffers.values())  # an attribute of a module is read more slowly
+        if self.format != W8A8 or tensors[0].dtype != torch.int16:  # addresses of experts (offload.py)
+            return tensors
+        return dense_rows(tensors[0]).view(torch.float8_e4m3fn), *tensors[1:]
 
     @property
     def device(self) -> torch.device:
@@ -225,24 +255,51 @@ class QuantizedWeight(nn.Module):
             part._expert_of = self, index % len(self)
         return part
 
+    @property
+    def takes_fp8_activations(self) -> bool:
+        """Whether `with_fp8_activations` has a view."""
+        return stored_format(self.format) == "fp8" and self.group == self.shape[-1]
+
+    def with_fp8_activations(self) -> QuantizedWeight:
+        """Return the view of this weight whose products quantize x to e4m3, one scale a row: it has the same tensors,
+        later ones, too, and is no part of a state. ValueError unless this is fp8 with one scale a row."""
+        view = self.__dict__.get("_fp8_view")
+        if view is None:
+            if not self.takes_fp8_activations:
+                got = f"a weight of {self.format} in groups of {self.group} columns"
+                raise ValueError(f"with_fp8_activations: got {got}, needs fp8 with one scale a row")
+            view = object.__new__(type(self))
+            view.__dict__.update(self.__dict__, format=W8A8)  # buffers included: the dict, so that both change together
+            self.__dict__["_fp8_view"] = view  # `setattr` would make it a submodule
+        return view  # type: ignore[no-any-return]
+
+    def values(self) -> Tensor:
+        """Return code - zero in fp32, [(E,) N, K]: the weight without its scales."""
+        codes = unpack(self.data.to(self.device), self.format, self.shape[-1], self.group)
+        if stored_format(self.format) == "fp8":
+            return codes.view(torch.float8_e4m3fn).float()
+        if self.format == "int8":
+            return codes.view(torch.int8).float()
+        codes = codes.unflatten(-1, (-1, self.group))
+        return codes.float().sub_(ZERO_INT4 if self.zeros is None else self.zeros.float()[..., None] - 128).flatten(-2)
+
     def dequantize(self) -> Tensor:
         """Return the exact weight in fp32, [(E,) N, K]."""
-        codes = unpack(self.data.to(self.device), self.format, self.shape[-1], self.group)
-        codes = codes.unflatten(-1, (-1, self.group))
-        if self.format == "fp8":
-            values = codes.view(torch.float8_e4m3fn).float()
-        elif self.format == "int8":
-            values = codes.view(torch.int8).float()
-        else:
-            values = codes.float().sub_(ZERO_INT4 if self.zeros is None else self.zeros.float()[..., None] - 128)
+        values = self.values().unflatten(-1, (-1, self.group))
         return values.mul_(self.scales.float()[..., None]).flatten(-2)
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] -> x @ weight.T [..., N] for a weight [N, K], in plain torch.
 
         Dequantizes exactly in fp32 and rounds to x's dtype. Within `products_of_codes` torch multiplies few rows of
-        bf16 on a CPU by int8 codes with one scale a row, and by int4 codes.
+        bf16 on a CPU by int8 codes with one scale a row, and by int4 codes. "fp8_w8a8" multiplies the codes of x and
+        of the weight in fp32 (fp64 where x is), then by the scales of both, and rounds once.
         """
+        if self.format == W8A8:
+            codes, scales = encode_rows(x)
+            dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+            products = nn.functional.linear(codes.to(dtype), self.values().to(dtype))
+            return (products * scales * self.scales.float().squeeze(-1)).to(x.dtype)
         rows = x.numel() // max(1, x.shape[-1])
         few = 0 < rows <= CPU_CODE_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
         if few and _multiplies_codes.get():
@@ -273,6 +330,12 @@ class QuantizedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.format}, {list(self.shape)}, group {self.group}"
+
+
+def with_fp8_activations(weight: Any) -> Any:
+    """Return the view of an fp8 weight with one scale a row whose products quantize activations; others as they are."""
+    quantizes = isinstance(weight, QuantizedWeight) and weight.takes_fp8_activations
+    return weight.with_fp8_activations() if quantizes else weight
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 which linear and the experts share.
 
 A table has a tuple of tiles for each family of architectures, one for "fp32", which has no tensor cores at that
-precision, and where they differ one for "<family> fp32" and "<family> pointers". Another tile is another row.
+precision (that of codes has none: they multiply codes whatever x was), and where they differ one for "<family> fp32"
+and "<family> pointers". Another tile is another row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .arch import family
+from .arch import check_multiplies_fp8, family
 from .launch import LaunchConfig
-from .quantized import BITS, tile_columns
+from .quantized import BITS, W8A8, tile_columns
 
 
 def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
@@ -95,15 +96,31 @@ QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
 }
 
 
-def quantized_prefill(name: str) -> Table[PrefillTile]:
-    """Return the tiles of a format, as `QuantizedWeight.name` has it."""
+# Products of fp8 codes (fp8.py). sm_80: sm_89 and sm_120, which take its family's tiles.
+FP8_PREFILL: Table[PrefillTile] = {
+    "sm_80": (PrefillTile(0, 64, 128, 128, 4, 3), PrefillTile(128, 128, 128, 128, 8, 2)),
+    "sm_90": (PrefillTile(0, 64, 128, 128, 4, 4), PrefillTile(64, 256, 128, 128, 8, 4, SHORT_M=128)),
+    "sm_100": (PrefillTile(0, 64, 128, 128, 4, 4), PrefillTile(64, 128, 256, 128, 8, 4)),
+}
+
+
+def quantized_prefill(name: str, arch: str) -> Table[PrefillTile]:
+    """Return the tiles of a format, as `QuantizedWeight.name` has it; ValueError where `arch` does not multiply it."""
+    if name == W8A8:
+        check_multiplies_fp8(arch, f"the format of a weight is {name}")
+        return FP8_PREFILL
     return QUANTIZED_PREFILL[BITS[name.partition(":")[0]]]
+
+
+def least_rows(quantized: str | None) -> int:
+    """Return the least rows of x of a tile for many: of fp8 codes those of wgmma, without which sm_90 widens them."""
+    return 64 if quantized == W8A8 else 16
 
 
 def tiles_for(table: Table[Tile], dtype: torch.dtype, arch: str, variant: str = "") -> Sequence[Tile]:
     """Return the tiles of an architecture and dtype; `variant`: of "<family> <variant>" where the table has it."""
     known = family(arch)
-    names = (f"{known} fp32", "fp32") if dtype == torch.float32 else (f"{known} {variant}", known)
+    names = (f"{known} fp32", "fp32", known) if dtype == torch.float32 else (f"{known} {variant}", known)
     return next(table[name] for name in names if name in table)
 
 
@@ -128,5 +145,6 @@ def weight_config(
     more       other constexprs
     """
     tiles = {"BLOCK_N": power_of_2(columns, low=16, high=tile.BLOCK_N // halves)}
-    tiles["BLOCK_K"] = tile_columns(quantized, depth) if quantized else power_of_2(depth, low=16, high=tile.BLOCK_K)
+    dense = power_of_2(depth, low=64 if quantized else 16, high=tile.BLOCK_K)
+    tiles["BLOCK_K"] = tile_columns(quantized, depth) if quantized and quantized != W8A8 else dense
     return LaunchConfig(tiles | more, num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -44,8 +44,8 @@ TIMES_FP16 = _ptx("mov.b32 z, 0x80008000; fma.rn.f16x2 $0, $1, $2, z;")
 
 @triton.constexpr_function
 def fields_of(FORMAT):
-    """Codes of an element."""
-    return 4 if FORMAT == "int4" else 1 if FORMAT == "dense" else 2
+    """Codes of an element; 1 where products multiply what is stored."""
+    return 4 if FORMAT == "int4" else 1 if FORMAT in ("dense", "fp8_w8a8") else 2
 
 
 @triton.jit

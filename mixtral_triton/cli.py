@@ -36,6 +36,7 @@ FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
 # Texts of the help.
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
 QUANTIZE = "int4, int8 or fp8 for the experts', or experts=int4,linear=int8: those of attention and the head, too"
+ACTIVATIONS = "prefill products of fp8 weights quantize their activations, too; default: they do not"
 TORCHRUN = "with torchrun; default: 1"
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
 PROMPT = "text to run, or - to read standard input"
@@ -119,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
         "--device": {"help": "cpu, cuda, cuda:1, ...; default: the GPU if there is one"},
         "--dtype": {"choices": DTYPES, "help": "default: as stored"},
         "--weights": {"type": parse_weights, "metavar": "FORMAT", "help": f"{QUANTIZE}; default: as stored"},
+        "--activations": {"choices": ("fp8",), "help": ACTIVATIONS},
         "--tp": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that split each expert; " + TORCHRUN},
         "--ep": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that share the experts; " + TORCHRUN},
         "--offload": {"type": parse_offload, "default": 0, "metavar": "N|auto", "help": OFFLOAD},
@@ -132,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
         "--prompt-file": {"dest": "prompt", "action": "append", "type": Path, "metavar": "FILE", "help": "text to run"},
         "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
     }
-    model, prompt = "folder --device --dtype --weights ", "--prompt --prompt-file --interpret "
+    model, prompt = "folder --device --dtype --weights --activations ", "--prompt --prompt-file --interpret "
     offload, mesh = "--offload --offload-by --context ", "--tp --ep --cache-dtype "
 
     def command(name: str, help: str, names: str = "") -> Callable[..., Any]:
@@ -264,7 +266,7 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
-    names = ("deterministic", "offload", "offload_by", "context", "cache_dtype")
+    names = ("deterministic", "offload", "offload_by", "context", "cache_dtype", "activations")
     options: dict[str, Any] = {name: getattr(args, name) for name in names if name in args}
     with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
         options["progress"] = progress.advance
@@ -303,7 +305,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
-    check_peer(args.peer, args.tp * args.ep > 1, args.cache_dtype)
+    check_peer(args.peer, args.tp * args.ep > 1, args.cache_dtype, args.activations)
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
         prompt = None

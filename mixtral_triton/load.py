@@ -19,6 +19,8 @@ from . import checkpoint
 from .arguments import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
 from .cache import cache_bytes
 from .config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder, read_json_object
+from .kernels.arch import check_multiplies_fp8
+from .kernels.launch import target_arch
 from .kernels.offload import ALIGNMENT
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, Formats, QuantSpec, hub, quantize_into, select_specs
@@ -131,6 +133,7 @@ def load(
     context: int | None,
     cache_dtype: torch.dtype | None,
     progress: Callable[[int], None] | None,
+    activations: str | None,
     ranks: Ranks | None,
 ) -> Mixtral:
     if dtype is not None:
@@ -162,6 +165,8 @@ def load(
         raise ValueError(f"Mixtral.from_pretrained: device is {target_device}, needs the mesh's type, {need}")
     shapes, local_shapes = checkpoint.parameter_shapes(config), checkpoint.parameter_shapes(config, shard)
     specs = shard.specs(specs, shapes, local_shapes)
+    if activations is not None:
+        check_activations(activations, specs, shapes, target_device)
 
     def bytes_of(specs: Mapping[str, QuantSpec]) -> int:
         return table_bytes(config) + weight_bytes(local_shapes, specs, dtype)
@@ -177,9 +182,22 @@ def load(
         model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
     except torch.OutOfMemoryError as error:  # another process has taken what was free
         raise ValueError(f"{folder}: no memory is left on {target_device} for the weights: {error}") from error
-    model.requantized, model.prefill_chunk = requantized, placement.chunk
+    model.requantized, model.prefill_chunk, model.activations = requantized, placement.chunk, activations
     fill(config, model.named_weights(), progress or checkpoint.ignore_progress, shard)
     return model
+
+
+def check_activations(
+    activations: str, specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, ...]], device: torch.device
+) -> None:
+    """Raise ValueError where no product of a layer takes activations of 8 bits, or `device` has no such products."""
+    caller = f"Mixtral.from_pretrained: activations is {activations!r}"
+    quantized = (name for name, spec in specs.items() if spec.format == "fp8" and spec.group == shapes[name][-1])
+    if not any(name.startswith("layers.") for name in quantized):
+        needs = "needs weights='fp8', or a checkpoint that stores them so"
+        raise ValueError(f"{caller}, and no layer has fp8 weights with one scale a row: {needs}")
+    if device.type == "cuda":
+        check_multiplies_fp8(target_arch(device), caller)
 
 
 def table_bytes(config: MixtralConfig) -> int:

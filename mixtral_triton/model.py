@@ -25,11 +25,14 @@ from .kernels.checks import check_values
 from .kernels.heads import rope_tables
 from .kernels.launch import pdl_region
 from .kernels.offload import empty_on_host
+from .kernels.quantized import with_fp8_activations
 from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 from .score import score
 
+# Rows of a forward up to which activations="fp8" keeps 16 bits: its products are then bound by the weights' bytes.
+SIXTEEN_BIT_ROWS = 64
 LayerCache = tuple[Slots, Slots]  # a layer's cached keys and values, [B, Hkv, C, D] each
 WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
 
@@ -86,10 +89,13 @@ class Layer(nn.Module):
         """h [B,T,H] -> the attention block's output [B,T,H]."""
         B, T, _ = h.shape
         Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        qkv = ops.linear.unchecked(h, self.qkv_proj, deterministic=state.deterministic)
+        qkv_proj, o_proj = self.qkv_proj, self.o_proj
+        if state.quantizes:
+            qkv_proj, o_proj = map(with_fp8_activations, (qkv_proj, o_proj))
+        qkv = ops.linear.unchecked(h, qkv_proj, deterministic=state.deterministic)
         q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split_with_sizes((Hq, Hkv, Hkv), dim=2)
         heads = state.attend(q, k, v, kv_cache).reshape(B, T, Hq * D)
-        return state.all_reduce(ops.linear.unchecked(heads, self.o_proj, deterministic=state.deterministic))
+        return state.all_reduce(ops.linear.unchecked(heads, o_proj, deterministic=state.deterministic))
 
     def route(self, attn_output: Tensor, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """attn_output and x [N,H] -> the norm h of their sum, the sum, routing weights and expert ids [N,K]."""
@@ -109,6 +115,9 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """h and the residual stream x [N,H], routes [N,K] -> the next layer's h, and x with the experts' output."""
         eps, proj, deterministic = self.config.rms_norm_eps, (self.gate_up_proj, self.down_proj), state.deterministic
+        if state.quantizes:
+            gate_up_proj, down_proj = map(with_fp8_activations, proj)
+            proj = gate_up_proj, down_proj
         if state.ranks is not None:  # the all-reduce comes between the experts and the norm: they cannot fuse
             ids = state.ranks.local_ids(ids, len(self.down_proj))
             part = ops.expert_swiglu.unchecked(h, *proj, ids, routing_weights, deterministic=deterministic)
@@ -125,6 +134,7 @@ class State:
     num_new        int32 [B]: tokens of each sequence that this forward appends
     positions      int [B,T] of the tokens; padding beyond the rotary tables is clamped, since it must be defined
     decodes        one token a sequence takes the path of a decode step
+    quantizes      products of fp8 weights with one scale a row quantize their activations
     """
 
     def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, num_new: Tensor | None) -> None:
@@ -133,6 +143,7 @@ class State:
         self.shape, self.cache = (B, T, model.config.hidden_size), cache
         # A decode step's bits may depend on the rest of the batch; those of a chunk in deterministic mode do not.
         self.decodes = cache is not None and T == 1 and not model.deterministic
+        self.quantizes = model.quantizes_activations(B * T)
         self.num_new = torch.full((B,), T, dtype=torch.int32, device=model.device) if num_new is None else num_new
         if cache is None:
             self.positions = torch.arange(T, device=model.device).expand(B, T)
@@ -189,6 +200,8 @@ class Mixtral(nn.Module):
     cos: Tensor  # [P, D/2] fp32
     sin: Tensor
     layers: Sequence[Layer]
+    activations: str | None = None  # "fp8": see `from_pretrained`
+    sixteen_bit_rows: int = SIXTEEN_BIT_ROWS
     requantized: frozenset[str] = frozenset()  # tensors on disk that were dequantized, and perhaps quantized anew
     prefill_chunk: int = PREFILL_CHUNK  # tokens that `generate` reads of a prompt at once
 
@@ -269,15 +282,23 @@ class Mixtral(nn.Module):
                        a warning tells
         offload_by     a file that `trace --counts FILE` writes: those used least, of each layer or of the whole model
         progress       is called with the number of bytes just read
-        activations    None: products take activations of 16 bits, or fp32. Products of 8-bit activations are not
-                       supported: anything else is a ValueError
+        activations    None: products take activations of 16 bits, or fp32. "fp8": in a forward of more than 64 rows,
+                       with `deterministic` in any, the layers' products with fp8 weights that have one scale a row
+                       quantize their activations to e4m3, one scale a row, found anew each time: static scales of a
+                       checkpoint are not used. It needs such weights, and a GPU from sm_89 on or a CPU; the head's
+                       products, of few rows in `generate`, stay. Not with a mesh, whose ranks would each scale their
+                       own columns
         """
-        if activations is not None:
-            got = f"activations is {activations!r}"
-            raise ValueError(f"Mixtral.from_pretrained: {got}, needs None: those of 8 bits are not supported")
+        if activations not in (None, "fp8"):
+            raise ValueError(f"Mixtral.from_pretrained: activations is {activations!r}, needs None or 'fp8'")
+        if activations is not None and mesh is not None:
+            raise ValueError(
+                f"Mixtral.from_pretrained: activations is {activations!r}, and there is a mesh: needs None"
+            )
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
         options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, cache_dtype, progress)
+        options = (*options, activations)
         ranks = None if mesh is None else Ranks(mesh)
         with nullcontext() if ranks is None else ranks.raise_on_any_rank():
             return load(cls, *options, ranks)
@@ -289,6 +310,10 @@ class Mixtral(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.dtype
+
+    def quantizes_activations(self, rows: int) -> bool:
+        """Return whether a forward of so many rows, B * T, quantizes activations (`from_pretrained`)."""
+        return self.activations is not None and (self.deterministic or rows > self.sixteen_bit_rows)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
         """input_ids int64 [B,T] -> logits fp32 [B,T,V].

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.quantized import with_fp8_activations
 from .kernels.quantized_cache import as_stored
 from .kernels.reference import attention, expert_swiglu, linear, rms_norm, rope, route
 from .kernels.reference import sort_by_expert as sort_by_expert
@@ -63,7 +64,8 @@ def uncached_attention(window: int | None, cos: Tensor, sin: Tensor, quantized: 
 
 def forward(model: Any, input_ids: Tensor) -> Tensor:
     """Run a whole `Mixtral` on input_ids [B,T] -> logits fp32 [B,T,V] (transformers' MixtralForCausalLM)."""
-    x = model.embed_tokens[input_ids]
+    x, attend = model.embed_tokens[input_ids], uncached_attention(model.config.sliding_window, model.cos, model.sin)
+    convert = with_fp8_activations if model.quantizes_activations(input_ids.numel()) else lambda weight: weight
     for layer in model.layers:
-        x = block(layer, model.config, x, uncached_attention(model.config.sliding_window, model.cos, model.sin)).output
+        x = block(layer, model.config, x, attend, convert=convert).output
     return linear(rms_norm(x, model.norm, model.config.rms_norm_eps), model.lm_head).float()

@@ -23,7 +23,7 @@ from . import reference
 from .kernels import interpret
 from .kernels.launch import launch_context, multiprocessors, target_arch
 from .kernels.op import Op
-from .kernels.quantized import QuantizedWeight
+from .kernels.quantized import W8A8, QuantizedWeight
 from .kernels.quantized_cache import CODE_MAX, QuantizedCache
 from .kernels.registry import OPS
 
@@ -37,6 +37,9 @@ def token_floor(dtype: torch.dtype, quantized: bool) -> float:
     """Return the least limit of a token's logits. With a cache of 8 bits it is bf16's: a rounding of fp32 may change a
     code by one, which is as much as a rounding of bf16."""
     return TOKEN_FLOOR[torch.bfloat16 if quantized else dtype]
+
+
+CODE_SUMS = FLOOR[torch.float16]  # the same for sums of fp8 products, of which a GPU may keep about 14 bits
 
 
 Args = dict[str, Any]
@@ -59,6 +62,9 @@ class Tolerance:
         # A rotated value near the middle between two codes may take either.
         rotates = "cos" in args and isinstance(args.get("k_cache"), QuantizedCache)
         steps = [FLOOR[torch.bfloat16], *[1 / CODE_MAX] * len(op.mutates)] if rotates else [0.0] * len(self.exact)
+        codes = {key for key, x in args.items() if isinstance(x, QuantizedWeight) and x.format == W8A8}
+        if codes:  # another rounding of h may change its codes by one
+            steps = [2 * FLOOR[torch.bfloat16] if "down_proj" in codes else CODE_SUMS] * len(self.exact)
         for got, exact, step in zip(_results(op, op.call_reference, args), self.exact, steps, strict=True):
             error = _error(got, exact) if len(self.limits) < self.independent else 0.0
             self.limits.append(max(RATIO * error, FLOOR.get(got.dtype, 0.0), step))
@@ -108,8 +114,9 @@ def largest(x: Tensor) -> float:
 
 
 def to_fp64(value: Any) -> Any:
-    """A tensor of floats, or a quantized weight dequantized, in fp64; anything else unchanged."""
-    if isinstance(value, QuantizedWeight):
+    """A tensor of floats, or a quantized weight dequantized, in fp64; anything else unchanged, and so is a weight whose
+    products quantize x: they are in fp64 where x is."""
+    if isinstance(value, QuantizedWeight) and value.format != W8A8:
         return value.dequantize().double()
     return value.double() if isinstance(value, Tensor) and value.dtype.is_floating_point else value
 

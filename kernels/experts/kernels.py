@@ -7,42 +7,33 @@ A weight tile of the up kernels holds BLOCK_N rows of the gate projection and th
 dot computes both, and the epilogue splits the accumulator.
 
 `*_desc` are TMA descriptors, or None: then the kernel reads by pointers. Where TMA reads x, in sorted order, a row tile
-of BLOCK_M rows may have two parts, 128 + 64, which share each tile of the weight; and the last tile of a group is as
-short as its rows allow: SHORT_M, the upper part alone, or full.
+of BLOCK_M rows may have two parts, 128 + SHORT_M, which share each tile of the weight; and the last tile of a group is
+as short as its rows allow: SHORT_M, the upper part alone, or full.
 """
 
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..facts import Product, kernel_facts
-from ..kernel_args import Pointer
 from ..kernel_weight import (
     WeightPtrs,
     WeightRows,
+    add_product,
     add_products,
     expert_rows,
     program_tile,
     row_products,
     times_row_scales,
+    times_x_scales,
     weight_tile,
 )
 from ..norm import normed_rows
 from ..pdl import pdl_wait, pdl_wait_first, prefetch_rows
 from ..unpack import fields_of
-
-
-class Groups(NamedTuple):
-    """The slots of each expert, as `sort_by_expert` returns them."""
-
-    order: Pointer  # [N] sorted slots
-    offsets: Pointer  # [E + 1] groups in `order`
-    E: int
-
 
 # The rows of x of a tile: pointers [rows, BLOCK_K] of column 0, or descriptors of the upper part and of SHORT_M rows.
 RowSource = namedtuple("RowSource", "ptrs desc short_desc")
@@ -171,8 +162,8 @@ def experts_down_decode_kernel(
 
 @triton.constexpr_function
 def main_rows(BLOCK_M, SHORT_M):
-    """Return the rows of a row tile's upper part: all of a power of two, else those above the last SHORT_M."""
-    return BLOCK_M if BLOCK_M & (BLOCK_M - 1) == 0 else BLOCK_M - SHORT_M
+    """Return the rows of a row tile's upper part: all of up to 128, else those above the last SHORT_M."""
+    return BLOCK_M if BLOCK_M <= 128 else BLOCK_M - SHORT_M
 
 
 @triton.jit
@@ -207,14 +198,26 @@ def _products_of_both_parts(
     for k in range(0, K, BLOCK_K):
         x_main, x_short = x.desc.load([row, k]), x.short_desc.load([row + MAIN_M, k])
         w_tile = weight_tile(w, k, K, BLOCK_K, LAYOUT)
-        acc = tl.dot(x_main, w_tile.T, acc, input_precision="ieee")
-        short = tl.dot(x_short, w_tile.T, short, input_precision="ieee")
+        acc = add_product(acc, x_main, w_tile, LAYOUT)
+        short = add_product(short, x_short, w_tile, LAYOUT)
     return acc, short
+
+
+@triton.jit
+def _store_scaled(
+    acc, x_scales, w, store: tl.constexpr, out, row, end, pid_n, COLUMNS: tl.constexpr, K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Multiply the products acc of sorted rows `row`.. by the scales of x and of the weight, and store them."""
+    acc = times_x_scales(acc, x_scales, tl.minimum(row + tl.arange(0, acc.shape[0]), end - 1))
+    rows = w.rows.to(tl.int32)  # of 64 bits they take registers that the loop before needs
+    store(times_row_scales(acc, w.ptrs, rows, K, LAYOUT, AXIS=1), *out, row, end, pid_n, COLUMNS)
 
 
 @triton.jit
 def _multiply_parts(
     x,  # RowSource
+    x_scales,  # fp32 [N] of codes, or None
     row, end,
     w,  # WeightRows
     store: tl.constexpr,  # _store_swiglu or _store_slots
@@ -228,14 +231,14 @@ def _multiply_parts(
     remaining = tl.minimum(end - row, BLOCK_M)
     if remaining <= SHORT_M:
         short = row_products(x.ptrs, x.short_desc, row, w, SHORT_M, BLOCK_K, K, LAYOUT)
-        store(short, *out, row, end, pid_n, COLUMNS)
+        _store_scaled(short, x_scales, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
     elif remaining <= MAIN_M:
         upper = row_products(x.ptrs, x.desc, row, w, MAIN_M, BLOCK_K, K, LAYOUT)
-        store(upper, *out, row, end, pid_n, COLUMNS)
+        _store_scaled(upper, x_scales, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
     elif MAIN_M < BLOCK_M:
         main, short = _products_of_both_parts(x, row, w, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT)
-        store(main, *out, row, end, pid_n, COLUMNS)
-        store(short, *out, row + MAIN_M, end, pid_n, COLUMNS)
+        _store_scaled(main, x_scales, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
+        _store_scaled(short, x_scales, w, store, out, row + MAIN_M, end, pid_n, COLUMNS, K, LAYOUT)
 
 
 @triton.jit
@@ -252,9 +255,10 @@ def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
 @kernel_facts("BLOCK_E", work=Product("x", "gate_up", halves=2, depth="H"))
 @triton.jit
 def experts_up_kernel(
-    x,  # Rows [T, H]; unused where descriptors read
+    x,  # Rows [T, H], values or codes; unused where descriptors read
     x_desc,  # [N, H], the same in sorted order, in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
     short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
+    x_scales,  # fp32 of codes, [N] where descriptors read, else [T]; or None
     gate_up,  # WeightArgs [E, 2I, H]
     gate_up_desc,  # [E, 2, I, H] in tiles [1, 2, BLOCK_N, BLOCK_K], or None
     h_ptr,  # [N, I] out, in sorted order
@@ -272,17 +276,20 @@ def experts_up_kernel(
         w_rows = expert.to(tl.int64) * 2 * I + w_rows
         w = WeightRows(WeightPtrs(w_ptrs, gate_up.scales, gate_up.zeros), w_rows, gate_up_desc, coords)
         if SHORT_M == 0:
-            x_ptrs = x.ptr
+            # Rows past the group repeat one of its slots: valid memory, no mask in the loop, never stored.
+            x_ptrs, x_rows = x.ptr, tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
             if x_desc is None:
-                # Rows past the group repeat one of its slots: valid memory, no mask in the loop, never stored.
-                slots = tl.load(groups.order + tl.minimum(row + tl.arange(0, BLOCK_M), end - 1))
-                x_ptrs += (slots // TOP_K).to(tl.int64)[:, None] * x.stride + offs_k[None, :]
+                x_rows = tl.load(groups.order + x_rows) // TOP_K
+                x_ptrs += x_rows.to(tl.int64)[:, None] * x.stride + offs_k[None, :]
             acc = row_products(x_ptrs, x_desc, row, w, BLOCK_M, BLOCK_K, H, LAYOUT)
+            acc = times_x_scales(acc, x_scales, x_rows)
             acc = times_row_scales(acc, w.ptrs, w.rows, H, LAYOUT, AXIS=1)
             _store_swiglu(acc, h_ptr, row, end, pid_n, I)
         else:
-            source, out = RowSource(x.ptr, x_desc, short_desc), (h_ptr,)
-            _multiply_parts(source, row, end, w, _store_swiglu, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT)
+            parts = RowSource(x.ptr, x_desc, short_desc), x_scales
+            _multiply_parts(
+                *parts, row, end, w, _store_swiglu, (h_ptr,), pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT
+            )
 
 
 @triton.jit
@@ -301,6 +308,7 @@ def experts_down_kernel(
     h_ptr,  # [N, I] in sorted order; unused where descriptors read
     h_desc,  # the same in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
     short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
+    h_scales,  # [N] fp32 of codes, or None
     down,  # WeightArgs [E, H, I]
     down_desc,  # the same in tiles [1, BLOCK_N, BLOCK_K], or None
     y_ptr,  # [N, H] out, by slot
@@ -319,11 +327,11 @@ def experts_down_kernel(
             rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
             h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]
             acc = row_products(h_ptrs, h_desc, row, w, BLOCK_M, BLOCK_K, I, LAYOUT)
-            acc = times_row_scales(acc, w.ptrs, w.rows, I, LAYOUT, AXIS=1)
-            _store_slots(acc, y_ptr, groups.order, row, end, pid_n, H)
+            out = y_ptr, groups.order
+            _store_scaled(acc, h_scales, w, _store_slots, out, row, end, pid_n, H, I, LAYOUT)
         else:
-            x, out = RowSource(h_ptr, h_desc, short_desc), (y_ptr, groups.order)
-            _multiply_parts(x, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
+            parts, out = (RowSource(h_ptr, h_desc, short_desc), h_scales), (y_ptr, groups.order)
+            _multiply_parts(*parts, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
 
 
 @kernel_facts("BLOCK_H")  # with a norm: it needs the full row

@@ -10,7 +10,7 @@ The combine of experts_add_rms_norm also adds the residual and applies the next 
 their tiles in tiles.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -18,19 +18,20 @@ import triton
 from torch import Tensor
 
 from .. import reference
+from ..arch import tma
 from ..call import operation
 from ..checks import INTS, Matrix, RoutingWeights, Tokens, Within
-from ..kernel_args import Rows
+from ..fp8 import quantize_rows
+from ..kernel_args import Groups, Rows
 from ..kernel_weight import Weight
 from ..launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
 from ..norm import FusedNorm, NormWeight
 from ..op import Cost
-from ..quantized import QUANT_NAMES, matrix_bytes
+from ..quantized import QUANT_NAMES, W8A8, matrix_bytes
 from ..samples import draw, shape_grid, shapes
 from ..sort import expected_distinct_experts, gather_by_expert, launch_sort, sample_ids
 from ..tiles import power_of_2
 from . import kernels
-from .kernels import Groups
 from .tiles import ExpertSizes, configs
 
 GateUp = Annotated[Matrix, "E 2*I H"]
@@ -58,19 +59,23 @@ def _inputs(case: ExpertCase, dtype: torch.dtype, device: Any, generator: Any) -
 
 def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
     """Count the weights of every expert in use, x and the result once; h and each slot's output, which do not fit on
-    chip between launches, written once and read once."""
+    chip between launches, and codes of x and h, written once and read once."""
     T, H, I, E, K = case.T, case.H, case.I, case.E, case.K
     experts = expected_distinct_experts(T, K / E, E) if case.distinct is None else case.distinct
     gate_up = matrix_bytes(case.gate_up, 2 * I, H, dtype.itemsize)
     weights = experts * (gate_up + matrix_bytes(case.down, H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)
-    return Cost(flops=6 * T * K * H * I, bytes=int(weights) + elements * dtype.itemsize + 8 * T * K)
+    codes = 2 * T * K * (H * (case.gate_up == W8A8) + I * (case.down == W8A8))
+    flops, fp8 = 2 * T * K * H * I, 2 * (case.gate_up == W8A8) + (case.down == W8A8)
+    total = int(weights) + elements * dtype.itemsize + codes + 8 * T * K
+    return Cost(flops=3 * flops, bytes=total, fp8_flops=fp8 * flops)
 
 
 def cost_norm(case: ExpertCase, dtype: torch.dtype) -> Cost:
     """Count the experts' work, the residual, the sum, and the norm's weight."""
     experts, T, H = cost(case, dtype), case.T, case.H
-    return Cost(flops=experts.flops + 5 * T * H, bytes=experts.bytes + (2 * T + 1) * H * dtype.itemsize)
+    total = experts.bytes + (2 * T + 1) * H * dtype.itemsize
+    return replace(experts, flops=experts.flops + 5 * T * H, bytes=total)
 
 
 _SIZES: dict[str, Any] = {"H": 4096, "I": 14336, "E": 8, "K": 2}
@@ -94,10 +99,13 @@ _DENSE_SHAPES = (
         *shapes(ExpertCase, "70 96 64 4 2, 150 96 64 4 2", gate_up="int8", down="fp8"),
         # More rows of an expert than a tile of few tokens has.
         *shapes(ExpertCase, "128 128 96 2 1", gate_up="int4:128", down="int8"),
+        *shapes(ExpertCase, "3 128 100 4 2, 70 100 64 4 2, 300 72 40 2 2", gate_up=W8A8, down=W8A8),
+        *shapes(ExpertCase, "20 72 96 4 2", gate_up=W8A8, down="int8"),
     ),
     bench_shapes=(
         *_DENSE_SHAPES,
         *(ExpertCase(T, **_SIZES, gate_up=name, down=name) for T in (1, 128, 4096) for name in QUANT_NAMES),
+        *(ExpertCase(T, **_SIZES, gate_up=W8A8, down=W8A8) for T in (128, 4096)),
     ),
 )
 def expert_swiglu(
@@ -107,7 +115,8 @@ def expert_swiglu(
     section 2.1).
 
     x              [T, H], fp32, bf16 or fp16
-    gate_up_proj   [E, 2I, H] in x's dtype, the I rows of the gate first; or a QuantizedWeight of that shape
+    gate_up_proj   [E, 2I, H] in x's dtype, the I rows of the gate first; or a QuantizedWeight of that shape, of which
+                   "fp8_w8a8" quantizes x (sm_89 and later)
     down_proj      [E, H, I], the same
     ids            [T, K], int32 or int64, in 0..E - 1
     weights        fp32 [T, K], the routing weights
@@ -182,7 +191,7 @@ def _experts(
         K=ids.shape[1],
         gate_up=projections[0].name,
         down=projections[1].name,
-        by_pointers=not all(weight.takes_tma(arch) for weight in projections if not weight.name),
+        by_pointers=not all(weight.takes_tma(arch) for weight in projections if weight.multiplied_as_stored),
         deterministic=deterministic,
         norm=norm is not None,
     )
@@ -262,16 +271,21 @@ def _launch_prefill(
     """Return each slot's expert output [1, N, H]."""
     H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
     arch, block_e = target_arch(ids.device), power_of_2(E)
-    gather = selected.get("gather_by_expert_kernel")
+    h = torch.empty((N, I), dtype=x.ptr.dtype, device=ids.device)
+    gather, x_scales = selected.get("gather_by_expert_kernel"), None
+    in_order = gather is not None
     if gather is not None:
         gathered, order, offsets = gather_by_expert(x, ids, E, gather)
         x = Rows.of(gathered)
     else:
         order, offsets = launch_sort(ids, E)
     groups = Groups(order, offsets, E)
-    h = torch.empty((N, I), dtype=x.ptr.dtype, device=ids.device)
+    if gate_up.name == W8A8:
+        in_order = tma(arch)  # pointers find a token's codes, which are written once
+        codes, x_scales = quantize_rows(x, *((groups, sizes.K) if in_order else ()))
+        x = Rows.of(codes)
     config = selected["experts_up_kernel"]
-    x_desc, short_desc = _row_descriptors(None if gather is None else x.ptr, config, arch)
+    x_desc, short_desc = _row_descriptors(x.ptr if in_order else None, config, arch)
     launch(
         kernels.experts_up_kernel,
         _prefill_grid(N, E, I, config),
@@ -279,20 +293,25 @@ def _launch_prefill(
         x=x,
         x_desc=x_desc,
         short_desc=short_desc,
+        x_scales=x_scales,
         gate_up=gate_up.staged(),
         gate_up_desc=gate_up.descriptor(2, config, arch),
         h_ptr=h,
         groups=groups,
         TOP_K=sizes.K,
-        H=H,
+        H=x.ptr.shape[1],
         I=I,
         LAYOUT=gate_up.layout(arch),
         BLOCK_E=block_e,
     )
-    y = torch.empty((1, N, H), dtype=h.dtype, device=ids.device)
+    y, h_scales = torch.empty((1, N, H), dtype=h.dtype, device=ids.device), None
+    if down.name == W8A8:
+        # A row's scale needs all of its columns, and a program of the up kernel has BLOCK_N: this pass reads h and
+        # writes its codes, 3 bytes an element of 16 bits, where reading h itself would take 2 for each column tile.
+        h, h_scales = quantize_rows(Rows.of(h), groups)
     config = selected["experts_down_kernel"]
     # With several products a unit, TMA of h takes more instructions than pointers: int4 1,990 FLOP each, and not 2,400.
-    h_desc, short_desc = _row_descriptors(None if down.name else h, config, arch)
+    h_desc, short_desc = _row_descriptors(h if down.multiplied_as_stored else None, config, arch)
     launch(
         kernels.experts_down_kernel,
         _prefill_grid(N, E, H, config),
@@ -300,12 +319,13 @@ def _launch_prefill(
         h_ptr=h,
         h_desc=h_desc,
         short_desc=short_desc,
+        h_scales=h_scales,
         down=down.staged(),
         down_desc=down.descriptor(1, config, arch),
         y_ptr=y,
         groups=groups,
         H=H,
-        I=I,
+        I=h.shape[1],
         LAYOUT=down.layout(arch),
         BLOCK_E=block_e,
     )

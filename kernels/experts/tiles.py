@@ -9,6 +9,7 @@ import torch
 
 from ..arch import tma
 from ..launch import LaunchConfig
+from ..quantized import W8A8
 from ..sort import gather_config
 from ..tiles import (
     GROUP_M,
@@ -17,6 +18,7 @@ from ..tiles import (
     PrefillTile,
     Table,
     decode_tile,
+    least_rows,
     power_of_2,
     prefill_tile,
     quantized_prefill,
@@ -35,7 +37,7 @@ class ExpertSizes:
     K: int
     gate_up: str | None  # the name of a quantized weight's format
     down: str | None
-    by_pointers: bool  # TMA cannot read a dense weight
+    by_pointers: bool  # TMA cannot read a weight whose values, or codes, it would bring
     deterministic: bool
     norm: bool  # the combine also normalizes
 
@@ -85,22 +87,26 @@ PREFILL: Table[PrefillTile] = {
 
 def decode_tokens(gate_up: str | None, down: str | None, dtype: torch.dtype, arch: str) -> int:
     """Return the most tokens for which the sort-free kernels run, for weights of these `QuantizedWeight.name`s."""
+    if W8A8 in (gate_up, down):
+        return 0
     return tiles_for(QUANTIZED_DECODE, dtype, arch)[-1].rows if gate_up and down else DECODE_TOKENS
 
 
 def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     slots, dense = sizes.T * sizes.K, not (sizes.gate_up or sizes.down)
     rows = 0 if sizes.deterministic else slots // sizes.E
-    # TMA reads x where it was gathered in sorted order.
+    # TMA reads rows that were gathered in sorted order, of x or of codes.
     sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not sizes.by_pointers
 
     def config(columns: int, depth: int, quantized: str | None, halves: int = 1) -> LaunchConfig:
-        table = quantized_prefill(quantized) if quantized else PREFILL
+        table = quantized_prefill(quantized, arch) if quantized else PREFILL
         tile = prefill_tile(table, rows, dtype, arch, "pointers" if sizes.by_pointers else "")
         block_m, short_m = tile.BLOCK_M, tile.SHORT_M
-        if not sorted_x:  # pointers need tiles of one part, a power of 2
+        if not (
+            sorted_x or (quantized == W8A8 and tma(arch) and not sizes.by_pointers)
+        ):  # pointers need tiles of one part, a power of 2
             block_m, short_m = main_rows(block_m, short_m), 0
-            block_m = block_m if sizes.deterministic else power_of_2(slots, low=16, high=block_m)
+            block_m = block_m if sizes.deterministic else power_of_2(slots, low=least_rows(quantized), high=block_m)
         more = {"BLOCK_M": block_m, "SHORT_M": short_m, "GROUP_M": GROUP_M}
         return weight_config(tile, columns, depth, quantized, halves, **more)
 

@@ -24,9 +24,10 @@ LOGIT_ROWS = 256  # tokens whose logits are in memory at once
 
 @dataclass(frozen=True)
 class QuantizationCost:
-    """Both models in fp64: on the dequantized weights, and on the weights of the files; or over both caches."""
+    """Both models in fp64: on the dequantized weights, and on the weights of the files; or over both caches, or with
+    activations of 8 bits and without."""
 
-    formats: dict[str, str]  # of the quantized parts of the model, by their names in QUANTIZED_PARTS, or of the cache
+    formats: dict[str, str]  # of the quantized parts by their names in QUANTIZED_PARTS, of the cache or the activations
     cosine: float  # between the logits of a token in both, the mean over all tokens
     min_cosine: float  # that of the worst token
     flips: int  # of `routed` routes (a token in a layer), those that differ
@@ -37,8 +38,8 @@ class QuantizationCost:
     def __str__(self) -> str:
         kinds, perplexity = ", ".join(f"{part} {format}" for part, format in self.formats.items()), ""
         against, short = "the weights as stored", "as stored"
-        if "cache" in self.formats:
-            against, short = "keys and values that are not quantized", "without"
+        if kind := {"cache": "keys and values", "activations": "activations"}.get(next(iter(self.formats))):
+            against, short = f"{kind} that are not quantized", "without"
         if self.perplexity is not None and self.stored_perplexity is not None:
             percent = 100 * (self.perplexity / self.stored_perplexity - 1)
             perplexity = f"; perplexity {self.perplexity:.3f}, {short} {self.stored_perplexity:.3f} ({percent:+.2f} %)"
@@ -148,3 +149,11 @@ def measure_cache_cost(target: Any, source: Any, ids: Tensor, text: Tensor | Non
     for layer in target.layers:
         cost.compare((layer, True), (layer, False))
     return cost.result({"cache": "int8"})
+
+
+def measure_activation_cost(target: Any, source: Any, ids: Tensor, text: Tensor | None) -> QuantizationCost:
+    """The cost of 8 bits for the activations of products, on the same weights and texts as `measure_cache_cost`."""
+    cost = LayerByLayer(target, source, ids, text)
+    for layer in target.layers:
+        cost.compare((target.reference_layer(layer), False), (layer, False))
+    return cost.result({"activations": target.activations})

@@ -31,7 +31,7 @@ from ..generate import prefill
 from ..kernels.arch import ARCHS, amd, family
 from ..kernels.kernel_args import flatten
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
-from ..kernels.op import Op
+from ..kernels.op import Op, runs_on
 from ..kernels.quantized_cache import vector_bytes
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
@@ -188,7 +188,7 @@ def collect(
         names = {field.name for field in fields(op.case)}
         if unknown := [name for name in at or {} if name not in names]:
             raise ValueError(f"--at has {unknown[0]}, and {op.name} has {', '.join(sorted(names))}")
-        shapes = dict.fromkeys(replace(shape, **at or {}) for shape in op.bench_shapes)
+        shapes = dict.fromkeys(replace(shape, **at or {}) for shape in op.bench_shapes if runs_on(shape, arch))
         for dtype, sizes in product(op.dtypes, shapes):
             args = op.inputs(sizes, dtype, "meta")
             with record_launches(arch) as launches:

@@ -16,7 +16,11 @@ from .processes import is_first
 from .terminal import Table, bar, console, print_message
 
 WINDOW = 2048  # the most tokens of a window that is not given
-STORED: dict[str, Any] = {"weights": None, "cache_dtype": None}  # options that change the model's numbers
+STORED: dict[str, Any] = {
+    "weights": None,
+    "cache_dtype": None,
+    "activations": None,
+}  # options that change the model's numbers
 COLUMNS = {"tokens": "tokens", "nats": "nats a token", "perplexity": "perplexity", "bits_per_byte": "bits a byte"}
 Span = tuple[int, int, int]
 
@@ -54,7 +58,7 @@ def describe(options: dict[str, Any]) -> str:
     """Name the options that change a model: experts int4, linear int8, cache int8."""
     weights = options.pop("weights", None) or {}
     parts = weights if isinstance(weights, dict) else {"experts": weights}
-    parts |= {name.removesuffix("_dtype"): value for name, value in options.items()}
+    parts = {**parts, **{name.removesuffix("_dtype"): value for name, value in options.items()}}  # not the caller's
     return ", ".join(f"{name} {value}" for name, value in parts.items()) or "as stored"
 
 

@@ -24,7 +24,7 @@ from ..kernels.kernel_args import flatten, operand_name
 from ..kernels.launch import Launch
 from ..kernels.offload import find_weight
 from ..kernels.op import Cost
-from ..kernels.quantized import BITS
+from ..kernels.quantized import BITS, W8A8
 from ..kernels.sort import expected_distinct_experts
 from .gpus import GPU, LINKS
 
@@ -50,6 +50,7 @@ class Work:
     values: float = 0.0  # of 32 bits in its registers, `stored` of them at the end
     stored: float = 0.0
     fp32: bool = False  # products without tensor cores
+    fp8: bool = False  # products of codes, for which tensor cores have twice bf16's rate
     host: float = 0.0  # of the experts in host memory, expected bytes that cross the link
     apart: float = 0.0  # the share that does not wait for the link: the probability that no token needs it
     overlaps: bool = False  # `vector` of one warpgroup and the products of another
@@ -142,8 +143,10 @@ def _product(launch: Launch, operands: Operands, product: Product) -> Work:
         heights = row_tiles(tokens, K / E, E, rows, (short, main_rows(rows, short)) if short else ())
         mean = sum(height * count for height, count in heights.items()) / sum(heights.values())
         across = math.ceil(t[weight].shape[-2] / columns)
-        if c["LAYOUT"].format != "dense":
+        if c["LAYOUT"].format not in ("dense", W8A8):
             fields, vector = 16 // BITS[c["LAYOUT"].format], DEQUANTIZED / (2 * rows)
+        elif c["LAYOUT"].promoted:
+            vector = 1 / c["BLOCK_K"]
         tiles = [
             (count * across / E, height * depth * size + bytes_of_weight, 2 * height * columns * depth)
             for height, count in heights.items()
@@ -156,7 +159,12 @@ def _product(launch: Launch, operands: Operands, product: Product) -> Work:
         apart = (math.comb(E - n, K) / math.comb(E, K)) ** tokens if in_place else 1.0
     shared = stages * c["BLOCK_K"] * (rows * size * fields + columns * t[weight].element_size())
     sums, early = mean * columns, c.get("PREFETCH", 0) * c["BLOCK_N"]
-    return Work(memory, tuple(tiles), vector, shared, sums, sums, size == 4, host, apart, overlaps=True, early=early)
+    # A tile's sums of codes lie beside the total: those of one part, where a tile has two.
+    values = sums + min(sums, 128 * columns) * c["LAYOUT"].promoted
+    kinds = {"fp32": size == 4, "fp8": size == 1}
+    return Work(
+        memory, tuple(tiles), vector, shared, values, sums, **kinds, host=host, apart=apart, overlaps=True, early=early
+    )
 
 
 def _attention(launch: Launch, t: Operands) -> Work:
@@ -240,7 +248,8 @@ CAUTIOUS = Efficiency(memory=0.86, matmul=0.63, l2=0.82, tile=4e-6, kernel=3e-6,
 def floor(cost: Cost, gpu: GPU) -> tuple[float, str]:
     """Return the least seconds on `gpu` at full rates, and what sets them: "memory", "matmul" or "link" (to host)."""
     link = cost.host_bytes / LINKS[gpu.link]
-    limits = {"memory": cost.bytes / gpu.bandwidth, "matmul": cost.flops / gpu.matmul, "link": link}
+    matmul = (cost.flops - cost.fp8_flops / 2) / gpu.matmul
+    limits = {"memory": cost.bytes / gpu.bandwidth, "matmul": matmul, "link": link}
     return max((seconds, name) for name, seconds in limits.items())
 
 
@@ -302,7 +311,7 @@ def _parts(works: Iterable[tuple[Launch, Work]], gpu: GPU, efficiency: Efficienc
     loading = sms / (gpu.l2 * efficiency.l2)  # seconds a byte, and of products seconds a FLOP
     for launch, work in works:
         resident = _resident_programs(work, launch.num_warps or 4, sms, gpu.arch)
-        multiplying = sms / (gpu.vector if work.fp32 else gpu.matmul * efficiency.matmul)
+        multiplying = sms / (gpu.vector if work.fp32 else gpu.matmul * (1 + work.fp8) * efficiency.matmul)
         vector = work.vector * sms / (gpu.vector * efficiency.matmul / OPTIMISTIC.matmul)
         # One program, or in a product one warpgroup, computes while another multiplies.
         overlaps = resident > 1 or work.overlaps

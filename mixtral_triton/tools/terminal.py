@@ -23,7 +23,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..kernels.quantized import BITS
+from ..kernels.quantized import BITS, W8A8
 from .processes import is_first
 
 PIPED = 120  # columns without a terminal and without COLUMNS
@@ -53,8 +53,8 @@ def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
         if name == "cache":
             form, need = "int8", "int8, or no cache=: the cache is then in the model's dtype"
         elif name in QUANTIZED:
-            need = f"one of {', '.join(BITS)}, and maybe a group: {name}=int4:128"
-            form = rf"({'|'.join(BITS)})(:[1-9]\d*)?"
+            need = f"one of {', '.join((*BITS, W8A8))}, and maybe a group: {name}=int4:128"
+            form = rf"{W8A8}|({'|'.join(BITS)})(:[1-9]\d*)?"
         if not (name and re.fullmatch(form, size)):
             raise ValueError(f"{option} is {text!r}, needs {need}")
         if name in found:

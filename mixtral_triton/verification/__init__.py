@@ -28,7 +28,7 @@ from ..generate import GRAPH_MIN_TOKENS, can_capture
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, launch_context, multiprocessors, target_arch
 from ..model import Mixtral
-from ..quantize.cost import held_out, measure_cache_cost, perplexity
+from ..quantize.cost import held_out, measure_activation_cost, measure_cache_cost, perplexity
 from ..quantize.hub import read_headers
 from ..tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
 from ..tools.offline import launch_text, on_meta
@@ -72,6 +72,8 @@ def verify(
     tokens: of the pseudo-random text, and of the longest call of an operation.
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
     text: int64 [N], whose perplexity the cost of quantizing has; None: the folder's held-out text, if there is one.
+    A model with activations="fp8" quantizes them here in forwards of any number of rows, as the reference does, so that
+    one reference serves all of them; the operations that `generate` calls are those of its own rule.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
@@ -79,7 +81,7 @@ def verify(
         raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None or torch.int8")
     if cache_dtype and is_transformers:
         raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
-    check_peer(peer, isinstance(target, Mixtral) and target.ranks is not None, cache_dtype)
+    check_peer(peer, getattr(target, "ranks", None) is not None, cache_dtype, getattr(target, "activations", None))
     if is_transformers and (folder is not None or peer is not None):
         raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
     if isinstance(target, (str, os.PathLike)):
@@ -104,8 +106,9 @@ def verify(
         return _verify(under_test, input_ids, progress, folder, peer, quick, tokens, text)
 
 
-def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any) -> None:
-    """ValueError for an unknown peer, one that is not installed, and any on a mesh or with a cache of another dtype."""
+def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any, activations: Any = None) -> None:
+    """ValueError for an unknown peer, one that is not installed, and any on a mesh or with a cache of another dtype or
+    activations of 8 bits."""
     if peer is None:
         return
     if peer != "transformers":
@@ -114,6 +117,8 @@ def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any) -> None:
         raise ValueError(f"verify: peer is {peer!r}, and no rank of a mesh has all weights for it: needs None")
     if cache_dtype is not None:
         raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
+    if activations is not None:
+        raise ValueError(f"verify: activations is {activations!r}, needs None: transformers does not quantize them")
     if find_spec(peer) is None:
         raise ValueError("verify: peer 'transformers' is not installed: pip install 'transformers>=5.7'")
 
@@ -157,7 +162,9 @@ def _verify(
     kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
-    cache_cost = measure_cache_cost(target, folder and Source(folder), ids, text) if target.quantized else None
+    source = folder and Source(folder)
+    cache_cost = measure_cache_cost(target, source, ids, text) if target.quantized else None
+    activation_cost = measure_activation_cost(target, source, ids, text) if target.activations else None
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))
@@ -169,7 +176,7 @@ def _verify(
 
         rows += compare_calls(target, ids, steps)
     logits = target.head(exact, to_fp64), target.head(expected.x)
-    expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.quantized)
+    expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
     routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
     routes.start("end to end")
     with target.catch_faults(routes.fail):
@@ -186,9 +193,12 @@ def _verify(
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
-    kinds = kinds_not_run(rows, kernels, target.is_mixtral, dtype != torch.float32, target.quantized)
+    formats = {"quantized_cache": target.quantized, "activations": target.activations is not None}
+    kinds = kinds_not_run(rows, kernels, target.is_mixtral, dtype != torch.float32, **formats)
     routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
-    return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, cost, not_run, cache_cost)
+    costs = {"quantization": cost, "cache": cache_cost, "activations": activation_cost}
+    about = backend, dtype_name(dtype), target.peer
+    return Report(tuple(rows), routes.flips, routed, *about, not_run=not_run, **costs)
 
 
 def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
@@ -258,7 +268,7 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     new = _new_tokens(model, prompts, captures := can_capture(model))
     logits, perturbed = exact.chunk(2)
     limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
-    if target.quantized:
+    if target.coarse:
         limit = max(limit, token_floor(baseline.dtype, True) * largest(logits))
     options: Any = {"eos_token_id": [], "cache_dtype": torch.int8 if target.quantized else None}
     if new < 1 or not math.isfinite(limit):  # where torch overflows, the row of the logits says so
@@ -319,6 +329,6 @@ def _next_logits(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Te
     for text in texts:
         x = F.embedding(text[None, :-1], target.embed_tokens)
         for index in range(len(target.layers)):  # a mesh gathers a layer when it is read: keep none
-            x = reference.block(target.layers[index], target.config, x, attend).output
+            x = reference.block(target.reference_layer(target.layers[index]), target.config, x, attend).output
         logits.append(target.head(x[0, -new:]).float())
     return torch.stack(logits), torch.stack([text[-new:] for text in texts])

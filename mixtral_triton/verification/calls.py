@@ -17,7 +17,7 @@ from ..kernels.call import unflatten_args
 from ..kernels.experts.tiles import decode_tokens
 from ..kernels.kernel_weight import Weight
 from ..kernels.launch import DEFAULT_ARCH, Launch, active_records, launch_context, target_arch
-from ..kernels.quantized import QuantizedWeight
+from ..kernels.quantized import W8A8, QuantizedWeight
 from ..kernels.quantized_cache import QuantizedCache
 from ..kernels.registry import OPS
 from ..model import Mixtral
@@ -98,6 +98,7 @@ class LayerCheck:
     tables: dict[str, Tensor]  # cos and sin fp32
     quantized: bool = False  # caches have 8 bits
     local_ids: Callable[[Tensor], Tensor] = lambda ids: ids  # routes [N,K] -> as this layer numbers its experts
+    coarse: bool = False  # `ModelUnderTest.coarse`
 
     def __post_init__(self) -> None:
         values, (B, T, _) = self.values, self.values.x.shape
@@ -135,6 +136,8 @@ class LayerCheck:
         if index == 0 or values.x.is_cuda:  # they are slow
             sizes |= {"prefill": limit + E, **({} if gate_up is None else {"decode in several tiles": limit})}
         for case, size in sizes.items():  # routes that take every expert
+            if not size:  # fp8 codes are sorted, however few
+                continue
             ids = torch.arange(size * K, device=values.x.device).view(size, K) % E
             if case != "decode":  # each group ends with few rows of a tile: the grid needs all the tiles of its bound
                 ids = ids[:1].repeat(size, 1)
@@ -183,7 +186,7 @@ class LayerCheck:
         # The first sequence ends where the cache or the positions do, and its padding is beyond.
         past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
         past = torch.where(b == 0, last, past.minimum(last)).clamp(min=0).int()
-        is_o = weights.get(_key(recorded.get("weight"))) is self.layer.o_proj
+        is_o = _key(weights.get(_key(recorded.get("weight")))) == _key(self.layer.o_proj)
         x = values.heads if is_o else values.normed if op == "linear" else values.attn_output
         residual = values.x if op == "rms_norm_gate_route" else values.x + values.attn_output
         q, k = (self.rq, self.rk) if op in ("cached_attention", "append") else (values.q, values.k)
@@ -210,7 +213,8 @@ class LayerCheck:
             if name not in text:
                 if _key(like) not in weights or (name == "cos" and limit < T):
                     raise KeyError(name)
-                return weights[_key(like)]
+                weight = weights[_key(like)]
+                return weight.with_fp8_activations() if getattr(like, "format", None) == W8A8 else weight
             part = text[name][index.flatten()].flatten()
             if (count := like.numel()) > len(part):
                 raise ValueError(f"{name}, more than the {len(part)} of the text")
@@ -272,6 +276,7 @@ class SizedCalls:
         self.not_run: dict[str, None] = {}  # each line once
         config, dtype = replace(target.config, num_hidden_layers=1), target.embed_tokens.dtype
         self.model: Any = on_meta(target.model, [0]) if target.is_mixtral else Mixtral(config, "meta", dtype)
+        self.model.sixteen_bit_rows = Mixtral.sixteen_bit_rows  # as `generate` has it
         first, outer = self.model.layers[0], ("norm", "embed_tokens", "lm_head", "cos", "sin")
         on = {name: getattr(first, name) for name in (*first._parameters, *first._modules)}
         self.on = on | {name: getattr(self.model, name) for name in outer}  # its weights by name

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from .. import reference, tolerance
 from ..cache import KVCache
 from ..kernels.launch import INTERPRETED
+from ..kernels.quantized import with_fp8_activations
 from ..kernels.registry import OPS, dispatched
 from ..model import Layer
 from ..parallel import UNSHARDED
@@ -49,18 +51,39 @@ class ModelUnderTest:
     is_mixtral = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
     ranks: Any = None  # on a mesh its Ranks: an error is then no wrong row, and no layer is compared in fp32
     quantized = False  # keys and values: every forward reads them from a cache of 8 bits
+    activations: str | None = None  # of the layers' products, in every forward: `Mixtral.activations`
     operation = staticmethod(dispatched)  # the runtime's function for (operation, arguments)
     shard = UNSHARDED  # the part of the weights that the model's own layers have
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.layers = model, model.full_config, model.layers
+        self.activations = model.activations
+        if self.activations is not None:  # one reference for forwards of any number of rows
+            self.model = copy.copy(model)
+            self.model.sixteen_bit_rows = 0
         self.embed_tokens, self.norm, self.lm_head = model.embed_tokens, model.norm, model.lm_head
         self.tables = {"cos": model.cos, "sin": model.sin}
+
+    @property
+    def coarse(self) -> bool:
+        """Whether a rounding of fp32 may change a code of the cache or of activations."""
+        return self.quantized or self.activations is not None
+
+    def reference_layer(self, layer: Any) -> Any:
+        """The weights of a layer as torch multiplies with them: those that quantize activations where the model's do.
+        `local`: the layer."""
+        if self.activations is None:
+            return layer
+        weights = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_children())}
+        return SimpleNamespace(local=layer, **{name: with_fp8_activations(each) for name, each in weights.items()})
 
     def check(self, layer: Any, x: Tensor, config: Any) -> LayerCheck:
         """Compute a layer with torch on x [B,T,H]."""
         attend = reference.uncached_attention(config.sliding_window, **self.tables, quantized=self.quantized)
-        return LayerCheck(reference.block(layer, config, x, attend), layer, config, self.tables, self.quantized)
+        layer = self.reference_layer(layer)
+        check = LayerCheck(reference.block(layer, config, x, attend), layer, config, self.tables, self.quantized)
+        check.coarse = self.coarse
+        return check
 
     def probe_config(self, tokens: int) -> Any:
         """The config with a window that is shorter than the text."""
@@ -186,14 +209,14 @@ class TextReference:
         values, norm = check.values, to_fp64(check.layer.input_layernorm)
         normed = reference.rms_norm(self.exact.to(values.x.device), norm, check.config.rms_norm_eps)
         # The norm of a layer behind the first is computed from what the layer before it adds.
-        quantized = check.quantized and len(self.layers) > 0
+        quantized = check.coarse and len(self.layers) > 0
         references = {"normed": Fp64Reference.from_baseline(normed, values.normed, quantized=quantized)}
         for name, ratio in {"attn_output": PART_RATIO, "y": PART_RATIO, "output": tolerance.RATIO}.items():
             parts = getattr(exact, name), getattr(values, name)
-            references[name] = Fp64Reference.from_baseline(*parts, ratio, check.quantized)
+            references[name] = Fp64Reference.from_baseline(*parts, ratio, check.coarse)
         logits, perturbed = exact.logits.view(2, *values.x.shape[:2], -1)
         error = max(largest(x.view_as(logits) - logits) for x in (values.logits, perturbed))
-        limit = tolerance.RATIO * error + tolerance.token_floor(values.x.dtype, check.quantized) * largest(logits)
+        limit = tolerance.RATIO * error + tolerance.token_floor(values.x.dtype, check.coarse) * largest(logits)
         ids, weights = (x.view(*logits.shape[:2], -1) for x in (values.ids, values.weights))
         self.layers.append(LayerReference(values.x, values.normed, ids, weights, logits.clone(), limit, references))
         self.x, self.exact = values.output, exact.output
@@ -234,7 +257,7 @@ def compare_layers(
     probe = LayerProbe(probe_expected.layers, steps("layers of forwards", count * len(target.layers)))
     if target.is_mixtral:
         pair = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
-        logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.quantized)
+        logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.coarse)
     with target.forward(config, probe, probe_layers=True) as forward:
         for case, tokens, valid, cache, kwargs in target.forward_calls(config, *ids.shape):
             probe.start(case, tokens, valid)

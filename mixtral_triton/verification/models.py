@@ -215,7 +215,9 @@ class MeshUnderTest(ModelUnderTest):
         qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
         values = values._replace(heads=heads, **qkv)
         local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
-        local = LayerCheck(values, layer.local, shard.config(config), check.tables, check.quantized, local_ids)
+        local = LayerCheck(
+            values, layer.local, shard.config(config), check.tables, check.quantized, local_ids, check.coarse
+        )
         for name in ("calls", "derive", "deterministic_calls"):
             setattr(check, name, getattr(local, name))
         return check

@@ -68,7 +68,9 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
     return [max(same, key=lambda row: (row.share, row.note)) for same in groups.values()]
 
 
-def kinds_not_run(rows: Iterable[Row], kernels: bool, mixtral: bool, half: bool, quantized_cache: bool) -> list[str]:
+def kinds_not_run(
+    rows: Iterable[Row], kernels: bool, mixtral: bool, half: bool, quantized_cache: bool, activations: bool
+) -> list[str]:
     """A line for each kind of row that what was verified could have and `rows` do not, with what would run it."""
     found = {(row.op, row.case) for row in rows}
     ops, cases = {op for op, _ in found}, {case for _, case in found}
@@ -81,6 +83,7 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, mixtral: bool, half: bool,
         ("layers in fp32; needs a Mixtral on one device, no --quick or --cache-dtype", half, fp32),
         ("caches of 8 bits; needs --cache-dtype int8", mixtral, quantized_cache),
         ("caches of the model's dtype; needs no --cache-dtype", mixtral, not quantized_cache),
+        ("layers of activations in 16 bits, as in forwards of few rows; needs no --activations", activations, False),
         ("experts alone in each layer; needs 24 tokens of text", True, alone),
         ("generate; needs a Mixtral, and positions for new tokens", True, "generate" in ops),
         ("captured and repeated steps, staging, launch plans; needs a GPU", mixtral, REPEATED in cases),
@@ -111,6 +114,7 @@ class Report:
     quantization: QuantizationCost | None = None  # while loading; the rows compare with the dequantized weights
     not_run: tuple[str, ...] = ()  # what this report says nothing about
     cache: QuantizationCost | None = None  # of keys and values in 8 bits; the rows have such a cache, too
+    activations: QuantizationCost | None = None  # of those of products in 8 bits, which the rows have, too
 
     @property
     def compared(self) -> bool:
@@ -159,7 +163,7 @@ class Report:
             table.add_row(op, case, f"{worst.error:.1e}", f"{worst.limit:.1e}", layer, count)
         yield table
         yield Text(f"routes that differ end to end: {self.flips} of {self.routed}")
-        yield from (Text(str(cost)) for cost in (self.quantization, self.cache) if cost is not None)
+        yield from (Text(str(cost)) for cost in (self.quantization, self.cache, self.activations) if cost is not None)
         for row in self.wrong:
             error = row.note or f"error {row.error:.2e}, limit {row.limit:.2e}"
             yield Text(f"{row.where}: {error}", style="red")

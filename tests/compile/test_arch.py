@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from mixtral_triton.kernels import arch as arch_module
 from mixtral_triton.kernels.arch import ARCHS, family, max_multiprocessors, tma
 from mixtral_triton.kernels.launch import launch_context, override_configs, target_arch, tma_can_read
+from mixtral_triton.kernels.op import runs_on
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.predict import family_note
 
+BF16 = torch.bfloat16
 FALLBACK_FAMILIES = {"sm_75": "sm_80", "sm_130": "sm_80", "gfx1201": "gfx942"}
 
 
@@ -27,11 +30,13 @@ def first_time() -> Iterator[None]:
     arch_module.family.cache_clear()
 
 
-def launch_configs(arch: str) -> list[Any]:
-    """Of every operation at every size it is tested or timed at; the splits of a decode follow the multiprocessors."""
+def launch_configs(arch: str, of_family: str) -> list[Any]:
+    """Of every operation at every size it is tested or timed at on both; the splits of a decode follow the
+    multiprocessors."""
     found = []
     for op in OPS.values():
-        for case, dtype in product((*op.test_shapes[:4], *op.bench_shapes), {op.dtypes[0], op.dtypes[-1]}):
+        shapes = [x for x in (*op.test_shapes[:4], *op.bench_shapes) if runs_on(x, arch) and runs_on(x, of_family)]
+        for case, dtype in product(shapes, {op.dtypes[0], op.dtypes[-1]}):
             with launch_context(arch=arch, sms=132), override_configs({}) as selected:
                 op.run(**op.inputs(case, dtype, "meta"))
             found.append(selected)
@@ -44,7 +49,7 @@ def test_known_gpu_uses_its_family_s_launch_configs_without_a_warning(arch: str)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         of_family, note = family(arch), family_note(arch)
-        assert launch_configs(arch) == launch_configs(of_family) and family(of_family) == of_family
+        assert launch_configs(arch, of_family) == launch_configs(of_family, arch) and family(of_family) == of_family
     assert (note == "") == (arch == of_family) and (not note or (arch in note and of_family in note))
     reads_by_tma = tma_can_read(torch.empty(4, 64, dtype=torch.bfloat16), arch)
     assert reads_by_tma == tma(arch) == (of_family in ("sm_90", "sm_100"))
@@ -60,13 +65,28 @@ def test_a_family_fits_its_gpus() -> None:
 @pytest.mark.parametrize("arch", FALLBACK_FAMILIES)
 def test_unknown_gpu_warns_once(arch: str) -> None:
     with pytest.warns(UserWarning, match=f"^{arch} .*{FALLBACK_FAMILIES[arch]}'s$") as said:
-        assert launch_configs(arch) == launch_configs(FALLBACK_FAMILIES[arch])
+        of_family = FALLBACK_FAMILIES[arch]
+        assert launch_configs(arch, of_family) == launch_configs(of_family, arch)
         assert max_multiprocessors(arch) == ARCHS[FALLBACK_FAMILIES[arch]].sms
     assert len(said) == 1
     with warnings.catch_warnings(), record_launches(arch) as launches:
         warnings.simplefilter("error")
         OPS["attention"].run(**OPS["attention"].inputs(OPS["attention"].test_shapes[0], torch.float16, "meta"))
     assert [launch.kernel for launch in launches if launch.fn] == ["attention_prefill_kernel"]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "gfx942", "gfx950"])
+@pytest.mark.parametrize("name", ["linear", "expert_swiglu", "experts_add_rms_norm"])
+def test_products_of_fp8_codes_need_their_tensor_cores(name: str, arch: str) -> None:
+    sizes = {"T": 70, "H": 128, "N": 64, "I": 64, "E": 4, "K": 2, "weight": "fp8_w8a8", "down": "fp8_w8a8"}
+    op = OPS[name]
+    args = op.inputs({field.name: sizes[field.name] for field in fields(op.case) if field.name in sizes}, BF16, "meta")
+    message = f"fp8_w8a8, and the GPU is {arch}: needs sm_89, sm_90, sm_100, sm_103 or sm_120$"
+    with record_launches(arch) as launches, pytest.raises(ValueError, match=message):
+        op.run(**args)
+    assert not launches
+    with record_launches("sm_89"):
+        op.run(**args)
 
 
 @pytest.mark.parametrize("arch", ["h100", 90, "sm_90a", "sm_"])

@@ -1,5 +1,6 @@
 """Kernels on quantized weights, compiled offline with the tiles of Mixtral 8x7B: no spill, and few instructions."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mixtral_triton.kernels.attention.op import rope_append_attention
 from mixtral_triton.kernels.launch import Launch
-from mixtral_triton.kernels.quantized import SCALES, QuantSpec
+from mixtral_triton.kernels.quantized import SCALES, W8A8, QuantSpec, stored_format
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import compile_launch
@@ -39,7 +40,7 @@ def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16, offlo
     name, group, zeros = format
 
     def weight(dense: Tensor) -> Any:
-        spec = QuantSpec(name, group or dense.shape[-1], SCALES.get(name, dtype), zeros)
+        spec = QuantSpec(name, group or dense.shape[-1], SCALES.get(stored_format(name), dtype), zeros)
         empty = dense if name == "dense" else spec.empty(dense.shape, "meta")
         return offloaded(empty, [0, 1]) if offload and dense.dim() == 3 else empty
 
@@ -146,6 +147,43 @@ def test_half_the_rows_a_program_exceed_the_instruction_limit() -> None:
     fewer = replace(launch, constexprs={**launch.constexprs, "BLOCK_N": launch.constexprs["BLOCK_N"] // 2})
     figures = [instructions_a_byte(each, "sm_80") for each in (launch, fewer)]
     assert figures[1] > 1.5 * figures[0] and figures[1] > INSTRUCTIONS["int4-128-False"]
+
+
+CODES: Format = (W8A8, 0, False)
+# FLOP per other instruction at 4,096 tokens: of linear, which has tiles of one part, and of the experts. Each 128
+# columns a tensor core's sum is added to fp32, an instruction for 8,192 FLOP; not on sm_100.
+CODE_FLOP = {"sm_89": (3000, 3000), "sm_90": (3400, 4200), "sm_100": (0, 0), "sm_120": (3700, 3900)}
+CODE_CASES = [(arch, T, dtype) for arch in CODE_FLOP for T in (70, 300, 4096) for dtype in (BF16, torch.float32)]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("arch", "T", "dtype"), CODE_CASES)
+def test_products_of_codes_do_not_spill(arch: str, T: int, dtype: torch.dtype, offload: bool, covers: Any) -> None:
+    for launch in launches(CODES, T, arch, dtype, offload):
+        kernel = compile_launch(launch, arch)
+        assert kernel.fault is None, (launch.kernel, kernel.fault)
+        if T == 4096 and not offload and dtype == BF16:
+            least, figure = CODE_FLOP[arch][launch.kernel != "linear_kernel"], kernel.loop_flop_per_instruction or 0.0
+            assert figure >= least, (launch.kernel, figure)
+            covers(
+                "main loops", f"{launch.kernel}, {W8A8}, {arch}: {figure:,.0f} FLOP per other instruction ({least:,})"
+            )
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", CODE_FLOP)
+def test_sums_of_codes_are_promoted_where_a_gpu_cuts_them_off(arch: str) -> None:
+    """A product of 128 columns begins at zero, and its sums are added once; ptxas waits for all of it at once."""
+    for launch in launches(CODES, 4096, arch):
+        kernel = compile_launch(launch, arch)
+        ptx, sass = (kernel.stages[kind].read_text() for kind in ("ptx", "sass"))
+        begins = re.findall(r"wgmma.mma_async\S*e4m3.e4m3 \{[^}]*\}, \S+, \S+, (\S+),", ptx)
+        sums = launch.constexprs["BLOCK_M"] * launch.constexprs["BLOCK_N"] // (32 * (launch.num_warps or 1))
+        sums *= 2 if "_up_" in launch.kernel else 1
+        assert (ptx.count("add.f32") + ptx.count("add.rn.f32") >= sums) == (arch != "sm_100")
+        if arch == "sm_90":
+            assert sass.count("WARPGROUP.DEPBAR") <= len(begins) / 4 + 1
 
 
 FLOP_PER_INSTRUCTION = {"sm_80": 1100, "int4": 2300, "int8": 3400, "fp8": 3400}  # of sm_90 by the format

@@ -45,6 +45,27 @@ def from_fp32(x: Any, kind: str) -> Array:
     return np.where(np.isnan(x), U16(0x7FFF), rounded)
 
 
+_MAGNITUDES = np.arange(127)  # of e4m3, whose code 127 is NaN
+_E4M3 = np.where(
+    _MAGNITUDES < 8, _MAGNITUDES * 2.0**-9, (8 + _MAGNITUDES % 8) * 2.0 ** (_MAGNITUDES // 8 - 10.0)
+)  # ascending
+FROM_E4M3 = np.concatenate((_E4M3, [np.nan], -_E4M3, [np.nan]))  # by code
+
+
+def to_e4m3(x: Array) -> Array:
+    """Convert fp32 to codes, to nearest, ties to even, beyond the largest value to that."""
+    size = np.minimum(np.abs(x).astype(F64), _E4M3[-1])
+    above = np.searchsorted(_E4M3, np.nan_to_num(size))
+    below = np.maximum(above - 1, 0)
+    middle = (_E4M3[below] + _E4M3[above]) / 2
+    code = np.where((size < middle) | ((size == middle) & (below % 2 == 0)), below, above)
+    return np.where(np.isnan(x), 127, code | np.signbit(x) * 128).astype(np.uint8)
+
+
+def _cvt_e4m3_pair(high: Array, low: Array) -> Array:
+    return to_e4m3(high).astype(U16) << U16(8) | to_e4m3(low)
+
+
 def fma16(a: Any, b: Any, c: Any, kind: str) -> Array:
     x, y, z = (to_fp32(bits, kind).astype(F64) for bits in (a, b, c))
     return from_fp32((x * y + z).astype(F32) if kind == "bf16" else x * y + z, kind)
@@ -124,6 +145,7 @@ for _kind in HALVES:
     elementwise(f"cvt.f32.{_kind}", partial(to_fp32, kind=_kind), "b16")
     elementwise(f"cvt.rn.{_kind}.f32", partial(from_fp32, kind=_kind), "f32")
     elementwise(f"cvt.rn.{_kind}x2.f32", partial(_cvt_pair, kind=_kind), "f32", "f32")
+elementwise("cvt.rn.satfinite.e4m3x2.f32", _cvt_e4m3_pair, "f32", "f32")
 by_type({"cvt.rn.f32": lambda a: a.astype(F32)}, 1, "s32", "u32", "s64", "u64", "s16", "u16")
 
 NARROW = ("s16", "u16", "s32", "u32")

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.kernels.launch import override_configs
-from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.op import Op, runs_on
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
 from mixtral_triton.tolerance import Tolerance
@@ -51,7 +51,8 @@ def supported(op: Op, dtype: torch.dtype) -> torch.dtype:
 def test_every_operation(name: str, arch: str, dtype: torch.dtype, ptx_emulator: Any, covers: Any) -> None:
     op = OPS[name]
     with ptx_emulator(arch):
-        worst = max(check_error(op, sizes, supported(op, dtype)) for sizes in op.test_shapes)
+        shapes = (sizes for sizes in op.test_shapes if runs_on(sizes, arch))
+        worst = max(check_error(op, sizes, supported(op, dtype)) for sizes in shapes)
     covers("errors in the PTX emulator", f"{name} {str(dtype)[6:]} {arch}: at most {worst:.0%} of the limit")
 
 
@@ -97,7 +98,8 @@ def test_production_tiles(name: str, arch: str, ptx_emulator: Any) -> None:
     op, tested, kernels = OPS[name], set(), set()
     dtype = supported(op, BF16)
     with ptx_emulator(arch) as gpu:
-        for sizes in (sizes for sizes in op.bench_shapes if getattr(sizes, "H", 4096) == 4096):  # of 8x7B
+        shapes = [sizes for sizes in op.bench_shapes if runs_on(sizes, arch)]
+        for sizes in (sizes for sizes in shapes if getattr(sizes, "H", 4096) == 4096):  # of 8x7B
             configs, reduced = selected_configs(name, sizes, dtype, arch), small(sizes)
             if (key := (str(configs), str(reduced))) in tested:
                 continue

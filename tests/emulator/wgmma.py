@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import HALVES, to_fp32
+from .arithmetic import FROM_E4M3, HALVES, to_fp32
 from .copies import AsyncGroups, swizzle
 from .memory import SHARED_BASE, Fault, where
 from .parser import Imm, Instruction, Program, Unmodelled, Vector
@@ -20,6 +20,9 @@ from .warp import check_full_warps, registers, registers_of_c, rows_of_a, rows_o
 
 SPANS = {1: 128, 2: 64, 3: 32}
 UNDEFINED = np.uint32(0xFFFF_FFFF)  # NaN
+SUM_BITS = (
+    14  # of a sum of fp8 products (DeepSeek-V3 report, section 3.3.2); the order within an instruction is unknown
+)
 
 
 # The values that result registers will hold, [warps, 16, columns]; by lane the pending product's number, or 0
@@ -82,6 +85,12 @@ def _uniform(frame: Any, values: Any, warps: Array, inst: Instruction) -> Array:
     return by_warp[:, 0]
 
 
+def keep_bits(total: Array, largest: Array) -> Array:
+    """Cut sums off after SUM_BITS bits from the first one of `largest`: of what was added, or of the sum."""
+    unit = np.ldexp(1.0, np.frexp(largest)[1] - SUM_BITS)
+    return np.trunc(total / unit) * unit
+
+
 class WgmmaStep:
     """The step of a wgmma instruction, whose operands are parsed once."""
 
@@ -89,13 +98,15 @@ class WgmmaStep:
         to, a, b, scale_d, *flags = inst.operands
         values = [flag.value if isinstance(flag, Imm) else None for flag in flags]
         self.a_registers = a if isinstance(a, Vector) else None
-        if values[:2] != [1, 1] or len(values) != (3 if self.a_registers else 4):
-            raise Unmodelled(f"negated operand, or unknown flags: {inst.text}")
         self.inst = inst
         shape, self.kind = inst.opcode.split(".")[4], inst.opcode.split(".")[6]
+        transposes = 0 if self.kind == "e4m3" else 1 if self.a_registers else 2
+        if values[:2] != [1, 1] or len(values) != 2 + transposes or (self.a_registers and not transposes):
+            raise Unmodelled(f"negated operand, or unknown flags: {inst.text}")
         self.columns = int(shape[4:-3])
         self.slots = tuple(reg.slot for reg in to.items)
-        self.transposed_a, self.transposed_b = self.a_registers is None and values[2] == 1, values[-1] == 1
+        self.transposed_a = transposes == 2 and values[2] == 1
+        self.transposed_b = transposes > 0 and values[-1] == 1
         self.a = None if self.a_registers else reader(a, "u64")
         self.b, self.adds = reader(b, "u64"), reader(scale_d, "pred")
 
@@ -109,7 +120,8 @@ class WgmmaStep:
         tensor.count += 1
         product = Product(tensor.count, self.slots, [], {})
         a, b = self._load_a(frame, warps, product), self._load_b(frame, warps, product)
-        total = (a.reshape(len(b), -1, 16) @ b.swapaxes(1, 2)).reshape(len(warps), 16, -1)
+        total = (a.reshape(len(b), -1, a.shape[-1]) @ b.swapaxes(1, 2)).reshape(len(warps), 16, -1)
+        largest = np.abs(total)
         adds = _uniform(frame, self.adds(frame), warps, self.inst)
         if adds.any():
             if pending and not accumulates and (pending.number.reshape(-1, 32)[warps] > 0).any():
@@ -121,6 +133,9 @@ class WgmmaStep:
             )
             before = c[warps]
             total = np.where(adds[:, None, None], total + before, total)
+            largest = np.maximum(largest, np.maximum(np.abs(before), np.abs(total)))
+        if self.kind == "e4m3":
+            total = keep_bits(total, largest)
         self._set_result(frame, lanes, warps, total.astype(np.float32), product, accumulates)
 
     def _check_fence(self, frame: Any, lanes: Array, accumulates: bool) -> None:
@@ -160,10 +175,12 @@ class WgmmaStep:
     def _load_tile(
         self, frame: Any, offsets: Array, lanes: Array, bits: Array, rows: int, transposed: bool, product: Product
     ) -> Array:
-        """Load chunks at [tiles, offsets], read by the warps of `bits`, as fp64 [tiles, rows, 16]."""
+        """Load chunks at [tiles, offsets], read by the warps of `bits`, as fp64 [tiles, rows, 16], of e4m3 32."""
         frame.machine.log.read_async(frame.block[lanes], bits, offsets, 16, self.inst)
         chunks = frame.machine.shared.views[16][offsets // 16]
         product.tiles.append((lanes, offsets, chunks))
+        if self.kind == "e4m3":
+            return FROM_E4M3[chunks.view(np.uint8)].reshape(-1, rows, 32)
         values = to_fp32(chunks.view(np.uint16), self.kind).astype(np.float64)
         return values.reshape(-1, 16, rows).swapaxes(1, 2) if transposed else values.reshape(-1, rows, 16)
 
@@ -181,8 +198,9 @@ class WgmmaStep:
         tensor.groups.begin(self.inst, lanes, product)
 
 
-for _kind in HALVES:
-    for _n in range(8, 257, 8):
+for _n in range(8, 257, 8):
+    MODELLED[f"wgmma.mma_async.sync.aligned.m64n{_n}k32.f32.e4m3.e4m3"] = WgmmaStep
+    for _kind in HALVES:
         MODELLED[f"wgmma.mma_async.sync.aligned.m64n{_n}k16.f32.{_kind}.{_kind}"] = WgmmaStep
 
 

@@ -384,6 +384,7 @@ def test_source_that_is_no_config_is_rejected(tmp_path):
         assert str(caught.value).count("\n") == 0
 
 
-def test_activations_of_8_bits_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"from_pretrained: activations is 'fp8', needs None"):
-        Mixtral.from_pretrained("small", "meta", activations="fp8")
+def test_activations_that_there_are_not_are_refused_by_name() -> None:
+    for activations in ("stored", "int8", "", 8, True):
+        with pytest.raises(ValueError, match=f"from_pretrained: activations is {activations!r}, needs None or 'fp8'"):
+            Mixtral.from_pretrained(SMALL, "meta", weights="fp8", activations=activations)

@@ -24,7 +24,7 @@ def arguments(format: str | None, T: int, dtype: torch.dtype, H: int = 64) -> Ar
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
+@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8", "fp8_w8a8"])
 @pytest.mark.parametrize(("T", "deterministic"), [(1, False), (4, False), (70, False), (3, True)])
 def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, ordered: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -38,7 +38,7 @@ def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, o
 
 @pytest.mark.exhaustive
 @pytest.mark.interpreted
-@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
+@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8", "fp8_w8a8"])
 @pytest.mark.parametrize("T", [112, 130, 200, 512])
 def test_same_bits_as_stacked_for_many_rows(format: str | None, T: int, ordered: Any, unguarded: None) -> None:
     """Resident weights are read by TMA's tiles and offloaded ones by pointers', in the same order of each sum."""
@@ -156,3 +156,17 @@ def test_index_selects_what_a_tensor_s_does_or_is_refused(stacked: Any) -> None:
     with pytest.raises(IndexError):
         weight[E]
     assert len([*weight]) == E
+
+
+def test_view_with_fp8_activations_of_offloaded_experts(ordered: Any) -> None:
+    """It has the weight's addresses and its buffer, and torch's operator finds it by its id."""
+    args = arguments("fp8", 70, torch.bfloat16)
+    on_host = with_offload(args, ON_HOST)
+    views, stacked = (
+        one | {name: one[name].with_fp8_activations() for name in ("gate_up_proj", "down_proj")}
+        for one in (on_host, args)
+    )
+    expected, view = ops.expert_swiglu(**stacked), views["down_proj"]
+    assert torch.equal(ops.expert_swiglu(**views), expected) and not torch.equal(ops.expert_swiglu(**args), expected)
+    assert torch.equal(dispatched("expert_swiglu", views)(**views), expected)
+    assert on_host["down_proj"].with_fp8_activations() is view and view.staged() is on_host["down_proj"].data

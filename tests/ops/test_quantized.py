@@ -15,9 +15,12 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import unpack as ptx_unpack
+from mixtral_triton.kernels.fp8 import quantize_rows
+from mixtral_triton.kernels.kernel_args import Groups, Rows
 from mixtral_triton.kernels.quantized import (
     BITS,
     QuantizedWeight,
+    encode_rows,
     pack,
     products_of_codes,
     sample_quantized,
@@ -69,6 +72,91 @@ def test_dequantize_is_code_minus_zero_times_scale(name: str) -> None:
     assert torch.equal(weight[1].dequantize(), values[1]) and len(weight[1:]) == 2
     assert torch.equal(torch.nn.Sequential(weight).to(torch.bfloat16)[0].dequantize(), values)
     assert weight.to("meta").data.is_meta
+
+
+def rows_of_many_magnitudes(K: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows [9, K]: of zeros, tiny, large, with one large value, with ties between two codes."""
+    x = randn(9, K)
+    x[0], x[1], x[2], x[3, 0], x[4] = 0.0, x[1] * 1e-30, x[2] * 100, 3e4, 8.5 * (torch.arange(K) % 53)
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("K", [48, 100, 300])
+def test_fp8_weight_with_fp8_activations_multiplies_codes(K: int, dtype: torch.dtype) -> None:
+    """In exact arithmetic, from codes that are found by search among all of e4m3."""
+    weight, x = random_weight("fp8", 2, 37, K), rows_of_many_magnitudes(K, dtype)
+    view = weight.with_fp8_activations()
+    every = torch.arange(256, dtype=torch.uint8)[(torch.arange(256) & 127) != 127].view(torch.float8_e4m3fn).double()
+    every = every.unique()  # ascending, one zero
+    largest = x.double().abs().amax(-1, keepdim=True).clamp(min=448 * 2.0**-126)
+    scaled = x.float() * torch.div(torch.tensor(448.0), largest.float())
+    above = torch.searchsorted(every, scaled.double().clamp(-448, 448)).clamp(max=len(every) - 1)
+    low, high = every[(above - 1).clamp(min=0)], every[above]
+    codes = torch.where((scaled - low) < (high - scaled), low, high)
+    codes, scales = (
+        codes.where((scaled - low) != (high - scaled), scaled.to(torch.float8_e4m3fn).double()),
+        largest / 448,
+    )
+    assert (
+        (codes.float().view(torch.int32) >> 20 & 1 == 0) | ((scaled - low) != (high - scaled))
+    ).all()  # ties to even
+    for index in range(2):
+        exact = codes @ weight[index].values().double().T * scales * weight[index].scales.double().T
+        got = view[index].product(x)
+        assert got.dtype == dtype and torch.allclose(
+            got.double(), exact, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-5 * float(exact.abs().max())
+        )
+    assert torch.equal(view.dequantize(), weight.dequantize()) and view.name == "fp8_w8a8"
+
+
+def test_fp8_activations_keep_a_row_that_is_not_finite_visible() -> None:
+    weight, x = random_weight("fp8", 33, 100).with_fp8_activations(), randn(3, 100)
+    x[0, 3], x[1, 7] = float("nan"), float("-inf")
+    assert weight.product(x)[:2].isnan().all() and weight.product(x)[2].isfinite().all()
+
+
+def test_view_with_fp8_activations_follows_its_weight() -> None:
+    """It is made once, and shares whatever tensors the weight has; no state, copy or pickle has it as a part."""
+    weight, x = random_weight("fp8", 33, 100), randn(5, 100)
+    keys, view = weight.state_dict().keys(), weight.with_fp8_activations()
+    assert weight.with_fp8_activations() is view and view.data is weight.data and not [*weight.children()]
+    other = random_weight("fp8", 33, 100, seed=1)
+    weight.load_state_dict(other.state_dict())
+    assert weight.state_dict().keys() == keys
+    assert torch.equal(view.product(x), other.with_fp8_activations().product(x))
+    for copied in (deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        copied.data = copied.data.clone()
+        assert copied.with_fp8_activations().data is copied.data
+    assert torch.nn.Sequential(weight).to("meta")[0].with_fp8_activations().data.is_meta
+    for name in ("fp8:128", "int8"):
+        with pytest.raises(
+            ValueError, match=r"with_fp8_activations: got a weight of .*, needs fp8 with one scale a row"
+        ):
+            random_weight(name, 3, 256).with_fp8_activations()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("K", [16, 48, 100, 300, 1000])
+def test_kernel_quantizes_rows_to_the_codes_of_the_reference(K: int, dtype: torch.dtype) -> None:
+    """Bit for bit, in the byte order of the weight; rows that are not finite stay so."""
+    x = rows_of_many_magnitudes(K, dtype)
+    x[7, 3], x[8, 1] = float("nan"), float("inf")
+    (codes, scales), (want, exact) = quantize_rows(Rows.of(x)), encode_rows(x)
+    packed = pack(want.view(torch.uint8), "fp8", K)
+    assert torch.equal(codes[:7].view(torch.int16), packed[:7]) and torch.equal(scales[:7], exact[:7, 0])
+    assert codes[7:].float().isnan().any(-1).all() and scales[8].isinf()
+
+
+@pytest.mark.interpreted
+def test_kernel_quantizes_the_tokens_of_slots_in_the_order_of_experts() -> None:
+    x, ids = randn(5, 100), torch.tensor([[1, 0], [2, 1], [0, 7], [-1, 2], [1, 2]])  # 3 experts, two ids out of range
+    order, offsets = ops.sort_by_expert(ids.clamp(0, 2), 3)[0] * 0, torch.tensor([0, 2, 5, 8])
+    order[:8] = torch.tensor([1, 4, 0, 3, 8, 2, 7, 9])
+    codes, scales = quantize_rows(Rows.of(x), Groups(order, offsets.int(), 3), 2)
+    want, exact = quantize_rows(Rows.of(x[order[:8] // 2]))
+    assert torch.equal(codes[:8].view(torch.int16), want.view(torch.int16)) and torch.equal(scales[:8], exact)
 
 
 PRODUCTS = [("int8", 80, False), ("int8", 128, False), ("int8", 300, False), ("int4:128", 256, True)]
@@ -220,6 +308,8 @@ CASES = [
     ("fp8", 96, 80, False),
     ("fp8:128", 256, 128, False),
     ("int4:128", 384, 128, False),
+    ("fp8_w8a8", 300, 80, False),
+    ("fp8_w8a8", 48, 256, False),
 ]
 
 
@@ -245,7 +335,7 @@ PATHS += [(T, False, torch.bfloat16) for T in (65, 128, 129)]  # of few tokens u
 @pytest.mark.interpreted
 # For rows, experts and splits; `test_linear` has all formats.
 @pytest.mark.parametrize(("T", "deterministic", "dtype"), PATHS)
-@pytest.mark.parametrize("case", [CASES[number] for number in (0, 2, 4, 8)], ids=str)
+@pytest.mark.parametrize("case", [CASES[number] for number in (0, 2, 4, 8, 10)], ids=str)
 def test_experts(case: Any, T: int, deterministic: bool, dtype: torch.dtype) -> None:
     check("expert_swiglu", layer(*case, T, dtype) | {"deterministic": deterministic})
 

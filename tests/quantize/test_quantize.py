@@ -1,5 +1,6 @@
 """Quantizers: their error and their checks; models whose weights are quantized while they load."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -10,13 +11,18 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from mixtral_triton import Mixtral, MixtralConfig, reference
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, reference
 from mixtral_triton.checkpoint import parameter_shapes, read_headers, table, total_bytes
 from mixtral_triton.cli import SMALL
+from mixtral_triton.kernels.launch import launch_context
 from mixtral_triton.kernels.quantized import unpack
+from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.load import check_activations
 from mixtral_triton.quantize import QuantizedWeight, quantize, select_specs
 from mixtral_triton.tools.fit import memory_need
+from mixtral_triton.tools.prompt import load_tokenizer
 from mixtral_triton.verification import held_out, perplexity
+from tests.cli.commands import error_line, run_json
 from tests.support import hub
 from tests.support.memory import anonymous_peak, needs_proc
 
@@ -302,3 +308,87 @@ def test_state_of_other_dtypes_is_refused(assign: bool) -> None:
         state = weight.state_dict() | {name: getattr(weight, name).to(dtype)}
         with pytest.raises(ValueError, match=f"the state's {name} are {dtype}, needs {getattr(weight, name).dtype}"):
             weight.load_state_dict(state, assign=assign)
+
+
+BOTH: Any = {"experts": "fp8", "linear": "fp8"}
+
+
+@pytest.mark.parametrize(("weights", "count"), [("fp8", 2), ({"linear": "fp8"}, 2), (BOTH, 4)])
+@pytest.mark.parametrize(("shape", "quantizes"), [((1, 64), False), ((64, 1), False), ((1, 65), True), ((65, 1), True)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_more_than_64_rows_quantize_their_activations(
+    weights: Any, count: int, shape: tuple[int, int], quantizes: bool, deterministic: bool
+) -> None:
+    """Each fp8 product of a layer once, never the head's; in deterministic mode for any number of rows."""
+    options = {"weights": weights, "deterministic": deterministic}
+    model = Mixtral.from_pretrained(SMALL, "meta", activations="fp8", **options)
+    for cache in (None, KVCache(model.config, shape[0], 100, "meta", model.dtype)):
+        with record_launches() as launches:
+            model(torch.empty(shape, dtype=torch.int64, device="meta"), cache=cache)
+        found = [launch.kernel for launch in launches].count("quantize_rows_kernel")
+        assert found == count * len(model.layers) * (quantizes or deterministic)
+
+
+def test_activations_change_forwards_of_many_rows_alone() -> None:
+    """As the reference does, in plain torch; a state, a copy and a model without them know nothing of it."""
+    models = [Mixtral.from_pretrained(SMALL, "cpu", weights=BOTH, activations=each) for each in (None, "fp8")]
+    ids = torch.tensor([held_out(SMALL, models[0].config)[:80].tolist()])
+    before = {name: x.clone() for name, x in models[1].state_dict().items()}
+    plain, quantized = (model(ids) for model in models)
+    assert torch.equal(models[1](ids[:, :64]), models[0](ids[:, :64]))
+    difference = (quantized - plain).norm(dim=-1) / plain.norm(dim=-1)
+    assert 0.01 < float(difference.median()) < 0.2
+    for model, logits in zip(models, (plain, quantized), strict=True):
+        assert torch.allclose(reference.forward(model, ids), logits, rtol=0.02, atol=0.02 * float(logits.abs().max()))
+    state = models[1].state_dict()
+    assert state.keys() == before.keys() == models[0].state_dict().keys()
+    assert all(torch.equal(x, before[name]) for name, x in state.items())
+    models[0].load_state_dict(state)
+    assert torch.equal(copy.deepcopy(models[1])(ids), quantized) and torch.equal(models[0](ids), plain)
+    models[1].layers[0].o_proj.scales.mul_(0)
+    assert not torch.equal(models[1](ids), quantized), "a view shares the weight's tensors"
+
+
+def test_compiled_model_with_activations_has_the_same_logits() -> None:
+    model = Mixtral.from_pretrained(SMALL, "cpu", weights=BOTH, activations="fp8")
+    ids = torch.arange(66)[None] + 5
+    logits = model(ids)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(ids), logits)
+
+
+@pytest.mark.parametrize("weights", [None, "int8", {"experts": "int4"}])
+def test_activations_need_fp8_weights_with_one_scale_a_row(weights: Any, tmp_path: Path) -> None:
+    message = "activations is 'fp8', and no layer has fp8 weights with one scale a row: needs weights='fp8', or"
+    with pytest.raises(ValueError, match=f"^Mixtral.from_pretrained: {message}"):
+        Mixtral.from_pretrained(SMALL, "cpu", weights=weights, activations="fp8")
+    assert message in error_line("generate --device cpu --activations fp8 --prompt x")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "gfx942"])
+def test_activations_need_a_gpu_that_multiplies_fp8(arch: str) -> None:
+    shapes = {"layers.0.o_proj": (64, 64)}
+    arguments: Any = ("fp8", select_specs(BOTH, shapes), shapes)
+    message = f"activations is 'fp8', and the GPU is {arch}: needs sm_89, sm_90, sm_100, sm_103 or sm_120$"
+    with launch_context(arch=arch):
+        check_activations(*arguments, torch.device("cpu"))
+        with pytest.raises(ValueError, match=message):
+            check_activations(*arguments, torch.device("cuda"))
+    with launch_context(arch="sm_89"):
+        check_activations(*arguments, torch.device("cuda"))
+
+
+def test_activations_on_a_mesh_are_refused() -> None:
+    with pytest.raises(ValueError, match="activations is 'fp8', and there is a mesh: needs None"):
+        Mixtral.from_pretrained(SMALL, "meta", weights="fp8", activations="fp8", mesh=object())
+
+
+def test_fp8_activations_cost_at_most_a_percent_of_perplexity(tmp_path: Path, covers: Any) -> None:
+    ids = held_out(SMALL, MixtralConfig.from_pretrained(SMALL))[:1500].tolist()
+    (tmp_path / "text.txt").write_text(load_tokenizer(SMALL).decode(ids))
+    for weights in ("fp8", "experts=fp8,linear=fp8"):
+        command = f"perplexity --device cpu --weights {weights} --text"
+        without, found = (run_json(command, tmp_path / "text.txt", *more) for more in ((), ("--activations", "fp8")))
+        cost = found["perplexity"] / without["perplexity"] - 1
+        assert 0 != cost <= 0.01 and found["baseline"] == without["baseline"]
+        covers("quantization", f"{weights}, activations fp8: {cost:+.2%} of perplexity beside fp8 weights (bound 1 %)")

@@ -241,8 +241,9 @@ def test_quantized_weights_have_sizes_and_no_dense_peer() -> None:
     row = timed_row(case, H100, CPU, lambda call: (call(), 1.0)[1], [dense, PEERS[0]])
     assert row.ours.right and row.peers["torch"].right and row.peers["HF grouped_mm"].note == "its weights are dense"
     for wrong, message in (
-        ("weight=int5", "needs one of int4, int8, fp8"),
-        ("weight=int4:0", "needs one of int4, int8, fp8, and maybe a group"),
+        ("weight=int5", "needs one of int4, int8, fp8, fp8_w8a8"),
+        ("weight=int4:0", "needs one of int4, int8, fp8, fp8_w8a8, and maybe a group"),
+        ("weight=fp8_w8a8:64", "needs one of int4, int8, fp8, fp8_w8a8"),
         ("weight=int4:48", "group is 48"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import Mixtral, apply, hf, verification, verify
+from mixtral_triton import SMALL, Mixtral, apply, hf, verification, verify
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.model import Layer
 from mixtral_triton.tolerance import Tolerance
+from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.report import BITS, Report, Row
 from tests.cli.commands import run_json, shown
 from tests.support.faults import DTYPES, replace_by, small_model
@@ -257,3 +258,47 @@ def test_bad_input_raises_value_error(target: Any, ids: Any, message: str, make_
     with pytest.raises(ValueError, match=message):
         verify(model, ids)
     assert not isinstance(model, torch.nn.Module) or isinstance(model, Mixtral) or not hf.applied(model)
+
+
+def fp8_model(activations: str | None = "fp8") -> Mixtral:
+    return Mixtral.from_pretrained(SMALL, "cpu", weights={"experts": "fp8", "linear": "fp8"}, activations=activations)
+
+
+@once
+def test_activations_of_8_bits_are_compared_with_such_a_reference() -> None:
+    report = verify(fp8_model(), folder=SMALL, quick=True)
+    assert not report.wrong, str(report)
+    assert report.activations is not None and report.activations.formats == {"activations": "fp8"}
+    cost = report.activations.perplexity / report.activations.stored_perplexity - 1
+    assert 0 != abs(cost) < 0.01 and "Quantized: activations fp8. Cost against activations that are not" in str(report)
+    assert any("layers of activations in 16 bits" in line for line in report.not_run)
+    assert report.as_dict()["activations"]["perplexity"] == report.activations.perplexity
+    plain = verify(fp8_model(None), folder=SMALL, quick=True)
+    assert plain.activations is None and plain.as_dict()["activations"] is None
+    assert not any("activations" in line for line in plain.not_run)
+
+
+@once
+@pytest.mark.parametrize("fault", ["reference", "model"])
+def test_activations_that_only_one_side_quantizes_are_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "reference":
+        monkeypatch.setattr(ModelUnderTest, "reference_layer", lambda self, layer: layer)
+    else:
+        monkeypatch.setattr(Mixtral, "quantizes_activations", lambda self, rows: False)
+    wrong = {row.case for row in verify(fp8_model(), quick=True).wrong if row.op == "layer"}
+    assert "attention, whole text" in wrong and "whole text" in wrong, wrong
+
+
+@interpreted
+def test_kernels_of_fp8_activations_are_compared() -> None:
+    """With the rule of `generate`: many rows take the codes' kernels, few those of 16 bits."""
+    calls = set[str]()
+    report = verify(fp8_model(), IDS[:, :12], quick=True, tokens=70, progress=lambda *step: calls.add(step[2]))
+    assert not report.wrong, str(report)
+    assert not any("quantize_rows_kernel; needs a GPU or --tokens 70" in line for line in report.not_run)
+
+
+@once
+def test_peer_with_activations_is_refused() -> None:
+    with pytest.raises(ValueError, match="activations is 'fp8', needs None: transformers does not quantize them"):
+        verify(fp8_model(), folder=SMALL, peer="transformers")

@@ -12,8 +12,10 @@ import torch
 from ...checkpoint import parameter_shapes
 from ...kernels.checks import dtype_name
 from ...kernels.op import Cost, Op, as_dict
+from ...kernels.quantized import W8A8
 from ...kernels.registry import OPS
 from ...load import check_offload, movable_bytes, usable_bytes
+from ...model import SIXTEEN_BIT_ROWS
 from ...tolerance import Tolerance
 from ..fit import KNOWN, free_bytes, placement
 from ..gpus import GPU
@@ -112,6 +114,7 @@ def cases(
         shapes, letters = list(op.bench_shapes), set(sizes_of(op)[0])
         if "T" in letters and not {"S", "C"} & letters:  # only the tokens vary
             shapes = [replace(shape, T=T) for shape in shapes for T in TOKENS]
+            shapes = [shape for shape in shapes if W8A8 not in vars(shape).values() or shape.T > SIXTEEN_BIT_ROWS]
         distinct = dict.fromkeys(shapes)
         shapes = [shape for shape in distinct if all(getattr(shape, name, None) in wanted[name] for name in wanted)]
         if quick:  # evenly spread by their bytes, with the first and the last

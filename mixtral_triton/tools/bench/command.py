@@ -15,6 +15,7 @@ import torch
 from rich.console import Console, Group
 from rich.text import Text
 
+from ...kernels.op import runs_on
 from ...kernels.registry import OPERATIONS
 from ..gpus import GPU, find_gpu
 from ..predict import family_note
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     out, timer = console(stderr=args.json), None
     if args.gpu is None and torch.cuda.is_available():
         device, gpu, timer = current_gpu()
+    selected = selected if args.sizes else [case for case in selected if runs_on(case.sizes, gpu.arch)]
     if args.offload:
         selected = [case.offloaded(args.offload, gpu) for case in selected]
     if timer is not None:

@@ -12,6 +12,7 @@ from ...kernels import tiles
 from ...kernels.arch import ARCHS
 from ...kernels.facts import facts_of
 from ...kernels.launch import INTERPRETED, Configs, Launch, LaunchConfig, override_configs, target_arch
+from ...kernels.op import runs_on
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
 from ..offline import compile_launches
@@ -127,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
     selected = cases(args.ops or tuple(OPS), quick=not args.at, at=args.at)  # a few of each, or those of these sizes
     out, device = console(stderr=args.json), None if args.arch else torch.device("cuda")
     timer, arch = measure.DeviceTimer(device) if device else None, args.arch or target_arch(device)
+    selected = [case for case in selected if runs_on(case.sizes, arch)]
     kernels = [(case, kernel) for case in selected for kernel in kernel_configs(case, arch)]
     if not kernels:
         raise ValueError("nothing to tune: at these sizes a library does the work")
