@@ -30,6 +30,7 @@ from .kernels.registry import OPS
 RATIO = 2.0  # the error of an operation may be this many times that of torch in the same dtype
 # The least limit, relative to the largest value: a rounding of a result, in fp32 another order of a long sum.
 FLOOR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-19}
+CODE_RATIO = 1.5  # by which the ratio of a token's error is larger over a cache of 8 bits
 TOKEN_FLOOR = {dtype: floor / 2 for dtype, floor in FLOOR.items()}
 
 
@@ -226,6 +227,8 @@ class Fp64Reference:
         exact, perturbed = exact.chunk(2)
         reference = cls(exact.clone(), 0.0, float(exact.norm(dim=-1).median()))  # a view would keep all of it alive
         distance = max(reference.measure(x)[0] for x in (baseline, perturbed))
+        if quantized:  # a code more or less changes few tokens, by more than roundings of the others
+            ratio *= CODE_RATIO
         return replace(reference, limit=max(ratio * distance, token_floor(baseline.dtype, quantized)))
 
     def measure(self, got: Tensor, where: Any = ...) -> tuple[float, float]:

@@ -181,7 +181,8 @@ def test_commands_change_the_chat(chat_folder: Path) -> None:
     long = "Hi " * 40  # more than the ring holds
     plain, *_ = talk(chat_folder, [long, "There"])
     found, error = talk(chat_folder, [long, "Other", "/undo", "There", "/system Be short.", "There"])
-    assert [each["tokens"] for each in (found[0], found[2])] == [each["tokens"] for each in plain]
+    for name in ("tokens", "prompt_tokens"):
+        assert [each[name] for each in (found[0], found[2])] == [each[name] for each in plain]
     assert "mixtral-triton chat: generate: a text is computed from its start: other tokens are in the cache" in error
     assert found[3]["prompt_tokens"] > found[2]["prompt_tokens"] + 6
     want, _ = talk(chat_folder, ["Hi"], "--system", "Be short.", "--logprobs", "2")
@@ -204,6 +205,8 @@ def test_the_chat_says_so_before_its_positions_end(chat_folder: Path) -> None:
     assert f"; {26 - used} of 26 tokens are left: /reset begins a new chat" in shown
     assert any("fewer than 32 are possible" in each.get("error", "") for each in found) and used < 32
     assert found[-1]["tokens"] == found[0]["tokens"]
+    tight, _ = talk(chat_folder, ["Hi"], "--context", str(found[0]["prompt_tokens"] + 2))
+    assert (tight[0]["tokens"], tight[0]["left"]) == (found[0]["tokens"][:2], 0)
     assert "--context is 2000, needs 1 to 1024" in error_line(CHAT, chat_folder, "--context", "2000")
     assert "--logprobs is given" in error_line(CHAT, chat_folder, "--logprobs", "2")
     change(chat_folder / "tokenizer_config.json", chat_template=None)

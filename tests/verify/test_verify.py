@@ -158,6 +158,22 @@ def test_roundings_of_a_cache_of_8_bits_are_no_fault(seed: int) -> None:
 
 
 @once
+def test_a_code_that_rounds_to_the_other_side_is_no_fault() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
+    sizes |= {"vocab_size": 257, "num_attention_heads": 1, "num_local_experts": 1, "num_experts_per_tok": 1}
+    sizes |= {
+        "tie_word_embeddings": True,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 24,
+        "rms_norm_eps": 1e-3,
+        "sliding_window": 100,
+    }
+    model = random_model("cpu", torch.bfloat16, 16120, 1.0, weights={"experts": "int4", "linear": "int8"}, **sizes)
+    ids = torch.randint(17, (3, 8), generator=torch.Generator().manual_seed(16120))
+    assert not verify(model, ids, cache_dtype=torch.int8).wrong
+
+
+@once
 def test_small_checkpoint_compared_with_itself_exits_1() -> None:
     found = run_json("verify --device cpu", status=1)
     assert not found["ok"] and not found["compared"] and all(row["ok"] for row in found["rows"])
