@@ -193,9 +193,9 @@ class QuantizedWeight(nn.Module):
         return self.format if self.group == self.shape[-1] else f"{self.format}:{self.group}"
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """data, scales, zeros; data of "fp8_w8a8" as float8_e4m3fn [(E,) N, K'], in the order of their bytes."""
-        tensors = tuple(self._buffers.values())  # an attribute of a module is read more slowly
+    def tensors(self) -> tuple[Any, ...]:
+        """data, scales, zeros or None; data of "fp8_w8a8" as float8_e4m3fn [(E,) N, K'], in the order of its bytes."""
+        tensors: tuple[Any, ...] = tuple(self._buffers.values())  # an attribute of a module is read more slowly
         if self.format != W8A8 or tensors[0].dtype != torch.int16:  # addresses of experts (offload.py)
             return tensors
         return dense_rows(tensors[0]).view(torch.float8_e4m3fn), *tensors[1:]
@@ -370,10 +370,8 @@ class PackedInt4:
 
     def holds(self, owner: QuantizedWeight) -> bool:
         """Return whether the weight's tensors are those that were packed, unchanged."""
-        tensors = [x for x in owner.tensors if x is not None]
-        return all(
-            x is ref() and version == _version(x) for x, (ref, version) in zip(tensors, self.sources, strict=True)
-        )
+        pairs = zip((x for x in owner.tensors if x is not None), self.sources, strict=True)
+        return all(version == _version(x) and x is ref() for x, (ref, version) in pairs)
 
     def product(self, x: Tensor) -> Tensor:
         """x bf16 [M, K] -> [M, N]."""

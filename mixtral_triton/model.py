@@ -292,16 +292,14 @@ class Mixtral(nn.Module):
         if activations not in (None, "fp8"):
             raise ValueError(f"Mixtral.from_pretrained: activations is {activations!r}, needs None or 'fp8'")
         if activations is not None and mesh is not None:
-            raise ValueError(
-                f"Mixtral.from_pretrained: activations is {activations!r}, and there is a mesh: needs None"
-            )
+            got = f"activations is {activations!r}, and there is a mesh"
+            raise ValueError(f"Mixtral.from_pretrained: {got}: needs None")
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
         options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, cache_dtype, progress)
-        options = (*options, activations)
         ranks = None if mesh is None else Ranks(mesh)
         with nullcontext() if ranks is None else ranks.raise_on_any_rank():
-            return load(cls, *options, ranks)
+            return load(cls, *options, activations, ranks)
 
     @property
     def device(self) -> torch.device:
