@@ -196,9 +196,9 @@ class QuantizedWeight(nn.Module):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """data, scales, zeros; data of "fp8_w8a8" as float8_e4m3fn [(E,) N, K'], in the order of their bytes."""
         tensors = tuple(self._buffers.values())  # an attribute of a module is read more slowly
-        if self.format != W8A8 or tensors[0].dtype != torch.int16:  # addresses of experts (offload.py)
+        if self.format != W8A8 or self.data.dtype != torch.int16:  # addresses of experts (offload.py)
             return tensors
-        return dense_rows(tensors[0]).view(torch.float8_e4m3fn), *tensors[1:]
+        return dense_rows(self.data).view(torch.float8_e4m3fn), *tensors[1:]
 
     @property
     def device(self) -> torch.device:

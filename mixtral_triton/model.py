@@ -297,11 +297,10 @@ class Mixtral(nn.Module):
             )
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
-        options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, cache_dtype, progress)
-        options = (*options, activations)
+        options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, cache_dtype)
         ranks = None if mesh is None else Ranks(mesh)
         with nullcontext() if ranks is None else ranks.raise_on_any_rank():
-            return load(cls, *options, ranks)
+            return load(cls, *options, progress, activations, ranks)
 
     @property
     def device(self) -> torch.device:

@@ -196,9 +196,8 @@ def _verify(
     formats = {"quantized_cache": target.quantized, "activations": target.activations is not None}
     kinds = kinds_not_run(rows, kernels, target.is_mixtral, dtype != torch.float32, **formats)
     routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
-    costs = {"quantization": cost, "cache": cache_cost, "activations": activation_cost}
-    about = backend, dtype_name(dtype), target.peer
-    return Report(tuple(rows), routes.flips, routed, *about, not_run=not_run, **costs)
+    about, costs = (backend, dtype_name(dtype), target.peer), (cache_cost, activation_cost)
+    return Report(tuple(rows), routes.flips, routed, *about, cost, not_run, *costs)
 
 
 def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
