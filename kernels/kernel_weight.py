@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import namedtuple
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -73,6 +73,7 @@ class Weight:
         if isinstance(weight, Tensor):
             return cls(dense_rows(weight))
         memory = weight if isinstance(weight, OffloadedWeight) else None
+        data: Any
         data, *parts = weight.tensors
         scales, zeros = (None if part is None else part.contiguous() for part in parts)
         group = 2 * row_elements(W8A8, *weight.shape[-1:] * 2) if weight.format == W8A8 else weight.group

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from .arithmetic import FROM_E4M3
 from .harness import as_bits, as_floats, run, samples
 from .parser import Unmodelled
 from .values import MODELLED
@@ -128,6 +130,23 @@ def test_conversions_of_floats(kind: str) -> None:
     got = run(body, inputs, {"%d": 16, "%p": 32}, threads=1024, blocks=4)
     assert (got["%d"] == np.where(np.isnan(x), 0x7FFF, as_bits(x, kind))).all()
     assert (got["%p"] >> 16 == got["%d"]).all() and (got["%p"] & 0xFFFF == got["%d"][::-1]).all()
+
+
+def test_conversions_to_e4m3_are_those_of_torch() -> None:
+    """Codes, the numbers between two of them, ties to even, numbers beyond the largest, and NaN."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert np.array_equal(FROM_E4M3, every.double().numpy(), equal_nan=True)
+    known = every[~every.isnan()].unique()
+    middle = (known[1:] + known[:-1]) / 2
+    near = [torch.nextafter(middle, torch.full_like(middle, end)) for end in (-1e9, 1e9)]
+    x = torch.cat((known, middle, *near, torch.tensor([449.0, 465.0, -1e30, math.inf, -0.0, math.nan])))
+    x = torch.nn.functional.pad(x, (0, -len(x) % 1024))
+    want = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    body, registers = "cvt.rn.satfinite.e4m3x2.f32 %d, %a, %b;", {"%a": x.flip(0).numpy(), "%b": x.numpy()}
+    got = run(body, registers, {"%d": 16}, threads=len(x))["%d"].view(np.uint8).reshape(-1, 2)
+    nan = np.isnan(x.numpy())  # of either sign
+    assert np.array_equal(got[~nan, 0], want[~nan]) and (got[nan, 0] & 127 == 127).all()
+    assert np.array_equal(got[::-1, 1][~nan], want[~nan])
 
 
 def test_conversions_of_integers() -> None:

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixtral_triton import KVCache, Mixtral
+from mixtral_triton.kernels import kernel_weight
 from mixtral_triton.kernels.launch import override_configs
 from mixtral_triton.kernels.op import Op, runs_on
 from mixtral_triton.kernels.record import record_launches
@@ -54,6 +55,21 @@ def test_every_operation(name: str, arch: str, dtype: torch.dtype, ptx_emulator:
         shapes = (sizes for sizes in op.test_shapes if runs_on(sizes, arch))
         worst = max(check_error(op, sizes, supported(op, dtype)) for sizes in shapes)
     covers("errors in the PTX emulator", f"{name} {str(dtype)[6:]} {arch}: at most {worst:.0%} of the limit")
+
+
+@pytest.mark.parametrize("promoted", [True, False])
+def test_sums_of_fp8_products_are_as_wide_as_they_need(
+    promoted: bool, ptx_emulator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 2,048 columns of positive numbers 14 bits of a running sum are too few, and those of 128 are enough."""
+    monkeypatch.setattr(kernel_weight, "sums_fp8_exactly", lambda arch: not promoted)
+    with ptx_emulator("sm_90"):
+        sizes = {"T": 3, "H": 2048, "N": 64, "weight": "fp8_w8a8"}
+        args = inputs_without_padding("linear", sizes, GPU_DEVICE, torch.float16)
+        args["x"] = args["x"].abs()
+        args["weight"].data &= 0x7F7F
+        error, limit = Tolerance("linear", args).measure(dispatched("linear", args))
+    assert (error <= limit) == promoted
 
 
 @pytest.mark.parametrize("dtype", OPS["attention"].dtypes, ids=lambda dtype: str(dtype)[6:])
