@@ -2,7 +2,7 @@
 which linear and the experts share.
 
 A table has a tuple of tiles for each family of architectures, one for "fp32", which has no tensor cores at that
-precision (that of codes has none: they multiply codes whatever x was), and where they differ one for "<family> fp32"
+precision (that of codes needs none: they multiply codes whatever x was), and where they differ one for "<family> fp32"
 and "<family> pointers". Another tile is another row.
 """
 
@@ -100,6 +100,7 @@ QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
 FP8_PREFILL: Table[PrefillTile] = {
     "sm_80": (PrefillTile(0, 64, 128, 128, 4, 3), PrefillTile(128, 128, 128, 128, 8, 2)),
     "sm_90": (PrefillTile(0, 64, 128, 128, 4, 4), PrefillTile(64, 256, 128, 128, 8, 4, SHORT_M=128)),
+    "sm_90 fp32": (PrefillTile(0, 64, 128, 128, 4, 4), PrefillTile(64, 128, 128, 128, 8, 4)),  # the larger one spills
     "sm_100": (PrefillTile(0, 64, 128, 128, 4, 4), PrefillTile(64, 128, 256, 128, 8, 4)),
 }
 

@@ -54,7 +54,7 @@ class GuardedTensor:
         self.buffer[self.indices] = tensor.flatten()
         self.guarded = self.buffer.as_strided(tensor.shape, tensor.stride(), MARGIN)
         start, size = self.guarded.data_ptr(), tensor.element_size()
-        self.addresses = range(start, start + (extent - 1) * size + 1)  # of its elements
+        self.addresses = range(start, start + extent * size)  # of its bytes: codes may be read one by one
 
     def bytes(self) -> Tensor:
         """The bytes of the values: NaN equals NaN, and 0.0 differs from -0.0."""

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import SMALL, Mixtral, apply, hf, verification, verify
+from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.model import Layer
+from mixtral_triton.quantize import quantize_into, select_specs
 from mixtral_triton.tolerance import Tolerance
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.report import BITS, Report, Row
@@ -276,20 +278,31 @@ def test_bad_input_raises_value_error(target: Any, ids: Any, message: str, make_
     assert not isinstance(model, torch.nn.Module) or isinstance(model, Mixtral) or not hf.applied(model)
 
 
-def fp8_model(activations: str | None = "fp8") -> Mixtral:
-    return Mixtral.from_pretrained(SMALL, "cpu", weights={"experts": "fp8", "linear": "fp8"}, activations=activations)
+def fp8_model(activations: str | None = "fp8", dtype: torch.dtype = torch.bfloat16) -> Mixtral:
+    """small_model with fp8 weights, a scale a row."""
+    dense = small_model(dtype)
+    specs = select_specs({"experts": "fp8", "linear": "fp8"}, parameter_shapes(dense.config))
+    model, values = Mixtral(dense.config, "cpu", dtype, specs=specs), dense.named_weights()
+    for name, weight in model.named_weights().items():
+        if name in specs:
+            quantize_into(weight, values[name].detach())
+        else:
+            weight.data.copy_(values[name])
+    model.activations = activations
+    return model
 
 
 @once
-def test_activations_of_8_bits_are_compared_with_such_a_reference() -> None:
-    report = verify(fp8_model(), folder=SMALL, quick=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_of_8_bits_are_compared_with_such_a_reference(dtype: torch.dtype) -> None:
+    report = verify(fp8_model(dtype=dtype), IDS, quick=True, text=IDS[0])
     assert not report.wrong, str(report)
-    assert report.activations is not None and report.activations.formats == {"activations": "fp8"}
-    cost = report.activations.perplexity / report.activations.stored_perplexity - 1
-    assert 0 != abs(cost) < 0.01 and "Quantized: activations fp8. Cost against activations that are not" in str(report)
+    cost = report.activations
+    assert cost is not None and cost.formats == {"activations": "fp8"} and cost.cosine < 1
+    assert cost.perplexity != cost.stored_perplexity and report.as_dict()["activations"]["cosine"] == cost.cosine
+    assert "Quantized: activations fp8. Cost against activations that are not" in " ".join(str(report).split())
     assert any("layers of activations in 16 bits" in line for line in report.not_run)
-    assert report.as_dict()["activations"]["perplexity"] == report.activations.perplexity
-    plain = verify(fp8_model(None), folder=SMALL, quick=True)
+    plain = verify(fp8_model(None, dtype), IDS, quick=True)
     assert plain.activations is None and plain.as_dict()["activations"] is None
     assert not any("activations" in line for line in plain.not_run)
 
@@ -297,19 +310,20 @@ def test_activations_of_8_bits_are_compared_with_such_a_reference() -> None:
 @once
 @pytest.mark.parametrize("fault", ["reference", "model"])
 def test_activations_that_only_one_side_quantizes_are_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32: in 16 bits a rounding changes so many codes of the reference that the limits allow 16 bits, too."""
     if fault == "reference":
         monkeypatch.setattr(ModelUnderTest, "reference_layer", lambda self, layer: layer)
     else:
         monkeypatch.setattr(Mixtral, "quantizes_activations", lambda self, rows: False)
-    wrong = {row.case for row in verify(fp8_model(), quick=True).wrong if row.op == "layer"}
-    assert "attention, whole text" in wrong and "whole text" in wrong, wrong
+    wrong = {row.case for row in verify(fp8_model(dtype=torch.float32), IDS, quick=True).wrong if row.op == "layer"}
+    assert {"attention, whole text", "experts, whole text", "whole text"} <= wrong, wrong
 
 
 @interpreted
+@pytest.mark.exhaustive
 def test_kernels_of_fp8_activations_are_compared() -> None:
     """With the rule of `generate`: many rows take the codes' kernels, few those of 16 bits."""
-    calls = set[str]()
-    report = verify(fp8_model(), IDS[:, :12], quick=True, tokens=70, progress=lambda *step: calls.add(step[2]))
+    report = verify(fp8_model(), IDS[:, :12], quick=True, tokens=70)
     assert not report.wrong, str(report)
     assert not any("quantize_rows_kernel; needs a GPU or --tokens 70" in line for line in report.not_run)
 
