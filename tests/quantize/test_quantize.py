@@ -349,6 +349,7 @@ def test_activations_change_forwards_of_many_rows_alone() -> None:
     assert not torch.equal(models[1](ids), quantized), "a view shares the weight's tensors"
 
 
+@pytest.mark.slow
 def test_compiled_model_with_activations_has_the_same_logits() -> None:
     model = Mixtral.from_pretrained(SMALL, "cpu", weights=BOTH, activations="fp8")
     ids = torch.arange(66)[None] + 5
@@ -383,6 +384,7 @@ def test_activations_on_a_mesh_are_refused() -> None:
         Mixtral.from_pretrained(SMALL, "meta", weights="fp8", activations="fp8", mesh=object())
 
 
+@pytest.mark.slow
 def test_fp8_activations_cost_at_most_a_percent_of_perplexity(tmp_path: Path, covers: Any) -> None:
     ids = held_out(SMALL, MixtralConfig.from_pretrained(SMALL))[:1500].tolist()
     (tmp_path / "text.txt").write_text(load_tokenizer(SMALL).decode(ids))

@@ -162,6 +162,7 @@ def test_fault_in_the_drop_in(case: Any, fault: str, make_hf: Any, monkeypatch: 
         assert first is not None and (first.op, first.case) == case, (dtype, first)
 
 
+@pytest.mark.slow
 def test_eps_of_the_norms_is_seen_in_16_bits(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     norm = lambda module, x: ops.rms_norm(x, module.weight, 1e-6)  # noqa: E731
     monkeypatch.setattr(modules.TritonRMSNorm, "forward", norm)

@@ -166,6 +166,7 @@ def test_checkpoint_with_fused_experts_and_tied_head(make_hf: Any, tmp_path: Pat
     assert [row.layer for row in report.rows if row.case == "as stored"] == [None, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_digits_that_the_dtype_of_the_model_has_not_are_named(folder: Path) -> None:
     tensors = {name: x.float() for name, x in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")

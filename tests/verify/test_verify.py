@@ -292,6 +292,7 @@ def fp8_model(activations: str | None = "fp8", dtype: torch.dtype = torch.bfloat
     return model
 
 
+@pytest.mark.exhaustive
 @once
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_of_8_bits_are_compared_with_such_a_reference(dtype: torch.dtype) -> None:
@@ -307,6 +308,7 @@ def test_activations_of_8_bits_are_compared_with_such_a_reference(dtype: torch.d
     assert not any("activations" in line for line in plain.not_run)
 
 
+@pytest.mark.exhaustive
 @once
 @pytest.mark.parametrize("fault", ["reference", "model"])
 def test_activations_that_only_one_side_quantizes_are_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
