@@ -198,7 +198,7 @@ class QuantizedWeight(nn.Module):
         tensors: tuple[Any, ...] = tuple(self._buffers.values())  # an attribute of a module is read more slowly
         if self.format != W8A8 or tensors[0].dtype != torch.int16:  # addresses of experts (offload.py)
             return tensors
-        return dense_rows(self.data).view(torch.float8_e4m3fn), *tensors[1:]
+        return dense_rows(tensors[0]).view(torch.float8_e4m3fn), *tensors[1:]
 
     @property
     def device(self) -> torch.device:

@@ -16,11 +16,8 @@ from .processes import is_first
 from .terminal import Table, bar, console, print_message
 
 WINDOW = 2048  # the most tokens of a window that is not given
-STORED: dict[str, Any] = {
-    "weights": None,
-    "cache_dtype": None,
-    "activations": None,
-}  # options that change the model's numbers
+# Options that change the model's numbers.
+STORED: dict[str, Any] = {"weights": None, "cache_dtype": None, "activations": None}
 COLUMNS = {"tokens": "tokens", "nats": "nats a token", "perplexity": "perplexity", "bits_per_byte": "bits a byte"}
 Span = tuple[int, int, int]
 
