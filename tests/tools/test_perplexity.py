@@ -80,8 +80,8 @@ def _raise(message: str) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("weights", [["--weights", "int4"], []])
 def test_the_time_left_is_right_after_a_tenth(weights: list[str], text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of both models, within 30 %, by a clock on which each token takes 10 ms. A line may come between the clock and the
-    count: windows are so short that one of them is less than a tenth of what is done by then."""
+    """Of both models, within 30 %, by a clock on which each token takes 10 ms. A line may come between the clock and
+    the count: windows are so short that one of them is less than a tenth of what is done by then."""
     score, now, lines = Mixtral.score, [0.0], list[tuple[float, str]]()
 
     def timed(model: Mixtral, texts: Any, **options: Any) -> Any:
