@@ -98,7 +98,8 @@ def launch_context(**changes: Any) -> Iterator[None]:
 
 
 def launch_context_key() -> tuple[Any, ...] | None:
-    """Return the cache key of the launch context, or None where launches must not be cached."""
+    """Return the cache key of the launch context (architecture, multiprocessors, in a `pdl_region`, prefetch), or None
+    where launches must not be cached."""
     context = _context.get()
     if INTERPRETED or context.records or context.overrides is not None:
         return None

@@ -78,7 +78,7 @@ def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> An
     """
     context = launch.launch_context_key()
     if key is None:
-        in_pdl_region = context is not None and context[2]
+        _, _, in_pdl_region, _ = context or (None, None, False, None)
         key = call_key(args, not in_pdl_region)
     if context is None or args[0].is_meta:
         return op.run(*args)

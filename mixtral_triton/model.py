@@ -1,6 +1,6 @@
-"""Mixtral (Jiang et al. 2024): shapes and calls. `ops` and torch's matrix products do the work.
+"""Mixtral (Jiang et al. 2024): its parameters, and a forward from ids to logits. Its layers are in layer.py.
 
-B batch, T tokens, H hidden, Hq query heads, Hkv key/value heads, D head size, V vocabulary
+B batch, T tokens, H hidden, D head size, P positions, V vocabulary
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import checkpoint, ops
 from .arguments import check_dtype, check_ids, check_lengths, usable_device
-from .cache import KVCache, Slots
+from .cache import KVCache
 from .config import PREFILL_CHUNK, MixtralConfig
 from .generate import generate, stream
 from .kernels.call import reject_transforms, transformed, untraced
@@ -25,7 +25,7 @@ from .kernels.checks import check_values
 from .kernels.heads import rope_tables
 from .kernels.launch import pdl_region
 from .kernels.offload import empty_on_host
-from .kernels.quantized import with_fp8_activations
+from .layer import Layer, State, WeightTensor
 from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
@@ -33,8 +33,6 @@ from .score import score
 
 # Rows of a forward up to which activations="fp8" keeps 16 bits: its products are then bound by the weights' bytes.
 SIXTEEN_BIT_ROWS = 64
-LayerCache = tuple[Slots, Slots]  # a layer's cached keys and values, [B, Hkv, C, D] each
-WeightTensor = Tensor | QuantizedWeight  # dense or quantized; experts may lie in host memory (OffloadedWeight)
 
 
 @cache
@@ -53,131 +51,6 @@ def _empty_weight(
     if on_host:
         return OffloadedWeight(weight, on_host, device)
     return nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
-
-
-class Layer(nn.Module):
-    """A decoder block: attention and sparse experts. Each output is added to the residual stream by the next norm."""
-
-    input_layernorm: Tensor  # [H]
-    qkv_proj: WeightTensor  # [(Hq + 2 Hkv) D, H]
-    o_proj: WeightTensor  # [H, Hq D]
-    post_attention_layernorm: Tensor  # [H]
-    gate: Tensor  # [E, H]
-    gate_up_proj: WeightTensor  # [E, 2I, H]
-    down_proj: WeightTensor  # [E, H, I]
-
-    def __init__(self, config: MixtralConfig, weights: dict[str, Any]) -> None:
-        super().__init__()
-        self.config = config
-        for name, weight in weights.items():
-            setattr(self, name, weight)
-
-    def forward(
-        self, h: Tensor, x: Tensor, next_norm: Tensor, kv_cache: LayerCache | None, state: State
-    ) -> tuple[Tensor, Tensor]:
-        """h [B,T,H], the norm of the residual stream x [B,T,H] -> the same two for the next layer.
-
-        next_norm  [H] weight of the next layer's norm, which the experts' combine applies
-        kv_cache   the layer's keys and values
-        """
-        attn_output = self.attention(h, kv_cache, state).flatten(0, 1)
-        h, x, routing_weights, ids = self.route(attn_output, x.flatten(0, 1), state)
-        h, x = self.experts(h, x, routing_weights, ids, next_norm, state)
-        return h.view(state.shape), x.view(state.shape)
-
-    def attention(self, h: Tensor, kv_cache: LayerCache | None, state: State) -> Tensor:
-        """h [B,T,H] -> the attention block's output [B,T,H]."""
-        B, T, _ = h.shape
-        Hq, Hkv, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        qkv_proj, o_proj = self.qkv_proj, self.o_proj
-        if state.quantizes:
-            qkv_proj, o_proj = map(with_fp8_activations, (qkv_proj, o_proj))
-        qkv = ops.linear.unchecked(h, qkv_proj, deterministic=state.deterministic)
-        q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split_with_sizes((Hq, Hkv, Hkv), dim=2)
-        heads = state.attend(q, k, v, kv_cache).reshape(B, T, Hq * D)
-        return state.all_reduce(ops.linear.unchecked(heads, o_proj, deterministic=state.deterministic))
-
-    def route(self, attn_output: Tensor, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """attn_output and x [N,H] -> the norm h of their sum, the sum, routing weights and expert ids [N,K]."""
-        h, x, _, routing_weights, ids = ops.rms_norm_gate_route.unchecked(
-            attn_output,
-            residual=x,
-            weight=self.post_attention_layernorm,
-            eps=self.config.rms_norm_eps,
-            gate=self.gate,
-            top_k=self.config.num_experts_per_tok,
-            deterministic=state.deterministic,
-        )
-        return h, x, routing_weights, ids
-
-    def experts(
-        self, h: Tensor, x: Tensor, routing_weights: Tensor, ids: Tensor, next_norm: Tensor, state: State
-    ) -> tuple[Tensor, Tensor]:
-        """h and the residual stream x [N,H], routes [N,K] -> the next layer's h, and x with the experts' output."""
-        eps, proj, deterministic = self.config.rms_norm_eps, (self.gate_up_proj, self.down_proj), state.deterministic
-        if state.quantizes:
-            gate_up_proj, down_proj = map(with_fp8_activations, proj)
-            proj = gate_up_proj, down_proj
-        if state.ranks is not None:  # the all-reduce comes between the experts and the norm: they cannot fuse
-            ids = state.ranks.local_ids(ids, len(self.down_proj))
-            part = ops.expert_swiglu.unchecked(h, *proj, ids, routing_weights, deterministic=deterministic)
-            return ops.rms_norm.unchecked(state.all_reduce(part), next_norm, eps, residual=x)
-        return ops.experts_add_rms_norm.unchecked(
-            h, *proj, ids, routing_weights, residual=x, norm_weight=next_norm, eps=eps, deterministic=deterministic
-        )
-
-
-class State:
-    """What all layers of one forward share: positions, lengths, rotary tables, the window and the mesh.
-
-    cache_lengths  int [B]: tokens of each sequence in the cache before this forward; zeros without a cache
-    num_new        int32 [B]: tokens of each sequence that this forward appends
-    positions      int [B,T] of the tokens; padding beyond the rotary tables is clamped, since it must be defined
-    decodes        one token a sequence takes the path of a decode step
-    quantizes      products of fp8 weights with one scale a row quantize their activations
-    """
-
-    def __init__(self, model: Mixtral, B: int, T: int, cache: KVCache | None, num_new: Tensor | None) -> None:
-        self.window, self.deterministic = model.config.sliding_window, model.deterministic
-        self.cos, self.sin, self.ranks = model.cos, model.sin, model.ranks
-        self.shape, self.cache = (B, T, model.config.hidden_size), cache
-        # A decode step's bits may depend on the rest of the batch; those of a chunk in deterministic mode do not.
-        self.decodes = cache is not None and T == 1 and not model.deterministic
-        self.quantizes = model.quantizes_activations(B * T)
-        self.num_new = torch.full((B,), T, dtype=torch.int32, device=model.device) if num_new is None else num_new
-        if cache is None:
-            self.positions = torch.arange(T, device=model.device).expand(B, T)
-            self.cache_lengths = self.positions[:, 0]
-        else:
-            self.cache_lengths = cache.lengths.resolve_neg()
-            self.positions = cache.lengths[:, None]
-            if not self.decodes:
-                t = torch.arange(T, device=model.device)
-                self.positions = (self.positions + t).clamp_(max=len(model.cos) - 1)
-
-    def all_reduce(self, part: Tensor) -> Tensor:
-        """Sum a rank's part over the mesh."""
-        return part if self.ranks is None else self.ranks.all_reduce(part, in_order=self.deterministic)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerCache | None) -> Tensor:
-        """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
-        if kv_cache is None:
-            q, k = ops.rope.unchecked(q, k, self.cos, self.sin, self.positions)
-            return ops.attention.unchecked(q, k, v, window=self.window, deterministic=self.deterministic)
-        k_cache, v_cache = kv_cache
-        lengths = self.cache_lengths, self.num_new
-        if self.decodes:  # the new key takes the slot of the one that just left the window
-            return ops.rope_append_attention.unchecked(
-                q, k, v, self.cos, self.sin, k_cache, v_cache, *lengths, window=self.window
-            )
-        q, k = ops.rope.unchecked(q, k, self.cos, self.sin, self.positions)
-        out = ops.cached_attention.unchecked(
-            q, k, v, k_cache, v_cache, *lengths, window=self.window, deterministic=self.deterministic
-        )
-        if self.cache is not None and not torch.compiler.is_compiling():
-            self.cache.appending = self.num_new
-        ops.append.unchecked(k, v, k_cache, v_cache, *lengths)  # last: the chunk's first queries need the old keys
-        return out
 
 
 class Mixtral(nn.Module):

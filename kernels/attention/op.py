@@ -1,21 +1,20 @@
-"""attention, cached_attention and rope_append_attention. The kernels are in kernels.py, their tiles in tiles.py.
+"""attention, cached_attention and rope_append_attention. Their launches are in launches.py, the kernels in
+kernels.py, their tiles in tiles.py.
 
 B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head size, C ring slots,
 P rows of the rotary tables
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import reference
 from ..call import operation
-from ..checks import INTS, Cache, Within, fail
+from ..checks import INTS, Within, fail
 from ..heads import (
     CacheArgs,
     KeyHeads,
@@ -26,26 +25,18 @@ from ..heads import (
     Slots,
     Table,
     cache_inputs,
-    cache_parts,
     check_caches,
     check_head_size,
     rope_tables,
 )
-from ..kernel_args import Heads, dense_rows
-from ..launch import describe, launch, multiprocessors, select_configs, target_arch, unpacks_by_ptx
+from ..kernel_args import Heads
 from ..op import Cost
 from ..quantized_cache import QuantizedCache, vector_bytes
 from ..rope import launch_append
 from ..samples import draw, shapes
-from .kernels import (
-    Bounds,
-    Keys,
-    Newest,
-    attention_combine_kernel,
-    attention_decode_kernel,
-    attention_prefill_kernel,
-)
-from .tiles import PACKED_ROWS, AttentionSizes, configs
+from .kernels import Bounds, Newest
+from .launches import keys_of, launch_decode, launch_prefill, sizes_of, slots_of
+from .tiles import PACKED_ROWS, configs
 
 Positions = Annotated[Tensor, "B S Hkv D"]
 Bound = Annotated[Tensor, "B", INTS, Within(0, "S")]
@@ -80,6 +71,10 @@ def _check_step(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> N
         raise fail(op, "q", f"of {sizes['T']} tokens", "one a sequence: more would need keys that they overwrite")
     check_head_size(op, args, sizes)
     _check_cached(op, args, sizes)
+
+
+def _contiguous(bound: Tensor | None) -> Tensor | None:
+    return None if bound is None else bound.contiguous()
 
 
 def _truncate_keys(args: dict[str, Any]) -> dict[str, Any]:
@@ -226,13 +221,13 @@ def attention(
     >>> ops.attention(q, k, k, window=4).shape
     torch.Size([1, 5, 4, 32])
     """
-    keys = _keys(k, v)
-    sizes = _sizes(q, keys, window, deterministic)
+    keys = keys_of(k, v)
+    sizes = sizes_of(q, keys, window, deterministic)
     bounds = Bounds(_contiguous(starts), _contiguous(lengths), None)
     # Few causal queries, times the heads of a group, fill a tile of the decode kernel.
     if causal and (sizes.T == 1 or sizes.T * (sizes.Hq // sizes.Hkv) <= PACKED_ROWS):
-        return _launch_decode(q, keys, bounds, sizes, scale=scale)
-    return _launch_prefill(q, keys, bounds, sizes, causal=causal, scale=scale)
+        return launch_decode(q, keys, bounds, sizes, scale=scale)
+    return launch_prefill(q, keys, bounds, sizes, causal=causal, scale=scale)
 
 
 _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
@@ -288,20 +283,20 @@ def cached_attention(
     >>> q, k, cache = torch.randn(1, 3, 4, 32), torch.randn(1, 3, 2, 32), torch.randn(1, 2, 16, 32)
     >>> out = ops.cached_attention(q, k, k, cache, cache, past=torch.tensor([7]), new=torch.tensor([3]))
     """
-    slots = _slots(k_cache, v_cache)
-    sizes = _sizes(q, slots, window, deterministic)
+    slots = slots_of(k_cache, v_cache)
+    sizes = sizes_of(q, slots, window, deterministic)
     bounds = Bounds(None, new.contiguous(), past.contiguous())
     if k is None or v is None:
-        return _launch_decode(q, slots, bounds, sizes)
+        return launch_decode(q, slots, bounds, sizes)
     if slots.k_scales is None:
-        keys = _keys(k, v)
+        keys = keys_of(k, v)
     else:
         B, T, Hkv, D = k.shape
         chunk = [QuantizedCache.empty(B, Hkv, T, D, device=k.device) for _ in range(2)]
         launch_append(k, v, chunk[0], chunk[1], None, new.contiguous())
-        keys = _slots(*chunk)
+        keys = slots_of(*chunk)
     sizes = replace(sizes, S=sizes.T, C=sizes.S)
-    return _launch_prefill(q, keys, bounds, sizes, CacheArgs.of(k_cache, v_cache))
+    return launch_prefill(q, keys, bounds, sizes, CacheArgs.of(k_cache, v_cache))
 
 
 @operation(
@@ -356,139 +351,8 @@ def rope_append_attention(
     """
     # Every program rotates its own queries. The program of the last split also rotates the new key and stores it in the
     # ring, where no other program reads it: the slot's old key has just left the window.
-    slots = _slots(k_cache, v_cache)
-    sizes = _sizes(q, slots, window, deterministic)
+    slots = slots_of(k_cache, v_cache)
+    sizes = sizes_of(q, slots, window, deterministic)
     bounds = Bounds(None, new.contiguous(), past.contiguous())
     newest = Newest(Heads.of(k), Heads.of(v), RotaryTables.of(cos, sin))
-    return _launch_decode(q, slots, bounds, sizes, newest)
-
-
-def _contiguous(bound: Tensor | None) -> Tensor | None:
-    return None if bound is None else bound.contiguous()
-
-
-def _keys(k: Tensor, v: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> Keys:
-    k, v = dense_rows(k), dense_rows(v)
-    return Keys(k, v, k_scales, v_scales, *k.stride()[:3], *v.stride()[:3])
-
-
-def _slots(k_cache: Cache, v_cache: Cache) -> Keys:
-    """Return the slots of caches as keys and values [B, C, Hkv, D], or their codes [B, C, Hkv, D/2]."""
-    (k, v), scales = cache_parts(k_cache, v_cache)
-    return _keys(k.transpose(1, 2), v.transpose(1, 2), *scales)
-
-
-def _sizes(q: Tensor, keys: Keys, window: int | None, deterministic: bool) -> AttentionSizes:
-    (B, T, Hq, D), (S, Hkv), window = q.shape, keys.k_ptr.shape[1:3], max(0, window or 0)
-    if window > 2 * (S + T):
-        window = 0  # it reaches every key; the kernel subtracts it in int32
-    return AttentionSizes(
-        B=B,
-        T=T,
-        S=S,
-        Hq=Hq,
-        Hkv=Hkv,
-        D=D,
-        window=window,
-        C=0,
-        quantized=keys.k_scales is not None,
-        deterministic=deterministic,
-        sms=multiprocessors(q.device),
-    )
-
-
-def _in_base_2(scale: float | None, D: int) -> float:
-    return (D**-0.5 if scale is None else scale) * math.log2(math.e)
-
-
-def _launch_prefill(
-    q: Tensor,
-    keys: Keys,
-    bounds: Bounds,
-    sizes: AttentionSizes,
-    cache: CacheArgs | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-) -> Tensor:
-    B, T, Hq, D = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    arch, quantized = target_arch(q.device), sizes.quantized
-    config = select_configs(configs, sizes, q.dtype, q.device)["attention_prefill_kernel"]
-    n, d = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_D"]
-    pair = keys.k_ptr, keys.v_ptr
-    k_desc, v_desc = (None if quantized else describe(x, (1, n, 1, d), arch) for x in pair)
-    if heads_first := k_desc is None and not quantized:  # transformers' cache
-        k_desc, v_desc = (describe(x.transpose(1, 2), (1, 1, n, d), arch) for x in pair)
-    if k_desc is None or v_desc is None:  # both or neither: one loop reads both
-        k_desc, v_desc, heads_first = None, None, False
-    launch(
-        attention_prefill_kernel,
-        (B * Hq, triton.cdiv(T, config.constexprs["BLOCK_M"])),
-        config,
-        q=Heads.of(q),
-        keys=keys,
-        k_desc=k_desc,
-        v_desc=v_desc,
-        cache=cache,
-        out_ptr=out,
-        bounds=bounds,
-        T=T,
-        S=sizes.S,
-        C=sizes.C,
-        Hq=Hq,
-        G=Hq // sizes.Hkv,
-        window=sizes.window,
-        scale=_in_base_2(scale, D),
-        D=D,
-        CACHED=cache is not None,
-        CAUSAL=causal,
-        WINDOWED=sizes.window > 0,
-        HEADS_FIRST=heads_first,
-        PTX=quantized and unpacks_by_ptx(arch),
-    )
-    return out
-
-
-def _launch_decode(
-    q: Tensor,
-    keys: Keys,
-    bounds: Bounds,
-    sizes: AttentionSizes,
-    newest: Newest | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    B, T, Hq, D = q.shape
-    selected = select_configs(configs, sizes, q.dtype, q.device)
-    config = selected["attention_decode_kernel"]
-    splits = config.constexprs["SPLITS"]
-    part = out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = None
-    if splits > 1:
-        part = torch.empty((*q.shape[:3], splits, D), dtype=torch.float32, device=q.device)
-        lse = torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
-    launch(
-        attention_decode_kernel,
-        (splits, sizes.Hkv, B if T else 0),
-        config,
-        q=Heads.of(q),
-        keys=keys,
-        out_ptr=part,
-        lse_ptr=lse,
-        bounds=bounds,
-        newest=newest,
-        T=T,
-        S=sizes.S,
-        Hq=Hq,
-        G=Hq // sizes.Hkv,
-        window=sizes.window,
-        scale=_in_base_2(scale, D),
-        D=D,
-        RING=bounds.past is not None,
-        WINDOWED=sizes.window > 0,
-        PTX=sizes.quantized and unpacks_by_ptx(target_arch(q.device)),
-    )
-    if splits > 1:
-        config = selected["attention_combine_kernel"]
-        args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out, "D": D, "SPLITS": splits}
-        launch(attention_combine_kernel, (B * T * Hq,), config, **args)
-    return out
+    return launch_decode(q, slots, bounds, sizes, newest)

@@ -93,7 +93,7 @@ class LayerCheck:
     """The calls of operations in a layer, on what torch computes in it."""
 
     values: reference.Values
-    layer: Any  # weights by the names of `model.Layer`
+    layer: Any  # weights by the names of `layer.Layer`
     config: Any
     tables: dict[str, Tensor]  # cos and sin fp32
     quantized: bool = False  # caches have 8 bits

@@ -25,7 +25,7 @@ from ..cache import KVCache
 from ..kernels.launch import INTERPRETED
 from ..kernels.quantized import with_fp8_activations
 from ..kernels.registry import OPS, dispatched
-from ..model import Layer
+from ..layer import Layer
 from ..parallel import UNSHARDED
 from ..tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
 from .calls import BEYOND, LAYOUTS, LayerCheck, SizedCalls
@@ -344,7 +344,7 @@ class LayerProbe:
         self.step()
         return self.layers[index + 1].x[self.where] if index + 1 < len(self.layers) else x
 
-    # In the place of the methods of `model.Layer`.
+    # In the place of the methods of `layer.Layer`.
     def forward(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
         x = self.enter(index, x)
         self.record(index, "normed", h)

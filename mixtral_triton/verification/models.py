@@ -17,7 +17,8 @@ from ..config import SIZES, MixtralConfig
 from ..kernels.call import call_unchecked
 from ..kernels.quantized import QuantizedWeight, unpack
 from ..kernels.registry import OPS
-from ..model import Layer, Mixtral
+from ..layer import Layer
+from ..model import Mixtral
 from ..parallel import Shard
 from ..quantize import put
 from ..tolerance import FLOOR, Fp64Reference, LayerReference

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..cache import KVCache
-from ..model import State
+from ..layer import State
 from ..tolerance import largest
 from ..tools.offline import on_meta
 from ..tools.prompt import ChatTemplate, encode, load_tokenizer

@@ -198,7 +198,7 @@ from mixtral_triton import ops
 from mixtral_triton.kernels.kernel_weight import WeightArgs
 from mixtral_triton.kernels.linear import LinearSizes
 from mixtral_triton.kernels.tiles import DecodeTile
-from mixtral_triton.model import Layer, State
+from mixtral_triton.layer import Layer, State
 
 x = torch.ones(2, 4)
 sizes, tile = LinearSizes(T=1, H=64, N=32), DecodeTile(16, 16, 64, 128, num_warps=4, num_stages=3)

@@ -22,8 +22,7 @@ import pytest
 import torch
 
 from mixtral_triton import SMALL, Mixtral, ops
-from mixtral_triton.model import QuantizedWeight
-from mixtral_triton.quantize import quantize
+from mixtral_triton.quantize import QuantizedWeight, quantize
 from tests.cli.commands import ROOT
 
 pytestmark = pytest.mark.compiled

@@ -13,7 +13,8 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral, generate
 from mixtral_triton.generate import CaptureLost, capture
-from mixtral_triton.model import Layer, _method_names
+from mixtral_triton.layer import Layer
+from mixtral_triton.model import _method_names
 from mixtral_triton.parallel import UNSHARDED
 from tests.support.models import cache_of, random_model, tokens
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mixtral_triton import Mixtral, generate
-from mixtral_triton.model import Layer, State
+from mixtral_triton.layer import Layer, State
 from tests.support.models import random_model
 
 Patch = pytest.MonkeyPatch

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.config import SMALL
+from mixtral_triton.layer import Layer
 from mixtral_triton.load import MARGIN
-from mixtral_triton.model import Layer
 from mixtral_triton.tools import batch
 from mixtral_triton.tools.prompt import load_tokenizer
 from mixtral_triton.tools.writer import Writer

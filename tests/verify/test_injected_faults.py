@@ -17,7 +17,7 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, checkpoint, generate, ops, verification, verify
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.model import Layer, State
+from mixtral_triton.layer import Layer, State
 from mixtral_triton.verification.calls import SizedCalls
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults, hub

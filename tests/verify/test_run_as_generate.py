@@ -19,7 +19,7 @@ from mixtral_triton.kernels.experts import op
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.model import Layer
+from mixtral_triton.layer import Layer
 from mixtral_triton.tolerance import Fp64Reference, Tolerance, worst
 from mixtral_triton.verification.calls import (
     BEYOND,

@@ -22,7 +22,7 @@ from torch import Tensor
 from mixtral_triton import Mixtral, MixtralConfig, model, quantize, reference, verification, verify
 from mixtral_triton.cli import SMALL, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.model import State
+from mixtral_triton.layer import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.quantize.cost import LOGIT_ROWS
 from mixtral_triton.tolerance import token_floor

@@ -16,7 +16,7 @@ from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.registry import dispatched
-from mixtral_triton.model import Layer
+from mixtral_triton.layer import Layer
 from mixtral_triton.quantize import quantize_into, select_specs
 from mixtral_triton.tolerance import Tolerance
 from mixtral_triton.verification.layers import ModelUnderTest
