@@ -63,17 +63,6 @@ def flatten(args: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def replace_values(args: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments with those of these paths replaced."""
-
-    def replaced(path: str, value: Any) -> Any:
-        if not hasattr(value, "_fields"):
-            return values.get(path, value)
-        return type(value)(*(replaced(f"{path}.{name}", part) for name, part in value._asdict().items()))
-
-    return {name: replaced(name, value) for name, value in args.items()}
-
-
 def operand_name(path: str) -> str:
     """Return the path of an argument without its ending: of x_ptr, x.ptr and x_desc, "x"."""
     return path.removesuffix("ptr").removesuffix("desc").rstrip("._")

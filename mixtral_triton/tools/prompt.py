@@ -289,9 +289,9 @@ def print_stream(
             if ended:
                 yield text
                 return
-            # What may become a stop string is not printed until it cannot.
+            # What may become a stop string, or is half a character, is not printed until it cannot be more.
             held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
-            yield text[: len(text) - held]
+            yield text[: len(text) - held].rstrip("\ufffd")
         yield decode(tokenizer, after, tokens)
 
     parts, progress_bar = read(), bar("generating", total) if prefix is None else bar("reading the prompt", None)
@@ -303,7 +303,7 @@ def print_stream(
         print(prefix or "", end="", flush=True)
         for text in chain([answer], parts):
             answer = text
-            if prefix is not None and not text.endswith("\ufffd"):  # half a character: wait for the rest
+            if prefix is not None:
                 print(text[printed:], end="", flush=True)
                 printed = max(printed, len(text))
     except KeyboardInterrupt:

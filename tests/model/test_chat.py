@@ -322,6 +322,7 @@ STOPPED: dict[str, tuple[list[bytes], list[str], str, int]] = {
     "the later first in the list": ([b"one\n\nUser: x"], ["User:", "\n\n"], "one", 1),
     "half a character": ([b"\xc3", b"\xbc", b"EN", b"D"], ["END"], "ü", 4),
     "in the middle of a character": ([b"x", b"\xe2", b"\x82", b"\xac", b"y"], ["€"], "x", 4),
+    "ends with half a character": ([b"a", b"b\xe2", b"c\xe2"], [], "ab\ufffdc\ufffd", 3),
     "none": ([b"a", b"b"], [], "ab", 2),
 }
 

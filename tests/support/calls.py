@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
-from mixtral_triton.kernels.kernel_args import flatten, replace_values
+from mixtral_triton.kernels.kernel_args import flatten
 from mixtral_triton.kernels.launch import LaunchConfig, override_configs
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.quantized import QuantizedWeight
@@ -96,12 +96,23 @@ def tensors_of_launch(args: Mapping[str, Any]) -> dict[str, Tensor]:
     return {path: x for path, x in found if isinstance(x, Tensor)}
 
 
+def _replace_values(args: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with those of these paths replaced."""
+
+    def replaced(path: str, value: Any) -> Any:
+        if not hasattr(value, "_fields"):
+            return values.get(path, value)
+        return type(value)(*(replaced(f"{path}.{name}", part) for name, part in value._asdict().items()))
+
+    return {name: replaced(name, value) for name, value in args.items()}
+
+
 def replace_tensors(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Args:
     """Return the arguments of a launch with other tensors by path; a descriptor describes the other one."""
     known = dict(flatten(args))
     described = {path: arg for path, arg in known.items() if isinstance(arg, TensorDescriptor)}
     others = {path: replace(described[path], base=x) if path in described else x for path, x in tensors.items()}
-    return replace_values(args, others)
+    return _replace_values(args, others)
 
 
 def memory_of(tensor: Tensor) -> Tensor:
