@@ -229,7 +229,8 @@ def test_a_cache_without_a_window_grows_with_the_chat(chat_folder: Path, appende
 def start(*words: Any) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "mixtral_triton", *map(str, words)]
-    return subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=-1, text=True, bufsize=0)
+    pipes: dict[str, Any] = {"stdin": -1, "stdout": -1, "stderr": -1, "text": True, "bufsize": 0}
+    return subprocess.Popen(command, env=environment, preexec_fn=_heed_interrupts, **pipes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
@@ -240,7 +241,8 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat_on_a_terminal(whole_folder: 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "TERM": "dumb"}
     options = "--device cpu --max-new-tokens 900 --deterministic"  # an answer that takes longer than a signal
     command = [sys.executable, "-m", "mixtral_triton", "chat", whole_folder, *options.split()]
-    process = subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=_lead)
+    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = subprocess.Popen(command, env=environment, preexec_fn=_lead, **terminal)
     os.close(theirs)
     shown = ""
 
@@ -282,8 +284,14 @@ def _lead() -> None:
     import fcntl
     import termios
 
+    _heed_interrupts()
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _heed_interrupts() -> None:
+    """A run that was started with SIGINT ignored, as by `&` or nohup, would pass that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 BATCH = "generate --device cpu --max-new-tokens 5 --deterministic --batch-size 3"
