@@ -143,7 +143,7 @@ VERIFIED["quantized"] = {"hidden_size": 128, "intermediate_size": 128, "weights"
 VERIFIED["deterministic"] = {"deterministic": True, "weights": "fp8"}
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("case", VERIFIED)
 def test_verify_launches_only_kernels_that_are_compiled_ahead(case: str, gpu: Any) -> None:
     """Nothing is compiled here: kernels are compared. Layers in fp32 that are left out ahead are seen."""

@@ -311,6 +311,7 @@ def shortened(words: list[str]) -> list[str]:
     return [*rest, *more]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "line", [pytest.param(x, marks=[] if x.startswith(QUICK) else pytest.mark.slow) for x in COMMANDS]
 )

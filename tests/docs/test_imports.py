@@ -184,6 +184,7 @@ def test_installed_wheel_imports_from_anywhere(built: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_kernels_package_of_hugging_face_is_not_shadowed() -> None:
     """From the repository's root, where a folder `kernels` stands: theirs is imported, and transformers too."""
     code = "import kernels, transformers, mixtral_triton.ops; print(kernels.__file__); kernels.get_kernel"

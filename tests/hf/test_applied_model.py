@@ -243,6 +243,7 @@ def test_wrong_mask_raises_value_error(make_hf: Any) -> None:
         model(IDS[:, :1], torch.ones(2, 1), None, cache)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(make_hf: Any, parity: Any) -> None:
     model = apply(make_hf())
     calls: list[dict[str, Any]] = [{}, {"attention_mask": LEFT, "use_cache": False}, {"output_attentions": True}]

@@ -141,6 +141,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_prompt_is_encoded_as_by_auto_tokenizer(variant: str, folder: Path) -> None:
     transformers = pytest.importorskip("transformers")

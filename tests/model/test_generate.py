@@ -55,6 +55,7 @@ def test_greedy(T: int, new: int, window: int | None, make: Make, device: torch.
     assert torch.equal(got, argmax_loop(model, ids, new))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("window", (5, None))
 def test_ragged_prompts_are_as_each_alone(window: int | None, make: Make, device: torch.device) -> None:
     model = make(sliding_window=window)
@@ -401,6 +402,7 @@ def test_a_cache_after_a_failure_and_other_use(
         assert torch.equal(model.generate(longer, 1, cache=cache), model.generate(longer, 1))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "top_p": 0.8}, {"repetition_penalty": 1.5}], ids=str)
 def test_log_probabilities_are_those_of_a_forward(settings: Any, make: Make, device: torch.device) -> None:
     """Before temperature and penalty. Behind an EOS they are 0, so that a sum is the text's."""
@@ -435,6 +437,7 @@ def test_equal_logits_have_their_likeliest_in_order() -> None:
     assert ids.tolist() == [[1, 3, 2, 4]] and token.item() == top[0, 2] == top[0, 3]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("chunk", (2048, 3))
 def test_score_is_the_log_softmax_of_each_text(chunk: int, make: Make, device: torch.device, monkeypatch: Any) -> None:
     model, texts = make(), [tokens(T, seed=T, device=device) for T in (9, 1, 5)]

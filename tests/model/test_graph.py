@@ -72,6 +72,7 @@ def test_replays_draw_new_tokens_and_take_the_top_k(gpu: Any) -> None:
     assert gpu.replays == 14 + NEW - 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("window", [None, 5])
 def test_replays_go_on_in_a_cache_with_penalty_and_log_probabilities(window: int | None, gpu: Any) -> None:
     """Sequences end at different replays, and a second turn continues where each stands."""
@@ -153,6 +154,7 @@ REFUSED = [(is_dependent, ["capturing without dependent launches"], NEW - 3)]
 REFUSED += [(lambda graph: True, ["capturing without dependent launches", "decoding without a CUDA graph"], 0)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("refuses", "said", "replays"), REFUSED)
 def test_graph_that_cannot_be_instantiated(refuses: Any, said: list[str], replays: int, gpu: Any) -> None:
     """A driver without programmatic edges, and one without memory: both fallbacks are tried, in order."""
@@ -374,7 +376,7 @@ def test_forward_compiles_whole_and_once() -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(("dynamic", "dtype"), [(None, None), (True, None), (None, torch.int8)])
 def test_compiled_forward_of_several_batches(dynamic: bool | None, dtype: Any) -> None:

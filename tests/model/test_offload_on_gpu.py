@@ -147,6 +147,7 @@ def test_same_tokens_in_graph_replays(sizes: dict[str, Any], gpu: Any, ordered: 
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.slow
 def test_generate_places_what_the_memory_lacks(gpu: Any, tmp_path: Path) -> None:
     """Memory that three experts of all layers are too much for: they, the last ones or those used least, and the
     embedding are in host memory."""
@@ -350,6 +351,7 @@ def test_threads_and_streams_share_no_buffer(gpu: Any) -> None:
     assert len({rows.data_ptr() for rows in found}) == 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("inference", [False, True])
 def test_prefill_of_a_model_loaded_in_inference_mode(inference: bool, gpu: Any, ordered: Any) -> None:
     """Its tensors have no version counter."""

@@ -154,6 +154,7 @@ def test_stored_tied_head_must_equal_the_embedding(tmp_path, monkeypatch):
     assert_refused(save(tmp_path, short), r"lm_head\.weight has shape \(47", TIED)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("layout", "name"), EVERY_TENSOR)
 def test_missing_misshapen_or_non_finite_tensor_raises_value_error(tmp_path, monkeypatch, layout, name):
     tensors = tensors_of(CONFIG, layout)

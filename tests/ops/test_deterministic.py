@@ -181,7 +181,7 @@ def check_model(model: Mixtral, ids: Tensor, lengths: Tensor, orders: list[list[
             assert torch.equal(batch[row], got), f"{row} of {len(ids)}"
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [8, *(pytest.param(n, marks=pytest.mark.compiled) for n in (2, 65, 1001))])
 def test_sequence_of_a_model_at_any_place(n: int, model: Mixtral, device: torch.device) -> None:
     """Alone, a sequence is in a chunk of no more than its length."""

@@ -125,6 +125,7 @@ def test_toy_operation_passes_the_tests_of_every_operation(copy: Path) -> None:
     assert passed >= (10 if INTERPRETED else 20), out
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_toy_operation_in_verify_and_the_command_line(copy: Path) -> None:
     run(copy, "-c", rename_rows(CODE))

@@ -138,6 +138,7 @@ def graph_call(name: str, sizes: Any, device: Any) -> tuple[Call, dict[str, list
     return Call(name, {key: value for key, value in args.items() if key not in parts}), parts
 
 
+@pytest.mark.exhaustive
 @pytest.mark.compiled
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 @pytest.mark.parametrize(("name", "sizes"), GRAPHS, ids=str)

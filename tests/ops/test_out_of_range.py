@@ -143,6 +143,7 @@ def check_nan(got: Tensor, want: Tensor, row: int) -> None:
     assert got[row].isnan().all() and want.isfinite().all() and torch.equal(got[rest], want[rest])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("deterministic", "place", "bad"), [(False, 0, -1), (False, 3, V), (True, 1, 2**62)])
 def test_token_out_of_range(deterministic: bool, place: int, bad: int, unread: None) -> None:

@@ -43,6 +43,7 @@ def test_codes_and_scales() -> None:
     assert QuantizedCache.of(halves).dequantize().tolist() == [127.0, 0.0, 2.0, -2.0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("argument", "bad"), [("k", NAN), ("k", -INF), ("v", NAN), ("v", INF)])
 @pytest.mark.parametrize("name", INPUTS)
 def test_nan_of_a_key_reaches_its_own_sequence_alone(name: str, argument: str, bad: float, device: Any) -> None:
@@ -117,6 +118,7 @@ def logits_with_cache(model: Mixtral, ids: Tensor, sizes: Any, **options: Any) -
     return torch.cat([model(part, cache=cache, **options) for part in ids.split(sizes, 1)], dim=1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("unguarded")
 @pytest.mark.parametrize("window", [None, 5])
 def test_model_over_8_bits_equals_the_reference(window: int | None, device: Any) -> None:

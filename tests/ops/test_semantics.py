@@ -137,6 +137,7 @@ ATTENTION: list[tuple[tuple[int, ...], dict[str, Any]]] = [  # B, T, S, Hq, Hkv,
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("shape", "options"), ATTENTION, ids=str)
 def test_attention(shape: tuple[int, ...], options: dict[str, Any], device: torch.device) -> None:
     B, T, S = shape[:3]  # a causal call with more queries than keys needs lengths
@@ -233,6 +234,7 @@ PATHS = ((0, 4, 2), (1, 4, 2), (1, 8, 8), (3, 300, 2), (63, 3, 3), (64, 4, 1), (
 EXPERTS = [(*path, 24, 20) for path in PATHS] + [(T, 4, 2, H, I) for T in (1, 40, 65) for H, I in ((33, 17), (130, 70))]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("T", "E", "K", "H", "I"), EXPERTS)
 def test_expert_swiglu(T: int, E: int, K: int, H: int, I: int, device: torch.device) -> None:
     """Ids of both dtypes, for few tokens and for many."""

@@ -111,6 +111,7 @@ def test_embedding_of_rows_that_lie_apart(device: torch.device) -> None:
     check("embed_rms_norm", sizes, device, change)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("call", [public, lambda name: OPERATIONS[name].unchecked], ids=["checked", "unchecked"])
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_lazy_negation(name: str, sizes: Sizes, call: Any, device: torch.device, unguarded: None) -> None:

@@ -223,6 +223,7 @@ def test_a_rank_that_does_not_come_to_load(ranks: Ranks, checkpoint: Checkpoint)
         assert said.startswith(f"rank {rank} of 4: {message}"), said
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_or_is_never_done(ranks: Ranks, checkpoint: Checkpoint) -> None:
     for rank, said in enumerate(ranks(work.silent, checkpoint(), IDS, tp=4)[:3]):
         assert said.startswith(f"rank {rank} of 4: {NO_ANSWER}")
@@ -318,6 +319,7 @@ def torchrun(*command: str, **environment: str) -> subprocess.CompletedProcess[s
     return python(*start, *command, GLOO_SOCKET_IFNAME="lo", **environment)
 
 
+@pytest.mark.slow
 def test_torchrun_writes_the_same_text() -> None:
     command = ("generate", str(SMALL), *PROMPT, "--max-new-tokens", "8")
     run = torchrun(*command, "--ep", "2")
@@ -336,6 +338,7 @@ def test_torchrun_verifies_each_rank_s_part() -> None:
     assert {"weights", "layer", "logits"} <= {row["op"] for row in report["rows"]}
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others() -> None:
     command = (sys.executable, "-m", "mixtral_triton", "generate", str(SMALL), *PROMPT[:-1], "--tp", "2")
     common = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}

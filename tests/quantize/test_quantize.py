@@ -247,7 +247,7 @@ def large(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("weights", FORMATS)
 def test_loading_peaks_below_the_weights_and_an_expert(tmp_path: Path, weights: str) -> None:

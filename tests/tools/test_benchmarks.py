@@ -133,6 +133,7 @@ def test_every_part_starts_within_the_budget_and_takes_what_others_left(
 ENDS = {"exit(0)": (0, "done"), "exit(3)": (1, "failed"), "import time; time.sleep(60)": (0, "over budget")}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("code", ENDS)
 def test_the_exit_status_says_what_failed_and_not_what_took_long(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -264,6 +265,7 @@ def run(*args: Any, plugins: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return start("-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", "-p", "no:xdist", *args, PYTHONPATH=paths)
 
 
+@pytest.mark.slow
 @without_gpu
 def test_cases_of_every_kind_run_and_name_the_device(tmp_path: Path) -> None:
     file, kinds = tmp_path / "times.json", {"rms_norm", "expert_swiglu", "linear", "decode_step"}

@@ -29,6 +29,7 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("window", "stride"), [(1024, 512), (300, 300), (200, 70), (2, 1)])
 def test_perplexity_equals_the_recipe_of_transformers(window: int, stride: int, text: Path) -> None:
     """Their documentation's loop, "Perplexity of fixed-length models"; a loss is the mean over the targets of a window,
@@ -56,6 +57,7 @@ def test_perplexity_equals_the_recipe_of_transformers(window: int, stride: int, 
     assert math.isclose(found["bits_per_byte"], nll / math.log(2) / len(text.read_bytes()), rel_tol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_format_is_beside_the_baseline(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = run_json(f"{COMMAND} --text", text)
     for options in (["--weights", "experts=int4,linear=int8"], ["--cache-dtype", "int8"]):
@@ -77,7 +79,7 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [["--weights", "int4"], []])
 def test_the_time_left_is_right_after_a_tenth(weights: list[str], text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of both models, within 30 %, by a clock on which each token takes 10 ms. A line may come between the clock and
@@ -125,6 +127,7 @@ def test_wrong_texts_are_one_line(content: bytes | None, message: str, text: Pat
     assert message in error_line(f"{COMMAND} --text", text)
 
 
+@pytest.mark.slow
 def test_verify_measures_a_given_text(folder: Path, text: Path) -> None:
     (folder / "heldout.json").unlink()
     command = "verify --device cpu --weights int4 --quick --tokens 8"

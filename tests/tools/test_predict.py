@@ -173,6 +173,7 @@ def test_one_program_more_than_a_wave_takes_another_wave() -> None:
     assert two[0] == pytest.approx(2 * (one[0] - ends))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PREDICTABLE)
 def test_no_prediction_is_below_the_floor(name: str) -> None:
     """Nor is the sum of its parts, with no help from the floor; and no kernel below the least time of one."""

@@ -153,6 +153,7 @@ FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("case", "fault"), [(case, fault) for case in FAULTS for fault in FAULTS[case]])
 def test_fault_in_the_drop_in(case: Any, fault: str, make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     FAULTS[case][fault](monkeypatch)

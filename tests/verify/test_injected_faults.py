@@ -103,6 +103,7 @@ FAULTS: dict[str, tuple[Any, set[int | None], str]] = {
 }
 
 
+@pytest.mark.exhaustive
 @all_dtypes
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_in_the_model(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +124,7 @@ def wrong_weights(model: Mixtral) -> list[tuple[int | None, str]]:
     return [(row.layer, row.op) for row in verify(model, IDS[:1, :4], folder=SMALL).wrong]
 
 
+@pytest.mark.exhaustive
 @all_dtypes
 @pytest.mark.parametrize("swap", [("w1", "w3"), ("k_proj", "v_proj")])
 def test_loader_that_swaps(swap: tuple[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +151,7 @@ LOADED: dict[str, tuple[Callable[[Mixtral], object], list[tuple[int | None, str]
 }
 
 
+@pytest.mark.exhaustive
 @all_dtypes
 @pytest.mark.parametrize("name", LOADED)
 def test_fault_in_loaded_weights(name: str, dtype: torch.dtype) -> None:
@@ -209,6 +212,7 @@ FAULTS_AROUND: dict[tuple[str, str], dict[str, Inject]] = {
 }
 
 
+@pytest.mark.exhaustive
 @bf16_then_others
 @pytest.mark.parametrize(("place", "name"), [(place, name) for place in FAULTS_AROUND for name in FAULTS_AROUND[place]])
 def test_fault_around_the_model(place: Any, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +273,7 @@ OPERATION_FAULTS: dict[str, tuple[Callable[[str, Run, dict[str, Any]], Any], tup
 }
 
 
+@pytest.mark.exhaustive
 @bf16_then_others
 @pytest.mark.parametrize("fault", OPERATION_FAULTS)
 def test_fault_at_the_edges_of_an_operation(fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +320,7 @@ def test_fault_that_transformers_layers_show(fault: str, dtype: torch.dtype) -> 
     assert (first.layer, first.op, first.case) == (0, "layer", case), wrong
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("weights", [None, {"experts": "int4", "linear": "int8"}, "awq"])
 def test_transformers_has_one_layer_at_a_time(weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")

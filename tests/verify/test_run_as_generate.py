@@ -83,6 +83,7 @@ def left_out(
     return needed - run, sized.not_run, run
 
 
+@pytest.mark.exhaustive
 @once
 @pytest.mark.parametrize(("sizes", "deterministic"), [(SIZES, False), (SIZES, True), EVERY_LENGTH])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
@@ -269,6 +270,7 @@ FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
 }
 
 
+@pytest.mark.exhaustive
 @once
 @bf16_then_others
 @pytest.mark.parametrize(("place", "name"), [(place, name) for place in FAULTS for name in FAULTS[place]])

@@ -90,6 +90,7 @@ CONFIG_FAULTS: dict[str, tuple[Inject, str]] = {
 }
 
 
+@pytest.mark.exhaustive
 @all_dtypes
 @pytest.mark.parametrize("fault", [None, *CONFIG_FAULTS])
 def test_fault_of_the_config(fault: str | None, dense: Path, dtype: torch.dtype, monkeypatch: Patch) -> None:
@@ -159,6 +160,7 @@ LAYOUT_FAULTS: dict[str, tuple[str, Any]] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("fault", LAYOUT_FAULTS)
 def test_fault_of_a_layout_s_reader(fault: str, tmp_path: Path, monkeypatch: Patch) -> None:
     """Also while verify reads: its decoder shares nothing with the one that loads."""
@@ -172,6 +174,7 @@ def test_fault_of_a_layout_s_reader(fault: str, tmp_path: Path, monkeypatch: Pat
     assert {(row.layer, row.op) for row in verify(load(tmp_path), IDS, folder=tmp_path).wrong} == {(0, "weights")}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", [name for name in hub.LAYOUTS if name != "ct act-order"])
 def test_right_layout(layout: str, tmp_path: Path) -> None:
     hub.write(tmp_path, *hub.LAYOUTS[layout])

@@ -240,6 +240,7 @@ def test_fault_in_an_operation(name: str, inject_fault: Any) -> None:
     assert {row.op for row in report.wrong} == {name}
 
 
+@pytest.mark.exhaustive
 @once
 @pytest.mark.parametrize("name", ["rms_norm", "rope", "attention", "gate_route", "expert_swiglu"])
 def test_fault_in_an_operation_of_an_applied_model(name: str, make_hf: Any, inject_fault: Any) -> None:
@@ -322,7 +323,7 @@ def test_activations_that_only_one_side_quantizes_are_wrong(fault: str, monkeypa
 
 
 @interpreted
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_kernels_of_fp8_activations_are_compared() -> None:
     """With the rule of `generate`: many rows take the codes' kernels, few those of 16 bits."""
     report = verify(fp8_model(), IDS[:, :12], quick=True, tokens=70)
