@@ -81,6 +81,7 @@ QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
         "sm_100": _INT4_HOPPER,
         "gfx942": (PrefillTile(0, 64, 64, 0, 4, 2), PrefillTile(256, 128, 128, 0, 8, 1)),
         "fp32": (PrefillTile(0, 32, 32, 0, 8, 2),),
+        "sm_100 fp32": (PrefillTile(0, 32, 16, 0, 8, 2),),  # a wider one spills with Triton 3.6
     },
     8: {
         "sm_80": (PrefillTile(0, 64, 128, 0, 4, 3),),
