@@ -56,10 +56,10 @@ def quantize_rows_kernel(
         # IEEE divisions give the reference's codes. A NaN stays one in its code, and an infinity becomes one.
         scale = tl.div_rn(largest, tl.full((), _FP8_MAX, tl.float32))
         inverse = tl.div_rn(tl.full((), _FP8_MAX, tl.float32), largest)
-        codes = tl.join(low * inverse, high * inverse).to(tl.float8e4nv)
-        out = codes_ptr + row * (UNITS * 2 * J) + columns + offs_j
-        pair = tl.arange(0, 2)[None, None, :]
-        tl.store(out[:, :, None] + pair, codes, mask=(units < UNITS)[:, :, None] & (pair < 2))
+        # As one row of bytes: of pairs, which they are, each would be a store of its own.
+        codes = tl.interleave(low * inverse, high * inverse).to(tl.float8e4nv)
+        out = codes_ptr + row * (UNITS * 2 * J) + units * (2 * J) + tl.arange(0, 2 * J)[None, :]
+        tl.store(out, codes, mask=units < UNITS)
         tl.store(scales_ptr + row, scale)
 
 

@@ -102,9 +102,8 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
         table = quantized_prefill(quantized, arch) if quantized else PREFILL
         tile = prefill_tile(table, rows, dtype, arch, "pointers" if sizes.by_pointers else "")
         block_m, short_m = tile.BLOCK_M, tile.SHORT_M
-        if not (
-            sorted_x or (quantized == W8A8 and tma(arch) and not sizes.by_pointers)
-        ):  # pointers need tiles of one part, a power of 2
+        by_tma = sorted_x or (quantized == W8A8 and tma(arch) and not sizes.by_pointers)
+        if not by_tma:  # pointers need tiles of one part, a power of 2
             block_m, short_m = main_rows(block_m, short_m), 0
             block_m = block_m if sizes.deterministic else power_of_2(slots, low=least_rows(quantized), high=block_m)
         more = {"BLOCK_M": block_m, "SHORT_M": short_m, "GROUP_M": GROUP_M}

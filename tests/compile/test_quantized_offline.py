@@ -190,6 +190,15 @@ def test_sums_of_codes_are_promoted_every_128_columns(
     assert sass.count("WARPGROUP.DEPBAR") == 1 or not promoted
 
 
+def test_codes_of_activations_are_stored_in_16_bytes() -> None:
+    """Of x and of h. As pairs of two halves of a unit each two codes would be a store."""
+    launches = [each for each in launches_of(OPS["expert_swiglu"], "sm_90") if each.kernel == "quantize_rows_kernel"]
+    assert len({launch.constexprs["TOP_K"] for launch in launches}) == 2
+    for launch in launches:
+        ptx = compile_launch(launch, "sm_90").stages["ptx"].read_text()
+        assert set(re.findall(r"st\.global\.(\S+)", ptx)) == {"v4.b32", "b32"}, "codes, and the row's scale"
+
+
 FLOP_PER_INSTRUCTION = {"sm_80": 1100, "int4": 2300, "int8": 3400, "fp8": 3400}  # of sm_90 by the format
 
 

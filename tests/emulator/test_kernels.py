@@ -124,7 +124,9 @@ def test_production_tiles(name: str, arch: str, ptx_emulator: Any) -> None:
             with override_configs(configs):
                 check_error(op, reduced, dtype)
         codes_of = gpu.driver.execute.codes
-        for kernel in kernels & codes_of.keys():  # without the sort, which has an operation of its own
+        for kernel in kernels & codes_of.keys():
+            if kernel == "sort_by_expert_kernel" and name != "sort_by_expert":
+                continue  # its own cases run all of it
             best = max(code.ran.mean() for code in codes_of[kernel])
             assert best >= BOUND, f"{kernel}: {best:.1%} of its instructions run"
 
