@@ -356,7 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the results; none: one in benchmarks/results")
     parser.add_argument("--check", choices=CHECKS, help="run this check alone, here, and print its figures as JSON")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help="none: all")
-    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for everything together")
+    text = "seconds for everything together; none: 550, or twice as many with --dry"
+    parser.add_argument("--budget-s", type=float, help=text)
     text = "on a simulated GPU, which measures nothing; KERNEL: one that leaves it in an error"
     parser.add_argument("--dry", nargs="?", const="", metavar="KERNEL", help=text)
     parser.add_argument("--arch", choices=("sm_90", "gfx942"), default="sm_90", help="of the simulated GPU")
@@ -372,7 +373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     simulated = "" if args.dry is None else args.arch
     every, gpu = parts(simulated, args.dry or ""), f"dry-{simulated}" if simulated else torch.cuda.get_device_name()
     out = args.out or ROOT / "benchmarks" / "results" / gpu.lower().replace(" ", "-")
-    done = day({name: every[name] for name in names if name in args.parts}, out, args.budget_s, bool(simulated))
+    budget_s = (2 if simulated else 1) * BUDGET_S if args.budget_s is None else args.budget_s
+    done = day({name: every[name] for name in names if name in args.parts}, out, budget_s, bool(simulated))
     print(f"results: {out / 'gpu_day.md'}")
     return int(any(entry["status"] == "failed" for entry in done.values()))
 
