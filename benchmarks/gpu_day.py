@@ -356,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the results; none: one in benchmarks/results")
     parser.add_argument("--check", choices=CHECKS, help="run this check alone, here, and print its figures as JSON")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help="none: all")
-    text = "seconds for everything together; none: 550, or twice as many with --dry"
+    text = f"seconds for everything together; none: {BUDGET_S:.0f}, or twice as many with --dry"
     parser.add_argument("--budget-s", type=float, help=text)
     text = "on a simulated GPU, which measures nothing; KERNEL: one that leaves it in an error"
     parser.add_argument("--dry", nargs="?", const="", metavar="KERNEL", help=text)

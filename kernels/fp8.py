@@ -56,7 +56,7 @@ def quantize_rows_kernel(
         # IEEE divisions give the reference's codes. A NaN stays one in its code, and an infinity becomes one.
         scale = tl.div_rn(largest, tl.full((), _FP8_MAX, tl.float32))
         inverse = tl.div_rn(tl.full((), _FP8_MAX, tl.float32), largest)
-        # As one row of bytes: of pairs, which they are, each would be a store of its own.
+        # Interleaved to rows of bytes, which are stored 16 at a time; pairs would be stored 2 at a time.
         codes = tl.interleave(low * inverse, high * inverse).to(tl.float8e4nv)
         out = codes_ptr + row * (UNITS * 2 * J) + units * (2 * J) + tl.arange(0, 2 * J)[None, :]
         tl.store(out, codes, mask=units < UNITS)

@@ -69,6 +69,7 @@ def launch_prefill(
     causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:
+    """Return attention [B, T, Hq, D] by tiles of queries. `cache`: what is before a chunk, whose keys are `keys`."""
     B, T, Hq, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arch, quantized = target_arch(q.device), sizes.quantized
@@ -116,6 +117,7 @@ def launch_decode(
     newest: Newest | None = None,
     scale: float | None = None,
 ) -> Tensor:
+    """Return attention [B, T, Hq, D] of few queries by splits of the keys. `newest`: the key that `keys` lacks."""
     B, T, Hq, D = q.shape
     selected = select_configs(configs, sizes, q.dtype, q.device)
     config = selected["attention_decode_kernel"]

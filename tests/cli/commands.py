@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,6 +17,11 @@ from rich.console import Console
 from mixtral_triton.cli import main
 
 ROOT = Path(__file__).parents[2]
+
+
+def heed_interrupts() -> None:
+    """A process's `preexec_fn`: a run that was started with SIGINT ignored, as by `&` or nohup, would pass that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(command: str, *more: Any) -> tuple[int, str, str]:

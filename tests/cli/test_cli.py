@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from mixtral_triton import Mixtral, cli
 from mixtral_triton.cli import SMALL, parser
 from mixtral_triton.kernels.quantized import BITS
 from mixtral_triton.tools import processes, terminal
-from tests.cli.commands import ROOT, error_line, output, run, run_json
+from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
 
 # Each test decides for itself whether to interpret, so once is enough.
 pytestmark = pytest.mark.compiled
@@ -147,8 +146,7 @@ def test_a_full_disk_under_stdout_is_one_line(args: tuple[str, ...], environment
 
 def test_ctrl_c_ends_the_line() -> None:
     process = command(*GENERATE[:4], "The return", "--max-new-tokens", "900", TRITON_INTERPRET="0")
-    # A run that was started with SIGINT ignored, as by `&` or nohup, would pass that on.
-    process["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process["preexec_fn"] = heed_interrupts
     with subprocess.Popen(**process, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout is not None and running.stderr is not None
         running.stdout.read(12)  # the prompt, and a bit of what follows

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import offline, sass, terminal
 from mixtral_triton.tools.offline import collect, compile_launch, compile_ops
+from tests.cli.commands import heed_interrupts
 
 pytestmark = pytest.mark.compiled
 
@@ -367,8 +367,7 @@ def test_interrupt_leaves_no_process(tmp_path: Path) -> None:
     environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "mixtral_triton", "compile", "--arch", "sm_90", "expert_swiglu"]
     pipe = subprocess.PIPE
-    # A run that was started with SIGINT ignored, as by `&` or nohup, would pass that on.
-    options = {"start_new_session": True, "preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+    options = {"start_new_session": True, "preexec_fn": heed_interrupts}
     with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe, **options) as process:
         while not list(tmp_path.glob("*/*.ttgir")):  # a worker is at it
             assert process.poll() is None

@@ -26,7 +26,7 @@ from mixtral_triton.load import MARGIN
 from mixtral_triton.tools import batch
 from mixtral_triton.tools.prompt import load_tokenizer
 from mixtral_triton.tools.writer import Writer
-from tests.cli.commands import ROOT, error_line, output, run, run_json
+from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
 
 pytestmark = pytest.mark.compiled
 # An answer stands in the next turn as it was written. The third turn fails where its text says so.
@@ -230,7 +230,7 @@ def start(*words: Any) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "mixtral_triton", *map(str, words)]
     pipes: dict[str, Any] = {"stdin": -1, "stdout": -1, "stderr": -1, "text": True, "bufsize": 0}
-    return subprocess.Popen(command, env=environment, preexec_fn=_heed_interrupts, **pipes)
+    return subprocess.Popen(command, env=environment, preexec_fn=heed_interrupts, **pipes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
@@ -284,14 +284,9 @@ def _lead() -> None:
     import fcntl
     import termios
 
-    _heed_interrupts()
+    heed_interrupts()
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-def _heed_interrupts() -> None:
-    """A run that was started with SIGINT ignored, as by `&` or nohup, would pass that on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 BATCH = "generate --device cpu --max-new-tokens 5 --deterministic --batch-size 3"
