@@ -56,8 +56,8 @@ def _cast(builder: Any, src: Any, dst_type: Any) -> Any:
     return type(builder).cast_impl(builder, type(src)(values, tl.float32), dst_type)
 
 
-# numpy's order of a sum depends on the row's place in the tile: tests of bits replace this function.
-product = np.matmul
+# In one order of the sum: that of np.matmul depends on the row's place in the tile, above all without AVX-512.
+_product = partial(np.einsum, "mk,kn->mn")
 
 
 def _cast_by_bits(builder: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
@@ -68,7 +68,7 @@ def _cast_by_bits(builder: Any, src: Any, dst_type: Any, rounding_mode: Any) -> 
 
 def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     accumulate = d.data.dtype
-    return type(d)(product(_values(a).astype(accumulate), _values(b).astype(accumulate)) + d.data, d.dtype.scalar)
+    return type(d)(_product(_values(a).astype(accumulate), _values(b).astype(accumulate)) + d.data, d.dtype.scalar)
 
 
 @cache

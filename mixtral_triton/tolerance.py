@@ -8,19 +8,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import reference
-from .kernels import interpret
 from .kernels.launch import launch_context, multiprocessors, target_arch
 from .kernels.op import Op
 from .kernels.quantized import W8A8, QuantizedWeight
@@ -149,18 +145,13 @@ def _results(op: Op, function: Callable[..., Any], args: Args) -> list[Tensor]:
     return [x.dequantize() if isinstance(x, QuantizedCache) else x for x in results]
 
 
-def ordered_products() -> AbstractContextManager[Any]:
-    """Sum interpreted products in one order within the block: numpy's depends on a row's place in its tile."""
-    return mock.patch.object(interpret, "product", partial(np.einsum, "mk,kn->mn"))
-
-
 def same_bits(name: str, function: Callable[..., Any], args: Args) -> bool:
     """Whether rows, or sequences, of a call have the bits of other batches, on a GPU that a small batch fills."""
     op, device = OPS[name], args[OPS[name].names[0]].device
     letters = {arg.name: arg.shape_spec.split()[:1] for arg in op.arguments if args.get(arg.name) is not None}
     batched = [name for name, letter in letters.items() if letter == letters[op.names[0]]]
     sms = 2 * args["k"].shape[2] if "k" in args else multiprocessors(device)
-    with ordered_products(), launch_context(arch=target_arch(device), sms=sms):
+    with launch_context(arch=target_arch(device), sms=sms):
         whole = _results(op, function, args)
         for part in (slice(1), slice(2), slice(-1, None), slice(1, 6)):
             got = _results(op, function, {key: x[part] if key in batched else x for key, x in args.items()})

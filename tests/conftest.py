@@ -18,14 +18,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: more thr
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from triton import knobs
 
 from mixtral_triton.config import SMALL
-from mixtral_triton.kernels import call, interpret, launch
+from mixtral_triton.kernels import call, launch
 from mixtral_triton.kernels.interpret import interpreting
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
@@ -153,21 +152,6 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def unguarded(gates: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches run without the guard, at more than twice the speed, and on the tensors themselves."""
     monkeypatch.setattr(launch, "interpret", INTERPRET)
-
-
-def in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b, each element summed from the first column of a to the last."""
-    total = np.zeros((a.shape[0], b.shape[1]), a.dtype)
-    for k in range(a.shape[1]):
-        total += a[:, k, None] * b[None, k]
-    return total
-
-
-@pytest.fixture
-def ordered(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make interpreted products sum in one order wherever a row stands in its tile; return that product."""
-    monkeypatch.setattr(interpret, "product", in_order)
-    return in_order
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from ..kernels.launch import INTERPRETED, launch_context, multiprocessors, targe
 from ..model import Mixtral
 from ..quantize.cost import held_out, measure_activation_cost, measure_cache_cost, perplexity
 from ..quantize.hub import read_headers
-from ..tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
+from ..tolerance import Fp64Reference, largest, to_fp64, token_floor
 from ..tools.offline import launch_text, on_meta
 from .calls import BATCH, SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
@@ -309,15 +309,14 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
         chunk, step = model(ids[rows, : int(new.max())], cache, new), model(ids[rows, :1], cache)
         return [torch.cat((each[:n], last)) for each, last, n in zip(chunk, step, new.tolist(), strict=True)]
 
-    with ordered_products():
-        whole, same = run(), dict[str, bool]()
-        if model.device.type == "cuda":
-            again = [part for _ in range(2) if run(ids=ids.flip(0)) for part in run()]  # another text lies between
-            same[REPEATED] = all(map(torch.equal, again, whole * 2))
-        if model.deterministic:
-            # Each length alone, in a chunk of its own: one token shall not take the path of a decode step.
-            parts = *(slice(row, row + 1) for row in range(T)), slice(-1, None), slice(2), slice(1, 6)
-            same[BITS] = all(torch.equal(*pair) for part in parts for pair in zip(run(part), whole[part], strict=True))
+    whole, same = run(), dict[str, bool]()
+    if model.device.type == "cuda":
+        again = [part for _ in range(2) if run(ids=ids.flip(0)) for part in run()]  # another text lies between
+        same[REPEATED] = all(map(torch.equal, again, whole * 2))
+    if model.deterministic:
+        # Each length alone, in a chunk of its own: one token shall not take the path of a decode step.
+        parts = *(slice(row, row + 1) for row in range(T)), slice(-1, None), slice(2), slice(1, 6)
+        same[BITS] = all(torch.equal(*pair) for part in parts for pair in zip(run(part), whole[part], strict=True))
     return [Row.exact(None, "generate", case, right) for case, right in same.items()]
 
 

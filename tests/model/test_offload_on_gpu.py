@@ -135,7 +135,7 @@ def test_injected_fault_in_the_order_of_copies(fault: str, gpu: Any, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"deterministic": True}, INT4], ids=["dense", "deterministic", "int4"])
-def test_same_tokens_in_graph_replays(sizes: dict[str, Any], gpu: Any, ordered: Any) -> None:
+def test_same_tokens_in_graph_replays(sizes: dict[str, Any], gpu: Any) -> None:
     """Prompts beyond decode's tokens, then a captured step: routes change in the replays, and so do the rows read."""
     texts = []
     for on_host, embedding in (((), False), ((0, 2), False), (((), (0, 2)), True)):
@@ -325,7 +325,7 @@ def test_memory_at_another_address_is_refused(hip: Any, why: str, gpu: Any, monk
 
 
 @pytest.mark.slow
-def test_capture_of_a_large_batch_has_memory_of_its_own(gpu: Any, ordered: Any) -> None:
+def test_capture_of_a_large_batch_has_memory_of_its_own(gpu: Any) -> None:
     """More sequences than decode takes: a replay copies the experts again, into the graph's memory."""
     texts, prompts = [], list(tokens(65, 1, device=GPU_DEVICE))
     for on_host in ((), (0, 2)):
@@ -353,7 +353,7 @@ def test_threads_and_streams_share_no_buffer(gpu: Any) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("inference", [False, True])
-def test_prefill_of_a_model_loaded_in_inference_mode(inference: bool, gpu: Any, ordered: Any) -> None:
+def test_prefill_of_a_model_loaded_in_inference_mode(inference: bool, gpu: Any) -> None:
     """Its tensors have no version counter."""
     with torch.inference_mode():
         model = random_model(GPU_DEVICE, on_host=(0, 2), max_position_embeddings=128)

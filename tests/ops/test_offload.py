@@ -26,7 +26,7 @@ def arguments(format: str | None, T: int, dtype: torch.dtype, H: int = 64) -> Ar
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8", "fp8_w8a8"])
 @pytest.mark.parametrize(("T", "deterministic"), [(1, False), (4, False), (70, False), (3, True)])
-def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, ordered: Any) -> None:
+def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         args = arguments(format, T, dtype) | {"deterministic": deterministic}
         expected = ops.expert_swiglu(**args)
@@ -40,7 +40,7 @@ def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool, o
 @pytest.mark.interpreted
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8", "fp8_w8a8"])
 @pytest.mark.parametrize("T", [112, 130, 200, 512])
-def test_same_bits_as_stacked_for_many_rows(format: str | None, T: int, ordered: Any, unguarded: None) -> None:
+def test_same_bits_as_stacked_for_many_rows(format: str | None, T: int, unguarded: None) -> None:
     """Resident weights are read by TMA's tiles and offloaded ones by pointers', in the same order of each sum."""
     args = arguments(format, T, torch.bfloat16, H=128)
     assert torch.equal(ops.expert_swiglu(**with_offload(args, ON_HOST)), ops.expert_swiglu(**args))
@@ -94,7 +94,7 @@ def test_each_token_s_row_of_the_embedding_crosses_the_link_once(T: int, covers:
 
 
 @pytest.mark.interpreted
-def test_wrong_dtype_is_rejected_after_a_right_call(ordered: Any) -> None:
+def test_wrong_dtype_is_rejected_after_a_right_call() -> None:
     """What the check remembers of the right call is not that of one whose experts have half the bytes."""
     right, wrong = (with_offload(arguments(None, 3, dtype), ON_HOST) for dtype in (torch.float32, torch.bfloat16))
     weights = {name: wrong[name] for name in ("gate_up_proj", "down_proj")}
@@ -158,7 +158,7 @@ def test_index_selects_what_a_tensor_s_does_or_is_refused(stacked: Any) -> None:
     assert len([*weight]) == E
 
 
-def test_view_with_fp8_activations_of_offloaded_experts(ordered: Any) -> None:
+def test_view_with_fp8_activations_of_offloaded_experts() -> None:
     """It has the weight's addresses and its buffer, and torch's operator finds it by its id."""
     args = arguments("fp8", 70, torch.bfloat16)
     on_host = with_offload(args, ON_HOST)

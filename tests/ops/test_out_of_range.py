@@ -64,7 +64,7 @@ def call(name: str, args: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 @pytest.mark.parametrize(("name", "sizes", "argument"), BOUNDED, ids=str)
-def test_value_out_of_range(name: str, sizes: Sizes, argument: str, dtype: Any, gpu_rules: Any, ordered: Any) -> None:
+def test_value_out_of_range(name: str, sizes: Sizes, argument: str, dtype: Any, gpu_rules: Any) -> None:
     """No other row or sequence changes by a bit, an expert contributes nothing. The guard checks the addresses."""
     args = inputs(name, sizes)
     args[argument] = args[argument].to(dtype)
@@ -128,7 +128,7 @@ def test_sequence_beyond_the_limit_or_without_a_limit_raises_value_error_on_a_cp
 
 
 @pytest.fixture
-def unread(gpu_rules: None, ordered: Any, unguarded: None) -> None:
+def unread(gpu_rules: None, unguarded: None) -> None:
     """For comparisons bit for bit: sums in one order, and no guard, under which the operations have run above."""
 
 

@@ -28,7 +28,6 @@ NOT_SIMULATED = {  # tests for a GPU that the simulated one cannot run, and why
     ),
     "test_bad_loads[cuda-{'device': 'cuda:99'}]": "a simulated GPU answers in place of any, also to torch's parser",
     "test_a_captured_step_is_one_chain": "a simulated graph has no nodes to dump",
-    "test_experts_in_host_memory_give_the_bits_of_resident_ones": "numpy has no fixed order (test_offload_on_gpu)",
     "test_sequence_of_a_model_at_any_place[cuda-1001]": "takes an hour; the interpreted run has 1,001 sequences, too",
     "test_two_threads_generate_what_each_generates_alone": "a simulated GPU's tensors are one thread's",
 }
