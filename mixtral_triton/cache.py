@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
+from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -71,7 +74,8 @@ class KVCache:
         dtype = default_dtype(config) if dtype is None else dtype
         check_dtype("KVCache: dtype", dtype, of_cache=True)
         self.config, self.dtype = config, dtype
-        self.filled_by: torch.dtype | None = None  # of the model whose keys these are
+        # The model whose keys these are, and its dtype then; None: not known.
+        self.filled_by: tuple[weakref.ref[Any], torch.dtype] | None = None
         self.window, limit = config.window, config.max_position_embeddings
         shape = cache_shape(config, batch, max_len or limit)
         self.slots = shape[4]
@@ -101,11 +105,17 @@ class KVCache:
         # a forward on a GPU, where the host reads no value, or in a graph has appended others.
         self.texts: list[list[int]] | None = [[] for _ in range(batch)]
         self.drawn: list[torch.Tensor] = []
-        self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that has not ended
+        self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that may have written some
+        # Of each sequence, the position up to which slots may have been written, where that is beyond `lengths`: by a
+        # forward that failed, or by tokens that were dropped.
+        self.written: list[int] | None = None
 
     @property
     def batch(self) -> int:
         return len(self.lengths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"filled_by": None}  # a weak reference cannot be pickled
 
     def reserve(self, new: torch.Tensor | int) -> None:
         """Raise ValueError where a sequence has no room for `new` more tokens, int [B] or one number for all.
@@ -117,7 +127,6 @@ class KVCache:
         if torch.compiler.is_compiling():
             return
         self.check_intact()
-        self.appending = None
         if readable(self.lengths):
             if int(self.lengths.min()) < 0:
                 raise ValueError(f"KVCache: lengths holds {int(self.lengths.min())}, needs numbers of at least 0")
@@ -128,11 +137,27 @@ class KVCache:
 
     def check_intact(self) -> None:
         """Raise ValueError where a forward failed after it had overwritten keys of the ring that its tokens see."""
-        if self.appending is not None and self.window:  # `lengths` is what it was before
-            needed = (self.appending > 1) & (self.lengths > 0)  # of keys that the window has not left
-            if bool((needed & (self.lengths + self.appending > self.slots)).any()):
-                got = "a forward failed after it had overwritten keys of the ring that its tokens see"
-                raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
+        self.note_failure()
+        if self.written is None:
+            return
+        lengths = self.lengths.tolist()
+        # A sequence that starts anew needs no key, and one whose ring was not full has lost none.
+        known = [w if w > max(n, self.slots) and n else 0 for w, n in zip(self.written, lengths, strict=True)]
+        self.written = known if any(known) else None
+        if any(w > n + 1 for w, n in zip(known, lengths, strict=True)):  # one key may go: the window has left it
+            got = "a forward failed after it had overwritten keys of the ring that its tokens see"
+            raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
+
+    def note_failure(self) -> None:
+        """Keep in mind what a forward that failed may have written, before anyone changes its tensors."""
+        if self.appending is None:
+            return
+        capturing = self.lengths.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing has run
+        if self.window and not capturing:
+            with suppress(RuntimeError):  # of a GPU that no longer answers; the caller has its first error
+                reached = (self.lengths + self.appending).tolist()
+                self.written = [*map(max, reached, self.written or reached)]
+        self.appending = None
 
     def check_length(self, reached: int) -> None:
         """Raise ValueError where `reached` tokens of a sequence are more than the cache can hold."""
@@ -158,8 +183,13 @@ class KVCache:
 
     def _min_length(self) -> int:
         """Return the tokens that each sequence holds at least, as far as the host knows."""
-        written = self._version is None or _version(self.lengths) != self._version  # by a caller, possibly
-        return 0 if written or self.replayed else self._known
+        unknown = self._version is None or self.lengths_written or self.replayed
+        return 0 if unknown else self._known
+
+    @property
+    def lengths_written(self) -> bool:
+        """Whether a caller has written `lengths` since the last forward, as far as torch counts writes."""
+        return _version(self.lengths) != self._version
 
     def record(self, ids: torch.Tensor, new: torch.Tensor | None) -> None:
         """Note the tokens of a forward, ids [B,T] and the `new` [B] of them that exist; None: all."""
@@ -183,9 +213,9 @@ class KVCache:
     def set_back(self, texts: list[list[int]]) -> list[int]:
         """Drop what is not the beginning of each text -> the number of tokens that stay, at most all but the last of a
         text, whose logits are wanted. Warns where none can stay: a ring has lost keys, or tokens are unknown."""
+        self.note_failure()
         held, lengths, reused, reasons = self.held(), self.lengths.tolist(), list[int](), set[str]()
-        # A failed forward may have taken slots, too.
-        written = lengths if self.appending is None else (self.lengths + self.appending).tolist()
+        written = [*map(max, lengths, self.written or lengths)]
         for text, old, reached in zip(texts, held or [[]] * len(texts), written, strict=True):
             pairs = enumerate(zip(old, text[:-1], strict=False))
             same = next((i for i, (a, b) in pairs if a != b), min(len(old), len(text) - 1))
@@ -202,7 +232,8 @@ class KVCache:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         if reused != lengths:
             self.lengths.copy_(torch.tensor(reused))
-        self.texts, self.drawn, self.reused, self.appending = texts, [], reused, None
+        self.texts, self.drawn, self.reused = texts, [], reused
+        self.written = [w if n else 0 for w, n in zip(written, reused, strict=True)]
         return reused
 
     def grown(self, max_len: int) -> KVCache:

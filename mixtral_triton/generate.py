@@ -158,22 +158,32 @@ def _stream(
     cache: KVCache | torch.dtype,
     logprobs: int | None,
 ) -> Iterator[Any]:
-    if n == 0:
-        return
     drawn, texts, context = None, rows, max(map(len, rows)) + n
     explain = partial(explain_out_of_memory, "generate", model, len(rows), context)
     if isinstance(cache, torch.dtype):
+        if n == 0:
+            return
         with explain(cache):
             cache = KVCache(model.config, len(rows), context, model.device, cache)
     else:
-        texts = [row[kept:] for row, kept in zip(rows, cache.set_back([row.tolist() for row in rows]), strict=True)]
-        cache.filled_by, drawn = model.dtype, cache.drawn
+        if not model.has_filled(cache):
+            what = "the cache was filled by another model, or in another dtype"
+            warnings.warn(f"generate: a text is computed from its start: {what}", RuntimeWarning, stacklevel=2)
+            cache.lengths.zero_()
+        kept = cache.set_back([row.tolist() for row in rows])
+        texts = [row[start : len(row) - (n == 0)] for row, start in zip(rows, kept, strict=True)]
+        cache.filled_by, drawn = model.identity(), cache.drawn
+        if n == 0:  # the newest token is the prompt's last
+            with explain(cache.dtype):
+                prefill(model, cache, *pad(texts, model.device))
+            return
     with explain(cache.dtype):
         step = Step(model, cache, eos, sampling, logprobs)
         for seen, row in zip(step.seen, rows, strict=True) if step.penalizes else ():
             seen[row] = True
         replayed = cache.replayed
         step.pick(prefill(model, cache, *pad(texts, model.device)))
+        cache.written = None  # every sequence has gone on by a token at least
     replay: Any = None
     captures = 1 + (model.ranks is None and launches_dependently(model.device))
     try:
@@ -183,8 +193,9 @@ def _stream(
             if drawn is not None:
                 drawn.append(step.token.clone())
             yield step.result()
-            if drawn is not None and cache.drawn is not drawn:
-                raise ValueError("generate: cache has gone on in another call, needs a cache that only this one uses")
+            if drawn is not None and (cache.drawn is not drawn or cache.lengths_written):
+                got = "cache has gone on in another call, or its lengths were written"
+                raise ValueError(f"generate: {got}, needs a cache that only this one uses")
             if done == n or (eos and bool(step.ended.all())):
                 return
             with explain(cache.dtype):

@@ -120,13 +120,20 @@ class State:
         else:
             self.cache_lengths = cache.lengths.resolve_neg()
             self.positions = cache.lengths[:, None]
-            if not self.decodes:
+            if self.decodes:  # here, and not in each layer: what it overwrites is out of the window
+                self.note_append()
+            else:
                 t = torch.arange(T, device=model.device)
                 self.positions = (self.positions + t).clamp_(max=len(model.cos) - 1)
 
     def all_reduce(self, part: Tensor) -> Tensor:
         """Sum a rank's part over the mesh."""
         return part if self.ranks is None else self.ranks.all_reduce(part, in_order=self.deterministic)
+
+    def note_append(self) -> None:
+        """Tell the cache that its slots are about to be written."""
+        if self.cache is not None and not torch.compiler.is_compiling():
+            self.cache.appending = self.num_new
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerCache | None) -> Tensor:
         """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
@@ -143,7 +150,6 @@ class State:
         out = ops.cached_attention.unchecked(
             q, k, v, k_cache, v_cache, *lengths, window=self.window, deterministic=self.deterministic
         )
-        if self.cache is not None and not torch.compiler.is_compiling():
-            self.cache.appending = self.num_new
+        self.note_append()
         ops.append.unchecked(k, v, k_cache, v_cache, *lengths)  # last: the chunk's first queries need the old keys
         return out

@@ -6,6 +6,7 @@ B batch, T tokens, H hidden, D head size, P positions, V vocabulary
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -225,10 +226,15 @@ class Mixtral(nn.Module):
         kv_caches = [None] * len(next_norms) if cache is None else zip(cache.keys, cache.values, strict=True)
         # No PDL with several ranks (collectives run on other streams), or while tracing.
         pdl = self.ranks is None and not torch.compiler.is_compiling() and self.find_change() is None
-        with pdl_region() if pdl else nullcontext():
-            for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_caches, strict=True):
-                h, x = layer(h, x, next_norm, kv_cache, state)
-        out = h if head is None else head(h)
+        try:
+            with pdl_region() if pdl else nullcontext():
+                for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_caches, strict=True):
+                    h, x = layer(h, x, next_norm, kv_cache, state)
+            out = h if head is None else head(h)
+        except BaseException:
+            if cache is not None:
+                cache.note_failure()
+            raise
         if cache is not None:
             cache.advance(state.num_new, T if lengths is None else 0)
         return out
@@ -282,10 +288,21 @@ class Mixtral(nn.Module):
             if lengths is not None:
                 check_lengths("Mixtral", lengths, B, self.device)
                 check_values("Mixtral", "lengths", lengths, 0, T)
+            if not torch.compiler.is_compiling() and not self.has_filled(cache):
+                got = "keys that another model filled in, or this one in another dtype"
+                raise ValueError(f"Mixtral: argument 'cache' has {got}, needs a new cache, or lengths of 0")
             cache.reserve(T if lengths is None else lengths)
             if not torch.compiler.is_compiling():
-                cache.filled_by = self.dtype
+                cache.filled_by = self.identity()
                 cache.record(input_ids, lengths)
+
+    def identity(self) -> tuple[weakref.ref[Mixtral], torch.dtype]:
+        """Return what a cache keeps of the model that filled it."""
+        return weakref.ref(self), self.dtype
+
+    def has_filled(self, cache: KVCache) -> bool:
+        """Whether the tokens of `cache`, if there are any, are this model's in its dtype, as far as the cache knows."""
+        return cache.filled_by in (None, self.identity()) or not bool(cache.lengths.any())
 
     def _check_cache(self, cache: KVCache, B: int) -> None:
         """Raise ValueError unless `cache` is one of this model, for B sequences."""
@@ -299,7 +316,6 @@ class Mixtral(nn.Module):
             ("batch", cache.batch, B),
             ("device", cache.lengths.device, self.device),
             ("dtype", self.dtype if cache.dtype is torch.int8 else cache.dtype, self.dtype),
-            ("keys that a model filled in", cache.filled_by or self.dtype, self.dtype),
             *((f"config.{name}", value, getattr(self.config, name)) for name, value in fields),
         ):
             if got != need:
