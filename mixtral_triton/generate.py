@@ -6,13 +6,9 @@ read on the device, and the host waits for at most one value a token, whether ev
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +17,10 @@ from torch import Tensor
 
 from .arguments import check_ids, check_vocabulary, is_int
 from .cache import KVCache
+from .cuda_graph import CapturedGraph, CaptureLost, capture, is_out_of_memory
 from .kernels.call import untraced
 from .kernels.checks import readable
 from .kernels.launch import launch_context, launches_dependently
-from .kernels.offload import call_runtime as _call_runtime
 from .out_of_memory import explain_out_of_memory
 from .sampling import Logprobs, Sampling, measure, penalize, sample, stack_steps
 
@@ -32,10 +28,6 @@ if TYPE_CHECKING:
     from .model import Mixtral
 
 GRAPH_MIN_TOKENS = 4  # remaining tokens that are worth a capture, which takes the host time of about two steps
-_lock = threading.Lock()  # captures take turns, as they share a stream
-_streams: dict[int, torch.cuda.Stream] = {}  # by device: torch draws streams from a pool, where others get the same
-_lost: list[Any] = []  # graphs whose capture did not end: torch's allocators still call them
-_INVALIDATED, _THREAD_LOCAL = 2, 1  # cudaStreamCaptureStatus, cudaStreamCaptureMode
 
 
 @torch.no_grad()
@@ -184,7 +176,7 @@ def _stream(
         replayed = cache.replayed
         step.pick(prefill(model, cache, *pad(texts, model.device)))
         cache.written = None  # every sequence has gone on by a token at least
-    replay: Any = None
+    replay: CapturedGraph | None = None
     captures = 1 + (model.ranks is None and launches_dependently(model.device))
     try:
         for done in range(1, n + 1):
@@ -206,18 +198,18 @@ def _stream(
                 captures = 0
             elif to_capture:
                 try:
-                    with explain(cache.dtype):
-                        replay = capture(step, sampling.generator, model.device)
+                    replay = capture(step, sampling.generator, model.device)
                 except CaptureLost:
                     raise
                 except RuntimeError as error:
+                    captures = 0 if is_out_of_memory(error) else captures
                     step.no_pdl = done < captures
                     what = "capturing without dependent launches" if step.no_pdl else "decoding without a CUDA graph"
                     warnings.warn(f"generate: {what}, slower: {error}", RuntimeWarning, stacklevel=2)
     finally:
         cache.replayed = replayed  # no replay follows
         if replay is not None:  # `destroy_process_group` waits for a graph that holds collectives
-            replay.__self__.reset()
+            replay.reset()
 
 
 class Step:
@@ -352,79 +344,3 @@ def _end_of(tail: Tensor, eos: frozenset[int]) -> int:
     """Return how many tokens there are up to the first EOS, which is counted."""
     ends = (index + 1 for index, token in enumerate(tail.tolist()) if token in eos)
     return next(ends, len(tail))
-
-
-class CaptureLost(RuntimeError):
-    """A capture failed, and its side effects could not be reverted."""
-
-
-def capture(step: Callable[[], object], generator: torch.Generator | None, device: torch.device) -> Callable[[], None]:
-    """Capture the launches of `step` on `device` and return the replay. Nothing runs; `step` must have run before.
-
-    `generator`: the one that the step draws from, if any. Other threads may use the device, but not synchronize it as
-    `torch.cuda.graph` does. Raises RuntimeError where the step cannot be captured, as one that reads a value, or the
-    graph not instantiated: stream, allocators and generators are then as before. Raises CaptureLost where they are not.
-    """
-    with _lock, torch.cuda.device(device), _no_collection():
-        graph = torch.cuda.CUDAGraph(keep_graph=True)  # the end of a capture then instantiates nothing, which may fail
-        if generator is not None:  # here, because torch up to 2.12 allocates its seed on the current device
-            graph.register_generator_state(generator)
-        if (current := torch.cuda.current_device()) not in _streams:
-            _streams[current] = torch.cuda.Stream()
-        with torch.cuda.stream(stream := _streams[current]):
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("another capture has the stream")
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                step()
-            except BaseException:
-                _end(graph, stream, device, failed=True)
-                raise
-            _end(graph, stream, device, failed=False)
-        try:
-            graph.instantiate()
-        except RuntimeError:  # no memory is left, or the driver has no such edges: nothing is captured any more
-            graph.reset()
-            raise
-    return graph.replay
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Collect no garbage within the block, because a finalizer that synchronizes would invalidate a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _end(graph: Any, stream: torch.cuda.Stream, device: torch.device, failed: bool) -> None:
-    """End a capture; raise RuntimeError where it was invalidated although the step did not fail.
-
-    The end of an invalidated capture raises before torch has closed its pools of device and host memory and released
-    the generators. An empty capture therefore takes its place, which torch ends completely.
-    """
-    handle, status, captured = ctypes.c_void_p(stream.cuda_stream), ctypes.c_int(), ctypes.c_void_p()
-    with suppress(AttributeError, OSError):  # a valid capture needs none of these calls
-        _call_runtime("StreamIsCapturing", handle, ctypes.byref(status))
-    try:
-        if invalid := failed or status.value == _INVALIDATED:
-            _call_runtime("StreamEndCapture", handle, ctypes.byref(captured))
-            _call_runtime("GetLastError")  # else torch raises it at its next launch
-            if captured.value is not None:
-                _call_runtime("GraphDestroy", captured)
-            _call_runtime("StreamBeginCapture", handle, ctypes.c_int(_THREAD_LOCAL))
-        graph.capture_end()
-    except (AttributeError, OSError, RuntimeError) as error:
-        _lost.append(graph)
-        raise CaptureLost(
-            f"the capture of a CUDA graph failed, and {device} is still in it: memory that it allocated is lost, and "
-            f"random numbers cannot be drawn there. Restart the process without a graph. ({error})"
-        ) from error
-    if invalid:
-        graph.reset()
-    if invalid and not failed:
-        raise RuntimeError("the capture was invalidated, perhaps by a synchronization in another thread")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral, generate
-from mixtral_triton.generate import CaptureLost, capture
+from mixtral_triton.cuda_graph import CaptureLost, capture
 from mixtral_triton.layer import Layer
 from mixtral_triton.model import _method_names
 from mixtral_triton.parallel import UNSHARDED
@@ -204,6 +204,68 @@ def test_a_capture_that_fails_with_dependent_launches_is_tried_without_them(gpu:
     assert len(found) == 1 and len(gpu.captures) == 2 and gpu.replays == NEW - 3 and any(launched)
 
 
+def test_graphs_that_ended_leave_their_memory_to_the_next(gpu: Any) -> None:
+    """torch releases it to ordinary allocations alone, so each generation would keep its own."""
+    model, seen = build(None, GPU_DEVICE), []
+    for turn in range(50):
+        gpu.driver.executes = turn == 0
+        texts(model, max_new_tokens=NEW)
+        seen.append((len(gpu.pool_bytes), sum(gpu.pool_bytes.values())))
+    assert len(gpu.captures) == 50 and set(seen) == {(1, seen[0][1])} and seen[0][1] > 0
+
+
+def test_graphs_that_live_together_share_no_memory(gpu: Any) -> None:
+    gpu.driver.executes = False
+    model = build(None, GPU_DEVICE)
+    for _ in range(2):  # the second pair takes the first one's
+        steps = [model.stream(prompts(GPU_DEVICE), NEW) for _ in range(2)]
+        for _ in range(3):
+            assert all(next(each) is not None for each in steps)
+        first, second = (graph.memory_pool for graph in gpu.captures[-2:])
+        assert first != second and len(gpu.pool_bytes) == 2
+        for each in steps:
+            each.close()  # type: ignore[attr-defined]
+    capture(lambda: None, None, torch.device("cuda", 0))  # of another stream
+    assert len({graph.memory_pool for graph in gpu.captures}) == 3
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("where", ["capture", "instantiate"])
+def test_a_capture_without_memory_takes_what_earlier_graphs_kept(where: str, gpu: Any, monkeypatch: Any) -> None:
+    model = build(None, GPU_DEVICE)
+    want = texts(model, max_new_tokens=NEW)
+    kept, emptied = sum(gpu.pool_bytes.values()), []
+
+    def empty_cache() -> None:
+        emptied.append(dict(gpu.pool_bytes))
+        gpu.pool_bytes_most = 1 << 40
+        gpu.refuses = lambda graph: False
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    if where == "capture":
+        gpu.pool_bytes_most = kept - 1
+    else:
+        gpu.refuses = lambda graph: 2
+    gpu.replays = 0
+    assert texts(model, max_new_tokens=NEW) == want  # without a warning
+    assert emptied == [{}] and gpu.replays == NEW - 2 and len(gpu.pool_bytes) == 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("where", ["capture", "instantiate"])
+def test_a_capture_that_finds_no_memory_twice_leaves_decoding_to_launches(where: str, gpu: Any) -> None:
+    model = build(None, GPU_DEVICE)
+    if where == "capture":
+        gpu.pool_bytes_most = 0
+    else:
+        gpu.refuses = lambda graph: 2
+    with pytest.warns(RuntimeWarning, match="decoding without a CUDA graph, slower: .*out of memory") as found:
+        got = texts(model, max_new_tokens=NEW)
+    assert got == texts(build(None, "cpu"), max_new_tokens=NEW)
+    assert len(found) == 1 and len(gpu.captures) == 2 and gpu.replays == 0
+    assert not gpu.pools and not any(gpu.pool_bytes.values())
+
+
 # A mesh of one rank: its collectives are copies, which a graph holds.
 ONE_RANK = SimpleNamespace(
     shard=UNSHARDED,
@@ -268,7 +330,7 @@ def test_sampling_without_a_generator_leaves_torch_s_own_to_other_threads(gpu: A
 
 def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "capture", lambda step, *rest: capture(lambda: looks(step), *rest))
-    monkeypatch.setattr("mixtral_triton.generate._call_runtime", lambda *args: None)  # no empty capture in its place
+    monkeypatch.setattr("mixtral_triton.cuda_graph._call_runtime", lambda *args: None)  # no empty capture in its place
     with pytest.raises(CaptureLost, match=r"cuda:1 is still in it: memory .* is lost.*Restart the process"):
         texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import Mixtral, generate, load
+from mixtral_triton import Mixtral, cuda_graph, load
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels import plan
 from mixtral_triton.tools.bench.decode_step import STEP, decode_step, inputs, replayed_step, rewind
@@ -59,8 +59,8 @@ def test_a_captured_step_is_one_chain(decode: tuple[dict[str, Any], Repeat], tmp
     args, repeat = decode
     repeat(partial(decode_step, **args), 1)
     with torch.no_grad():
-        replay: Any = generate.capture(partial(decode_step, **args), None, args["model"].device)
-    replay.__self__.debug_dump(str(tmp_path / "step.dot"))
+        replay: Any = cuda_graph.capture(partial(decode_step, **args), None, args["model"].device)
+    replay.graph.debug_dump(str(tmp_path / "step.dot"))
     text = (tmp_path / "step.dot").read_text()
     nodes = set(re.findall(r'"(graph_\d+_node_\d+)"', text))
     assert text.count("->") == len(nodes) - 1 > 0
@@ -82,15 +82,15 @@ def test_two_threads_generate_what_each_generates_alone(decode: tuple[dict[str, 
 
 def test_a_capture_that_fails_on_the_caller_s_stream_leaves_torch_usable() -> None:
     x, drawn = torch.zeros(1, device="cuda"), torch.Generator("cuda").manual_seed(0)
-    generate.capture(x.zero_, drawn, x.device)
-    with torch.cuda.stream(generate._streams[torch.cuda.current_device()]):
+    cuda_graph.capture(x.zero_, drawn, x.device)
+    with torch.cuda.stream(cuda_graph._streams[torch.cuda.current_device()]):
         with pytest.raises(RuntimeError) as error:
-            generate.capture(lambda: int(x.zero_()), drawn, x.device)
-        assert not isinstance(error.value, generate.CaptureLost)
+            cuda_graph.capture(lambda: int(x.zero_()), drawn, x.device)
+        assert not isinstance(error.value, cuda_graph.CaptureLost)
         x.exponential_(generator=drawn)
         torch.zeros(8).pin_memory()
         torch.cuda.empty_cache()
-        generate.capture(x.zero_, drawn, x.device)()
+        cuda_graph.capture(x.zero_, drawn, x.device)()
         assert float(x) == 0.0
 
 

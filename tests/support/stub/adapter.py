@@ -1,12 +1,13 @@
 """What the simulated GPU and the PTX emulator know of this project. Their other files run any Triton program."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from mixtral_triton import generate
+from mixtral_triton import cuda_graph
 from mixtral_triton.kernels import call, offload, plan
 from mixtral_triton.kernels.interpret import interpreting as interpreting
 from mixtral_triton.kernels.kernel_weight import Layout as Layout
@@ -32,8 +33,9 @@ def memories_of(table: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def patches(tensor_class: type, call_runtime: Callable[..., int]) -> list[tuple[Any, str, Any]]:
     """Return what to patch while GPUs are simulated: module, name, value."""
-    runtime = [(generate, "_call_runtime", call_runtime), (offload, "call_runtime", call_runtime)]
-    return [(call, "PLAIN_TYPES", (*call.PLAIN_TYPES, tensor_class)), (generate, "_streams", {}), *runtime]
+    runtime = [(cuda_graph, "_call_runtime", call_runtime), (offload, "call_runtime", call_runtime)]
+    runtime += [(cuda_graph, "_streams", {}), (cuda_graph, "_pools", defaultdict(list))]
+    return [(call, "PLAIN_TYPES", (*call.PLAIN_TYPES, tensor_class)), *runtime]
 
 
 def small_benchmarks() -> dict[str, Any]:

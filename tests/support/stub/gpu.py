@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -86,6 +87,16 @@ class Generator(torch.Generator):
         raise LaunchError(f"illegal memory access: the seed of {self.device} is on cuda:{self.seed_device}")
 
 
+class MemPool:
+    """A pool of memory, which keeps what captures took from it while it lives."""
+
+    def __init__(self) -> None:
+        self.id = (0, next(_handles))
+        memory = _active[-1].pool_bytes
+        memory[self.id] = 0
+        weakref.finalize(self, memory.pop, self.id, None)
+
+
 class Graph:
     """A CUDA graph: captured work does not run; a replay runs it on the same memory.
 
@@ -113,11 +124,25 @@ class Graph:
         machine.captures.append(self)
         self.first = len(machine.driver.launches)
         pool = self.memory_pool = (0, next(_handles)) if pool == (0, 0) else pool
+        self.held = set[int]()  # addresses of memory that the capture took, and their bytes
+        self.bytes = 0
         machine.pools.add(pool)
         machine.host_pools.add(pool)
         for generator in self.generators:
             generator.captured_by = self
         stage.capture = self
+
+    def allocate(self, memory: torch.Tensor) -> None:
+        """Take memory from the pool, of which nothing is used twice in one capture."""
+        storage, machine = memory.untyped_storage(), _active[-1]
+        if storage.data_ptr() in self.held:
+            return
+        self.held.add(storage.data_ptr())
+        self.bytes += storage.nbytes()
+        pools = machine.pool_bytes
+        pools[self.memory_pool] = max(pools.get(self.memory_pool, 0), self.bytes)
+        if sum(pools.values()) > machine.pool_bytes_most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def record(self, call: Callable[[], Any]) -> None:
         if _active[-1].current != self.device:
@@ -141,8 +166,10 @@ class Graph:
             self.instantiate()
 
     def instantiate(self) -> None:
-        if _active[-1].refuses(self):
-            raise RuntimeError("CUDA error: operation not supported, or out of memory")
+        if code := int(_active[-1].refuses(self)):
+            error = RuntimeError("CUDA error: operation not supported, or out of memory")
+            error.error_code = code  # type: ignore[attr-defined]
+            raise error
 
     def replay(self) -> None:
         if not self.ended:
@@ -164,12 +191,14 @@ class GPU:
         self.properties = SimpleNamespace(**H100 | properties)
         self.streams = [Stream(torch.device("cuda", i), number=0) for i in range(count)]
         self.captures: list[Graph] = []
+        self.pool_bytes: dict[Any, int] = {}  # what captures took from each pool, which its graph's end does not return
+        self.pool_bytes_most = 1 << 40
         self.pools: set[Any] = set()  # of the device's memory, and of the host's, that a capture allocates from
         self.host_pools: set[Any] = set()
         self.pinned: dict[int, int] = {}  # bytes of host memory, by address
         self.pinned_most = 1 << 40
         self.mapped_at = 0  # how far pinned memory's device address is from its host address
-        self.refuses: Callable[[Graph], bool] = lambda graph: False  # to instantiate this graph
+        self.refuses: Callable[[Graph], int] = lambda graph: 0  # to instantiate this graph: the error's code, or 0
         self.replays, self.syncs, self.work = 0, stage.syncs, stage.work
         self.driver = Driver(self)
 
@@ -235,7 +264,7 @@ class GPU:
             **dict.fromkeys(("is_available", "is_initialized"), lambda: True),
             **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), self.exchange),
             **dict.fromkeys(("memory_allocated", "max_memory_allocated"), lambda device=None: 0),
-            **{"Stream": Stream, "Event": Event, "CUDAGraph": Graph},
+            **{"Stream": Stream, "Event": Event, "CUDAGraph": Graph, "MemPool": MemPool},
             "_lazy_init": lambda: None,
             "device_count": lambda: self.count,
             "current_device": lambda: self.current,

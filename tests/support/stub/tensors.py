@@ -39,6 +39,8 @@ class FakeGPUTensor(Tensor):
             layout |= {"strides": held.stride(), "storage_offset": held.storage_offset()}
         tensor = Tensor._make_wrapper_subclass(cls, held.shape, device=device, **layout)
         tensor.held = held
+        if stage.capture is not None:
+            stage.capture.allocate(held)
         return tensor
 
     def data_ptr(self) -> int:
