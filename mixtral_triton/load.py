@@ -22,6 +22,7 @@ from .config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder, read_json_o
 from .kernels.arch import check_multiplies_fp8
 from .kernels.launch import target_arch
 from .kernels.offload import ALIGNMENT
+from .kernels.quantized import W8A8, row_elements
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, Formats, QuantSpec, hub, quantize_into, select_specs
 
@@ -175,7 +176,8 @@ def load(
         return bytes_of(shard.specs(select_specs(quantization, shapes), shapes, local_shapes))
 
     needed, sizes = bytes_of(specs), movable_bytes(config, local_shapes, specs, dtype)
-    placement = check_offload(offload, config, ranks, target_device, needed, sizes, offload_by, context, cache_dtype)
+    options = offload_by, context, cache_dtype, activations
+    placement = check_offload(offload, config, ranks, target_device, needed, sizes, *options)
     has_choice = headers.scheme is None and not placement.host_bytes
     check_memory(target_device, needed - placement.freed_bytes, bytes_if if has_choice else None)
     try:
@@ -205,28 +207,40 @@ def table_bytes(config: MixtralConfig) -> int:
     return 4 * config.max_position_embeddings * config.head_dim
 
 
-def workspace_bytes(config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK) -> int:
+def workspace_bytes(
+    config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK, activations: str | None = None
+) -> int:
     """Return the most bytes that `generate` holds at one time while it reads prompts, in chunks of `chunk` tokens.
 
     A layer's experts hold their input and its norm, attention's result, the sum and its norm, the next sum and its
     norm; for each slot its row in sorted order, the inner values and the result, since a launch plan allocates all of
     these at first. Attention holds its input and its norm, queries, keys and values, those rotated, and the heads'.
+    With quantized activations the sorted rows and the inner values have codes, with a scale each: the former instead.
     """
     hidden, inner, slots = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    row = max(7 * hidden + slots * (2 * hidden + inner), 2 * hidden + 3 * heads) + config.num_local_experts
-    row += hidden if context > chunk else 0  # the chunk before it is still there
     counters = 16 + 12 * slots  # positions; routes, their weights and order
+    each = 2 * hidden + inner
+    if activations is not None:
+        each -= hidden
+        counters += slots * (2 * (row_elements(W8A8, hidden, hidden) + row_elements(W8A8, inner, inner)) + 8)
+    row = max(7 * hidden + slots * each, 2 * hidden + 3 * heads) + config.num_local_experts
+    row += hidden if context > chunk else 0  # the chunk before it is still there
     return batch * min(context, chunk) * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
 
 
 def running_bytes(
-    config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK, cache_dtype: torch.dtype | None = None
+    config: MixtralConfig,
+    batch: int,
+    context: int,
+    chunk: int = PREFILL_CHUNK,
+    cache_dtype: torch.dtype | None = None,
+    activations: str | None = None,
 ) -> dict[str, int]:
     """Return bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
     return {
         "cache": cache_bytes(config, batch, context, cache_dtype),
-        "workspace": workspace_bytes(config, batch, context, chunk),
+        "workspace": workspace_bytes(config, batch, context, chunk, activations),
         "logits": LOGIT_BYTES * batch * config.vocab_size,
         "graph": ESTIMATES["graph"].most,
     }
@@ -316,6 +330,7 @@ def check_offload(
     offload_by: str | os.PathLike[str] | None = None,
     context: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    activations: str | None = None,
 ) -> Placement:
     """Return what lies in host memory, where `needed` bytes would be on the device without offload; ValueError where
     that is impossible, before any allocation."""
@@ -335,7 +350,7 @@ def check_offload(
     routes = None if offload_by is None else read_routes(config, offload_by)
     available, placement = available_bytes(device), Placement()
     if offload == "auto" and available is not None:
-        running = partial(running_bytes, config, 1, context, cache_dtype=cache_dtype)
+        running = partial(running_bytes, config, 1, context, cache_dtype=cache_dtype, activations=activations)
         found = fewest(config, sizes, lambda chunk: needed + sum(running(chunk=chunk).values()), available, routes)
         placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
     elif offload and offload != "auto":

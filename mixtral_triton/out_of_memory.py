@@ -47,7 +47,7 @@ def what_fits(model: Mixtral, batch: int, context: int, cache: torch.dtype) -> s
     embedding *= hasattr(model.embed_tokens, "on_host")
 
     def need(context: int) -> int:
-        running = running_bytes(config, batch, context, model.prefill_chunk, cache)
+        running = running_bytes(config, batch, context, model.prefill_chunk, cache, model.activations)
         return table_bytes(config) + weight_bytes(shapes, specs, model.dtype) + sum(running.values())
 
     def freed(count: int) -> int:

@@ -92,9 +92,12 @@ def test_cache_bytes_are_those_of_a_kv_cache() -> None:
     assert table_bytes(SMALLER) == tables.cos.nbytes + tables.sin.nbytes
 
 
-def most_alive(config: MixtralConfig, batch: int, context: int, weights: Any = None, chunk: int = 2048) -> int:
+def most_alive(
+    config: MixtralConfig, batch: int, context: int, weights: Any = None, chunk: int = 2048, activations: Any = None
+) -> int:
     """What `generate` takes at most while it reads prompts, beside weights and cache: by the code itself."""
     model = Mixtral(config, "meta", specs=specs(config, weights))
+    model.activations = activations
     model.prefill_chunk, cache = chunk, KVCache(config, batch, context, "meta", torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
         ids = torch.zeros(batch, context, dtype=torch.int64, device="meta")
@@ -114,6 +117,18 @@ def test_the_workspace_is_what_a_prefill_takes(batch: int, context: int, chunk: 
         config = replace(SMALLER, num_hidden_layers=3, **sizes)
         found, said = most_alive(config, batch, context, weights, chunk), workspace_bytes(config, batch, context, chunk)
         assert found <= said and (weights is not None or said <= 1.02 * found + 4096), sizes
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"hidden_size": 4160, "intermediate_size": 200, "num_experts_per_tok": 1}], ids=str
+)
+@pytest.mark.parametrize(("batch", "context", "chunk"), [(1, 5000, 2048), (1, 129, 2048), (3, 1100, 512)])
+def test_the_workspace_of_quantized_activations(batch: int, context: int, chunk: int, sizes: dict[str, int]) -> None:
+    config = replace(SMALLER, num_hidden_layers=3, **sizes)
+    found = most_alive(config, batch, context, "fp8", chunk, "fp8")
+    said = workspace_bytes(config, batch, context, chunk, "fp8")
+    assert found <= said <= 1.02 * found + 4096
+    assert found > 1.05 * most_alive(config, batch, context, "fp8", chunk) or sizes
 
 
 @pytest.mark.parametrize("weights", [None, "int4"])
