@@ -51,11 +51,10 @@ class CacheArgs(NamedTuple):
 class RotaryTables(NamedTuple):
     cos: Pointer  # [P, D / 2] fp32
     sin: Pointer
-    P: int
 
     @classmethod
     def of(cls, cos: Tensor, sin: Tensor) -> RotaryTables:
-        return cls(cos.contiguous(), sin.contiguous(), len(cos))
+        return cls(cos.contiguous(), sin.contiguous())
 
 
 def cache_parts(*caches: Cache) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -73,9 +72,9 @@ def sequence_position(past_ptr, new_ptr, b, T):
 
 
 @triton.jit
-def angles(tables, position, columns, half):
+def angles(tables, P, position, columns, half):
     """cos and sin [1, columns] of a position; NaN for a position outside the tables, where a host check would stall."""
-    inside = (position >= 0) & (position < tables.P)
+    inside = (position >= 0) & (position < P)
     index = tl.where(inside, position, 0) * half + columns
     mask = columns < tl.where(inside, half, 0)
     cos = tl.load(tables.cos + index, mask=mask, other=float("nan"))[None, :]

@@ -126,7 +126,7 @@ def _rope_bytes(operands: Operands, programs: int) -> float:
 
 
 @kernel_facts("BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF", work=_rope_bytes)
-@triton.jit(do_not_specialize=["T", "C", "stride_pb", "stride_pt"])
+@triton.jit(do_not_specialize=["T", "P", "stride_pb", "stride_pt"])
 def rope_kernel(
     q,  # Heads [B, T, Hq, D]
     k,  # Heads [B, T, Hkv, D]
@@ -135,12 +135,13 @@ def rope_kernel(
     q_out_ptr,  # [B, T, Hq, D] out
     k_out_ptr,  # [B, T, Hkv, D] out
     T, Hq, Hkv, D,
+    P,  # rows of the tables: other ones in each call of a caller that makes them for its positions
     stride_pb, stride_pt,
     BLOCK_HQ: tl.constexpr, BLOCK_HKV: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = tl.load(positions_ptr + b * stride_pb + t * stride_pt).to(tl.int64)
-    cos, sin = angles(tables, position, tl.arange(0, BLOCK_HALF), D // 2)
+    cos, sin = angles(tables, P, position, tl.arange(0, BLOCK_HALF), D // 2)
     token = b * T + t
     q_token, k_token = q.ptr + b * q.stride_b + t * q.stride_t, k.ptr + b * k.stride_b + t * k.stride_t
     _rotate(q_token, q_out_ptr + token * Hq * D, q.stride_h, D, cos, sin, Hq, D // 2, BLOCK_HQ, BLOCK_HALF)
@@ -247,6 +248,7 @@ def rope(
         Hq=Hq,
         Hkv=sizes.Hkv,
         D=D,
+        P=sizes.P,
         stride_pb=positions.stride(0),
         stride_pt=positions.stride(1),
     )

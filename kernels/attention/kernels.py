@@ -205,7 +205,7 @@ def _append_newest_key(
 
 
 @kernel_facts("BLOCK_D", "BLOCK_M", work="attention")
-@triton.jit(do_not_specialize=["T", "S", "SPLITS"])
+@triton.jit(do_not_specialize=["T", "S", "P", "SPLITS"])
 def attention_decode_kernel(
     q,  # Heads [B, T, Hq, D]
     keys,  # Keys; with RING the cache by its strides
@@ -215,6 +215,7 @@ def attention_decode_kernel(
     newest,  # Newest, or None: the ring has all keys
     T,
     S,  # key positions, or slots of the ring
+    P,  # rows of the newest key's tables
     Hq, G,
     window, scale,
     SPLITS,  # programs that share the keys; as a constexpr it would compile a kernel for each value
@@ -261,9 +262,8 @@ def attention_decode_kernel(
         vs = keys.v_scales + _offset(b, head, keys.stride_vb, keys.stride_vh, WIDTH)
     if newest is not None:
         # Padding may lie past the last position: its result is unused, but must not be NaN.
-        P = newest.tables.P
         position = tl.where(new > 0, past, tl.minimum(past, P - 1))
-        angle = angles(newest.tables, tl.where(new < 0, P, position), offs_d % (D // 2), D // 2)
+        angle = angles(newest.tables, P, tl.where(new < 0, P, position), offs_d % (D // 2), D // 2)
         q_tile = _load_rotated(q_rows, mask, angle[0], angle[1], D, HALVES)
         slot = past % S
         new_k = newest.k.ptr + b * newest.k.stride_b + head * newest.k.stride_h

@@ -139,6 +139,7 @@ def launch_decode(
         newest=newest,
         T=T,
         S=sizes.S,
+        P=0 if newest is None else len(newest.tables.cos),
         Hq=Hq,
         G=Hq // sizes.Hkv,
         window=sizes.window,

@@ -289,6 +289,14 @@ def test_injected_fault_specialized_length(gpu: Any, monkeypatch: pytest.MonkeyP
     assert [kernel[0] for kernel, times in compiled.items() if times > 1] == ["gate_route_kernel"]
 
 
+def test_tables_of_any_length_share_a_kernel(gpu: Any, compile_nothing: Any) -> None:
+    """transformers' models have a table for the positions of each call."""
+    gpu.driver.executes = False
+    for P in (96, 1, 33):
+        ops.rope(**inputs("rope", {"B": 1, "T": 1, "Hq": 4, "Hkv": 2, "D": 64, "P": P}, GPU_DEVICE))
+        compile_nothing()
+
+
 OTHER = torch.device("cuda", 1)  # the current one is cuda:0
 IDS = torch.tensor([[3, 5, 7, 1], [2, 9, 11, 4]])
 
