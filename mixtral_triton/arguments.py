@@ -1,8 +1,8 @@
 """Checks of a caller's arguments: devices, memory, token ids, lengths."""
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -96,6 +96,18 @@ def check_memory(device: torch.device, needed: int, bytes_of: Callable[[Any], in
         fitting = [least, "needs more memory, or a mesh"]
     found = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
     raise ValueError(f"Mixtral.from_pretrained: {found}: {'; '.join(fitting)}")
+
+
+@contextmanager
+def explain_out_of_memory(caller: str, device: torch.device, batch: int, context: int) -> Iterator[None]:
+    """Raise ValueError where torch finds no memory for `batch` sequences of `context` tokens."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        found = f"{batch} {'sequence' if batch == 1 else 'sequences'} of {context} tokens"
+        needs = "fewer of them, weights of fewer bits or offload: `mixtral-triton fit` says what fits"
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{caller}: no memory is left on {device} for {found} ({reason}), needs {needs}") from error
 
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:

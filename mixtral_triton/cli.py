@@ -124,7 +124,6 @@ def parser() -> argparse.ArgumentParser:
         "--tp": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that split each expert; " + TORCHRUN},
         "--ep": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that share the experts; " + TORCHRUN},
         "--offload": {"type": parse_offload, "default": 0, "metavar": "N|auto", "help": OFFLOAD},
-        "--offload-by": {"type": Path, "metavar": "FILE", "help": "of `trace --counts`: offload those used least"},
         "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
         "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
         "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
@@ -135,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
         "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
     }
     model, prompt = "folder --device --dtype --weights --activations ", "--prompt --prompt-file --interpret "
-    offload, mesh = "--offload --offload-by --context ", "--tp --ep --cache-dtype "
+    offload, mesh = "--offload --context ", "--tp --ep --cache-dtype "
 
     def command(name: str, help: str, names: str = "") -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
@@ -191,7 +190,6 @@ def parser() -> argparse.ArgumentParser:
 
     option = command("trace", "which experts each token of a prompt took, by layer", model + offload + prompt)
     option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
-    option("--counts", type=Path, metavar="FILE", help="write how often each expert was taken, for --offload-by")
 
     option = command("quantize", "write a checkpoint with quantized experts, as compressed-tensors has it", "--device")
     option("folder", help=f"{FOLDER}, not quantized")
@@ -266,7 +264,7 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
-    names = ("deterministic", "offload", "offload_by", "context", "cache_dtype", "activations")
+    names = ("deterministic", "offload", "context", "cache_dtype", "activations")
     options: dict[str, Any] = {name: getattr(args, name) for name in names if name in args}
     with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
         options["progress"] = progress.advance

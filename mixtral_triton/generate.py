@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .arguments import check_ids, check_vocabulary, is_int
+from .arguments import check_ids, check_vocabulary, explain_out_of_memory, is_int
 from .cache import KVCache
 from .cuda_graph import CapturedGraph, CaptureLost, capture, is_out_of_memory
 from .kernels.call import untraced
 from .kernels.checks import readable
 from .kernels.launch import launch_context, launches_dependently
-from .out_of_memory import explain_out_of_memory
 from .sampling import Logprobs, Sampling, measure, penalize, sample, stack_steps
 
 if TYPE_CHECKING:
@@ -151,11 +150,11 @@ def _stream(
     logprobs: int | None,
 ) -> Iterator[Any]:
     drawn, texts, context = None, rows, max(map(len, rows)) + n
-    explain = partial(explain_out_of_memory, "generate", model, len(rows), context)
+    explain = partial(explain_out_of_memory, "generate", model.device, len(rows), context)
     if isinstance(cache, torch.dtype):
         if n == 0:
             return
-        with explain(cache):
+        with explain():
             cache = KVCache(model.config, len(rows), context, model.device, cache)
     else:
         if not model.has_filled(cache):
@@ -166,10 +165,10 @@ def _stream(
         texts = [row[start : len(row) - (n == 0)] for row, start in zip(rows, kept, strict=True)]
         cache.filled_by, drawn = model.identity(), cache.drawn
         if n == 0:  # the newest token is the prompt's last
-            with explain(cache.dtype):
+            with explain():
                 prefill(model, cache, *pad(texts, model.device))
             return
-    with explain(cache.dtype):
+    with explain():
         step = Step(model, cache, eos, sampling, logprobs)
         for seen, row in zip(step.seen, rows, strict=True) if step.penalizes else ():
             seen[row] = True
@@ -190,7 +189,7 @@ def _stream(
                 raise ValueError(f"generate: {got}, needs a cache that only this one uses")
             if done == n or (eos and bool(step.ended.all())):
                 return
-            with explain(cache.dtype):
+            with explain():
                 (replay or step)()
             # A step that ran eagerly has its kernels compiled.
             to_capture = replay is None and done <= captures and n - done > GRAPH_MIN_TOKENS

@@ -8,8 +8,8 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial, reduce
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import torch
 from . import checkpoint
 from .arguments import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
 from .cache import cache_bytes
-from .config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder, read_json_object
+from .config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from .kernels.arch import check_multiplies_fp8
 from .kernels.launch import target_arch
 from .kernels.offload import ALIGNMENT
@@ -56,13 +56,10 @@ ESTIMATES = {
     "graph": Estimate("a decode step's buffers, by tests/tools/test_fit.py, and as much for its kernels", 256 * MIB),
 }
 MARGIN = 0.02  # of the free memory: what an allocator rounds up, and the error of the estimates
-TENTH = 0.9  # a smaller chunk stages all offloaded experts more often, so it has to leave a tenth fewer of them
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
 LOGIT_BYTES = 64
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 AUTO_CONTEXT = 4096  # tokens of one sequence, which offload="auto" leaves memory for by default
-CHUNKS = PREFILL_CHUNK, PREFILL_CHUNK // 2, PREFILL_CHUNK // 4  # tokens: those that offload="auto" chooses from
-Routes = Sequence[Sequence[int]]  # of each layer, how often a text took each expert
 Movable = tuple[Sequence[int], int]  # bytes of an expert of each layer, and of the embedding
 
 
@@ -72,10 +69,8 @@ class Placement:
 
     experts: Sequence[Sequence[int]] = ()  # of each layer; () where no layer has any
     embedding: bool = False
-    chunk: int = PREFILL_CHUNK  # tokens that `generate` reads of a prompt at once
     host_bytes: int = 0
     staging_bytes: int = 0  # of prefill's buffers, one a projection, as large as the layer with the most experts needs
-    saved: int = 0  # experts that this chunk saves
 
     @property
     def count(self) -> int:
@@ -87,24 +82,15 @@ class Placement:
         return self.host_bytes - self.staging_bytes
 
     @classmethod
-    def of(
-        cls, experts: Sequence[Sequence[int]], each: Sequence[int], embedding: int = 0, chunk: int = PREFILL_CHUNK
-    ) -> Placement:
+    def of(cls, experts: Sequence[Sequence[int]], each: Sequence[int], embedding: int = 0) -> Placement:
         """`each`: bytes of an expert of each layer; `embedding`: bytes, 0 where it stays on the device."""
         sizes = [len(of_layer) * size for of_layer, size in zip(experts, each, strict=True)]
-        return cls(experts, embedding > 0, chunk, sum(sizes) + embedding, max(sizes))
-
-    def share(self, routes: Routes) -> float:
-        """Return which part of a text's routes the experts had."""
-        taken = sum(layer[expert] for layer, experts in zip(routes, self.experts, strict=True) for expert in experts)
-        return taken / sum(map(sum, routes))
+        return cls(experts, embedding > 0, sum(sizes) + embedding, max(sizes))
 
     def describe(self, config: MixtralConfig) -> str:
-        """Return how many lie in host memory, and how many more would with the usual chunk."""
+        """Return how many lie in host memory."""
         total = config.num_hidden_layers * config.num_local_experts
-        found = f"{self.count} of {total} experts{' and the embedding' if self.embedding else ''} in host memory"
-        saved = f" ({_count(self.saved, 'expert')} fewer)" if self.saved else ""
-        return found + (f", prompts in chunks of {self.chunk} tokens{saved}" if self.chunk < PREFILL_CHUNK else "")
+        return f"{self.count} of {total} experts{' and the embedding' if self.embedding else ''} in host memory"
 
     def where(self) -> str:
         """Return which experts lie there, layers with the same ones together."""
@@ -130,7 +116,6 @@ def load(
     quantization: Formats,
     deterministic: bool,
     offload: int | str,
-    offload_by: str | os.PathLike[str] | None,
     context: int | None,
     cache_dtype: torch.dtype | None,
     progress: Callable[[int], None] | None,
@@ -176,7 +161,7 @@ def load(
         return bytes_of(shard.specs(select_specs(quantization, shapes), shapes, local_shapes))
 
     needed, sizes = bytes_of(specs), movable_bytes(config, local_shapes, specs, dtype)
-    options = offload_by, context, cache_dtype, activations
+    options = context, cache_dtype, activations
     placement = check_offload(offload, config, ranks, target_device, needed, sizes, *options)
     has_choice = headers.scheme is None and not placement.host_bytes
     check_memory(target_device, needed - placement.freed_bytes, bytes_if if has_choice else None)
@@ -184,7 +169,7 @@ def load(
         model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
     except torch.OutOfMemoryError as error:  # another process has taken what was free
         raise ValueError(f"{folder}: no memory is left on {target_device} for the weights: {error}") from error
-    model.requantized, model.prefill_chunk, model.activations = requantized, placement.chunk, activations
+    model.requantized, model.activations = requantized, activations
     fill(config, model.named_weights(), progress or checkpoint.ignore_progress, shard)
     return model
 
@@ -268,48 +253,28 @@ def movable_bytes(
     return each, 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
 
 
-def select_experts(config: MixtralConfig, count: int, routes: Routes | None = None) -> list[Sequence[int]]:
-    """Return the experts of each layer that make `count` in the whole model.
-
-    The last ones: layers differ by at most one, and those with more are far apart, so that each has time to stage its
-    experts. With `routes` the least used over all layers, where each keeps its most used one; of experts that were used
-    equally often, the least used of its layer comes first.
-    """
+def select_experts(config: MixtralConfig, count: int) -> list[Sequence[int]]:
+    """Return the experts of each layer that make `count` in the whole model: the last ones. Layers differ by at most
+    one, and those with more are far apart, so that each has time to stage its experts."""
     L, E = config.num_hidden_layers, config.num_local_experts
-    if routes is None:
-        return [range(E - ((layer + 1) * count // L - layer * count // L), E) for layer in range(L)]
-    ranked = [sorted(range(E), key=used.__getitem__)[:-1] for used in routes]
-    order = [(routes[i][expert], rank, i, expert) for i in range(L) for rank, expert in enumerate(ranked[i])]
-    taken = {(layer, expert) for _, _, layer, expert in sorted(order)[:count]}
-    return [[expert for expert in range(E) if (layer, expert) in taken] for layer in range(L)]
+    return [range(E - ((layer + 1) * count // L - layer * count // L), E) for layer in range(L)]
 
 
-def fewest(
-    config: MixtralConfig, sizes: Movable, needed: Callable[[int], int], available: int, routes: Routes | None = None
-) -> Placement | None:
+def fewest(config: MixtralConfig, sizes: Movable, needed: int, available: int) -> Placement | None:
     """Return the fewest experts of the whole model in host memory, and the embedding, with which `available` bytes
-    suffice; None where no number is enough. needed: bytes where all of it is on the device, by the tokens of a chunk. A
-    smaller chunk has to save a tenth of the experts."""
-    L, most, found = config.num_hidden_layers, config.num_local_experts - 1, list[Placement]()
-    if needed(PREFILL_CHUNK) <= available:
+    suffice; None where no number is enough. needed: bytes where all of it is on the device."""
+    L, most, excess = config.num_hidden_layers, config.num_local_experts - 1, needed - available
+    if excess <= 0:
         return Placement()
 
-    def freed(count: int) -> int:
-        return Placement.of(select_experts(config, count, routes), *sizes).freed_bytes
+    def place(count: int) -> Placement:
+        return Placement.of(select_experts(config, count), *sizes)
 
-    for chunk in CHUNKS:
-        excess = needed(chunk) - available
-        if routes is None:  # one more in each layer needs larger buffers, any other one does not
-            full = bisect_left(range(most + 1), excess, key=lambda of_each: freed(of_each * L))
-            count = bisect_left(range(full * L + 1), excess, max(0, (full - 1) * L + 1), key=freed)
-        else:
-            count = next((n for n in range(L * most + 1) if freed(n) >= excess), L * most + 1)
-        if count <= L * most:
-            found.append(Placement.of(select_experts(config, count, routes), *sizes, chunk))
-    if not found:
-        return None
-    best = reduce(lambda best, one: one if one.count <= TENTH * best.count and best.count else best, found)
-    return replace(best, saved=found[0].count - best.count)
+    # One more in each layer needs larger buffers, any other one does not.
+    full = bisect_left(range(most + 1), excess, key=lambda of_each: place(of_each * L).freed_bytes)
+    least = max(0, (full - 1) * L + 1)
+    count = bisect_left(range(full * L + 1), excess, least, key=lambda count: place(count).freed_bytes)
+    return place(count) if count <= L * most else None
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -327,7 +292,6 @@ def check_offload(
     device: torch.device,
     needed: int,
     sizes: Movable,
-    offload_by: str | os.PathLike[str] | None = None,
     context: int | None = None,
     cache_dtype: torch.dtype | None = None,
     activations: str | None = None,
@@ -341,22 +305,17 @@ def check_offload(
         raise ValueError(f"{caller}, and a mesh splits the experts over GPUs: needs 0, or no mesh")
     if context is not None and offload != "auto":
         raise ValueError(f"{caller}, and context is {context!r}, which only offload='auto' takes: needs None")
-    if offload_by is not None and not offload:
-        raise ValueError(f"{caller}, and offload_by is {str(offload_by)!r}, which only offload takes: needs None")
     limit = config.max_position_embeddings
     context = min(AUTO_CONTEXT, limit) if context is None else context
     if type(context) is not int or not 1 <= context <= limit:
         raise ValueError(f"Mixtral.from_pretrained: context is {context!r}, needs 1 to {limit}, the model's positions")
-    routes = None if offload_by is None else read_routes(config, offload_by)
     available, placement = available_bytes(device), Placement()
     if offload == "auto" and available is not None:
-        running = partial(running_bytes, config, 1, context, cache_dtype=cache_dtype, activations=activations)
-        found = fewest(config, sizes, lambda chunk: needed + sum(running(chunk=chunk).values()), available, routes)
+        running = running_bytes(config, 1, context, PREFILL_CHUNK, cache_dtype, activations)
+        found = fewest(config, sizes, needed + sum(running.values()), available)
         placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
     elif offload and offload != "auto":
-        layers = routes or [range(most, -1, -1)] * config.num_hidden_layers  # as if the last were used least
-        ranked = [sorted(range(most + 1), key=layer.__getitem__) for layer in layers]
-        placement = Placement.of([sorted(experts[: int(offload)]) for experts in ranked], sizes[0])
+        placement = Placement.of(select_experts(config, int(offload) * config.num_hidden_layers), sizes[0])
     text = placement.describe(config) if offload == "auto" else f"{_count(int(offload), 'expert')} of each layer"
     host, size = host_memory(), in_decimal(placement.host_bytes)
     if host is not None and device.type != "meta" and placement.host_bytes > host:
@@ -367,10 +326,9 @@ def check_offload(
         raise ValueError(f"{caller}: the rows of an expert are no multiple of {ALIGNMENT} bytes, needs 0")
     if offload == "auto" and placement == Placement():
         warnings.warn("offload='auto': all experts fit the device, so none is offloaded", stacklevel=4)
-    elif offload == "auto" or (offload and routes):
-        share = f"; they had {placement.share(routes):.1%} of the routes in {offload_by}" if routes else ""
+    elif offload == "auto":
         where = f": {placement.where()}" if placement.count else ""
-        warnings.warn(f"offload={offload!r}: {text} ({size}){where}{share}", stacklevel=4)
+        warnings.warn(f"offload={offload!r}: {text} ({size}){where}", stacklevel=4)
     return placement
 
 
@@ -411,18 +369,3 @@ def _group_numbers(controller: str, v1: Sequence[str], v2: Sequence[str]) -> Ite
         for each in (folder, *folder.parents):  # a container may not see the folders of its path
             with suppress(OSError, ValueError):  # "max" is no limit
                 yield [int(n) for name in (v1 if controllers else v2) for n in (each / name).read_text().split()]
-
-
-def read_routes(config: MixtralConfig, path: str | os.PathLike[str]) -> Routes:
-    """Read how often each expert of each layer was taken, from a file that `trace --counts` wrote."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"Mixtral.from_pretrained: offload_by is {path!r}, needs a file that `trace --counts` wrote")
-    L, E = config.num_hidden_layers, config.num_local_experts
-    used: Any = read_json_object(Path(path)).get("counts")
-    layers = used if isinstance(used, list) else []
-    right = len(layers) == L and all(isinstance(layer, list) and len(layer) == E for layer in layers)
-    right = right and all(type(number) is int and number >= 0 for layer in layers for number in layer)
-    if not right or len(totals := {sum(layer) for layer in layers}) > 1 or 0 in totals:
-        needs = f"{L} lists of {E} integers, of one sum"
-        raise ValueError(f"{path}: counts needs {needs}: it is another model's, or `trace` did not write it")
-    return layers

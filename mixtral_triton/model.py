@@ -132,7 +132,6 @@ class Mixtral(nn.Module):
         mesh: Any = None,
         deterministic: bool = False,
         offload: int | str = 0,
-        offload_by: str | os.PathLike[str] | None = None,
         progress: Callable[[int], None] | None = None,
         context: int | None = None,
         cache_dtype: torch.dtype | None = None,
@@ -154,7 +153,6 @@ class Mixtral(nn.Module):
                        last ones; "auto": the fewest of the whole model that have to, with one sequence of `context`
                        tokens (None: 4,096) and its cache of `cache_dtype` (None: dtype), and the untied embedding, as
                        a warning tells
-        offload_by     a file that `trace --counts FILE` writes: those used least, of each layer or of the whole model
         progress       is called with the number of bytes just read
         activations    None: products take activations of 16 bits, or fp32. "fp8": in a forward of more than 64 rows,
                        with `deterministic` in any, the layers' products with fp8 weights that have one scale a row
@@ -170,7 +168,7 @@ class Mixtral(nn.Module):
             raise ValueError(f"Mixtral.from_pretrained: {got}: needs None")
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
-        options = (folder, device, dtype, weights, deterministic, offload, offload_by, context, cache_dtype, progress)
+        options = (folder, device, dtype, weights, deterministic, offload, context, cache_dtype, progress)
         ranks = None if mesh is None else Ranks(mesh)
         with nullcontext() if ranks is None else ranks.raise_on_any_rank():
             return load(cls, *options, activations, ranks)

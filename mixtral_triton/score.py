@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import explain_out_of_memory
 from .cache import KVCache
 from .generate import check_rows, pad, run_chunks, to_rows
-from .out_of_memory import explain_out_of_memory
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -38,7 +38,7 @@ def score(
         raise ValueError(f"score: a text of {ids.shape[1]} tokens is beyond max_position_embeddings, {limit}")
     if (dtype := model.dtype if cache_dtype is None else cache_dtype) not in dtypes:
         raise ValueError(f"score: cache_dtype is {dtype!r}, needs None, {model.dtype}, the model's, or torch.int8")
-    with explain_out_of_memory("score", model, len(rows), ids.shape[1], dtype):
+    with explain_out_of_memory("score", model.device, len(rows), ids.shape[1]):
         return _score(model, rows, ids, lengths, dtype)
 
 

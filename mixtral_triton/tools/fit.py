@@ -77,17 +77,12 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
 
 
 def memory_need(
-    config: MixtralConfig,
-    specs: QuantSpecs,
-    batch: int,
-    context: int,
-    chunk: int = PREFILL_CHUNK,
-    cache_dtype: torch.dtype | None = None,
+    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, cache_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """Bytes of a model on one GPU, by what they hold, and "total". Prompts are read in chunks of `chunk` tokens."""
+    """Bytes of a model on one GPU, by what they hold, and "total"."""
     weights = weight_bytes(parameter_shapes(config), specs, default_dtype(config))
     need = {"weights": weights, "tables": table_bytes(config)}
-    need |= running_bytes(config, batch, context, chunk, cache_dtype)
+    need |= running_bytes(config, batch, context, PREFILL_CHUNK, cache_dtype)
     return need | {"total": sum(need.values())}
 
 
@@ -95,9 +90,9 @@ def placement(
     config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, cache_dtype: torch.dtype | None, limit: int
 ) -> Placement | None:
     """The fewest experts of the whole model in host memory with which `limit` bytes hold the rest; None: not any."""
-    need, dtype = partial(memory_need, config, specs, batch, context, cache_dtype=cache_dtype), default_dtype(config)
-    movable = movable_bytes(config, parameter_shapes(config), specs, dtype)
-    return fewest(config, movable, lambda chunk: need(chunk=chunk)["total"], limit)
+    need = memory_need(config, specs, batch, context, cache_dtype)["total"]
+    movable = movable_bytes(config, parameter_shapes(config), specs, default_dtype(config))
+    return fewest(config, movable, need, limit)
 
 
 def free_bytes(gpu: GPU) -> int:
@@ -180,7 +175,7 @@ class Request:
         """Return how `gpu` holds the model with what `found` says in host memory: its fields, experts of how many, the
         device_bytes of all, and tokens_per_second: predicted, cautious and optimistic; () where rates are unknown."""
         specs, total = self.specs[format], self.config.num_hidden_layers * self.config.num_local_experts
-        need = memory_need(self.config, specs, self.batch, self.context, found.chunk, self.cache_dtype)
+        need = memory_need(self.config, specs, self.batch, self.context, self.cache_dtype)
         context = "" if self.context == AUTO_CONTEXT else f" --context {self.context}"
         offload = {**vars(found), "experts": found.count, "of": total, "link": gpu.link}
         offload |= {"device_bytes": need["total"] - found.freed_bytes, "text": found.describe(self.config)}

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..model import Mixtral
-from .terminal import Table, bar, check_writable, print_message
+from .terminal import Table, bar, print_message
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -47,13 +47,10 @@ class Trace:
     num_experts: int
     layers: Sequence[int] = ()
 
-    def counts(self) -> torch.Tensor:
-        """[L,E]: how often each expert was chosen."""
-        return F.one_hot(self.experts.long(), self.num_experts).sum((1, 2))
-
     def share(self) -> torch.Tensor:
         """[L,E]: each expert's part of a layer's choices."""
-        return self.counts() / self.experts[0].numel()
+        counts = F.one_hot(self.experts.long(), self.num_experts).sum((1, 2))
+        return counts / self.experts[0].numel()
 
     def repeated(self) -> tuple[list[float], list[float]]:
         """Return by layer the part of consecutive tokens with the same first choice, and with any expert in common."""
@@ -130,14 +127,10 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, prompt: list[i
         raise ValueError("--prompt is one token: give at least two, since consecutive ones are compared")
     if len(ids) > (limit := model.config.max_position_embeddings):
         raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
-    if args.counts is not None:
-        check_writable("--counts", args.counts)
     tokens = token_texts(tokenizer, args.prompt)
     print_message(note)
     with bar("tracing", L) as progress:
         found = replace(trace(model, ids, tokens, progress.advance), layers=layers)
-    if args.counts is not None:
-        args.counts.write_text(json.dumps({"counts": found.counts().tolist()}))
     if args.json:
         print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **found.as_dict()}))
     else:

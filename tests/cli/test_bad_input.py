@@ -73,13 +73,11 @@ BAD_INPUT = {
     f"{PROMPT} --top-p 0": "top_p",
     f"{PROMPT} --stop ''": "--stop is empty",
     f"{PROMPT} --context 64": "context is 64, which only offload='auto' takes: needs None",
-    f"{PROMPT} --offload-by counts.json": "offload_by is 'counts.json', which only offload takes: needs",
     f"{PROMPT} --device cpu --offload 9": "needs 0 to 7",
     f"{PROMPT} --offload x": "number of experts, or auto",
     f"{TRACE} ''": "--prompt is empty",
     f"{TRACE} x --layers 4": "--layers is 4, needs layers of 0..3",
     "trace no/such/folder --prompt x": "no/such/folder",
-    f"{TRACE} 'x y' --counts no/such/file": "--counts 'no/such/file' needs a file that can be",
     "fit --gpu abacus": "abacus.*H100 80GB.*MI300X",
     "fit --gpu v100": "v100.*sm_80 or later",
     f"{H100} --memory 5": "--gpu is given, and --memory",
@@ -173,7 +171,7 @@ def seconds() -> Iterator[None]:
 
 
 GENERATE = "generate --device cpu --prompt x --max-new-tokens 1"
-CHAT, VERIFY, COUNTS = f"{GENERATE} --chat", "verify --device cpu", f"{GENERATE} --offload 1 --offload-by counts.json"
+CHAT, VERIFY = f"{GENERATE} --chat", "verify --device cpu"
 MODEL, CONFIG, TOKENIZER, INDEX = "model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"
 CUT = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
 WORDS = {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}, "pre_tokenizer": None}
@@ -217,9 +215,7 @@ HARM: list[tuple[Harm, str, str]] = [
     (holds(TOKENIZER, b"version https://git-lfs.github.com/spec/v1"), GENERATE, "tokenizer.json: is a pointer of Git"),
 ]
 for _make in (os.mkfifo, lambda file: file.symlink_to("/dev/zero")):
-    for _name, _harm in ((INDEX, without_weights), ("counts.json", lambda harm: harm)):
-        _harm = _harm(lambda folder, make=_make, name=_name: make(folder / name))
-        HARM.append((_harm, COUNTS, f"{_name}: {NEVER_ENDS}"))
+    HARM.append((without_weights(lambda folder, make=_make: make(folder / INDEX)), GENERATE, f"{INDEX}: {NEVER_ENDS}"))
 for _changes in (
     {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # the library panics
     {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["bad"]}},

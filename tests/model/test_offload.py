@@ -1,11 +1,9 @@
 """Models with experts in host memory: the same logits and tokens, and what is rejected before any allocation."""
 
 import copy
-import json
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.tools import fit, offline
 from mixtral_triton.tools.gpus import find_gpu
-from tests.cli.commands import error_line, run, run_json
+from tests.cli.commands import run_json
 from tests.support.memory import needs_proc
 from tests.support.models import random_model
 
@@ -65,19 +63,6 @@ def test_verify_sees_a_wrong_address() -> None:
     assert "addresses of experts" in {row.case for row in wrong}
 
 
-def test_least_used_experts(tmp_path: Path) -> None:
-    counts = tmp_path / "counts.json"
-    run_json("trace --device cpu --prompt 'The return statement' --counts", counts)
-    used = json.loads(counts.read_text())["counts"]
-    model = Mixtral.from_pretrained(SMALL, "cpu", offload=3, offload_by=counts)
-    for layer, numbers in zip(model.layers, used, strict=True):
-        on_host = layer.down_proj.on_host
-        assert max(numbers[e] for e in on_host) <= min(numbers[e] for e in range(8) if e not in on_host)
-    assert torch.equal(model(IDS), Mixtral.from_pretrained(SMALL, "cpu")(IDS))
-    with pytest.raises(ValueError, match="offload_by is 3, needs a file"):
-        Mixtral.from_pretrained(SMALL, "cpu", offload=3, offload_by=3)  # type: ignore[arg-type]
-
-
 COUNT, CONTEXT = "needs 0 to 7 experts of each layer, or 'auto'", "context is .*, needs 1 to 1024, the model's p"
 WRONG = [({"offload": each}, COUNT) for each in (-1, 8, True, 1.0, "all", None)]
 WRONG += [({"offload": "auto", "context": each}, CONTEXT) for each in (0, -1, 1025, 1.5, True, "many")]
@@ -87,21 +72,6 @@ WRONG += [({"offload": "auto", "context": each}, CONTEXT) for each in (0, -1, 10
 def test_wrong_count_or_context_raises_value_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Mixtral.from_pretrained(SMALL, "cpu", **options)
-
-
-# In the fourth a layer has more routes than another, which no text has.
-COUNTS = [[[1] * 8] * 3, [[1] * 8] * 5, [[1] * 4] * 4, [[1] * 8] * 3 + [[2] * 8], [[0] * 8] * 4, [[-1, 3] * 4] * 4]
-COUNTS += [[[0.5] * 8] * 4, [[True] * 8] * 4, 7]
-
-
-@pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("offload", ["auto", 2])
-def test_counts_of_another_model_allocate_nothing(counts: Any, offload: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(Mixtral, "__init__", lambda *args, **kwargs: pytest.fail("allocated"))
-    file = tmp_path / "counts.json"
-    file.write_text(json.dumps({"counts": counts}))
-    line = error_line(f"generate --device cpu --prompt x --offload {offload} --offload-by", file)
-    assert f"{file}: counts needs 4 lists of 8 integers, of one sum: it is another model's, or `trace` did" in line
 
 
 def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +139,6 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Mixtral.from_pretrained(SMALL, "cpu")
     needed, sizes = 10_000_000, ([250_000] * 4, 400_000)  # the buffers hold the experts of the layer with the most
     context = sum(load.running_bytes(model.config, 1, 1024).values())
-    monkeypatch.setattr(load, "CHUNKS", (2048,))
     cases = [(10_000_000, [], False), (9_999_999, [0] * 4, True), (9_600_000, [0] * 4, True)]
     # Freed are 400,000 and each 250,000, without the buffers, 250,000 up to four experts and 500,000 up to eight.
     cases += [(9_599_999, [0, 1, 0, 1], True), (9_350_000, [0, 1, 0, 1], True), (9_349_999, [0, 1, 1, 1], True)]
@@ -180,45 +149,9 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
         args = ("auto", model.config, None, torch.device("cpu"), needed, sizes)
         with pytest.warns(UserWarning, match="none is offloaded" if not counts else f"{sum(counts)} of 32 experts and"):
             found = load.check_offload(*args)
-        assert ([*map(len, found.experts)], found.embedding, found.chunk) == (counts, embedding, 2048), available
+        assert ([*map(len, found.experts)], found.embedding) == (counts, embedding), available
         host = sum(counts) * 250_000 + 400_000 * embedding
         assert (found.host_bytes, found.staging_bytes) == (host, 250_000 * max(counts, default=0))
-
-
-def test_a_smaller_chunk_is_taken_where_it_saves_a_tenth_of_the_experts() -> None:
-    """A token of a chunk takes 100 bytes, an expert 10,000."""
-    config, sizes = replace(Mixtral.from_pretrained(SMALL, "meta").config, num_hidden_layers=8), ([10_000] * 8, 1000)
-    for excess, count, chunk, saved in (
-        (0, 0, 2048, 0),
-        (1_000, 0, 2048, 0),  # the embedding is enough
-        (1_001, 0, 1024, 2),  # 102,400 fewer; otherwise two experts, one of which the buffers take
-        (103_400, 0, 1024, 13),
-        (103_401, 0, 512, 13),
-        (154_600, 0, 512, 19),
-        (154_601, 2, 512, 17),
-        (164_601, 3, 512, 17),
-        (424_600, 31, 512, 19),
-        (10_000_000, 0, 0, 0),
-    ):
-        found = load.fewest(config, sizes, lambda chunk, more=excess: 100 * chunk + more, 204_800)
-        got = (0, 0, 0) if found is None else (found.count, found.chunk, found.saved)
-        assert got == (count, chunk, saved), excess
-    for token_bytes, count, chunk in ((0, 50, 2048), (21, 50, 2048), (22, 45, 512)):  # 46 of 50 are not enough
-        found = load.fewest(config, sizes, lambda chunk, each=token_bytes: each * (chunk - 2048) + 424_600, 0)
-        assert found is not None and (found.count, found.chunk) == (count, chunk), token_bytes
-
-
-def test_least_used_over_all_layers() -> None:
-    """Each layer keeps its most used expert; ties are spread over the layers; buffers fit the layer with the most."""
-    config = replace(Mixtral.from_pretrained(SMALL, "meta").config, num_hidden_layers=3, num_local_experts=4)
-    routes = [[0, 0, 0, 20], [5, 4, 6, 5], [0, 3, 17, 0]]
-    for count, experts in ((0, [[], [], []]), (2, [[0], [], [0]]), (4, [[0, 1], [], [0, 3]])):
-        assert load.select_experts(config, count, routes) == experts
-    assert load.select_experts(config, 9, routes) == [[0, 1, 2], [0, 1, 3], [0, 1, 3]]
-    found = load.fewest(config, ([1000] * 3, 0), lambda chunk: 9000, 9000 - 2001, routes)
-    # The buffers hold the three of a layer: six experts are the fewest that free more than 2,000 bytes.
-    assert found is not None and found.experts == [[0, 1, 2], [], [0, 1, 3]] and found.freed_bytes == 6000 - 3000
-    assert found.share(routes) == (0 + 0 + 0 + 0 + 3 + 0) / 60
 
 
 def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
@@ -246,7 +179,7 @@ def test_auto_takes_what_fit_says(name: str, format: str, gpu: Any, monkeypatch:
     args = ("auto", config, None, torch.device("cuda"), need["weights"] + need["tables"], sizes)
     with pytest.warns(UserWarning, match=re.escape(f"offload='auto': {offload['text']} (")):
         found = load.check_offload(*args)
-    names = ("count", "embedding", "chunk", "host_bytes", "staging_bytes")
+    names = ("count", "embedding", "host_bytes", "staging_bytes")
     assert [getattr(found, name) for name in names] == [offload[name] for name in ("experts", *names[1:])]
 
 
@@ -286,12 +219,20 @@ def test_host_memory_is_private_and_asks_for_huge_pages() -> None:
     assert mode == "rw-p" and "hg" in flags.split()
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line() -> None:
     command = "generate --device cpu --prompt 'The return' --max-new-tokens 8 --json --offload"
     texts = [run_json(f"{command} {offload}")["text"] for offload in (0, 2)]
-    shares = [[8 + layer, 3, 9, 9, 9, 9, 9, 8 - layer] for layer in range(4)]
-    (counts := tmp_path / "counts.json").write_text(json.dumps({"counts": shares}))
-    _, out, error = run(f"{command} 1 --offload-by", counts)
-    assert texts[0] == texts[1] == json.loads(out)["text"]
-    placed = "offload=1: 1 expert of each layer (0.8 MB): expert 1 of layers 0, 1, 2, 3; they had"
-    assert f"{placed} {100 * (3 * 4) / (64 * 4):.1f}% of the routes in {counts}" in error
+    assert texts[0] == texts[1]
+
+
+def test_auto_counts_a_cache_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that suffices for it, to the byte, is too little for a cache of 16 bits."""
+    config, found = Mixtral.from_pretrained(SMALL, "meta").config, []
+    needs = [sum(load.running_bytes(config, 1, 1024, cache_dtype=dtype).values()) for dtype in (torch.int8, None)]
+    for less, dtypes in ((0, (torch.int8, None)), (1, (torch.int8,))):
+        monkeypatch.setattr(load, "available_bytes", lambda device, less=less: 1_000_000 + needs[0] - less)
+        for dtype in dtypes:
+            args = ("auto", config, None, torch.device("cpu"), 1_000_000, ([20_000] * 4, 0), 1024, dtype)
+            with pytest.warns(UserWarning, match="offload='auto'"):
+                found.append(load.check_offload(*args).count)
+    assert found[0] == 0 and found[1] > 1 and found[2] > 0
