@@ -44,6 +44,15 @@ def family(arch: str) -> str:
     return used
 
 
+@functools.cache
+def has_less_shared_memory(arch: str) -> bool:
+    """Return whether a block has less shared memory than on the architecture whose launch configurations `arch` uses;
+    one that is not listed has that of the smallest of its family."""
+    used = family(arch)
+    least = min(known.shared_bytes for known in ARCHS.values() if known.family == used)
+    return (ARCHS[arch].shared_bytes if arch in ARCHS else least) < ARCHS[used].shared_bytes
+
+
 def amd(arch: str) -> bool:
     return family(arch).startswith("gfx")
 

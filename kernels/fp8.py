@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .facts import kernel_facts
+from .facts import full_tiles
 from .kernel_args import Groups, Rows
 from .launch import LaunchConfig, launch, select_configs
 from .quantized import FP8_MAX, LEAST_AMAX, W8A8, row_elements, unit_columns
@@ -28,7 +28,7 @@ def _load_half(x_row, columns, K: tl.constexpr):
     return tl.load(x_row + columns, mask=columns < K, other=0.0).to(tl.float32)
 
 
-@kernel_facts("BLOCK_U")
+@full_tiles("BLOCK_U")
 @triton.jit(do_not_specialize=["N"])
 def quantize_rows_kernel(
     x,  # Rows [T, K], or [N, K] where TOP_K is 0

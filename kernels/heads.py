@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import FP32, INTS, Cache, Within, fail
-from .facts import Operands
 from .kernel_args import Pointer
 from .quantized_cache import QuantizedCache
 
@@ -79,13 +78,6 @@ def angles(tables, P, position, columns, half):
     mask = columns < tl.where(inside, half, 0)
     cos = tl.load(tables.cos + index, mask=mask, other=float("nan"))[None, :]
     return cos, tl.load(tables.sin + index, mask=mask, other=float("nan"))[None, :]
-
-
-def stored_bytes(operands: Operands, new: str, cache: str) -> float:
-    """Return the bytes of as many keys and values as in operand `new`, as `cache` holds them: in 8 bits with scales."""
-    x, slots = operands[new], operands[cache]
-    vectors = 2 * x.numel() // max(1, x.shape[-1])
-    return vectors * (slots.shape[-1] * slots.element_size() + 4 * (f"{cache}_scales" in operands))
 
 
 def check_head_size(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from . import reference
 from .arch import family, max_multiprocessors
 from .call import operation
 from .checks import Matrix
-from .facts import Product, kernel_facts
+from .facts import full_tiles
 from .fp8 import quantize_rows
 from .kernel_args import Rows
 from .kernel_weight import (
@@ -37,7 +37,6 @@ from .pdl import prefetch_rows
 from .quantized import QUANT_NAMES, W8A8, matrix_bytes
 from .samples import shape_grid, shapes
 from .tiles import (
-    GROUP_M,
     QUANTIZED_DECODE,
     DecodeTile,
     PrefillTile,
@@ -59,30 +58,37 @@ SKINNY_M_MAX = 64  # beyond it never
 # weight's bytes up to SKINNY_M, and half of them beyond, where four stages would leave room for one program an SM. On
 # AMD no size lies between.
 _DECODE_NVIDIA = (
-    DecodeTile(4, 16, 16, 256, 4, 4),
-    DecodeTile(9, 16, 32, 128, 4, 4),
-    DecodeTile(16, 16, 64, 128, 4, 4),
-    DecodeTile(32, 32, 64, 128, 4, 3),
-    DecodeTile(64, 64, 128, 64, 4, 3),
+    DecodeTile(4, 16, 16, 256, 4, 4, "compiled: 72 registers, 612 FLOP"),
+    DecodeTile(9, 16, 32, 128, 4, 4, "compiled: 58 registers, 352 FLOP"),
+    DecodeTile(16, 16, 64, 128, 4, 4, "compiled: 64 registers, 551 FLOP"),
+    DecodeTile(32, 32, 64, 128, 4, 3, "compiled: 80 registers, 964 FLOP"),
+    DecodeTile(64, 64, 128, 64, 4, 3, "compiled: 168 registers, 2,081 FLOP"),
 )
 DECODE: Table[DecodeTile] = {
     "sm_80": _DECODE_NVIDIA,
     "sm_90": _DECODE_NVIDIA,
     "sm_100": _DECODE_NVIDIA,
-    "gfx942": (DecodeTile(16, 16, 16, 128, 4, 2), DecodeTile(64, 64, 16, 128, 4, 2)),
-    "fp32": (DecodeTile(16, 16, 16, 64, 4, 2), DecodeTile(32, 32, 16, 64, 4, 2), DecodeTile(64, 64, 16, 64, 4, 2)),
+    "gfx942": (
+        DecodeTile(16, 16, 16, 128, 4, 2, "compiled: 64 registers"),
+        DecodeTile(64, 64, 16, 128, 4, 2, "compiled: 82 registers"),
+    ),
+    "fp32": (
+        DecodeTile(16, 16, 16, 64, 4, 2, "compiled: 42 registers"),
+        DecodeTile(32, 32, 16, 64, 4, 2, "compiled: 56 registers"),
+        DecodeTile(64, 64, 16, 64, 4, 2, "compiled: 66 registers"),
+    ),
 }
 # Any number of rows in deterministic mode: one tile.
 PREFILL: Table[PrefillTile] = {
-    "sm_80": (PrefillTile(0, 64, 64, 64, 4, 4),),
-    "sm_90": (PrefillTile(0, 64, 64, 64, 4, 4),),
-    "sm_100": (PrefillTile(0, 64, 64, 64, 4, 4),),
-    "gfx942": (PrefillTile(0, 64, 64, 64, 4, 2),),
-    "fp32": (PrefillTile(0, 32, 32, 32, 4, 2),),
+    "sm_80": (PrefillTile(0, 64, 64, 64, 4, 4, "compiled: 96 registers, 1,473 FLOP"),),
+    "sm_90": (PrefillTile(0, 64, 64, 64, 4, 4, "compiled: 96 registers, 1,473 FLOP"),),
+    "sm_100": (PrefillTile(0, 64, 64, 64, 4, 4, "compiled: 96 registers, 1,473 FLOP"),),
+    "gfx942": (PrefillTile(0, 64, 64, 64, 4, 2, "compiled: 102 registers"),),
+    "fp32": (PrefillTile(0, 32, 32, 32, 4, 2, "compiled: 64 registers"),),
 }
 
 
-@kernel_facts("BLOCK_T", work=Product("x", "weight", halves=1, depth="H"))
+@full_tiles("BLOCK_T")
 @triton.jit(do_not_specialize=["T"])
 def linear_decode_kernel(
     x,  # Rows [T, H]
@@ -108,7 +114,6 @@ def linear_decode_kernel(
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
 
 
-@kernel_facts(work=Product("x", "weight", halves=1, depth="H"))
 @triton.jit(do_not_specialize=["T"])
 def linear_kernel(
     x,  # Rows [T, H], values or codes
@@ -150,8 +155,7 @@ def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool
     """Return whether the kernel for few rows of x runs, in place of torch's library or the one for many.
 
     Not for products of fp8 codes. Up to SKINNY_M rows it does for others. Up to SKINNY_M_MAX it does for a quantized
-    weight, and on sm_80 and sm_90 for a weight whose rows fill a tile on every SM: there the cost model predicts it to
-    be no slower than a library.
+    weight, and on sm_80 and sm_90 for a weight whose rows fill a tile on every SM.
     """
     T, N = sizes.T, sizes.N
     if sizes.weight == W8A8:
@@ -168,13 +172,17 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     T, quantized = sizes.T, sizes.weight
     few = decode_tile(QUANTIZED_DECODE if quantized else DECODE, T, dtype, arch)
     many = prefill_tile(
-        quantized_prefill(quantized, arch) if quantized else PREFILL, 0 if sizes.deterministic else T, dtype, arch
+        quantized_prefill(quantized, arch) if quantized else PREFILL,
+        0 if sizes.deterministic else T,
+        dtype,
+        arch,
+        "deterministic" if sizes.deterministic else "",
     )
     rows = many.BLOCK_M - many.SHORT_M  # a tile has one part here
-    block_m = rows if sizes.deterministic else power_of_2(T, low=least_rows(quantized), high=rows)
+    block_m = rows if sizes.deterministic else power_of_2(T, low=least_rows(quantized, arch), high=rows)
     return {
         "linear_decode_kernel": weight_config(few, sizes.N, sizes.H, quantized, BLOCK_T=few.BLOCK_T),
-        "linear_kernel": weight_config(many, sizes.N, sizes.H, quantized, BLOCK_M=block_m, GROUP_M=GROUP_M),
+        "linear_kernel": weight_config(many, sizes.N, sizes.H, quantized, BLOCK_M=block_m, GROUP_M=many.GROUP_M),
     }
 
 

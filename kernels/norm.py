@@ -19,7 +19,7 @@ from torch import Tensor
 from . import reference
 from .call import operation
 from .checks import INTS, Range, Within, fail, readable
-from .facts import Operands, kernel_facts
+from .facts import full_tiles
 from .heads import POSITIONS_MAX
 from .kernel_args import Pointer, Rows
 from .launch import LaunchConfig, launch, select_configs
@@ -60,7 +60,7 @@ def normed(values, scale, weight, dtype: tl.constexpr):
     return ((values * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
 
 
-@kernel_facts("BLOCK_H")
+@full_tiles("BLOCK_H")
 @triton.jit(do_not_specialize=["T"])
 def rms_norm_kernel(
     x,  # Rows [T, H]
@@ -199,13 +199,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     return y, total
 
 
-def _embedded_bytes(operands: Operands, programs: int) -> float:
-    """Count the rows that become x, not the whole table."""
-    rest = sum(x.nbytes for name, x in operands.items() if name != "table")
-    return rest + operands["x"].nbytes
-
-
-@kernel_facts("BLOCK_H", work=_embedded_bytes)
+@full_tiles("BLOCK_H")
 @triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
 def embed_rms_norm_kernel(
     ids_ptr,  # [B, T]

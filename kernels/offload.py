@@ -245,7 +245,7 @@ class OffloadedWeight(QuantizedWeight):
 def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:
     """Return an unset parameter of `device` whose memory is the host's, pinned: kernels read it in place.
 
-    It is an ordinary tensor, which torch reads and writes as well. `on_host` marks it for the cost model.
+    It is an ordinary tensor, which torch reads and writes as well. `on_host` marks it for `host_memory`.
     """
     memory = _pinned(shape, dtype, device)
     if device.type == "cuda":  # the interface by which torch takes addresses of a device has no bf16

@@ -27,6 +27,9 @@ class Cost:
     host_bytes: int = 0
     fp8_flops: int = 0
 
+    def __add__(self, other: Any) -> Any:
+        return type(self)(*map(sum, zip(vars(self).values(), vars(other).values(), strict=True)))
+
 
 def as_dict(case: Any) -> dict[str, Any]:
     """Return the fields of a case: its sizes, and the flags and formats that are not at their default."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .call import operation
 from .checks import INTS, Cache, Within
-from .facts import Operands, kernel_facts
+from .facts import full_tiles
 from .heads import (
     CacheArgs,
     KeyHeads,
@@ -31,7 +31,6 @@ from .heads import (
     check_head_size,
     rope_tables,
     sequence_position,
-    stored_bytes,
 )
 from .kernel_args import Heads
 from .launch import LaunchConfig, launch, select_configs
@@ -62,11 +61,7 @@ def _quantize_heads(
     tl.store(scale_ptr + offs_h * (stride_yh // half), scales, mask=exists)
 
 
-def _append_bytes(operands: Operands, programs: int) -> float:
-    return operands["k"].nbytes + operands["v"].nbytes + stored_bytes(operands, "k", "cache.k")
-
-
-@kernel_facts("BLOCK_HKV", "BLOCK_D", work=_append_bytes)
+@full_tiles("BLOCK_HKV", "BLOCK_D")
 @triton.jit(do_not_specialize=["T", "C"])
 def append_kernel(
     k,  # Heads [B, T, Hkv, D]
@@ -120,12 +115,7 @@ def _rotate(
     tl.store(out + half, (high * cos + low * sin).to(dtype), mask=mask)
 
 
-def _rope_bytes(operands: Operands, programs: int) -> float:
-    """Count q and k in and out, and cos and sin of each token."""
-    return 2 * (operands["q"].nbytes + operands["k"].nbytes + programs * operands["tables.cos"][0].nbytes)
-
-
-@kernel_facts("BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF", work=_rope_bytes)
+@full_tiles("BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF")
 @triton.jit(do_not_specialize=["T", "P", "stride_pb", "stride_pt"])
 def rope_kernel(
     q,  # Heads [B, T, Hq, D]

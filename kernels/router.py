@@ -17,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .call import operation
 from .checks import INT32, RoutingWeights, Tokens, Within
-from .facts import kernel_facts
+from .facts import full_tiles
 from .kernel_args import Rows
 from .launch import LaunchConfig, launch, select_configs
 from .norm import FusedNorm, NormWeight, normed
@@ -66,7 +66,7 @@ def store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.conste
     tl.store(ids_ptr + out, ids, mask=mask)
 
 
-@kernel_facts("BLOCK_E", "BLOCK_K")
+@full_tiles("BLOCK_E", "BLOCK_K")
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logits_ptr,  # [T, E]
@@ -121,7 +121,7 @@ def _products(y_ptr, values, scale, gate, weight, offs_h, H: tl.constexpr):
     return tl.sum(gate.to(tl.float32) * values[None, :], axis=1)
 
 
-@kernel_facts("BLOCK_E", "BLOCK_K")
+@full_tiles("BLOCK_E", "BLOCK_K")
 @triton.jit(do_not_specialize=["T"])
 def gate_route_kernel(
     x,  # Rows [T, H]

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import reference
 from .call import operation
 from .checks import INT32, INTS, Within
-from .facts import kernel_facts
+from .facts import full_tiles
 from .kernel_args import Rows
 from .launch import LaunchConfig, launch, select_configs
 from .samples import shapes
@@ -48,7 +48,7 @@ def sort_by_expert_kernel(
     tl.store(offsets_ptr + expert + 1, base)
 
 
-@kernel_facts("BLOCK_E", "BLOCK_S")
+@full_tiles("BLOCK_E", "BLOCK_S")
 @triton.jit(do_not_specialize=["N"])
 def gather_by_expert_kernel(
     ids_ptr,  # [N]

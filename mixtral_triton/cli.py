@@ -206,10 +206,14 @@ def parser() -> argparse.ArgumentParser:
     text = "your function, called as the one OP, checked before it is timed; repeatable"
     option("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=text)
     option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
-    option("--gpu", metavar="NAME", help="measure nothing, predict by a data sheet: h100, ..., as in fit")
+    option("--gpu", metavar="NAME", help="measure nothing, floors by a data sheet: h100, ..., as in fit")
 
-    option = command("tune", "launch configurations near the present ones: which fit and are fastest", "ops --at")
+    option = command("tune", "launch configurations beside the present ones: which fit and are fastest", "ops --at")
     option("--arch", choices=ARCHS, metavar="ARCH", help="time nothing, compile for it; default: the GPU there is")
+    option("--kernel", metavar="NAME", help="this kernel alone")
+    option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
+    option("--rounds", type=int, default=5, metavar="N", help="climbing steps behind the first candidates; default: 5")
+    option("--dry", action="store_true", help="list the candidates alone, for the GPU there is, --arch, or sm_90")
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, the longest text", "--cache-dtype")
     text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"

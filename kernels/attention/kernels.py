@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..facts import kernel_facts
+from ..facts import full_tiles
 from ..heads import POSITIONS_MAX, RotaryTables, angles, sequence_position
 from ..kernel_args import Heads, Pointer
 from ..pdl import pdl_wait
@@ -65,7 +65,7 @@ def _offset(b, head, stride_b, stride_h, WIDTH: tl.constexpr):
     return b * (stride_b // WIDTH) + head * (stride_h // WIDTH)
 
 
-@kernel_facts("BLOCK_D", work="attention")
+@full_tiles("BLOCK_D")
 @triton.jit(do_not_specialize=["T", "S", "C"])
 def attention_prefill_kernel(
     q,  # Heads [B, T, Hq, D]
@@ -204,7 +204,7 @@ def _append_newest_key(
     return Softmax(acc, tl.where(active, score, largest), tl.where(active, 1.0, total))
 
 
-@kernel_facts("BLOCK_D", "BLOCK_M", work="attention")
+@full_tiles("BLOCK_D", "BLOCK_M")
 @triton.jit(do_not_specialize=["T", "S", "P", "SPLITS"])
 def attention_decode_kernel(
     q,  # Heads [B, T, Hq, D]
@@ -290,7 +290,7 @@ def attention_decode_kernel(
         tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
 
 
-@kernel_facts("BLOCK_D")
+@full_tiles("BLOCK_D")
 @triton.jit
 def attention_combine_kernel(
     part_ptr,  # [rows, SPLITS, D] fp32

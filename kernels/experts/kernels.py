@@ -18,7 +18,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from ..facts import Product, kernel_facts
+from ..facts import full_tiles
 from ..kernel_weight import (
     WeightPtrs,
     WeightRows,
@@ -80,7 +80,7 @@ def _compact(slots, match, rank, ranks):
     return tl.sum(tl.where(hit, slots[None, :], 0), axis=1).to(tl.int64)
 
 
-@kernel_facts("BLOCK_T", "BLOCK_S", work=Product("x", "gate_up", halves=2, depth="H"))
+@full_tiles("BLOCK_S")
 @triton.jit(do_not_specialize=["N"])
 def experts_up_decode_kernel(
     x,  # Rows [T, H]
@@ -117,7 +117,7 @@ def experts_up_decode_kernel(
         tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel_facts("BLOCK_T", "BLOCK_S", work=Product("h", "down", halves=1, depth="I"))
+@full_tiles("BLOCK_S")
 @triton.jit(do_not_specialize=["N"])
 def experts_down_decode_kernel(
     h_ptr,  # [N, I] by slot
@@ -252,7 +252,7 @@ def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
     tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < I)[None, :])
 
 
-@kernel_facts("BLOCK_E", work=Product("x", "gate_up", halves=2, depth="H"))
+@full_tiles("BLOCK_E")
 @triton.jit
 def experts_up_kernel(
     x,  # Rows [T, H], values or codes; unused where descriptors read
@@ -302,7 +302,7 @@ def _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr):
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
 
 
-@kernel_facts("BLOCK_E", work=Product("h", "down", halves=1, depth="I"))
+@full_tiles("BLOCK_E")
 @triton.jit
 def experts_down_kernel(
     h_ptr,  # [N, I] in sorted order; unused where descriptors read
@@ -334,7 +334,7 @@ def experts_down_kernel(
             _multiply_parts(*parts, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
 
 
-@kernel_facts("BLOCK_H")  # with a norm: it needs the full row
+@full_tiles("BLOCK_H")  # with a norm: it needs the full row
 @triton.jit(do_not_specialize=["N"])
 def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]

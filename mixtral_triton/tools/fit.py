@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,12 +18,9 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from ..arguments import WEIGHT_FORMATS, default_dtype, weight_bytes
-from ..cache import KVCache
 from ..checkpoint import parameter_shapes
 from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..kernels.checks import dtype_name
-from ..kernels.op import Cost
-from ..kernels.record import record_launches
 from ..load import (
     AUTO_CONTEXT,
     MARGIN,
@@ -36,11 +32,10 @@ from ..load import (
     table_bytes,
     usable_bytes,
 )
-from ..model import Mixtral
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.layouts import read_scheme
-from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu
-from .predict import predict
+from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu, floor
+from .step import step_costs
 from .terminal import Table, console
 
 # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
@@ -49,12 +44,14 @@ LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediat
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
 FIRST = "int4, linear int8"  # the format to try first: quicker than int4, at about the same cost
+PIPED_LEAST = 200  # columns of the list of all GPUs where nobody's terminal is too narrow
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-OFFLOADED = "(62: 15-16): or one GPU, with 62 of all experts in host memory; tokens/s predicted."
+BOUND = "tokens/s: of all sequences together at most, by bytes over the data sheet's bandwidth and the link."
+CELLS = f"1: 131: one GPU, at most 131 tokens/s. 2 (62: 16): two, or one with 62 of all experts in host memory. {BOUND}"
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
 COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
 
@@ -115,6 +112,7 @@ class MemoryPlan:
     longest_context: int  # tokens a sequence that it holds without being tight, at most the model's positions; 0: none
     gpus_needed: int | None
     offload: Offload | None  # where the verdict is "no", if host memory holds enough experts: see `Request.offload`
+    tokens_per_second_bound: float | None  # at most, of all sequences; None: it does not fit, or rates are unknown
 
 
 @dataclass(frozen=True)
@@ -167,42 +165,30 @@ class Request:
         available, offload = limit - (need["total"] - shared), None
         gpus_needed = -(-shared // available) if available > 0 else None
         sizes = self.specs[format], self.batch, self.context, self.cache_dtype
-        if verdict == "no" and (found := placement(config, *sizes, limit)) and found.host_bytes <= self.host_memory:
+        found = placement(config, *sizes, limit) if verdict == "no" else None
+        if found is not None and found.host_bytes <= self.host_memory:
             offload = self.offload(format, gpu, found)
-        return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, gpus_needed, offload)
+        bound = self.speed_bound(format, gpu, found) if verdict != "no" or offload else None
+        return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, gpus_needed, offload, bound)
 
     def offload(self, format: str, gpu: GPU, found: Placement) -> Offload:
-        """Return how `gpu` holds the model with what `found` says in host memory: its fields, experts of how many, the
-        device_bytes of all, and tokens_per_second: predicted, cautious and optimistic; () where rates are unknown."""
+        """Return how `gpu` holds the model with what `found` says in host memory: its fields, experts of how many, and
+        the device_bytes of all."""
         specs, total = self.specs[format], self.config.num_hidden_layers * self.config.num_local_experts
         need = memory_need(self.config, specs, self.batch, self.context, self.cache_dtype)
         context = "" if self.context == AUTO_CONTEXT else f" --context {self.context}"
         offload = {**vars(found), "experts": found.count, "of": total, "link": gpu.link}
         offload |= {"device_bytes": need["total"] - found.freed_bytes, "text": found.describe(self.config)}
-        offload["tokens_per_second"] = self.speed(gpu, specs, found) if gpu.l2 else ()
         return offload | {"command": f"{self.command(format)} --offload auto{context}"}
 
-    def speed(self, gpu: GPU, specs: QuantSpecs, found: Placement) -> tuple[float, float]:
-        """Predict tokens/s by decode steps of one layer, and of one more with each number of experts on the host."""
-        dtype, E = default_dtype(self.config), self.config.num_local_experts
-        token = torch.empty(self.batch, 1, dtype=torch.int64, device="meta")
-        layers = Counter(map(len, found.experts))
-
-        def seconds(*offloaded: int) -> tuple[float, float]:
-            config = replace(self.config, num_hidden_layers=len(offloaded))
-            on_host = [range(E - count, E) for count in offloaded], found.embedding
-            model = Mixtral(config, "meta", dtype, False, specs, None, *on_host)
-            cache = KVCache(config, self.batch, self.context, "meta", self.cache_dtype or dtype)
-            with record_launches(gpu.arch) as launches, torch.no_grad():
-                model.head(model.hidden(token, cache)[:, -1])
-            predicted = predict(launches, gpu, Cost(0, 0))
-            return predicted.cautious, predicted.seconds
-
-        first = min(layers)
-        layers[first] -= 1
-        one, more = seconds(first), [(number, seconds(first, count)) for count, number in layers.items()]
-        cautious, optimistic = (one[i] + sum(number * (two[i] - one[i]) for number, two in more) for i in (0, 1))
-        return self.batch / cautious, self.batch / optimistic
+    def speed_bound(self, format: str, gpu: GPU, found: Placement | None) -> float | None:
+        """Return the tokens/s of decode steps at their floor: at the data sheet's full rates, with uniform routing."""
+        if not gpu.bandwidth:
+            return None
+        hosted = [*map(len, found.experts)] if found else []
+        cache, dtype = "int8" if self.cache_dtype else None, default_dtype(self.config)
+        costs = step_costs(self.config, self.batch, self.context, dtype, self.specs[format], cache, hosted)
+        return self.batch / floor(costs, gpu)[0]
 
     def command(self, format: str) -> str:
         folder, weights = "FOLDER" if self.name.lower() in KNOWN else self.name, WEIGHT_FORMATS[format]
@@ -269,8 +255,8 @@ def select_gpu(args: argparse.Namespace) -> GPU | None:
     return replace(gpu, link=args.link or gpu.link)
 
 
-def _speed(offload: Offload) -> str:
-    return "-".join(dict.fromkeys(f"{each:,.{int(each < 10)}f}" for each in offload["tokens_per_second"]))
+def _speed(bound: float | None) -> str:
+    return "" if bound is None else f"{bound:,.{int(bound < 10)}f}"
 
 
 def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
@@ -281,18 +267,20 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
     out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
     caption = f"used: of what is free. longest: tokens a sequence, and gpus: how many, with {MARGIN:.0%} of it to spare"
-    caption = f"{caption.replace('%', ' %')}; tight: less to spare. {FORMAT_NOTE} {SEVERAL}"
+    caption = f"{caption.replace('%', ' %')}; tight: less to spare. {BOUND} {FORMAT_NOTE} {SEVERAL}"
     table = Table(f"{gpu.name}: {gpu.mib:,} MiB", caption, ranks={"verdict": -1})
-    for plan in plans:
+    for plan in sorted(plans, key=lambda plan: plan.format != FIRST):
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
-        table.add(cells | {"gpus": str(plan.gpus_needed or "-"), "verdict": plan.verdict}, COLOURS[plan.verdict])
+        cells |= {"gpus": str(plan.gpus_needed or "-"), "tokens/s": _speed(plan.tokens_per_second_bound)}
+        table.add(cells | {"verdict": plan.verdict}, COLOURS[plan.verdict])
     out.print(table)
-    offloads = {plan.format: plan.offload for plan in plans if plan.offload}
-    for format, offload in offloads.items():
-        speed, where = _speed(offload), f"{decimal(offload['host_bytes'])}, {offload['link']}"
-        speed = f"{speed} tokens/s predicted" if speed else "no prediction, the GPU's rates are unknown"
+    offloads = {plan.format: plan for plan in plans if plan.offload}
+    for format, plan in offloads.items():
+        offload, speed = plan.offload or {}, _speed(plan.tokens_per_second_bound)
+        where = f"{decimal(offload['host_bytes'])}, {offload['link']}"
+        speed = f"at most {speed} tokens/s" if speed else "no bound, the GPU's rates are unknown"
         out.print(Text(f"{request.label(format)}, {offload['text']}: {speed} ({where})"))
     fitting = [plan.format for plan in plans if plan.verdict != "no"]
     named = map(request.label, sorted(fitting or offloads, key=lambda format: format != FIRST))
@@ -302,8 +290,12 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
         line = f"Try first: {request.command(FIRST)} (`mixtral-triton verify` with --weights prints what it costs)"
         out.print(Text(line), soft_wrap=True)
     elif offloads and not fitting:
-        best = max(offloads.values(), key=lambda one: (one["tokens_per_second"], -one["host_bytes"]))
-        out.print(Text(f"With experts in host memory: {best['command']}"), soft_wrap=True)
+        _, best = max(
+            ((plan.tokens_per_second_bound or 0, -plan.offload["host_bytes"]), plan.offload["command"])
+            for plan in offloads.values()
+            if plan.offload
+        )
+        out.print(Text(f"With experts in host memory: {best}"), soft_wrap=True)
 
 
 def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
@@ -315,17 +307,22 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         for gpu, plans in rows.items():
             needed = {plan.format: plan.gpus_needed for plan in plans}
             offloads = {plan.format: plan.offload for plan in plans if plan.offload}
+            bounds = {plan.format: plan.tokens_per_second_bound for plan in plans}
             sizes = {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}
-            found.append(sizes | {"gpus_needed": needed, "offload": offloads})
+            found.append(sizes | {"gpus_needed": needed, "offload": offloads, "tokens_per_second_bound": bounds})
         print(json.dumps(request.as_dict() | {"gpus": found}))
         return 0
-    offloaded = f"{OFFLOADED} " if any(plan.offload for plans in rows.values() for plan in plans) else ""
-    table = Table("How many GPUs hold it, by format", f"{offloaded}{FORMAT_NOTE} {SEVERAL}", text=["link"])
+    out = console()
+    if not out.is_terminal:
+        out.width = max(out.width, PIPED_LEAST)
+    table = Table("How many GPUs hold it, by format", f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"])
     for gpu, plans in rows.items():
-        cells = {"gpu": gpu.name, "MiB": f"{gpu.mib:,}", "link": gpu.link}
-        for plan in plans:
-            offload = f" ({plan.offload['experts']}: {_speed(plan.offload)})" if plan.offload else ""
-            cells[request.label(plan.format)] = str(plan.gpus_needed or "-") + offload
-        table.add(cells)
-    console().print(Text(str(request)), table, sep="\n")
+        cells = {"gpu": gpu.name}
+        for plan in sorted(plans, key=lambda plan: plan.format != FIRST):
+            cell, speed = str(plan.gpus_needed or "-"), _speed(plan.tokens_per_second_bound)
+            if plan.offload or plan.verdict == "tight":
+                cell += f" ({plan.offload['experts'] if plan.offload else 'tight'}: {speed})"
+            cells[request.label(plan.format)] = f"{cell}: {speed}" if plan.verdict == "fits" else cell
+        table.add(cells | {"MiB": f"{gpu.mib:,}", "link": gpu.link})
+    out.print(Text(str(request)), table, sep="\n")
     return 0

@@ -32,15 +32,17 @@ from ..kernels.arch import ARCHS, amd, family
 from ..kernels.kernel_args import flatten
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
 from ..kernels.op import Op, runs_on
+from ..kernels.quantized import GROUPS
 from ..kernels.quantized_cache import vector_bytes
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..load import usable_cores
 from ..model import Mixtral
-from .predict import family_note, programs_per_sm
+from .gpus import family_note
 from .sass import Loop, main_loops
-from .terminal import Table, bar, console, parse_sizes
+from .terminal import Table, bar, console, parse_choices
 
+_WARPS, _THREADS, _REGISTERS = 64, 32, 65536  # of an SM: warps at most, threads of each, registers
 _WIDTHS = ("H", "I")  # of a model: they change no tile
 # Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
 _HARMLESS = {"sm_80": 64, "sm_90": 16, "sm_100": 64}
@@ -83,6 +85,13 @@ class Compiled:
         return max((loop.flop_per_instruction for loop in self.loops if loop.flop_per_instruction), default=None)
 
     @property
+    def loop_clocks(self) -> tuple[float, float] | None:
+        """Clocks of shared memory and of the tensor cores for an iteration of the main loop with the most products;
+        None where the machine code does not show both."""
+        loop = max(self.loops, key=lambda loop: loop.products, default=None)
+        return None if loop is None else loop.clocks(self.arch, self.num_warps)
+
+    @property
     def loop_instructions_per_byte(self) -> float | None:
         """Thread instructions of a decode step's attention for a byte of keys and values that an iteration loads."""
         if self.kernel != "attention_decode_kernel" or not self.loops:
@@ -97,7 +106,10 @@ class Compiled:
         """How many programs an SM holds at once, by registers and shared memory; None where that is not known."""
         if self.error or amd(self.arch):
             return None
-        return programs_per_sm(self.arch, self.num_warps, max(1, self.registers), self.shared_bytes)
+        registers = max(1, self.registers) * _THREADS * self.num_warps
+        reserved = 1024  # by CUDA for each block: an SM has that much more than a block's most
+        shared = (ARCHS[self.arch].shared_bytes + reserved) // (self.shared_bytes + reserved)
+        return max(1, min(_WARPS // self.num_warps, _REGISTERS // registers, shared))
 
     @property
     def fault(self) -> str | None:
@@ -115,7 +127,7 @@ class Compiled:
     def as_dict(self) -> dict[str, Any]:
         """Return what `compile --json` prints."""
         names = [*vars(self), "loop_flop_per_instruction", "loop_instructions_per_byte", "loop_spills", "fault"]
-        names.append("programs_per_sm")
+        names += ["programs_per_sm", "loop_clocks"]
         return {name: getattr(self, name) for name in names if name not in ("signature", "stages", "error", "loops")}
 
 
@@ -179,17 +191,19 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
 
 
 def collect(
-    ops: Iterable[Op], arch: str, widths: bool = True, at: Mapping[str, Any] | None = None
+    ops: Iterable[Op], arch: str, widths: bool = True, at: Mapping[str, Sequence[Any]] | None = None
 ) -> dict[str, tuple[str, Launch]]:
     """Return the operation's name and a launch of each kernel, over bench shapes and dtypes, by `_key`. `at`: sizes in
-    place of those of the shapes; ValueError where an operation has none of that name."""
+    place of those of the shapes, one or several of a name; ValueError where an operation has none of that name."""
     found: dict[str, tuple[str, Launch]] = {}
+    at = at or {}
     for op in ops:
         names = {field.name for field in fields(op.case)}
-        if unknown := [name for name in at or {} if name not in names]:
+        if unknown := [name for name in at if name not in names]:
             raise ValueError(f"--at has {unknown[0]}, and {op.name} has {', '.join(sorted(names))}")
-        shapes = dict.fromkeys(replace(shape, **at or {}) for shape in op.bench_shapes if runs_on(shape, arch))
-        for dtype, sizes in product(op.dtypes, shapes):
+        changes = [dict(zip(at, values, strict=True)) for values in product(*at.values())]
+        shapes = [replace(shape, **change) for shape in op.bench_shapes for change in changes if runs_on(shape, arch)]
+        for dtype, sizes in product(op.dtypes, dict.fromkeys(shapes)):
             args = op.inputs(sizes, dtype, "meta")
             with record_launches(arch) as launches:
                 op.run(**args)
@@ -225,8 +239,11 @@ def _attempt(launch: Launch, arch: str, op: str, out: Path | None) -> Compiled:
         return _describe(launch, arch, op, error=message)
 
 
-def _compile_all(
-    kernels: Iterable[tuple[str, Launch]], arch: str, progress: Progress, out: Path | None = None
+def compile_all(
+    kernels: Iterable[tuple[str, Launch]],
+    arch: str,
+    progress: Progress = lambda *numbers: None,
+    out: Path | None = None,
 ) -> list[Compiled]:
     """Compile each kernel, on all cores: Triton's passes release the GIL, and ptxas is a process."""
     pool = ThreadPoolExecutor(usable_cores())
@@ -249,7 +266,7 @@ def compile_launches(
     for launch in launches:  # what is known of its integers, and a dependent launch, make another kernel of it, too
         source = _source(launch, arch)
         distinct[_key(launch, source), repr(source.attrs), launch.dependent] = "", launch
-    return _compile_all(distinct.values(), arch, progress)
+    return compile_all(distinct.values(), arch, progress)
 
 
 def with_layers(model: Mixtral, indices: Sequence[int]) -> Any:
@@ -310,7 +327,7 @@ def compile_ops(
     out: Path | None = None,
     progress: Progress = lambda *numbers: None,
     kernel: str | None = None,
-    at: Mapping[str, Any] | None = None,
+    at: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Compiled]:
     """Compile the kernels of operations, by name, over their bench shapes, each once: a second model's widths make no
     other kernel. `out`: a folder for the files, created if missing. kernel: this one alone. at: as in `collect`.
@@ -325,7 +342,7 @@ def compile_ops(
             raise ValueError(f"--kernel is {kernel!r}, needs one of {', '.join(names)}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    kernels = _compile_all(found.values(), arch, progress, out)
+    kernels = compile_all(found.values(), arch, progress, out)
     counted = [one for one in kernels if "cubin" in one.stages]
     # Together, since the disassembler takes long to start.
     for one, loops in zip(counted, main_loops([one.stages["cubin"] for one in counted], arch), strict=True):
@@ -337,6 +354,14 @@ def _tile(row: Mapping[str, Any]) -> str:
     return "x".join(str(size) for name, size in row["constexprs"].items() if name.startswith("BLOCK_"))
 
 
+def _format(row: Mapping[str, Any]) -> str:
+    """Return the name of a quantized weight's format; "" for a dense weight, and for a kernel that reads none."""
+    layout = row["constexprs"].get("LAYOUT")
+    if layout is None or layout[0] == "dense":
+        return ""
+    return f"{layout[0]}:{layout[1]}" if layout[1] in GROUPS else str(layout[0])
+
+
 def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tabulate rows of `Compiled.as_dict`: a line for all kernels of the same name, dtype, tile and figures."""
     figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
@@ -345,17 +370,20 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     caption["tile"] = f"BLOCK_ of {', '.join(dict.fromkeys(tiles))}, those that a kernel has"
     caption["p/SM"] = "programs that an SM holds at once"
     caption["FLOP/i"] = "of the tensor cores, for each other instruction of the main loop"
+    caption["smem/tensor"] = "clocks that shared memory and the tensor cores take for an iteration of the main loop"
     caption["i/B"] = "thread instructions there for a byte of a cache"
     lines: Counter[tuple[Any, ...]] = Counter()
     for row in rows:
-        line = {"kernel": row["kernel"].removesuffix("_kernel"), "dtype": row["dtype"], "tile": _tile(row)}
+        line = {"kernel": row["kernel"].removesuffix("_kernel"), "dtype": row["dtype"], "weight": _format(row)}
+        line["tile"] = _tile(row)
         line["w/s"] = f"{row['num_warps']}/{row['num_stages']}"
         line |= {name: "" if row[key] is None else f"{row[key]:,.0f}" for name, key in figures.items()}
         line["p/SM"] = str(row["programs_per_sm"] or "")
+        line["smem/tensor"] = "/".join(f"{clocks:,.0f}" for clocks in row["loop_clocks"] or ())
         per_byte = row["loop_instructions_per_byte"]
         line["i/B"] = "" if per_byte is None else f"{per_byte:.1f}"
         lines.update([("bold red" if row["fault"] else "", *line.items())])
-    table = Table(f"Compiled for {arch}", caption, keys=3)
+    table = Table(f"Compiled for {arch}", caption, keys=4)
     for (style, *cells), count in lines.items():
         table.add(dict(cells) | {"kernels": str(count)}, style)
     return table
@@ -366,7 +394,7 @@ def run(args: argparse.Namespace) -> int:
     status, out = 0, console()
     for arch in dict.fromkeys(args.arch):
         with bar(f"compiling for {arch}", None, compiles=True) as progress:
-            ops, at = args.ops or list(OPS), parse_sizes("--at", args.at)
+            ops, at = args.ops or list(OPS), parse_choices("--at", args.at)
             compiled = compile_ops(ops, arch, args.out, progress.update, args.kernel, at)
             rows = [one.as_dict() for one in compiled]
         faults = [row for row in rows if row["fault"]]

@@ -1,6 +1,8 @@
 """Count the instructions of the main loops of a kernel for NVIDIA in its machine code (SASS).
 
-The figure is the FLOP of a warp's tensor-core instructions in an iteration of the loop by its other instructions.
+The figures are the FLOP of a warp's tensor-core instructions in an iteration of the loop by its other instructions, and
+the clocks that shared memory takes for it beside those of the tensor cores: where shared memory takes more, it is what
+the loop waits for.
 """
 
 import re
@@ -24,6 +26,13 @@ _END = re.compile(r"^(?:EXIT|RET)\b")
 _TENSOR = re.compile(r"^(?:@\S+\s+)?(?:UTC)?\w{1,2}G?MMA\.?")
 _SHAPE = re.compile(r"GMMA\.64x(\d+)x(\d+)|MMA\.168(\d+)")
 _SPILL = re.compile(r"^(?:@\S+\s+)?(?:STL|LDL)\b")
+_SHARED = re.compile(r"^(?:@(?!!PT)\S+\s+)?(LDSM|LDS|STS|LDGSTS)((?:\.\w+)*)")
+_WIDTH = re.compile(r"\.(4|2|128|64)(?=\.|$)")  # matrices of LDSM; bits a thread of the others, else 32
+_MMA = re.compile(r"\b([HQ])MMA\.168(\d+)")
+# Products of 16 bits with fp32 sums that an SM adds up a clock (NVIDIA's white papers of GA100, GA102, Ada and RTX
+# Blackwell). wgmma reads shared memory by itself, which no instruction shows.
+_MMA_RATES = {"sm_80": 1024, "sm_86": 512, "sm_89": 512, "sm_120": 512}
+_SHARED_BYTES = 128  # that an SM's shared memory moves a clock
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,19 @@ class Loop:
     other: int
     spills: int  # among the others, those that store or load a spill
     flops: float | None  # of a warp's tensor-core instructions; None where no instruction has its shape (sm_100)
+    shared_bytes: int  # that a warp writes to shared memory and reads from it
+    products: int  # 16-bit products of a warp's HMMA and QMMA; one of 8 bits counts half
 
     @property
     def flop_per_instruction(self) -> float | None:
         return self.flops / self.other if self.flops else None
+
+    def clocks(self, arch: str, num_warps: int) -> tuple[float, float] | None:
+        """Return the clocks that shared memory and the tensor cores of an SM take for an iteration of a program,
+        without conflicts of banks; None where the instructions do not show both."""
+        if not (self.products and arch in _MMA_RATES):
+            return None
+        return num_warps * self.shared_bytes / _SHARED_BYTES, num_warps * self.products / _MMA_RATES[arch]
 
 
 def _sections(cubin: bytes) -> list[bytes]:
@@ -110,4 +128,17 @@ def _loops(code: Code) -> Iterator[Loop]:
         sizes = [64 / 4 * int(x[1]) * int(x[2]) if x[1] else 16.0 * 8 * int(x[3]) for x in shapes if x]
         flops = 2 * sum(sizes) if all(shapes) else None
         spills = sum(bool(_SPILL.match(code[index][1])) for index in loop)
-        yield Loop(len(shapes), len(loop - tensor), spills, flops)
+        moved = sum(_moved_bytes(code[index][1]) for index in loop)
+        units = [_MMA.search(code[index][1]) for index in loop & tensor]
+        products = sum(16 * 8 * int(unit[2]) // (2 if unit[1] == "Q" else 1) for unit in units if unit)
+        yield Loop(len(shapes), len(loop - tensor), spills, flops, moved, products)
+
+
+def _moved_bytes(text: str) -> int:
+    """Return the bytes of shared memory that an instruction of a warp moves."""
+    if not (found := _SHARED.match(text)):
+        return 0
+    width = _WIDTH.search(found[2])
+    if found[1] == "LDSM":
+        return 128 * int(width[1] if width else 1)  # a matrix of 8 x 8 elements of 16 bits
+    return 4 * int(width[1] if width else 32)

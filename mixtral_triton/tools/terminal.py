@@ -63,6 +63,14 @@ def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def parse_choices(option: str, texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Return the sizes and formats of each name, one or several: from T=1 and T=4096 {"T": [1, 4096]}."""
+    found = dict[str, list[Any]]()
+    for name, size in (item for text in texts for item in parse_sizes(option, [text]).items()):
+        found.setdefault(name, []).append(size)
+    return found
+
+
 @dataclass
 class Table:
     """rich's table of rows with their cells by heading. Text wraps at spaces, a number never, and no cell is cut: empty

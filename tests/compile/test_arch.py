@@ -16,8 +16,7 @@ from mixtral_triton.kernels.launch import launch_context, override_configs, targ
 from mixtral_triton.kernels.op import runs_on
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.gpus import GPUS
-from mixtral_triton.tools.predict import family_note
+from mixtral_triton.tools.gpus import GPUS, family_note
 
 BF16 = torch.bfloat16
 FALLBACK_FAMILIES = {"sm_75": "sm_80", "sm_130": "sm_80", "gfx1201": "gfx942"}

@@ -19,7 +19,7 @@ from ...model import SIXTEEN_BIT_ROWS
 from ...tolerance import Tolerance
 from ..fit import KNOWN, free_bytes, placement
 from ..gpus import GPU
-from ..terminal import parse_sizes
+from ..terminal import parse_choices, parse_sizes
 from . import decode_step
 
 Texts = Sequence[str]
@@ -85,10 +85,16 @@ class Case:
 
     def cost(self, args: dict[str, Any] | None = None) -> Cost:
         """Return the compulsory work, for the experts that `args` select, or those expected of uniform routing."""
+        return sum(self.costs(args), Cost(0, 0))
+
+    def costs(self, args: dict[str, Any] | None = None) -> list[Cost]:
+        """Return the work of each operation: of a decode step several, which run one after the other."""
         routed: dict[str, Any] = decode_step.routed(args) if args and self.op is decode_step.STEP else {}
         if args and "ids" in args and hasattr(self.sizes, "distinct"):
             routed["distinct"] = len(args["ids"].unique())
-        return self.op.cost(replace(self.sizes, **routed), self.dtype)
+        sizes = replace(self.sizes, **routed)
+        step = self.op is decode_step.STEP
+        return decode_step.costs(sizes, self.dtype) if step else [self.op.cost(sizes, self.dtype)]
 
 
 def cases(
@@ -107,9 +113,7 @@ def cases(
         if not names or quick or at:
             raise ValueError("--sizes goes with the operations it is for, and without --quick and --at")
         return [_parse_case(BENCHED[name], text, dtype) for name in names for text in sizes]
-    wanted, found = dict[str, list[Any]](), list[Case]()
-    for name, size in (item for text in at for item in parse_sizes("--at", [text]).items()):
-        wanted.setdefault(name, []).append(size)
+    wanted, found = parse_choices("--at", at), list[Case]()
     for op in (op for name, op in BENCHED.items() if name in names or not names):
         shapes, letters = list(op.bench_shapes), set(sizes_of(op)[0])
         if "T" in letters and not {"S", "C"} & letters:  # only the tokens vary

@@ -17,16 +17,14 @@ from rich.text import Text
 
 from ...kernels.op import runs_on
 from ...kernels.registry import OPERATIONS
-from ..gpus import GPU, find_gpu
-from ..predict import family_note
+from ..gpus import GPU, family_note, find_gpu
 from ..terminal import Table, bar, check_writable, console
 from .cases import Case, cases, sizes_of
 from .measure import Outcome, Row, checked_row, current_gpu, timed_rows
 from .peers import PEERS, import_peer
 
-PREDICTED = {"predicted, us": "optimistic-cautious, not measured: by the launches, the data sheet and estimates"}
-PREDICTED["limit"] = "what takes most of the optimistic time"
-LEFT_OUT_FIRST = ("limit", "floor, us", "bound", "MB", "GFLOP", "MB of host memory", "launches")
+FLOOR = {"floor, us": "the least time by bytes over bandwidth or FLOP over peak, whichever is more"}
+LEFT_OUT_FIRST = ("bound", "MB", "GFLOP", "MB of host memory", "launches")
 MARKERS = "os^vDPX*."  # of ours and each peer
 
 
@@ -62,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         reason = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"
         source = (checked_row(case, gpu, user_peers, reason) for case in selected)
-        figures = "Floors (predictions need its rate of L2)" if not gpu.l2 else "Predicted times and floors"
-        out.print(f"No time was measured: {reason}. {figures} are those of the GPU below.")
+        out.print(f"No time was measured: {reason}. Floors are those of the GPU below.")
     rates = f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"
     out.print(f"{gpu.name} ({gpu.arch}), {gpu.source}: {rates}")
     out.print(family_note(gpu.arch), end="")
@@ -130,12 +127,9 @@ def _title_and_shapes(rows: Sequence[Row]) -> tuple[str, list[str]]:
 
 
 def _cells(row: Row, peers: Sequence[str], timed: bool) -> dict[str, str]:
-    one = row.predicted
-    share = row.share if timed else one.share if one else None
+    share = row.share
     cells = {
         "time, us": micro(row.ours.seconds) if row.ours.seconds is not None else row.ours.verdict if timed else "",
-        "predicted, us": f"{micro(one.seconds)}-{micro(one.cautious)}" if one else "",
-        "limit": one.limit if one else "",
         "of floor": f"{100 * share:.0f} %" if share is not None else "-" if timed else "",
         **{"floor, us": micro(row.floor_s), "bound": row.bound},
     }
@@ -152,7 +146,7 @@ def op_table(rows: Sequence[Row]) -> Group:
     timed = any(row.ours.seconds is not None or row.ours.note for row in rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     title, texts = _title_and_shapes(rows)
-    table = Table(title, PREDICTED, text=("limit", "bound"), ranks=dict.fromkeys(LEFT_OUT_FIRST, 1))
+    table = Table(title, FLOOR, text=("bound",), ranks=dict.fromkeys(LEFT_OUT_FIRST, 1))
     notes: dict[tuple[str, str], list[str]] = {}
     for row, shape in zip(rows, texts, strict=True):
         table.add({"sizes": shape, **_cells(row, peers, timed)}, "bold red" if row.ours.right is False else "")
@@ -167,7 +161,7 @@ def op_table(rows: Sequence[Row]) -> Group:
 
 
 def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
-    """Return a figure: a panel per operation, a line for each case with its floor, predicted and measured times."""
+    """Return a figure: a panel per operation, a line for each case with its floor and measured times."""
     from matplotlib.figure import Figure
 
     panels = [list(group) for _, group in groupby(rows, key=lambda row: row.case.op.name)]
@@ -183,9 +177,6 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
             times = [1e6 * (each.get(name, Outcome()).seconds or math.nan) for each in outcomes]
             if not all(map(math.isnan, times)):
                 axes.plot(times, range(len(panel)), marker, ms=4, label=name)
-        if ranges := [(index, row.predicted) for index, row in enumerate(panel) if row.predicted]:
-            ends = ([1e6 * one.seconds for _, one in ranges], [1e6 * one.cautious for _, one in ranges])
-            axes.hlines([index for index, _ in ranges], *ends, "black", label="predicted")
         axes.set_yticks(range(len(panel)), shapes, fontsize=7)
         axes.set_xscale("log")
         axes.set_xlabel("time, us", fontsize=7)
@@ -194,7 +185,6 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         axes.grid(alpha=0.2)
     timed = any(one.seconds for row in rows for one in (row.ours, *row.peers.values()))
-    known = "floors and predicted times" if gpu.l2 else "floors"
-    note = "" if timed else f"; no time was measured, these are {known}"
+    note = "" if timed else "; no time was measured, these are floors"
     figure.suptitle("\n".join(textwrap.wrap(f"{gpu.name}, {gpu.source}{note}", 60)), fontsize=9)
     return figure

@@ -15,15 +15,12 @@ from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture, capture
 from ...kernels import reference
-from ...kernels.attention.op import CachedCase
-from ...kernels.experts.op import ExpertCase
 from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op
-from ...kernels.registry import OPS
-from ...kernels.sort import expected_distinct_experts
 from ...load import select_experts
 from ...model import Mixtral
 from ...reference import block
+from ..step import step_costs
 from ..trace import RouteRecorder
 
 Args = dict[str, Any]
@@ -149,21 +146,14 @@ def routed(args: Args) -> dict[str, float]:
     return {name: sum(each) / len(selected) for name, each in counts.items()}
 
 
+def costs(case: StepCase, dtype: torch.dtype) -> list[Cost]:
+    """Return the work of each launch, for the experts that are in use, or those expected of uniform routing."""
+    hosted, distinct = [case.offload or 0] * case.L, (case.distinct, case.distinct_on_host)
+    return step_costs(config(case), case.B, case.S, dtype, None, case.cache, hosted, *distinct)
+
+
 def cost(case: StepCase, dtype: torch.dtype) -> Cost:
-    """Count each needed weight once, and per layer the cache and the selected experts, or as many as uniform routing
-    would select. Activations between operations do not count: further fusion would keep them on the chip."""
-    B, H, I, E, K, D, L, V = (getattr(case, letter) for letter in "BHIEKDLV")
-    rows = 2 * (case.Hq + case.Hkv) * D + E  # of q, k, v, o and the gate, each H long
-    step = CachedCase(B, 1, case.Hq, case.Hkv, D, case.S, past=case.S - 1, fresh=False, cache=case.cache)
-    attention = OPS["cached_attention"].cost(step, dtype)
-    experts = OPS["expert_swiglu"].cost(ExpertCase(B, H, I, E, K, distinct=case.distinct), dtype)
-    layer = (rows * H + 2 * H) * dtype.itemsize + attention.bytes + experts.bytes
-    head = (V * H + H + B * H) * dtype.itemsize + 4 * B * V
-    distinct = expected_distinct_experts(B, K / E, E) if case.distinct is None else case.distinct
-    on_host = distinct * (case.offload or 0) / E if case.distinct_on_host is None else case.distinct_on_host
-    host = int(L * on_host * 3 * H * I * dtype.itemsize)
-    flops = L * (2 * B * rows * H + attention.flops + experts.flops) + 2 * B * V * H
-    return Cost(flops, L * layer + head - host, host)
+    return sum(costs(case, dtype), Cost(0, 0))
 
 
 SMALL = StepCase(B=3, S=12, L=2, H=64, I=96, E=4, K=2, Hq=4, Hkv=2, D=16, V=100)

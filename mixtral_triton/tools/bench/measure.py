@@ -15,14 +15,14 @@ from ...kernels.launch import target_arch
 from ...kernels.op import Cost
 from ...kernels.record import record_launches
 from ...kernels.registry import dispatched
-from ..gpus import GPU, MIB, data_sheet
-from ..predict import Prediction, Timer, floor, measure_gpu, predict
+from ..gpus import GPU, MIB, data_sheet, floor
 from ..terminal import print_message
 from . import decode_step
 from .cases import Case, Check, check_of, stricter_oracles
 from .peers import Function, Peer, Unsupported
 
 Call = Callable[[], Any]
+Timer = Callable[[Call], float]
 
 NOT_CHECKED = "not checked"
 NO_DRIVER = "0 active drivers"  # in Triton's error of a launch on a machine without a GPU
@@ -106,7 +106,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One case on one GPU; `predicted` follows from the data sheet of a known one."""
+    """One case on one GPU."""
 
     case: Case
     cost: Cost
@@ -115,7 +115,6 @@ class Row:
     launches: tuple[str, ...]
     ours: Outcome = Outcome()
     peers: Mapping[str, Outcome] = field(default_factory=dict)
-    predicted: Prediction | None = None
 
     @property
     def share(self) -> float | None:
@@ -131,7 +130,6 @@ class Row:
         case = {"op": self.case.op.name, "sizes": self.case.as_dict(), "dtype": self.case.dtype_name}
         work = {**vars(self.cost), "bound": self.bound, "launches": list(self.launches)}
         times = {"floor_us": self.floor_s * 1e6, "of_floor": self.share, **self.ours.as_dict()}
-        times["predicted"] = self.predicted and self.predicted.as_dict()
         peers = {name: {**outcome.as_dict(), "ratio": self.ratio(name)} for name, outcome in self.peers.items()}
         return {**case, **work, **times, "peers": peers}
 
@@ -147,9 +145,7 @@ def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row
     with record_launches(gpu.arch) as launches, torch.no_grad():
         case.op.run(**shapes)
     names = tuple(launch.kernel for launch in launches)
-    known = gpu if gpu.l2 else data_sheet(gpu.name)
-    prediction = predict(launches, known, cost) if known is not None and known.l2 else None
-    return Row(case, cost, *floor(cost, gpu), names, predicted=prediction)
+    return Row(case, cost, *floor(case.costs(args), gpu), names)
 
 
 def attempt(build: Callable[[], Function], args: dict[str, Any], check: Check, timer: Timer | str) -> Outcome:
@@ -214,6 +210,15 @@ def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], reason: str) -> Row
     if peers and not (large := case.too_large_for_cpu()):
         return timed_row(case, gpu, torch.device("cpu"), reason, peers)
     return replace(untimed_row(case, gpu), peers={p.name: Outcome(note=f"{NOT_CHECKED}: {large}") for p in peers})
+
+
+def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
+    """Measure the current GPU by torch: a copy and a read of `memory` bytes, and a bf16 product of n x n."""
+    source, copy = (torch.ones(memory // 4, device=device) for _ in range(2))
+    bandwidth = max(2 * memory / timer(lambda: copy.copy_(source)), memory / timer(source.amax))
+    a, b, out = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(3))
+    matmul = 2 * n**3 / timer(lambda: torch.mm(a, b, out=out))
+    return GPU("", name, arch=arch, bandwidth=bandwidth, matmul=matmul, source="measured")
 
 
 def current_gpu() -> tuple[torch.device, GPU, Timer]:

@@ -1,39 +1,57 @@
-"""The command `tune`: climb from a kernel's launch configuration over neighbours that compile, fit and are faster."""
+"""The command `tune`: climb from a kernel's launch configuration over its neighbours, and what others measured as the
+fastest, that compile, fit and are faster."""
 
 import argparse
+import csv
 import json
+import re
+import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
 import torch
+import triton
 from rich.text import Text
 
 from ...kernels import tiles
 from ...kernels.arch import ARCHS
-from ...kernels.facts import facts_of
-from ...kernels.launch import INTERPRETED, Configs, Launch, LaunchConfig, override_configs, target_arch
+from ...kernels.facts import full_tiles_of
+from ...kernels.launch import DEFAULT_ARCH, INTERPRETED, Configs, Launch, LaunchConfig, override_configs, target_arch
 from ...kernels.op import runs_on
+from ...kernels.quantized import W8A8
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
-from ..offline import compile_launches
-from ..predict import family_note
+from ..gpus import family_note
+from ..offline import compile_all
 from ..terminal import QUANTIZED, Table, bar, console
 from . import measure
 from .cases import Case, cases, check_of
 from .command import micro, sizes_text
+from .rivals import BENCHMARKS, rivals
 
 # What may vary: tiles, how many tiles share a stretch of L2, and a decode's splits. SPLIT_K decides a result's bits.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")
 WARPS, STAGES = range(1, 17), range(1, 9)
 FASTER = 0.98  # of the best time so far; a smaller gain is noise
 ROUNDS = 5
-Candidate = tuple[LaunchConfig, measure.Outcome]
+COLUMNS = "date", "card", "driver", "triton", "torch", "op", "kernel", "dtype", "sizes", "tile", "us"  # of the results
+
+
+@dataclass(frozen=True)
+class Candidate:
+    config: LaunchConfig
+    origin: str = ""  # "now", "neighbour", or where others measured it
+    outcome: measure.Outcome = field(default_factory=measure.Outcome)
 
 
 def fixed_tiles(launch: Launch) -> set[str]:
     """Return the tiles that do not vary, of a quantized weight also its depth, which the layout fixes."""
     quantized = launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    return {*facts_of(launch.kernel).full, *(("BLOCK_K",) if quantized else ())}
+    return {*full_tiles_of(launch.kernel), *(("BLOCK_K",) if quantized else ())}
 
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
@@ -54,40 +72,70 @@ def kernel_configs(case: Case, arch: str, overrides: Configs | None = None) -> d
     return {launch.kernel: (launch, used[launch.kernel]) for launch in reversed(launches) if launch.kernel in used}
 
 
-def compile_fault(case: Case, kernel: str, config: LaunchConfig, arch: str) -> str | None:
-    """Return why `kernel` should not run with `config`: it cannot be built or compiled, spills, or does not fit."""
+def compile_faults(case: Case, kernel: str, configs: Sequence[LaunchConfig], arch: str) -> list[str | None]:
+    """Return why `kernel` should not run with each configuration: it cannot be built or compiled, spills, or does not
+    fit. They are compiled together, on all cores."""
     if arch not in ARCHS:  # the offline compiler has no limits of this GPU: a launch must show it
-        return None
-    try:
-        launch, _ = kernel_configs(case, arch, {kernel: config})[kernel]
-    except ValueError as error:  # for example, a descriptor's tile that is no power of 2
-        return f"cannot be built: {error}"
-    return compile_launches([launch], arch)[0].fault
+        return [None] * len(configs)
+    faults: list[str | None] = [None] * len(configs)
+    launches: dict[int, Launch] = {}
+    for index, config in enumerate(configs):
+        try:
+            launches[index] = kernel_configs(case, arch, {kernel: config})[kernel][0]
+        except ValueError as error:  # for example, a descriptor's tile that is no power of 2
+            faults[index] = f"cannot be built: {error}"
+    compiled = compile_all([("", launch) for launch in launches.values()], arch)
+    for index, found in zip(launches, compiled, strict=True):
+        faults[index] = found.fault
+    return faults
+
+
+def candidates_of(case: Case, kernel: str, arch: str, card: str = "") -> list[Candidate]:
+    """Return the configuration now, what others measured for the nearest card and sizes, and the neighbours."""
+    launch, now = kernel_configs(case, arch)[kernel]
+    found = [
+        (now, "now"),
+        *((config, origin) for origin, config in rivals(launch, now, arch, case.sizes, card).items()),
+    ]
+    found += [(config, "neighbour") for config in neighbours(now, fixed_tiles(launch))]
+    origins: list[Candidate] = []
+    for config, origin in found:
+        if config not in [each.config for each in origins]:
+            origins.append(Candidate(config, origin))
+    return origins
 
 
 def tune(
-    case: Case, kernel: str, arch: str, timer: measure.Timer | None = None, device: torch.device | None = None
+    case: Case,
+    kernel: str,
+    arch: str,
+    timer: measure.Timer | None = None,
+    device: torch.device | None = None,
+    rounds: int = ROUNDS,
 ) -> tuple[list[Candidate], int]:
     """Climb from the current configuration -> what was tried, that one first, and the fastest's place."""
     args = None if device is None else case.inputs(device)
+    card = torch.cuda.get_device_name() if device is not None and device.type == "cuda" else ""
 
-    def visit(config: LaunchConfig) -> Candidate:
-        fault = compile_fault(case, kernel, config, arch)
+    def visit(found: Sequence[Candidate]) -> list[Candidate]:
+        faults = compile_faults(case, kernel, [each.config for each in found], arch)
+        return [replace(each, outcome=attempt(each.config, fault)) for each, fault in zip(found, faults, strict=True)]
+
+    def attempt(config: LaunchConfig, fault: str | None) -> measure.Outcome:
         if fault is not None or args is None or timer is None:
-            return config, measure.Outcome(note=fault)
+            return measure.Outcome(note=fault)
         with override_configs({kernel: config}), torch.no_grad():
-            return config, measure.attempt(lambda: measure.our_call(case, args), args, check_of(case.op, args), timer)
+            return measure.attempt(lambda: measure.our_call(case, args), args, check_of(case.op, args), timer)
 
-    launch, current = kernel_configs(case, arch)[kernel]
-    fixed = fixed_tiles(launch)
-    candidates, best = [visit(current)], 0
-    for _ in range(ROUNDS):
-        known = [config for config, _ in candidates]
-        candidates += [visit(config) for config in neighbours(known[best], fixed) if config not in known]
-        times = [outcome.seconds or float("inf") for _, outcome in candidates]
+    fixed, best = fixed_tiles(kernel_configs(case, arch)[kernel][0]), 0
+    candidates = visit(candidates_of(case, kernel, arch, card))
+    for _ in range(rounds):
+        times = [each.outcome.seconds or float("inf") for each in candidates]
         if min(times) >= FASTER * times[best]:
             break
-        best = times.index(min(times))
+        best, known = times.index(min(times)), [each.config for each in candidates]
+        near = [config for config in neighbours(known[best], fixed) if config not in known]
+        candidates += visit([Candidate(config, "neighbour") for config in near])
     return candidates, best
 
 
@@ -102,15 +150,59 @@ def _settings(config: LaunchConfig) -> dict[str, int]:
     return {**config.constexprs, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
+def table_row(case: Case, kernel: str, config: LaunchConfig, source: str) -> str:
+    """Return the row of the table of tiles with this configuration; "" where a kernel has no table of products."""
+    c, sizes, halves = config.constexprs, case.sizes, 2 if "_up_" in kernel else 1
+    if not {"BLOCK_N", "BLOCK_K"} <= c.keys() or not {"BLOCK_T", "BLOCK_M"} & c.keys():
+        return ""
+    quantized = any(getattr(sizes, name, None) not in (None, W8A8) for name in QUANTIZED)
+    tile = [c["BLOCK_N"] * halves, 0 if quantized else c["BLOCK_K"], config.num_warps, config.num_stages]
+    if "BLOCK_T" in c:
+        return f"DecodeTile({', '.join(map(str, [sizes.T, c['BLOCK_T'], *tile]))}, {source!r})"
+    rows = sizes.T * getattr(sizes, "K", 1) // getattr(sizes, "E", 1)
+    more = "".join(f", {name}={c[name]}" for name in ("GROUP_M", "SHORT_M") if c.get(name))
+    return f"PrefillTile({', '.join(map(str, [rows, c['BLOCK_M'], *tile]))}, {source!r}{more})"
+
+
+def results_file(card: str) -> Path:
+    """Return the file of a GPU's results: in the repository, or without one in the current folder."""
+    folder = BENCHMARKS / "results"
+    name = re.sub(r"\W+", "-", card.lower()) + ".csv"
+    return (folder if folder.is_dir() else Path()) / name
+
+
+def append_results(file: Path, card: str, case: Case, kernel: str, candidates: Sequence[Candidate]) -> None:
+    """Append the time of each candidate that was timed."""
+    driver = ""
+    with suppress(OSError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().partition("\n")[0]
+    about = [
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        card,
+        driver,
+        triton.__version__,
+        torch.__version__,
+    ]
+    about += [case.op.name, kernel, case.dtype_name, sizes_text(case.as_dict())]
+    new = not file.exists()
+    with file.open("a", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerows([COLUMNS] if new else [])
+        for each in (each for each in candidates if each.outcome.seconds):
+            writer.writerow([*about, sizes_text(_settings(each.config)), f"{(each.outcome.seconds or 0) * 1e6:.2f}"])
+
+
 def tune_table(title: str, candidates: Sequence[Candidate], best: int, timed: bool) -> Table:
-    settings = [_settings(config) for config, _ in candidates]
+    settings = [_settings(each.config) for each in candidates]
     equal = {name: 1 for name, now in settings[0].items() if all(one[name] == now for one in settings)}
-    table = Table(title, text=["note"], ranks=equal | {"time, us": -1, "note": -1})
-    for index, (_, outcome) in enumerate(candidates):
-        cells = {"which": "now" if index == 0 else "best" if index == best else ""}
+    table = Table(title, text=["from", "note"], ranks=equal | {"time, us": -1, "note": -1})
+    for index, each in enumerate(candidates):
+        cells = {"which": "best" if index == best > 0 else ""}
         cells |= {name: str(value) for name, value in settings[index].items()}
-        cells |= {"time, us": micro(outcome.seconds)} if timed else {}
-        table.add(cells | {"note": outcome.note or ""}, "dim" if outcome.note else "")
+        cells |= {"time, us": micro(each.outcome.seconds)} if timed else {}
+        cells |= {"from": each.origin, "note": each.outcome.note or ""}
+        table.add(cells, "dim" if each.outcome.note else "")
     return table
 
 
@@ -119,36 +211,63 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
     if INTERPRETED:
         raise ValueError("tune compiles its kernels, and TRITON_INTERPRET is set: needs it unset")
-    if not (args.arch or torch.cuda.is_available()):
+    if not (args.arch or args.dry or torch.cuda.is_available()):
         name = (args.ops or ["OP"])[0]
         raise ValueError(
             f"tune times configurations, and there is no GPU: `mixtral-triton compile {name} --arch sm_90` shows "
             f"registers, spills and instructions, and `tune {name} --arch sm_90` which other configurations compile"
         )
-    selected = cases(args.ops or tuple(OPS), quick=not args.at, at=args.at)  # a few of each, or those of these sizes
-    out, device = console(stderr=args.json), None if args.arch else torch.device("cuda")
-    timer, arch = measure.DeviceTimer(device) if device else None, args.arch or target_arch(device)
+    # A few of each, or those of these sizes.
+    selected = cases(args.ops or tuple(OPS), quick=not (args.at or args.sizes), at=args.at, sizes=args.sizes)
+    timed = not (args.arch or args.dry)
+    out, device = console(stderr=args.json), torch.device("cuda") if timed else None
+    timer = measure.DeviceTimer(device) if device else None
+    arch = args.arch or (target_arch(torch.device("cuda")) if torch.cuda.is_available() else DEFAULT_ARCH)
     selected = [case for case in selected if runs_on(case.sizes, arch)]
     kernels = [(case, kernel) for case in selected for kernel in kernel_configs(case, arch)]
+    kernels = [pair for pair in kernels if args.kernel in (None, pair[1], pair[1].removesuffix("_kernel"))]
     if not kernels:
-        raise ValueError("nothing to tune: at these sizes a library does the work")
+        raise ValueError("nothing to tune: at these sizes a library does the work, or --kernel is another one")
     out.print(family_note(arch), end="")
     if timer is None:
-        out.print(f"Nothing is timed: neighbours of the present configurations, compiled for {arch}.")
+        what = "candidates" if args.dry else f"candidates, compiled for {arch}"
+        out.print(f"Nothing is timed: the present configurations and their {what}.")
+    card = torch.cuda.get_device_name() if timed else ""
     with bar("tuning", len(kernels)) as progress:
         for done, (case, kernel) in enumerate(kernels, 1):
-            candidates, best = tune(case, kernel, arch, timer, device)
+            if args.dry:
+                candidates, best = candidates_of(case, kernel, arch), 0
+            else:
+                candidates, best = tune(case, kernel, arch, timer, device, args.rounds)
             progress.update(done, len(kernels))
-            file, now, fastest = config_file(case), *(_settings(candidates[index][0]) for index in (0, best))
-            change = {name: (old, fastest[name]) for name, old in now.items() if fastest[name] != old}
-            if args.json:
-                about = {"op": case.op.name, "sizes": case.as_dict(), "arch": arch, "kernel": kernel, "file": file}
-                each = [{**vars(config), **outcome.as_dict()} for config, outcome in candidates]
-                print(json.dumps({**about, "change": change, "candidates": each}), flush=True)
-                continue
-            title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
-            out.print(tune_table(title, candidates, best, timer is not None))
-            if timer is not None:
-                lines = ", ".join(f"{name}={new} (now {old})" for name, (old, new) in change.items())
-                out.print(Text(f"{file}: {lines or 'the present configuration is the fastest'}"), soft_wrap=True)
+            if timed:
+                append_results(results_file(card), card, case, kernel, candidates)
+            _print(args, out, case, kernel, arch, candidates, best, timed, card)
     return 0
+
+
+def _print(
+    args: argparse.Namespace,
+    out: Any,
+    case: Case,
+    kernel: str,
+    arch: str,
+    candidates: Sequence[Candidate],
+    best: int,
+    timed: bool,
+    card: str,
+) -> None:
+    file, now, fastest = config_file(case), *(_settings(candidates[index].config) for index in (0, best))
+    change = {name: (old, fastest[name]) for name, old in now.items() if fastest[name] != old}
+    if args.json:
+        about = {"op": case.op.name, "sizes": case.as_dict(), "arch": arch, "kernel": kernel, "file": file}
+        each = [{**vars(one.config), "origin": one.origin, **one.outcome.as_dict()} for one in candidates]
+        print(json.dumps({**about, "change": change, "candidates": each}), flush=True)
+        return
+    title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
+    out.print(tune_table(title, candidates, best, timed))
+    if timed:
+        lines = ", ".join(f"{name}={new} (now {old})" for name, (old, new) in change.items())
+        row = table_row(case, kernel, candidates[best].config, f"measured: {results_file(card).name}") if change else ""
+        lines = f"{lines}; {row}" if row else lines
+        out.print(Text(f"{file}: {lines or 'the present configuration is the fastest'}"), soft_wrap=True)

@@ -1,0 +1,186 @@
+"""Where the tiles of products come from: measurements of others, what the compiler says; and how often decode tiles
+read a weight again where a route is skewed."""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+
+from mixtral_triton.kernels import kernel_weight, linear, tiles
+from mixtral_triton.kernels.experts import op as experts_op
+from mixtral_triton.kernels.experts import tiles as experts
+from mixtral_triton.kernels.quantized import W8A8
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools.offline import Compiled, collect, compile_launch
+from tests.cli.commands import ROOT
+
+pytestmark = pytest.mark.compiled
+
+TABLES: dict[str, Any] = {
+    "experts decode": experts.DECODE,
+    "experts prefill": experts.PREFILL,
+    "linear decode": linear.DECODE,
+    "linear prefill": linear.PREFILL,
+    "quantized decode": tiles.QUANTIZED_DECODE,
+    "int4 prefill": tiles.QUANTIZED_PREFILL[4],
+    "8 bits prefill": tiles.QUANTIZED_PREFILL[8],
+    "fp8 products prefill": tiles.FP8_PREFILL,
+}
+FORMATS = {"quantized": ("int4:128", "int8", "fp8"), "int4": ("int4:128",), "8": ("int8", "fp8"), "fp8": (W8A8,)}
+
+
+class Row(NamedTuple):
+    """A row of a table, and the names of the architectures and variants that have it."""
+
+    table: str
+    tile: Any
+    names: Sequence[str]
+
+
+def rows() -> Iterator[Row]:
+    for table, by_name in TABLES.items():
+        pairs = sorted((tile, name) for name, found in by_name.items() for tile in found)
+        for tile, group in groupby(pairs, key=lambda pair: pair[0]):
+            yield Row(table, tile, [name for _, name in group])
+
+
+def row_id(row: Row) -> str:
+    return f"{row.table} {row.names[0]} {row.tile.rows}"
+
+
+@cache
+def measured() -> dict[str, set[str]]:
+    """The tiles by file, as ROWSxNxK wWARPS sSTAGES."""
+    found: dict[str, set[str]] = {}
+    lines = (ROOT / "benchmarks/tiles/measured.csv").read_text().splitlines()
+    for line in csv.DictReader(line for line in lines if not line.startswith("#")):
+        cells = [re.sub(r" g\d+", "", cell) for name, cell in line.items() if name.isdigit() and cell]
+        found.setdefault(line["file"], set()).update(cells)
+    return found
+
+
+@pytest.mark.parametrize("row", [row for row in rows() if not row.tile.source.startswith("compiled")], ids=row_id)
+def test_a_measured_tile_is_in_the_file_that_it_names(row: Row) -> None:
+    kind, _, file = row.tile.source.partition(": ")
+    tile = "{}x{}x{} w{} s{}".format(*row.tile[1:6])
+    assert kind == "measured" and tile in measured()[file]
+    cards = {"sm_80": "A100|RTX_4090", "sm_90": "H100|H200", "sm_100": "H100|H200", "gfx942": "MI300X|MI325X"}
+    assert any(re.search(cards[name.split()[0]], file) for name in row.names)
+
+
+def test_another_tile_is_in_no_file() -> None:
+    """Injected fault: the rule finds a tile that nobody has measured."""
+    assert not any("48x96x64 w8 s4" in found for found in measured().values())
+    assert sum(map(len, measured().values())) > 500
+
+
+def kernels_of(row: Row, monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
+    """Compile the kernels that take the row, in each format and for each architecture that has it."""
+    kind, stage = row.table.split()[0], row.table.split()[-1]
+    tile, tiles_for = row.tile._replace(rows=row.tile.rows * (stage == "decode")), tiles.tiles_for
+
+    def select(*args: Any) -> Sequence[Any]:
+        found = tiles_for(*args)
+        return (tile,) if isinstance(found[0], type(tile)) else found
+
+    monkeypatch.setattr(tiles, "tiles_for", select)
+    monkeypatch.setattr(linear, "use_skinny_kernel", lambda *args: stage == "decode")
+    found = []
+    for name in row.names:
+        family, _, variant = name.rpartition(" ") if name.endswith("fp32") else name.partition(" ")
+        smaller = variant == "100 KB" or (kind == "fp8" and family == "sm_80")
+        arch = "sm_89" if smaller else family or "sm_90"
+        dtype = torch.float32 if variant == "fp32" else torch.bfloat16
+        if variant == "pointers":
+            monkeypatch.setattr(kernel_weight.Weight, "takes_tma", lambda *args: False)
+        T = row.tile.rows if stage == "decode" else max(129, 4 * row.tile.rows)
+        more = {"T": T, "H": 4096, "deterministic": variant == "deterministic" or kind == "linear"}
+        for format in FORMATS.get(kind, (None,)):
+            op, shape = OPS["expert_swiglu"], {"I": 14336, "E": 8, "K": 2, "gate_up": format, "down": format}
+            if kind == "linear":
+                op, shape = OPS["linear"], {"N": 6144}
+                more["deterministic"] = stage == "prefill"
+            op = replace(op, bench_shapes=(op.case(**more, **shape),), dtypes=(dtype,))
+            launches = [launch for _, launch in collect([op], arch).values() if "BLOCK_K" in launch.constexprs]
+            launches = [launch for launch in launches if "LAYOUT" in launch.constexprs]
+            found += [compile_launch(launch, arch) for launch in launches]
+    return found
+
+
+def source_of(kernels: Sequence[Compiled]) -> str:
+    counts = [kernel.loop_flop_per_instruction for kernel in kernels if kernel.loop_flop_per_instruction]
+    text = f"compiled: {max(kernel.registers for kernel in kernels)} registers"
+    return f"{text}, {min(counts):,.0f} FLOP" if counts else text
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("row", list(rows()), ids=row_id)
+def test_no_tile_spills_in_a_main_loop_and_its_figures_are_the_compiler_s(
+    row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = kernels_of(row, monkeypatch)
+    assert kernels and not [kernel for kernel in kernels if kernel.error or kernel.loop_spills]
+    assert all(kernel.shared_bytes <= kernel.limit_bytes for kernel in kernels)
+    assert all(
+        kernel.num_warps == row.tile.num_warps and kernel.num_stages == row.tile.num_stages for kernel in kernels
+    )
+    if triton.__version__.startswith("3.9") and row.tile.source.startswith("compiled"):
+        assert row.tile.source == source_of(kernels)
+
+
+def reread(T: int, rows: int, exponent: float, E: int = 8, K: int = 2, routes: int = 2000) -> float:
+    """The share of the chosen experts' weight rows that decode reads again, by random routes of this Zipf exponent."""
+    generator = torch.Generator().manual_seed(0)
+    likely = -exponent * torch.arange(1, E + 1).log()
+    gumbel = -(-torch.rand(routes, T, E, generator=generator).log()).log()
+    ids = (likely + gumbel).topk(K, -1).indices
+    counts = torch.stack([(ids == expert).sum((1, 2)) for expert in range(E)], -1)
+    passes, used = -(-counts // rows), (counts > 0).sum(-1)
+    return float(((passes.sum(-1) - used) / used).mean())
+
+
+MOST_REREAD = 0.05
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_decode_tiles_read_few_rows_of_a_weight_twice(arch: str) -> None:
+    """Half as many rows of x as tokens, up to where a skewed route makes too many experts read their weight again."""
+    for tile in experts.DECODE[arch]:
+        assert reread(tile.rows, tile.BLOCK_T, 1.0) <= MOST_REREAD and reread(tile.rows, tile.BLOCK_T, 0.0) < 1e-3
+        # With twice as many tokens a row, which is what uniform routing would allow, it would be too many.
+        assert tile.BLOCK_T == 64 or reread(2 * tile.BLOCK_T, tile.BLOCK_T, 1.0) > MOST_REREAD
+
+
+def test_prefill_tiles_by_tokens() -> None:
+    """The measured ones at the numbers of tokens for which they were measured, of 8x7B."""
+
+    def tile(arch: str, T: int, **more: Any) -> str:
+        case = experts_op.ExpertCase(T, 4096, 14336, 8, 2, **more)
+        sizes = experts.ExpertSizes(
+            **{name: getattr(case, name) for name in ("T", "H", "I", "E", "K", "gate_up", "down", "deterministic")},
+            by_pointers=arch == "sm_80",
+            norm=False,
+        )
+        config = experts.configs(sizes, torch.bfloat16, arch)["experts_down_kernel"]
+        c = config.constexprs
+        return f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']} w{config.num_warps} g{c['GROUP_M']}"
+
+    assert [tile("sm_80", T) for T in (96, 256, 1536, 2048)] == [
+        "32x128x128 w4 g8",
+        *["64x256x64 w8 g8"] * 2,
+        "128x128x64 w8 g8",
+    ]
+    assert [tile("gfx942", T) for T in (128, 512, 4096)] == ["64x64x64 w4 g8", *["128x128x64 w8 g1"] * 2]
+    codes = {"gate_up": W8A8, "down": W8A8}
+    assert [tile("sm_89", T, **codes) for T in (1, 32, 128)] == [
+        "16x32x128 w4 g8" if T < 48 else "32x64x128 w4 g8" for T in (1, 32, 128)
+    ]
+    assert {tile("sm_80", T, deterministic=True) for T in (1, 256, 4096)} == {"64x128x32 w4 g8"}
+    assert tile("sm_80", 1024, gate_up="int8", down="int8") == "64x256x64 w8 g8"
