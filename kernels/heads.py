@@ -33,7 +33,7 @@ Table = Annotated[Tensor, "P D//2", FP32]
 class CacheArgs(NamedTuple):
     """The ring caches of keys and values as an argument of kernels."""
 
-    k_ptr: Pointer  # [B, Hkv, C, D], or in 8 bits int16 [B, Hkv, C, D / 2]
+    k_ptr: Pointer  # [B, Hkv, C, D]
     v_ptr: Pointer
     k_scales: Pointer  # [B, Hkv, C] fp32 in 8 bits (quantized_cache.py), or None
     v_scales: Pointer

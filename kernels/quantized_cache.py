@@ -1,11 +1,9 @@
-"""QuantizedCache: keys or values in 8 bits, in a layout that the attention kernels stream.
+"""QuantizedCache: keys or values in 8 bits.
 
 B batch, Hkv key/value heads, C slots, D head size
 
 A vector of D numbers, one head of one token, is quantized from itself alone, with one fp32 scale: its largest absolute
-value / 127; number = code * scale. Element j of its D / 2 int16 elements holds code j in the low byte and code
-j + D / 2 in the high byte, so each byte is a tile of neighbouring columns (quantized.py), and an element is a pair that
-rope rotates. A vector with NaN or inf has the scale NaN.
+value / 127; number = code * scale. A vector with NaN or inf has the scale NaN.
 """
 
 from __future__ import annotations
@@ -29,19 +27,16 @@ def vector_bytes(D: int, itemsize: int, quantized: bool) -> int:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., D] -> elements int16 [..., D/2], scales fp32 [...]."""
+    """x [..., D] -> codes int8 [..., D], scales fp32 [...]."""
     x = x.float()
     largest = x.abs().amax(-1)
     scales = (largest / CODE_MAX).clamp(min=SCALE_MIN).masked_fill(~(largest < torch.inf), torch.nan)
-    codes = (x * (1.0 / scales)[..., None]).nan_to_num(0.0).round().to(torch.int16)
-    low, high = codes.chunk(2, dim=-1)
-    return (low & 255) | (high << 8), scales
+    return (x * (1.0 / scales)[..., None]).nan_to_num(0.0).round().to(torch.int8), scales
 
 
-def dequantize(elements: Tensor, scales: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """Return fp32 [..., D]: each code times its scale."""
-    bits = elements.to(torch.int32)
-    return torch.cat(((bits & 255 ^ 128) - 128, bits >> 8), dim=-1) * scales[..., None]
+    return codes.float() * scales[..., None]
 
 
 def as_stored(x: Tensor) -> Tensor:
@@ -49,16 +44,11 @@ def as_stored(x: Tensor) -> Tensor:
     return dequantize(*quantize(x)).to(x.dtype)
 
 
-def _check_head_size(D: int) -> None:
-    if D % 2:
-        raise ValueError(f"QuantizedCache: head size is {D}, needs an even number: two codes are an element")
-
-
 class QuantizedCache:
     """Keys or values [B, Hkv, C, D] of a ring cache in 8 bits.
 
-    codes   int16 [B, Hkv, C, D/2], the last two dimensions contiguous
-    scales  fp32 [B, Hkv, C], of the strides of `codes` / (D/2): the same index finds a vector's codes and its scale
+    codes   int8 [B, Hkv, C, D], the last two dimensions contiguous
+    scales  fp32 [B, Hkv, C], of the strides of `codes` / D: the same index finds a vector's codes and its scale
     """
 
     dtype, as_stored = torch.int8, staticmethod(as_stored)
@@ -69,20 +59,17 @@ class QuantizedCache:
     @classmethod
     def empty(cls, *shape: int, device: Any = None) -> QuantizedCache:
         """Return an unset cache; all leading dimensions of [..., D] are free."""
-        *slots, D = shape
-        _check_head_size(D)
-        codes = torch.empty(*slots, D // 2, dtype=torch.int16, device=device)
-        return cls(codes, torch.empty(slots, dtype=torch.float32, device=device))
+        codes = torch.empty(shape, dtype=torch.int8, device=device)
+        return cls(codes, torch.empty(shape[:-1], dtype=torch.float32, device=device))
 
     @classmethod
     def of(cls, x: Tensor) -> QuantizedCache:
-        """Quantize x [..., D]; ValueError for an odd D."""
-        _check_head_size(x.shape[-1])
+        """Quantize x [..., D]."""
         return cls(*quantize(x))
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
+        return self.codes.shape
 
     @property
     def device(self) -> torch.device:
@@ -99,15 +86,15 @@ class QuantizedCache:
     def fault(self) -> str | None:
         """Return what a kernel could not read, or None."""
         codes, scales = self.tensors
-        if codes.dtype != torch.int16 or scales.dtype != torch.float32:
-            return f"of {codes.dtype} codes and {scales.dtype} scales, needs int16 and float32"
+        if codes.dtype != torch.int8 or scales.dtype != torch.float32:
+            return f"of {codes.dtype} codes and {scales.dtype} scales, needs int8 and float32"
         if scales.shape != codes.shape[:-1] or scales.device != codes.device:
             return f"of codes {list(codes.shape)} and scales {list(scales.shape)}, needs a scale for each vector"
-        half = codes.shape[-1]
+        D = codes.shape[-1]
         pairs = zip(codes.shape[:-1], codes.stride()[:-1], scales.stride(), strict=True)
-        if codes.stride(-1) != 1 or any(size > 1 and stride != half * one for size, stride, one in pairs):
+        if codes.stride(-1) != 1 or any(size > 1 and stride != D * one for size, stride, one in pairs):
             got = f"of strides {codes.stride()} and {scales.stride()}"
-            return f"{got}, needs those of the codes to be {half} times larger"
+            return f"{got}, needs those of the codes to be {D} times larger"
         return None
 
     def dequantize(self) -> Tensor:
@@ -147,14 +134,12 @@ class QuantizedCache:
 
 
 @triton.jit
-def quantized(low, high):
-    """Halves of vectors [rows, D / 2] -> codes of both halves fp32, elements int16, scales fp32 [rows]."""
-    low, high = low.to(tl.float32), high.to(tl.float32)
-    finite = (tl.abs(low) < float("inf")) & (tl.abs(high) < float("inf"))  # a maximum ignores NaN
-    largest = tl.max(tl.where(finite, tl.maximum(tl.abs(low), tl.abs(high)), float("inf")), axis=1)
+def quantized(x):
+    """Vectors [rows, D] -> codes [rows, D] in fp32, scales fp32 [rows]."""
+    x = x.to(tl.float32)
+    largest = tl.max(tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf")), axis=1)  # a maximum ignores NaN
     scales = tl.maximum(tl.div_rn(largest, tl.zeros_like(largest) + _MAX), _MIN)
     scales = tl.where(largest < float("inf"), scales, float("nan"))
     inverse = tl.div_rn(tl.zeros_like(scales) + 1.0, scales)[:, None]
-    low, high = low * inverse + _MAGIC, high * inverse + _MAGIC
-    elements = (low.to(tl.int32, bitcast=True) & 255) | (high.to(tl.int32, bitcast=True) << 8)
-    return low - _MAGIC, high - _MAGIC, elements.to(tl.int16), scales
+    # A code of a vector with NaN or inf is any number.
+    return (x * inverse + _MAGIC) - _MAGIC, scales

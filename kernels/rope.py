@@ -50,15 +50,14 @@ def _copy_heads(x_ptr, y_ptr, stride_xh, stride_yh, heads, D, BLOCK_H: tl.conste
 
 @triton.jit
 def _quantize_heads(
-    x_ptr, y_ptr, scale_ptr, stride_xh, stride_yh, heads, half, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr
+    x_ptr, y_ptr, scale_ptr, stride_xh, stride_yh, heads, D, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    offs_h, offs_d = tl.arange(0, BLOCK_H).to(tl.int64), tl.arange(0, BLOCK_HALF)[None, :]
+    offs_h, offs_d = tl.arange(0, BLOCK_H).to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     exists = offs_h < heads
-    mask, x = exists[:, None] & (offs_d < half), x_ptr + offs_h[:, None] * stride_xh + offs_d
-    low, high = tl.load(x, mask=mask, other=0.0), tl.load(x + half, mask=mask, other=0.0)
-    _, _, elements, scales = quantized(low, high)
-    tl.store(y_ptr + offs_h[:, None] * stride_yh + offs_d, elements, mask=mask)
-    tl.store(scale_ptr + offs_h * (stride_yh // half), scales, mask=exists)
+    mask = exists[:, None] & (offs_d < D)
+    codes, scales = quantized(tl.load(x_ptr + offs_h[:, None] * stride_xh + offs_d, mask=mask, other=0.0))
+    tl.store(y_ptr + offs_h[:, None] * stride_yh + offs_d, codes.to(tl.int8), mask=mask)
+    tl.store(scale_ptr + offs_h * (stride_yh // D), scales, mask=exists)
 
 
 @full_tiles("BLOCK_HKV", "BLOCK_D")
@@ -86,10 +85,9 @@ def append_kernel(
         _copy_heads(k_token, k_slot, k.stride_h, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
         _copy_heads(v_token, v_slot, v.stride_h, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
     else:
-        HALF: tl.constexpr = BLOCK_D // 2
-        k_scales, v_scales = cache.k_scales + out // (D // 2), cache.v_scales + out // (D // 2)
-        _quantize_heads(k_token, k_slot, k_scales, k.stride_h, stride_ch, stored, D // 2, BLOCK_HKV, HALF)
-        _quantize_heads(v_token, v_slot, v_scales, v.stride_h, stride_ch, stored, D // 2, BLOCK_HKV, HALF)
+        k_scales, v_scales = cache.k_scales + out // D, cache.v_scales + out // D
+        _quantize_heads(k_token, k_slot, k_scales, k.stride_h, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
+        _quantize_heads(v_token, v_slot, v_scales, v.stride_h, stride_ch, stored, D, BLOCK_HKV, BLOCK_D)
 
 
 @triton.jit

@@ -18,13 +18,13 @@ from ..heads import POSITIONS_MAX, RotaryTables, angles, sequence_position
 from ..kernel_args import Heads, Pointer
 from ..pdl import pdl_wait
 from ..quantized_cache import quantized
-from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalized, store_heads, sweep, take_keys, unit_of
+from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalized, sweep, take_keys, unit_of
 
 
 class Keys(NamedTuple):
     """Keys and values of all sequences and heads."""
 
-    k_ptr: Pointer  # [B, S, Hkv, D], or in 8 bits int16 [B, S, Hkv, D / 2]
+    k_ptr: Pointer  # [B, S, Hkv, D]
     v_ptr: Pointer
     k_scales: Pointer  # [B, Hkv, S] fp32 in 8 bits, at a vector's index (quantized_cache.py), or None
     v_scales: Pointer
@@ -60,9 +60,9 @@ def _bound(bounds_ptr, b):
 
 
 @triton.jit
-def _offset(b, head, stride_b, stride_h, WIDTH: tl.constexpr):
-    """The offset of a sequence's head; with WIDTH in vectors, as scales have it."""
-    return b * (stride_b // WIDTH) + head * (stride_h // WIDTH)
+def _scale_offset(b, head, stride_b, stride_h, D: tl.constexpr):
+    """The offset of a sequence's head in vectors, as scales have it."""
+    return b * (stride_b // D) + head * (stride_h // D)
 
 
 @full_tiles("BLOCK_D")
@@ -78,7 +78,7 @@ def attention_prefill_kernel(
     T, S, C, Hq, G,
     window, scale,
     D: tl.constexpr, CACHED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, HEADS_FIRST: tl.constexpr,
-    PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Heads of a group run next to each other and share K and V in L2; the tiles with the most keys go first.
     b, hq = (tl.program_id(0) // Hq).to(tl.int64), (tl.program_id(0) % Hq).to(tl.int64)
@@ -111,60 +111,51 @@ def attention_prefill_kernel(
         low, inner_low = tl.maximum(start, low_i - window // 2), tl.maximum(start, last_i - window // 2)
         high = tl.minimum(end, high_i + window // 2 + 1)
         inner_high = tl.minimum(end, low_i + window // 2 + 1)
-    HALVES: tl.constexpr = 1 if keys.k_scales is None else 2
-    WIDTH: tl.constexpr = D // HALVES
-    offs_d = tl.arange(0, BLOCK_D // HALVES)
-    mask = (offs_t < T)[:, None] & (offs_d < WIDTH)[None, :]
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_t < T)[:, None] & (offs_d < D)[None, :]
     q_row = q.ptr + b * q.stride_b + hq * q.stride_h
     q_ptrs = q_row + offs_t.to(tl.int64)[:, None] * q.stride_t + offs_d[None, :]
     q_tile = tl.load(q_ptrs, mask=mask, other=0.0)
-    acc = tl.zeros((BLOCK_M, BLOCK_D // HALVES), tl.float32)
-    if HALVES == 2:
-        q_tile, acc = (q_tile, tl.load(q_ptrs + WIDTH, mask=mask, other=0.0)), (acc, acc)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     hkv = hq // G
     state, queries = Softmax(acc, largest, total), Queries(q_tile, offs_i, window, scale)
     if CACHED:
         slots = b * cache.stride_b + hkv * cache.stride_h
-        vector = b * (cache.stride_b // WIDTH) + hkv * (cache.stride_h // WIDTH)
+        vector = _scale_offset(b, hkv, cache.stride_b, cache.stride_h, D)
         ks = None if cache.k_scales is None else cache.k_scales + vector
         vs = None if cache.v_scales is None else cache.v_scales + vector
         stored_k, stored_v, stride_c = cache.k_ptr + slots, cache.v_ptr + slots, cache.stride_c
         stored = SequenceKeys(stored_k, stored_v, stride_c, stride_c, None, None, 0, 0, C, ks, vs)
         span = Span(tl.maximum(low, first - C), tl.minimum(high, first), inner_low, inner_high)
-        state = sweep(state, queries, stored, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST, PTX), BLOCK_N)
+        state = sweep(state, queries, stored, span, Kind(D, True, CAUSAL, WINDOWED, HEADS_FIRST), BLOCK_N)
         low = tl.maximum(low, first)
     k_offset, v_offset = b * keys.stride_kb + hkv * keys.stride_kh, b * keys.stride_vb + hkv * keys.stride_vh
     k, v, ks, vs = keys.k_ptr + k_offset, keys.v_ptr + v_offset, None, None
     if keys.k_scales is not None:
-        ks = keys.k_scales + _offset(b, hkv, keys.stride_kb, keys.stride_kh, WIDTH)
-        vs = keys.v_scales + _offset(b, hkv, keys.stride_vb, keys.stride_vh, WIDTH)
+        ks = keys.k_scales + _scale_offset(b, hkv, keys.stride_kb, keys.stride_kh, D)
+        vs = keys.v_scales + _scale_offset(b, hkv, keys.stride_vb, keys.stride_vh, D)
     of_batch, of_head = b.to(tl.int32), hkv.to(tl.int32)
     fresh = SequenceKeys(k, v, keys.stride_kt, keys.stride_vt, k_desc, v_desc, of_batch, of_head, first, ks, vs)
     span = Span(low, high, inner_low, inner_high)
-    KIND: tl.constexpr = Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST, PTX)
+    KIND: tl.constexpr = Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST)
     acc, largest, total = sweep(state, queries, fresh, span, KIND, BLOCK_N)
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
-    out = normalized(acc, total, q.ptr.dtype.element_ty, HALVES)
+    out = normalized(acc, total, q.ptr.dtype.element_ty, keys.k_scales is not None)
     out_row = out_ptr + ((b * T + offs_t.to(tl.int64)) * Hq + hq)[:, None] * D + offs_d[None, :]
-    store_heads(out_row, out, mask, WIDTH, HALVES)
+    tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_rotated(ptrs, mask, cos, sin, D: tl.constexpr, HALVES: tl.constexpr):
-    """Load heads at `ptrs` ([rows, 1], or one) and rotate each column with the one half a head away: a tile, or the
-    tiles of the halves."""
+def _load_rotated(ptrs, mask, cos, sin, D: tl.constexpr):
+    """Load heads at `ptrs` ([rows, 1], or one) and rotate each column with the one half a head away."""
     offs_d = tl.arange(0, cos.shape[1])[None, :]
     x = tl.load(ptrs + offs_d, mask=mask, other=0.0)
-    if HALVES == 1:
-        first = offs_d < D // 2
-        other = tl.load(ptrs + tl.where(first, offs_d + D // 2, offs_d - D // 2), mask=mask, other=0.0).to(tl.float32)
-        return (x.to(tl.float32) * cos + tl.where(first, -other, other) * sin).to(x.dtype)
-    else:
-        low, high = x.to(tl.float32), tl.load(ptrs + offs_d + D // 2, mask=mask, other=0.0).to(tl.float32)
-        return (low * cos - high * sin).to(x.dtype), (high * cos + low * sin).to(x.dtype)
+    first = offs_d < D // 2
+    other = tl.load(ptrs + tl.where(first, offs_d + D // 2, offs_d - D // 2), mask=mask, other=0.0).to(tl.float32)
+    return (x.to(tl.float32) * cos + tl.where(first, -other, other) * sin).to(x.dtype)
 
 
 @triton.jit
@@ -174,33 +165,30 @@ def _append_newest_key(
     caches,  # of their slots
     scales,  # of their slots' scales, in 8 bits
     angle, active,
-    D: tl.constexpr, HALVES: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
     """Rotate and store the newest key and its value, and start the softmax with them, in 8 bits with their codes; do
     nothing unless `active`."""
     # The stored slot is not read back: other splits skip it, and this one has the key in registers.
     acc, largest, total = state
     offs_d = tl.arange(0, angle[0].shape[1])[None, :]
-    mask = offs_d < tl.where(active, D // HALVES, 0)
-    k = _load_rotated(fresh[0], mask, angle[0], angle[1], D, HALVES)
+    mask = offs_d < tl.where(active, D, 0)
+    k = _load_rotated(fresh[0], mask, angle[0], angle[1], D)
     v = tl.load(fresh[1] + offs_d, mask=mask, other=0.0)
-    if HALVES == 1:
-        tl.store(caches[0] + offs_d, k, mask=mask)
-        tl.store(caches[1] + offs_d, v, mask=mask)
-        score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
-        acc += v.to(tl.float32)
-    else:
-        k_low, k_high, elements, k_scale = quantized(k[0], k[1])
-        tl.store(caches[0] + offs_d, elements, mask=mask)
-        v_high = tl.load(fresh[1] + offs_d + D // 2, mask=mask, other=0.0)
-        v_low, v_high, elements, v_scale = quantized(v, v_high)
-        tl.store(caches[1] + offs_d, elements, mask=mask)
+    if scales is not None:
+        k, k_scale = quantized(k)
+        v, v_scale = quantized(v)
         one = tl.arange(0, 1)
         tl.store(scales[0] + one, k_scale, mask=one < tl.where(active, 1, 0))
         tl.store(scales[1] + one, v_scale, mask=one < tl.where(active, 1, 0))
-        score = tl.sum(q[0].to(tl.float32) * k_low + q[1].to(tl.float32) * k_high, axis=1) * (k_scale * scale)
-        v_scale = (v_scale * unit_of(q[0].dtype))[:, None]
-        acc = acc[0] + v_low * v_scale, acc[1] + v_high * v_scale
+        scale *= k_scale
+    tl.store(caches[0] + offs_d, k.to(caches[0].dtype.element_ty), mask=mask)
+    tl.store(caches[1] + offs_d, v.to(caches[1].dtype.element_ty), mask=mask)
+    score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
+    v = v.to(tl.float32)
+    if scales is not None:
+        v *= (v_scale * unit_of(q.dtype))[:, None]
+    acc += v
     return Softmax(acc, tl.where(active, score, largest), tl.where(active, 1.0, total))
 
 
@@ -219,7 +207,7 @@ def attention_decode_kernel(
     Hq, G,
     window, scale,
     SPLITS,  # programs that share the keys; as a constexpr it would compile a kernel for each value
-    D: tl.constexpr, RING: tl.constexpr, WINDOWED: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, RING: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pdl_wait(PDL)
@@ -244,48 +232,42 @@ def attention_decode_kernel(
     high = tl.minimum(high, low + span)
     rows = tl.arange(0, BLOCK_M)
     t, hq = (rows // G).to(tl.int64), hkv * G + rows % G
-    HALVES: tl.constexpr = 1 if keys.k_scales is None else 2
-    WIDTH: tl.constexpr = D // HALVES
-    offs_d = tl.arange(0, BLOCK_D // HALVES)
-    mask = (rows < T * G)[:, None] & (offs_d < WIDTH)[None, :]
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (rows < T * G)[:, None] & (offs_d < D)[None, :]
     q_rows = q.ptr + b * q.stride_b + (t * q.stride_t + hq * q.stride_h)[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_D // HALVES), tl.float32)
-    if HALVES == 2:
-        acc = (acc, acc)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     head, state = hkv.to(tl.int64), Softmax(acc, largest, total)
     k_offset, v_offset = b * keys.stride_kb + head * keys.stride_kh, b * keys.stride_vb + head * keys.stride_vh
     k, v, ks, vs = keys.k_ptr + k_offset, keys.v_ptr + v_offset, None, None
     if keys.k_scales is not None:
-        ks = keys.k_scales + _offset(b, head, keys.stride_kb, keys.stride_kh, WIDTH)
-        vs = keys.v_scales + _offset(b, head, keys.stride_vb, keys.stride_vh, WIDTH)
+        ks = keys.k_scales + _scale_offset(b, head, keys.stride_kb, keys.stride_kh, D)
+        vs = keys.v_scales + _scale_offset(b, head, keys.stride_vb, keys.stride_vh, D)
     if newest is not None:
         # Padding may lie past the last position: its result is unused, but must not be NaN.
         position = tl.where(new > 0, past, tl.minimum(past, P - 1))
         angle = angles(newest.tables, P, tl.where(new < 0, P, position), offs_d % (D // 2), D // 2)
-        q_tile = _load_rotated(q_rows, mask, angle[0], angle[1], D, HALVES)
+        q_tile = _load_rotated(q_rows, mask, angle[0], angle[1], D)
         slot = past % S
         new_k = newest.k.ptr + b * newest.k.stride_b + head * newest.k.stride_h
         new_v = newest.v.ptr + b * newest.v.stride_b + head * newest.v.stride_h
         active = (new > 0) & (split == SPLITS - 1)
-        caches, scales = (k + slot * keys.stride_kt, v + slot * keys.stride_vt), (None, None)
-        if HALVES == 2:
-            scales = ks + slot * (keys.stride_kt // WIDTH), vs + slot * (keys.stride_vt // WIDTH)
-        state = _append_newest_key(state, q_tile, scale, (new_k, new_v), caches, scales, angle, active, D, HALVES)
+        caches, scales = (k + slot * keys.stride_kt, v + slot * keys.stride_vt), None
+        if ks is not None:
+            scales = ks + slot * (keys.stride_kt // D), vs + slot * (keys.stride_vt // D)
+        state = _append_newest_key(state, q_tile, scale, (new_k, new_v), caches, scales, angle, active, D)
     else:
         q_tile = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
-        if HALVES == 2:
-            q_tile = (q_tile, tl.load(q_rows + offs_d[None, :] + WIDTH, mask=mask, other=0.0))
     stored = SequenceKeys(k, v, keys.stride_kt, keys.stride_vt, None, None, 0, 0, S if RING else 0, ks, vs)
     queries = Queries(q_tile, query + t.to(tl.int32), window, scale)
-    KIND: tl.constexpr = Kind(D, RING, True, WINDOWED, False, PTX)
+    KIND: tl.constexpr = Kind(D, RING, True, WINDOWED, False)
     acc, largest, total = take_keys(state, queries, stored, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)
-    out = normalized(acc, total, q.ptr.dtype.element_ty, HALVES)
+    out = normalized(acc, total, q.ptr.dtype.element_ty, keys.k_scales is not None)
     row = ((b * T + t) * Hq + hq) * SPLITS + split
-    store_heads(out_ptr + row[:, None] * D + offs_d[None, :], out, mask, WIDTH, HALVES)
+    tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import Cache
 from ..heads import CacheArgs, cache_parts
 from ..kernel_args import Heads, dense_rows
-from ..launch import describe, launch, multiprocessors, select_configs, target_arch, unpacks_by_ptx
+from ..launch import describe, launch, multiprocessors, select_configs, target_arch
 from .kernels import (
     Bounds,
     Keys,
@@ -31,7 +31,7 @@ def keys_of(k: Tensor, v: Tensor, k_scales: Tensor | None = None, v_scales: Tens
 
 
 def slots_of(k_cache: Cache, v_cache: Cache) -> Keys:
-    """Return the slots of caches as keys and values [B, C, Hkv, D], or their codes [B, C, Hkv, D/2]."""
+    """Return the slots of caches, or their codes, as keys and values [B, C, Hkv, D]."""
     (k, v), scales = cache_parts(k_cache, v_cache)
     return keys_of(k.transpose(1, 2), v.transpose(1, 2), *scales)
 
@@ -104,7 +104,6 @@ def launch_prefill(
         CAUSAL=causal,
         WINDOWED=sizes.window > 0,
         HEADS_FIRST=heads_first,
-        PTX=quantized and unpacks_by_ptx(arch),
     )
     return out
 
@@ -147,7 +146,6 @@ def launch_decode(
         D=D,
         RING=bounds.past is not None,
         WINDOWED=sizes.window > 0,
-        PTX=sizes.quantized and unpacks_by_ptx(target_arch(q.device)),
     )
     if splits > 1:
         config = selected["attention_combine_kernel"]

@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 
 from ..kernel_args import Pointer
-from ..unpack import unpacked
 
 # The running softmax of a tile, fp32: sum of p @ v [BLOCK_M, BLOCK_D], greatest score in base 2 and sum of p [BLOCK_M].
-# With keys in 8 bits, q and the sum of p @ v are pairs: tiles [BLOCK_M, BLOCK_D / 2] of a head's halves.
 Softmax = namedtuple("Softmax", "acc largest total")
 # q [BLOCK_M, BLOCK_D] and its positions [BLOCK_M]; scale is the softmax scale * log2(e), positive.
 Queries = namedtuple("Queries", "q offs_i window scale")
@@ -39,7 +37,7 @@ class SequenceKeys(NamedTuple):
 
 # Positions low..high that some query of the tile sees, and inner_low..inner_high that all of them see.
 Span = namedtuple("Span", "low high inner_low inner_high")
-Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED HEADS_FIRST PTX")  # what selects code
+Kind = namedtuple("Kind", "D RING CAUSAL WINDOWED HEADS_FIRST")  # what selects code
 # In fp16, p times a value's scale would lose bits of small values: it is multiplied by this, which cannot overflow.
 _FP16_UNIT = tl.constexpr(64.0)
 
@@ -63,13 +61,9 @@ def take_keys(
     """Take keys into the softmax. In 8 bits a key's scale multiplies its scores, and a value's scale its p."""
     acc, largest, total = state
     q, offs_i, window, scale = queries
+    D: tl.constexpr = KIND.D
     CODES: tl.constexpr = keys.k_scales is not None
-    WIDTH: tl.constexpr = KIND.D // 2 if CODES else KIND.D
-    PTX: tl.constexpr = KIND.PTX
     score_scale = 1.0 if CODES else scale  # a key's scale has it
-    if CODES:
-        q, q_high = q
-        acc, acc_high = acc
     dtype: tl.constexpr = q.dtype
     BLOCK_D: tl.constexpr = q.shape[1]
     first = keys.first
@@ -81,28 +75,27 @@ def take_keys(
         v_ptrs = keys.v_ptr + index[:, None] * keys.stride_vs + offs_d[None, :]
         if MASKED:
             # What lies past the keys may be NaN, and 0 * NaN is NaN: it must not be read.
-            k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < WIDTH)[:, None], other=0)
-            v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < WIDTH)[None, :], other=0)
+            k = tl.load(k_ptrs, mask=(offs_j < limit)[None, :] & (offs_d < D)[:, None], other=0)
+            v = tl.load(v_ptrs, mask=(offs_j < limit)[:, None] & (offs_d < D)[None, :], other=0)
         elif keys.k_desc is not None:
             row = start - first
             coords = (keys.b, keys.hkv, row, 0) if KIND.HEADS_FIRST else (keys.b, row, keys.hkv, 0)
             k = keys.k_desc.load(coords).reshape(BLOCK_N, BLOCK_D).T
             v = keys.v_desc.load(coords).reshape(BLOCK_N, BLOCK_D)
-        elif WIDTH == BLOCK_D:
+        elif D == BLOCK_D:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:
-            k = tl.load(k_ptrs, mask=(offs_d < WIDTH)[:, None], other=0)
-            v = tl.load(v_ptrs, mask=(offs_d < WIDTH)[None, :], other=0)
+            k = tl.load(k_ptrs, mask=(offs_d < D)[:, None], other=0)
+            v = tl.load(v_ptrs, mask=(offs_d < D)[None, :], other=0)
         if CODES:
-            k_scales = keys.k_scales + index * (keys.stride_ks // WIDTH)
-            v_scales = keys.v_scales + index * (keys.stride_vs // WIDTH)
+            k_scales = keys.k_scales + index * (keys.stride_ks // D)
+            v_scales = keys.v_scales + index * (keys.stride_vs // D)
             k_scale = tl.load(k_scales, mask=offs_j < limit, other=0.0) if MASKED else tl.load(k_scales)
             v_scale = tl.load(v_scales, mask=offs_j < limit, other=0.0) if MASKED else tl.load(v_scales)
-            scores = tl.dot(q, unpacked(k, 0, None, "int8", dtype, PTX), input_precision="ieee")
-            scores = tl.dot(q_high, unpacked(k, 1, None, "int8", dtype, PTX), scores, input_precision="ieee")
+            k, v = k.to(dtype), v.to(dtype)
+        scores = tl.dot(q, k, input_precision="ieee")
+        if CODES:
             scores *= (k_scale * scale)[None, :]
-        else:
-            scores = tl.dot(q, k, input_precision="ieee")
         if MASKED:
             visible = (offs_j < limit)[None, :]
             if KIND.CAUSAL:
@@ -119,13 +112,10 @@ def take_keys(
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(p, axis=1)
         if CODES:
-            p, shrink = (p * (v_scale * unit_of(dtype))[None, :]).to(dtype), shrink[:, None]
-            acc = tl.dot(p, unpacked(v, 0, None, "int8", dtype, PTX), acc * shrink, input_precision="ieee")
-            acc_high = tl.dot(p, unpacked(v, 1, None, "int8", dtype, PTX), acc_high * shrink, input_precision="ieee")
-        else:
-            acc = tl.dot(p.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
+            p *= (v_scale * unit_of(dtype))[None, :]
+        acc = tl.dot(p.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
         largest = new_largest
-    return Softmax((acc, acc_high) if CODES else acc, largest, total)
+    return Softmax(acc, largest, total)
 
 
 @triton.jit
@@ -141,22 +131,9 @@ def sweep(state, queries, keys, span, KIND: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
-def normalized(acc, total, dtype: tl.constexpr, HALVES: tl.constexpr):
-    """acc / total: a tile, or the tiles of a head's halves."""
-    if HALVES == 1:
-        return acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    else:
-        low, high = acc
-        total = tl.where(total == 0.0, 1.0, total)[:, None] * unit_of(dtype)
-        return low / total, high / total
-
-
-@triton.jit
-def store_heads(ptrs, out, mask, WIDTH: tl.constexpr, HALVES: tl.constexpr):
-    """Store a tile, or the tiles of halves of WIDTH columns, of which `ptrs` are the first's."""
-    if HALVES == 1:
-        tl.store(ptrs, out.to(ptrs.dtype.element_ty), mask=mask)
-    else:
-        low, high = out
-        tl.store(ptrs, low.to(ptrs.dtype.element_ty), mask=mask)
-        tl.store(ptrs + WIDTH, high.to(ptrs.dtype.element_ty), mask=mask)
+def normalized(acc, total, dtype: tl.constexpr, CODES: tl.constexpr):
+    """acc / total, by the unit that 8-bit values have in acc."""
+    total = tl.where(total == 0.0, 1.0, total)
+    if CODES:
+        total *= unit_of(dtype)
+    return acc / total[:, None]

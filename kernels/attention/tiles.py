@@ -177,7 +177,7 @@ _DECODE_CODES_NVIDIA = (
     AttentionTile(256, 0, 32, 4, 2, heads="odd"),
     AttentionTile(128, 0, 64, 4, 2, heads="padded"),
     AttentionTile(64, 0, 64, 4, 2),
-    AttentionTile(128, 0, 128, 4, 2),
+    AttentionTile(128, 0, 128, 4, 1),
     AttentionTile(256, 0, 32, 4, 2),
 )
 DECODE_CODES: Table = {
@@ -199,8 +199,8 @@ DECODE_CODES: Table = {
 
 
 def _width(sizes: AttentionSizes) -> int:
-    """Return BLOCK_D. A product's depth is at least 16: that of a head, or in 8 bits of its half."""
-    return power_of_2(sizes.D, low=32 if sizes.quantized else 16)
+    """Return BLOCK_D. A product's depth is at least 16."""
+    return power_of_2(sizes.D, low=16)
 
 
 def _select(table: Table, sizes: AttentionSizes, dtype: torch.dtype, arch: str, heads: str = "") -> AttentionTile:
