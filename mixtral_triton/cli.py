@@ -210,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
 
     option = command("tune", "launch configurations beside the present ones: which fit and are fastest", "ops --at")
     option("--arch", choices=ARCHS, metavar="ARCH", help="time nothing, compile for it; default: the GPU there is")
-    option("--kernel", metavar="NAME", help="this kernel alone")
+    option("--kernel", action="append", default=[], metavar="NAME", help="this kernel alone; repeatable")
     option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
     option("--rounds", type=int, default=5, metavar="N", help="climbing steps behind the first candidates; default: 5")
     option("--dry", action="store_true", help="list the candidates alone, for the GPU there is, --arch, or sm_90")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import suppress
@@ -269,7 +270,7 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     caption = f"used: of what is free. longest: tokens a sequence, and gpus: how many, with {MARGIN:.0%} of it to spare"
     caption = f"{caption.replace('%', ' %')}; tight: less to spare. {BOUND} {FORMAT_NOTE} {SEVERAL}"
     table = Table(f"{gpu.name}: {gpu.mib:,} MiB", caption, ranks={"verdict": -1})
-    for plan in sorted(plans, key=lambda plan: plan.format != FIRST):
+    for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
@@ -313,12 +314,13 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         print(json.dumps(request.as_dict() | {"gpus": found}))
         return 0
     out = console()
-    if not out.is_terminal:
+    if not out.is_terminal and not os.environ.get("COLUMNS"):
         out.width = max(out.width, PIPED_LEAST)
-    table = Table("How many GPUs hold it, by format", f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"])
+    ranks = {"MiB": 1, "link": 1}
+    table = Table("How many GPUs hold it, by format", f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"], ranks=ranks)
     for gpu, plans in rows.items():
         cells = {"gpu": gpu.name}
-        for plan in sorted(plans, key=lambda plan: plan.format != FIRST):
+        for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
             cell, speed = str(plan.gpus_needed or "-"), _speed(plan.tokens_per_second_bound)
             if plan.offload or plan.verdict == "tight":
                 cell += f" ({plan.offload['experts'] if plan.offload else 'tight'}: {speed})"

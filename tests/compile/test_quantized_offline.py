@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mixtral_triton.kernels import kernel_weight
+from mixtral_triton.kernels import kernel_weight, linear
 from mixtral_triton.kernels.attention.op import rope_append_attention
 from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.quantized import SCALES, W8A8, QuantSpec, stored_format
@@ -214,3 +214,17 @@ def test_prefill_does_little_beside_its_dots(format: Format, arch: str, covers: 
         assert figure >= least, (launch.kernel, figure)
         case = f"{launch.kernel}, {format_name(format)}, {arch}"
         covers("main loops", f"{case}: {figure:,.0f} FLOP per other instruction (bound {least:,})")
+
+
+# Thread instructions that a byte of a dense weight may cost, of which an H200 has 6.0 to spare and a B200 4.4.
+A_BYTE = 2.5
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("T", [1, 9, 16, 32, 64])
+def test_masks_of_dense_weights_cost_few_instructions(T: int, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
+    monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
+    for launch in launches(("dense", 0, False), T, "sm_90"):
+        figure = instructions_a_byte(launch, "sm_90")
+        assert "decode" in launch.kernel and figure <= A_BYTE, (launch.kernel, figure)
+        covers("main loops", f"{launch.kernel}, T {T}: {figure:.2f} thread instructions a byte (bound {A_BYTE})")

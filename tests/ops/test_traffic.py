@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixtral_triton.kernels import linear
+from mixtral_triton.kernels import linear, reference
 from mixtral_triton.kernels.experts import op as experts
 from mixtral_triton.kernels.experts.tiles import DECODE, SPLIT_K
-from mixtral_triton.kernels.launch import LaunchConfig, describe, launch
+from mixtral_triton.kernels.launch import LaunchConfig, describe, launch, override_configs
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import Sizes, inputs, selected_configs, with_offload
 from tests.support.faults import module_with_fault
@@ -342,3 +342,27 @@ def test_each_byte_moves_once(name: str, sizes: Any, within: Any) -> None:
     compulsory = OPS[name].cost(sizes, BF16).bytes
     assert distinct >= compulsory
     within(f"{name}, {', '.join(f'{name} {size}' for name, size in sizes.items())}", distinct / compulsory, 1.01)
+
+
+GROUPS = (0, 1, 64, 65, 128, 129, 192, 193, 257, 330, 384)  # rows of an expert: short, upper part, whole, and more
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("block_m", [128, 192])
+def test_last_tiles_of_every_height(block_m: int) -> None:
+    """A group's last tile rounds up to 64 rows, or to 128 where they fit a tile's upper part; results are right."""
+    ids = torch.repeat_interleave(torch.arange(len(GROUPS)), torch.tensor(GROUPS)).int()
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))][:, None]
+    fixed = {"BLOCK_M": block_m, "SHORT_M": 64, "BLOCK_K": 64, "GROUP_M": 8}
+    columns = {"experts_up_kernel": 16, "experts_down_kernel": 32}
+    overrides = {kernel: LaunchConfig({**fixed, "BLOCK_N": block}, 8, 4) for kernel, block in columns.items()}
+    args = inputs("expert_swiglu", {"T": len(ids), "H": 64, "I": 48, "E": len(GROUPS), "K": 1}, "cpu", BF16)
+    args |= {"ids": ids}
+    with override_configs(overrides), count_traffic() as traffic:
+        got = OPS["expert_swiglu"].run(**args)
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in args.items()}
+    exact, plain = reference.expert_swiglu(**wide), reference.expert_swiglu(**args)
+    error, allowed = ((x.double() - exact).abs().max() for x in (got, plain))
+    assert error <= 2 * allowed
+    rows = sum(-(-group // 64) * 64 for group in GROUPS)  # for tiles of 128 and 192 alike
+    assert traffic.flops == rows * 2 * (64 * 96 + 64 * 64)  # H x 2I, and I in a depth of 64 x H

@@ -1,7 +1,9 @@
 """The tuner: the configurations it considers, the faults it finds, how it climbs, and what it prints."""
 
+import csv
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,10 +91,10 @@ def test_spills_shared_memory_and_compile_errors_have_notes() -> None:
     config = tune.kernel_configs(case, "sm_90")[kernel][1]
     shallow = replace(config, constexprs={**config.constexprs, "BLOCK_K": 8})
     faulty = replace(config, num_warps=4), replace(config, num_stages=8), shallow
-    notes = [str(tune.compile_fault(case, kernel, one, "sm_90")) for one in faulty]
+    notes = [str(fault) for fault in tune.compile_faults(case, kernel, faulty, "sm_90")]
     neighbour = replace(config, constexprs={**config.constexprs, "BLOCK_M": 2 * config.constexprs["BLOCK_M"]})
     assert neighbour in tune.neighbours(config, {"BLOCK_D"})
-    note = tune.compile_fault(case, kernel, neighbour, "sm_90")
+    (note,) = tune.compile_faults(case, kernel, [neighbour], "sm_90")
     assert note == "cannot be built: Shape element 0 must be a power of 2", note
     assert notes[0].startswith("spills ") and "shared memory" in notes[1] and "does not compile" in notes[2], notes
 
@@ -120,9 +122,9 @@ def test_tuner_climbs_to_the_fastest_and_keeps_the_current_in_a_tie() -> None:
 
     candidates, best = tune.tune(case, kernel, "sm_90", timer_of(case, kernel, score), CPU)
     assert (current.constexprs["BLOCK_N"], current.num_warps) == (4096, 16), "two steps away in either direction"
-    assert (candidates[best][0].constexprs["BLOCK_N"], candidates[best][0].num_warps) == (1024, 4)
-    configs = [str(config) for config, _ in candidates]
-    assert candidates[0][0] == current and len(set(configs)) == len(configs)
+    assert (candidates[best].config.constexprs["BLOCK_N"], candidates[best].config.num_warps) == (1024, 4)
+    configs = [str(each.config) for each in candidates]
+    assert candidates[0].config == current and len(set(configs)) == len(configs)
     flat = timer_of(case, kernel, lambda config: 1.0 if config == current else tune.FASTER)
     assert tune.tune(case, kernel, "sm_90", flat, CPU)[1] == 0
 
@@ -131,7 +133,7 @@ def test_tuner_climbs_to_the_fastest_and_keeps_the_current_in_a_tie() -> None:
 def test_a_gpu_unknown_to_the_compiler_is_tuned_without_compiling() -> None:
     timer = timer_of(ROUTE, "route_kernel", lambda config: float(config.num_warps))
     candidates, best = tune.tune(ROUTE, "route_kernel", "sm_130", timer, CPU)
-    assert candidates[best][0].num_warps == 1 and all(outcome.note is None for _, outcome in candidates)
+    assert candidates[best].config.num_warps == 1 and all(each.outcome.note is None for each in candidates)
 
 
 @pytest.mark.compiled
@@ -146,7 +148,7 @@ def test_a_config_with_a_wrong_result_is_never_the_best(monkeypatch: pytest.Monk
     monkeypatch.setattr(measure, "our_call", wrong)
     timer = timer_of(ROUTE, "route_kernel", lambda config: 2.0 if config == current else 1.0)
     candidates, best = tune.tune(ROUTE, "route_kernel", "sm_90", timer, CPU)
-    assert best == 0 and sum("wrong" in str(outcome.note) for _, outcome in candidates) >= 2
+    assert best == 0 and sum("wrong" in str(each.outcome.note) for each in candidates) >= 2
 
 
 @pytest.mark.interpreted
@@ -164,15 +166,24 @@ def test_command_that_compiles_alone_claims_nothing() -> None:
 
 
 @pytest.mark.compiled
-def test_command_prints_what_to_change_and_where(gpu: Any, monkeypatch: Any) -> None:
+def test_command_prints_the_new_row_and_appends_the_results(gpu: Any, monkeypatch: Any, tmp_path: Path) -> None:
     def climb(case: Case, kernel: str, *rest: Any) -> Any:
         config = tune.kernel_configs(case, "sm_90")[kernel][1]
         faster = replace(config, constexprs={**config.constexprs, "BLOCK_N": 7}, num_stages=9)
-        return [(config, measure.Outcome(2.0)), (faster, measure.Outcome(1.0))], 1
+        times = (config, 2.0), (faster, 1.0)
+        return [tune.Candidate(each, "", measure.Outcome(seconds)) for each, seconds in times], 1
 
     monkeypatch.setattr(tune, "tune", climb)
-    out = " ".join(output("tune linear --at T=1").split())
-    assert "kernels/linear.py: BLOCK_N=7 (now 16), num_stages=9 (now 4)" in out, out
+    monkeypatch.setattr(tune, "BENCHMARKS", tmp_path)
+    (tmp_path / "results").mkdir()
+    for _ in range(2):
+        out = " ".join(output("tune linear --at T=1 --at N=6144").split())
+    source = tune.results_file(torch.cuda.get_device_name()).name
+    change = "kernels/linear.py: BLOCK_N=7 (now 16), num_stages=9 (now 4); "
+    assert f"{change}DecodeTile(1, 16, 7, 256, 4, 9, 'measured: {source}')" in out, out
+    rows = [*csv.DictReader((tmp_path / "results" / source).read_text().splitlines())]
+    assert len(rows) > 4 and tuple(rows[0]) == tune.COLUMNS and {row["op"] for row in rows} == {"linear"}
+    assert [float(row["us"]) for row in rows] == [2e6, 1e6] * (len(rows) // 2) and "BLOCK_N7 " in rows[1]["tile"]
 
 
 TABLES = [("expert_swiglu", {}, "experts/tiles"), ("experts_add_rms_norm", {}, "experts/tiles")]
@@ -182,3 +193,43 @@ TABLES += [("expert_swiglu", {"gate_up": "int8"}, "tiles"), ("attention", {}, "a
 @pytest.mark.parametrize(("name", "sizes", "file"), TABLES)
 def test_file_of_the_tables(name: str, sizes: dict[str, Any], file: str) -> None:
     assert tune.config_file(Case(OPS[name], replace(OPS[name].test_shapes[0], **sizes))) == f"kernels/{file}.py"
+
+
+def test_candidates_begin_with_what_others_measured() -> None:
+    """For the nearest card and sizes; 192 rows beside the 128 that were measured; then the neighbours."""
+    layer = {"H": 4096, "I": 14336, "E": 8, "K": 2}
+
+    def found(
+        arch: str, T: int, kernel: str = "experts_up_kernel", card: str = "", **more: Any
+    ) -> list[tuple[str, str]]:
+        case = Case(OPS["expert_swiglu"], OPS["expert_swiglu"].case(T=T, **layer, **more), torch.bfloat16)
+        tiles = []
+        for each in tune.candidates_of(case, kernel, arch, card):
+            c = each.config.constexprs
+            rows = c.get("BLOCK_M") or c["BLOCK_T"]
+            tiles.append((each.origin, f"{rows}x{c['BLOCK_N']}x{c['BLOCK_K']} w{each.config.num_warps}"))
+        return tiles
+
+    hopper = found("sm_90", 4096)
+    assert hopper[:2] == [
+        ("now", "192x128x64 w8"),
+        ("measured: NVIDIA_H200, E 8, N 14336, 4096 tokens", "128x128x64 w8"),
+    ]
+    assert hopper[2] == ("128 rows", "128x128x64 w8") and {origin for origin, _ in hopper[3:]} == {"neighbour"}
+    cards = {origin.split()[1] for origin, _ in found("sm_90", 4096, card="NVIDIA H100 80GB HBM3") if "meas" in origin}
+    assert cards == {"NVIDIA_H100_80GB_HBM3,"}
+    codes = {"gate_up": "fp8_w8a8", "down": "fp8_w8a8"}
+    assert "128x256x128 w8" in dict(found("sm_90", 2048, "experts_down_kernel", **codes)).values()
+    assert any(
+        tile.startswith("16x") for origin, tile in found("gfx942", 48, "experts_up_decode_kernel") if "meas" in origin
+    )
+    assert {origin for origin, _ in found("sm_90", 512, gate_up="int4:128")} == {"now", "neighbour"}
+
+
+def test_dry_lists_candidates_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "compile_all", None)
+    sizes = "--sizes T=2048,H=4096,I=14336,E=8,K=2 --kernel experts_up --kernel experts_down"
+    out = output(f"tune expert_swiglu --dry --arch sm_80 {sizes}")
+    assert out.count("experts_up_kernel") == out.count("experts_down_kernel") == 1 and "note" not in out
+    found = run_json(f"tune expert_swiglu --dry --arch sm_89 {sizes.removesuffix(' --kernel experts_down')}")
+    assert [each["origin"].split()[0] for each in found["candidates"]][:2] == ["now", "measured:"]

@@ -225,7 +225,8 @@ def run(args: argparse.Namespace) -> int:
     arch = args.arch or (target_arch(torch.device("cuda")) if torch.cuda.is_available() else DEFAULT_ARCH)
     selected = [case for case in selected if runs_on(case.sizes, arch)]
     kernels = [(case, kernel) for case in selected for kernel in kernel_configs(case, arch)]
-    kernels = [pair for pair in kernels if args.kernel in (None, pair[1], pair[1].removesuffix("_kernel"))]
+    named = {name.removesuffix("_kernel") for name in args.kernel}
+    kernels = [pair for pair in kernels if not named or pair[1].removesuffix("_kernel") in named]
     if not kernels:
         raise ValueError("nothing to tune: at these sizes a library does the work, or --kernel is another one")
     out.print(family_note(arch), end="")

@@ -1,0 +1,128 @@
+"""Floors: of an expert layer and of a decode step, worked out independently; data sheets, and what measures a GPU."""
+
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mixtral_triton.checkpoint import parameter_shapes
+from mixtral_triton.kernels.op import Cost
+from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.quantize import select_specs
+from mixtral_triton.tools.bench import decode_step
+from mixtral_triton.tools.bench.measure import DeviceTimer, measure_gpu, step_timer
+from mixtral_triton.tools.fit import KNOWN
+from mixtral_triton.tools.gpus import GPUS, LINKS, data_sheet, floor
+from mixtral_triton.tools.step import step_costs
+
+pytestmark = pytest.mark.compiled
+CPU, H100, BF16, SMALLER = torch.device("cpu"), GPUS["h100"], torch.bfloat16, KNOWN["mixtral-8x7b"]
+
+# Microseconds for an expert layer of 8x7B in bf16 on an H100 SXM, by the number of tokens, worked out independently.
+EXPERT_FLOORS = {1: 210, 2: 368, 4: 575, 8: 758, 16: 834, 32: 843, 128: 848, 512: 866, 1024: 891, 2048: 1459}
+EXPERT_FLOORS |= {4096: 2918, 8192: 5837}
+
+
+@pytest.mark.parametrize(("T", "microseconds"), EXPERT_FLOORS.items())
+def test_floors_of_the_expert_layer(T: int, microseconds: int) -> None:
+    cost = OPS["expert_swiglu"].cost({"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2}, BF16)
+    seconds, bound = floor([cost], H100)
+    assert seconds * 1e6 == pytest.approx(microseconds, rel=0.003) and bound == ("matmul" if T > 1024 else "memory")
+
+
+@pytest.mark.parametrize(("gpu", "tokens_per_second"), [("h100", 131), ("h200", 188), ("a100", 80)])
+def test_floor_of_decoding_8x7b(gpu: str, tokens_per_second: int) -> None:
+    sizes = replace(decode_step.MIXTRAL, B=1, S=1, L=32)
+    assert 1 / floor(decode_step.costs(sizes, BF16), GPUS[gpu])[0] == pytest.approx(tokens_per_second, rel=0.01)
+
+
+def test_launches_follow_one_another_each_at_its_own_limit() -> None:
+    """The link of one hides behind no product of the next."""
+    costs = [
+        Cost(H100.matmul, 1),
+        Cost(1, 2 * H100.bandwidth),
+        Cost(1, 1, 4 * LINKS[H100.link]),
+        Cost(2, 1, fp8_flops=2),
+    ]
+    assert floor(costs, H100) == (pytest.approx(7.0), "link")
+    assert floor(costs[:2], H100) == (pytest.approx(3.0), "memory")
+    fp8 = Cost(2 * H100.matmul, 1, fp8_flops=2 * H100.matmul)
+    assert floor([fp8], H100) == (pytest.approx(1.0), "matmul")
+
+
+@pytest.mark.parametrize("B", [1, 7])
+@pytest.mark.parametrize("weights", [None, "int4", {"experts": "int4", "linear": "int8"}], ids=str)
+def test_bytes_of_a_step_are_those_of_weights_cache_and_little_else(B: int, weights: Any) -> None:
+    """The chosen experts, each other weight, and the keys and values; an expert in host memory crosses the link."""
+    shapes, S, E = parameter_shapes(SMALLER), 1000, 8
+    specs = select_specs(weights, shapes) if weights else {}
+    distinct = E * (1 - 0.75**B)
+    total = 2 * 2 * B * S * 8 * 128 * 32.0
+    for name, (*lead, columns) in shapes.items():
+        rows, kind = torch.Size(lead).numel(), name.rpartition(".")[2]
+        size = specs[name].empty((1, columns), "meta").nbytes if name in specs else 2 * columns
+        share = distinct / E if kind in ("gate_up_proj", "down_proj") else 0.0 if kind == "embed_tokens" else 1.0
+        total += share * rows * size
+    costs = step_costs(SMALLER, B, S, BF16, specs)
+    assert sum(cost.bytes for cost in costs) == pytest.approx(total, rel=0.002 * B)
+    hosted = step_costs(SMALLER, B, S, BF16, specs, on_host=[2] * 32)
+    codes = 32 * 3 * 4096 * 14336 * (0.5 if weights else 2)
+    assert sum(cost.host_bytes for cost in hosted) == pytest.approx(distinct * 2 / E * codes)
+    assert sum(cost.host_bytes + cost.bytes for cost in hosted) == sum(cost.bytes for cost in costs)
+
+
+def test_data_sheet_by_the_driver_s_name() -> None:
+    names = {"H100 80GB HBM3": "h100", "H200": "h200", "A100-SXM4-80GB": "a100", "B200": "b200", "A10": "a10"}
+    names |= {"B300 SXM6 AC": "b300", "L40S": "l40s", "GeForce RTX 5090": "rtx5090"}
+    names |= {"A10G": "a10g", "L4": "l4", "A30": "a30", "A40": "a40", "RTX A6000": "a6000", "H100 NVL": "h100nvl"}
+    names |= {"A100-SXM4-40GB": "a100-40", "A100-PCIE-40GB": "a100-40", "GH200 480GB": "gh200"}
+    names |= {"RTX 6000 Ada Generation": "rtx6000ada", "RTX PRO 6000 Blackwell Server Edition": "rtxpro6000"}
+    assert {name: data_sheet(f"NVIDIA {name}") for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
+    assert all(gpu.driver and gpu.bandwidth and gpu.matmul for gpu in GPUS.values())
+    # The same chip with other memory or clocks.
+    unknown = ["H100 PCIe", "A100-SXM4-64GB", "H200 NVL", "GB200", "L40", "GeForce RTX 5090 Laptop GPU", "GB300"]
+    unknown += ["RTX 6000", "RTX PRO 6000 Blackwell Max-Q Workstation Edition", "GH200 144G HBM3e"]
+    assert not [name for name in unknown if data_sheet(f"NVIDIA {name}")]
+
+
+def test_measure_gpu() -> None:
+    gpu = measure_gpu("x", "sm_90", CPU, lambda call: call() is None or 2.0, memory=1 << 12, n=16)
+    assert (gpu.bandwidth, gpu.matmul, gpu.source) == (2 * 4096 / 2.0, 2 * 16**3 / 2.0, "measured")
+
+
+class FakeEvent:
+    """A CUDA event on a device that has done its work as soon as the host has asked for it."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: Any) -> float:
+        return (other.at - self.at) * 1e3
+
+
+def test_device_timers_time_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the events: neither the sweeps before a run, nor what warms up. A row of steps: all of it."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    sheet = SimpleNamespace(L2_cache_size=1 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sheet)
+    monkeypatch.setattr("mixtral_triton.tools.bench.measure.SWEEP_BYTES", 1 << 24)
+    timer = DeviceTimer(CPU, budget=0.05)
+    assert timer.buffer.nbytes == 1 << 24 and timer.sweep_seconds > 0
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(len(calls))
+        time.sleep(0.1 if len(calls) == 1 else 0.01)
+
+    assert 0.01 <= timer(call) < 0.02
+    assert len(calls) >= 5 + 3
+    assert 0.01 <= step_timer(call, budget=0.05) < 0.02
