@@ -113,10 +113,11 @@ def trace(
 
 def token_texts(tokenizer: Any, text: str) -> list[str]:
     """Return each token's part of `text`, the name of one that the tokenizer adds (<s>)."""
-    encoding = tokenizer.encode(text)
-    reached = [0, *accumulate((end for _, end in encoding.offsets), max)]  # a character of several belongs to the first
-    tokens = zip(encoding.ids, encoding.special_tokens_mask, reached, reached[1:], strict=False)
-    name = tokenizer.id_to_token
+    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    # A character of several tokens belongs to the first.
+    reached = [0, *accumulate((end for _, end in encoding.offset_mapping), max)]
+    tokens = zip(encoding.input_ids, encoding.special_tokens_mask, reached, reached[1:], strict=False)
+    name = tokenizer.convert_ids_to_tokens
     return [(name(token) or str(token)) if added else text[begin:end] for token, added, begin, end in tokens]
 
 
