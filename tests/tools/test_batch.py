@@ -1,6 +1,8 @@
 """The command `generate --batch`: wrong lines, files that are continued and those that are not ours, memory."""
 
+import io
 import json
+import os
 import signal
 import time
 from contextlib import nullcontext
@@ -26,11 +28,13 @@ BATCH = "generate --device cpu --max-new-tokens 5 --deterministic --batch-size 3
 
 
 def write_jobs(folder: Path, count: int = 40) -> Path:
-    """Jobs of several lengths, of which two are wrong."""
+    """Jobs of several lengths; of at least twelve, two are wrong."""
     lines = [{"id": f"a{i}", "prompt": "The return " * (1 + 7 * i % 5)} for i in range(count)]
-    lines[4], lines[9] = {"messages": [{"role": "user", "content": "Hi"}]}, {"id": 9, "prompt": 7}
+    if count > 11:
+        lines[4], lines[9] = {"messages": [{"role": "user", "content": "Hi"}]}, {"id": 9, "prompt": 7}
     texts = [json.dumps(line) for line in lines]
-    texts[11] = "{nothing"
+    if count > 11:
+        texts[11] = "{nothing"
     (folder / "jobs.jsonl").write_text("\n".join(texts) + "\n\n")
     return folder / "jobs.jsonl"
 
@@ -84,6 +88,117 @@ def test_an_interrupted_batch_is_continued(chat_folder: Path, appended: list[int
     assert sum(appended) == sum(lengths) + sum(len(each["tokens"]) - 1 for each in rest if "tokens" in each)
     appended.clear()
     assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == "" and not appended
+
+
+def test_only_a_half_line_of_the_same_job_is_ever_cut(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of somebody else without a newline, as json.dump writes it, stays to the byte, and no model is loaded."""
+    jobs, out = write_jobs(chat_folder, 4), chat_folder / "out.jsonl"
+    whole = output(BATCH, chat_folder, "--batch", jobs, "--out", out) or out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    load = Mixtral.from_pretrained
+    monkeypatch.setattr(Mixtral, "from_pretrained", lambda *_, **__: pytest.fail("the model is loaded"))
+    other = b"".join([lines[0], lines[1].replace(b'"digest": "', b'"digest": "0')])
+    for content in (b'{"my": "data"}', b"{", b"\n", lines[0][:9], other, b"".join([*lines, lines[0]]), whole + b"x"):
+        out.write_bytes(content)
+        assert "is not of this job, needs results of the same" in error_line(
+            BATCH, chat_folder, "--batch", jobs, "--out", out
+        )
+        assert out.read_bytes() == content
+    for option in ("--out", "--batch"):
+        os.mkfifo(chat_folder / f"fifo{option}")
+        for file in (chat_folder / f"fifo{option}", "/dev/zero", "/dev/full"):
+            words = ("--batch", jobs, "--out", file) if option == "--out" else ("--batch", file)
+            assert f"{option} {file} is a pipe, a device" in error_line(BATCH, chat_folder, *words)
+    monkeypatch.setattr(Mixtral, "from_pretrained", load)
+    for content in (lines[0] + lines[1][:40], lines[0] + lines[1][:5], lines[0][:40], b""):
+        out.write_bytes(content)
+        assert output(BATCH, chat_folder, "--batch", jobs, "--out", out) == "" and out.read_bytes() == whole
+
+
+def test_results_of_another_job_are_refused(chat_folder: Path) -> None:
+    """Another prompt at the same place, an option that changes texts, another checkpoint in the folder. The size of a
+    batch and where it runs do not."""
+    jobs, out = chat_folder / "jobs.jsonl", chat_folder / "out.jsonl"
+    jobs.write_text('{"prompt": "The return", "source": "docs"}\n{"prompt": "A list"}\n')
+    words = ("--batch", jobs, "--out", out)
+    assert output(BATCH, chat_folder, *words) == ""
+    before = out.read_bytes()
+    found = [json.loads(line) for line in before.splitlines()]
+    assert found[0]["source"] == "docs" and [each["finish_reason"] for each in found] == ["length"] * 2
+    status, _, error = run(BATCH.replace("--batch-size 3", "--batch-size 1"), chat_folder, *words)
+    assert status == 0 and "2 results kept" in error and out.read_bytes() == before
+    for options in ("--seed 1", "--weights int8", "--logprobs 0", "--stop x", "--max-new-tokens 4", "--temperature 1"):
+        assert "line 1 is not of this job" in error_line(f"{BATCH} {options}", chat_folder, *words)
+    jobs.write_text(jobs.read_text().replace("A list", "A tuple"))
+    assert "line 2 is not of this job" in error_line(BATCH, chat_folder, *words)
+    jobs.write_text(jobs.read_text().replace("A tuple", "A list"))
+    assert output(BATCH, chat_folder, *words) == "" and out.read_bytes() == before
+    os.utime(chat_folder / "model.safetensors", ns=(1, 1))
+    assert "line 1 is not of this job" in error_line(BATCH, chat_folder, *words)
+
+
+def test_errors_are_tried_again_and_stand_in_their_place(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of memory that had run out, for example. Until all are there, the file keeps what it had."""
+    jobs, out, stream = write_jobs(chat_folder, 9), chat_folder / "out.jsonl", Mixtral.stream
+    want = output(BATCH, chat_folder, "--batch", jobs)
+
+    def fail(model: Mixtral, rows: Any, *args: Any, **options: Any) -> Any:
+        if len(rows[0]) > 8:
+            raise torch.OutOfMemoryError("no memory")
+        return stream(model, rows, *args, **options)
+
+    monkeypatch.setattr(Mixtral, "stream", fail)
+    status, _, error = run(BATCH, chat_folder, "--batch", jobs, "--out", out)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    errors = sum("error" in each for each in found)
+    assert status == 1 and 0 < errors < len(found) and "no memory is left for" in error
+    monkeypatch.setattr(Mixtral, "stream", stream)
+    status, _, error = run(BATCH, chat_folder, "--batch", jobs, "--out", out)
+    assert status == 0 and f"{len(found) - errors} results kept, {errors} errors tried again" in error
+    assert out.read_text() == want
+
+
+def test_a_batch_that_memory_is_not_enough_for_is_halved(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: what worked stays. The error is that of torch, or the one that explains it."""
+    jobs, stream, sizes = write_jobs(chat_folder, 8), Mixtral.stream, list[int]()
+
+    def fail(model: Mixtral, rows: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise ValueError("generate: no memory is left") from torch.OutOfMemoryError("no memory")
+        return stream(model, rows, *args, **options)
+
+    large = BATCH.replace("--batch-size 3", "--batch-size 7")
+    want = output(large, chat_folder, "--batch", jobs)
+    monkeypatch.setattr(Mixtral, "stream", fail)
+    status, out, error = run(large, chat_folder, "--batch", jobs)
+    assert (status, out) == (0, want) and sizes == [7, 4, 2, 2, 2, 2]
+    assert "no memory is left for 7 sequences: at most 4 from here on" in error
+
+
+def test_what_a_batch_launches_is_compiled_ahead(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes of each window, before it runs."""
+    jobs, order, stream = write_jobs(chat_folder, 16), list[Any](), Mixtral.stream
+    monkeypatch.setattr(batch, "WINDOW", 2)
+    monkeypatch.setattr(Writer, "begin", lambda w, B, T, slots: order.append(("compile", B, T, slots - T)))
+
+    def record(model: Mixtral, rows: Any, n: int, **options: Any) -> Any:
+        assert ("compile", len(rows), max(map(len, rows)), n) in order
+        order.append("run")
+        return stream(model, rows, n, **options)
+
+    monkeypatch.setattr(Mixtral, "stream", record)
+    output(BATCH, chat_folder, "--batch", jobs, status=1)
+    assert [each if each == "run" else "compile" for each in order[:4]] == ["compile", "compile", "run", "run"]
+
+
+def test_jobs_come_from_standard_input(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = write_jobs(chat_folder, 4)
+    want = output(BATCH, chat_folder, "--batch", jobs)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(jobs.read_bytes())))
+    assert output(BATCH, chat_folder, "--batch", "-") == want
+    monkeypatch.setattr("sys.stdin", None)
+    assert "--batch - reads standard input, which is closed" in error_line(BATCH, chat_folder, "--batch", "-")
 
 
 WRONG: dict[str, tuple[str, ...]] = {
