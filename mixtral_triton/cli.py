@@ -402,7 +402,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     text, config = read_text(args.text, f"--text {args.text}"), MixtralConfig.from_pretrained(args.folder)
     ids = _encode(args, load_tokenizer(args.folder), config, text)
     with open_mesh(args) as mesh:
-        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), note)
+        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), _compile, note)
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -413,7 +413,7 @@ def _trace(args: argparse.Namespace) -> int:
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(args, model, tokenizer, _encode(args, tokenizer, model.config, args.prompt), note)
+    return run(args, model, tokenizer, _encode(args, tokenizer, model.config, args.prompt), _compile, note)
 
 
 def _quantize(args: argparse.Namespace) -> int:
