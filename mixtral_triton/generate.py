@@ -182,15 +182,21 @@ def _stream(
                 model.ranks.synchronize(model.device)
             if drawn is not None:
                 drawn.append(step.token.clone())
-            yield step.result()
+            result, last = step.result(), done == n or (bool(eos) and bool(step.ended.all()))
+            if replay is not None and not last:  # here, so that the GPU computes while the caller prints a token
+                with explain(cache.dtype):
+                    replay()
+            yield result
             if drawn is not None and cache.drawn is not drawn:
                 raise ValueError("generate: cache has gone on in another call, needs a cache that only this one uses")
-            if done == n or (eos and bool(step.ended.all())):
+            if last:
                 return
+            if replay is not None:
+                continue
             with explain(cache.dtype):
-                (replay or step)()
+                step()
             # A step that ran eagerly has its kernels compiled.
-            to_capture = replay is None and done <= captures and n - done > GRAPH_MIN_TOKENS
+            to_capture = done <= captures and n - done > GRAPH_MIN_TOKENS
             if to_capture and not can_capture(model):
                 captures = 0
             elif to_capture:
