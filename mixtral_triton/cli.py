@@ -24,9 +24,10 @@ from rich.progress import DownloadColumn
 from . import __version__
 from .config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from .kernels.arch import ARCHS
+from .tokenizer import load_tokenizer
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
-from .tools.prompt import encode, load_tokenizer, read_prompts, read_text
+from .tools.prompt import encode, read_prompts, read_text
 from .tools.terminal import bar, did_you_mean, exit_status, nearest, print_message
 
 if TYPE_CHECKING:
@@ -265,14 +266,13 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     device = None if mesh is not None else usable_device(args.device)  # each rank of a mesh has its own
     if device is not None and device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
-    dtype = getattr(torch, args.dtype) if args.dtype else None
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
     names = ("deterministic", "offload", "offload_by", "context", "cache_dtype", "activations")
     options: dict[str, Any] = {name: getattr(args, name) for name in names if name in args}
     with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
         options["progress"] = progress.advance
-        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
+        model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
         print_message(f"mixtral-triton {args.command}: {warning.message}")
     if (free := free_memory(model.device)) is not None and is_first():

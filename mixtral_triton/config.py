@@ -17,6 +17,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # `mistralai/Mixtral-8x7B-v0.1`, and perhaps a branch, tag or commit after an @.
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+FIT_NAME = re.compile(r"mixtral-8x(7|22)b", re.IGNORECASE)  # of the sizes that `fit` knows
 GENERATION_FILE = "generation_config.json"
 CONFIG_FILES = ["config.json", GENERATION_FILE, "quantize_config.json", "hf_quant_config.json", "adapter_config.json"]
 CONFIG_FILES += ["params.json"]
@@ -248,6 +249,8 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     if not path.is_dir():
         if not isinstance(folder, str) or NAME.fullmatch(folder) is None:
             needs = "a local checkpoint, or a name on the hub like mistralai/Mixtral-8x7B-v0.1"
+            if FIT_NAME.fullmatch(str(folder)):
+                needs += f"; {folder} is a name that `mixtral-triton fit` takes, which reads no weights"
             raise FileNotFoundError(f"{path}: no such folder, needs {needs}")
         path = _snapshot(folder, tensors)
     if not any(os.path.lexists(path / name) for name in (SINGLE_FILE, INDEX_FILE)):

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import checkpoint
-from .arguments import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
+from .arguments import (
+    check_dtype,
+    check_memory,
+    default_dtype,
+    free_memory,
+    in_decimal,
+    named_dtype,
+    usable_device,
+    weight_bytes,
+)
 from .cache import cache_bytes
 from .config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder, read_json_object
 from .kernels.arch import check_multiplies_fp8
@@ -125,7 +134,7 @@ def load(
     cls: type[Mixtral],
     folder: str | os.PathLike[str],
     device: torch.device | str | None,
-    dtype: torch.dtype | None,
+    dtype: Any,
     quantization: Formats,
     deterministic: bool,
     offload: int | str,
@@ -136,6 +145,7 @@ def load(
     activations: str | None,
     ranks: Ranks | None,
 ) -> Mixtral:
+    dtype = named_dtype(dtype)
     if dtype is not None:
         check_dtype("Mixtral.from_pretrained: dtype", dtype)
     if cache_dtype is not None:
@@ -183,6 +193,7 @@ def load(
     except torch.OutOfMemoryError as error:  # another process has taken what was free
         raise ValueError(f"{folder}: no memory is left on {target_device} for the weights: {error}") from error
     model.requantized, model.prefill_chunk, model.activations = requantized, placement.chunk, activations
+    model.folder = folder
     fill(config, model.named_weights(), progress or checkpoint.ignore_progress, shard)
     return model
 

@@ -30,7 +30,7 @@ def score(
     do; `cache_dtype` as there. Raises ValueError for no text, one without a token, an id outside the vocabulary, and
     one beyond max_position_embeddings.
     """
-    rows = to_rows(model, texts, "score: texts")
+    rows = to_rows(model, texts, argument="score: texts")
     check_rows(model, rows, "score: text")
     ids, lengths = pad(rows, model.device)
     limit, dtypes = model.config.max_position_embeddings, (model.dtype, torch.int8)

@@ -65,17 +65,6 @@ def _check_text(text: str, name: str) -> str:
     return text
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """Return the AutoTokenizer of a folder. ValueError for one that transformers cannot read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        got = f"{folder}: transformers cannot read the tokenizer: {' '.join(str(error).split()):.200}"
-        raise ValueError(f"{got}: needs the checkpoint's tokenizer.json and tokenizer_config.json") from error
-
-
 def encode(tokenizer: Any, text: str, vocab_size: int, add_special_tokens: bool = True) -> tuple[list[int], str]:
     """Return the text's tokens, and a warning where the text itself holds one that the tokenizer adds (<s>). That of a
     chat template has them already. ValueError for a text without tokens, or with one that the model does not have."""

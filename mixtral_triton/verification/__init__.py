@@ -25,6 +25,7 @@ from ..arguments import check_ids, check_vocabulary
 from ..cache import KVCache
 from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..generate import GRAPH_MIN_TOKENS, can_capture
+from ..hf import import_modules
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, launch_context, multiprocessors, target_arch
 from ..model import Mixtral
@@ -90,6 +91,8 @@ def verify(
         folder = checkpoint_folder(target)
         target = Mixtral.from_pretrained(folder)
     elif not isinstance(target, nn.Module):
+        if isinstance(getattr(target, "model", None), nn.Module):  # a pipeline: the error names the model inside
+            import_modules("verify", target)
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     elif folder is not None:

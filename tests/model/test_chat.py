@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.cli import SMALL
-from mixtral_triton.tools.prompt import Decoder, decode, encode, load_tokenizer, print_stream, render
+from mixtral_triton.tokenizer import load_tokenizer
+from mixtral_triton.tools.prompt import Decoder, decode, encode, print_stream, render
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled

@@ -17,13 +17,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mixtral_triton import Mixtral, MixtralConfig, verify
+from mixtral_triton import Mixtral, MixtralConfig, arguments, verify
 from mixtral_triton.cli import SMALL
 from mixtral_triton.config import SIZES, checkpoint_folder
 from mixtral_triton.quantize.write import write
 from mixtral_triton.verification import held_out, perplexity
 from tests.cli.commands import error_line, output, run_json
 from tests.quantize.test_quantize_write import sharded
+from tests.support.models import random_model
 
 pytestmark = pytest.mark.compiled
 NAME, COMMIT = "someone/Mixtral-small", "0123456789" * 4
@@ -366,3 +367,46 @@ def test_activations_that_there_are_not_are_refused_by_name() -> None:
     for activations in ("stored", "int8", "", 8, True):
         with pytest.raises(ValueError, match=f"from_pretrained: activations is {activations!r}, needs None or 'fp8'"):
             Mixtral.from_pretrained(SMALL, "meta", weights="fp8", activations=activations)
+
+
+def test_a_batch_encoding_is_generated_from() -> None:
+    """Padding on either side: the texts are those of the prompts alone, behind the padded ids."""
+    model = Mixtral.from_pretrained(SMALL, "cpu", "float32")
+    texts = ["The return statement", "A list", "Of"]
+    alone = [model.generate([ids], 5)[0][len(ids) :].tolist() for ids in model.tokenizer(texts).input_ids]
+    for side in ("left", "right"):
+        encoding = model.tokenizer(texts, return_tensors="pt", padding=True, padding_side=side)
+        found = model.generate(**encoding, max_new_tokens=5)
+        assert found[:, : encoding.input_ids.shape[1]].equal(encoding.input_ids)
+        assert found[:, encoding.input_ids.shape[1] :].tolist() == alone
+        steps = [step.tolist() for step in model.stream(**encoding, max_new_tokens=5)]
+        assert [*map(list, zip(*steps, strict=True))] == alone
+    lists = model.generate(**model.tokenizer(texts, padding=True), max_new_tokens=5)
+    assert [text[-5:].tolist() for text in lists] == alone and len(lists[2]) == len(model.tokenizer("Of").input_ids) + 5
+    ids = encoding.input_ids
+    for mask in (torch.zeros_like(ids), ids[:, 1:], ids[0], 3, torch.tensor([[1, 0, 1, 1]] * 3)[:, : ids.shape[1]]):
+        with pytest.raises(ValueError, match=r"generate: attention_mask is .*, needs 1 for the tokens"):
+            model.generate(ids, 5, attention_mask=mask)
+
+
+def test_arguments_of_transformers_name_ours() -> None:
+    model, ids = random_model(), torch.tensor([[1, 2]])
+    for name, need in arguments.GENERATE_HINTS.items():
+        for call in (model.generate, model.stream):
+            with pytest.raises(ValueError, match=re.escape(f"generate: there is no argument {name!r}, needs {need}")):
+                call(ids, **{name: 1})
+    for name, need in arguments.LOAD_HINTS.items():
+        message = re.escape(f"Mixtral.from_pretrained: there is no argument {name!r}, needs {need}")
+        with pytest.raises(ValueError, match=message):
+            Mixtral.from_pretrained(SMALL, **{name: 1})
+    with pytest.raises(ValueError, match="no argument 'tempreature', needs one of those that help"):
+        model.generate(ids, tempreature=1)
+    with pytest.raises(ValueError, match="read from no folder"):
+        model.tokenizer  # noqa: B018
+
+
+def test_a_dtype_has_a_name() -> None:
+    for name, dtype in {"auto": torch.bfloat16, "float32": torch.float32, "torch.float16": torch.float16}.items():
+        assert Mixtral.from_pretrained(SMALL, "meta", name).dtype == dtype
+    with pytest.raises(ValueError, match="dtype is 'bf16', needs torch"):
+        Mixtral.from_pretrained(SMALL, "meta", "bf16")

@@ -17,8 +17,8 @@ from mixtral_triton import Mixtral
 from mixtral_triton.config import SMALL
 from mixtral_triton.load import MARGIN
 from mixtral_triton.sampling import Logprobs
+from mixtral_triton.tokenizer import load_tokenizer
 from mixtral_triton.tools import batch
-from mixtral_triton.tools.prompt import load_tokenizer
 from mixtral_triton.tools.writer import Writer, read_step
 from tests.cli.commands import error_line, output, run, run_json
 from tests.tools.test_chat import start

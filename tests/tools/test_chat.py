@@ -20,9 +20,10 @@ import torch
 from mixtral_triton import KVCache, Mixtral, generate
 from mixtral_triton.config import SMALL
 from mixtral_triton.layer import Layer
+from mixtral_triton.tokenizer import load_tokenizer
 from mixtral_triton.tools import chat
 from mixtral_triton.tools.chat import Conversation
-from mixtral_triton.tools.prompt import load_tokenizer, speed_of
+from mixtral_triton.tools.prompt import speed_of
 from mixtral_triton.tools.writer import Writer
 from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
 from tests.tools.conftest import TEMPLATE, change

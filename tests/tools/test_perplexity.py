@@ -13,8 +13,8 @@ import torch
 
 from mixtral_triton import Mixtral
 from mixtral_triton.config import SMALL
+from mixtral_triton.tokenizer import load_tokenizer
 from mixtral_triton.tools import perplexity, terminal
-from mixtral_triton.tools.prompt import load_tokenizer
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled
