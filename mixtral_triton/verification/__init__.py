@@ -34,7 +34,15 @@ from ..quantize.hub import read_headers
 from ..tolerance import Fp64Reference, largest, ordered_products, to_fp64, token_floor
 from ..tools.offline import launch_text, on_meta
 from .calls import BATCH, SizedCalls
-from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
+from .layers import (
+    LayerProbe,
+    ModelUnderTest,
+    Step,
+    compare_activation_formats,
+    compare_in_fp32,
+    compare_layers,
+    single_layer_model,
+)
 from .loaded import check_weights
 from .models import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
@@ -171,6 +179,8 @@ def _verify(
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))
+    if target.activations is not None:
+        found += compare_activation_formats(target)
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     found = [*target.measure(None, "rms_norm", "final", norm), *found]
     rows += sorted(found, key=lambda row: math.inf if row.layer is None else row.layer)
