@@ -71,7 +71,7 @@ def call_unchecked(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = 
         return plan.run(op, args, key)
     index = op.deterministic_index
     with products_of_codes():
-        if index is not None and len(args) > index and args[index] is True:
+        if index is not None and len(args) > index and args[index]:
             return sequential(op, args)
         return op.call_reference(*args)
 

@@ -1,7 +1,7 @@
 """Checks of a caller's arguments: devices, memory, token ids, lengths."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import MixtralConfig
+from .config import DTYPES, MixtralConfig
 from .kernels.checks import FLOATS, INTS, fail, readable
 from .kernels.launch import INTERPRETED
 from .kernels.quantized import QuantSpec
@@ -40,6 +40,65 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} does not exist: this machine has {torch.cuda.device_count()} GPUs")
     return usable
+
+
+def named_dtype(dtype: Any) -> Any:
+    """Return the dtype of a name ("bfloat16"), None for "auto", anything else as it is."""
+    if not isinstance(dtype, str):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    return None if name == "auto" else getattr(torch, name) if name in DTYPES else dtype
+
+
+# What does here what an argument of transformers does there.
+GENERATE_HINTS = {
+    "do_sample": "temperature: 0 is greedy, above 0 samples",
+    "max_length": "max_new_tokens",
+    "streamer": "model.stream(...), an iterator over tokens",
+    "stopping_criteria": "model.stream(...), which a caller leaves",
+    "output_scores": "logprobs=N",
+    "output_logits": "logprobs=N",
+    "return_dict_in_generate": "logprobs=N, which returns a NamedTuple",
+    "past_key_values": "cache, a KVCache",
+    "use_cache": "cache, a KVCache that goes on; there is one in any case",
+    "pad_token_id": "nothing: a sequence is padded with its EOS",
+    "generation_config": "its fields as arguments: temperature, top_k, top_p, ...",
+    "num_return_sequences": "the prompt as often in a list",
+}
+LOAD_HINTS = {
+    "torch_dtype": "dtype",
+    "device_map": "device, or mesh for several GPUs, or offload for experts in host memory",
+    "quantization_config": "weights: 'int4', 'int8' or 'fp8'",
+    "load_in_4bit": "weights='int4'",
+    "load_in_8bit": "weights='int8'",
+    "revision": "the folder as 'NAME@REVISION'",
+    "attn_implementation": "nothing: there is one implementation",
+    "trust_remote_code": "nothing: no code of a checkpoint runs",
+    "low_cpu_mem_usage": "nothing: weights are read row by row",
+}
+
+
+def reject_unknown(caller: str, unknown: Mapping[str, Any], hints: Mapping[str, str]) -> None:
+    """Raise ValueError for arguments that there are not, with what does the same here."""
+    for name in unknown:
+        need = hints.get(name, f"one of those that help({caller}) lists")
+        raise ValueError(f"{caller}: there is no argument {name!r}, needs {need}")
+
+
+def drop_padding(rows: Sequence[Tensor], mask: Any) -> list[Tensor]:
+    """Return of each row [T] the tokens that an attention mask [B,T] or a list of lists has: not the padding on either
+    side. ValueError for a mask of another shape, a row without a token, and padding between tokens."""
+    masks = mask.tolist() if isinstance(mask, Tensor) else mask
+    kept, need = list[Tensor](), "1 for the tokens of each prompt and 0 for padding on one side, or both"
+    fits = isinstance(masks, (list, tuple)) and len(masks) == len(rows)
+    for row, values in zip(rows, masks if fits else (), strict=False):
+        ones = [at for at, value in enumerate(values) if value] if isinstance(values, (list, tuple)) else []
+        fits = fits and bool(ones) and len(values) == len(row) and ones[-1] - ones[0] == len(ones) - 1
+        if fits:
+            kept.append(row[ones[0] : ones[-1] + 1])
+    if not fits:
+        raise ValueError(f"generate: attention_mask is {_describe(mask)}, needs {need}")
+    return kept
 
 
 def check_dtype(argument: str, dtype: Any, of_cache: bool = False) -> None:

@@ -80,24 +80,10 @@ class KVCache:
         shape = cache_shape(config, batch, max_len or limit)
         self.slots = shape[4]
         self.max_len = limit if self.window else self.slots
-
-        def zeros() -> Slots:  # so that no slot holds uninitialized bits
-            try:
-                if dtype is torch.int8:
-                    return QuantizedCache.empty(*shape[2:], device=device).zero_()
-                return torch.zeros(shape[2:], dtype=dtype, device=device)
-            except torch.OutOfMemoryError:  # a smaller batch may fit, and a caller may try
-                raise
-            except (RuntimeError, OverflowError, TypeError) as error:
-                size = in_decimal(cache_bytes(config, batch, max_len or limit, dtype))
-                got = f"batch {batch} and {self.slots} slots take {size} on {device}"
-                text = f"KVCache: {got}, which torch cannot allocate, needs a smaller batch or max_len"
-                raise ValueError(text) from error
-
         # Memory of their own: `ops.append` says why.
         with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
-            self.keys, self.values = (tuple(zeros() for _ in range(shape[0])) for _ in range(2))
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.keys, self.values = (tuple(self._zeros(shape[2:]) for _ in range(shape[0])) for _ in range(2))
         self._known, self._version = 0, _version(self.lengths)
         self.replayed = False  # whether a captured graph, which a caller may replay, appends
         self.reused = [0] * batch
@@ -109,6 +95,22 @@ class KVCache:
         # Of each sequence, the position up to which slots may have been written, where that is beyond `lengths`: by a
         # forward that failed, or by tokens that were dropped.
         self.written: list[int] | None = None
+
+    def _zeros(self, shape: tuple[int, ...]) -> Slots:
+        """Return the slots of a layer's keys or values [B, Hkv, C, D]: zeros, so that none holds uninitialized bits."""
+        device = self.lengths.device
+        try:
+            with torch.inference_mode(False):  # as in `__init__`
+                if self.dtype is torch.int8:
+                    return QuantizedCache.empty(*shape, device=device).zero_()
+                return torch.zeros(shape, dtype=self.dtype, device=device)
+        except torch.OutOfMemoryError:  # a smaller batch may fit, and a caller may try
+            raise
+        except (RuntimeError, OverflowError, TypeError) as error:
+            size = in_decimal(cache_bytes(self.config, shape[0], shape[2], self.dtype))
+            got = f"batch {shape[0]} and {shape[2]} slots take {size} on {device}"
+            text = f"KVCache: {got}, which torch cannot allocate, needs a smaller batch or max_len"
+            raise ValueError(text) from error
 
     @property
     def batch(self) -> int:
@@ -236,12 +238,13 @@ class KVCache:
         self.written = [w if n else 0 for w, n in zip(written, reused, strict=True)]
         return reused
 
-    def grown(self, max_len: int) -> KVCache:
-        """Return a cache for `max_len` tokens, at most the model's positions, that holds the same. Not of a ring."""
-        cache = KVCache(self.config, self.batch, max_len, self.lengths.device, self.dtype)
-        for old, new in zip((*self.keys, *self.values), (*cache.keys, *cache.values), strict=True):
+    def grow(self, max_len: int) -> None:
+        """Make room for `max_len` tokens, at most the model's positions, layer by layer: beside the new slots are the
+        old ones of one layer. Not of a ring. Where it fails, the cache cannot be used any more."""
+        shape = cache_shape(self.config, self.batch, max_len)[2:]
+        layers, self.keys, self.values = [*self.keys, *self.values], (), ()
+        for index, old in enumerate(layers):
+            layers[index] = new = self._zeros(shape)
             new[:, :, : self.slots].copy_(old)  # type: ignore[arg-type]
-        cache.lengths.copy_(self.lengths)
-        cache.texts, cache.drawn, cache.replayed = self.texts, self.drawn, self.replayed
-        cache.filled_by = self.filled_by
-        return cache
+        self.keys, self.values = tuple(layers[: len(layers) // 2]), tuple(layers[len(layers) // 2 :])
+        self.slots = self.max_len = shape[2]

@@ -24,9 +24,10 @@ from rich.progress import DownloadColumn
 from . import __version__
 from .config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from .kernels.arch import ARCHS
+from .tokenizer import load_tokenizer
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
-from .tools.prompt import ChatTemplate, encode, load_tokenizer, read_prompts, read_text
+from .tools.prompt import encode, read_prompts, read_text
 from .tools.terminal import bar, did_you_mean, exit_status, nearest, print_message
 
 if TYPE_CHECKING:
@@ -159,7 +160,9 @@ def parser() -> argparse.ArgumentParser:
     ):
         option = command(name, help, f"{model} {offload} {names} --interpret")
         option("--system", metavar="TEXT", help="the system message of the chat; default: none")
-        option("--max-new-tokens", type=int, default=64, metavar="N", help="fewer where the text ends; default: 64")
+        most = "what the context leaves" if name == "chat" else 64
+        text = f"fewer where the text ends; {stored} {most}"
+        option("--max-new-tokens", type=int, metavar="N", help=text)
         option("--temperature", type=float, metavar="X", help=f"0 is greedy; {stored} 0")
         option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens, 0: all; {stored} 0")
         option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
@@ -177,9 +180,9 @@ def parser() -> argparse.ArgumentParser:
             option("--prompt", **shared["--prompt"] | {"help": f"{PROMPT}; repeated: turns of a chat"})
             text = "use the checkpoint's chat template, and answer each --prompt in turn"
             option("--chat", action="store_true", help=text)
-            text = 'JSON lines with a "prompt", or "messages", and perhaps an "id": print one with a "text" for each'
-            option("--batch", type=Path, metavar="FILE", help=text)
-            option("--out", type=Path, metavar="FILE", help="of --batch: write there, behind what is there already")
+            text = 'JSON lines with a "prompt" or "messages": print one with a "text" for each'
+            option("--batch", type=parse_source, metavar="FILE", help=f"{text}; - reads standard input")
+            option("--out", type=Path, metavar="FILE", help="of --batch: write there; results of the same job are kept")
             text = "prompts of --batch at a time; auto, the default: up to 32 that fit"
             option("--batch-size", type=parse_batch_size, metavar="N|auto", help=text)
 
@@ -265,14 +268,13 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     device = None if mesh is not None else usable_device(args.device)  # each rank of a mesh has its own
     if device is not None and device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
-    dtype = getattr(torch, args.dtype) if args.dtype else None
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
     names = ("deterministic", "offload", "context", "cache_dtype", "activations")
     options: dict[str, Any] = {name: getattr(args, name) for name in names if name in args}
     with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
         options["progress"] = progress.advance
-        model = Mixtral.from_pretrained(args.folder, device, dtype, args.weights, mesh, **options)
+        model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
         print_message(f"mixtral-triton {args.command}: {warning.message}")
     if (free := free_memory(model.device)) is not None and is_first():
@@ -352,25 +354,24 @@ def _generate(args: argparse.Namespace) -> int:
     check_options(args)
     if args.batch is not None:
         jobs = batch.read_jobs(args)
-        done = batch.read_done(args.out, jobs)
+        done, size = batch.read_done(args.out, jobs)
         with open_mesh(args) as mesh:
-            return batch.run(args, _writer(args, note, mesh), jobs, done)
+            return batch.run(args, _writer(args, note, mesh), jobs, done, size)
     texts = read_prompts(args.prompt)
     if not args.chat and (len(texts) > 1 or args.system is not None):
         raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
-    template = ChatTemplate(args.folder) if args.chat else None
-    if template is not None:  # before the weights are read
-        check_system(template, args.system, texts[0])
+    if args.chat:  # before the weights are read
+        check_system(load_tokenizer(args.folder), args.system, texts[0])
     with open_mesh(args) as mesh:
         writer, quiet = _writer(args, note, mesh), args.json or not is_first()
-        chat = None if template is None else Conversation(writer, template, args.system)
+        limit = writer.model.config.max_position_embeddings
+        chat = Conversation(writer, args.system, limit) if args.chat else None
         for text in texts:
             if chat is None:  # a continuation follows the prompt on its line, an answer stands alone
-                ids = writer.encode(text)
-                found, line = writer.write(ids, None if quiet else text, ids[-1:], args.max_new_tokens)
+                found, line = writer.write(writer.encode(text), None if quiet else text)
             else:
                 shown = f"> {text}\n" if len(texts) > 1 else ""
-                found, line = chat.turn(text, None if quiet else shown)
+                found, line = chat.turn(text, None if quiet else shown, writer.new_tokens)
             print_message("" if quiet else line)
         if is_first() and args.json:
             more = {} if chat is None else {"prompt": chat.prompt, "messages": chat.messages}
@@ -380,16 +381,20 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
+    from .load import AUTO_CONTEXT
     from .tools.chat import Conversation, check_system, run
     from .tools.writer import check_options
 
     check_options(args)
-    template, limit = ChatTemplate(args.folder), MixtralConfig.from_pretrained(args.folder).max_position_embeddings
-    check_system(template, args.system)
+    limit = MixtralConfig.from_pretrained(args.folder).max_position_embeddings
+    check_system(load_tokenizer(args.folder), args.system)
     if args.context is not None and not 1 <= args.context <= limit:
         raise ValueError(f"--context is {args.context}, needs 1 to {limit}, the model's positions")
-    limit, args.context = args.context or limit, args.context if args.offload == "auto" else None
-    return run(args, Conversation(_writer(args, note), template, args.system, limit))
+    planned = min(AUTO_CONTEXT, limit) if args.offload == "auto" else limit  # tokens that loading leaves memory for
+    limit, args.context = args.context or planned, args.context if args.offload == "auto" else None
+    writer = _writer(args, note)
+    writer.notes.append(f"the chat has room for {limit:,} tokens")
+    return run(args, Conversation(writer, args.system, limit))
 
 
 def _perplexity(args: argparse.Namespace) -> int:
@@ -399,7 +404,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     text, config = read_text(args.text, f"--text {args.text}"), MixtralConfig.from_pretrained(args.folder)
     ids = _encode(args, load_tokenizer(args.folder), config, text)
     with open_mesh(args) as mesh:
-        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), note)
+        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), _compile, note)
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -410,7 +415,7 @@ def _trace(args: argparse.Namespace) -> int:
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
     model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(args, model, tokenizer, _encode(args, tokenizer, model.config, args.prompt), note)
+    return run(args, model, tokenizer, _encode(args, tokenizer, model.config, args.prompt), _compile, note)
 
 
 def _quantize(args: argparse.Namespace) -> int:

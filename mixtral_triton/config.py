@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 SMALL = Path(__file__).parent / "small"  # the checkpoint of the package, also by the name "small"
@@ -18,10 +17,12 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # `mistralai/Mixtral-8x7B-v0.1`, and perhaps a branch, tag or commit after an @.
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+FIT_NAME = re.compile(r"mixtral-8x(7|22)b", re.IGNORECASE)  # of the sizes that `fit` knows
 GENERATION_FILE = "generation_config.json"
 CONFIG_FILES = ["config.json", GENERATION_FILE, "quantize_config.json", "hf_quant_config.json", "adapter_config.json"]
 CONFIG_FILES += ["params.json"]
-TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", INDEX_FILE]
+TEXT_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
+TEXT_FILES += ["chat_template.jinja", INDEX_FILE]
 # What other layouts than transformers' hold, and what a user of them needs.
 _MISTRAL = "is of Mistral's own layout, needs transformers' layout: the hub has it, as in mistralai/Mixtral-8x7B-v0.1"
 OTHER_LAYOUTS = {
@@ -32,7 +33,6 @@ OTHER_LAYOUTS = {
     "*.gguf": "is GGUF, needs safetensors",
 }
 LFS_POINTER = b"version https://git-lfs"
-MOST_BYTES = 1 << 27  # of a file of JSON or of a template
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings"),
@@ -78,16 +78,6 @@ FIELDS = dict.fromkeys(SIZES, _SIZE) | {
         (None, -1),
     ),
     "dtype": Field(DTYPES.__contains__, f"one of {', '.join(DTYPES)}, or null", (None,)),
-}
-# The fields of generation_config.json that are checked. top_k 0 means all tokens, as in transformers.
-GENERATION_FIELDS = {
-    "eos_token_id": FIELDS["eos_token_id"],
-    "do_sample": Field(lambda value: type(value) is bool, "true, false or null", (None,)),
-    "temperature": Field(lambda value: _is_positive(value, 0), "a finite number of at least 0, or null", (None,)),
-    "top_k": Field(partial(is_size, least=0), "an integer of at least 0, or null", (None,)),
-    "top_p": Field(lambda value: _is_positive(value) and value <= 1, "a number above 0, at most 1, or null", (None,)),
-    "min_p": Field(lambda value: _is_positive(value, 0) and value <= 1, "a number from 0 to 1, or null", (None,)),
-    "repetition_penalty": Field(_is_positive, "a finite number above 0, or null", (None,)),
 }
 # The only values that a config.json may have for what Mixtral has no code for, and the reason.
 Fixed = dict[str, tuple[tuple[Any, ...], str]]
@@ -167,9 +157,12 @@ class MixtralConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint folder needs its config.json")
         config = cls.from_dict(read_json_object(path), source=str(path))
-        found = read_generation_config(path.parent).get("eos_token_id"), config.eos_token_id
+        file = path.parent / GENERATION_FILE
+        stored = read_json_object(file).get("eos_token_id") if file.is_file() else None
+        name = f"{file}: eos_token_id"
+        found = _check_field(name, stored, FIELDS["eos_token_id"]), config.eos_token_id
         added, ids = ([] if each is None else each if isinstance(each, tuple) else [each] for each in found)
-        name, need = f"{path.parent / GENERATION_FILE}: eos_token_id", f"ids below vocab_size = {config.vocab_size}"
+        need = f"ids below vocab_size = {config.vocab_size}"
         check_value(name, found[0], need, max(added, default=0) < config.vocab_size)
         new = [token for token in dict.fromkeys(added) if token not in ids]
         return replace(config, eos_token_id=(*ids, *new)) if new else config
@@ -216,18 +209,6 @@ def _check_field(name: str, value: Any, field: Field) -> Any:
     return value
 
 
-def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the fields of generation_config.json that are not null, none where there is no such file.
-
-    ValueError that names the file for one that `read_file` refuses, and for a wrong value of GENERATION_FIELDS."""
-    path = Path(folder) / GENERATION_FILE
-    if not os.path.lexists(path):
-        return {}
-    raw = read_json_object(path)
-    checked = {name: _check_field(f"{path}: {name}", raw.get(name), field) for name, field in GENERATION_FIELDS.items()}
-    return {name: value for name, value in (raw | checked).items() if value is not None}
-
-
 def _check_fixed(prefix: str, values: Mapping[str, Any], table: Fixed) -> None:
     for key, (allowed, reason) in table.items():
         right = key not in values or values[key] in allowed
@@ -268,6 +249,8 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     if not path.is_dir():
         if not isinstance(folder, str) or NAME.fullmatch(folder) is None:
             needs = "a local checkpoint, or a name on the hub like mistralai/Mixtral-8x7B-v0.1"
+            if FIT_NAME.fullmatch(str(folder)):
+                needs += f"; {folder} is a name that `mixtral-triton fit` takes, which reads no weights"
             raise FileNotFoundError(f"{path}: no such folder, needs {needs}")
         path = _snapshot(folder, tensors)
     if not any(os.path.lexists(path / name) for name in (SINGLE_FILE, INDEX_FILE)):
@@ -282,37 +265,21 @@ def _snapshot(name: str, tensors: bool) -> Path:
     import huggingface_hub
 
     repository, _, revision = name.partition("@")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     patterns, needed = CONFIG_FILES + (TEXT_FILES if tensors else []), list[str]()
     while True:
         try:
             path = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
         except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
-            found = {kind.__name__ for kind in type(error).__mro__}
-            if "GatedRepoError" in found:
-                what = f"asks for its terms to be accepted at https://huggingface.co/{repository}, and for a token"
-            elif "RepositoryNotFoundError" in found or "HFValidationError" in found:
-                what = "is no folder here, and no public repository of the hub; a private one needs a token"
-            elif "RevisionNotFoundError" in found:
-                what = f"the repository has no revision {revision!r}"
-            elif "LocalEntryNotFoundError" in found or "OfflineModeIsEnabled" in found:
-                reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-                what = f"is no folder here, nor complete in the hub's cache, and {reason}"
-            else:
-                what = f"the hub answers {' '.join(str(error).split()):.200}"
-            hint = " (hf auth login, or HF_TOKEN)" if what.endswith("token") else ""
-            raise FileNotFoundError(f"{name}: {what}{hint}") from error
-        is_last = bool(needed)
-        if tensors and not is_last:
-            MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come
-            index = Path(path) / INDEX_FILE
-            patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
-            revision = index.parent.name  # the same commit, whatever is pushed meanwhile
-        missing = [file for file in needed if not (Path(path) / file).is_file()]
-        if is_last or not missing:  # huggingface_hub 1.33 looks a commit up even offline: not where nothing is missing
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise FileNotFoundError(f"{name}: is no folder here, and the hub says {text}") from error
+        if not tensors or needed:
             break
-    if offline and missing:
-        raise FileNotFoundError(f"{name}: {missing[0]} is not in the hub's cache, and HF_HUB_OFFLINE is set")
+        MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come
+        index = Path(path) / INDEX_FILE
+        patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
+        revision = index.parent.name  # the same commit, whatever is pushed meanwhile
+        if all((Path(path) / file).is_file() for file in needed):
+            break  # huggingface_hub 1.33 looks a commit up even offline
     return Path(path)
 
 
@@ -323,8 +290,8 @@ def read_index(index: Path) -> dict[str, list[str]]:
         raise ValueError(f"{index}: weight_map is missing, needs an object of tensor name to file name")
     names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        # Checks the name, not a link's target: the hub's cache links to ../../blobs. Windows' rules are stricter.
-        plain = isinstance(file, str) and PureWindowsPath(file).name == file and not {*"*?["} & {*file}  # no pattern
+        # Checks the name, not a link's target: the hub's cache links to ../../blobs.
+        plain = isinstance(file, str) and Path(file).name == file and not {*"*?["} & {*file}  # no pattern
         if not plain or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: {name!r:.80} is in {file!r:.80}, needs the plain name of a .safetensors file")
         names.setdefault(file, []).append(name)
@@ -338,19 +305,8 @@ def refuse_lfs_pointer(file: Path) -> None:
             raise ValueError(f"{file}: is a pointer of Git LFS, not the file: run `git lfs pull` in its folder")
 
 
-def read_file(path: Path) -> bytes:
-    """Return the bytes of a file that a checkpoint names; ValueError for one that is too large or may never end."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is a pipe, a device or a folder, needs a regular file")
-    with path.open("rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"{path}: has more than {MOST_BYTES} bytes, needs at most as many")
-    return data
-
-
 def read_json_object(path: Path) -> dict[str, Any]:
-    return parse_json_object(read_file(path), str(path))
+    return parse_json_object(path.read_bytes(), str(path))
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -359,20 +315,11 @@ def shown(value: object, most: int = 80) -> str:
 
 
 def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
-    """Return the JSON object in `data` (UTF-8); ValueError naming `source` for anything else and for repeated keys."""
+    """Return the JSON object in `data` (UTF-8); ValueError naming `source` for anything else."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_distinct)
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{source}: not readable as JSON: {reason}") from None
+        raise ValueError(f"{source}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{source}: holds a JSON {type(value).__name__}, needs an object")
     return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r:.80} occurs {count} times")
-    return values

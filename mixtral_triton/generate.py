@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .arguments import check_ids, check_vocabulary, explain_out_of_memory, is_int
+from .arguments import (
+    GENERATE_HINTS,
+    check_ids,
+    check_vocabulary,
+    drop_padding,
+    explain_out_of_memory,
+    is_int,
+    reject_unknown,
+)
 from .cache import KVCache
 from .cuda_graph import CapturedGraph, CaptureLost, capture, is_out_of_memory
 from .kernels.call import untraced
@@ -45,6 +53,8 @@ def generate(
     cache: KVCache | None = None,
     cache_dtype: torch.dtype | None = None,
     logprobs: int | None = None,
+    attention_mask: Any = None,
+    **unknown: Any,
 ) -> Any:
     """Continue prompts: int64 [B,T] -> [B,T+n], or a list of prompts, each int64 [T] or a list of integers -> a list of
     prompts [T] with what follows them.
@@ -63,15 +73,19 @@ def generate(
               failed forward does
     logprobs  N: return a `Logprobs` (ids, logprobs [B,n], top_ids [B,n,N], top_logprobs [B,n,N]) of the new tokens,
               with lists in place of tensors for a list of prompts
+    attention_mask  [B,T] or a list of lists: 0 is padding, on either side, which no token sees, as in
+              `generate(**tokenizer(texts, return_tensors="pt", padding=True))`; a result [B,T+n] keeps it
+    An argument of transformers' that there is not raises ValueError, which names the one that does it here.
     """
-    options: Any = {"generator": generator, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    options: Any = {"attention_mask": attention_mask, **unknown}
+    options |= {"generator": generator, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     options |= {"cache": cache, "cache_dtype": cache_dtype, "logprobs": logprobs}
     steps = [*stream(model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, **options)]
-    rows, eos = to_rows(model, input_ids), eos_ids(eos_token_id, model.config)
+    rows, eos = to_rows(model, input_ids, attention_mask), eos_ids(eos_token_id, model.config)
     new, *measured = stack_steps(steps, len(rows), max_new_tokens, logprobs or 0)
     if isinstance(input_ids, Tensor):
         device = rows[0].device
-        found = [torch.cat((torch.stack(rows), new.to(device)), dim=1), *(each.to(device) for each in measured)]
+        found = [torch.cat((input_ids, new.to(device)), dim=1), *(each.to(device) for each in measured)]
     else:
         tails = [(row, b, _end_of(new[b, : len(steps)], eos)) for b, row in enumerate(rows)]
         found = [[torch.cat((row, new[b, :end].to(row.device))) for row, b, end in tails]]  # type: ignore[list-item]
@@ -94,11 +108,14 @@ def stream(
     cache: KVCache | None = None,
     cache_dtype: torch.dtype | None = None,
     logprobs: int | None = None,
+    attention_mask: Any = None,
+    **unknown: Any,
 ) -> Iterator[Any]:
     """Check the arguments, those of `generate`, then return an iterator over the next tokens, int64 [B] on the model's
     device, or with `logprobs` over `Logprobs` of a step. A sequence that has ended repeats its EOS; the iterator ends
     once every sequence has. A cache is right wherever the caller stops."""
-    eos, rows = eos_ids(eos_token_id, model.config), to_rows(model, input_ids)
+    reject_unknown("generate", unknown, GENERATE_HINTS)
+    eos, rows = eos_ids(eos_token_id, model.config), to_rows(model, input_ids, attention_mask)
     dtypes, vocabulary, penalty = (None, model.dtype, torch.int8), model.config.vocab_size, repetition_penalty
     finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
     penalizes = _is_number(penalty) and 0.0 < penalty <= torch.finfo(torch.float32).max
@@ -183,16 +200,22 @@ def _stream(
                 model.ranks.synchronize(model.device)
             if drawn is not None:
                 drawn.append(step.token.clone())
-            yield step.result()
+            result, last = step.result(), done == n or (bool(eos) and bool(step.ended.all()))
+            if replay is not None and not last:  # here, so that the GPU computes while the caller prints a token
+                with explain():
+                    replay()
+            yield result
             if drawn is not None and (cache.drawn is not drawn or cache.lengths_written):
                 got = "cache has gone on in another call, or its lengths were written"
                 raise ValueError(f"generate: {got}, needs a cache that only this one uses")
-            if done == n or (eos and bool(step.ended.all())):
+            if last:
                 return
+            if replay is not None:
+                continue
             with explain():
-                (replay or step)()
+                step()
             # A step that ran eagerly has its kernels compiled.
-            to_capture = replay is None and done <= captures and n - done > GRAPH_MIN_TOKENS
+            to_capture = done <= captures and n - done > GRAPH_MIN_TOKENS
             if to_capture and not can_capture(model):
                 captures = 0
             elif to_capture:
@@ -292,9 +315,9 @@ def run_chunks(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> 
         yield start, model.hidden(chunk, cache, new), new
 
 
-def to_rows(model: Mixtral, ids: Any, argument: str = "generate: input_ids") -> list[Any]:
+def to_rows(model: Mixtral, ids: Any, mask: Any = None, argument: str = "generate: input_ids") -> list[Any]:
     """Return the rows of ids [B,T] or of a list, a list of integers as int64 [T] on the model's device; what else is no
-    tensor stays as it is, for `check_rows`."""
+    tensor stays as it is, for `check_rows`. mask: as in `drop_padding`."""
     if not isinstance(ids, (list, tuple)) and not (isinstance(ids, Tensor) and ids.dim()):
         got = "one number" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
         raise ValueError(f"{argument} is {got}, needs a tensor [B, T] or a list of texts [T]")
@@ -302,7 +325,8 @@ def to_rows(model: Mixtral, ids: Any, argument: str = "generate: input_ids") -> 
     def is_ids(row: Any) -> bool:
         return isinstance(row, (list, tuple)) and all(is_int(token, 0) and token < 1 << 63 for token in row)
 
-    return [torch.tensor(row, dtype=torch.int64, device=model.device) if is_ids(row) else row for row in ids]
+    rows = [torch.tensor(row, dtype=torch.int64, device=model.device) if is_ids(row) else row for row in ids]
+    return rows if mask is None else drop_padding(rows, mask)
 
 
 def check_rows(model: Mixtral, rows: Sequence[Tensor], what: str) -> None:

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import checkpoint
-from .arguments import check_dtype, check_memory, default_dtype, free_memory, in_decimal, usable_device, weight_bytes
+from .arguments import (
+    check_dtype,
+    check_memory,
+    default_dtype,
+    free_memory,
+    in_decimal,
+    named_dtype,
+    usable_device,
+    weight_bytes,
+)
 from .cache import cache_bytes
 from .config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from .kernels.arch import check_multiplies_fp8
@@ -112,7 +121,7 @@ def load(
     cls: type[Mixtral],
     folder: str | os.PathLike[str],
     device: torch.device | str | None,
-    dtype: torch.dtype | None,
+    dtype: Any,
     quantization: Formats,
     deterministic: bool,
     offload: int | str,
@@ -122,6 +131,7 @@ def load(
     activations: str | None,
     ranks: Ranks | None,
 ) -> Mixtral:
+    dtype = named_dtype(dtype)
     if dtype is not None:
         check_dtype("Mixtral.from_pretrained: dtype", dtype)
     if cache_dtype is not None:
@@ -169,7 +179,7 @@ def load(
         model = cls(config, target_device, dtype, deterministic, specs, ranks, placement.experts, placement.embedding)
     except torch.OutOfMemoryError as error:  # another process has taken what was free
         raise ValueError(f"{folder}: no memory is left on {target_device} for the weights: {error}") from error
-    model.requantized, model.activations = requantized, activations
+    model.requantized, model.activations, model.folder = requantized, activations, folder
     fill(config, model.named_weights(), progress or checkpoint.ignore_progress, shard)
     return model
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import checkpoint, ops
-from .arguments import check_dtype, check_ids, check_lengths, usable_device
+from .arguments import LOAD_HINTS, check_dtype, check_ids, check_lengths, reject_unknown, usable_device
 from .cache import KVCache
 from .config import PREFILL_CHUNK, MixtralConfig
 from .generate import generate, stream
@@ -31,6 +32,7 @@ from .load import load
 from .parallel import UNSHARDED, Ranks
 from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
 from .score import score
+from .tokenizer import load_tokenizer
 
 # Rows of a forward up to which activations="fp8" keeps 16 bits: its products are then bound by the weights' bytes.
 SIXTEEN_BIT_ROWS = 64
@@ -77,6 +79,8 @@ class Mixtral(nn.Module):
     activations: str | None = None  # "fp8": see `from_pretrained`
     sixteen_bit_rows: int = SIXTEEN_BIT_ROWS
     requantized: frozenset[str] = frozenset()  # tensors on disk that were dequantized, and perhaps quantized anew
+    folder: Path | None = None  # which `from_pretrained` read
+    _tokenizer: Any = None
     prefill_chunk: int = PREFILL_CHUNK  # tokens that `generate` reads of a prompt at once
 
     def __init__(
@@ -127,7 +131,7 @@ class Mixtral(nn.Module):
         cls,
         folder: str | os.PathLike[str],
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         weights: str | Mapping[str, str] | None = None,
         mesh: Any = None,
         deterministic: bool = False,
@@ -136,12 +140,13 @@ class Mixtral(nn.Module):
         context: int | None = None,
         cache_dtype: torch.dtype | None = None,
         activations: str | None = None,
+        **unknown: Any,
     ) -> Mixtral:
         """Load a Hugging Face checkpoint (config.json and safetensors; checkpoint.py says what is rejected).
 
         folder         a local one, or a name on the hub, `mistralai/Mixtral-8x7B-v0.1`, perhaps with `@revision`
         device         None: the GPU if there is one and nothing is interpreted, else the CPU; "meta": headers only
-        dtype          None: as stored
+        dtype          None or "auto": as stored; a torch dtype or its name, "bfloat16"
         weights        None: as stored, quantized or not. "int4", "int8" or "fp8": quantize the experts while loading.
                        {"experts": "int4", "linear": "int8"}: attention's projections and the head, too; a tied head
                        stays dense, like the gate and the norms. A checkpoint that is quantized already is quantized
@@ -161,6 +166,7 @@ class Mixtral(nn.Module):
                        products, of few rows in `generate`, stay. Not with a mesh, whose ranks would each scale their
                        own columns
         """
+        reject_unknown("Mixtral.from_pretrained", unknown, LOAD_HINTS)
         if activations not in (None, "fp8"):
             raise ValueError(f"Mixtral.from_pretrained: activations is {activations!r}, needs None or 'fp8'")
         if activations is not None and mesh is not None:
@@ -176,6 +182,15 @@ class Mixtral(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The AutoTokenizer of the model's folder, read at first use. ValueError for a model without a folder."""
+        if self._tokenizer is None:
+            if self.folder is None:
+                raise ValueError("Mixtral.tokenizer: the model was read from no folder, needs Mixtral.from_pretrained")
+            self._tokenizer = load_tokenizer(self.folder)
+        return self._tokenizer
 
     @property
     def dtype(self) -> torch.dtype:

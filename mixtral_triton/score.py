@@ -30,7 +30,7 @@ def score(
     do; `cache_dtype` as there. Raises ValueError for no text, one without a token, an id outside the vocabulary, and
     one beyond max_position_embeddings.
     """
-    rows = to_rows(model, texts, "score: texts")
+    rows = to_rows(model, texts, argument="score: texts")
     check_rows(model, rows, "score: text")
     ids, lengths = pad(rows, model.device)
     limit, dtypes = model.config.max_position_embeddings, (model.dtype, torch.int8)
@@ -39,10 +39,12 @@ def score(
     if (dtype := model.dtype if cache_dtype is None else cache_dtype) not in dtypes:
         raise ValueError(f"score: cache_dtype is {dtype!r}, needs None, {model.dtype}, the model's, or torch.int8")
     with explain_out_of_memory("score", model.device, len(rows), ids.shape[1]):
-        return _score(model, rows, ids, lengths, dtype)
+        return score_padded(model, rows, ids, lengths, dtype)
 
 
-def _score(model: Mixtral, rows: list[Tensor], ids: Tensor, lengths: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def score_padded(
+    model: Mixtral, rows: Sequence[Tensor], ids: Tensor, lengths: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     """`score` of checked texts, padded to ids [B,T]."""
     cache = KVCache(model.config, len(rows), ids.shape[1], model.device, dtype)
     targets, found, at_once = F.pad(ids[:, 1:], (0, 1)), [], max(1, LOGITS // model.full_config.vocab_size)

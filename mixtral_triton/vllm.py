@@ -45,7 +45,10 @@ def read_options() -> dict[str, Any]:
     """Return the options of the engine that is being built. ValueError for an unknown key or value."""
     config = get_current_vllm_config().additional_config
     given = config.get(NAME, {}) if isinstance(config, dict) else {}
-    right = isinstance(given, dict) and all(value in OPTIONS.get(key, ()) for key, value in given.items())
+    right = isinstance(given, dict) and all(
+        any(type(value) is type(allowed) and value == allowed for allowed in OPTIONS.get(key, ()))  # 1 is not True
+        for key, value in given.items()
+    )
     needs = "; ".join(f"{key}: {', '.join(map(repr, values))}" for key, values in OPTIONS.items())
     check_value(f"vLLM's additional_config[{NAME!r}]", given, f"a dict of {needs}", right)
     return {key: values[0] for key, values in OPTIONS.items()} | given

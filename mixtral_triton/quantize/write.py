@@ -28,7 +28,8 @@ from ..checkpoint import Destination
 from ..config import MixtralConfig, checkpoint_folder, read_json_object
 from . import QUANTIZED_PARTS, QuantSpec, encode, hub, pieces, select_specs
 
-NOT_COPIED = ("*.safetensors", "*.gguf", "config.json", checkpoint.INDEX_FILE, *checkpoint.PICKLED, ".*")
+# A README is of the format that the folder had.
+NOT_COPIED = ("*.safetensors", "*.gguf", "README*", "config.json", checkpoint.INDEX_FILE, *checkpoint.PICKLED, ".*")
 LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
 # compressed-tensors' format, bits and type of each format.
 KINDS = {"int4": ("pack", 4, "int"), "int8": ("pack", 8, "int"), "fp8": ("float", 8, "float")}

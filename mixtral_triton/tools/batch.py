@@ -3,128 +3,241 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ..arguments import free_memory
+from ..config import CONFIG_FILES, TEXT_FILES
 from ..load import running_bytes, usable_bytes
 from .processes import is_first
-from .prompt import ChatTemplate
-from .terminal import bar, check_writable
+from .prompt import check_stdin, render
+from .terminal import bar, check_writable, print_message
 from .writer import Writer, warning_lines
 
 BATCH = 32  # the most sequences of a batch without --batch-size
 CPU_BATCH = 8
 WINDOW = 4  # batches of which lengths are sorted: so many are lost where the command is interrupted
+MOST_BYTES = 1 << 30  # of the prompts
+# Fields of a result, which no line of --batch may have; and options on which no text depends but by rounding.
+RESULT = ("digest", "text", "tokens", "finish_reason", "logprobs", "error")
+FREE_OPTIONS = {
+    "command",
+    "json",
+    "batch",
+    "out",
+    "batch_size",
+    "device",
+    "interpret",
+    "tp",
+    "ep",
+    "offload",
+    "context",
+}
+FREE_OPTIONS |= {"offload_by", "prompt", "chat", "system", "folder"}
 
 
 class Job(NamedTuple):
+    """A line of --batch. digest: of the line, the folder and the options, by which its result is known again."""
+
     id: Any
     prompt: str | list[dict[str, str]] | None  # a text, or messages
+    digest: str
     error: str = ""
+    others: dict[str, Any] = {}  # fields that pass through  # noqa: RUF012 (a NamedTuple's default is never written)
 
 
 def read_jobs(args: argparse.Namespace) -> list[Job]:
     """Return the jobs of --batch FILE, one a line that is not blank. What is wrong with a line is its error."""
     if args.prompt or args.chat or args.system is not None:
         raise ValueError("--batch FILE has the prompts and messages: needs neither --prompt, --chat nor --system")
-    if args.out is not None and args.out.exists() and args.out.samefile(args.batch):
-        raise ValueError(f"--out {args.out} is the file of --batch, needs another")
-    lines = args.batch.read_bytes().split(b"\n")
-    return [_read_job(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if isinstance(args.batch, str):
+        check_stdin("--batch -", "a file")
+        opened: Any = nullcontext(getattr(sys.stdin, "buffer", sys.stdin))
+    else:
+        _check_regular("--batch", args.batch, "a file of JSON lines, or - for standard input")
+        opened = args.batch.open("rb")
+        if args.out is not None and args.out.exists() and args.out.samefile(args.batch):
+            raise ValueError(f"--out {args.out} is the file of --batch, needs another")
+    with opened as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"--batch {args.batch} has more than {MOST_BYTES} bytes, needs several files")
+    of_all = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
+    names = {*CONFIG_FILES, *TEXT_FILES}
+    files = [file for file in sorted(args.folder.iterdir()) if file.name in names or file.suffix == ".safetensors"]
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    same = json.dumps([of_all, str(args.folder.resolve()), states], sort_keys=True, default=str).encode()
+    lines = enumerate(data.split(b"\n"), 1)
+    return [
+        _read_job(number, line, hashlib.sha256(same + line.strip()).hexdigest()[:16])
+        for number, line in lines
+        if line.strip()
+    ]
 
 
-def _read_job(number: int, line: bytes) -> Job:
+def _check_regular(option: str, file: Path, need: str) -> None:
+    """Raise ValueError for a pipe or a device, which may never end."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{option} {file} is a pipe, a device or a folder, needs {need}")
+
+
+def _read_job(number: int, line: bytes, digest: str = "") -> Job:
     try:
-        values = json.loads(line.decode())
-        json.dumps(values, ensure_ascii=False).encode()  # fails for half a surrogate pair
+        values = json.loads(line.decode(), object_pairs_hook=_distinct)
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # fails for half a surrogate pair, and for NaN
     except (ValueError, RecursionError) as error:
-        return Job(number, None, f"line {number} is no JSON in UTF-8: {' '.join(str(error).split())}")
+        return Job(number, None, digest, f"line {number} is no JSON in UTF-8: {' '.join(str(error).split())}")
     fields = values if isinstance(values, dict) else {}
+    others = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
     id, prompt, messages = fields.get("id", number), fields.get("prompt"), fields.get("messages")
-    if fields.keys() <= {"id", "prompt"} and isinstance(prompt, str) and prompt:
-        return Job(id, prompt)
-    if (
-        fields.keys() <= {"id", "messages"}
-        and isinstance(messages, list)
-        and messages
-        and all(map(_is_message, messages))
-    ):
-        return Job(id, messages)
-    need = 'an object with a "prompt", a text, or "messages", objects with a role and a content, and perhaps an "id"'
-    return Job(id, None, f"line {number} is {line.decode():.60}, needs {need}")
+    if taken := next((name for name in RESULT if name in others), None):
+        return Job(id, None, digest, f"line {number} has a field {taken!r}, which a result has: needs another name")
+    if "messages" not in fields and isinstance(prompt, str) and prompt:
+        return Job(id, prompt, digest, others=others)
+    if "prompt" not in fields and isinstance(messages, list) and messages and all(map(is_message, messages)):
+        return Job(id, messages, digest, others=others)
+    need = 'an object with a "prompt", a text, or "messages", objects with a role and a content'
+    return Job(id, None, digest, f"line {number} is {line.decode():.60}, needs {need}", others)
 
 
-def _is_message(value: Any) -> bool:
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return values
+
+
+def is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
 
 
-def read_done(file: Path | None, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Return the results that an output file has, and cut a line that was not written to its end. ValueError for a file
-    of other jobs."""
+def read_done(file: Path | None, jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], int]:
+    """Return the results that an output file has, and the bytes of their lines: behind these may be a line that was not
+    written to its end. ValueError for a file with anything else."""
     if file is None:
-        return []
+        return [], 0
+    _check_regular("--out", file, "a regular file; without --out the results go to standard output")
     check_writable("--out", file)
     whole, done = file.read_bytes() if file.exists() else b"", list[dict[str, Any]]()
-    lines = whole[: whole.rfind(b"\n") + 1].splitlines()
-    for number, line in enumerate(lines):
-        try:
-            done.append(json.loads(line.decode()))
-            same = done[-1]["id"] == jobs[number].id
-        except (ValueError, LookupError, TypeError, RecursionError):
-            same = False
-        if not same:
-            need = "the result of the same --batch, to be continued, or a new file"
-            raise ValueError(f"--out {file}: line {number + 1} is not of the job in its place, needs {need}")
-    if is_first() and whole:
-        os.truncate(file, whole.rfind(b"\n") + 1)
-    return done
+    *lines, last = whole.split(b"\n")
+    starts = [f'{{"digest": "{job.digest}", '.encode() for job in jobs]
+    try:
+        for line, start in zip(lines, starts[: len(lines)], strict=True):
+            if not line.startswith(start):
+                break
+            done.append(json.loads(line))
+        same = len(done) == len(lines)
+    except ValueError:  # more lines than jobs, or no JSON
+        same = False
+    start = starts[len(done)] if len(done) < len(starts) else b""
+    if not same or (last and not (start and (last.startswith(start) or (done and start.startswith(last))))):
+        need = "results of the same prompts, folder and options, to be continued, or a new file"
+        raise ValueError(f"--out {file}: line {len(done) + 1} is not of this job, needs {need}")
+    return done, len(whole) - len(last)
 
 
-def run(args: argparse.Namespace, writer: Writer, jobs: list[Job], done: list[dict[str, Any]]) -> int:
-    """Answer the jobs that are not done, and write the results in the order of the jobs -> exit status."""
-    size = args.batch_size or (CPU_BATCH if writer.model.device.type == "cpu" else BATCH)
-    failed, encode = any("error" in each for each in done), partial(_encode, writer, [])
-    writer.begin(size, writer.model.prefill_chunk, args.max_new_tokens)
+def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: list[dict[str, Any]], size: int) -> int:
+    """Answer the jobs that are not done or ended in an error, and write the results in the order of the jobs -> exit
+    status. size: of the lines of the output file that stay."""
+    again = [index for index, result in enumerate(done) if "error" in result]
+    writes = is_first()
+    if done and writes:
+        print_message(f"{len(done) - len(again)} results kept{f', {len(again)} errors tried again' * bool(again)}")
     with ExitStack() as stack:
-        out = stack.enter_context(args.out.open("a", encoding="utf-8")) if args.out and is_first() else sys.stdout
+        out = sys.stdout
+        if args.out and writes:
+            out = stack.enter_context(args.out.open("a", encoding="utf-8"))
+            out.truncate(size)
         progress = stack.enter_context(bar("generating", len(jobs)))
         stack.enter_context(warning_lines(args.command))
-        for start in range(len(done), len(jobs), WINDOW * size):
-            window, rows, results = jobs[start : start + WINDOW * size], dict[int, Any](), dict[int, Any]()
-            for index, job in enumerate(window):
-                try:
-                    rows[index] = encode(job)
-                except ValueError as error:
-                    results[index] = {"error": " ".join(str(error).split())}
-            for batch in _batches(writer, {index: len(ids) for index, (ids, _) in rows.items()}, size):
-                written = writer.write_batch(*zip(*(rows[index] for index in batch), strict=True))
-                results |= zip(batch, written, strict=True)
-                progress.update(start + len(results), len(jobs))
-            for index, job in enumerate(window):
-                failed |= "error" in results[index]
-                if is_first():
-                    print(json.dumps({"id": job.id, **results[index]}), file=out, flush=True)
+        failed, count = False, len(done)
+        for index, result in _answers(args, writer, jobs, [*again, *range(len(done), len(jobs))]):
+            line = {"digest": jobs[index].digest, "id": jobs[index].id, **jobs[index].others, **result}
+            failed |= "error" in result
+            count = max(count, index + 1)
+            if index < len(done):
+                done[index] = line
+                if index == again[-1] and writes:
+                    _replace(args.out, done)
+                    out = stack.enter_context(args.out.open("a", encoding="utf-8"))
+            elif writes:
+                print(json.dumps(line), file=out, flush=True)
+            progress.update(count, len(jobs))
     return int(failed)
 
 
-def _encode(writer: Writer, templates: list[ChatTemplate], job: Job) -> tuple[list[int], list[int]]:
+def _replace(file: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Write all results anew, at once: at no time is there a file with fewer."""
+    whole = file.resolve()
+    part = whole.with_name(f"{whole.name}.part")
+    part.write_text("".join(f"{json.dumps(result)}\n" for result in results), encoding="utf-8")
+    shutil.copymode(whole, part)
+    os.replace(part, whole)
+
+
+def _answers(
+    args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], indices: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the results of these jobs in their order. Where memory runs out, the batches become smaller and stay so."""
+    size = args.batch_size or (CPU_BATCH if writer.model.device.type == "cpu" else BATCH)
+    waiting = deque(indices)
+    while waiting:
+        window = [waiting.popleft() for _ in range(min(WINDOW * size, len(waiting)))]
+        rows, results = dict[int, Any](), dict[int, Any]()
+        for index in window:
+            try:
+                rows[index] = _encode(writer, jobs[index])
+            except ValueError as error:
+                results[index] = {"error": " ".join(str(error).split())}
+        lengths = {index: len(ids) for index, (ids, _) in rows.items()}
+        batches = deque(_batches(writer, lengths, size))
+        for batch in batches:
+            longest = max(lengths[index] for index in batch)
+            writer.begin(len(batch), longest, longest + writer.new_tokens)
+        while batches:
+            batch, failure = batches.popleft(), ""
+            try:
+                results |= zip(batch, writer.write_batch(*zip(*(rows[i] for i in batch), strict=True)), strict=True)
+            except (ValueError, RuntimeError) as error:
+                if not any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__cause__)):
+                    raise
+                failure = " ".join(str(error).split())
+            if failure:  # here, where the error no longer holds what the batch allocated
+                if writer.model.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                if len(batch) == 1:
+                    results[batch[0]] = {"error": failure}
+                else:
+                    size = (len(batch) + 1) // 2
+                    print_message(f"no memory is left for {len(batch)} sequences: at most {size} from here on")
+                    rest = {index for each in (batch, *batches) for index in each}
+                    batches = deque(_batches(writer, {i: n for i, n in lengths.items() if i in rest}, size))
+            while window and window[0] in results:
+                index = window.pop(0)
+                yield index, results[index]
+        for index in window:
+            yield index, results[index]
+
+
+def _encode(writer: Writer, job: Job) -> tuple[list[int], list[int]]:
     """Return a job's tokens, and those of them after which its text is decoded; ValueError for a wrong job."""
     if job.prompt is None:
         raise ValueError(job.error)
     if isinstance(job.prompt, str):
         ids = writer.encode(job.prompt)
     else:
-        if not templates:
-            templates.append(ChatTemplate(writer.args.folder))
-        ids = writer.encode(templates[0].render(job.prompt), template=True)
-    n, limit = writer.args.max_new_tokens, writer.model.config.max_position_embeddings
+        ids = writer.encode(render(writer.tokenizer, job.prompt), template=True)
+    n, limit = writer.new_tokens, writer.model.config.max_position_embeddings
     if len(ids) + n > limit:
         raise ValueError(f"a prompt of {len(ids)} tokens and {n} new ones go beyond max_position_embeddings, {limit}")
     return ids, ids[-1:] if isinstance(job.prompt, str) else []
@@ -134,8 +247,9 @@ def _batches(writer: Writer, lengths: dict[int, int], size: int) -> Iterator[lis
     """Yield the jobs of each batch, the shortest first: at most `size`, and no more than a GPU's free memory is for."""
     model, batch = writer.model, list[int]()
     for index in sorted(lengths, key=lambda index: lengths[index]):
-        free, length = free_memory(model.device), lengths[index] + writer.args.max_new_tokens
-        need = running_bytes(model.config, len(batch) + 1, length, model.prefill_chunk, writer.dtype)
+        free, length = free_memory(model.device), lengths[index] + writer.new_tokens
+        sizes = len(batch) + 1, length, model.prefill_chunk, writer.dtype, model.activations
+        need = running_bytes(model.config, *sizes)
         if batch and (len(batch) == size or (free is not None and sum(need.values()) > usable_bytes(free))):
             yield batch
             batch = []

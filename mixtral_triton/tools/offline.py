@@ -293,13 +293,18 @@ def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
     return model
 
 
+def on_meta_by_kind(model: Mixtral) -> Any:
+    """Return `on_meta` with a layer that has experts in host memory, and one without."""
+    kinds = {bool(getattr(layer.down_proj, "on_host", ())): index for index, layer in enumerate(model.layers)}
+    return on_meta(model, [*kinds.values()])
+
+
 def launch_text(
     model: Mixtral, tokens: int, new: int, cache_dtype: torch.dtype | None = None, batch: int = 1, held: int = 0
 ) -> None:
     """Launch on the meta device what `generate` launches for prompts of up to so many tokens, `held` of which a cache
     has, and `new` ones."""
-    kinds = {bool(getattr(layer.down_proj, "on_host", ())): index for index, layer in enumerate(model.layers)}
-    model = on_meta(model, [*kinds.values()])  # a layer with experts in host memory, and one without
+    model = on_meta_by_kind(model)
     ids, lengths = (
         torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((batch, tokens - held), (batch,))
     )

@@ -6,12 +6,14 @@ import argparse
 import gc
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 
 from ..model import Mixtral
+from ..score import score_padded
+from .offline import on_meta_by_kind
 from .processes import is_first
 from .terminal import Table, bar, console, print_message
 
@@ -32,6 +34,14 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[Span]:
         if end == tokens:
             return
         counted = end
+
+
+def launch_scores(model: Mixtral, lengths: Collection[int], cache_dtype: Any) -> None:
+    """Launch on the meta device what `Mixtral.score` launches for a text of each of these lengths."""
+    model = on_meta_by_kind(model)
+    for length in lengths:
+        ids, held = (torch.empty((1, n), dtype=torch.int64, device="meta") for n in (length, 1))
+        score_padded(model, [ids[0]], ids, held[0], cache_dtype or model.dtype)
 
 
 def measure(
@@ -60,15 +70,21 @@ def describe(options: dict[str, Any]) -> str:
 
 
 def run(
-    args: argparse.Namespace, text: str, ids: list[int], limit: int, load: Callable[..., Mixtral], note: str
+    args: argparse.Namespace,
+    text: str,
+    ids: list[int],
+    limit: int,
+    load: Callable[..., Mixtral],
+    compile: Callable[..., None],
+    note: str,
 ) -> int:
     """Measure a text with the model of the options, and as stored where they change it -> exit status. limit: the
-    model's positions; load(args) returns a model."""
+    model's positions; load(args) returns a model; compile: as in `Writer`."""
     window = min(limit, WINDOW) if args.window is None else args.window
     stride = max(1, window // 2) if args.stride is None else args.stride
     for name, value, least, most, what in (
         ("--window", window, 2, limit, "the model's positions"),
-        ("--stride", stride, 1, window, "the window"),
+        ("--stride", stride, 1, window - 1, "since each token has one before it in its window"),
     ):
         if not least <= value <= most:
             raise ValueError(f"{name} is {value}, needs {least} to {most}, {what}")
@@ -91,6 +107,7 @@ def run(
                 print_message(f"mixtral-triton perplexity: no baseline: {error}" if is_first() else "")
                 break
         cache_dtype = torch.int8 if options.cache_dtype else None
+        compile(launch_scores, model, {end - start for start, _, end in spans}, cache_dtype)
         found[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}", len(models) - number)
     result, *baseline = found.values()
     if is_first() and args.json:

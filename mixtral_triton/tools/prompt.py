@@ -1,23 +1,19 @@
-"""Text of the command line: prompts, a checkpoint's tokenizer and chat template, generated text; no import of torch."""
+"""Text of the command line: prompts, a checkpoint's tokenizer, chat template and sampling, which are transformers', and
+the stream of a text; no import of torch or transformers before they are used."""
 
-import datetime
-import json
-import multiprocessing
+import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..config import read_file, read_json_object, refuse_lfs_pointer, shown
+from ..config import GENERATION_FILE, shown
 from .terminal import bar
 
-TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 28  # that a chat template may take
-TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /dev/zero has no end
 
 
@@ -36,19 +32,26 @@ def _read_prompt(prompt: str | Path) -> str:
 
 
 def read_text(source: str | Path, name: str, strip: bool = False) -> str:
-    """Return the text of a file, or of standard input ("-"), without a newline at its end if `strip`. `name` is the
-    option in errors. ValueError for one that is empty, too long, or no text in UTF-8."""
-    if not isinstance(source, Path) and (int(os.environ.get("WORLD_SIZE", 1)) > 1 or sys.stdin is None):
-        fault = "is closed" if sys.stdin is None else "several processes share"
-        raise ValueError(
-            f"{name} reads standard input, which {fault}: needs a file{' (--prompt-file)' if strip else ''}"
-        )
+    """Return the text of a file, or of standard input ("-"), as it is, without a newline at its end if `strip`. `name`
+    is the option in errors. ValueError for one that is empty, too long, or no text in UTF-8."""
+    if not isinstance(source, Path):
+        check_stdin(name, "a file (--prompt-file)" if strip else "a file")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(newline="")  # a carriage return is part of a text
     try:
-        with source.open(encoding="utf-8") if isinstance(source, Path) else nullcontext(sys.stdin) as opened:
-            text = opened.read(PROMPT_CHARACTERS + 1)
+        opened = source.open(encoding="utf-8", newline="") if isinstance(source, Path) else nullcontext(sys.stdin)
+        with opened as file:
+            text = file.read(PROMPT_CHARACTERS + 1)
     except UnicodeError:
         raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
-    return _check_text(text.removesuffix("\n") if strip else text, name)
+    return _check_text(text.removesuffix("\n").removesuffix("\r") if strip and text.endswith("\n") else text, name)
+
+
+def check_stdin(name: str, need: str) -> None:
+    """Raise ValueError where an option cannot read standard input."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or sys.stdin is None:
+        fault = "is closed" if sys.stdin is None else "several processes share"
+        raise ValueError(f"{name} reads standard input, which {fault}: needs {need}")
 
 
 def _check_text(text: str, name: str) -> str:
@@ -62,172 +65,75 @@ def _check_text(text: str, name: str) -> str:
     return text
 
 
-class FileTokenizer:
-    """A tokenizer without truncation and padding, whose errors and panics are ValueErrors that name the file."""
-
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer
-
-        self.path = path
-        self._tokenizer = self._call(Tokenizer.from_file, str(path))
-        self.no_truncation()
-        self.no_padding()
-
-    def __getattr__(self, name: str) -> Any:
-        return partial(self._call, getattr(self._tokenizer, name))
-
-    def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        with suppress(OSError), open(os.dup(2), "wb") as saved, open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), 2)  # where Rust prints a panic's backtrace
-            try:
-                return function(*args, **kwargs)
-            except BaseException as error:
-                if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                    raise
-                need = "is not a tokenizer that the tokenizers library can use"
-                raise ValueError(f"{self.path} {need}: {error}") from None
-            finally:
-                os.dup2(saved.fileno(), 2)
-        return function(*args, **kwargs)  # without a standard error
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: a prompt needs the checkpoint's tokenizer.json")
-    refuse_lfs_pointer(path)
-    return FileTokenizer(path)
-
-
 def encode(tokenizer: Any, text: str, vocab_size: int, add_special_tokens: bool = True) -> tuple[list[int], str]:
-    """Return the text's tokens as transformers' `AutoTokenizer` has them, whose first and last are those of
-    tokenizer.json's post-processor, and a warning where the text itself holds one that was added (<s>). The text of a
+    """Return the text's tokens, and a warning where the text itself holds one that the tokenizer adds (<s>). That of a
     chat template has them already. ValueError for a text without tokens, or with one that the model does not have."""
-    encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    if not (ids := encoding.ids) or max(ids) >= vocab_size:
+    options = {"add_special_tokens": add_special_tokens, "return_special_tokens_mask": True, "verbose": False}
+    encoding = tokenizer(text, **options)
+    if not (ids := encoding.input_ids) or max(ids) >= vocab_size:
         made, need = f"token {max(ids)}" if ids else "no token", f"at least one, of 0..{vocab_size - 1}, the model's"
-        raise ValueError(f"{tokenizer.path} makes {made} of {text!r:.40}, needs {need}")
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer makes {made} of {text!r:.40}, needs {need}")
     marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
     twice = {token for token, added in marked if added} & {token for token, added in marked if not added}
-    names = ", ".join(tokenizer.id_to_token(token) for token in sorted(twice))
+    names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(twice)))
     return ids, f"the prompt holds {names}, which the tokenizer adds, too" if twice else ""
 
 
-class ChatTemplate:
-    """A folder's chat template, in jinja's sandbox as transformers has it. ValueError for a missing or broken one."""
-
-    def __init__(self, folder: str | Path) -> None:
-        import jinja2.sandbox
-
-        self.file, file = Path(folder) / CONFIG_FILE, Path(folder) / TEMPLATE_FILE
-        config = read_json_object(self.file) if self.file.is_file() else {}
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several with names
-            named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
-            template = next(named, {}).get("template")
-        if file.is_file():
-            try:
-                self.file, template = file, read_file(file).decode()
-            except UnicodeError:
-                raise ValueError(f"{file}: the chat template holds bytes that are no text in UTF-8") from None
-        if not isinstance(template, str):
-            files = f"neither {TEMPLATE_FILE} nor a chat_template in {CONFIG_FILE} is there"
-            raise ValueError(f"{folder}: --chat needs a template, and {files}: an instruction-tuned checkpoint has one")
-        special = ((name, config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token"))
-        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in special}
-        self.tokens = {name: token for name, token in tokens.items() if token is not None}
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
+def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    """Return the chat template's text up to the assistant's next message. ValueError for a folder without a template,
+    for one that fails, and for one that leaves the system message out."""
+    folder = tokenizer.name_or_path
+    if tokenizer.chat_template is None:
+        need = (
+            "chat_template.jinja, or a chat_template in tokenizer_config.json: an instruction-tuned checkpoint has one"
         )
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes HTML
-        environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.now().strftime}
-        self._compile = partial(environment.from_string, template)
-        self._limited(lambda: str(self._compile()), "is not readable:")
-
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return the text up to the assistant's next message; ValueError for a failure or a lost system message."""
-        arguments = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
-        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        hint = ": it may have no system message; leave --system out" if system else ""
-        text = self._limited(lambda: self._compile().render(**arguments, **self.tokens), "fails with", hint)
-        if system.strip() not in text:
-            raise ValueError(f"{self.file}: the chat template leaves the system message out{hint}")
-        return text
-
-    def _limited(self, function: Callable[[], str], fault: str, hint: str = "") -> str:
-        """Run `function` in a child process: a template may never end or take all memory, even while it is compiled."""
-
-        def child() -> None:
-            import resource
-
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES,) * 2)
-            try:
-                sender.send((function(), ""))
-            except Exception as error:
-                sender.send(("", f"{type(error).__name__}: {error}"))
-
-        fork = multiprocessing.get_context("fork")
-        receiver, sender = fork.Pipe(duplex=False)
-        process = fork.Process(target=child, daemon=True)
-        process.start()
-        sender.close()
-        text, reason = "", f"no end after {TEMPLATE_SECONDS} s"
-        try:
-            if receiver.poll(TEMPLATE_SECONDS):
-                text, reason = receiver.recv()
-        except EOFError:
-            reason = "the end of its process"
-        finally:
-            process.kill()
-        if reason:
-            raise ValueError(f"{self.file}: the chat template {fault} {shown(reason, 200)}{hint}")
-        return text
+        raise ValueError(f"{folder}: there is no chat template, needs {need}")
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    hint = ": it may have no system message; leave --system out" if system else ""
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise anything
+        reason = shown(f"{type(error).__name__}: {error}", 200)
+        raise ValueError(f"{folder}: the chat template fails with {reason}{hint}") from error
+    if system.strip() not in text:
+        raise ValueError(f"{folder}: the chat template leaves the system message out{hint}")
+    return text
 
 
-def _generation_tag() -> type:
-    """Return jinja's extension of {% generation %}, which marks an assistant's text for training and renders it."""
-    import jinja2.ext
-
-    def parse(tag: Any, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(tag.call_method("render"), [], [], body, lineno=line)
-
-    methods = {"tags": {"generation"}, "parse": parse, "render": lambda tag, caller: caller()}
-    return type("Generation", (jinja2.ext.Extension,), methods)
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Other fields of generation_config.json that change a text as they do in transformers, or change none.
+HONOURED = {"max_new_tokens", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
 
 
-def _raise(message: str) -> None:
-    raise ValueError(message)
+def read_generation_config(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what generation_config.json sets, and transformers' defaults; neither where there is no such file."""
+    if not (Path(folder) / GENERATION_FILE).is_file():
+        return {}, {}
+    from transformers import GenerationConfig, logging
+
+    logging.set_verbosity_error()  # it warns of fields that have no effect
+    config = GenerationConfig.from_pretrained(folder)
+    values = {name: value for name, value in config.to_dict().items() if value is not None and name[0] != "_"}
+    return values, config._get_default_generation_params()
 
 
-PENALTY = "repetition_penalty"
-SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, PENALTY: 1.0}  # defaults
-# Fields of generation_config.json that change a text as they do in transformers, or change none.
-HONOURED = {*SAMPLING, "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
-# What transformers takes for a field that is missing, where it is not off: False, 0, an empty list.
-DEFAULTS: dict[str, Any] = {"max_length": 20, "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant"}
-DEFAULTS |= {"assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10, "target_lookbehind": 10}
-DEFAULTS |= dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "use_cache", "guidance_scale"), 1)
-DEFAULTS |= dict.fromkeys(("typical_p", "length_penalty", "encoder_repetition_penalty"), 1.0)
-
-
-def select_sampling(args: Any, stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def select_options(args: Any, stored: dict[str, Any], defaults: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the options of sampling, given, `stored` in generation_config.json or default, and notes on the stored:
     which were taken, and the names of those that change transformers' texts and none here."""
     explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    # transformers' own defaults of sampling, where the file does not say more
-    taken = {"temperature": 1.0, "top_k": 50} | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
+    taken = defaults | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
     found = {name: taken[name] for name in SAMPLING if name in taken and name not in explicit}
     options = SAMPLING | found | explicit
-    effective = {name for name in found if (found[name] != 1 if name == PENALTY else options["temperature"])}
-    used = ", ".join(f"{name} {value}" for name, value in found.items() if name in effective)
-    notes = [f"generation_config.json sets {used}"] if used else []
-    others = {name: value for name, value in stored.items() if name not in HONOURED and not name.startswith("_")}
-    changed = (name for name, value in others.items() if (value != DEFAULTS[name] if name in DEFAULTS else value))
+    samples = options["temperature"] != 0.0
+    used = [name for name in found if found[name] != SAMPLING[name] and (samples or name == "repetition_penalty")]
+    effective = {name: found[name] for name in used}
+    if args.max_new_tokens is None and "max_new_tokens" in stored:
+        effective["max_new_tokens"] = stored["max_new_tokens"]
+    notes = [f"{GENERATION_FILE} sets {', '.join(f'{name} {x}' for name, x in effective.items())}"] if effective else []
+    others = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING.keys()}
+    changed = (name for name, value in others.items() if (value != defaults[name] if name in defaults else value))
     if ignored := shown(", ".join(changed), 400):
-        notes.append(f"generation_config.json sets what is not supported and is ignored: {ignored}")
+        notes.append(f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}")
     return options | {"top_k": options["top_k"] or None}, notes  # 0: of all tokens
 
 
@@ -259,57 +165,81 @@ def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = 
     return whole[len(start) :]  # type: ignore[no-any-return]
 
 
+class Decoder:
+    """The text of tokens as they come, behind the tokens `after`. Only those are decoded again whose text may change:
+    the last ones, where they end in half a character, and as many before them."""
+
+    def __init__(self, tokenizer: Any, after: list[int]) -> None:
+        self.tokenizer, self.before, self.tail, self.text = tokenizer, after, list[int](), ""
+
+    def add(self, token: int) -> str:
+        """Return the text with one more token."""
+        self.tail.append(token)
+        text = self.text + (end := decode(self.tokenizer, self.before, self.tail))
+        if end and not end.endswith("\ufffd"):
+            self.before, self.tail, self.text = self.tail, [], text
+        return text
+
+
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """Return the text before the first of the texts `stop`, and whether there is one."""
     ends = [text.index(each) for each in stop if each in text]
     return text[: min(ends, default=len(text))], bool(ends)
 
 
+class Written(NamedTuple):
+    tokens: list[int]
+    text: str  # of these, up to a stop string
+    times: list[float]  # of the start, and of each token
+    finish_reason: str  # "stop": an EOS or a stop string, "length", or "interrupted"
+
+
 def print_stream(
-    steps: Iterator[Any],
+    tokens: Iterator[int],
     tokenizer: Any,
     prefix: str | None,
     after: list[int],
     total: int,
     stop: Sequence[str] = (),
+    eos: Collection[int] = (),
     interruptible: bool = False,
-) -> tuple[list[int], str, list[float]]:
-    """Return the tokens of one sequence of `Mixtral.stream`; their text behind the tokens `after` and up to `stop`,
-    printed behind `prefix` as it comes (None: it is not); and the times of the start and of each token. interruptible:
-    Ctrl-C ends the text."""
-    tokens, times, printed, answer = list[int](), [time.perf_counter()], 0, ""
+) -> Written:
+    """Return the tokens of one sequence, and their text behind the tokens `after` and up to `stop`, which is printed
+    behind `prefix` as it comes (None: it is not). interruptible: Ctrl-C ends the text."""
+    found, times, printed, text, reason = list[int](), [time.perf_counter()], 0, "", "length"
+    decoder = Decoder(tokenizer, after)
 
     def read() -> Iterator[str]:
         """Yield the text after each token, up to where it ends or may end, and last all of it."""
-        for step in steps:
-            tokens.append(int(step[0]))  # waits for the GPU
+        nonlocal text, reason
+        for token in tokens:
+            found.append(token)
             times.append(time.perf_counter())
-            whole = decode(tokenizer, after, tokens) if stop or prefix is not None else ""
-            text, ended = cut_at_stop(whole, stop)
+            text, ended = cut_at_stop(decoder.add(token), stop)
+            if ended or token in eos:
+                reason = "stop"
             if ended:
-                yield text
-                return
+                break
             # What may become a stop string, or is half a character, is not printed until it cannot be more.
             held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
             yield text[: len(text) - held].rstrip("\ufffd")
-        yield decode(tokenizer, after, tokens)
+        yield text
 
     parts, progress_bar = read(), bar("generating", total) if prefix is None else bar("reading the prompt", None)
     try:
         with progress_bar as progress:
-            for text in islice(parts, None if prefix is None else 1):
-                answer = text
-                progress.update(len(tokens), total)
+            first = ""
+            for part in islice(parts, None if prefix is None else 1):
+                first = part
+                progress.update(len(found), total)
         print(prefix or "", end="", flush=True)
-        for text in chain([answer], parts):
-            answer = text
-            if prefix is not None:
-                print(text[printed:], end="", flush=True)
-                printed = max(printed, len(text))
+        for part in chain([first], parts) if prefix is not None else ():
+            print(part[printed:], end="", flush=True)
+            printed = max(printed, len(part))
     except KeyboardInterrupt:
         if not interruptible:
             raise
-        answer = decode(tokenizer, after, tokens)
+        reason, text = "interrupted", decode(tokenizer, after, found)  # the last token may not be in it
     finally:
         print(end="" if prefix is None else "\n", flush=True)
-    return tokens, answer, times
+    return Written(found, text, times, reason)

@@ -23,7 +23,6 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..kernels.quantized import BITS, W8A8
 from .processes import is_first
 
 PIPED = 120  # columns without a terminal and without COLUMNS
@@ -45,6 +44,8 @@ def console(stderr: bool = False) -> Console:
 
 def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
     """Return sizes and formats by name from texts such as "T=4096" and "weight=int4:128"."""
+    from ..kernels.quantized import BITS, W8A8  # here, since it imports torch
+
     texts = [*texts]
     found: dict[str, Any] = {}
     for text in texts:

@@ -16,7 +16,9 @@ from rich.style import Style
 from rich.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..kernels.launch import launch_context
 from ..model import Mixtral
+from .offline import on_meta_by_kind
 from .terminal import Table, bar, print_message
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -110,15 +112,30 @@ def trace(
 
 def token_texts(tokenizer: Any, text: str) -> list[str]:
     """Return each token's part of `text`, the name of one that the tokenizer adds (<s>)."""
-    encoding = tokenizer.encode(text)
-    reached = [0, *accumulate((end for _, end in encoding.offsets), max)]  # a character of several belongs to the first
-    tokens = zip(encoding.ids, encoding.special_tokens_mask, reached, reached[1:], strict=False)
-    name = tokenizer.id_to_token
+    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    # A character of several tokens belongs to the first.
+    reached = [0, *accumulate((end for _, end in encoding.offset_mapping), max)]
+    tokens = zip(encoding.input_ids, encoding.special_tokens_mask, reached, reached[1:], strict=False)
+    name = tokenizer.convert_ids_to_tokens
     return [(name(token) or str(token)) if added else text[begin:end] for token, added, begin, end in tokens]
 
 
-def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, prompt: list[int], note: str) -> int:
-    """Run the command on the prompt's tokens -> exit status. `note` precedes the work."""
+def launch_trace(model: Mixtral, tokens: int) -> None:
+    """Launch on the meta device what `trace` launches for so many tokens: under a dispatch mode none is dependent."""
+    model = on_meta_by_kind(model)
+    with launch_context(no_pdl=True):
+        model.hidden(torch.empty((1, tokens), dtype=torch.int64, device="meta"), head=model.head)
+
+
+def run(
+    args: argparse.Namespace,
+    model: Mixtral,
+    tokenizer: Any,
+    prompt: list[int],
+    compile: Callable[..., None],
+    note: str,
+) -> int:
+    """Run the command on the prompt's tokens -> exit status. compile: as in `Writer`. `note` precedes the work."""
     ids, L = torch.tensor(prompt, device=model.device), model.config.num_hidden_layers
     layers = sorted({0, L // 2, L - 1}) if args.layers is None else args.layers
     if not all(0 <= layer < L for layer in layers):
@@ -129,6 +146,7 @@ def run(args: argparse.Namespace, model: Mixtral, tokenizer: Any, prompt: list[i
         raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
     tokens = token_texts(tokenizer, args.prompt)
     print_message(note)
+    compile(launch_trace, model, len(ids))
     with bar("tracing", L) as progress:
         found = replace(trace(model, ids, tokens, progress.advance), layers=layers)
     if args.json:

@@ -6,20 +6,20 @@ import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice, tee
 from typing import Any
 
 import torch
 
 from ..cache import KVCache
-from ..config import read_generation_config
 from ..generate import eos_ids
 from ..model import Mixtral
 from ..sampling import Logprobs
 from .offline import launch_text
 from .processes import is_first
-from .prompt import cut_at_stop, decode, print_stream, select_sampling, speed_of
+from .prompt import Decoder, cut_at_stop, print_stream, read_generation_config, select_options, speed_of
 from .terminal import print_message
+
+NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -36,6 +36,7 @@ class Writer:
     """A model that continues texts with the options of a command.
 
     notes    lines to print before the first text: `note`, and what generation_config.json sets
+    limit    the most new tokens of a text: --max-new-tokens, else generation_config.json's, else None
     encode   encode(text, template=False) -> the tokens of a prompt, or of the text of a chat template
     compile  compile(launch, model, *args) compiles ahead what `launch(model, *args)` launches on the meta device
     """
@@ -51,52 +52,98 @@ class Writer:
     ) -> None:
         self.args, self.model, self.tokenizer, self.encode, self.compile = args, model, tokenizer, encode, compile
         self.eos, self.dtype = eos_ids(None, model.config), args.cache_dtype or model.dtype
-        sampling, notes = select_sampling(args, read_generation_config(args.folder))
+        stored, defaults = read_generation_config(args.folder)
+        sampling, notes = select_options(args, stored, defaults)
+        self.limit = stored.get("max_new_tokens") if args.max_new_tokens is None else args.max_new_tokens
         generator = torch.Generator(model.device).manual_seed(args.seed)
         self.options = sampling | {"generator": generator, "logprobs": args.logprobs}
         self.notes = [*filter(None, (note, *notes))]
 
-    def stream(self, rows: Sequence[list[int]], n: int, cache: KVCache | None = None) -> Iterator[Any]:
-        """Return `Mixtral.stream` of texts by at most n tokens, the arguments checked."""
-        return self.model.stream(rows, n, **self.options, cache=cache, cache_dtype=self.args.cache_dtype)
+    @property
+    def new_tokens(self) -> int:
+        return NEW_TOKENS if self.limit is None else self.limit
 
-    def begin(self, B: int, T: int, n: int, held: int = 0) -> None:
-        """Print the notes once, and compile what B texts of T tokens, `held` of them in a cache, and n more launch."""
+    def stream(self, rows: Sequence[list[int]], n: int, cache: KVCache | None = None) -> Iterator[list[dict[str, Any]]]:
+        """Return an iterator over what `--json` prints of the next token of each text, at most n; the arguments are
+        checked at once."""
+        return map(
+            read_step, self.model.stream(rows, n, **self.options, cache=cache, cache_dtype=self.args.cache_dtype)
+        )
+
+    def begin(self, B: int, T: int, slots: int, held: int = 0) -> None:
+        """Print the notes once, and compile what B texts of T tokens, `held` of them in a cache, launch with so many
+        slots."""
         print_message("\n".join(self.notes) if is_first() else "")
         self.notes = []
-        self.compile(launch_text, self.model, T, n, self.args.cache_dtype, B, min(held, T - 1))
+        self.compile(launch_text, self.model, T, slots - T, self.args.cache_dtype, B, min(held, T - 1))
 
-    def write(
-        self, ids: list[int], shown: str | None, after: list[int], n: int, cache: KVCache | None = None, **options: Any
+    def write(self, ids: list[int], shown: str | None) -> tuple[dict[str, Any], str]:
+        """Continue a prompt, which is printed as `shown` (None: not) -> as `print_text`."""
+        steps = self.stream([ids], self.new_tokens)
+        self.begin(1, len(ids), len(ids) + self.new_tokens)
+        return self.print_text(steps, len(ids), shown, ids[-1:], self.new_tokens)
+
+    def print_text(
+        self,
+        steps: Iterator[list[dict[str, Any]]],
+        length: int,
+        shown: str | None,
+        after: list[int],
+        n: int,
+        reused: Callable[[], int] = lambda: 0,
+        interruptible: bool = False,
     ) -> tuple[dict[str, Any], str]:
-        """Continue a text by at most n tokens, printed behind `shown` (None: not) -> what `--json` prints of it, and
-        the line of its speed. after, options: as in `print_stream`. cache: as in `Mixtral.stream`."""
+        """Print the steps of a text as they come -> what `--json` prints of it, and the line of its speed. length: of
+        the prompt; reused: how many of its tokens a cache held. The other arguments are those of `print_stream`."""
+        entries = list[dict[str, Any]]()
+
+        def tokens() -> Iterator[int]:
+            for (entry,) in steps:
+                entries.append(entry)
+                yield entry["token"]
+
         with warning_lines(self.args.command):
-            steps, again = tee(self.stream([ids], n, cache))
-            (known,) = (cache and cache.held()) or [[]]
-            self.begin(1, len(ids), n, len(known))
-            tokens, text, times = print_stream(steps, self.tokenizer, shown, after, n, self.args.stop, **options)
-        speed, line = speed_of(times, len(ids), self.model.device, cache.reused[0] if cache and tokens else 0)
-        return {"text": text, "tokens": tokens, **logprobs_of(list(islice(again, len(tokens)))), **speed}, line
+            found = print_stream(
+                tokens(), self.tokenizer, shown, after, n, self.args.stop, self.eos, interruptible=interruptible
+            )
+        speed, line = speed_of(found.times, length, self.model.device, reused() if entries else 0)
+        end = {"finish_reason": found.finish_reason}
+        logprobs = {"logprobs": entries[: len(found.tokens)]} if "logprob" in (entries or [{}])[0] else {}
+        line = f"{line}; finish_reason: {found.finish_reason}"
+        return {"text": found.text, "tokens": found.tokens, **end, **logprobs, **speed}, line
 
     def write_batch(self, rows: Sequence[list[int]], afters: Sequence[list[int]]) -> list[dict[str, Any]]:
         """Continue texts together -> what is written of each. Those that stop early wait for the others."""
-        steps, ended = list[Any](), [False] * len(rows)
-        written: list[dict[str, Any]] = [{"text": "", "tokens": []} for _ in rows]
-        for step in self.stream(rows, self.args.max_new_tokens):
-            steps.append(step)
-            for b, token in enumerate((step.ids if isinstance(step, Logprobs) else step).tolist()):
+        entries: list[list[dict[str, Any]]] = [[] for _ in rows]
+        texts, ended = [""] * len(rows), [False] * len(rows)
+        decoders = [Decoder(self.tokenizer, after) for after in afters]
+        for step in self.stream(rows, self.new_tokens):
+            for b, entry in enumerate(step):
                 if not ended[b]:
-                    tokens = written[b]["tokens"]
-                    tokens.append(token)
-                    text = decode(self.tokenizer, afters[b], tokens) if self.args.stop else ""
-                    ended[b] = token in self.eos or cut_at_stop(text, self.args.stop)[1]
+                    entries[b].append(entry)
+                    texts[b], stopped = cut_at_stop(decoders[b].add(entry["token"]), self.args.stop)
+                    ended[b] = stopped or entry["token"] in self.eos
             if all(ended):
                 break
-        for b, each in enumerate(written):
-            each["text"] = cut_at_stop(decode(self.tokenizer, afters[b], each["tokens"]), self.args.stop)[0]
-            each |= logprobs_of(steps[: len(each["tokens"])], b)
+        written = []
+        for text, of_text, stopped in zip(texts, entries, ended, strict=True):
+            found: dict[str, Any] = {"text": text, "tokens": [entry["token"] for entry in of_text]}
+            found["finish_reason"] = "stop" if stopped else "length"
+            written.append(found | ({"logprobs": of_text} if self.args.logprobs is not None else {}))
         return written
+
+
+def read_step(step: Any) -> list[dict[str, Any]]:
+    """Return what `--json` prints of each text's token in a step of `Mixtral.stream`, by one copy to the host."""
+    if not isinstance(step, Logprobs):
+        return [{"token": token} for token in step.tolist()]
+    columns = step.ids[:, None], step.logprobs[:, None], step.top_ids, step.top_logprobs
+    rows = torch.cat([column.double() for column in columns], dim=1).tolist()  # fp64 holds ids and fp32
+    entries, N = [], step.top_ids.shape[1]
+    for token, logprob, *top in rows:
+        pairs = [{"token": int(id), "logprob": value} for id, value in zip(top[:N], top[N:], strict=True)]
+        entries.append({"token": int(token), "logprob": logprob, "top": pairs})
+    return entries
 
 
 @contextmanager
@@ -110,13 +157,3 @@ def warning_lines(command: str) -> Iterator[None]:
         warnings.simplefilter("always", RuntimeWarning)
         warnings.showwarning = show
         yield
-
-
-def logprobs_of(steps: Sequence[Any], row: int = 0) -> dict[str, Any]:
-    """Return {"logprobs": one object a token} of a sequence in steps with log probabilities; else {}."""
-    found = []
-    for step in steps if steps and isinstance(steps[0], Logprobs) else ():
-        token, logprob, top_ids, top_logprobs = (each[row].tolist() for each in step)
-        top = [{"token": id, "logprob": value} for id, value in zip(top_ids, top_logprobs, strict=True)]
-        found.append({"token": token, "logprob": logprob, "top": top})
-    return {"logprobs": found} if found else {}

@@ -25,6 +25,7 @@ from ..arguments import check_ids, check_vocabulary
 from ..cache import KVCache
 from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..generate import GRAPH_MIN_TOKENS, can_capture
+from ..hf import import_modules
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, launch_context, multiprocessors, target_arch
 from ..model import Mixtral
@@ -33,7 +34,15 @@ from ..quantize.hub import read_headers
 from ..tolerance import Fp64Reference, largest, to_fp64, token_floor
 from ..tools.offline import launch_text, on_meta
 from .calls import BATCH, SizedCalls
-from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
+from .layers import (
+    LayerProbe,
+    ModelUnderTest,
+    Step,
+    compare_activation_formats,
+    compare_in_fp32,
+    compare_layers,
+    single_layer_model,
+)
 from .loaded import check_weights
 from .models import MeshUnderTest, TransformersUnderTest, compare_with_transformers
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
@@ -90,6 +99,8 @@ def verify(
         folder = checkpoint_folder(target)
         target = Mixtral.from_pretrained(folder)
     elif not isinstance(target, nn.Module):
+        if isinstance(getattr(target, "model", None), nn.Module):  # a pipeline: the error names the model inside
+            import_modules("verify", target)
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     elif folder is not None:
@@ -168,6 +179,8 @@ def _verify(
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))
+    if target.activations is not None:
+        found += compare_activation_formats(target)
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     found = [*target.measure(None, "rms_norm", "final", norm), *found]
     rows += sorted(found, key=lambda row: math.inf if row.layer is None else row.layer)

@@ -90,6 +90,9 @@ def _run_both(pair: list[Any], call: Callable[[Any], dict[str, Tensor]]) -> list
             return routes.append(out[1:])
         weights, ids = routes.pop(0)
         differs = (out[2].sort(-1).values != ids.sort(-1).values).any(-1, keepdim=True)
+        chosen = out[0].gather(-1, out[2]).amin(-1, keepdim=True)
+        left_out = out[0].scatter(-1, out[2], -math.inf).amax(-1, keepdim=True)
+        differs &= left_out - chosen <= LIMIT * largest(out[0])  # other ids than those of its own logits stay wrong
         return out[0], weights.where(differs, out[1]), ids.where(differs, out[2])
 
     with ExitStack() as stack:

@@ -28,7 +28,8 @@ from ..kernels.registry import OPS, dispatched
 from ..layer import Layer
 from ..parallel import UNSHARDED
 from ..tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
-from .calls import BEYOND, LAYOUTS, LayerCheck, SizedCalls
+from ..tools.offline import on_meta
+from .calls import BEYOND, LAYOUTS, CallRecorder, LayerCheck, SizedCalls
 from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
@@ -38,6 +39,9 @@ ERROR_LENGTH = 200  # characters of a raised error in a row
 SEPARATE_TOKENS = 2  # tokens that are read one at a time, after the chunks
 PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
+
+LAYER_WEIGHTS = "qkv_proj", "o_proj", "gate_up_proj", "down_proj"  # in the order of their products
+PRODUCTS = "weight", "gate_up_proj", "down_proj"  # arguments of operations that are weights of products, where 2-D
 
 Step = Callable[[], None]  # called after each layer of each forward
 # A call of a forward: its case, the tokens of the text [R,n], False for padding [R,n], the cache, other arguments.
@@ -281,6 +285,23 @@ def compare_in_fp32(target: ModelUnderTest, expected: TextReference, step: Step)
                 rows.append(replace(row, layer=None if row.layer is None else index, case=row.case + FP32))
         fp32_model.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it
         step()
+    return rows
+
+
+def compare_activation_formats(target: ModelUnderTest) -> list[Row]:
+    """A row for each layer: whether the products that quantize their activations are the reference's. Limits in 16 bits
+    allow the others' results, too."""
+    model, rows = on_meta(target.model, range(len(target.layers))), list[Row]()
+    with CallRecorder() as recorder:
+        model.hidden(torch.zeros((1, 2), dtype=torch.int64, device="meta"))
+    weights = [values[name] for _, values, _ in recorder.calls for name in PRODUCTS if name in values]
+    formats = [getattr(weight, "format", "dense") for weight in weights if len(weight.shape) > 1]
+    for index, layer in enumerate(target.layers):
+        expected = target.reference_layer(layer)
+        want = {name: getattr(getattr(expected, name), "format", "dense") for name in LAYER_WEIGHTS}
+        got = dict(zip(want, formats[index * len(want) :], strict=False))
+        note = "" if got == want else f"the layer multiplies {got}, the reference {want}"
+        rows.append(Row.exact(index, "layer", "formats of products", not note, note))
     return rows
 
 

@@ -3,13 +3,11 @@
 N rows, K columns (the depth of the sum), G groups of columns that share a scale, P positions, D head size
 """
 
-import datetime
 import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +20,12 @@ from ..cache import KVCache
 from ..layer import State
 from ..tolerance import largest
 from ..tools.offline import on_meta
-from ..tools.prompt import ChatTemplate, encode, load_tokenizer
 from .calls import CallRecorder
 from .report import Row
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
-PROMPT = "Of 8 experts, two.\n\tZwölf Boxkämpfer: \u4e24\u4e2a <s>"
 # Arguments of operations that a config.json declares, or the caller.
 CONSTANTS = {"eps": "rms_norm_eps", "top_k": "num_experts_per_tok", "window": "sliding_window"}
 CONSTANTS["deterministic"] = "deterministic"
@@ -156,51 +152,7 @@ def config_rows(source: Source, target: Any) -> list[Row]:
         name, x = next(differing, (case, None))
         note = "" if name == case else f"the model has {x!r}, declared is {raw[name]!r}"
         rows.append(Row.exact(None, "config", name, not note, note))
-    return [*rows, *_rotary_rows(model, raw), *_text_rows(source)]
-
-
-def _text_rows(source: Source) -> list[Row]:
-    """A prompt's tokens beside those of tokenizers, the chat template's text beside jinja's, if the folder has them."""
-    folder, settings = source.folder, source.read_json("tokenizer_config.json", optional=True)
-
-    def prompt() -> tuple[Any, Any]:
-        import tokenizers
-
-        got, _ = encode(load_tokenizer(folder), PROMPT, source.config["vocab_size"])  # the file can be read, then
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return got, tokenizer.encode(PROMPT).ids
-
-    def chat() -> tuple[Any, Any]:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        messages = [{"role": "user", "content": PROMPT}]
-        got, options = ChatTemplate(folder).render(messages), {"trim_blocks": True, "lstrip_blocks": True}
-        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **options)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        names = "bos_token", "eos_token", "unk_token", "pad_token"
-        tokens = {name: x["content"] if isinstance(x, dict) else x for name in names if (x := settings.get(name))}
-        tokens |= {"raise_exception": str, "strftime_now": datetime.datetime.now().strftime, "tools": None}
-        tokens |= {"documents": None, "generation": lambda caller: caller()}  # a block that is called, in a tag's place
-        called = re.sub(r"({%[-+]?\s*)generation(?=\s*[-+]?%})", r"\1call generation()", template)
-        called = re.sub(r"({%[-+]?\s*)endgeneration(?=\s*[-+]?%})", r"\1endcall", called)
-        return got, environment.from_string(called).render(messages=messages, add_generation_prompt=True, **tokens)
-
-    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
-    if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}.get("default")
-    template, rows = file.read_text(encoding="utf-8") if file.is_file() else template, []
-    checks = [("tokens of a prompt", prompt)] if (folder / "tokenizer.json").is_file() else []
-    for case, check in checks if template is None else [*checks, ("chat template", chat)]:
-        try:
-            got, expected = check()
-            at = next((at for at, pair in enumerate(zip_longest(got, expected)) if pair[0] != pair[1]), None)
-            note = "" if at is None else f"{got[at:][:20]!r} at {at}, where the files give {expected[at:][:20]!r}"
-            rows.append(Row.exact(None, "config", case, not note, note))
-        except (ValueError, OSError) as error:
-            rows.append(Row.exact(None, "config", case, False, str(error)))
-    return rows
+    return [*rows, *_rotary_rows(model, raw)]
 
 
 def recorded_constants(model: Any) -> dict[str, list[Any]]:

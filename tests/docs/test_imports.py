@@ -39,6 +39,15 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
+IMPORTED = "print(*(name for name in ('torch', 'transformers') if name in sys.modules), file=sys.stderr)"
+
+
+def test_help_and_a_typo_import_no_torch_and_the_library_no_transformers() -> None:
+    for words in ("--help", "generate --help", "verfy", "generate --promt x", "fit --memory x"):
+        call = f"from mixtral_triton.cli import main\ntry:\n  main({words.split()})\nexcept SystemExit: {IMPORTED}"
+        assert python("-c", f"import sys\n{call}").stderr.splitlines()[-1] == "", words
+    load = f"import sys, mixtral_triton as m; m.Mixtral.from_pretrained('small', 'cpu').generate([[1]], 1); {IMPORTED}"
+    assert python("-c", load).stderr == "torch\n"
 
 
 def imported(name: str) -> set[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from mixtral_triton import apply, hf, revert
+from mixtral_triton import SMALL, apply, hf, revert, verify
 from tests.cli.commands import python
 
 transformers = pytest.importorskip("transformers")
@@ -218,6 +218,12 @@ def set_weight(weight: Callable[[Tensor], nn.Parameter]) -> Callable[[Any], None
 
 def quantized_by(config: Any) -> Callable[[Any], None]:
     return lambda m: setattr(m.config, "quantization_config", config)
+
+
+def test_verify_of_a_pipeline_names_the_model_inside() -> None:
+    model = transformers.MixtralForCausalLM.from_pretrained(SMALL)
+    with pytest.raises(ValueError, match=r"verify: model is a SimpleNamespace, .*give it the model inside, \.model$"):
+        verify(SimpleNamespace(model=model))
 
 
 WITH_WEIGHTS = r'from_pretrained\(folder, weights="int4"\) on the folder in bf16'

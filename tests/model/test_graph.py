@@ -50,6 +50,23 @@ def test_replays_give_the_text_of_the_plain_loop(more: dict[str, Any], gpu: Any)
     assert len({token for text in got for token in text[-NEW:]}) > 4  # else any frozen number would do
 
 
+def test_the_next_replay_is_launched_before_a_token_is_returned(gpu: Any) -> None:
+    """The first step runs eagerly. A caller who stops early leaves a cache with the token that it has seen, too."""
+    model, prompt = build(None, GPU_DEVICE), prompts(GPU_DEVICE)[:1]
+    want, cache = model.generate(prompt, NEW)[0].tolist(), cache_of(model, 1, 20)
+    gpu.replays = 0
+    steps, replays = model.stream(prompt, NEW, cache=cache), []
+    found = [*prompt[0].tolist()]
+    for token in steps:
+        found.append(int(token))
+        replays.append(gpu.replays)
+        if len(replays) == NEW - 2:
+            steps.close()  # type: ignore[attr-defined]
+    assert replays == [*range(NEW - 2)] and found == want[: len(found)]
+    assert cache.lengths.tolist() == [len(found)] and cache.held() == [found]
+    assert model.generate([found], 2, cache=cache)[0].tolist() == want and cache.reused == [len(found) - 1]
+
+
 def test_replays_end_with_the_last_sequence(gpu: Any) -> None:
     model = build(5, GPU_DEVICE)
     free = [text[-NEW:] for text in texts(model, max_new_tokens=NEW)]

@@ -224,3 +224,14 @@ def test_quantized_model_is_deterministic(format: str, device: torch.device) -> 
     ids = torch.randint(20, (5, 5), generator=torch.Generator().manual_seed(1)).to(device)
     lengths = torch.tensor([5, 3, 1, 4, 2], device=device)
     check_model(model, ids, lengths, [[3], [4, 0, 3, 2, 1]])
+
+
+@pytest.mark.parametrize("value", [1, True])
+def test_a_flag_is_taken_by_its_truth(value: Any) -> None:
+    """As vLLM's options, or a caller's numbers, may give it: here without a check."""
+    x, weight = torch.randn(9, 101), torch.randn(33, 101)
+    whole = ops.linear.unchecked(x, weight, deterministic=value)
+    assert all(
+        torch.equal(whole[row], ops.linear.unchecked(x[row : row + 1], weight, deterministic=value)[0])
+        for row in range(9)
+    )

@@ -8,10 +8,12 @@ and test_quantized_offline.py.
 import pickle
 from copy import deepcopy
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import unpack as ptx_unpack
@@ -460,16 +462,19 @@ def expected_field(format: str, number: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", HALF_TYPES)
 @pytest.mark.parametrize("format", ["INT4", "INT8", "FP8"])
-def test_ptx_unpacks_every_half(format: str, name: str) -> None:
-    """Each of the 65,536 values is the low half and the high half beside another value: no bit leaks."""
-    ptx = getattr(ptx_unpack, f"{format}_{name}").value
+def test_ptx_unpacks_every_half(format: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the 65,536 values is the low half and the high half beside another value: no bit leaks. The piece of PTX
+    and how far it shifts for each field are those of `_by_ptx`."""
+    monkeypatch.setattr(ptx_unpack, "_moved", lambda tile, shift, ptx, dtype: (ptx.value, shift))
+    monkeypatch.setattr(ptx_unpack, "_paired", lambda moved, zero, ptx, dtype: moved)
+    triton_type = {"BF16": tl.bfloat16, "FP16": tl.float16}[name]
     neighbours = np.random.default_rng(0).permutation(HALVES)
     for number in range(4 if format == "INT4" else 2):
-        shift = np.uint32(8 - 8 * number if format == "FP8" else (4 if format == "INT4" else 8) * number)
+        ptx, shift = ptx_unpack._by_ptx.fn(None, number, mock.MagicMock(), format.lower(), triton_type)
         want = expected_field(format, number) + (BIAS[name] if format == "INT4" else 0)
         finite = want.isfinite()  # codes 0x7F and 0xFF of fp8 are NaN, and rejected where weights are made
         for place, words in enumerate((HALVES | neighbours << 16, neighbours | HALVES << 16)):
-            got = to_halves(evaluate(ptx, words, shift), HALF_TYPES[name])[place]
+            got = to_halves(evaluate(ptx, words, np.uint32(shift)), HALF_TYPES[name])[place]
             assert torch.equal(got[finite], want[finite])
 
 
@@ -493,4 +498,4 @@ def test_wrong_constant_in_the_ptx_is_caught(right: str, wrong: str, monkeypatch
     assert right in ptx_unpack.INT4_BF16.value
     monkeypatch.setattr(ptx_unpack.INT4_BF16, "value", ptx_unpack.INT4_BF16.value.replace(right, wrong))
     with pytest.raises(AssertionError):
-        test_ptx_unpacks_every_half("INT4", "BF16")
+        test_ptx_unpacks_every_half("INT4", "BF16", monkeypatch)

@@ -19,8 +19,8 @@ from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.load import check_activations
 from mixtral_triton.quantize import QuantizedWeight, quantize, select_specs
+from mixtral_triton.tokenizer import load_tokenizer
 from mixtral_triton.tools.fit import memory_need
-from mixtral_triton.tools.prompt import load_tokenizer
 from mixtral_triton.verification import held_out, perplexity
 from tests.cli.commands import error_line, run_json
 from tests.support import hub

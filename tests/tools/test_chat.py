@@ -2,14 +2,13 @@
 continued."""
 
 import io
+import itertools
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,69 +16,31 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from mixtral_triton import KVCache, Mixtral
+from mixtral_triton import KVCache, Mixtral, generate
 from mixtral_triton.config import SMALL
 from mixtral_triton.layer import Layer
-from mixtral_triton.load import MARGIN
-from mixtral_triton.tools import batch
-from mixtral_triton.tools.prompt import load_tokenizer
+from mixtral_triton.tokenizer import load_tokenizer
+from mixtral_triton.tools import chat
+from mixtral_triton.tools.chat import Conversation
+from mixtral_triton.tools.prompt import speed_of
 from mixtral_triton.tools.writer import Writer
 from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
+from tests.tools.conftest import TEMPLATE, change
 
 pytestmark = pytest.mark.compiled
-# An answer stands in the next turn as it was written. The third turn fails where its text says so.
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% else %}"
-    "{% if 'fail' in m.content %}{{ raise_exception('no turn 3') }}{% endif %}"
-    "[{{ m.role }}] {{ m.content }} [/]{% endif %}{% endfor %}"
-)
 TURNS = ["What is a function?", "And a return?", "The list", "a class", "print", "str", "Why?", "if x", "else", "end"]
 CHAT = "chat --device cpu --max-new-tokens 6"
 
 
-def change(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-@pytest.fixture
-def whole_folder(folder: Path) -> Path:
-    """The small checkpoint with a chat template."""
-    change(folder / "tokenizer_config.json", chat_template=TEMPLATE)
-    return folder
-
-
-@pytest.fixture
-def chat_folder(whole_folder: Path) -> Path:
-    """The same with one layer."""
-    change(whole_folder / "config.json", num_hidden_layers=1)
-    tensors = load_file(whole_folder / "model.safetensors")
-    kept = {name: x for name, x in tensors.items() if ".layers." not in name or ".layers.0." in name}
-    save_file(kept, whole_folder / "model.safetensors")
-    return whole_folder
-
-
 def talk(folder: Path, lines: list[str] | bytes, *more: str) -> tuple[list[Any], str]:
-    """Give the lines to `chat --json` -> its documents, and what is on stderr."""
+    """Give the lines to `chat --json`, which answers each -> its documents but those of commands, and stderr."""
     text = lines if isinstance(lines, bytes) else "".join(f"{line}\n" for line in lines).encode()
     with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(text))):
         status, out, error = run(CHAT, folder, "--json", *more)
     assert status == 0, error
-    return [json.loads(line) for line in out.splitlines()], error
-
-
-@pytest.fixture
-def appended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens that each forward of a model appends."""
-    counts, hidden = list[int](), Mixtral.hidden
-
-    def count(model: Mixtral, ids: Any, cache: Any = None, lengths: Any = None, *rest: Any) -> Any:
-        counts.append(ids.numel() if lengths is None else int(lengths.sum()))
-        return hidden(model, ids, cache, lengths, *rest)
-
-    monkeypatch.setattr(Mixtral, "hidden", count)
-    return counts
+    assert out.count("\n") == text.count(b"\n") + (not text.endswith(b"\n"))
+    return [each for each in map(json.loads, out.splitlines()) if "message" not in each], error
 
 
 def answers(found: list[Any]) -> list[Any]:
@@ -94,7 +55,7 @@ def answers_from_scratch(folder: Path, turns: list[str], **settings: Any) -> lis
     ids, answers = list[int](), list[Any]()
     for turn in turns:
         text = f"</s>[user] {turn} [/]" if ids else f"<s>[user] {turn} [/]"
-        ids = ids + tokenizer.encode(text, add_special_tokens=False).ids
+        ids = ids + tokenizer(text, add_special_tokens=False).input_ids
         found = model.generate([ids], 6, generator=generator, logprobs=0, **settings)
         whole, logprobs = found.ids[0].tolist(), found.logprobs[0].tolist()
         answers.append((whole[len(ids) :], pytest.approx(logprobs, abs=1e-3)))
@@ -210,7 +171,7 @@ def test_the_chat_says_so_before_its_positions_end(chat_folder: Path) -> None:
     assert "--context is 2000, needs 1 to 1024" in error_line(CHAT, chat_folder, "--context", "2000")
     assert "--logprobs is given" in error_line(CHAT, chat_folder, "--logprobs", "2")
     change(chat_folder / "tokenizer_config.json", chat_template=None)
-    assert "--chat needs a template" in error_line(CHAT, chat_folder)
+    assert "there is no chat template" in error_line(CHAT, chat_folder)
 
 
 def test_a_cache_without_a_window_grows_with_the_chat(chat_folder: Path, appended: list[int]) -> None:
@@ -224,6 +185,142 @@ def test_a_cache_without_a_window_grows_with_the_chat(chat_folder: Path, appende
     stop = found[0]["text"][2:5]
     shorter, _ = talk(chat_folder, TURNS[:5], "--cache-dtype", "int8", "--stop", stop)
     assert shorter[0]["text"] == found[0]["text"].partition(stop)[0] and shorter[1]["reused"] > 5
+
+
+def test_commands_say_what_they_did_and_a_saved_chat_goes_on(chat_folder: Path, tmp_path: Path) -> None:
+    saved, wrong = tmp_path / "saved.json", tmp_path / "wrong.json"
+    wrong.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
+    lines = ["Hi", f"/save {saved}", "There", "/retry", "/undo", "   ", f"/save {saved}", "/system Be short.", "/reset"]
+    lines += [f"/load {saved}", "There", "/undo", "/undo", "/retry", f"/load {wrong}", "/load /dev/zero", "/save"]
+    with mock.patch("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines) + "exit\nmore\n")):
+        out = output(CHAT, chat_folder, "--json").splitlines()
+    first, save, there, again, undo, blank, over, system, reset, load, loaded, *rest = map(json.loads, out)
+    assert save["message"] == f"2 messages written to {saved}" and len(out) == len(lines)
+    assert again["tokens"] == there["tokens"] and again["computed"] == 1  # the prompt's last token
+    assert undo["message"] == "forgotten: There" and blank["message"] == ""
+    assert over["error"] == f"/save {saved} is there already, needs a new file"
+    assert json.loads(saved.read_text())["messages"][1]["content"] == first["text"], "the first file is untouched"
+    assert (system["message"], reset["message"]) == ("the system message is set", "all turns are forgotten")
+    assert load["message"] == f"2 messages read from {saved}" and loaded["text"] == there["text"]
+    assert rest[0]["message"] == "forgotten: There" and rest[1]["message"] == "forgotten: Hi"
+    faults = "no turn", "needs a file that /save", "is no file", "/save needs a file"
+    for found, fault in zip(rest[2:], faults, strict=True):
+        assert fault in found["error"]
+
+
+def test_a_retry_that_fails_keeps_the_answer(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, calls = Writer.stream, list[int]()
+
+    def fail(writer: Writer, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("a fault")
+        return stream(writer, *args)
+
+    monkeypatch.setattr(Writer, "stream", fail)
+    first, failed, again = talk(chat_folder, ["Hi", "/retry", "There"])[0]
+    assert failed == {"error": "a fault"} and again["prompt_tokens"] > first["prompt_tokens"] + len(first["tokens"])
+
+
+def test_an_answer_takes_what_the_context_leaves_and_says_why_it_ends(whole_folder: Path) -> None:
+    command, chat = CHAT.replace(" --max-new-tokens 6", ""), "generate --device cpu --chat --prompt Hi"
+
+    def answer(command: str, *options: str) -> tuple[Any, str]:
+        with mock.patch("sys.stdin", io.StringIO("Hi\n")):
+            status, out, error = run(command, whole_folder, "--json", *options)
+        assert status == 0, error
+        return json.loads(out), error
+
+    found, error = answer(command, "--context", "120")
+    assert "the chat has room for 120 tokens" in error
+    assert (found["finish_reason"], found["left"]) == ("length", 0) and len(found["tokens"]) > 64
+    end = found["tokens"][3]
+    tokens = found["tokens"][: found["tokens"].index(end) + 1]
+    config = whole_folder / "generation_config.json"
+    config.write_text(json.dumps({"eos_token_id": end}))
+    assert answer(command)[0]["finish_reason"] == "stop"
+    with mock.patch("sys.stdin", io.StringIO("Hi\n")):
+        left = f"{1024 - found['prompt_tokens'] - len(tokens):,} of 1,024 tokens are left"
+        assert f"finish_reason: stop; {left}" in run(command, whole_folder)[2]
+    config.write_text(json.dumps({"max_new_tokens": 2}))
+    for other in (command, chat):
+        found, error = answer(other)
+        assert (found["finish_reason"], found["tokens"]) == ("length", tokens[:2])
+        assert "generation_config.json sets max_new_tokens 2" in error
+    assert len(answer(chat, "--max-new-tokens", "3")[0]["tokens"]) == 3
+
+
+@pytest.mark.parametrize("eos", ["{{ eos_token }}", ""])
+def test_after_an_eos_the_next_turn_has_what_the_template_has(eos: str, chat_folder: Path, monkeypatch: Any) -> None:
+    """A template without an EOS leaves that of the answer out, too."""
+    change(chat_folder / "tokenizer_config.json", chat_template=TEMPLATE.replace("{{ eos_token }}", eos))
+    sample, steps = generate.sample, itertools.count()
+    ends = lambda *args: torch.tensor([1]) if next(steps) == 2 else sample(*args)  # noqa: E731
+    monkeypatch.setattr(generate, "sample", ends)
+    first, second = talk(chat_folder, ["Hi", "There"], "--dtype", "float32")[0]
+    assert first["finish_reason"] == "stop" and len(first["tokens"]) == 3 and first["tokens"][-1] == 1
+    tokenizer = load_tokenizer(chat_folder)
+    ids = tokenizer("<s>[user] Hi [/]", add_special_tokens=False).input_ids + first["tokens"][:-1]
+    ids += tokenizer(f"{'</s>' * bool(eos)}[user] There [/]", add_special_tokens=False).input_ids
+    assert second["prompt_tokens"] == len(ids) and second["reused"] == first["prompt_tokens"] + 2
+    want = Mixtral.from_pretrained(chat_folder, "cpu", torch.float32).generate([ids], 6)[0].tolist()[len(ids) :]
+    assert second["tokens"] == want
+
+
+def test_stop_at_the_first_token_of_the_second_answer(whole_folder: Path) -> None:
+    command = "generate --device cpu --chat --max-new-tokens 6 --prompt Hi --prompt And"
+    plain = run_json(command, whole_folder)
+    stop = load_tokenizer(whole_folder).decode(plain["tokens"][:1])
+    assert stop not in plain["messages"][1]["content"], "the first answer has it not"
+    found = run_json(command, whole_folder, "--stop", stop)
+    assert found["messages"][-1]["content"] == found["text"] == "" and found["finish_reason"] == "stop"
+    assert found["messages"][:-1] == plain["messages"][:-1] and found["tokens"] == plain["tokens"][:1]
+
+
+def test_the_prefill_rate_counts_computed_tokens_alone() -> None:
+    speed, line = speed_of([0.0, 2.0, 3.0], 100, torch.device("cpu"), reused=90)
+    assert speed["prefill_tokens_per_second"] == 5.0 and "prefill: 10 tokens and 90 reused, 5.0 tokens/s" in line
+    assert speed["decode_tokens_per_second"] == 1.0
+
+
+def test_a_cache_grows_to_the_limit_and_starts_again_where_no_memory_is_left(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer by layer; what is compiled ahead knows all its sizes. The text is that of a cache of the whole context."""
+    monkeypatch.setattr(chat, "LEAST_SLOTS", 16)
+    monkeypatch.setattr(chat, "SPARE_SLOTS", 8)
+    change(chat_folder / "config.json", sliding_window=None)
+    sizes, grow, compiled = list[int](), KVCache.grow, list[int]()
+    monkeypatch.setattr(KVCache, "grow", lambda kv, n: (grow(kv, n), sizes.append(kv.max_len))[0])
+    monkeypatch.setattr(Writer, "begin", lambda w, B, T, slots, held=0: compiled.append(slots))
+    options = ("--context", "100", "--dtype", "float32", "--logprobs", "0", "--max-new-tokens", "30")
+    found, _ = talk(chat_folder, ["Hi", "There"], *options)
+    assert sizes == [32, 64, 100] and compiled == [16, 32, 64, 100, 64] and found[1]["reused"] > 30
+    monkeypatch.setattr(chat, "LEAST_SLOTS", 1024)
+    assert answers(talk(chat_folder, ["Hi", "There"], *options)[0]) == answers(found)
+    monkeypatch.setattr(chat, "LEAST_SLOTS", 16)
+
+    def fail(cache: KVCache, shape: Any) -> Any:
+        if shape[2] > 40:
+            raise torch.OutOfMemoryError("no memory")
+        return zeros(cache, shape)
+
+    zeros = KVCache._zeros
+    monkeypatch.setattr(KVCache, "_zeros", fail)
+    (first, failed), _ = talk(chat_folder, ["Hi", "There"], *options)
+    assert first["tokens"] == found[0]["tokens"] and first["prompt_tokens"] + 30 <= 40
+    assert "no memory is left on cpu for a cache of " in failed["error"] and "/reset begins" in failed["error"]
+
+
+def test_offload_auto_plans_the_context_of_a_chat(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixtral_triton.load.AUTO_CONTEXT", 100)
+    monkeypatch.setattr(Conversation, "__init__", lambda self, writer, system, limit: _raise(f"limit {limit}"))
+    for options, want in (("--offload auto", 100), ("", 1024), ("--offload auto --context 50", 50)):
+        assert run(f"{CHAT} {options}", chat_folder)[2].endswith(f"limit {want}\n")
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
 
 
 def start(*words: Any) -> subprocess.Popen[str]:
@@ -287,128 +384,3 @@ def _lead() -> None:
     heed_interrupts()
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-BATCH = "generate --device cpu --max-new-tokens 5 --deterministic --batch-size 3"
-
-
-def write_jobs(folder: Path, count: int = 40) -> Path:
-    """Jobs of several lengths, of which two are wrong."""
-    lines = [{"id": f"a{i}", "prompt": "The return " * (1 + 7 * i % 5)} for i in range(count)]
-    lines[4], lines[9] = {"messages": [{"role": "user", "content": "Hi"}]}, {"id": 9, "prompt": 7}
-    texts = [json.dumps(line) for line in lines]
-    texts[11] = "{nothing"
-    (folder / "jobs.jsonl").write_text("\n".join(texts) + "\n\n")
-    return folder / "jobs.jsonl"
-
-
-def test_batch_writes_each_line_s_result_in_order(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs, out, sizes = write_jobs(chat_folder, 16), chat_folder / "out.jsonl", list[int]()
-    stream = Mixtral.stream
-    monkeypatch.setattr(
-        Mixtral, "stream", lambda m, rows, *a, **o: (sizes.append(len(rows)), stream(m, rows, *a, **o))[1]
-    )
-    status, text, _ = run(BATCH, chat_folder, "--batch", jobs, "--out", out, "--logprobs", "2")
-    assert (status, text) == (1, "") and max(sizes) == 3 and sum(sizes) == 14
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [each["id"] for each in found[:6]] == ["a0", "a1", "a2", "a3", 5, "a5"] and len(found) == 16
-    assert [index for index, each in enumerate(found) if "error" in each] == [9, 11]
-    assert "line 10 " in found[9]["error"] and "line 12 is no JSON" in found[11]["error"]
-    alone = run_json(BATCH.replace(" --batch-size 3", ""), chat_folder, "--prompt", "The return " * 3)
-    same = next(each for each in found if each["id"] == "a4" or each.get("tokens") == alone["tokens"])
-    assert same["text"] == alone["text"]
-    assert all([each["token"] for each in line["logprobs"]] == line["tokens"] for line in found if "tokens" in line)
-    chat = run_json(BATCH.replace(" --batch-size 3", ""), chat_folder, "--chat", "--prompt", "Hi")
-    assert found[4]["text"] == chat["text"] and found[4]["tokens"] == chat["tokens"]
-    stop = alone["text"][3:5]
-    stopped = output(BATCH, chat_folder, "--batch", jobs, "--stop", stop, status=1).splitlines()
-    assert len(stopped) == 16
-    for line, each in zip(map(json.loads, stopped), found, strict=True):
-        assert line.get("text") == (each["text"].partition(stop)[0] if "text" in each else None)
-
-
-@pytest.mark.slow
-def test_an_interrupted_batch_is_continued(chat_folder: Path, appended: list[int], monkeypatch: Any) -> None:
-    jobs, out = write_jobs(chat_folder), chat_folder / "out.jsonl"
-    long = BATCH.replace("--max-new-tokens 5", "--max-new-tokens 40")  # the rest takes longer than a signal
-    whole = output(long, chat_folder, "--batch", jobs, status=1)
-    process = start(*long.split(), chat_folder, "--batch", jobs, "--out", out)
-    while not out.exists() or out.read_bytes().count(b"\n") < 12:  # a window's lines are written one by one
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    written = out.read_text()
-    assert whole.startswith(written) and 12 <= len(written.splitlines()) < 40
-    out.write_text(written + '{"id": "a12", "te')  # half a line
-    appended.clear()
-    assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == ""
-    assert out.read_text() == whole
-    tokenizer, rest = load_tokenizer(chat_folder), [json.loads(line) for line in whole.splitlines()]
-    prompts = [json.loads(line) for line in jobs.read_text().splitlines()[len(written.splitlines()) :] if line]
-    lengths = [len(tokenizer.encode(each["prompt"]).ids) for each in prompts if isinstance(each.get("prompt"), str)]
-    rest = rest[len(written.splitlines()) :]
-    assert sum(appended) == sum(lengths) + sum(len(each["tokens"]) - 1 for each in rest if "tokens" in each)
-    appended.clear()
-    assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == "" and not appended
-
-
-WRONG: dict[str, tuple[str, ...]] = {
-    "is not of the job in its place": ("--batch", "{jobs}", "--out", "{other}"),
-    "is the file of --batch, needs another": ("--batch", "{jobs}", "--out", "{jobs}"),
-    "needs neither --prompt": ("--batch", "{jobs}", "--prompt", "x"),
-    "No such file": ("--batch", "no/such/file"),
-    "needs a number of prompts, or auto": ("--batch", "{jobs}", "--batch-size", "0"),
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_batch_is_one_line(message: str, chat_folder: Path) -> None:
-    (chat_folder / "other.jsonl").write_text('{"id": "b0", "text": ""}\n')
-    files = {"jobs": write_jobs(chat_folder), "other": chat_folder / "other.jsonl"}
-    command = BATCH.replace(" --batch-size 3", "") if "--batch-size" in WRONG[message] else BATCH
-    assert message in error_line(command, chat_folder, *(word.format(**files) for word in WRONG[message]))
-
-
-def test_lines_that_no_job_is_in() -> None:
-    lines = [
-        b"[1]",
-        b'{"prompt": ""}',
-        b'{"prompt": "a", "messages": []}',
-        b'{"messages": []}',
-        b'{"prompt": "a", "x": 1}',
-    ]
-    lines += [b'{"messages": [{"role": "user"}]}', b'{"prompt": "\\ud800"}', b"\xff", b"[" * 100_000, b"{}"]
-    for line in lines:
-        assert batch._read_job(3, line).error.startswith("line 3 "), line
-
-
-def test_a_batch_is_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Mixtral.from_pretrained(SMALL, "cpu")
-    writer: Any = mock.Mock(model=model, dtype=model.dtype, args=mock.Mock(max_new_tokens=5))
-    lengths = dict(enumerate([9, 30, 3, 500, 4, 900]))
-    assert list(batch._batches(writer, lengths, 4)) == [[2, 4, 0, 1], [3, 5]]
-    need = batch.running_bytes(model.config, 2, 35, model.prefill_chunk, model.dtype)
-    free = need["graph"] / (1 - MARGIN) + 1.1 * (sum(need.values()) - need["graph"])
-    monkeypatch.setattr(batch, "free_memory", lambda device: int(free))
-    assert list(batch._batches(writer, lengths, 4)) == [[2, 4], [0, 1], [3], [5]]
-
-
-@pytest.mark.parametrize("tokens", [5, 6])
-def test_a_job_may_take_all_positions_and_no_more(tokens: int) -> None:
-    writer = mock.Mock(args=mock.Mock(max_new_tokens=3), encode=lambda text: [*range(tokens)])
-    writer.model.config.max_position_embeddings = 8
-    with nullcontext() if tokens == 5 else pytest.raises(ValueError, match="max_position_embeddings, 8"):
-        assert batch._encode(writer, [], batch.Job(0, "x"))[1] == [tokens - 1]
-
-
-def test_a_sequence_of_a_batch_ends_before_the_others() -> None:
-    """With its EOS, or at a stop string."""
-    texts = {1: "", 5: "a", 6: "EN", 7: "D", 8: "b"}
-    words = mock.Mock(decode=lambda ids, **_: "".join(texts[id] for id in ids))
-    steps = [torch.tensor(step) for step in ([5, 5, 5], [1, 6, 8], [1, 7, 8], [1, 8, 8])]
-    writer: Any = mock.Mock(tokenizer=words, eos={1}, args=mock.Mock(stop=["END"], max_new_tokens=4))
-    writer.stream = lambda rows, n: iter(steps)
-    found = Writer.write_batch(writer, [[5]] * 3, [[]] * 3)
-    assert [each["tokens"] for each in found] == [[5, 1], [5, 6, 7], [5, 8, 8, 8]]
-    assert [each["text"] for each in found] == ["a", "a", "abbb"]

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import ops, verify
+from mixtral_triton import hf, ops, verify
 from mixtral_triton.kernels.launch import INTERPRETED
 from tests.support.faults import DTYPES, Inject
 
 pytest.importorskip("transformers")
 from mixtral_triton.hf import attention, modules
+from mixtral_triton.verification import drop_in
+from mixtral_triton.verification.models import TransformersUnderTest
 
 IDS = torch.randint(1, 48, (2, 15), generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about masks and modules, whatever the backend: run once")
@@ -161,6 +163,35 @@ def test_fault_in_the_drop_in(case: Any, fault: str, make_hf: Any, monkeypatch: 
         model = make_hf(sliding_window=4 if "window" in fault else None).to(dtype)
         first = next(iter(verify(model, IDS).wrong), None)
         assert first is not None and (first.op, first.case) == case, (dtype, first)
+
+
+@torch.no_grad()
+def wrong_calls(model: Any, monkeypatch: pytest.MonkeyPatch, change: Change) -> list[bool]:
+    """Whether each call's row is wrong where `change` has altered the applied model."""
+    apply, steps = hf.apply, lambda *part: lambda: None
+    with monkeypatch.context() as patch:
+        patch.setattr(drop_in.hf, "apply", lambda model: (apply(model), change(model)))
+        return [not row.ok for row in drop_in.compare_calls(TransformersUnderTest(model), IDS, steps)]
+
+
+def test_an_applied_model_that_is_3_percent_wrong_fails(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for factor, wrong in ((1.03, True), (1.003, False)):
+        scale = lambda module, args, out, factor=factor: out * factor  # noqa: E731
+        change = lambda model, scale=scale: model.lm_head.register_forward_hook(scale)  # noqa: E731
+        assert set(wrong_calls(make_hf(), monkeypatch, change)) == {wrong}
+
+
+ROUTERS: dict[str, Change] = {
+    "weights that do not sum to 1": lambda logits, weights, ids: (logits, weights * 1.1, ids),
+    "ids of other experts": lambda logits, weights, ids: (logits, weights, (ids + 1) % logits.shape[-1]),
+}
+
+
+@pytest.mark.parametrize("fault", ROUTERS)
+def test_a_router_with_right_logits_and_wrong_routes_fails(fault: str, make_hf: Any, monkeypatch: Any) -> None:
+    hook = lambda module, args, out: ROUTERS[fault](*out)  # noqa: E731
+    change = lambda model: [layer.mlp.gate.register_forward_hook(hook) for layer in model.model.layers]  # noqa: E731
+    assert all(wrong_calls(make_hf(), monkeypatch, change))
 
 
 @pytest.mark.slow
