@@ -105,7 +105,7 @@ def most_alive(
 @pytest.mark.parametrize("weights", [None, "int4", "fp8", FORMATS["int4, linear int8"]], ids=str)
 @pytest.mark.parametrize(
     ("batch", "context", "chunk"),
-    [(1, 5000, 2048), (3, 700, 2048), (64, 2048, 2048), (1, 129, 2048), (3, 1100, 512)],
+    [(1, 5000, 2048), (1, 4096, 2048), (3, 700, 2048), (64, 2048, 2048), (1, 129, 2048), (3, 1100, 512)],
 )
 def test_the_workspace_is_what_a_prefill_takes(batch: int, context: int, chunk: int, weights: Any) -> None:
     """Quantized weights need no more: no kernel writes a dequantized weight anywhere."""
