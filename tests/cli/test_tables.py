@@ -15,7 +15,7 @@ from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.command import op_table
 from mixtral_triton.tools.bench.measure import Outcome, Row, untimed_row
-from mixtral_triton.tools.bench.tune import kernel_configs, tune_table
+from mixtral_triton.tools.bench.tune import Candidate, kernel_configs, tune_table
 from mixtral_triton.tools.gpus import GPUS
 from mixtral_triton.tools.offline import resources_table
 from mixtral_triton.tools.terminal import PIPED, Table, console
@@ -102,7 +102,7 @@ def test_tune_table(width: int) -> None:
     config = kernel_configs(case, "sm_90")[kernel][1]
     wide = LaunchConfig({**config.constexprs, "BLOCK_N": 123}, 16, 7)
     fault = "does not compile: CompilationError: " + "a reason of many words " * 4
-    candidates = (config, Outcome(1e-3)), (wide, Outcome(note=fault.strip()))
+    candidates = Candidate(config, "now", Outcome(1e-3)), Candidate(wide, "neighbour", Outcome(note=fault.strip()))
     text = printed(tune_table(f"{kernel}: {case.op.name}", candidates, 0, True), width)
     assert holds(text, "123", "16", "7", "1,000", f"{kernel}:") and "SPLIT_K" in text
     assert all(word in text for word in fault.split())
@@ -111,7 +111,7 @@ def test_tune_table(width: int) -> None:
 def compiled(**changes: Any) -> dict[str, Any]:
     """A line of `compile --json`, as far as the table reads it."""
     figures = {"registers": 40, "spills": 0, "shared_bytes": 163872, "loop_flop_per_instruction": 2093.0, "fault": None}
-    figures |= {"loop_instructions_per_byte": None, "programs_per_sm": 1}
+    figures |= {"loop_instructions_per_byte": None, "programs_per_sm": 1, "loop_clocks": (1088.0, 1024.0)}
     launch = {"kernel": "experts_down_decode_kernel", "dtype": "bf16", "num_warps": 16, "num_stages": 3}
     return {**figures, **launch, "constexprs": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128}, **changes}
 
