@@ -226,6 +226,7 @@ def test_candidates_begin_with_what_others_measured() -> None:
     assert {origin for origin, _ in found("sm_90", 512, gate_up="int4:128")} == {"now", "neighbour"}
 
 
+@pytest.mark.compiled
 def test_dry_lists_candidates_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "compile_all", None)
     sizes = "--sizes T=2048,H=4096,I=14336,E=8,K=2 --kernel experts_up --kernel experts_down"
