@@ -29,7 +29,7 @@ from ..gpus import family_note
 from ..offline import compile_all
 from ..terminal import QUANTIZED, Table, bar, console
 from . import measure
-from .cases import Case, cases, check_of
+from .cases import Case, cases
 from .command import micro, sizes_text
 from .rivals import BENCHMARKS, rivals
 
@@ -125,7 +125,7 @@ def tune(
         if fault is not None or args is None or timer is None:
             return measure.Outcome(note=fault)
         with override_configs({kernel: config}), torch.no_grad():
-            return measure.attempt(lambda: measure.our_call(case, args), args, check_of(case.op, args), timer)
+            return measure.attempt(lambda: measure.our_call(case, args), case.op, args, timer)
 
     fixed, best = fixed_tiles(kernel_configs(case, arch)[kernel][0]), 0
     candidates = visit(candidates_of(case, kernel, arch, card))
@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
     selected = cases(args.ops or tuple(OPS), quick=not (args.at or args.sizes), at=args.at, sizes=args.sizes)
     timed = not (args.arch or args.dry)
     out, device = console(stderr=args.json), torch.device("cuda") if timed else None
-    timer = measure.DeviceTimer(device) if device else None
+    timer = measure.time_call if device else None
     arch = args.arch or (target_arch(torch.device("cuda")) if torch.cuda.is_available() else DEFAULT_ARCH)
     selected = [case for case in selected if runs_on(case.sizes, arch)]
     kernels = [(case, kernel) for case in selected for kernel in kernel_configs(case, arch)]
