@@ -93,16 +93,16 @@ def compile_faults(case: Case, kernel: str, configs: Sequence[LaunchConfig], arc
 def candidates_of(case: Case, kernel: str, arch: str, card: str = "") -> list[Candidate]:
     """Return the configuration now, what others measured for the nearest card and sizes, and the neighbours."""
     launch, now = kernel_configs(case, arch)[kernel]
-    found = [
-        (now, "now"),
-        *((config, origin) for origin, config in rivals(launch, now, arch, case.sizes, card).items()),
-    ]
-    found += [(config, "neighbour") for config in neighbours(now, fixed_tiles(launch))]
-    origins: list[Candidate] = []
-    for config, origin in found:
-        if config not in [each.config for each in origins]:
-            origins.append(Candidate(config, origin))
-    return origins
+    found = {
+        "now": [now],
+        **{origin: [config] for origin, config in rivals(launch, now, arch, case.sizes, card).items()},
+    }
+    found["neighbour"] = neighbours(now, fixed_tiles(launch))
+    candidates: list[Candidate] = []
+    for origin, config in ((origin, config) for origin, configs in found.items() for config in configs):
+        if config not in [each.config for each in candidates]:
+            candidates.append(Candidate(config, origin))
+    return candidates
 
 
 def tune(
@@ -177,14 +177,9 @@ def append_results(file: Path, card: str, case: Case, kernel: str, candidates: S
     with suppress(OSError):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().partition("\n")[0]
-    about = [
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        card,
-        driver,
-        triton.__version__,
-        torch.__version__,
-    ]
-    about += [case.op.name, kernel, case.dtype_name, sizes_text(case.as_dict())]
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    about = [date, card, driver, triton.__version__, torch.__version__, case.op.name, kernel, case.dtype_name]
+    about.append(sizes_text(case.as_dict()))
     new = not file.exists()
     with file.open("a", newline="") as out:
         writer = csv.writer(out)
