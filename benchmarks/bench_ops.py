@@ -12,7 +12,7 @@ import torch
 
 from mixtral_triton.kernels.launch import INTERPRETED, target_arch
 from mixtral_triton.kernels.op import runs_on
-from mixtral_triton.tools.bench.cases import BENCHED, Case, cases, check_of
+from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
 from mixtral_triton.tools.bench.measure import attempt, our_call, wall_seconds
 from mixtral_triton.tools.bench.peers import PEERS, Peer
 
@@ -28,15 +28,15 @@ def _params() -> Iterator[Any]:
         else [Case(op, op.test_shapes[0], op.dtypes[0]) for op in BENCHED.values()]
     ):
         shape = "-".join(f"{key}{value}" for key, value in case.as_dict().items())
-        ours = Peer("ours", case.op.name, "", lambda op, args, case=case: our_call(case, args))
-        for peer in (ours, *(peer for peer in PEERS if GPU and peer.does(case.op.name))):
-            yield pytest.param(case, peer, id=f"{case.op.name}-{shape}-{peer.name.replace(' ', '_')}")
+        ours: Peer = lambda op, args, case=case: our_call(case, args)  # noqa: E731
+        for name, peer in {"ours": ours, **(PEERS if GPU else {})}.items():
+            yield pytest.param(case, name, peer, id=f"{case.op.name}-{shape}-{name}")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="times nothing that is interpreted: needs TRITON_INTERPRET unset")
-@pytest.mark.parametrize(("case", "peer"), list(_params()))
+@pytest.mark.parametrize(("case", "name", "peer"), list(_params()))
 @torch.no_grad()
-def test_op(case: Case, peer: Peer, benchmark: Any) -> None:
+def test_op(case: Case, name: str, peer: Peer, benchmark: Any) -> None:
     args = case.inputs(DEVICE)
     cost = case.cost(args)
     benchmark.group = f"{case.op.name} {case.as_dict()} ({DEVICE_NAME})"
@@ -46,6 +46,6 @@ def test_op(case: Case, peer: Peer, benchmark: Any) -> None:
         benchmark.pedantic(wall_seconds, (call, DEVICE), warmup_rounds=3, rounds=20)
         return 0.0
 
-    outcome = attempt(lambda: peer.build(case.op, args), args, check_of(case.op, args), timer)
+    outcome = attempt(lambda: peer(case.op, args), case.op, args, timer)
     if outcome.note:
-        (pytest.fail if peer.name == "ours" else pytest.skip)(outcome.note)
+        (pytest.fail if name == "ours" else pytest.skip)(outcome.note)

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds 
 from mixtral_triton import cli
 from mixtral_triton.kernels.launch import target_arch
 from mixtral_triton.tools.bench.cases import BENCHED, Case
-from mixtral_triton.tools.bench.peers import PEERS
 from mixtral_triton.tools.terminal import toolchain_fault
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 600.0
@@ -45,7 +44,7 @@ def commands(arch: str, simulated: bool = False, breaks: str = "") -> Commands:
     tuned = "".join(f" --sizes {LAYER.format(T)}" for T in (24, 48, 512, 2048))
     tuned += f" --sizes {LAYER.format(2048)},gate_up=fp8_w8a8,down=fp8_w8a8"
     tuned += "".join(f" --kernel experts_{name}" for name in ("up", "down", "up_decode", "down_decode"))
-    depths, eager = "--at B=1 --at S=1024 --at H=4096", "--without torch.compile --without 'HF static cache'"
+    depths = "--at B=1 --at S=1024 --at H=4096"
 
     def bench(name: str, options: str, more: str = "") -> str:
         return f"{python} -m mixtral_triton bench --json {name} {_smallest(name) if simulated else options} {more}"
@@ -55,13 +54,11 @@ def commands(arch: str, simulated: bool = False, breaks: str = "") -> Commands:
     found: Commands = {  # nothing is timed while another core compiles
         "compile": (80, f"{PYTHON} -m mixtral_triton compile expert_swiglu --arch {arch}"),
         "tune": (150, f"{python} -m mixtral_triton tune expert_swiglu --rounds 0{tuned}"),
-        "bench experts": (40, bench("expert_swiglu", f"{layer} --without torch.compile")),
+        "bench experts": (40, bench("expert_swiglu", layer)),
         **{f"test {file.stem}": (60, f"{tests} {file.relative_to(ROOT)}") for file in files},
-        # torch.compile may leave a GPU in a state that disturbs timing: ours and eager transformers run before it.
-        "bench decode": (60, bench("decode_step", f"{depths} {eager}")),
-        "bench decode offloaded": (20, bench("decode_step", f"{depths} {eager}", "--offload 2")),
-        **{f"bench {name}": (20, bench(name, "--quick --without torch.compile")) for name in BENCHED},
-        "bench decode compiled": (40, bench("decode_step", f"{depths} --without torch.compile")),
+        "bench decode": (60, bench("decode_step", depths)),
+        "bench decode offloaded": (20, bench("decode_step", depths, "--offload 2")),
+        **{f"bench {name}": (20, bench(name, "--quick")) for name in BENCHED},
         "host": (20, f"{PYTHON} benchmarks/host_time.py --json --rounds {1 if simulated else 40}"),
     }
     if simulated:
@@ -78,8 +75,7 @@ def commands(arch: str, simulated: bool = False, breaks: str = "") -> Commands:
 def _smallest(name: str) -> str:
     """Return options for the first sizes that the tests run, with plain torch as the only peer."""
     sizes = Case(op := BENCHED[name], op.test_shapes[0]).as_dict()
-    without = "".join(f" --without '{peer}'" for peer in {peer.name for peer in PEERS} - {"torch"})
-    return "--sizes " + ",".join(f"{letter}={size}" for letter, size in sizes.items()) + without
+    return "--sizes " + ",".join(f"{letter}={size}" for letter, size in sizes.items()) + " --peer torch"
 
 
 def run(name: str, command: str, out: Path, limit_s: float) -> tuple[str, float]:

@@ -21,7 +21,7 @@ from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
 from .op import Cost, Op, SignatureError, by_position, streaming_cost
 from .plan import LazyNegation, call_key
-from .quantized import QuantizedWeight, products_of_codes
+from .quantized import QuantizedWeight
 from .quantized_cache import QuantizedCache
 from .samples import random_inputs
 from .sequential import sequential
@@ -70,10 +70,9 @@ def call_unchecked(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = 
     if INTERPRETED or kind != "cpu":
         return plan.run(op, args, key)
     index = op.deterministic_index
-    with products_of_codes():
-        if index is not None and len(args) > index and args[index]:
-            return sequential(op, args)
-        return op.call_reference(*args)
+    if index is not None and len(args) > index and args[index]:
+        return sequential(op, args)
+    return op.call_reference(*args)
 
 
 def _check(op: Op, args: tuple[Any, ...], call: tuple[Any, ...]) -> None:

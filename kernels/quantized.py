@@ -9,11 +9,6 @@ columns, and its product with x needs no interleave. K is padded to a full unit 
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +21,6 @@ GROUPS = (128, 64, 32)  # columns that may share a scale, besides a full row
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 # Dtypes of the scales that quantizing makes. One scale a group takes an eighth of the codes' bytes.
 SCALES = {"int4": torch.bfloat16, "int8": torch.float32, "fp8": torch.float32}
-CPU_CODE_ROWS = 128  # up to here torch's products with codes on a CPU are faster than one with dequantized weights
 QUANT_NAMES = ("int4:128", "int8", "fp8")  # `QuantizedWeight.name`s that quantizing makes, benchmarked and compiled
 # The format of fp8 weights with one scale a row whose products quantize x, too (`with_fp8_activations`).
 W8A8 = "fp8_w8a8"
@@ -34,20 +28,6 @@ FP8_MAX = 448.0  # the largest value of e4m3
 # The least magnitude that maps to FP8_MAX, so that its inverse is finite: a row of zeros has this one, too.
 LEAST_AMAX = FP8_MAX * 2.0**-126
 ZERO_INT4 = 8  # the code of value 0 where there are no zeros
-_multiplies_codes = ContextVar("multiplies_codes", default=False)
-# By weight and expert: int4 codes in the layout of torch's product. It depends on the CPU, so these are a second copy
-# beside the weight, and no part of its state, its copies or its pickle.
-_packed: weakref.WeakKeyDictionary[QuantizedWeight, dict[int | None, PackedInt4]] = weakref.WeakKeyDictionary()
-
-
-@contextmanager
-def products_of_codes() -> Iterator[None]:
-    """Let `QuantizedWeight.product` multiply by the codes. Elsewhere, as in `verify`'s references, it dequantizes."""
-    token = _multiplies_codes.set(True)
-    try:
-        yield
-    finally:
-        _multiplies_codes.reset(token)
 
 
 def stored_format(format: str) -> str:
@@ -147,7 +127,6 @@ class QuantizedWeight(nn.Module):
     data: Tensor
     scales: Tensor
     zeros: Tensor | None
-    _expert_of: tuple[QuantizedWeight, int] | None = None  # of a view: the weight [E, N, K], and the expert
 
     def __init__(
         self, format: str, data: Tensor, scales: Tensor, zeros: Tensor | None, shape: tuple[int, ...], group: int
@@ -250,10 +229,7 @@ class QuantizedWeight(nn.Module):
         """Return views of one expert, or of a slice of the first dimension."""
         data, zeros = self.data[index], None if self.zeros is None else self.zeros[index]
         shape = (*data.shape[:-1], self.shape[-1])
-        part = type(self)(self.format, data, self.scales[index], zeros, shape, self.group)
-        if isinstance(index, int):
-            part._expert_of = self, index % len(self)
-        return part
+        return type(self)(self.format, data, self.scales[index], zeros, shape, self.group)
 
     @property
     def takes_fp8_activations(self) -> bool:
@@ -291,42 +267,15 @@ class QuantizedWeight(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """x [..., K] -> x @ weight.T [..., N] for a weight [N, K], in plain torch.
 
-        Dequantizes exactly in fp32 and rounds to x's dtype. Within `products_of_codes` torch multiplies few rows of
-        bf16 on a CPU by int8 codes with one scale a row, and by int4 codes. "fp8_w8a8" multiplies the codes of x and
-        of the weight in fp32 (fp64 where x is), then by the scales of both, and rounds once.
+        Dequantizes exactly in fp32 and rounds to x's dtype. "fp8_w8a8" multiplies the codes of x and of the weight in
+        fp32 (fp64 where x is), then by the scales of both, and rounds once.
         """
         if self.format == W8A8:
             codes, scales = encode_rows(x)
             dtype = x.dtype if x.dtype == torch.float64 else torch.float32
             products = nn.functional.linear(codes.to(dtype), self.values().to(dtype))
             return (products * scales * self.scales.float().squeeze(-1)).to(x.dtype)
-        rows = x.numel() // max(1, x.shape[-1])
-        few = 0 < rows <= CPU_CODE_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if few and _multiplies_codes.get():
-            flat = x.reshape(rows, -1)
-            if self.format == "int8" and self.group == self.shape[-1]:
-                return self._int8_product(flat).view(*x.shape[:-1], -1)
-            if self.format == "int4" and self.shape[0] % 16 == 0 and self.group % 32 == 0:
-                return self._packed_int4().product(flat).view(*x.shape[:-1], -1)
         return nn.functional.linear(x, self.dequantize().to(x.dtype))
-
-    def _int8_product(self, x: Tensor) -> Tensor:
-        """x bf16 [M, K] -> [M, N]. The scales, which torch would round, multiply the products."""
-        unit = unit_columns(self.format, self.shape[-1], self.group)
-        padded = nn.functional.pad(x, (0, -x.shape[-1] % unit))
-        # Byte order of an element: column j of a unit, then column J + j.
-        in_order = padded.unflatten(-1, (-1, 2, unit // 2)).transpose(-1, -2).reshape(len(x), -1)
-        ones = x.new_ones(len(self))
-        products = torch._weight_int8pack_mm(in_order, self.data.contiguous().view(torch.int8), ones)
-        return (products.float() * self.scales.float().squeeze(-1)).to(x.dtype)
-
-    def _packed_int4(self) -> PackedInt4:
-        """Return the packed codes, which are made again after a tensor of the weight was written or replaced."""
-        owner, expert = self._expert_of or (self, None)
-        packed = _packed.setdefault(owner, {})
-        if expert not in packed or not packed[expert].holds(owner):
-            packed[expert] = PackedInt4.of(self, owner)
-        return packed[expert]
 
     def extra_repr(self) -> str:
         return f"{self.format}, {list(self.shape)}, group {self.group}"
@@ -336,53 +285,6 @@ def with_fp8_activations(weight: Any) -> Any:
     """Return the view of an fp8 weight with one scale a row whose products quantize activations; others as they are."""
     quantizes = isinstance(weight, QuantizedWeight) and weight.takes_fp8_activations
     return weight.with_fp8_activations() if quantizes else weight
-
-
-@dataclass(frozen=True)
-class PackedInt4:
-    """int4 codes [N, K] as `torch._weight_int4pack_mm_for_cpu` takes them, beside those of the weight.
-
-    tables   bf16 [K / group, N, 2]: scale and offset of value = (code - 8) * scale + offset. Their sum is exact for the
-             16 bits of fp16 and bf16 scales, with zeros; the second table is absent where the first is exact.
-    sources  the tensors of the weight that was packed, and their versions
-    """
-
-    codes: Tensor
-    tables: list[Tensor]
-    group: int
-    sources: list[tuple[weakref.ref[Tensor], int | None]]
-
-    @classmethod
-    def of(cls, weight: QuantizedWeight, owner: QuantizedWeight) -> PackedInt4:
-        """Pack a weight [N, K]; owner: the weight that it is a view of."""
-        group = math.gcd(weight.group, 256)
-        codes = unpack(weight.data, weight.format, weight.shape[-1], weight.group)
-        scales = weight.scales.float()
-        offsets = (
-            torch.zeros_like(scales) if weight.zeros is None else scales * (128 + ZERO_INT4 - weight.zeros.float())
-        )
-        exact = torch.stack((scales, offsets), dim=-1).repeat_interleave(weight.group // group, 1).transpose(0, 1)
-        rounded = exact.bfloat16().contiguous()
-        rest = (exact - rounded).bfloat16().contiguous()
-        tables = [rounded, rest] if rest.any() else [rounded]
-        sources = [(weakref.ref(x), _version(x)) for x in owner.tensors if x is not None]
-        return cls(torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1), tables, group, sources)
-
-    def holds(self, owner: QuantizedWeight) -> bool:
-        """Return whether the weight's tensors are those that were packed, unchanged."""
-        pairs = zip((x for x in owner.tensors if x is not None), self.sources, strict=True)
-        return all(version == _version(x) and x is ref() for x, (ref, version) in pairs)
-
-    def product(self, x: Tensor) -> Tensor:
-        """x bf16 [M, K] -> [M, N]."""
-        x = x.contiguous()
-        first, *rest = (torch._weight_int4pack_mm_for_cpu(x, self.codes, self.group, table) for table in self.tables)
-        return sum((y.float() for y in rest), first.float()).to(x.dtype) if rest else first
-
-
-def _version(x: Tensor) -> int | None:
-    """Return the count of writes to a tensor; None for one made in inference mode, which has none."""
-    return None if x.is_inference() else x._version
 
 
 @dataclass(frozen=True)

@@ -206,9 +206,8 @@ def parser() -> argparse.ArgumentParser:
     option("-h", "--help", nargs=0, action=OpHelp, help="this text; after an OP its arguments and sizes, too")
     option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
     option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
-    text = "your function, called as the one OP, checked before it is timed; repeatable"
-    option("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=text)
-    option("--without", action="append", default=[], metavar="PEER", help="leave a peer out; repeatable")
+    text = "torch, transformers, or your function, checked before it is timed; repeatable; default: the first two"
+    option("--peer", action="append", default=[], metavar="NAME", help=text)
     option("--gpu", metavar="NAME", help="measure nothing, floors by a data sheet: h100, ..., as in fit")
 
     option = command("tune", "launch configurations beside the present ones: which fit and are fastest", "ops --at")

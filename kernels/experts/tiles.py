@@ -68,7 +68,7 @@ DECODE: Table[DecodeTile] = {
     "sm_100": _DECODE_HOPPER,
     "gfx942": (
         DecodeTile(24, 16, 64, 128, 2, 2, "measured: E=8,N=8192,device_name=AMD_Instinct_MI300X.json"),
-        DecodeTile(48, 32, 64, 128, 4, 2, "compiled: 190 registers"),
+        DecodeTile(48, 32, 64, 128, 8, 2, "measured: E=8,N=2048,device_name=AMD_Instinct_MI300X.json"),
         DecodeTile(64, 64, 64, 128, 8, 2, "measured: E=8,N=7168,device_name=AMD_Instinct_MI300X.json"),
     ),
     "fp32": (

@@ -379,8 +379,8 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     caption["i/B"] = "thread instructions there for a byte of a cache"
     lines: Counter[tuple[Any, ...]] = Counter()
     for row in rows:
-        line = {"kernel": row["kernel"].removesuffix("_kernel"), "dtype": row["dtype"], "weight": _format(row)}
-        line["tile"] = _tile(row)
+        line = {"kernel": row["kernel"].removesuffix("_kernel"), "dtype": row["dtype"], "tile": _tile(row)}
+        line["weight"] = _format(row)
         line["w/s"] = f"{row['num_warps']}/{row['num_stages']}"
         line |= {name: "" if row[key] is None else f"{row[key]:,.0f}" for name, key in figures.items()}
         line["p/SM"] = str(row["programs_per_sm"] or "")
@@ -388,7 +388,7 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         per_byte = row["loop_instructions_per_byte"]
         line["i/B"] = "" if per_byte is None else f"{per_byte:.1f}"
         lines.update([("bold red" if row["fault"] else "", *line.items())])
-    table = Table(f"Compiled for {arch}", caption, keys=4)
+    table = Table(f"Compiled for {arch}", caption, keys=3, text=["weight"], ranks={"weight": -1})
     for (style, *cells), count in lines.items():
         table.add(dict(cells) | {"kernels": str(count)}, style)
     return table

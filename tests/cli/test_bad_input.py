@@ -96,7 +96,6 @@ BAD_INPUT = {
     f"quantize small {SMALL} --weights int4": f"{SMALL} is there already and not an empty folder$",
     "bench nonsense": "nonsense",
     "bench --gpu voodoo": "MI300X",
-    "bench --without nobody": "FlexAttention",
     "bench route --at many": "T=4096",
     "bench route --at T=3": "T=3",
     "bench --sizes T=3": "--sizes",

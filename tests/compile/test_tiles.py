@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,8 @@ from mixtral_triton.kernels.experts import op as experts_op
 from mixtral_triton.kernels.experts import tiles as experts
 from mixtral_triton.kernels.quantized import W8A8
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools.bench import tune
+from mixtral_triton.tools.bench.cases import Case
 from mixtral_triton.tools.offline import Compiled, collect, compile_launch
 from tests.cli.commands import ROOT
 
@@ -57,13 +60,35 @@ def row_id(row: Row) -> str:
 
 @cache
 def measured() -> dict[str, set[str]]:
-    """The tiles by file, as ROWSxNxK wWARPS sSTAGES."""
+    """The tiles by file, as ROWSxNxK wWARPS sSTAGES: those of others, and what `tune` wrote."""
     found: dict[str, set[str]] = {}
     lines = (ROOT / "benchmarks/tiles/measured.csv").read_text().splitlines()
     for line in csv.DictReader(line for line in lines if not line.startswith("#")):
         cells = [re.sub(r" g\d+", "", cell) for name, cell in line.items() if name.isdigit() and cell]
         found.setdefault(line["file"], set()).update(cells)
+    for file in (ROOT / "benchmarks/results").glob("*.csv"):
+        for line in csv.DictReader(file.read_text().splitlines()):
+            c = dict(re.findall(r"([A-Z]+_\w|num_[a-z]+)(\d+)", line["tile"]))
+            columns = int(c.get("BLOCK_N", 0)) * (2 if "_up_" in line["kernel"] else 1)
+            rows = c.get("BLOCK_M") or c.get("BLOCK_T")
+            tile = f"{rows}x{columns}x{c.get('BLOCK_K')} w{c['num_warps']} s{c['num_stages']}"
+            found.setdefault(file.name, set()).add(tile)
     return found
+
+
+def test_results_of_the_tuner_count_as_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(OPS["expert_swiglu"], experts_op.ExpertCase(4096, 4096, 14336, 8, 2))
+    configs = tune.kernel_configs(case, "sm_90")
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "benchmarks/tiles").mkdir()
+    (tmp_path / "benchmarks/tiles/measured.csv").write_text("file,1\nother,16x16x16 g1 w1 s1\n")
+    for kernel in ("experts_up_kernel", "experts_down_kernel"):
+        timed = [tune.Candidate(configs[kernel][1], "now", tune.measure.Outcome(1.0))]
+        tune.append_results(tmp_path / "benchmarks/results/card.csv", "card", case, kernel, timed)
+    monkeypatch.setattr("tests.compile.test_tiles.ROOT", tmp_path)
+    measured.cache_clear()
+    assert measured() == {"other": {"16x16x16 w1 s1"}, "card.csv": {"192x256x64 w8 s4"}}
+    measured.cache_clear()
 
 
 @pytest.mark.parametrize("row", [row for row in rows() if not row.tile.source.startswith("compiled")], ids=row_id)

@@ -24,7 +24,6 @@ from mixtral_triton.kernels.quantized import (
     QuantizedWeight,
     encode_rows,
     pack,
-    products_of_codes,
     sample_quantized,
     unit_columns,
     unpack,
@@ -159,93 +158,6 @@ def test_kernel_quantizes_the_tokens_of_slots_in_the_order_of_experts() -> None:
     codes, scales = quantize_rows(Rows.of(x), Groups(order, offsets.int(), 3), 2)
     want, exact = quantize_rows(Rows.of(x[order[:8] // 2]))
     assert torch.equal(codes[:8].view(torch.int16), want.view(torch.int16)) and torch.equal(scales[:8], exact)
-
-
-PRODUCTS = [("int8", 80, False), ("int8", 128, False), ("int8", 300, False), ("int4:128", 256, True)]
-PRODUCTS += [("int4:128", 384, False), ("int4:64", 128, True), ("int4:32", 96, True), ("int4", 160, True)]
-
-
-@pytest.mark.parametrize("rows", [1, 5, 200])
-@pytest.mark.parametrize("scales", FLOATS)
-@pytest.mark.parametrize(("name", "K", "zeros"), PRODUCTS)
-def test_product_of_codes_is_as_exact_as_that_of_dequantized_values(
-    name: str, K: int, zeros: bool, scales: torch.dtype, rows: int
-) -> None:
-    weight = random_weight(name, 3, 48, K, zeros=zeros, scales=scales)
-    x = randn(rows, K).bfloat16()
-    exact = x.double() @ weight[1].dequantize().double().T
-    dequantized = torch.nn.functional.linear(x, weight[1].dequantize().bfloat16())
-    with torch.device("meta"), products_of_codes():  # a caller's default device
-        got = weight[1].product(x.view(1, rows, K))[0]
-        assert torch.equal(weight[1].product(x.float()), x.float() @ weight[1].dequantize().T)
-    error, limit = ((y.double() - exact).abs().max() for y in (got, dequantized))
-    assert error <= max(2 * limit, 2.0**-7 * exact.abs().max())  # two roundings to bf16
-    assert rows < 200 or torch.equal(got, dequantized)
-    assert torch.equal(weight[1].product(x), dequantized)  # the reference
-
-
-def packs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list that grows with each packing of int4 codes."""
-    calls: list[Any] = []
-    pack_int4 = torch._convert_weight_to_int4pack_for_cpu
-    monkeypatch.setattr(
-        torch, "_convert_weight_to_int4pack_for_cpu", lambda *args: calls.append(args) or pack_int4(*args)
-    )
-    return calls
-
-
-def test_int4_codes_are_packed_once_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, weight, x = packs(monkeypatch), random_weight("int4:128", 3, 16, 256, scales=torch.bfloat16), randn(2, 256)
-    x = x.bfloat16()
-    state, size = {name: value.clone() for name, value in weight.state_dict().items()}, len(pickle.dumps(weight))
-    with products_of_codes():
-        before = [weight[expert].product(x) for expert in (0, 1, -2, 1)]
-        assert len(calls) == 2 and torch.equal(before[1], before[2])
-        assert len(pickle.dumps(weight)) == size and weight.state_dict().keys() == state.keys()
-        weight.load_state_dict({**state, "data": state["data"].roll(1, 0)})  # expert 1's codes are now those of 0
-        weight.scales.copy_(weight.scales[:1].expand_as(weight.scales).clone())
-        after = weight[1].product(x)
-        assert len(calls) == 3 and torch.equal(after, before[0])
-        copied = deepcopy(weight).to(torch.float16)
-        copied.data = copied.data.clone()
-        assert torch.equal(copied[1].product(x), after) and len(calls) == 4
-        assert torch.equal(copied.to("meta").to_empty(device="cpu")[1].product(x[:0]), after[:0])
-
-
-@pytest.mark.parametrize(
-    ("name", "N", "K", "dtype"),
-    [
-        ("int4:32", 40, 96, torch.bfloat16),
-        ("int4", 48, 80, torch.bfloat16),
-        ("int4:128", 48, 128, torch.float16),
-        ("int4:128", 48, 128, torch.float32),
-        ("fp8", 48, 128, torch.bfloat16),
-    ],
-)
-def test_what_torch_does_not_multiply_by_codes_is_dequantized(
-    name: str, N: int, K: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls, weight, x = packs(monkeypatch), random_weight(name, N, K), randn(3, K).to(dtype)
-    with products_of_codes():
-        assert torch.equal(weight.product(x), torch.nn.functional.linear(x, weight.dequantize().to(dtype)))
-    assert not calls
-
-
-@pytest.mark.compiled
-def test_experts_in_plain_torch_multiply_by_packed_codes_and_their_reference_does_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = packs(monkeypatch)
-    args = inputs(
-        "expert_swiglu", {**EXPERTS, "I": 128, "gate_up": "int4:128", "down": "int4:64"}, dtype=torch.bfloat16
-    )
-    tolerance, want = Tolerance("expert_swiglu", args), OPS["expert_swiglu"].call_reference(**args)
-    assert not calls
-    got = [ops.expert_swiglu(**args) for _ in range(2)]
-    used = len(set(args["ids"].flatten().tolist()))
-    assert len(calls) == 2 * used and torch.equal(*got) and not torch.equal(got[0], want)
-    error, limit = tolerance.measure(lambda **args: got[0])
-    assert error <= limit
 
 
 WRONG: dict[str, dict[str, object]] = {

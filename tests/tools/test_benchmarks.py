@@ -3,7 +3,6 @@
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import time
@@ -97,17 +96,6 @@ def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_commands(tmp_path:
     row = json.loads((tmp_path / "bench_decode_offloaded.out").read_text().splitlines()[-1])
     assert row["right"] and row["sizes"]["offload"] == 2 and row["host_bytes"] > 0
     assert len(json.loads((tmp_path / "host.out").read_text())["rows"]) == 3
-
-
-SMALL_SIZES = ("--hidden", 256, "--intermediate", 128)
-
-
-@pytest.mark.parametrize(("sizes", "least"), [(SMALL_SIZES, 0), pytest.param((), 40, marks=pytest.mark.slow)])
-def test_int4_on_a_cpu_is_paired_with_dequantized_weights(sizes: tuple[Any, ...], least: int) -> None:
-    command = ("benchmarks/cpu_int4.py", "--rounds", 3, *sizes)
-    assert re.search(r"dequantized .* packed .* times, needs 40", start(*command).stdout)
-    runs = (json.loads(start(*command, "--json").stdout) for _ in range(3))  # other processes may take the CPU in one
-    assert any(found["packed"] < found["first"] and found["ratio"] > least for found in runs)
 
 
 BAD_INPUT = {"--dry --only lunch": "lunch", "": "there is no GPU: nothing was measured"}

@@ -1,8 +1,6 @@
 """Floors: of an expert layer and of a decode step, worked out independently; data sheets, and what measures a GPU."""
 
-import time
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +10,8 @@ from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.kernels.op import Cost
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.quantize import select_specs
-from mixtral_triton.tools.bench import decode_step
-from mixtral_triton.tools.bench.measure import DeviceTimer, measure_gpu, step_timer
+from mixtral_triton.tools.bench import decode_step, measure
+from mixtral_triton.tools.bench.measure import measure_gpu
 from mixtral_triton.tools.fit import KNOWN
 from mixtral_triton.tools.gpus import GPUS, LINKS, data_sheet, floor
 from mixtral_triton.tools.step import step_costs
@@ -93,36 +91,7 @@ def test_measure_gpu() -> None:
     assert (gpu.bandwidth, gpu.matmul, gpu.source) == (2 * 4096 / 2.0, 2 * 16**3 / 2.0, "measured")
 
 
-class FakeEvent:
-    """A CUDA event on a device that has done its work as soon as the host has asked for it."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, other: Any) -> float:
-        return (other.at - self.at) * 1e3
-
-
-def test_device_timers_time_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the events: neither the sweeps before a run, nor what warms up. A row of steps: all of it."""
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    sheet = SimpleNamespace(L2_cache_size=1 << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sheet)
-    monkeypatch.setattr("mixtral_triton.tools.bench.measure.SWEEP_BYTES", 1 << 24)
-    timer = DeviceTimer(CPU, budget=0.05)
-    assert timer.buffer.nbytes == 1 << 24 and timer.sweep_seconds > 0
-    calls: list[int] = []
-
-    def call() -> None:
-        calls.append(len(calls))
-        time.sleep(0.1 if len(calls) == 1 else 0.01)
-
-    assert 0.01 <= timer(call) < 0.02
-    assert len(calls) >= 5 + 3
-    assert 0.01 <= step_timer(call, budget=0.05) < 0.02
+def test_a_call_s_time_is_the_median_of_triton_s_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, Any] = {}
+    monkeypatch.setattr(measure, "do_bench", lambda call, **more: said.update(more) or call())
+    assert measure.time_call(lambda: 2.0) == 2e-3 and said == {"return_mode": "median"}

@@ -1,10 +1,9 @@
-"""The benchmark's cases (every operation and a decode step, at the sizes of Mixtral) and the check of a result."""
+"""The benchmark's cases: every operation and a decode step, at the sizes of Mixtral."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,28 +15,18 @@ from ...kernels.quantized import W8A8
 from ...kernels.registry import OPS
 from ...load import check_offload, movable_bytes, usable_bytes
 from ...model import SIXTEEN_BIT_ROWS
-from ...tolerance import Tolerance
 from ..fit import KNOWN, free_bytes, placement
 from ..gpus import GPU
 from ..terminal import parse_choices, parse_sizes
 from . import decode_step
 
 Texts = Sequence[str]
-Check = Callable[[Callable[..., Any]], "str | None"]  # of a function: what is wrong with its results
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK = 6  # cases per operation with --quick
 BENCHED: dict[str, Op] = {**OPS, decode_step.STEP.name: decode_step.STEP}
 CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
 FROM_VALUES = {"distinct", "distinct_on_host"}  # what the values of a call decide: `--sizes` does not set them
-PEER_SLACK = 2.0  # peers round at other points than the reference: they may err twice as much as our own limit
-TF32 = 2.0**-9  # the error of fp32 products in TF32, Triton's default
-# A longer attention is checked in blocks of queries: the scores of all would not fit any GPU.
-UNBLOCKED_MOST, BLOCK = 1024, 256
-
-
-class WrongResult(Exception):
-    """A peer does something that its operation does not; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -164,66 +153,3 @@ def _parse_case(op: Op, text: str, dtype: torch.dtype | None) -> Case:
     except (RuntimeError, OverflowError, TypeError):
         raise ValueError(f"--sizes is {text!r:.80}, needs tensors that can be") from None
     return case
-
-
-class Oracle:
-    """The reference's results of one call, or for the first, middle and last queries. least: an error that is right."""
-
-    def __init__(self, op: Op, args: dict[str, Any], least: float = 0.0) -> None:
-        self.args, self.least, blocks = args, least, [slice(None)]
-        T = args["q"].shape[1] if op.name == "attention" else 0
-        causal = args.get("causal", True) and args.get("lengths") is None
-        if T > UNBLOCKED_MOST and args["k"].shape[1] == T and causal:
-            blocks = [slice(start, start + BLOCK) for start in (0, (T - BLOCK) // 2, T - BLOCK)]
-        self.parts = list[tuple[Tolerance, slice]]()
-        for rows in blocks:  # queries align with the end of the keys: those of a block see no key beyond it
-            part = {"q": args["q"][:, rows]} | {name: args[name][:, : rows.stop] for name in "kv"} if rows.stop else {}
-            self.parts.append((Tolerance(op.name, {**args, **part}), rows))
-
-    def fault(self, function: Callable[..., Any]) -> str | None:
-        """Return what is wrong with `function` on these arguments, or None."""
-        for tolerance, rows in self.parts:
-            part = (lambda rows=rows, **_: function(**self.args)[:, rows]) if rows.stop else function
-            try:
-                error, limit = tolerance.measure(partial(_check_call, part, tolerance))
-            except WrongResult as wrong:
-                return f"wrong: {wrong}"
-            limit = max(PEER_SLACK * limit, self.least)
-            if not error <= limit:
-                return f"wrong: an error of {error:.1e}, where {limit:.1e} would be right"
-        return None
-
-
-def stricter_oracles(case: Case, args: dict[str, Any]) -> Iterator[tuple[str, Oracle]]:
-    """Yield the oracles of what random values in 16 bits hide: ties of `route`, and rounding, which fp32 shows."""
-    if case.op.name == "route":
-        yield "with ties", Oracle(case.op, args | {"logits": args["logits"].clamp(-1, 1).round()})
-    if case.dtype != torch.float32 and case.op.name in OPS and torch.float32 in case.op.dtypes:
-        device = next(x.device for x in args.values() if isinstance(x, torch.Tensor))
-        wide = replace(case, dtype=torch.float32).inputs(device)
-        yield "in float32", Oracle(case.op, wide, TF32 if case.op.multiplies else 0.0)
-
-
-def check_of(op: Op, args: dict[str, Any]) -> Check:
-    return partial(decode_step.fault, args=args) if op is decode_step.STEP else Oracle(op, args).fault
-
-
-def _check_call(function: Callable[..., Any], tolerance: Tolerance, /, **args: Any) -> Any:
-    """Call `function` and check number and shapes of the results; an argument that it writes into is restored."""
-    tensors = {name: x for name, x in args.items() if isinstance(x, torch.Tensor) and name not in tolerance.op.mutates}
-    before = {name: x.clone() for name, x in tensors.items()}
-    out = function(**args)
-    # NaN in uninitialized memory equals NaN.
-    if written := [name for name, x in before.items() if not torch.allclose(x, args[name], 0.0, 0.0, equal_nan=True)]:
-        for name in written:
-            args[name].copy_(before[name])
-        raise WrongResult(f"it writes into {', '.join(written)}")
-    results = () if out is None else tuple(out) if isinstance(out, (tuple, list)) else (out,)
-    wanted = tolerance.exact[: len(tolerance.exact) - len(tolerance.op.mutates)]
-    if foreign := [type(result).__name__ for result in results if not isinstance(result, torch.Tensor)]:
-        raise WrongResult(f"a result is a {foreign[0]}, needs a tensor")
-    got, needed = (" and ".join(str(list(x.shape)) for x in tensors) or "none" for tensors in (results, wanted))
-    if got != needed:
-        raise WrongResult(f"results of shape {got}, where {needed} would be right")
-    pairs = zip(results, wanted, strict=True)
-    return tuple(result if want.dtype.is_floating_point else result.to(want.dtype) for result, want in pairs)

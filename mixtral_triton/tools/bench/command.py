@@ -4,62 +4,56 @@ import argparse
 import inspect
 import json
 import math
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import cycle, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
 from rich.console import Console, Group
+from rich.table import Table
 from rich.text import Text
 
 from ...kernels.op import runs_on
 from ...kernels.registry import OPERATIONS
 from ..gpus import GPU, family_note, find_gpu
-from ..terminal import Table, bar, check_writable, console
+from ..terminal import bar, check_writable, console
 from .cases import Case, cases, sizes_of
 from .measure import Outcome, Row, checked_row, current_gpu, timed_rows
-from .peers import PEERS, import_peer
-
-FLOOR = {"floor, us": "the least time by bytes over bandwidth or FLOP over peak, whichever is more"}
-LEFT_OUT_FIRST = ("bound", "MB", "GFLOP", "MB of host memory", "launches")
-MARKERS = "os^vDPX*."  # of ours and each peer
+from .peers import PEERS, find_peer
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command -> exit status: 1 where an operation or a user's peer, but no other, is wrong or fails."""
+    """Run the command -> exit status: 1 where an operation or a user's peer is wrong or fails."""
     selected = cases(args.ops, args.quick, args.at, args.sizes, getattr(torch, args.dtype) if args.dtype else None)
-    if args.peer and len(args.ops) != 1:
+    if any(name not in PEERS for name in args.peer) and len(args.ops) != 1:
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
     for option, value in (("--offload", args.offload), ("--cache-dtype", args.cache_dtype)):
         if value and args.ops != ["decode_step"]:
             raise ValueError(f"{option} is {value!r}, and goes with decode_step: bench decode_step {option} {value}")
     if args.cache_dtype:
         selected = [replace(case, sizes=replace(case.sizes, cache=args.cache_dtype)) for case in selected]
-    user_peers = [import_peer(text) for text in dict.fromkeys(args.peer)]
-    gpu = find_gpu(args.gpu or "h100")
-    if unknown := set(args.without) - (known := {peer.name for peer in PEERS}):
-        raise ValueError(f"--without is {min(unknown)!r}, needs one of {', '.join(sorted(known))}")
+    gpu, timed = find_gpu(args.gpu or "h100"), args.gpu is None and torch.cuda.is_available()
+    # Without a GPU nothing is timed, so only what was asked for is checked.
+    peers = {name: find_peer(name) for name in args.peer or (PEERS if timed else ())}
     if args.plot is not None:
         if args.plot.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--plot {str(args.plot)!r} needs a name that ends in .png, .svg or .pdf")
         check_writable("--plot", args.plot)
         if find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    out, timer = console(stderr=args.json), None
-    if args.gpu is None and torch.cuda.is_available():
+    out = console(stderr=args.json)
+    if timed:
         device, gpu, timer = current_gpu()
     selected = selected if args.sizes else [case for case in selected if runs_on(case.sizes, gpu.arch)]
     if args.offload:
         selected = [case.offloaded(args.offload, gpu) for case in selected]
-    if timer is not None:
-        peers = [*(peer for peer in PEERS if peer.name not in args.without), *user_peers]
+    if timed:
         source = timed_rows(selected, peers, device, gpu, timer)
     else:
         reason = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"
-        source = (checked_row(case, gpu, user_peers, reason) for case in selected)
+        source = (checked_row(case, gpu, peers, reason) for case in selected)
         out.print(f"No time was measured: {reason}. Floors are those of the GPU below.")
     rates = f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"
     out.print(f"{gpu.name} ({gpu.arch}), {gpu.source}: {rates}")
@@ -72,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         figure_of(rows, gpu).savefig(args.plot, dpi=150)
         out.print(f"plot: {args.plot}")
     outcomes = [row.ours for row in rows]
-    outcomes += [outcome for row in rows for name, outcome in row.peers.items() if name in args.peer]
+    outcomes += [outcome for row in rows for name, outcome in row.peers.items() if name not in PEERS]
     return 1 if len(rows) < len(selected) or any(one.right is False for one in outcomes) else 0
 
 
@@ -126,38 +120,28 @@ def _title_and_shapes(rows: Sequence[Row]) -> tuple[str, list[str]]:
     return ", ".join(filter(None, (case.op.name, case.dtype_name, sizes_text(common)))), shapes
 
 
-def _cells(row: Row, peers: Sequence[str], timed: bool) -> dict[str, str]:
-    share = row.share
-    cells = {
-        "time, us": micro(row.ours.seconds) if row.ours.seconds is not None else row.ours.verdict if timed else "",
-        "of floor": f"{100 * share:.0f} %" if share is not None else "-" if timed else "",
-        **{"floor, us": micro(row.floor_s), "bound": row.bound},
-    }
-    for name in peers:
-        ratio = row.ratio(name) if name in row.peers else None
-        text = row.peers.get(name, Outcome()).verdict if ratio is None else f"{ratio:.2f}"
-        cells[f"{name} / ours" if timed else name] = text
-    cells |= {"MB": number(row.cost.bytes / 1e6), "GFLOP": number(row.cost.flops / 1e9)}
-    cells["MB of host memory"] = number(row.cost.host_bytes / 1e6) if row.cost.host_bytes else ""
-    return {**cells, "launches": str(len(row.launches))}
-
-
 def op_table(rows: Sequence[Row]) -> Group:
-    timed = any(row.ours.seconds is not None or row.ours.note for row in rows)
-    peers = list(dict.fromkeys(name for row in rows for name in row.peers))
-    title, texts = _title_and_shapes(rows)
-    table = Table(title, FLOOR, text=("bound",), ranks=dict.fromkeys(LEFT_OUT_FIRST, 1))
-    notes: dict[tuple[str, str], list[str]] = {}
-    for row, shape in zip(rows, texts, strict=True):
-        table.add({"sizes": shape, **_cells(row, peers, timed)}, "bold red" if row.ours.right is False else "")
-        for name, outcome in (("ours", row.ours), *row.peers.items()):
-            if outcome.note:
-                notes.setdefault((name, outcome.note), []).append(shape)
-    lines = []
-    for (name, note), shapes in notes.items():
-        where = f", {'; '.join(shapes)}" if len(shapes) < len(rows) or len(rows) == 1 else ""
-        lines.append(Text(f"{name}{where}: {note}", style="red" if name == "ours" else "yellow"))
-    return Group(table, *lines)
+    """Return a table of one operation's rows, without empty columns, and a line for each note."""
+    title, shapes = _title_and_shapes(rows)
+    cells, notes = [], list[str]()
+    for row, shape in zip(rows, shapes, strict=True):
+        of_row = {"sizes": shape, "time, us": micro(row.ours.seconds) if row.ours.seconds else ""}
+        of_row["of floor"] = "" if row.share is None else f"{100 * row.share:.0f} %"
+        of_row |= {"floor, us": micro(row.floor_s), "bound": row.bound}
+        for name, outcome in {"ours": row.ours, **row.peers}.items():
+            notes += [f"{name}, {shape}: {outcome.note}"] if outcome.note else []
+            ratio = row.ratio(name) if name in row.peers else None
+            of_row[f"{name} / ours"] = "" if ratio is None else f"{ratio:.2f}"
+        of_row |= {"MB": number(row.cost.bytes / 1e6), "GFLOP": number(row.cost.flops / 1e9)}
+        of_row["MB of host memory"] = number(row.cost.host_bytes / 1e6) if row.cost.host_bytes else ""
+        cells.append({**of_row, "launches": str(len(row.launches))})
+    table = Table(title=title, title_justify="left", box=None)
+    names = [name for name in dict.fromkeys(name for each in cells for name in each) if any(x.get(name) for x in cells)]
+    for name in names:
+        table.add_column(name, justify="left" if name in ("sizes", "bound") else "right", overflow="fold")
+    for row, each in zip(rows, cells, strict=True):
+        table.add_row(*(each.get(name, "") for name in names), style="bold red" if row.ours.right is False else "")
+    return Group(table, *map(Text, notes))
 
 
 def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
@@ -172,19 +156,14 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
         title, shapes = _title_and_shapes(panel := sorted(panel, key=lambda row: row.floor_s))
         axes.barh(range(len(panel)), [1e6 * row.floor_s for row in panel], color="lightgray", label="floor")
         outcomes = [{"ours": row.ours, **row.peers} for row in panel]
-        names = dict.fromkeys(name for each in outcomes for name in each)
-        for marker, name in zip(cycle(MARKERS), names, strict=False):
+        for name in dict.fromkeys(name for each in outcomes for name in each):
             times = [1e6 * (each.get(name, Outcome()).seconds or math.nan) for each in outcomes]
             if not all(map(math.isnan, times)):
-                axes.plot(times, range(len(panel)), marker, ms=4, label=name)
+                axes.plot(times, range(len(panel)), "o", ms=4, label=name)
         axes.set_yticks(range(len(panel)), shapes, fontsize=7)
-        axes.set_xscale("log")
-        axes.set_xlabel("time, us", fontsize=7)
-        axes.margins(y=0.01)
-        axes.set_title("\n".join(textwrap.wrap(title, 80)), fontsize=8)
+        axes.set(xscale="log", xlabel="time, us")
+        axes.set_title(title, fontsize=8, wrap=True)
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-        axes.grid(alpha=0.2)
     timed = any(one.seconds for row in rows for one in (row.ours, *row.peers.values()))
-    note = "" if timed else "; no time was measured, these are floors"
-    figure.suptitle("\n".join(textwrap.wrap(f"{gpu.name}, {gpu.source}{note}", 60)), fontsize=9)
+    figure.suptitle(f"{gpu.name}, {gpu.source}" + ("" if timed else "; no time was measured, these are floors"))
     return figure

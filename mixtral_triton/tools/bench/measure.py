@@ -1,7 +1,6 @@
-"""Check and time one operation, its peers and their results; without a GPU, collect what is known about a case."""
+"""Check and time one operation and its peers; without a GPU, collect what is known about a case."""
 
 import gc
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,31 +9,31 @@ from functools import partial
 from typing import Any
 
 import torch
+from triton.testing import do_bench
 
 from ...kernels.launch import target_arch
-from ...kernels.op import Cost
+from ...kernels.op import Op
 from ...kernels.record import record_launches
 from ...kernels.registry import dispatched
+from ...tolerance import Tolerance
 from ..gpus import GPU, MIB, data_sheet, floor
 from ..terminal import print_message
 from . import decode_step
-from .cases import Case, Check, check_of, stricter_oracles
+from .cases import Case
 from .peers import Function, Peer, Unsupported
 
 Call = Callable[[], Any]
 Timer = Callable[[Call], float]
-
 NOT_CHECKED = "not checked"
 NO_DRIVER = "0 active drivers"  # in Triton's error of a launch on a machine without a GPU
-RUNS_LEAST, RUNS_MOST = 5, 100
-SWEEP_BYTES = 256 << 20  # read at least, and four times the size of L2, to evict it
 
 
-def _runs(estimate: float, budget: float) -> int:
-    return max(RUNS_LEAST, min(RUNS_MOST, int(budget / max(estimate, 1e-9))))
+def time_call(call: Call) -> float:
+    """Return the median seconds of a call on the GPU, from a cold L2."""
+    return float(do_bench(call, return_mode="median")) * 1e-3
 
 
-def wall_seconds(call: Call, device: str = "cpu") -> float:
+def wall_seconds(call: Call, device: Any = "cpu") -> float:
     """Return the seconds of one call; with a CUDA device, until it has finished its work."""
     synchronize = partial(torch.get_device_module(device).synchronize, device)
     synchronize()
@@ -44,45 +43,20 @@ def wall_seconds(call: Call, device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-class DeviceTimer:
-    """Median seconds of a call's device kernels between two events, from a cold L2. Reads evict it (dirty lines would
-    be written back while the call is timed) until the host has enqueued the whole call: launches are not timed."""
-
-    def __init__(self, device: torch.device, budget: float = 0.2) -> None:
-        self.device, self.budget = device, budget
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        self.buffer = torch.ones(max(4 * cache, SWEEP_BYTES) // 4, device=device)
-        self.sweep_seconds = min(self._elapsed(self.buffer.amax, 1) for _ in range(3))
-
-    def _elapsed(self, call: Call, sweeps: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        for _ in range(sweeps):
-            self.buffer.amax()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
-
-    def __call__(self, call: Call) -> float:
-        for _ in range(3):
-            call()
-        torch.cuda.synchronize(self.device)
-        sweeps = min(50, 1 + int(1.5 * wall_seconds(call) / self.sweep_seconds))
-        runs = _runs(self._elapsed(call, sweeps) + sweeps * self.sweep_seconds, self.budget)
-        return statistics.median(self._elapsed(call, sweeps) for _ in range(runs))
+def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
+    """Measure the current GPU by torch: a copy and a read of `memory` bytes, and a bf16 product of n x n."""
+    source, copy = (torch.ones(memory // 4, device=device) for _ in range(2))
+    bandwidth = max(2 * memory / timer(lambda: copy.copy_(source)), memory / timer(source.amax))
+    a, b, out = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(3))
+    matmul = 2 * n**3 / timer(lambda: torch.mm(a, b, out=out))
+    return GPU("", name, arch=arch, bandwidth=bandwidth, matmul=matmul, source="measured")
 
 
-def step_timer(call: Call, budget: float = 0.5) -> float:
-    """Return the mean seconds of a call in a row of them, host time included, as a decode loop runs it."""
-
-    def mean_of(runs: int) -> float:
-        return wall_seconds(lambda: [call() for _ in range(runs)], "cuda") / runs
-
-    mean_of(3)
-    runs = _runs(mean_of(3), budget / 3)
-    return statistics.median(mean_of(runs) for _ in range(3))
+def current_gpu() -> tuple[torch.device, GPU, Timer]:
+    device, properties = torch.device("cuda"), torch.cuda.get_device_properties("cuda")
+    gpu = measure_gpu(properties.name, target_arch(device), device, time_call)
+    sheet = data_sheet(properties.name) or gpu
+    return device, replace(gpu, mib=properties.total_memory // MIB, link=sheet.link), time_call
 
 
 @dataclass(frozen=True)
@@ -93,13 +67,6 @@ class Outcome:
     note: str | None = None
     right: bool | None = None
 
-    @property
-    def verdict(self) -> str:
-        """The text of a cell without a time."""
-        if self.right is None:
-            return NOT_CHECKED if str(self.note).startswith(NOT_CHECKED) else "-"
-        return "right" if self.right else str(self.note).split(":")[0]
-
     def as_dict(self) -> dict[str, Any]:
         return {"time_us": self.seconds and self.seconds * 1e6, "note": self.note, "right": self.right}
 
@@ -109,7 +76,7 @@ class Row:
     """One case on one GPU."""
 
     case: Case
-    cost: Cost
+    cost: Any
     floor_s: float
     bound: str
     launches: tuple[str, ...]
@@ -139,22 +106,51 @@ def our_call(case: Case, args: dict[str, Any]) -> Function:
     return decode_step.replayed_step(args) if case.op is decode_step.STEP else dispatched(case.op.name, args)
 
 
+def fault(op: Op, args: dict[str, Any], function: Function) -> str | None:
+    """Return what is wrong with a function's results beside the reference's, or None."""
+    if op is decode_step.STEP:
+        return decode_step.fault(function, args)
+    before = {name: x.clone() for name, x in args.items() if isinstance(x, torch.Tensor) and name not in op.mutates}
+
+    def results(**kwargs: Any) -> Any:
+        out = function(**kwargs)
+        written = [name for name, x in before.items() if not torch.allclose(x, args[name], 0, 0, equal_nan=True)]
+        found = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, torch.Tensor)]
+        wanted = tolerance.exact[: len(tolerance.exact) - len(op.mutates)]
+        shapes, needed = ([list(x.shape) for x in tensors] for tensors in (found, wanted))
+        for name in written:
+            args[name].copy_(before[name])
+        if written:
+            raise ValueError(f"it writes into {', '.join(written)}")
+        if shapes != needed:
+            raise ValueError(f"results of shape {shapes}, where {needed} would be right")
+        pairs = zip(found, wanted, strict=True)  # ids may have any integer type
+        return tuple(x if want.is_floating_point() else x.to(want.dtype) for x, want in pairs)
+
+    tolerance = Tolerance(op.name, args)
+    try:
+        error, limit = tolerance.measure(results)
+    except ValueError as wrong:
+        return f"wrong: {wrong}"
+    return None if error <= limit else f"wrong: an error of {error:.1e}, where {limit:.1e} would be right"
+
+
 def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row:
     """Return the row without times, from the sizes (with `args`, from their routing) and recorded launches."""
-    cost, shapes = case.cost(args), case.inputs(torch.device("meta"))
+    shapes = case.inputs(torch.device("meta"))
     with record_launches(gpu.arch) as launches, torch.no_grad():
         case.op.run(**shapes)
     names = tuple(launch.kernel for launch in launches)
-    return Row(case, cost, *floor(case.costs(args), gpu), names)
+    return Row(case, case.cost(args), *floor(case.costs(args), gpu), names)
 
 
-def attempt(build: Callable[[], Function], args: dict[str, Any], check: Check, timer: Timer | str) -> Outcome:
+def attempt(build: Callable[[], Function], op: Op, args: dict[str, Any], timer: Timer | str) -> Outcome:
     """Build a function, check it, then time it, unless `timer` is a reason not to. A failure becomes the note."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of compilers and other libraries
             function = build()
-            if wrong := check(function):
+            if wrong := fault(op, args, function):
                 return Outcome(note=wrong, right=False)
             if isinstance(timer, str):
                 return Outcome(note=f"right, not timed: {timer}", right=True)
@@ -176,64 +172,34 @@ def summary(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def _attempt_peer(case: Case, args: dict[str, Any], timer: Timer | str, check: Check, peer: Peer) -> Outcome:
-    """`attempt` a peer. A `strict` one must also pass `stricter_oracles`; a note names those that it does not take."""
-    notes: list[str] = []
-
-    def check_all(function: Function) -> str | None:
-        wrong = check(function)
-        for name, oracle in stricter_oracles(case, args) if peer.strict and wrong is None else ():
-            try:
-                if fault := oracle.fault(peer.build(case.op, oracle.args)):
-                    return f"{fault} ({name})"
-            except Exception as error:  # many kernels take 16 bits only
-                notes.append(f"{NOT_CHECKED} {name}: {summary(error)}")
-        return wrong
-
-    outcome = attempt(partial(peer.build, case.op, args), args, check_all, timer)
-    gc.collect()  # frees what it held before the next one is measured: some fill a GPU
-    torch.cuda.empty_cache()
-    return replace(outcome, note="; ".join([outcome.note or "right", *notes])) if outcome.right and notes else outcome
-
-
 @torch.no_grad()
-def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer | str, peers: Sequence[Peer]) -> Row:
+def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer | str, peers: Mapping[str, Peer]) -> Row:
     """Time `case` and its peers on `device`; where `timer` is a reason not to, the peers are checked alone."""
-    args = case.inputs(device)
-    row, check = untimed_row(case, gpu, None if isinstance(timer, str) else args), check_of(case.op, args)
-    ours = Outcome() if isinstance(timer, str) else attempt(lambda: our_call(case, args), args, check, timer)
-    return replace(row, ours=ours, peers={peer.name: _attempt_peer(case, args, timer, check, peer) for peer in peers})
+    args, found = case.inputs(device), dict[str, Outcome]()
+    row = untimed_row(case, gpu, None if isinstance(timer, str) else args)
+    if not isinstance(timer, str):
+        row = replace(row, ours=attempt(lambda: our_call(case, args), case.op, args, timer))
+    for name, peer in peers.items():
+        found[name] = attempt(partial(peer, case.op, args), case.op, args, timer)
+        gc.collect()  # frees what it held before the next one is measured: some fill a GPU
+        torch.cuda.empty_cache()
+    return replace(row, peers=found)
 
 
-def checked_row(case: Case, gpu: GPU, peers: Sequence[Peer], reason: str) -> Row:
-    """Return the row without times, for a `reason`, with the user's `peers` checked on the CPU."""
+def checked_row(case: Case, gpu: GPU, peers: Mapping[str, Peer], reason: str) -> Row:
+    """Return the row without times, for a `reason`, with the named `peers` checked on the CPU."""
     if peers and not (large := case.too_large_for_cpu()):
         return timed_row(case, gpu, torch.device("cpu"), reason, peers)
-    return replace(untimed_row(case, gpu), peers={p.name: Outcome(note=f"{NOT_CHECKED}: {large}") for p in peers})
+    return replace(untimed_row(case, gpu), peers={name: Outcome(note=f"{NOT_CHECKED}: {large}") for name in peers})
 
 
-def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
-    """Measure the current GPU by torch: a copy and a read of `memory` bytes, and a bf16 product of n x n."""
-    source, copy = (torch.ones(memory // 4, device=device) for _ in range(2))
-    bandwidth = max(2 * memory / timer(lambda: copy.copy_(source)), memory / timer(source.amax))
-    a, b, out = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(3))
-    matmul = 2 * n**3 / timer(lambda: torch.mm(a, b, out=out))
-    return GPU("", name, arch=arch, bandwidth=bandwidth, matmul=matmul, source="measured")
-
-
-def current_gpu() -> tuple[torch.device, GPU, Timer]:
-    device, properties = torch.device("cuda"), torch.cuda.get_device_properties("cuda")
-    timer, sheet = DeviceTimer(device), data_sheet(properties.name)
-    gpu = measure_gpu(properties.name, target_arch(device), device, timer)
-    return device, replace(gpu, mib=properties.total_memory // MIB, link=(sheet or gpu).link), timer
-
-
-def timed_rows(cases: list[Case], peers: list[Peer], device: torch.device, gpu: GPU, timer: Timer) -> Iterator[Row]:
-    """Yield a row per case with the `peers` that do its operation, up to a case that leaves the device in an error."""
+def timed_rows(
+    cases: Sequence[Case], peers: Mapping[str, Peer], device: torch.device, gpu: GPU, timer: Timer
+) -> Iterator[Row]:
+    """Yield a row per case, up to a case that leaves the device in an error."""
     for case in cases:
-        able = [peer for peer in peers if peer.does(case.op.name)]
         try:
-            yield timed_row(case, gpu, device, step_timer if case.op is decode_step.STEP else timer, able)
+            yield timed_row(case, gpu, device, timer, peers)
         except Exception as error:  # before anything was timed: the next case may work
             yield replace(untimed_row(case, gpu), ours=_failure(error))
         try:

@@ -29,7 +29,7 @@ from ..gpus import family_note
 from ..offline import compile_all
 from ..terminal import QUANTIZED, Table, bar, console
 from . import measure
-from .cases import Case, cases, check_of
+from .cases import Case, cases
 from .command import micro, sizes_text
 from .rivals import BENCHMARKS, rivals
 
@@ -93,16 +93,16 @@ def compile_faults(case: Case, kernel: str, configs: Sequence[LaunchConfig], arc
 def candidates_of(case: Case, kernel: str, arch: str, card: str = "") -> list[Candidate]:
     """Return the configuration now, what others measured for the nearest card and sizes, and the neighbours."""
     launch, now = kernel_configs(case, arch)[kernel]
-    found = [
-        (now, "now"),
-        *((config, origin) for origin, config in rivals(launch, now, arch, case.sizes, card).items()),
-    ]
-    found += [(config, "neighbour") for config in neighbours(now, fixed_tiles(launch))]
-    origins: list[Candidate] = []
-    for config, origin in found:
-        if config not in [each.config for each in origins]:
-            origins.append(Candidate(config, origin))
-    return origins
+    found = {
+        "now": [now],
+        **{origin: [config] for origin, config in rivals(launch, now, arch, case.sizes, card).items()},
+    }
+    found["neighbour"] = neighbours(now, fixed_tiles(launch))
+    candidates: list[Candidate] = []
+    for origin, config in ((origin, config) for origin, configs in found.items() for config in configs):
+        if config not in [each.config for each in candidates]:
+            candidates.append(Candidate(config, origin))
+    return candidates
 
 
 def tune(
@@ -125,7 +125,7 @@ def tune(
         if fault is not None or args is None or timer is None:
             return measure.Outcome(note=fault)
         with override_configs({kernel: config}), torch.no_grad():
-            return measure.attempt(lambda: measure.our_call(case, args), args, check_of(case.op, args), timer)
+            return measure.attempt(lambda: measure.our_call(case, args), case.op, args, timer)
 
     fixed, best = fixed_tiles(kernel_configs(case, arch)[kernel][0]), 0
     candidates = visit(candidates_of(case, kernel, arch, card))
@@ -177,14 +177,9 @@ def append_results(file: Path, card: str, case: Case, kernel: str, candidates: S
     with suppress(OSError):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().partition("\n")[0]
-    about = [
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        card,
-        driver,
-        triton.__version__,
-        torch.__version__,
-    ]
-    about += [case.op.name, kernel, case.dtype_name, sizes_text(case.as_dict())]
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    about = [date, card, driver, triton.__version__, torch.__version__, case.op.name, kernel, case.dtype_name]
+    about.append(sizes_text(case.as_dict()))
     new = not file.exists()
     with file.open("a", newline="") as out:
         writer = csv.writer(out)
@@ -221,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
     selected = cases(args.ops or tuple(OPS), quick=not (args.at or args.sizes), at=args.at, sizes=args.sizes)
     timed = not (args.arch or args.dry)
     out, device = console(stderr=args.json), torch.device("cuda") if timed else None
-    timer = measure.DeviceTimer(device) if device else None
+    timer = measure.time_call if device else None
     arch = args.arch or (target_arch(torch.device("cuda")) if torch.cuda.is_available() else DEFAULT_ARCH)
     selected = [case for case in selected if runs_on(case.sizes, arch)]
     kernels = [(case, kernel) for case in selected for kernel in kernel_configs(case, arch)]
