@@ -287,7 +287,7 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
     caption = f"used: of what is free. longest: tokens a sequence, and gpus: how many, with {MARGIN:.0%} of it to spare"
     caption = f"{caption.replace('%', ' %')}; tight: less to spare. {FORMAT_NOTE} {SEVERAL}"
-    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", caption, ranks={"verdict": -1})
+    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", caption)
     for plan in plans:
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}

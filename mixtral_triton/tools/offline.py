@@ -370,7 +370,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command `compile` -> exit status: 1 where a kernel must not run."""
     status, out = 0, console()
     for arch in dict.fromkeys(args.arch):
-        with bar(f"compiling for {arch}", None, compiles=True) as progress:
+        with bar(f"compiling for {arch}", None) as progress:
             ops, at = args.ops or list(OPS), parse_sizes("--at", args.at)
             compiled = compile_ops(ops, arch, args.out, progress.update, args.kernel, at)
             rows = [one.as_dict() for one in compiled]

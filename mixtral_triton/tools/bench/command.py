@@ -26,7 +26,6 @@ from .peers import PEERS, import_peer
 
 PREDICTED = {"predicted, us": "optimistic-cautious, not measured: by the launches, the data sheet and estimates"}
 PREDICTED["limit"] = "what takes most of the optimistic time"
-LEFT_OUT_FIRST = ("limit", "floor, us", "bound", "MB", "GFLOP", "MB of host memory", "launches")
 MARKERS = "os^vDPX*."  # of ours and each peer
 
 
@@ -152,7 +151,7 @@ def op_table(rows: Sequence[Row]) -> Group:
     timed = any(row.ours.seconds is not None or row.ours.note for row in rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     title, texts = _title_and_shapes(rows)
-    table = Table(title, PREDICTED, text=("limit", "bound"), ranks=dict.fromkeys(LEFT_OUT_FIRST, 1))
+    table = Table(title, PREDICTED, text=("limit", "bound"))
     notes: dict[tuple[str, str], list[str]] = {}
     for row, shape in zip(rows, texts, strict=True):
         table.add({"sizes": shape, **_cells(row, peers, timed)}, "bold red" if row.ours.right is False else "")

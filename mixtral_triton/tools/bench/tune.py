@@ -104,8 +104,7 @@ def _settings(config: LaunchConfig) -> dict[str, int]:
 
 def tune_table(title: str, candidates: Sequence[Candidate], best: int, timed: bool) -> Table:
     settings = [_settings(config) for config, _ in candidates]
-    equal = {name: 1 for name, now in settings[0].items() if all(one[name] == now for one in settings)}
-    table = Table(title, text=["note"], ranks=equal | {"time, us": -1, "note": -1})
+    table = Table(title, text=["note"])
     for index, (_, outcome) in enumerate(candidates):
         cells = {"which": "now" if index == 0 else "best" if index == best else ""}
         cells |= {name: str(value) for name, value in settings[index].items()}
