@@ -114,17 +114,20 @@ def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
         "disable": not is_first(),
     }
     options |= {"mininterval": 0.1, "delay": 0.1} if terminal else {"mininterval": INTERVAL, "delay": INTERVAL}
-    with tqdm(desc=label, total=total, file=sys.stderr, **options) as shown:
+    shown = tqdm(desc=label, total=total, file=sys.stderr, **options)
 
-        def update(done: int, total: int, part: str = "") -> None:
-            text = f"{label} {part}".rstrip()
-            if text != shown.desc.removesuffix(": "):
-                shown.set_description(text, refresh=False)
-                shown.reset(total)  # a step of another part takes another time
-            shown.total = total
-            shown.update(done - shown.n)
+    def update(done: int, total: int, part: str = "") -> None:
+        nonlocal shown
+        if (text := f"{label} {part}".rstrip()) != shown.desc.removesuffix(": "):
+            shown.close()  # a step of another part takes another time
+            shown = tqdm(desc=text, total=total, file=sys.stderr, **options)
+        shown.total = total
+        shown.update(done - shown.n)
 
-        yield Bar(shown.update, update)
+    try:
+        yield Bar(lambda count: shown.update(count), update)
+    finally:
+        shown.close()
 
 
 def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
