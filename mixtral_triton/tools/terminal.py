@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .processes import is_first
 
-PIPED = 200  # columns without a terminal and without COLUMNS
+PIPED = 500  # columns without a terminal and without COLUMNS
 TEXT_WIDTH = 24  # a column of text is as wide as this, if need be
 INTERVAL = 10.0  # seconds between two states of progress where stderr is no terminal
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
