@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from mixtral_triton import SMALL, Mixtral, reference
 from mixtral_triton.tools.trace import token_texts, trace
@@ -73,9 +72,9 @@ def heads(file: Path, Hq: int = 32, Hkv: int = 8) -> None:
 
 def route(file: Path) -> None:
     """The experts of each token of a sentence, layer by layer, in the small checkpoint."""
-    model, tokenizer = Mixtral.from_pretrained(SMALL, device="cpu"), Tokenizer.from_file(str(SMALL / "tokenizer.json"))
-    ids = tokenizer.encode(TEXT).ids
-    found: Any = trace(model, torch.tensor(ids), token_texts(tokenizer, TEXT))
+    model = Mixtral.from_pretrained(SMALL, device="cpu")
+    ids = model.tokenizer(TEXT).input_ids
+    found: Any = trace(model, torch.tensor(ids), token_texts(model.tokenizer, TEXT))
     first = found.experts[:, :, 0]
     figure = Figure(figsize=(1.2 + 0.75 * len(ids), 3), layout="constrained")
     axes = figure.subplots()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import DownloadColumn
 
 from . import __version__
 from .config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
@@ -28,7 +27,7 @@ from .tokenizer import load_tokenizer
 from .tools.gpus import LINKS
 from .tools.processes import is_first, open_mesh, select_backend
 from .tools.prompt import encode, read_prompts, read_text
-from .tools.terminal import bar, did_you_mean, exit_status, nearest, print_message
+from .tools.terminal import bar, did_you_mean, exit_status, print_message
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -58,19 +57,13 @@ class OpHelp(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that reports an error in one line."""
+    """An argparse parser that reports an error in one line, with what may have been meant."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {did_you_mean(' '.join(message.split()))} (see {self.prog} --help)\n")
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Reject an unknown option here, where its command is known."""
-        found, unknown = super().parse_known_args(*args, **kwargs)
-        if not unknown:
-            return found, unknown
-        names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
-        near = nearest(unknown[0].partition("=")[0].lstrip("-"), names)
-        return self.error(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean --{near}?' if near else ''}")
+        subs = (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        options = {name: None for choices in subs for sub in choices.values() for name in sub._option_string_actions}
+        line = did_you_mean(" ".join(message.split()), options)
+        self.exit(2, f"{self.prog}: {line} (see {self.prog} --help)\n")
 
 
 def parse_weights(text: str) -> str | dict[str, str]:
@@ -271,7 +264,7 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
     names = ("deterministic", "offload", "context", "cache_dtype", "activations")
     options: dict[str, Any] = {name: getattr(args, name) for name in names if name in args}
-    with warnings.catch_warnings(record=True) as caught, bar("loading", total, DownloadColumn()) as progress:
+    with warnings.catch_warnings(record=True) as caught, bar("loading", total, "B") as progress:
         options["progress"] = progress.advance
         model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, mesh, **options)
     for warning in caught if is_first() else ():
@@ -294,7 +287,7 @@ def _compile(launch: Callable[..., object], model: Mixtral, *args: Any) -> None:
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .tools.offline import compile_ahead
 
-        with bar("compiling", None, compiles=True) as progress:
+        with bar("compiling", None) as progress:
             compile_ahead(model, partial(launch, model, *args), progress.update)
 
 
@@ -302,9 +295,7 @@ def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     import torch
 
-    from .tools.estimate import estimate
     from .verification import check_peer, default_text, launch_all, verify
-    from .verification.source import Source
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
@@ -321,7 +312,6 @@ def _verify(args: argparse.Namespace) -> int:
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         if is_first():
             print_message(note)
-            print_message(estimate(model, text_ids, Source(args.folder).files, quick))
         _compile(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "peer", "tokens", "cache_dtype")}
         if measured is not None:
@@ -423,7 +413,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from .quantize.write import write
 
     before = total_bytes(read_headers(args.folder))
-    with bar("quantizing", before, DownloadColumn()) as progress:
+    with bar("quantizing", before, "B") as progress:
         after = write(args.folder, args.out, args.weights, args.device, progress.advance)
     if args.json:
         sizes = {"bytes_before": before, "bytes": after}

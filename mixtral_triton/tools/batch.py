@@ -209,7 +209,8 @@ def _answers(
             try:
                 results |= zip(batch, writer.write_batch(*zip(*(rows[i] for i in batch), strict=True)), strict=True)
             except (ValueError, RuntimeError) as error:
-                if not any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__cause__)):
+                out_of_memory = any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__cause__))
+                if not out_of_memory or writer.model.ranks is not None:  # other ranks would go on with the whole batch
                     raise
                 failure = " ".join(str(error).split())
             if failure:  # here, where the error no longer holds what the batch allocated

@@ -269,7 +269,7 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
     caption = f"used: of what is free. longest: tokens a sequence, and gpus: how many, with {MARGIN:.0%} of it to spare"
     caption = f"{caption.replace('%', ' %')}; tight: less to spare. {BOUND} {FORMAT_NOTE} {SEVERAL}"
-    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", caption, ranks={"verdict": -1})
+    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", caption)
     for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
@@ -316,8 +316,7 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
     out = console()
     if not out.is_terminal and not os.environ.get("COLUMNS"):
         out.width = max(out.width, PIPED_LEAST)
-    ranks = {"MiB": 1, "link": 1}
-    table = Table("How many GPUs hold it, by format", f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"], ranks=ranks)
+    table = Table("How many GPUs hold it, by format", f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"])
     for gpu, plans in rows.items():
         cells = {"gpu": gpu.name}
         for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):

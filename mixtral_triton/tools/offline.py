@@ -388,7 +388,7 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         per_byte = row["loop_instructions_per_byte"]
         line["i/B"] = "" if per_byte is None else f"{per_byte:.1f}"
         lines.update([("bold red" if row["fault"] else "", *line.items())])
-    table = Table(f"Compiled for {arch}", caption, keys=3, text=["weight"], ranks={"weight": -1})
+    table = Table(f"Compiled for {arch}", caption, keys=3, text=["weight"])
     for (style, *cells), count in lines.items():
         table.add(dict(cells) | {"kernels": str(count)}, style)
     return table
@@ -398,7 +398,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command `compile` -> exit status: 1 where a kernel must not run."""
     status, out = 0, console()
     for arch in dict.fromkeys(args.arch):
-        with bar(f"compiling for {arch}", None, compiles=True) as progress:
+        with bar(f"compiling for {arch}", None) as progress:
             ops, at = args.ops or list(OPS), parse_choices("--at", args.at)
             compiled = compile_ops(ops, arch, args.out, progress.update, args.kernel, at)
             rows = [one.as_dict() for one in compiled]

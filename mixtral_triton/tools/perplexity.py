@@ -119,6 +119,6 @@ def run(
                 title: f"{values[key]:,.{0 if key == 'tokens' else 4}f}" for key, title in COLUMNS.items()
             }
             cost = values["perplexity"] / baseline[0]["perplexity"] - 1 if baseline else 0.0
-            table.add(cells | {"cost": f"{cost:+.2%}" if values is result and baseline else ""})
+            table.add(cells | ({"cost": f"{cost:+.2%}" if values is result else ""} if baseline else {}))
         console().print(table)
     return 0

@@ -1,4 +1,4 @@
-"""The output of commands: tables, progress on stderr, plots in files, and one line for the error that ends it."""
+"""The output of commands: tables, progress on stderr, and one line for the error that ends it."""
 
 import os
 import re
@@ -6,28 +6,23 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import textwrap
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from difflib import SequenceMatcher
-from functools import partial
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import rich.table
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
+from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 
 from .processes import is_first
 
-PIPED = 120  # columns without a terminal and without COLUMNS
-TEXT_WIDTH, HEADING_WIDTH = 24, 16  # a column of text is as wide as this, if need be; a number's heading wraps at this
-INTERVAL = 10.0  # seconds between two lines of progress where stderr is no terminal
+PIPED = 500  # columns without a terminal and without COLUMNS
+TEXT_WIDTH = 24  # a column of text is as wide as this, if need be
+INTERVAL = 10.0  # seconds between two states of progress where stderr is no terminal
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
 CRASHED = 3
 QUANTIZED = {"weight", "gate_up", "down"}  # of a case: the formats of quantized weights
@@ -36,7 +31,7 @@ FORMATS = QUANTIZED | {"cache"}
 
 def console(stderr: bool = False) -> Console:
     """Return a console for a command's result, as wide as the terminal, or as COLUMNS says."""
-    out = Console(stderr=stderr, highlight=False)
+    out = Console(stderr=stderr, highlight=False, soft_wrap=True)  # the terminal wraps what is wider
     if not out.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
         out.width = PIPED
     return out
@@ -72,48 +67,34 @@ def parse_choices(option: str, texts: Iterable[str]) -> dict[str, list[Any]]:
     return found
 
 
-@dataclass
-class Table:
-    """rich's table of rows with their cells by heading. Text wraps at spaces, a number never, and no cell is cut: empty
-    columns are left out, and where the table is too wide those of the largest rank, from the right, but never a key."""
+class Table(rich.table.Table):
+    """rich's table of rows with their cells by heading. Text wraps at spaces, a number never: where all together are
+    wider than the terminal, the table is.
 
-    title: str
-    caption: str | Mapping[str, str] = ""  # or one for each heading that needs it
-    keys: int = 1  # the first columns, which are text
-    text: Collection[str] = ()  # other columns of text; all others hold numbers
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    rows: list[tuple[dict[str, Text], str]] = field(default_factory=list)  # cells and style
+    caption  a text, or one for each heading that needs it
+    keys     the first columns, which are text
+    text     other columns of text; all others hold numbers
+    """
+
+    def __init__(
+        self, title: str, caption: str | Mapping[str, str] = "", keys: int = 1, text: Collection[str] = ()
+    ) -> None:
+        notes = caption if isinstance(caption, str) else "; ".join(f"{name}: {x}" for name, x in caption.items())
+        looks: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+        looks |= {"title_justify": "left", "title_style": "bold", "caption_justify": "left", "caption_style": "dim"}
+        super().__init__(title=Text(title), caption=Text(notes) if notes else None, header_style="", **looks)
+        self.keys, self.text = keys, text
 
     def add(self, cells: Mapping[str, str | Text], style: str = "") -> None:
-        self.rows.append(({name: Text.assemble(cell) for name, cell in cells.items()}, style))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        yield Text(self.title, style="bold")
-        keys, widths = list(self.rows[0][0])[: self.keys], {}
-        text, most = {*keys, *self.text}, max(1, (options.max_width - 2) // (self.keys + 1) - 2)
-        wrapper = textwrap.TextWrapper(HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
-        headings = {name: name if name in text else wrapper.fill(name) for name in self.rows[0][0]}
-        for name, heading in headings.items():
-            column = [row[name] for row, _ in self.rows]
-            if name in keys or any(column):
-                longest = max([*map(len, heading.split("\n")), *map(len, column)])
-                widths[name] = max(1, min(longest, most, TEXT_WIDTH if name in text else longest))
-        shown = list(widths)
-        while len(shown) > self.keys + 1 and sum(widths[name] + 2 for name in shown) - 1 > options.max_width:
-            shown.remove(max(reversed(shown[self.keys :]), key=lambda name: self.ranks.get(name, 0)))
-        table = rich.table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="")
-        for name in shown:
-            justify: Any = "left" if name in text else "right"
-            table.add_column(Text(headings[name]), min_width=widths[name], justify=justify, overflow="fold")
-        for row, style in self.rows:
-            table.add_row(*map(row.__getitem__, shown), style=style)
-        yield table
-        notes, left_out = self.caption, [name for name in widths if name not in shown]
-        if not isinstance(notes, str):
-            notes = "; ".join(f"{name}: {note}" for name, note in notes.items() if name in shown)
-        notes += "\n" if notes else ""
-        notes += f"left out at this width: {', '.join(left_out)}; --json has all\n" if left_out else ""
-        yield Text(notes, style="dim")
+        """Add a row; the first one's headings are the columns."""
+        for at, name in enumerate(cells if not self.columns else ()):
+            left = at < self.keys or name in self.text
+            word = max(map(len, name.split()), default=1)
+            self.add_column(Text(name), justify="left" if left else "right", overflow="fold", min_width=word)
+        self.add_row(*map(Text.assemble, cells.values()), style=style)
+        for column, cell in zip(self.columns, cells.values(), strict=True):
+            widest = len(cell) if column.justify == "right" else min(len(cell), TEXT_WIDTH)
+            column.min_width = max(column.min_width or 1, widest)
 
 
 def print_message(line: str) -> None:
@@ -125,75 +106,49 @@ def print_message(line: str) -> None:
 
 
 class Bar(NamedTuple):
-    advance: Callable[[int], None]  # by so much
+    advance: Callable[[int], object]  # by so much
     update: Callable[..., None]  # to so much, of so much, of a part of the work where it has parts
 
 
 @contextmanager
-def bar(label: str, total: int | None, count: ProgressColumn | None = None, compiles: bool = False) -> Iterator[Bar]:
-    """Show the first process's progress on stderr: rich's bar on a terminal, else a line every INTERVAL seconds.
-    `total` None: unknown. `count` shows how much is done; None: as a number. `compiles`: this is what is counted."""
-    console, done, count = Console(stderr=True), threading.Event(), count or MofNCompleteColumn()
-    compiled: list[float] = []  # seconds of each kernel, which an estimate repeats only where each step compiles one
+def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
+    """Show the first process's progress on stderr by tqdm, in a log only after a while. `total` None: unknown."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    options: dict[str, Any] = {
+        "unit": unit,
+        "unit_scale": unit == "B",
+        "leave": False,
+        "miniters": 1,
+        "disable": not is_first(),
+    }
+    options |= {"mininterval": 0.1, "delay": 0.1} if terminal else {"mininterval": INTERVAL, "delay": INTERVAL}
+    shown = tqdm(desc=label, total=total, file=sys.stderr, **options)
 
-    def record(times: Any, cache_hit: bool, **rest: Any) -> None:
-        if not cache_hit:
-            compiled.append(times.total / 1e6)
+    def update(done: int, total: int, part: str = "") -> None:
+        nonlocal shown
+        if (text := f"{label} {part}".rstrip()) != shown.desc.removesuffix(": "):
+            shown.close()  # a step of another part takes another time
+            shown = tqdm(desc=text, total=total, file=sys.stderr, **options)
+        shown.total = total
+        shown.update(done - shown.n)
 
-    if "triton" in sys.modules:
-        sys.modules["triton"].knobs.compilation.listener = record
-    columns, drawn = (BarColumn(), count, TimeRemainingColumn()), is_first() and console.is_terminal
-    with Progress("{task.description}", *columns, console=console, transient=True, disable=not drawn) as progress:
-        task = progress.add_task(label, total=total)
-
-        def report() -> None:
-            before = ""
-            while not done.wait(INTERVAL):
-                state, estimate = progress.tasks[task], ""
-                if state.completed and state.remaining is not None and state.elapsed:
-                    elapsed = state.elapsed - sum(() if compiles else compiled)
-                    rest = "left" if state.description == label else "for the rest of them"
-                    estimate = f", about {elapsed * state.remaining / state.completed:.0f} s {rest}"
-                done_so_far = str(count(state)).strip() + (f", {len(compiled)} kernels compiled" if compiled else "")
-                if done_so_far != before:  # a line says something new
-                    print_message(f"{state.description}: {done_so_far}{estimate}")
-                before = done_so_far
-
-        def update(done: int, total: int, part: str = "") -> None:
-            if (text := f"{label} {part}".rstrip()) != progress.tasks[task].description:
-                compiled.clear()
-                progress.reset(task, description=text)  # a step of another part takes another time
-            progress.update(task, completed=done, total=total)
-
-        with ThreadPoolExecutor(1) as thread:
-            if is_first() and not drawn:
-                thread.submit(report)
-            try:
-                yield Bar(partial(progress.advance, task), update)
-            finally:
-                done.set()
+    try:
+        yield Bar(lambda count: shown.update(count), update)
+    finally:
+        shown.close()
 
 
-def nearest(typed: str, names: Iterable[str]) -> str:
-    """Return the name that begins with what was typed, else the one most like it, "" if none is."""
-
-    def likeness(name: str) -> tuple[float, float, int]:
-        """Compare the characters in order, then in any order (4900 is 4090), then at the same places."""
-        pair = name.lower(), typed.lower()
-        in_order, in_any = (SequenceMatcher(None, *each).ratio() for each in (pair, tuple(map(sorted, pair))))
-        begins = typed and pair[0].startswith(pair[1])
-        return 1.0 if begins else in_order, in_any, sum(map(str.__eq__, *pair))
-
-    best = max(names, key=likeness, default="")  # the first of equals
-    return best if likeness(best)[0] >= 0.6 else ""
-
-
-def did_you_mean(message: str) -> str:
-    """Return the message with the nearest of the names that it lists behind the wrong one, if one is near."""
-    found = re.search(r"'([^']+)'[^']*\b(?:one of|choose from) (?:sm_80 or later: )?(.+)", message)
-    names = re.split(r", (?:or )?", re.sub(r"[')]", "", found[2])) if found else []
-    near = nearest(found[1], names) if found else ""
-    return f"{message}; did you mean {near}?" if near else message
+def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
+    """Return the message with the nearest of the names that it lists behind the wrong one, if one is near; behind an
+    unknown option the nearest of `options`."""
+    listed = re.search(r"'([^']+)'[^']*\b(?:one of|choose from) (?:sm_80 or later: )?(.+)", message)
+    unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+    typed, names = unknown[1] if unknown else "", [*options]
+    if listed:
+        typed, names = listed[1], re.split(r", (?:or )?", re.sub(r"[')]", "", listed[2]))
+    by_text = {name.lower(): name for name in names}
+    near = get_close_matches(typed.lower(), by_text, 1)
+    return f"{message}; did you mean {by_text[near[0]]}?" if near else message
 
 
 def exit_status(error: BaseException, command: str | None) -> int:

@@ -3,7 +3,6 @@ command `compile`: its rows and exit status, its progress, its worker processes 
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-from rich.progress import DownloadColumn
 from triton.runtime.cache import get_cache_key
 
 from mixtral_triton.cli import main
@@ -371,24 +369,6 @@ def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["compile", "append", "--arch", "sm_90", "--json"]) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 6 and all(row["fault"] and row["file"] is None for row in rows)
-
-
-def lines(error: str) -> list[str]:
-    return [line for line in error.splitlines() if line.startswith("working")]
-
-
-def test_progress_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(terminal, "INTERVAL", 0.2)
-    with terminal.bar("working", None) as bar:
-        time.sleep(0.3)
-        bar.update(40, 200)
-        time.sleep(0.5)
-    first, *_, last = lines(capsys.readouterr().err)
-    assert first == "working: 0/?" and re.fullmatch(r"working: 40/200, about \d+ s left", last)
-    with terminal.bar("working", 3_000_000, DownloadColumn()) as bar:
-        bar.advance(1_000_000)
-        time.sleep(0.3)
-    assert lines(capsys.readouterr().err)[0].startswith("working: 1.0/3.0 MB, ")
 
 
 def test_quick_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -147,7 +146,7 @@ def test_floor_of_a_decode_step_with_experts_in_host_memory(offload: str, gpu: s
     assert row["bound"] == ("link" if host else "memory")
     assert not host or 1e6 * row["host_bytes"] / LINKS[GPUS[gpu].link] < row["floor_us"]
     shown = output(BENCH_STEP.format(sizes=STEP_OF_8X7B, gpu=gpu, offload=offload))
-    assert f"offload{4 * host:g}\n" in re.sub(" *\n", "\n", shown)
+    assert f" offload{4 * host:g} " in shown
     assert not host or "MB of host" in output(BENCH_STEP.format(sizes=STEP_OF_8X7B, gpu=gpu, offload=3))
 
 

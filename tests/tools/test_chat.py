@@ -1,6 +1,7 @@
 """The commands `chat` and `generate --batch`: turns that share a cache, lines that are wrong, Ctrl-C, files that are
 continued."""
 
+import copy
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import select
 import subprocess
 import sys
 import time
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from mixtral_triton.tools.chat import Conversation
 from mixtral_triton.tools.prompt import speed_of
 from mixtral_triton.tools.writer import Writer
 from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
+from tests.support.models import random_model
 from tests.tools.conftest import TEMPLATE, change
 
 pytestmark = pytest.mark.compiled
@@ -310,6 +313,28 @@ def test_a_cache_grows_to_the_limit_and_starts_again_where_no_memory_is_left(
     (first, failed), _ = talk(chat_folder, ["Hi", "There"], *options)
     assert first["tokens"] == found[0]["tokens"] and first["prompt_tokens"] + 30 <= 40
     assert "no memory is left on cpu for a cache of " in failed["error"] and "/reset begins" in failed["error"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_cache_grows_layer_by_layer(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the new slots are the old ones of one layer at most."""
+    model, zeros = random_model(sliding_window=None, num_hidden_layers=3), KVCache._zeros
+    cache = KVCache(model.config, 2, 8, "cpu", dtype)
+    ids = torch.arange(12).view(2, 6)
+    model(ids, cache=cache)
+    want = model(ids[:, :1], cache=copy.deepcopy(cache))
+    old, most = [weakref.ref(each) for each in (*cache.keys, *cache.values)], list[int]()
+
+    def count(cache: KVCache, shape: Any) -> Any:
+        most.append(sum(each() is not None for each in old))
+        return zeros(cache, shape)
+
+    monkeypatch.setattr(KVCache, "_zeros", count)
+    cache.grow(20)
+    assert (cache.slots, cache.max_len, cache.keys[2].shape[2]) == (20, 20, 20) and most == [*range(6, 0, -1)]
+    assert torch.equal(model(ids[:, :1], cache=cache), want) and cache.held() == [
+        [*row, row[0]] for row in ids.tolist()
+    ]
 
 
 def test_offload_auto_plans_the_context_of_a_chat(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,8 +212,7 @@ def test_the_verdict_stays_in_a_narrow_table(width: int, monkeypatch: pytest.Mon
     monkeypatch.setenv("COLUMNS", str(width))
     text = output("fit --gpu h100")
     assert row(text, "format")[-1] == "verdict" and row(text, "fp8")[-1] == "fits" and row(text, "bf16")[-1] == "no"
-    left_out = " ".join(text.split()).split("left out at this width: ")[1].split("; --json")[0].split(", ")
-    assert set(left_out) <= {"weights", "in all", "used", "longest", "gpus", "tokens/s"}
+    assert {"weights", "used", "longest", "gpus", "tokens/s"} <= {*text.split()}, "no column is left out"
     assert output("fit --memory 1", status=1).endswith("\nNO FORMAT FITS\n")
 
 
@@ -362,7 +361,7 @@ def test_host_memory_and_link_limit_what_is_offloaded() -> None:
 
 
 @pytest.mark.parametrize("columns", [80, None])
-def test_the_recommended_format_is_the_first_column_and_none_is_dropped_when_piped(
+def test_the_recommended_format_is_the_first_column_and_none_is_dropped(
     columns: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -371,5 +370,5 @@ def test_the_recommended_format_is_the_first_column_and_none_is_dropped_when_pip
         monkeypatch.setenv("COLUMNS", str(columns))
     text = output("fit")
     head = next(line for line in text.splitlines() if line.startswith("gpu "))
-    assert "int4, linear" in text[: text.index("gpu ")] and head.split()[1:5] == ["int8", "int4", "fp8", "int8"]
-    assert ("bf16" in head) == (columns is None) and ("left out" in text) == (columns == 80) and "RTX 4090 " in text
+    assert head.split()[-7:] == ["int8", "int4", "fp8", "int8", "bf16", "MiB", "link"] and "int4, linear" in text
+    assert "RTX 4090 " in text

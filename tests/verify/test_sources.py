@@ -3,7 +3,6 @@ texts, their perplexity, and the cost of quantization."""
 
 import json
 import math
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from mixtral_triton.layer import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.quantize.cost import LOGIT_ROWS
 from mixtral_triton.tolerance import token_floor
-from mixtral_triton.tools.estimate import estimate
 from mixtral_triton.verification import held_out, layers, models, perplexity, source
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.loaded import check_weights
@@ -246,14 +244,6 @@ def test_layouts_are_decoded_on_the_model_s_device(tmp_path: Path, gpu: Any, mon
     unpack = source.unpack
     monkeypatch.setattr(source, "unpack", lambda x, *args: (devices.add(x.device.type), unpack(x, *args))[1])
     assert not [row for row in check_loaded(tmp_path, model) if not row.ok] and devices == {"cuda"}
-
-
-def test_the_cost_is_said_before(dense: Path) -> None:
-    found = [estimate(load(dense), IDS.repeat(1, n), Source(dense).files) for n in (1, 100)]
-    size = (dense / "model.safetensors").stat().st_size / 1e6
-    assert all(re.search(rf": reads {size:.1f} MB once, .* and \d+ s$", text) for text in found)
-    small, large = (int(re.findall(r"about (\d+) MB", text)[0]) for text in found)
-    assert 0 < small < large
 
 
 TEXT = torch.randint(23, (31,), generator=torch.Generator().manual_seed(0))

@@ -190,13 +190,12 @@ def append_results(file: Path, card: str, case: Case, kernel: str, candidates: S
 
 def tune_table(title: str, candidates: Sequence[Candidate], best: int, timed: bool) -> Table:
     settings = [_settings(each.config) for each in candidates]
-    equal = {name: 1 for name, now in settings[0].items() if all(one[name] == now for one in settings)}
-    table = Table(title, text=["from", "note"], ranks=equal | {"time, us": -1, "note": -1})
+    table, noted = Table(title, text=["from", "note"]), any(each.outcome.note for each in candidates)
     for index, each in enumerate(candidates):
         cells = {"which": "best" if index == best > 0 else ""}
         cells |= {name: str(value) for name, value in settings[index].items()}
         cells |= {"time, us": micro(each.outcome.seconds)} if timed else {}
-        cells |= {"from": each.origin, "note": each.outcome.note or ""}
+        cells |= {"from": each.origin} | ({"note": each.outcome.note or ""} if noted else {})
         table.add(cells, "dim" if each.outcome.note else "")
     return table
 
