@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import count, product
 from types import SimpleNamespace
 from typing import Any
@@ -107,8 +106,7 @@ def verify(
 
 
 def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any, activations: Any = None) -> None:
-    """ValueError for an unknown peer, one that is not installed, and any on a mesh or with a cache of another dtype or
-    activations of 8 bits."""
+    """ValueError for an unknown peer, and any on a mesh or with a cache of another dtype or activations of 8 bits."""
     if peer is None:
         return
     if peer != "transformers":
@@ -119,8 +117,6 @@ def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any, activations: A
         raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
     if activations is not None:
         raise ValueError(f"verify: activations is {activations!r}, needs None: transformers does not quantize them")
-    if find_spec(peer) is None:
-        raise ValueError("verify: peer 'transformers' is not installed: pip install 'transformers>=5.7'")
 
 
 def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:
