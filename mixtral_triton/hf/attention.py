@@ -13,7 +13,6 @@ B batch, T query tokens, Hq query heads, Hkv key/value heads, D head size, S key
 import inspect
 from collections.abc import Callable
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch.nn.functional import pad
 from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
-from transformers.models.mixtral import modeling_mixtral as modeling
 from transformers.utils.import_utils import is_tracing
 
 from .. import ops
@@ -36,7 +34,7 @@ PAGED = (
 MAX_HEAD = 256
 # Keywords by which models add to a layer's attention what a causal mask does not say.
 ADDED = {"s_aux": "sinks", "sinks": "sinks", "softcap": "a soft cap of scores", "position_bias": "a position bias"}
-ADDED |= {"indices": "keys chosen by an index", "block_indices": "keys chosen by an index"}
+INDICES = "indices", "block_indices"  # the same for keys that an index chooses, where no dense mask has them
 # The functions that transformers' causal masks are made of.
 CAUSAL = ("causal_mask_function", "sliding_window_overlay", "and_masks")
 CAUSAL += ("packed_sequence_mask_function", "remap_positions_for_packed_sequence")
@@ -49,7 +47,10 @@ def check_attention(
 ) -> None:
     """Raise ValueError that names a layer's class and what `ops.attention` does not compute of its attention."""
     D, found = query.shape[-1], [what for key, what in ADDED.items() if added.get(key) is not None]
-    if not getattr(module, "is_causal", True) or (added.get("is_causal") is False and not is_dense(mask)):
+    dense = mask is not None and not is_interval(mask) and not is_bounds(mask)
+    if not dense and any(added.get(key) is not None for key in INDICES):
+        found.append("keys that an index chooses")
+    if not getattr(module, "is_causal", True) or (added.get("is_causal") is False and not dense):
         found.append("attention that is not causal")
     if dropout and module.training:
         found.append(f"dropout of {dropout} in training")
@@ -87,9 +88,8 @@ def attention(
         dense = visible(mask, query, key, window)
         if dense.dtype == torch.bool:
             dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill_(~dense, torch.finfo(query.dtype).min)
-        heads: Any = SimpleNamespace(num_key_value_groups=H // key.shape[1], training=False)
-        scale = D**-0.5 if scaling is None else scaling
-        weights = modeling.eager_attention_forward(heads, query, key, value, dense, scale)[1]
+        scores = query @ key.repeat_interleave(H // key.shape[1], 1).mT * (D**-0.5 if scaling is None else scaling)
+        weights = torch.softmax(scores + dense, dim=-1, dtype=torch.float32).to(query.dtype)
     if mask is None and 1 < T < key.shape[2]:
         key, value = key[:, :, :T], value[:, :, :T]
     columns = value.shape[-1]
@@ -135,10 +135,6 @@ def mask_window(module: Any, mask: Any, key: Tensor, sliding_window: int | None)
     if sliding_window is None:
         raise ValueError(f"mixtral_triton: {type(module).__name__} has no sliding_window, and its mask has one")
     return sliding_window
-
-
-def is_dense(mask: Any) -> bool:
-    return mask is not None and not is_interval(mask) and not is_bounds(mask)
 
 
 def check_dense(mask: Any, query: Tensor | None = None, key: Tensor | None = None) -> Tensor:
@@ -192,7 +188,8 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     other = not call.get("allow_is_causal_skip", True) and q_length != 1
     packed = other and attention_mask is None and kv_length == q_length
     chunked = local_size is not None and local_size == getattr(call.get("config"), "attention_chunk_size", None)
-    plain = not (call.get("use_vmap") or chunked or "allow_is_bidirectional_skip" in call)
+    indexed = getattr(call.get("config"), "index_topk", None)  # which the model writes into a dense mask
+    plain = not (call.get("use_vmap") or chunked or indexed or "allow_is_bidirectional_skip" in call)
     plain = plain and not (other and (is_compiling() or not is_causal_pattern(call["mask_function"])))
     layers = 1 if local_size is None else 2
     first: Tensor | None = None

@@ -45,9 +45,9 @@ def check_experts(module: nn.Module, name: str = "") -> None:
         found = f"an activation of its own, {type(module).__name__}._apply_gate"
     if found is None:
         act_fn = module.act_fn
-        if type(act_fn) not in SILU or "forward" in vars(act_fn):
+        if act_fn is not nn.functional.silu and (type(act_fn) not in SILU or "forward" in vars(act_fn)):
             found = f"the activation {act_fn!r:.80}"
-        elif act_fn._forward_hooks or act_fn._forward_pre_hooks:
+        elif isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
             found = "hooks on act_fn, which fused experts never call"
     if found is None and any(type(x).__name__ == "DTensor" for x in module._parameters.values()):
         found = "a DTensor"
