@@ -61,9 +61,10 @@ def verify(
     cache_dtype: torch.dtype | None = None,
     text: Tensor | None = None,
 ) -> Report:
-    """Compare `target` with torch, or a transformers Mixtral with transformers' own modules -> Report.
+    """Compare `target` with torch, or a transformers model with transformers' own modules -> Report.
 
-    target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: applied or not.
+    target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: a Mixtral, applied or not,
+    or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
     peer "transformers": layers and logits are also compared with transformers' model of the same folder, in fp32.
@@ -98,11 +99,40 @@ def verify(
     if peer is not None and folder is None:
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     ranks = getattr(target, "ranks", None)
+    if is_transformers and _has_names(target):
+        return _verify_family(target, input_ids, progress, tokens)
     kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         under_test = kind(target)
         under_test.quantized = cache_dtype is torch.int8
         return _verify(under_test, input_ids, progress, folder, peer, quick, tokens, text)
+
+
+def _has_names(model: Any) -> bool:
+    """Whether a transformers model selects this package's experts or attention by their name, without `apply`."""
+    from transformers import PreTrainedModel
+
+    from ..hf import applied
+    from ..hf.experts import NAME
+
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    names = {getattr(part.config, f"_{kind}_implementation") for part in parts for kind in ("attn", "experts")}
+    return NAME in names and not applied(model)
+
+
+def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tokens: int | None) -> Report:
+    from .families import STEPS, FamilyUnderTest
+
+    config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
+    ids, done = default_text(input_ids, config, model.device, tokens), count(1)
+    on_gpu = ids.device.type == "cuda"
+    target, step = FamilyUnderTest(model), progress or (lambda *_: None)
+    with torch.no_grad():
+        rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
+    backend = "Triton, interpreted" if INTERPRETED else TORCH
+    backend = f"Triton on {torch.cuda.get_device_name(ids.device)}" if on_gpu else backend
+    about = dtype_name(model.dtype), "transformers' own modules", None, tuple(target.not_run)
+    return Report(tuple(rows), 0, 0, backend, *about)
 
 
 def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any, activations: Any = None) -> None:
