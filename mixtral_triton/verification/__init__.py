@@ -131,7 +131,7 @@ def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tok
         rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
     backend = "Triton, interpreted" if INTERPRETED else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(ids.device)}" if on_gpu else backend
-    about = dtype_name(model.dtype), "transformers' own modules", None, tuple(target.not_run)
+    about = dtype_name(model.dtype), "transformers' own modules", None, target.not_run
     return Report(tuple(rows), 0, 0, backend, *about)
 
 

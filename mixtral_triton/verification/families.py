@@ -71,7 +71,7 @@ def fp32_mask(*args: Any, **kwargs: Any) -> Tensor:
 class FamilyUnderTest:
     """A transformers model with this package's names in its config, left as it is."""
 
-    not_run = "norms, rotary embedding, router; they are transformers' own", "generate; it is transformers' own"
+    not_run: tuple[str, ...] = ("norms, rotary embedding, router, generate; they are transformers' own",)
 
     def __init__(self, model: Any) -> None:
         if model.training:
@@ -91,13 +91,18 @@ class FamilyUnderTest:
             step()
             baseline = self._logits(ids, valid, *self._eager())
             step()
-            with in_fp64(self.model):
-                exact = self._logits(ids, valid, *self._eager())
+            exact, masks = dict[str, Tensor](), self.masks.copy()
+            try:
+                with in_fp64(self.model):
+                    exact = self._logits(ids, valid, *self._eager())
+            except RuntimeError as error:  # as where a module multiplies with the weight of another
+                self.not_run += (f"logits; in fp64 the model raises {error}"[:100],)
+            self.masks = masks
             step()
         rows = [self._row("experts", module, self._experts_errors(module)) for module in self.experts]
         rows += [self._row("attention", module, self._attention_errors(module)) for module in self.attention]
         rows.sort(key=lambda row: row.layer if row.layer is not None else -1)
-        for case in CASES:
+        for case in exact:
             reference = Fp64Reference(exact[case], 0.0, float(exact[case].norm(dim=-1).median()))
             limit = END_RATIO * reference.measure(baseline[case])[0]
             floor = token_floor(baseline[case].dtype, False)
@@ -122,7 +127,7 @@ class FamilyUnderTest:
     def _eager(self) -> tuple[Any, Any, Any]:
         """Eager functions, which keep their masks, with the routes of the recorded calls."""
         counts = defaultdict[nn.Module, int](int)
-        self.masks.clear()
+        self.masks = defaultdict(list)
 
         def experts(module: nn.Module, x: Tensor, *routes: Tensor) -> Any:
             _, ids, weights, _ = self.experts[module][counts[module]]

@@ -15,6 +15,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from mixtral_triton import ExpertsConfig, register
 from mixtral_triton.hf.experts import NAME
+from mixtral_triton.kernels.launch import INTERPRETED
 from tests.cli.commands import ROOT
 from tests.support.families import (
     ATTENTION_REFUSED,
@@ -30,7 +31,7 @@ from tests.support.families import (
 
 register()
 OTHERS = [name for name in marked_families() if name not in NAMED and name not in NOT_TRIED]
-LENGTHS, NEW = (9, 4, 7, 2), 4  # of ragged prompts
+LENGTHS, NEW = ((4, 1, 3, 2), 1) if INTERPRETED else ((9, 4, 7, 2), 4)  # of ragged prompts
 TEXTS = [torch.randint(2, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
 IDS = torch.stack([torch.nn.functional.pad(text, (max(LENGTHS) - len(text), 0)) for text in TEXTS])
 MASK = torch.stack([(torch.arange(max(LENGTHS)) >= max(LENGTHS) - n).long() for n in LENGTHS])
@@ -115,7 +116,10 @@ def check_quantized(family: str, model: Any, folder: Path) -> str:
     return f"int4 {error:.0e}"
 
 
-@pytest.mark.parametrize("family", NAMED)
+QUICK = NAMED if not INTERPRETED else [pytest.param(name, marks=pytest.mark.slow) for name in NAMED]
+
+
+@pytest.mark.parametrize("family", QUICK)
 def test_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
     assert family not in EXPERTS_REFUSED and family not in ATTENTION_REFUSED
     covers("families", check_family(family, tmp_path, monkeypatch))
