@@ -193,6 +193,7 @@ KNOWN |= {f"{name}_{at}" for name in ("cu_seq_lens", "max_length") for at in "qk
 
 @newest
 @once
+@pytest.mark.slow
 def test_every_keyword_that_a_model_passes_to_attention_is_known() -> None:
     """A new one may change the result, and would be lost in silence."""
     found = set[str]()
