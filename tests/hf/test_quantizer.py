@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from mixtral_triton import ExpertsConfig, register
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.quantize import quantize
-from tests.support.families import build, config_of, experts_of
+from tests.support.families import VERSION, build, config_of, experts_of
 from tests.support.memory import anonymous_peak, needs_proc
 
 pytestmark = pytest.mark.compiled
@@ -139,9 +139,7 @@ size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
 @needs_proc
-@pytest.mark.skipif(
-    transformers.__version__ < "5.17", reason="earlier ones stack the experts before they are quantized"
-)
+@pytest.mark.skipif(VERSION < (5, 17), reason="earlier ones stack the experts before they are quantized")
 def test_dense_experts_never_lie_in_memory_together(folder: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 8}
     model = AutoModelForCausalLM.from_config(config_of("olmoe", **sizes))

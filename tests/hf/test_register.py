@@ -21,7 +21,7 @@ from tests.support.families import MODELS, build, experts_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 once = pytest.mark.skipif(INTERPRETED, reason="about modules and masks, whatever the backend: run once")
-newest = pytest.mark.skipif(transformers.__version__ < "5.24", reason="about what the newest transformers has")
+newest = pytest.mark.skipif(VERSION < (5, 24), reason="about what the newest transformers has")
 
 
 def draw(*shape: int) -> Tensor:

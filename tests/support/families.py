@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from mixtral_triton.hf.experts import is_experts
 from mixtral_triton.kernels.launch import INTERPRETED
 
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 # Those that the quick tests build; the others are slow.
 NAMED = [
     "mixtral",
