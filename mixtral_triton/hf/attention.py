@@ -36,8 +36,8 @@ MAX_HEAD = 256
 ADDED = {"s_aux": "sinks", "sinks": "sinks", "softcap": "a soft cap of scores", "position_bias": "a position bias"}
 INDICES = "indices", "block_indices"  # the same for keys that an index chooses, where no dense mask has them
 # The functions that transformers' causal masks are made of.
-CAUSAL = ("causal_mask_function", "sliding_window_overlay", "and_masks")
-CAUSAL += ("packed_sequence_mask_function", "remap_positions_for_packed_sequence")
+CAUSAL = {"causal_mask_function", "sliding_window_overlay", "and_masks"}
+CAUSAL |= {"packed_sequence_mask_function", "remap_positions_for_packed_sequence"}
 # The keyword of a forward's cache, which transformers 5.24 renamed.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 

@@ -37,7 +37,7 @@ def is_experts(module: nn.Module) -> bool:
     return "is_concatenated" in vars(module)
 
 
-def check_experts(module: nn.Module, name: str = "") -> None:
+def check_experts(module: Any, name: str = "") -> None:
     """Raise ValueError that names `module`, a module of experts, unless `ops.expert_swiglu` computes its forward."""
     flags = vars(module)
     found = next((what for flag, (need, what) in DECLARED.items() if flags.get(flag, need) is not need), None)

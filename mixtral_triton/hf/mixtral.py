@@ -39,7 +39,7 @@ def apply(
     for name, value in {"attention": attention, "experts": experts, "rms_norm": rms_norm, "rope": rope}.items():
         if not isinstance(value, bool):
             raise ValueError(f"apply: argument '{name}' is {value!r}, needs True or False")
-    blocks = (modeling.MixtralAttention,) if attention or rope else ()
+    blocks: tuple[Any, ...] = (modeling.MixtralAttention,) if attention or rope else ()
     blocks += (modeling.MixtralTopKRouter, modeling.MixtralExperts) if experts else ()
     blocks += (modeling.MixtralRMSNorm,) if rms_norm else ()
     blocks += (modeling.MixtralRotaryEmbedding,) if rope else ()
@@ -49,8 +49,9 @@ def apply(
     if blocks and not INTERPRETED and model.device.type == "cpu":
         _warn_of_cpu()
     parts = Parts(attention or None, experts or None, rope)
-    changing = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()
-    for module in model.modules():
+    changing: tuple[Any, ...] = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()
+    modules: Any = model.modules()
+    for module in modules:
         if isinstance(module, changing):
             _set_class(module, applied_class(type(module)))
             module.__dict__[PARTS_ATTRIBUTE] = parts
@@ -66,7 +67,7 @@ def _warn_of_cpu() -> None:
 def revert(model: Model) -> Model:
     """Undo `apply`, bit for bit -> the same instance. A model that is not applied stays as it is."""
     check_mixtral("revert", model)
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, Applied)}
+    fused: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Applied)}
     for name, module in fused.items():
         if type(module) is not applied_class(module.original):  # as with a parametrization
             got, need = f"{name or 'the model'} is a {type(module).__name__}", "needs the class that apply gave it"

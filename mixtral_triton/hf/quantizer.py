@@ -26,13 +26,15 @@ class ExpertsConfig(QuantizationConfigMixin):
 
     def __init__(self, weights: str = "int4", **kwargs: Any) -> None:
         check_value("ExpertsConfig: weights", weights, f"one of {', '.join(BITS)}", weights in tuple(BITS))
-        self.quant_method, self.weights = NAME, weights
+        method: Any = NAME
+        self.quant_method, self.weights = method, weights
 
 
 class ExpertsQuantizer(HfQuantizer):
     """What transformers calls while it loads a model with an ExpertsConfig. Everything but the experts stays dense."""
 
     is_trainable = False
+    quantization_config: ExpertsConfig
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         devices = device_map.values() if isinstance(device_map, dict) else ()
@@ -104,13 +106,13 @@ class QuantizeExperts(ConversionOps):
         self.format = format
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any) -> dict:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """input_dict: one tensor [E,N,K]; or a list of E tensors [n,K] of each source, whose rows follow each other."""
         name, sources = kwargs["full_layer_name"], list(input_dict.values())
         if not sources:  # the conversion of a checkpoint's experts has done it
             return {}
         path, _, key = name.rpartition(".")
-        module = model.get_submodule(path)
+        module = kwargs["model"].get_submodule(path)
         E, N, K = shape = tuple(module._parameters[key].shape)
         parts = [source[0] if isinstance(source, list) and source[0].dim() == 3 else source for source in sources]
         weight = QuantSpec.default_for(self.format, K).empty(shape, parts[0][0].device)
@@ -119,8 +121,8 @@ class QuantizeExperts(ConversionOps):
             check_value(f"{name}: shape of expert {expert}", tuple(rows.shape), f"({N}, {K})", rows.shape == (N, K))
             check_value(f"{name}: expert {expert}", "not finite", "finite numbers", bool(rows.isfinite().all()))
             quantize_into(weight[expert], rows)
-        if missing_keys is not None:
-            missing_keys.discard(name)
+        if kwargs.get("missing_keys") is not None:
+            kwargs["missing_keys"].discard(name)
         return put_weight(module, key, weight)
 
 
@@ -128,6 +130,7 @@ def put_weight(module: nn.Module, key: str, weight: QuantizedWeight) -> dict[str
     """Replace a parameter by `weight`, which transformers then leaves as it is."""
     del module._parameters[key]
     setattr(module, key, weight)
+    initialized: Any
     for initialized in (weight, *weight.buffers()):
         initialized._is_hf_initialized = True
     return {}

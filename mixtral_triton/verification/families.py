@@ -79,7 +79,7 @@ class FamilyUnderTest:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
         self.model, self.paths = model, {module: name for name, module in model.named_modules()}
-        self.ours = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
+        self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
 
     def compare(self, ids: Tensor, step: Callable[[], None]) -> list[Row]:
@@ -150,7 +150,7 @@ class FamilyUnderTest:
                     stack.enter_context(mock.patch.dict(interface._global_mapping, {NAME: function}))
             whole = self.model(ids, attention_mask=valid.long(), use_cache=False)[0]
             for begin, end in pairwise((0, T // 2, T - 1, T)):
-                more = {} if cache is None else {CACHE: cache}
+                more: dict[str, Any] = {} if cache is None else {CACHE: cache}
                 out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **more)
                 cache = getattr(out, CACHE)
                 chunks.append(out[0])
@@ -182,7 +182,8 @@ class FamilyUnderTest:
 @contextmanager
 def short_windows(model: Any, window: int) -> Iterator[None]:
     """Shorten the windows of a model's layers and configs, so that a text of few tokens leaves them."""
-    holders = {id(holder): holder for module in model.modules() for holder in (module, getattr(module, "config", None))}
+    pairs: Any = ((module, getattr(module, "config", None)) for module in model.modules())
+    holders = {id(holder): holder for pair in pairs for holder in pair}
     changed = [(h, h.sliding_window) for h in holders.values() if (getattr(h, "sliding_window", None) or 0) > window]
     try:
         for holder, _ in changed:

@@ -42,7 +42,9 @@ class TransformersUnderTest(ModelUnderTest):
 
         check_mixtral("verify", model)
         self.apply, self.modeling = apply, modeling_mixtral
-        self.backbone = next(module for module in model.modules() if isinstance(module, self.modeling.MixtralModel))
+        self.backbone: Any = next(
+            module for module in model.modules() if isinstance(module, self.modeling.MixtralModel)
+        )
         if model.training:
             raise ValueError("verify: the model is in training mode, needs inference: model.eval()")
         if any(parameter.is_meta for parameter in model.parameters()):

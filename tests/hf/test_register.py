@@ -17,7 +17,7 @@ from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.quantize import quantize
 from mixtral_triton.verification.families import eager_experts
 from tests.cli.commands import python
-from tests.support.families import MODELS, build, experts_of
+from tests.support.families import MODELS, VERSION, build, experts_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 once = pytest.mark.skipif(INTERPRETED, reason="about modules and masks, whatever the backend: run once")
