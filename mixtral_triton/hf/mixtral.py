@@ -50,10 +50,10 @@ def apply(
         _warn_of_cpu()
     parts = Parts(attention or None, experts or None, rope)
     changing: tuple[Any, ...] = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()
-    modules: Any = model.modules()
-    for module in modules:
+    for module in model.modules():
         if isinstance(module, changing):
-            _set_class(module, applied_class(type(module)))
+            kind: Any = type(module)
+            _set_class(module, applied_class(kind))
             module.__dict__[PARTS_ATTRIBUTE] = parts
     return model
 
