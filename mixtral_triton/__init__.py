@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import KVCache
     from .config import SMALL, MixtralConfig
-    from .hf import apply, revert
+    from .hf import ExpertsConfig, apply, register, revert
     from .model import Mixtral
     from .verification import verify
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
-__all__ = ["SMALL", "KVCache", "Mixtral", "MixtralConfig", "apply", "revert", "verify"]
+__all__ = ["SMALL", "ExpertsConfig", "KVCache", "Mixtral", "MixtralConfig", "apply", "register", "revert", "verify"]
 
 _HOME = {"KVCache": "cache", "Mixtral": "model", "MixtralConfig": "config", "SMALL": "config"}
-_HOME |= {"apply": "hf", "revert": "hf", "verify": "verification"}
+_HOME |= dict.fromkeys(("ExpertsConfig", "apply", "register", "revert"), "hf") | {"verify": "verification"}
 
 
 def __getattr__(name: str) -> Any:

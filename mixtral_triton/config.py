@@ -82,7 +82,7 @@ FIELDS = dict.fromkeys(SIZES, _SIZE) | {
 # The only values that a config.json may have for what Mixtral has no code for, and the reason.
 Fixed = dict[str, tuple[tuple[Any, ...], str]]
 FIXED: Fixed = {
-    "model_type": (("mixtral",), "other families have other layers"),
+    "model_type": (("mixtral",), "in transformers, mixtral_triton.register() serves other families"),
     "hidden_act": (("silu",), "Mixtral's experts are SwiGLU"),
     "attention_dropout": ((0, None), "dropout belongs to training, this runtime is for inference"),
     "attention_bias": ((False, None), "Mixtral's projections have no bias"),
@@ -177,9 +177,9 @@ class MixtralConfig:
         with error_prefix(source):
             if not isinstance(values, Mapping):
                 raise ValueError(f"the value is a {type(values).__name__}, needs a JSON object")
+            _check_fixed("", values, FIXED)  # the family first: another one has other sizes
             if missing := [name for name in ("model_type", *SIZES) if name not in values]:
                 raise ValueError(f"{', '.join(missing)} is missing and has no safe default")
-            _check_fixed("", values, FIXED)
             fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             fields.setdefault("dtype", values.get("torch_dtype"))  # transformers < 5 wrote it under this name
             return cls(**fields | {"rope_theta": _read_theta(values)})

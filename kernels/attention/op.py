@@ -178,7 +178,7 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
     test_shapes=(
         *shapes(AttentionCase, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 1 90 4 4 80 30"),
         *shapes(AttentionCase, "1 20 9 2 1 64 0, 2 70 70 4 2 80 16, 3 33 50 4 1 96 0", ragged=True),
-        *shapes(AttentionCase, "2 1 700 8 2 128 0, 2 3 600 4 1 96 300", ragged=True),
+        *shapes(AttentionCase, "2 1 700 8 2 128 0, 2 3 600 4 1 96 300, 2 1 90 16 2 128 0", ragged=True),
         *shapes(AttentionCase, "2 50 50 4 2 64 20", causal=False),
         *shapes(AttentionCase, "1 37 37 2 2 80 0", causal=False, ragged=True),
     ),
@@ -187,6 +187,7 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
         *shapes(AttentionCase, "1 8192 8192 32 8 128 256"),
         *shapes(AttentionCase, "1 4096 4096 32 8 128 512", causal=False),
         *(AttentionCase(B, 1, S, *_HEADS) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
+        *shapes(AttentionCase, "1 4096 4096 32 4 128 0, 8 1 4096 32 4 128 0"),  # of Qwen3-30B-A3B
     ),
     rule=_check_attention,
     truncate_sequence=_truncate_keys,

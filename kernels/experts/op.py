@@ -85,6 +85,15 @@ _DENSE_SHAPES = (
     *shape_grid(ExpertCase, T=_TOKENS, **_SIZES | {"H": 6144, "I": 16384}),
 )
 
+# Many small experts: of Qwen3-30B-A3B, OLMoE-1B-7B and DeepSeek-V3, whose offsets pass 2^31.
+_QWEN3: dict[str, Any] = {"H": 2048, "I": 768, "E": 128, "K": 8}
+_MANY_EXPERTS = (
+    *shape_grid(ExpertCase, T=(1, 8, 64, 4096), **_QWEN3),
+    *(ExpertCase(T, **_QWEN3, gate_up="int4:128", down="int4:128") for T in (1, 8, 64)),
+    *shape_grid(ExpertCase, T=(64,), H=2048, I=1024, E=64, K=8),
+    *shape_grid(ExpertCase, T=(64,), H=7168, I=2048, E=256, K=8),
+)
+
 
 @operation(
     reference=reference.expert_swiglu,
@@ -101,9 +110,13 @@ _DENSE_SHAPES = (
         *shapes(ExpertCase, "128 128 96 2 1", gate_up="int4:128", down="int8"),
         *shapes(ExpertCase, "3 128 100 4 2, 70 100 64 4 2, 300 72 40 2 2", gate_up=W8A8, down=W8A8),
         *shapes(ExpertCase, "20 72 96 4 2", gate_up=W8A8, down="int8"),
+        # Many experts, and more slots than 64 tokens of Mixtral have.
+        *shapes(ExpertCase, "24 64 32 32 8, 70 64 32 40 8"),
+        *shapes(ExpertCase, "24 64 32 32 8", gate_up="int4:32", down="int4:32"),
     ),
     bench_shapes=(
         *_DENSE_SHAPES,
+        *_MANY_EXPERTS,
         *(ExpertCase(T, **_SIZES, gate_up=name, down=name) for T in (1, 128, 4096) for name in QUANT_NAMES),
         *(ExpertCase(T, **_SIZES, gate_up=W8A8, down=W8A8) for T in (128, 4096)),
     ),

@@ -1,178 +1,33 @@
-"""The drop-in for transformers: `apply` makes one Mixtral use this package's operations, `revert` undoes it.
+"""transformers' models on this package's operations: by name for any family, and by `apply` for one Mixtral."""
 
-The modules of the instance become instances of subclasses, which know the class that they replace. Models made from
-its config do not use this package, as the config stays.
-"""
-
-import re
-import warnings
 from functools import cache
-from types import MethodType
-from typing import Any, TypeVar
 
-import torch
-from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.moe import ExpertsInterface
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
-from ..kernels import call
-from ..kernels.checks import FLOATS
-from ..kernels.launch import INTERPRETED
+from . import attention, experts
+from .experts import NAME
+from .mixtral import applied, apply, check_mixtral, revert
+from .quantizer import ExpertsConfig, ExpertsQuantizer
 
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def apply(
-    model: Model, attention: bool = True, experts: bool = True, rms_norm: bool = True, rope: bool = True
-) -> Model:
-    """Make this instance of transformers' Mixtral use the package's operations -> the same instance.
-
-    attention: attention and its masks; rope: rotary embedding; rms_norm: every norm; experts: the gate's top-k and the
-    experts. The last of several calls decides. Parameters, their names, hooks, the config and every other instance
-    stay. transformers' `set_attn_implementation` and `set_experts_implementation` select other implementations, and
-    these by the name "mixtral_triton". `output_attentions` computes the weights in torch, for that call alone.
-    On a CPU the operations run in plain torch, after one warning, or interpreted (TRITON_INTERPRET=1).
-    For inference: `forward` works with gradients enabled; a backward pass, training mode, a block of another class, a
-    quantized or sharded weight, a device_map's missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
-    """
-    modules = import_modules("apply", model)
-    for name, value in {"attention": attention, "experts": experts, "rms_norm": rms_norm, "rope": rope}.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"apply: argument '{name}' is {value!r}, needs True or False")
-    modeling = modules.modeling
-    blocks = (modeling.MixtralAttention,) if attention or rope else ()
-    blocks += (modeling.MixtralTopKRouter, modeling.MixtralExperts) if experts else ()
-    blocks += (modeling.MixtralRMSNorm,) if rms_norm else ()
-    blocks += (modeling.MixtralRotaryEmbedding,) if rope else ()
-    _check_weights(model)
-    _check_modules(model, blocks, modules, attention)
-    revert(model)
-    if blocks and not INTERPRETED and model.device.type == "cpu":
-        _warn_of_cpu()
-    parts = modules.Parts(attention or None, experts or None, rope)
-    changing = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()
-    for module in model.modules():
-        if isinstance(module, changing):
-            _set_class(module, modules.applied_class(type(module)))
-            module.__dict__[modules.PARTS_ATTRIBUTE] = parts
-    return model
+__all__ = ["ExpertsConfig", "applied", "apply", "check_mixtral", "register", "revert"]
 
 
 @cache
-def _warn_of_cpu() -> None:
-    text = "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the kernels: far slower"
-    warnings.warn(f"apply: {text}", stacklevel=3)
+def register() -> None:
+    """Make "mixtral_triton" a name of transformers' experts, attention, masks and quantizers, once a process.
+
+    `from_pretrained(name, experts_implementation="mixtral_triton", attn_implementation="mixtral_triton")`,
+    `set_experts_implementation`, `set_attn_implementation` and the config's fields take it then, for any model. Experts
+    of another layout or activation, and attention that needs more than a causal mask, are ValueErrors at their first
+    forward, which name the module and the reason.
+    """
+    ExpertsInterface.register(NAME, experts.experts)
+    AttentionInterface.register(NAME, attention.attention)
+    AttentionMaskInterface.register(NAME, attention.interval_mask)
+    register_quantization_config(NAME)(ExpertsConfig)
+    register_quantizer(NAME)(ExpertsQuantizer)
 
 
-def revert(model: Model) -> Model:
-    """Undo `apply`, bit for bit -> the same instance. A model that is not applied stays as it is."""
-    modules = import_modules("revert", model)
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, modules.Applied)}
-    for name, module in fused.items():
-        if type(module) is not modules.applied_class(module.original):  # as with a parametrization
-            got, need = f"{name or 'the model'} is a {type(module).__name__}", "needs the class that apply gave it"
-            raise ValueError(f"revert: {got}, {need}: remove first what was put on it after apply")
-    for module in fused.values():
-        _set_class(module, module.original)
-        del module.__dict__[modules.PARTS_ATTRIBUTE]
-    return model
-
-
-def applied(model: nn.Module) -> bool:
-    """Whether `apply` changed any module of this instance."""
-    return any(isinstance(module, _import_modules().Applied) for module in model.modules())
-
-
-def import_modules(function: str, model: Any) -> Any:
-    """Return hf.modules; ValueError that names `function` where `model` is none of transformers' Mixtral models."""
-    modules = _import_modules()
-    base = modules.modeling.MixtralPreTrainedModel
-    if isinstance(model, base):
-        return modules
-    holder = model if isinstance(model, nn.Module) else getattr(model, "model", None)  # a pipeline has it
-    parts = holder.named_modules() if isinstance(holder, nn.Module) else ()
-    inner = next((name for name, module in parts if isinstance(module, base)), None)
-    path = ".".join(filter(None, ("model" if holder is not model else "", inner)))
-    hint = f"; give it the model inside, .{path}" if inner is not None else ""
-    need = f"transformers' MixtralForCausalLM or MixtralModel{hint}"
-    raise ValueError(f"{function}: model is a {type(model).__name__}, needs {need}")
-
-
-def _import_modules() -> Any:
-    """Import hf.modules; ImportError that says what to install."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("mixtral_triton.apply needs transformers: pip install 'transformers>=5.7'") from error
-    found = transformers.__version__
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < (5, 7):
-        raise ImportError(f"mixtral_triton.apply: transformers is {found}, needs >= 5.7: pip install -U transformers")
-    from . import modules
-
-    return modules
-
-
-def _check_weights(model: Any) -> None:
-    """Raise ValueError unless each parameter has a dtype of the operations and is whole on one device."""
-    config, quantizer = getattr(model.config, "quantization_config", None), getattr(model, "hf_quantizer", None)
-    if getattr(model, "is_quantized", False) or quantizer is not None or config is not None:
-        loader, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
-        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-        if method == "bitsandbytes":  # a member of an enumeration of strings is equal to its string, too
-            loader, reads = f'{loader}(folder, weights="int4")', " on the folder in bf16"
-        plain = "load it without quantization_config (bf16, fp16 or fp32)"
-        raise ValueError(f"apply: model is quantized; {plain}, or the folder with {loader}{reads}")
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ValueError("apply: model has a tensor-parallel plan; load it without tp_plan, or with a device_map")
-    for name, parameter in model.named_parameters():
-        if type(parameter.data).__name__ == "DTensor":
-            raise ValueError(f"apply: parameter {name} is sharded (a DTensor); load it whole, or with a device_map")
-        if type(parameter) not in call.PLAIN_TYPES or parameter.dtype not in FLOATS:
-            got = f"{parameter.dtype} in a {type(parameter).__name__}"
-            raise ValueError(f"apply: parameter {name} is {got}, needs a plain fp32, bf16 or fp16 parameter")
-
-
-def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], modules: Any, attention: bool) -> None:
-    """Raise ValueError unless modules to replace have transformers' class and forward, and hooks name existing GPUs."""
-    modeling, gpus = modules.modeling, torch.cuda.device_count()
-    backbone = modeling.MixtralModel
-    for name, module in model.named_modules() if blocks else ():
-        hook = module.__dict__.get("_hf_hook")
-        for each in getattr(hook, "hooks", (hook,)):
-            target = getattr(each, "execution_device", None)
-            device = torch.device("cuda", target) if isinstance(target, int) else torch.device(target or "cpu")
-            if device.type == "cuda" and (device.index or 0) >= gpus:
-                got = f"{name or 'the model'} is to run on {device}, and this machine has {gpus} CUDA devices"
-                raise ValueError(f"apply: {got}; load the model with a device_map of devices that exist")
-        needs_attention = attention and isinstance(module, modeling.MixtralDecoderLayer)
-        if needs_attention and not any(isinstance(each, modeling.MixtralAttention) for each in module.modules()):
-            got = f"{name}.self_attn is a {type(module.self_attn).__name__}, which cannot read fused attention's masks"
-            raise ValueError(f"apply: {got}; needs transformers' own MixtralAttention, or attention=False")
-        base = next((each for each in (*blocks, backbone) if isinstance(module, each)), None)
-        if base is None:
-            continue
-        current = module.original if isinstance(module, modules.Applied) else type(module)
-        if current is not base and base is not backbone:
-            raise ValueError(f"apply: {name} is a {current.__name__}, not transformers' own {base.__name__}")
-        forward = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate keeps what it wraps
-        if forward in module.__dict__ and not _is_own_forward(module, forward):
-            name = name or f"the {current.__name__}"
-            raise ValueError(f"apply: {name} has a {forward} of its own, which would stay in use; remove it first")
-        if base is modeling.MixtralAttention and module.head_dim > 256:
-            raise ValueError(f"apply: head_dim is {module.head_dim}, needs at most 256; attention=False, rope=False")
-        if base is modeling.MixtralExperts:
-            modules.check_unhooked(module.act_fn, f"apply: {name}.act_fn")
-            if getattr(module, "_is_expert_parallel", False):
-                got = f"{name} is split over ranks (expert parallel)"
-                raise ValueError(f"apply: {got}; load it whole, or experts=False")
-
-
-def _is_own_forward(module: nn.Module, name: str) -> bool:
-    """Whether the instance's attribute `name` is the bound forward of its class."""
-    return bool(module.__dict__.get(name) == MethodType(type(module).forward, module))
-
-
-def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change the module's class, and the bound forward that hooks of accelerate keep."""
-    bound = [name for name in ("forward", "_old_forward") if _is_own_forward(module, name)]
-    module.__class__ = kind
-    for name in bound:
-        module.__dict__[name] = MethodType(kind.forward, module)
+register()  # transformers looks an ExpertsConfig and the functions of a model that `apply` changed up by their name

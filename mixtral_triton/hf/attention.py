@@ -1,10 +1,11 @@
 """Attention of the drop-in: `ops.attention`, and its masks.
 
-A mask is one interval of keys per query, int32 [B, 1, T, 2] = [lo, hi), where that is enough. int32 [B, 1, T, 3]: text
-with padding behind it, whose queries' hi stays at the text's end, and the hi that their position alone would give.
-int32 [B, 1, T, 0]: causal, every key valid, the last query at the last key. int64 [1, 1, 1, N + 1], on the host: the
-bounds of N packed sequences among all tokens. Otherwise transformers' dense bool [B, 1, T, S]: padding with holes,
-custom patterns, and what a tracer cannot read. transformers' models use a mask of four dimensions as it is.
+A mask of this file is int32 [B, 1 or 2, C, S]: 2 where keys have left the window, which the layer knows. C = 0: causal,
+every key valid, the last query at the last key. C = 2: the first valid key, and the key after the last query. C = 3:
+between the two the key after the text, where padding follows it. Its values are equal along S, and take no memory.
+int64 [1, 1 or 2, 1, N + 1], on the host: the bounds of N packed sequences among all tokens. Otherwise transformers'
+dense bool [B, 1, T, S]: padding with holes, other patterns, and what a tracer cannot read. transformers' models use a
+mask of four dimensions as it is.
 
 B batch, T query tokens, Hq query heads, Hkv key/value heads, D head size, S keys
 """
@@ -16,28 +17,49 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface
+from torch.compiler import is_compiling
+from torch.nn.functional import pad
+from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
-from transformers.models.mixtral import modeling_mixtral as modeling
 from transformers.utils.import_utils import is_tracing
 
 from .. import ops
-from ..kernels.call import transformed, untraced
+from .experts import NAME, checked_if_needed
 
 PAGED = (
     "continuous batching (generate_batch) keeps keys and values in pages, which fused attention does not read; "
     "apply(model, attention=False), or revert(model)"
 )
-NAME = "mixtral_triton"  # among transformers' masks
+MAX_HEAD = 256
+# Keywords by which models add to a layer's attention what a causal mask does not say.
+ADDED = {"s_aux": "sinks", "sinks": "sinks", "softcap": "a soft cap of scores", "position_bias": "a position bias"}
+INDICES = "indices", "block_indices"  # the same for keys that an index chooses, where no dense mask has them
+# The functions that transformers' causal masks are made of.
+CAUSAL = {"causal_mask_function", "sliding_window_overlay", "and_masks"}
+CAUSAL |= {"packed_sequence_mask_function", "remap_positions_for_packed_sequence"}
 # The keyword of a forward's cache, which transformers 5.24 renamed.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
-def checked_if_needed(operation: Any) -> Any:
-    """Return the operation, without its checks unless a tracer, derivatives or autocast may change its arguments."""
-    needed = not untraced() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or transformed()
-    return operation if needed else operation.unchecked
+def check_attention(
+    module: nn.Module, query: Tensor, value: Tensor, mask: Any, dropout: float, added: dict[str, Any]
+) -> None:
+    """Raise ValueError that names a layer's class and what `ops.attention` does not compute of its attention."""
+    D, found = query.shape[-1], [what for key, what in ADDED.items() if added.get(key) is not None]
+    dense = mask is not None and not is_interval(mask) and not is_bounds(mask)
+    if not dense and any(added.get(key) is not None for key in INDICES):
+        found.append("keys that an index chooses")
+    if not getattr(module, "is_causal", True) or (added.get("is_causal") is False and not dense):
+        found.append("attention that is not causal")
+    if dropout and module.training:
+        found.append(f"dropout of {dropout} in training")
+    if max(D, value.shape[-1]) > MAX_HEAD or value.shape[-1] > D:
+        found.append(f"heads of {D} and values of {value.shape[-1]} columns")
+    if found:
+        layer = f" of layer {layer_idx}" if (layer_idx := getattr(module, "layer_idx", None)) is not None else ""
+        needs = f'needs causal attention, at most {MAX_HEAD} columns, or another attn_implementation, as "eager"'
+        raise ValueError(f"mixtral_triton: {type(module).__name__}{layer} has {', '.join(found)}, {needs}")
 
 
 def attention(
@@ -47,47 +69,72 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: Any = None,
+    dropout: float = 0.0,
     sliding_window: int | None = None,
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """query [B,Hq,T,D], key and value [B,Hkv,S,D] -> [B,T,Hq,D], and the weights [B,Hq,T,S] if `output_attentions`.
+    """query [B,Hq,T,D], key [B,Hkv,S,D] and value [B,Hkv,S,at most D] -> [B,T,Hq,as value], and the weights [B,Hq,T,S]
+    if `output_attentions`.
 
     attention_mask: of `interval_mask`, or the user's 4-D mask; None: causal from the first key on, as in torch.
     Packed sequences run one after the other. A dense mask goes to torch's attention. The weights are those of
-    transformers' eager attention, and the result does not depend on them.
+    transformers' eager attention, and the result does not depend on them. ValueError by `check_attention`.
     """
+    check_attention(module, query, value, attention_mask, dropout, kwargs)
     mask, weights, (B, H, T, D) = attention_mask, None, query.shape
-    if not getattr(module, "is_causal", True):
-        need = "needs True, or apply(model, attention=False)"
-        raise ValueError(f"mixtral_triton: is_causal of self_attn is {module.is_causal!r}, {need}")
+    window = mask_window(module, mask, key, sliding_window)
     if output_attentions:
-        dense = visible(mask, query, key, sliding_window)
+        dense = visible(mask, query, key, window)
         if dense.dtype == torch.bool:
             dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill_(~dense, torch.finfo(query.dtype).min)
-        weights = modeling.eager_attention_forward(module, query, key, value, dense, scaling)[1]
+        scores = query @ key.repeat_interleave(H // key.shape[1], 1).mT * (D**-0.5 if scaling is None else scaling)
+        weights = torch.softmax(scores + dense, dim=-1, dtype=torch.float32).to(query.dtype)
     if mask is None and 1 < T < key.shape[2]:
         key, value = key[:, :, :T], value[:, :, :T]
+    columns = value.shape[-1]
+    if columns < D:
+        value = pad(value, (0, D - columns))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     attend = checked_if_needed(ops.attention)
     if mask is None or is_interval(mask):
-        # From query to query intervals start no earlier and end one key later: the first start and the last end do.
-        interval = None if mask is None or not mask.shape[-1] else mask[:, 0]
-        starts, lengths = (None, None) if interval is None else (interval[:, 0, 0], interval[:, -1, -1])
-        if interval is None or interval.shape[-1] == 2:
-            return attend(q, k, v, window=sliding_window, scale=scaling, starts=starts, lengths=lengths), weights
-        if sliding_window is None:  # padding sees the whole text, and nothing else
-            text = attend(q, k, v, scale=scaling, starts=starts, lengths=lengths)
-            padding = attend(q, k, v, causal=False, scale=scaling, starts=starts, lengths=interval[:, -1, 1])
-            return torch.where((interval[..., 1] < interval[..., 2])[..., None, None], padding, text), weights
-        mask = visible(mask, query, key, sliding_window)
+        rows = None if mask is None or not mask.shape[2] else mask[:, 0, :, 0]
+        starts, ends = (None, None) if rows is None else (rows[:, 0], rows[:, -1])
+        if rows is None or rows.shape[1] == 2:
+            return attend(q, k, v, window=window, scale=scaling, starts=starts, lengths=ends)[..., :columns], weights
+        if window is None:  # padding sees the whole text, and nothing else
+            text = attend(q, k, v, scale=scaling, starts=starts, lengths=ends)
+            padding = attend(q, k, v, causal=False, scale=scaling, starts=starts, lengths=rows[:, 1])
+            behind = torch.arange(1 - T, 1, device=q.device) + rows[:, 2:] > rows[:, 1:2]
+            return torch.where(behind[..., None, None], padding, text)[..., :columns], weights
+        mask = visible(mask, query, key, window)
     if sequences := packed_sequences(mask, B * T):
-        rows = [x.flatten(0, 1)[None] for x in (q, k, v)]
-        parts = ([x[:, begin:end] for x in rows] for begin, end in sequences)
-        outs = [attend(*qkv, window=sliding_window, scale=scaling) for qkv in parts]
-        return torch.cat(outs, dim=1).view(B, T, H, D), weights
+        flat = [x.flatten(0, 1)[None] for x in (q, k, v)]
+        parts = ([x[:, begin:end] for x in flat] for begin, end in sequences)
+        outs = [attend(*qkv, window=window, scale=scaling) for qkv in parts]
+        return torch.cat(outs, dim=1).view(B, T, H, D)[..., :columns], weights
     mask = check_dense(mask, query, key)
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0], weights
+    out = sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0]
+    return out[..., :columns], weights
+
+
+def mask_window(module: Any, mask: Any, key: Tensor, sliding_window: int | None) -> int | None:
+    """Return the window of a layer whose mask is one of this file: the mask says whether there is one, as in torch's
+    attention, and the layer, or its config, how long it is. ValueError for keys of another length than the mask's."""
+    if not is_interval(mask) and not is_bounds(mask):
+        return sliding_window
+    if is_interval(mask) and mask.shape[-1] != key.shape[2]:
+        got, need = f"{key.shape[2]} keys", f"{mask.shape[-1]}, as its mask says"
+        raise ValueError(
+            f"mixtral_triton: {type(module).__name__} has {got}, needs {need}; or another attn_implementation"
+        )
+    if mask.shape[1] == 1:
+        return None
+    for holder in (module, getattr(module, "config", None)):
+        sliding_window = sliding_window or getattr(holder, "sliding_window", None)
+    if sliding_window is None:
+        raise ValueError(f"mixtral_triton: {type(module).__name__} has no sliding_window, and its mask has one")
+    return sliding_window
 
 
 def check_dense(mask: Any, query: Tensor | None = None, key: Tensor | None = None) -> Tensor:
@@ -137,15 +184,20 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     q_offset, kv_offset, device = call.get("q_offset", 0), call.get("kv_offset", 0), call["device"]
     attention_mask, local_size = call.get("attention_mask"), call.get("local_size")
     # transformers forbids the skip for packed sequences, which it looks for where there is neither padding mask nor
-    # cache, and for static caches, which are causal all the same.
-    packed = not call.get("allow_is_causal_skip", True) and attention_mask is None and kv_length == q_length != 1
-    plain = not (call.get("use_vmap") or call.get("allow_is_bidirectional_skip"))
+    # cache, for patterns that are not causal alone, and for static caches, which are causal all the same.
+    other = not call.get("allow_is_causal_skip", True) and q_length != 1
+    packed = other and attention_mask is None and kv_length == q_length
+    chunked = local_size is not None and local_size == getattr(call.get("config"), "attention_chunk_size", None)
+    indexed = getattr(call.get("config"), "index_topk", None)  # which the model writes into a dense mask
+    plain = not (call.get("use_vmap") or chunked or indexed or "allow_is_bidirectional_skip" in call)
+    plain = plain and not (other and (is_compiling() or not is_causal_pattern(call["mask_function"])))
+    layers = 1 if local_size is None else 2
     first: Tensor | None = None
     last: Tensor | None = None
     if packed and plain:
         plain, bounds = sequence_bounds(call["mask_function"], batch_size, q_length, device)
         if bounds is not None:
-            return bounds[None, None, None]
+            return bounds[None, None, None].expand(1, layers, 1, -1)
     if attention_mask is not None:
         static = isinstance(q_offset, Tensor)
         need, past = (q_length, "") if static else (q_offset + q_length, f" ({q_offset} past, {q_length} new)")
@@ -162,15 +214,21 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     if not plain:
         call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(batch_size, q_length, kv_length, **call)  # type: ignore[return-value]
-    if first is None and not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length:
-        return torch.empty((batch_size, 1, q_length, 0), dtype=torch.int32, device=device)
-    hi = torch.arange(1, q_length + 1, device=device) + (q_offset - kv_offset)
-    lo = torch.zeros_like(hi) if first is None else first[:, None]
-    if local_size is not None:
-        lo = torch.maximum(lo, hi - local_size)
-    columns = (lo, hi) if last is None else (lo, torch.minimum(hi, last[:, None]), hi)
-    interval = torch.stack(torch.broadcast_tensors(*columns), dim=-1)
-    return interval.to(torch.int32).expand(batch_size, q_length, len(columns))[:, None]
+    end, shape = q_offset + q_length - kv_offset, (batch_size, layers, 0, kv_length)
+    if first is None and not isinstance(end, Tensor) and end == kv_length:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+    ends = torch.zeros(batch_size, dtype=torch.int64, device=device) + end
+    starts = torch.zeros_like(ends) if first is None else first
+    rows = [starts, ends] if last is None else [starts, torch.minimum(last, ends), ends]
+    return torch.stack(rows, 1).to(torch.int32)[:, None, :, None].expand(-1, layers, -1, kv_length)
+
+
+def is_causal_pattern(function: Any) -> bool:
+    """Whether a mask function of transformers is made of those that `CAUSAL` names, and of nothing else."""
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    parts = (part for value in cells for part in (value if isinstance(value, tuple) else (value,)))
+    own = function.__module__ == masking_utils.__name__ and function.__qualname__.split(".")[0] in CAUSAL
+    return own and all(is_causal_pattern(part) for part in parts if callable(part))
 
 
 def sequence_bounds(
@@ -200,11 +258,16 @@ def is_interval(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dtype == torch.int32
 
 
+def is_bounds(mask: Any) -> bool:
+    """Whether `interval_mask` made it of packed sequences."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.shape[:1] == mask.shape[2:3] == (1,)
+
+
 def packed_sequences(mask: Any, tokens: int) -> list[tuple[int, int]] | None:
     """Return (begin, end) of each packed sequence among all `tokens`; None for another mask."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or mask.shape[:3] != (1, 1, 1):
+    if not is_bounds(mask):
         return None
-    bounds = mask.flatten().tolist()
+    bounds = mask[0, 0, 0].tolist()
     return list(pairwise(bounds)) if bounds[0] == 0 and bounds[-1] == tokens else None
 
 
@@ -213,8 +276,11 @@ def visible(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor
     mask at all is causal from the first key on, as it is in torch's attention."""
     (B, _, T, _), S = query.shape, key.shape[2]
     j, i = torch.arange(S, device=query.device), torch.arange(T, device=query.device)[:, None]
-    if is_interval(mask) and mask.shape[-1]:
-        return (mask[..., :1] <= j) & (j < mask[..., 1:2])
+    if is_interval(mask) and mask.shape[2]:
+        starts, *text_ends, ends = mask[:, :1, :, :1].split(1, 2)
+        i = i + ends - T
+        seen = (j >= starts) & (j <= i) & (j > i - (window or S))
+        return seen & (j < text_ends[0]) if text_ends else seen
     if mask is None or is_interval(mask):
         i = i + (S - T if mask is not None or T == 1 else 0)
         return ((j <= i) & (j > i - (window or S)))[None, None]
@@ -224,6 +290,3 @@ def visible(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor
     sizes = torch.tensor([end - begin for begin, end in bounds], device=query.device)
     row = torch.repeat_interleave(sizes).view(B, 1, T)
     return (row[..., None] == row[..., None, :]) & (j <= i) & (j > i - (window or S))
-
-
-AttentionMaskInterface.register(NAME, interval_mask)

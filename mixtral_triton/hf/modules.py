@@ -13,19 +13,18 @@ from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as modeling
 
 from .. import ops
 from ..kernels.checks import FLOATS
-from .attention import CACHE, NAME, PAGED, attention, causal_mask, check_dense, checked_if_needed
+from .attention import CACHE, PAGED, attention, causal_mask, check_dense
+from .experts import NAME, checked_if_needed, experts
 
 PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
-SILU = nn.SiLU, type(ACT2FN["silu"])
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache")  # MixtralModel's
 
 
@@ -78,21 +77,8 @@ class TritonRouter(Applied, modeling.MixtralTopKRouter):
 
 class TritonExperts(Applied, modeling.MixtralExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T,H], top_k_index and top_k_weights [T,K] -> [T,H]."""
-        if not self._mixtral_triton.experts:
-            return super().forward(hidden_states, top_k_index, top_k_weights)
-        check_unhooked(self.act_fn, "mixtral_triton: act_fn of the experts")
-        routes = top_k_index, top_k_weights.float()
-        return checked_if_needed(ops.expert_swiglu)(hidden_states, self.gate_up_proj, self.down_proj, *routes)
-
-
-def check_unhooked(act_fn: nn.Module, name: str) -> None:
-    """Raise ValueError for another activation and for hooks, which fused experts would never call."""
-    if type(act_fn) not in SILU or "forward" in vars(act_fn):
-        needs = "needs silu as transformers made it; or apply(model, experts=False)"
-        raise ValueError(f"{name} is {act_fn!r:.80}, {needs}")
-    if act_fn._forward_hooks or act_fn._forward_pre_hooks:
-        raise ValueError(f"{name} has hooks, but fused experts never call it: use apply(model, experts=False)")
+        routed = hidden_states, top_k_index, top_k_weights
+        return experts(self, *routed) if self._mixtral_triton.experts else super().forward(*routed)
 
 
 class Angles(tuple):
@@ -179,9 +165,7 @@ class ImplementationsMixin(Applied):
 
     def _select(self, part: str, name: str | dict[str, str], select: Callable[[], None]) -> None:
         selected, is_applied = name.get("") if isinstance(name, dict) else name, self._uses(part) is not None
-        if selected == NAME and not is_applied:
-            raise ValueError(f"mixtral_triton's {part} is not part of this model: apply(model, {part}=True)")
-        if selected != NAME:
+        if selected != NAME or not is_applied:
             select()
         if selected is not None and is_applied:
             setattr(getattr(self.base_model, PARTS_ATTRIBUTE), part, selected == NAME)

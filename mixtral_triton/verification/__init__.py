@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import count, product
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,6 @@ from ..arguments import check_ids, check_vocabulary
 from ..cache import KVCache
 from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..generate import GRAPH_MIN_TOKENS, can_capture
-from ..hf import import_modules
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, launch_context, multiprocessors, target_arch
 from ..model import Mixtral
@@ -71,9 +69,10 @@ def verify(
     cache_dtype: torch.dtype | None = None,
     text: Tensor | None = None,
 ) -> Report:
-    """Compare `target` with torch, or a transformers Mixtral with transformers' own modules -> Report.
+    """Compare `target` with torch, or a transformers model with transformers' own modules -> Report.
 
-    target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: applied or not.
+    target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: a Mixtral, applied or not,
+    or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
     peer "transformers": layers and logits are also compared with transformers' model of the same folder, in fp32.
@@ -100,7 +99,9 @@ def verify(
         target = Mixtral.from_pretrained(folder)
     elif not isinstance(target, nn.Module):
         if isinstance(getattr(target, "model", None), nn.Module):  # a pipeline: the error names the model inside
-            import_modules("verify", target)
+            from ..hf import check_mixtral
+
+            check_mixtral("verify", target)
         got = type(target).__name__
         raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
     elif folder is not None:
@@ -110,6 +111,8 @@ def verify(
     if peer is not None and folder is None:
         raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     ranks = getattr(target, "ranks", None)
+    if is_transformers and _has_names(target):
+        return _verify_family(target, input_ids, progress, tokens)
     kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         under_test = kind(target)
@@ -117,9 +120,35 @@ def verify(
         return _verify(under_test, input_ids, progress, folder, peer, quick, tokens, text)
 
 
+def _has_names(model: Any) -> bool:
+    """Whether a transformers model selects this package's experts or attention by their name, without `apply`."""
+    from transformers import PreTrainedModel
+
+    from ..hf import applied
+    from ..hf.experts import NAME
+
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    names = {getattr(part.config, f"_{kind}_implementation") for part in parts for kind in ("attn", "experts")}
+    return NAME in names and not applied(model)
+
+
+def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tokens: int | None) -> Report:
+    from .families import STEPS, FamilyUnderTest
+
+    config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
+    ids, done = default_text(input_ids, config, model.device, tokens), count(1)
+    on_gpu = ids.device.type == "cuda"
+    target, step = FamilyUnderTest(model), progress or (lambda *_: None)
+    with torch.no_grad():
+        rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
+    backend = "Triton, interpreted" if INTERPRETED else TORCH
+    backend = f"Triton on {torch.cuda.get_device_name(ids.device)}" if on_gpu else backend
+    about = dtype_name(model.dtype), "transformers' own modules", None, target.not_run
+    return Report(tuple(rows), 0, 0, backend, *about)
+
+
 def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any, activations: Any = None) -> None:
-    """ValueError for an unknown peer, one that is not installed, and any on a mesh or with a cache of another dtype or
-    activations of 8 bits."""
+    """ValueError for an unknown peer, and any on a mesh or with a cache of another dtype or activations of 8 bits."""
     if peer is None:
         return
     if peer != "transformers":
@@ -130,8 +159,6 @@ def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any, activations: A
         raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
     if activations is not None:
         raise ValueError(f"verify: activations is {activations!r}, needs None: transformers does not quantize them")
-    if find_spec(peer) is None:
-        raise ValueError("verify: peer 'transformers' is not installed: pip install 'transformers>=5.7'")
 
 
 def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:

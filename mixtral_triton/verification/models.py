@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import hf, reference
+from .. import reference
 from ..checkpoint import parameter_shapes, qkv_rows
 from ..config import SIZES, MixtralConfig
 from ..kernels.call import call_unchecked
@@ -36,8 +36,15 @@ class TransformersUnderTest(ModelUnderTest):
     peer, is_mixtral = "transformers' own modules", False
 
     def __init__(self, model: Any, apply: bool = True) -> None:
-        self.apply, self.modeling = apply, hf.import_modules("verify", model).modeling
-        self.backbone = next(module for module in model.modules() if isinstance(module, self.modeling.MixtralModel))
+        from transformers.models.mixtral import modeling_mixtral
+
+        from ..hf import check_mixtral
+
+        check_mixtral("verify", model)
+        self.apply, self.modeling = apply, modeling_mixtral
+        self.backbone: Any = next(
+            module for module in model.modules() if isinstance(module, self.modeling.MixtralModel)
+        )
         if model.training:
             raise ValueError("verify: the model is in training mode, needs inference: model.eval()")
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -94,6 +101,7 @@ class TransformersUnderTest(ModelUnderTest):
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
+        from .. import hf
         from ..hf.attention import CACHE
 
         def enter(index: int, layer: Any, args: Any) -> Any:

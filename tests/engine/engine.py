@@ -3,6 +3,7 @@ JSON on a line of stdout, amid vLLM's logs.
 
 options   additional_config["mixtral_triton"]; None: vLLM without the plugin
 engine    further arguments of vllm.LLM
+model     the checkpoint's folder; None: the package's
 prompts   lists of token ids
 new       tokens to generate
 halved    halve what the experts return
@@ -43,7 +44,7 @@ def main() -> None:
         plugin._Experts.experts = lambda *args: whole(*args) / 2  # type: ignore[method-assign]
     options = case["options"]
     ours = {"quantization": "mixtral_triton", "additional_config": {"mixtral_triton": options}}
-    llm = LLM(str(SMALL), **ENGINE | (ours if options is not None else {}) | case["engine"])
+    llm = LLM(case["model"] or str(SMALL), **ENGINE | (ours if options is not None else {}) | case["engine"])
     found = experts_of(llm.apply_model(lambda model: model)[0]) if not case["engine"] else {}
     sampling = SamplingParams(temperature=0.0, max_tokens=case["new"], logprobs=0, ignore_eos=True)
     prompts: Any = [{"prompt_token_ids": ids} for ids in case["prompts"]]

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from mixtral_triton import SMALL, Mixtral, ops
 from mixtral_triton.quantize import QuantizedWeight, quantize
@@ -38,10 +39,17 @@ Tokens = tuple[list[list[int]], list[list[float]]]  # new ids and their log prob
 
 
 def engine(
-    options: Any = None, prompts: Any = PROMPTS, new: int = NEW, halved: bool = False, env: Any = None, **more: Any
+    options: Any = None,
+    prompts: Any = PROMPTS,
+    new: int = NEW,
+    halved: bool = False,
+    env: Any = None,
+    folder: Path | None = None,
+    **more: Any,
 ) -> Any:
     """Return what `engine.py` prints of a case; RuntimeError with its stderr if it fails."""
     case = {"options": options, "prompts": prompts, "new": new, "halved": halved, "engine": more}
+    case["model"] = folder and str(folder)
     variables = {**os.environ, **VARIABLES, **(IN_PROCESS if env is None else env)}
     command = [sys.executable, "-m", "tests.engine.engine"]
     run = subprocess.run(command, input=json.dumps(case), capture_output=True, text=True, env=variables, cwd=ROOT)
@@ -57,11 +65,13 @@ def vllm() -> Any:
 
 @pytest.fixture(scope="module")
 def of_transformers() -> Tokens:
-    """Greedy tokens of each prompt alone, in fp32."""
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32)
+    return tokens_of(transformers.AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32), PROMPTS)
+
+
+def tokens_of(model: Any, prompts: list[list[int]]) -> Tokens:
+    """Greedy tokens of transformers' model after each prompt alone, in fp32."""
     ids, logprobs = [], []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         x = torch.tensor([prompt])
         options = {"attention_mask": torch.ones_like(x), "max_new_tokens": NEW, "min_new_tokens": NEW}
         out = model.generate(x, **options, do_sample=False, output_logits=True, return_dict_in_generate=True)
@@ -69,6 +79,28 @@ def of_transformers() -> Tokens:
         steps = zip(out.logits, ids[-1], strict=True)
         logprobs.append([step[0].log_softmax(-1)[token].item() for step, token in steps])
     return ids, logprobs
+
+
+SIZES = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 64}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 8}
+SIZES |= {"num_experts_per_tok": 3, "max_position_embeddings": 128, "eos_token_id": None, "pad_token_id": 0}
+
+
+@needs_vllm
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Olmoe"])
+def test_other_families_give_the_tokens_of_transformers(family: str, weights: str | None, tmp_path: Path) -> None:
+    """The plugin is of no family. With int8 experts near ties of random weights may turn one text in six."""
+    config = getattr(transformers, f"{family}Config")(**SIZES)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data = 1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    prompts = [[(7 * n + 3 * place) % 120 + 1 for place in range(3 + 4 * n)] for n in range(6)]
+    found = engine({"weights": weights}, prompts, folder=tmp_path, skip_tokenizer_init=True)
+    equal, errors = compare(found, tokens_of(model, prompts))
+    assert (equal, max(errors) < 1e-4) == (len(prompts), True) if weights is None else equal >= len(prompts) - 1
 
 
 def of_mixtral(**options: Any) -> tuple[Mixtral, Tokens]:

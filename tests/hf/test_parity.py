@@ -367,10 +367,10 @@ def test_generate_of_a_right_padded_prompt(window: int | None, row: int, lookup:
 
 
 REPLACED: dict[str, Callable[[Any], None]] = {
-    "act_fn of the experts is GELU": lambda layer: setattr(layer.mlp.experts, "act_fn", nn.GELU()),
-    "act_fn of the experts is Mine": lambda layer: setattr(layer.mlp.experts, "act_fn", MINE),
-    "act_fn of the experts is": lambda layer: setattr(layer.mlp.experts.act_fn, "forward", torch.tanh),
-    "is_causal of self_attn is False": lambda layer: setattr(layer.self_attn, "is_causal", False),
+    "the activation GELU": lambda layer: setattr(layer.mlp.experts, "act_fn", nn.GELU()),
+    "the activation Mine": lambda layer: setattr(layer.mlp.experts, "act_fn", MINE),
+    "the activation SiLUActivation": lambda layer: setattr(layer.mlp.experts.act_fn, "forward", torch.tanh),
+    "attention that is not causal": lambda layer: setattr(layer.self_attn, "is_causal", False),
 }
 MINE = type("Mine", (nn.SiLU,), {})()
 

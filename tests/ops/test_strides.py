@@ -19,6 +19,7 @@ from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPERATIONS, OPS
 from mixtral_triton.verification.calls import LAYOUTS, with_layout
+from tests.cli.commands import python
 from tests.support.calls import Sizes, as_tuple, dense, inputs, inputs_without_padding, public, tensors
 
 TOLERANCE = 4e-6  # of the largest value, in fp32
@@ -191,3 +192,31 @@ def test_attention_of_transformers_layout_reads_by_tma(heads: Any, heads_first: 
     args = gpu.driver.launches[0].args
     found = args["HEADS_FIRST"] if args["k_desc"] is not None else None
     assert found is heads_first and (args["v_desc"] is None) == (found is None)
+
+
+BEYOND = """
+import torch
+from mixtral_triton import ops, reference
+E, I, H, stride = 256, 32, 64, 1 << 24
+weights = []
+for N, K in ((2 * I, H), (H, I)):  # most of it is never touched, and takes no memory
+    weight = torch.empty((E - 1) * stride + N * K).as_strided((E, N, K), (stride, K, 1))
+    weights.append(weight)
+chosen = torch.tensor([0, 130, 255])
+for weight in weights:
+    for expert in chosen:
+        weight[expert].normal_()
+for T in (1, 70):
+    x, routes = torch.randn(T, H), torch.rand(T, 3)
+    got = ops.expert_swiglu(x, *weights, chosen.repeat(T, 1), routes)
+    want = reference.expert_swiglu(x, *(weight[chosen] for weight in weights), torch.arange(3).repeat(T, 1), routes)
+    assert torch.allclose(got, want, atol=1e-4), T
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.interpreted
+def test_offsets_of_experts_pass_2_to_the_31() -> None:
+    """As those of DeepSeek-V3 do, in prefill and decode; 34 GB of addresses, and few pages of memory."""
+    done = python("-c", BEYOND, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr

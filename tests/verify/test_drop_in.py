@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AttentionMaskInterface
 
 from mixtral_triton import hf, ops, verify
-from mixtral_triton.kernels.launch import INTERPRETED
-from tests.support.faults import DTYPES, Inject
-
-pytest.importorskip("transformers")
 from mixtral_triton.hf import attention, modules
+from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.verification import drop_in
 from mixtral_triton.verification.models import TransformersUnderTest
+from tests.support.faults import DTYPES, Inject
 
 IDS = torch.randint(1, 48, (2, 15), generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about masks and modules, whatever the backend: run once")
@@ -30,7 +29,7 @@ def result(place: Any, name: str, change: Change) -> Inject:
 def mask_by(change: Change) -> Inject:
     """The mask of other keyword arguments."""
     make = lambda **kwargs: attention.interval_mask(**kwargs | change(kwargs))  # noqa: E731
-    return lambda patch: patch.setitem(attention.AttentionMaskInterface._global_mapping, attention.NAME, make)
+    return lambda patch: patch.setitem(AttentionMaskInterface._global_mapping, attention.NAME, make)
 
 
 def static_by(change: Change) -> Inject:
@@ -47,7 +46,7 @@ def mask_without(place: int) -> Inject:
 def kind_of(key_mask: Tensor | None) -> str:
     if key_mask is None:
         return "none"
-    return "packed" if key_mask.dtype == torch.int64 else "interval" if key_mask.shape[-1] else "causal"
+    return "packed" if key_mask.dtype == torch.int64 else "interval" if key_mask.shape[2] else "causal"
 
 
 def attend(kind: str, change: Change) -> Inject:
@@ -62,10 +61,6 @@ def attend(kind: str, change: Change) -> Inject:
     return lambda patch: patch.setattr(modules, "attention", faulty)
 
 
-def several(*injects: Inject) -> Inject:
-    return lambda patch: [inject(patch) for inject in injects] and None
-
-
 def late_bounds(found: Any, function: Any, batch: int, tokens: int, *_: Any) -> Any:
     return found[0], found[1] + (found[1] % tokens != 0)
 
@@ -77,14 +72,19 @@ def first_bounds(found: Any, function: Any, batch: int, tokens: int, *_: Any) ->
 
 rotary = modules.TritonRotaryEmbedding.forward
 rotary_from_zero = lambda module, x, position_ids: rotary(module, x, position_ids - position_ids[:, :1])  # noqa: E731
-no_window = lambda q, k, v, key_mask, window: (q, k, v, key_mask, None)  # noqa: E731
+no_window = lambda q, k, v, key_mask, window: (q, k, v, key_mask[:, :1], None)  # noqa: E731
+first_end = lambda tokens: torch.tensor([[0], [tokens - 1]], dtype=torch.int32)  # noqa: E731
 first_row = lambda q, k, v, key_mask, window: (q, k, v, 0 * key_mask + key_mask[:1], window)  # noqa: E731
-first_query = lambda q, k, v, key_mask, window: (q, k, v, 0 * key_mask + key_mask[:, :, :1], window)  # noqa: E731
-first_keys = lambda q, k, v, *rest: (q, k[:, :, : q.shape[2]], v[:, :, : q.shape[2]], *rest)  # noqa: E731
-new_keys = lambda q, k, v, *rest: (q, k[:, :, -q.shape[2] :], v[:, :, -q.shape[2] :], *rest)  # noqa: E731
-to_the_last_key = lambda q, k, v, mask, window: (q, k, v, mask[..., ::2] if mask.shape[3] > 2 else mask, window)  # noqa: E731
+first_query = lambda q, k, v, key_mask, window: (q, k, v, key_mask - first_end(q.shape[2]), window)  # noqa: E731
+first_keys = lambda q, k, v, mask, window: keys_in(slice(q.shape[2]), q, k, v, mask, window)  # noqa: E731
+new_keys = lambda q, k, v, mask, window: keys_in(slice(-q.shape[2], None), q, k, v, mask, window)  # noqa: E731
+to_the_last_key = lambda q, k, v, mask, window: (q, k, v, mask[:, :, ::2] if mask.shape[2] > 2 else mask, window)  # noqa: E731
 cached = lambda k: {"attention_mask": None} if k["kv_length"] > k["q_length"] else {}  # noqa: E731
 last_slot = lambda k: {"q_offset": k["q_offset"] * 0 + k["kv_length"] - k["q_length"]}  # noqa: E731
+
+
+def keys_in(part: slice, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, window: Any) -> Any:
+    return q, k[:, :, part], v[:, :, part], key_mask[..., part], window
 
 
 def shift_attentions(found: Any, module: Any, q: Tensor, k: Tensor, *_: Any) -> Any:
@@ -143,7 +143,7 @@ FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
         "padding ignored": result(attention, "first_key", lambda *_: (True, None)),
         "one token of padding seen": result(attention, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
         "first row's padding for all": attend("interval", first_row),
-        "no window beside padding": several(mask_by(lambda _: {"local_size": None}), attend("interval", no_window)),
+        "no window beside padding": attend("interval", no_window),
         "mask forgotten": mask_without(2),
     },
     ("call", "left padding, dynamic cache"): {"padding of a cache ignored": mask_by(cached)},

@@ -1,0 +1,67 @@
+"""Experts of transformers' models by `ops.expert_swiglu`: which modules have them, and the function that runs them.
+
+T tokens, K experts per token, E experts, H hidden, I intermediate
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import moe
+
+from .. import ops
+from ..kernels.call import transformed, untraced
+
+NAME = "mixtral_triton"  # among transformers' implementations of experts and attention, and its quantizers
+PROJECTIONS = ("gate_up_proj", "down_proj")
+SILU = nn.SiLU, type(ACT2FN["silu"])
+# What transformers' decorator of experts says of a module, the value that the operation needs, and what another means.
+DECLARED = {
+    "has_gate": (True, "experts without a gate"),
+    "has_bias": (False, "a bias"),
+    "is_transposed": (False, "transposed weights"),
+    "is_concatenated": (True, "interleaved rows of gate and up"),
+    "has_post_expert_norm": (False, "a norm behind each expert"),
+}
+
+
+def checked_if_needed(operation: Any) -> Any:
+    """Return the operation, without its checks unless a tracer, derivatives or autocast may change its arguments."""
+    needed = not untraced() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or transformed()
+    return operation if needed else operation.unchecked
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers' decorator of experts made this module's class."""
+    return "is_concatenated" in vars(module)
+
+
+def check_experts(module: Any, name: str = "") -> None:
+    """Raise ValueError that names `module`, a module of experts, unless `ops.expert_swiglu` computes its forward."""
+    flags = vars(module)
+    found = next((what for flag, (need, what) in DECLARED.items() if flags.get(flag, need) is not need), None)
+    if found is None and type(module)._apply_gate is not moe._default_apply_gate:
+        found = f"an activation of its own, {type(module).__name__}._apply_gate"
+    if found is None:
+        act_fn = module.act_fn
+        if act_fn is not nn.functional.silu and (type(act_fn) not in SILU or "forward" in vars(act_fn)):
+            found = f"the activation {act_fn!r:.80}"
+        elif isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
+            found = "hooks on act_fn, which fused experts never call"
+    if found is None and any(type(x).__name__ == "DTensor" for x in module._parameters.values()):
+        found = "a DTensor"
+    if found is not None:
+        needs = 'needs SiLU experts [E, 2I, H] and [E, H, I], gate first, or experts_implementation="grouped_mm"'
+        raise ValueError(f"mixtral_triton: {name or type(module).__name__} has {found}, {needs}")
+
+
+def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """hidden_states [T,H], top_k_index and top_k_weights [T,K] -> [T,H]. Ids of E and above are other ranks' experts,
+    which contribute nothing. ValueError that names the module's class for experts that `check_experts` refuses."""
+    check_experts(module)
+    gate_up, down = module.gate_up_proj, module.down_proj
+    if top_k_index.device.type == "cpu":  # where the operation refuses them
+        foreign = top_k_index >= len(down)
+        top_k_index, top_k_weights = top_k_index.masked_fill(foreign, 0), top_k_weights.masked_fill(foreign, 0.0)
+    return checked_if_needed(ops.expert_swiglu)(hidden_states, gate_up, down, top_k_index, top_k_weights.float())

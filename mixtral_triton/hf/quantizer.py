@@ -1,0 +1,136 @@
+"""`ExpertsConfig`: transformers' `from_pretrained` quantizes the experts of any family while it reads them."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config import check_value, error_prefix
+from ..kernels.quantized import BITS, QuantizedWeight, QuantSpec
+from ..quantize import quantize_into
+from .experts import NAME, PROJECTIONS, check_experts, is_experts
+
+logger = logging.getLogger(__name__)
+SAVE = (
+    "experts that were quantized while loading are not saved: PEFT saves an adapter, and `mixtral-triton quantize` "
+    "writes a checkpoint of a Mixtral"
+)
+
+
+class ExpertsConfig(QuantizationConfigMixin):
+    """`quantization_config` of `from_pretrained`: the experts in "int4", "int8" or "fp8", run by "mixtral_triton"."""
+
+    def __init__(self, weights: str = "int4", **kwargs: Any) -> None:
+        check_value("ExpertsConfig: weights", weights, f"one of {', '.join(BITS)}", weights in tuple(BITS))
+        method: Any = NAME
+        self.quant_method, self.weights = method, weights
+
+
+class ExpertsQuantizer(HfQuantizer):
+    """What transformers calls while it loads a model with an ExpertsConfig. Everything but the experts stays dense."""
+
+    is_trainable = False
+    quantization_config: ExpertsConfig
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        devices = device_map.values() if isinstance(device_map, dict) else ()
+        check_value(
+            "ExpertsConfig: device_map", device_map, "no disk: quantized experts stay in memory", "disk" not in devices
+        )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Select the experts' implementation, before the model is built. ValueError where another one was asked for."""
+        plan = getattr(config, "distributed_config", None)
+        check_value(
+            "ExpertsConfig: distributed_config", plan, "None: a device_map spreads layers over GPUs", plan is None
+        )
+        name = config._experts_implementation
+        check_value("ExpertsConfig: experts_implementation", name, f"None or {NAME!r}", name in (None, NAME))
+        config._experts_implementation = NAME
+        return config
+
+    update_ep_plan = update_attn_implementation  # which releases before 5.24 call instead
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """ValueError, before any tensor is read, for a model without experts, or with others than `ops` computes."""
+        experts = {name: module for name, module in model.named_modules() if is_experts(module)}
+        self.paths = {*experts}
+        needs = "a model with experts that transformers marks with use_experts_implementation"
+        check_value("ExpertsConfig: model", type(model).__name__, needs, bool(experts))
+        for name, module in experts.items():
+            check_experts(module, name)
+            for key in PROJECTIONS:
+                with error_prefix(f"{name}.{key}"):
+                    QuantSpec.default_for(self.quantization_config.weights, getattr(module, key).shape[-1])
+            module.register_forward_pre_hook(check_selected)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        path, _, key = param_name.rpartition(".")
+        return path in self.paths and key in PROJECTIONS
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        bits = BITS[self.quantization_config.weights]
+        return bits / 8 if self.param_needs_quantization(model, param_name) else param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return QuantizeExperts(self.quantization_config.weights)
+
+    def update_weight_conversions(self, conversions: list[Any], model: Any = None) -> list[Any]:
+        """Quantize expert by expert where transformers would stack the experts of a checkpoint and join gate and up."""
+        for conversion in conversions:
+            operations = [type(op) for op in getattr(conversion, "operations", ())]
+            targets = "".join(conversion.target_patterns).endswith(PROJECTIONS)
+            if targets and operations in ([MergeModulelist], [MergeModulelist, Concatenate]):
+                conversion.operations = [self.get_quantize_ops()]
+        return conversions
+
+    def is_serializable(self) -> bool:
+        logger.warning("ExpertsConfig: %s", SAVE)
+        return False
+
+
+def check_selected(module: Any, args: Any) -> None:
+    """Raise ValueError where another implementation than this package's was selected for quantized experts."""
+    name, needs = module.config._experts_implementation, f"{NAME!r}: no other one reads quantized experts"
+    check_value(f"mixtral_triton: experts_implementation of {type(module).__name__}", name, needs, name == NAME)
+
+
+class QuantizeExperts(ConversionOps):
+    """Put a QuantizedWeight in the place of a parameter of experts, which transformers is about to fill."""
+
+    def __init__(self, format: str) -> None:
+        self.format = format
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """input_dict: one tensor [E,N,K]; or a list of E tensors [n,K] of each source, whose rows follow each other."""
+        name, sources = kwargs["full_layer_name"], list(input_dict.values())
+        if not sources:  # the conversion of a checkpoint's experts has done it
+            return {}
+        path, _, key = name.rpartition(".")
+        module = kwargs["model"].get_submodule(path)
+        E, N, K = shape = tuple(module._parameters[key].shape)
+        parts = [source[0] if isinstance(source, list) and source[0].dim() == 3 else source for source in sources]
+        weight = QuantSpec.default_for(self.format, K).empty(shape, parts[0][0].device)
+        for expert in range(E):
+            rows = torch.cat([part[expert] for part in parts]) if len(parts) > 1 else parts[0][expert]
+            check_value(f"{name}: shape of expert {expert}", tuple(rows.shape), f"({N}, {K})", rows.shape == (N, K))
+            check_value(f"{name}: expert {expert}", "not finite", "finite numbers", bool(rows.isfinite().all()))
+            quantize_into(weight[expert], rows)
+        if kwargs.get("missing_keys") is not None:
+            kwargs["missing_keys"].discard(name)
+        return put_weight(module, key, weight)
+
+
+def put_weight(module: nn.Module, key: str, weight: QuantizedWeight) -> dict[str, Any]:
+    """Replace a parameter by `weight`, which transformers then leaves as it is."""
+    del module._parameters[key]
+    setattr(module, key, weight)
+    initialized: Any
+    for initialized in (weight, *weight.buffers()):
+        initialized._is_hf_initialized = True
+    return {}

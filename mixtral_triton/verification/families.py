@@ -1,0 +1,222 @@
+"""`verify` of a transformers model of any family that runs this package's experts or attention by their name.
+
+The name stands in turn for this package's functions, for the model's own eager ones in its dtype, and for these in
+fp64. A module's call is compared on the activations that the model gave it, and the logits with the first run's routes.
+
+B batch, T tokens
+"""
+
+import copy
+import inspect
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.moe import ExpertsInterface
+from transformers.masking_utils import eager_mask
+from transformers.models.mixtral import modeling_mixtral
+
+from ..hf.attention import CACHE
+from ..hf.experts import NAME, PROJECTIONS, is_experts
+from ..kernels.quantized import QuantizedWeight
+from ..tolerance import FLOOR, RATIO, Fp64Reference, largest, token_floor
+from .report import END_RATIO, Row
+
+STEPS = 3  # forwards of `compare`
+CASES = "whole text", "in chunks"  # the first without a cache
+Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
+Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
+
+
+class Converted:
+    """The experts of a projection, each dequantized and converted to `dtype` where it is used, to save memory."""
+
+    def __init__(self, weight: Any, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+
+    def __getitem__(self, expert: Any) -> Tensor:
+        rows = self.weight[int(expert)]
+        return (rows.dequantize() if isinstance(rows, QuantizedWeight) else rows).to(self.dtype)
+
+
+def eager_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The module's own forward in x's dtype, without transformers' dispatch to an implementation."""
+    same = copy.copy(module)
+    vars(same).update(_parameters={}, _modules={k: v for k, v in module._modules.items() if k not in PROJECTIONS})
+    vars(same).update({name: Converted(getattr(module, name), x.dtype) for name in PROJECTIONS})
+    return inspect.unwrap(type(module).forward)(same, x, ids, weights.to(x.dtype))
+
+
+def eager_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """The eager attention of the file that defines the module, whose softmax is in fp32."""
+    if mask is not None:  # of `fp32_mask`
+        mask = mask.to(q.dtype).clamp(min=torch.finfo(torch.float32 if q.dtype == torch.float64 else q.dtype).min)
+    default = modeling_mixtral.eager_attention_forward
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", default)
+    return function(module, q, k, v, mask, **kwargs)
+
+
+def fp32_mask(*args: Any, **kwargs: Any) -> Tensor:
+    return eager_mask(*args, **kwargs | {"dtype": torch.float32})
+
+
+class FamilyUnderTest:
+    """A transformers model with this package's names in its config, left as it is."""
+
+    not_run: tuple[str, ...] = ("norms, rotary embedding, router, generate; they are transformers' own",)
+
+    def __init__(self, model: Any) -> None:
+        if model.training:
+            raise ValueError("verify: the model is in training mode, needs inference: model.eval()")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
+        self.model, self.paths = model, {module: name for name, module in model.named_modules()}
+        self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
+        self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
+
+    def compare(self, ids: Tensor, step: Callable[[], None]) -> list[Row]:
+        """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left."""
+        T, B = ids.shape[1], len(ids)
+        valid = torch.arange(T, device=ids.device) >= torch.arange(B, device=ids.device)[:, None] * T // (3 * B)
+        with short_windows(self.model, T // 2):
+            got = self._logits(ids, valid, *self._recording())
+            step()
+            baseline = self._logits(ids, valid, *self._eager())
+            step()
+            exact, masks = dict[str, Tensor](), self.masks.copy()
+            try:
+                with in_fp64(self.model):
+                    exact = self._logits(ids, valid, *self._eager())
+            except RuntimeError as error:  # as where a module multiplies with the weight of another
+                self.not_run += (f"logits; in fp64 the model raises {error}"[:100],)
+            self.masks = masks
+            step()
+        rows = [self._row("experts", module, self._experts_errors(module)) for module in self.experts]
+        rows += [self._row("attention", module, self._attention_errors(module)) for module in self.attention]
+        rows.sort(key=lambda row: row.layer if row.layer is not None else -1)
+        for case in exact:
+            reference = Fp64Reference(exact[case], 0.0, float(exact[case].norm(dim=-1).median()))
+            limit = END_RATIO * reference.measure(baseline[case])[0]
+            floor = token_floor(baseline[case].dtype, False)
+            rows.append(Row(None, "logits", case, reference.measure(got[case])[0], max(limit, floor)))
+        return rows
+
+    def _recording(self) -> tuple[Any, Any, None]:
+        run_experts, run_attention = self.ours
+
+        def experts(module: nn.Module, *args: Any) -> Any:
+            out = run_experts(module, *args)
+            self.experts.setdefault(module, []).append((*args, out))
+            return out
+
+        def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+            out = run_attention(module, q, k, v, attention_mask, **kwargs)
+            self.attention.setdefault(module, []).append((q, k, v, kwargs, out[0]))
+            return out
+
+        return experts, attention, None
+
+    def _eager(self) -> tuple[Any, Any, Any]:
+        """Eager functions, which keep their masks, with the routes of the recorded calls."""
+        counts = defaultdict[nn.Module, int](int)
+        self.masks = defaultdict(list)
+
+        def experts(module: nn.Module, x: Tensor, *routes: Tensor) -> Any:
+            _, ids, weights, _ = self.experts[module][counts[module]]
+            counts[module] += 1
+            return eager_experts(module, x, ids, weights)
+
+        def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+            self.masks[module].append(attention_mask)
+            return eager_attention(module, q, k, v, attention_mask, **kwargs)
+
+        return experts, attention, fp32_mask
+
+    def _logits(self, ids: Tensor, valid: Tensor, experts: Any, attention: Any, mask: Any) -> dict[str, Tensor]:
+        """The logits [n,V] of valid tokens for each of CASES, with functions in the place of this package's."""
+        interfaces: Any = ExpertsInterface, AttentionInterface, AttentionMaskInterface
+        T, chunks, cache = ids.shape[1], list[Tensor](), None
+        with ExitStack() as stack:
+            for interface, function in zip(interfaces, (experts, attention, mask), strict=True):
+                if function is not None:
+                    stack.enter_context(mock.patch.dict(interface._global_mapping, {NAME: function}))
+            whole = self.model(ids, attention_mask=valid.long(), use_cache=False)[0]
+            for begin, end in pairwise((0, T // 2, T - 1, T)):
+                more: dict[str, Any] = {} if cache is None else {CACHE: cache}
+                out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **more)
+                cache = getattr(out, CACHE)
+                chunks.append(out[0])
+        return {CASES[0]: whole[valid], CASES[1]: torch.cat(chunks, 1)[valid]}
+
+    def _experts_errors(self, module: nn.Module) -> Iterator[Results]:
+        for x, ids, weights, out in self.experts[module]:
+            yield out, eager_experts(module, x, ids, weights), eager_experts(module, x.double(), ids, weights)
+
+    def _attention_errors(self, module: nn.Module) -> Iterator[Results]:
+        for (q, k, v, kwargs, out), mask in zip(self.attention[module], self.masks[module], strict=True):
+            sees = ... if mask is None else (mask == 0).any(-1)[:, 0].expand(len(q), -1)
+            exact = eager_attention(module, q.double(), k.double(), v.double(), mask, **kwargs)[0]
+            baseline = eager_attention(module, q, k, v, mask, **kwargs)[0]
+            yield out[sees], baseline[sees], exact[sees]
+
+    def _row(self, op: str, module: nn.Module, calls: Iterator[Results]) -> Row:
+        """The largest error of the module's calls, relative to a result's largest value."""
+        path, error, limit = self.paths[module], 0.0, 0.0
+        for got, baseline, exact in calls:
+            scale = max(largest(exact), 1e-30)
+            error = max(error, largest(got.double() - exact) / scale)
+            limit = max(limit, RATIO * largest(baseline.double() - exact) / scale, FLOOR[got.dtype])
+        layer, case = re.search(r"\.(\d+)\.", path), re.sub(r"\.\d+\.", ".N.", path)
+        note = "" if error <= limit else f"{path}: error {error:.1e}, limit {limit:.1e}"
+        return Row(int(layer[1]) if layer else None, op, case, error, limit, note)
+
+
+@contextmanager
+def short_windows(model: Any, window: int) -> Iterator[None]:
+    """Shorten the windows of a model's layers and configs, so that a text of few tokens leaves them."""
+    pairs: Any = ((module, getattr(module, "config", None)) for module in model.modules())
+    holders = {id(holder): holder for pair in pairs for holder in pair}
+    changed = [(h, h.sliding_window) for h in holders.values() if (getattr(h, "sliding_window", None) or 0) > window]
+    try:
+        for holder, _ in changed:
+            holder.sliding_window = window
+        yield
+    finally:
+        for holder, before in changed:
+            holder.sliding_window = before
+
+
+@contextmanager
+def in_fp64(model: nn.Module) -> Iterator[None]:
+    """Convert the parameters of each module but experts to fp64 while it runs, to save memory."""
+    kept = dict[nn.Parameter, Tensor]()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                kept.setdefault(parameter, parameter.data)
+                parameter.data = parameter.data.double()
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        for parameter in module._parameters.values():
+            if parameter in kept:
+                parameter.data = kept.pop(parameter)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module._parameters and not is_experts(module):
+                stack.enter_context(module.register_forward_pre_hook(enter))
+                stack.enter_context(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for parameter, data in kept.items():
+                parameter.data = data

@@ -1,0 +1,139 @@
+"""Every family that transformers marks with its decorator of experts, from tiny configs: experts and attention by name
+beside transformers' eager functions, int4 beside the dequantized model, or the refusal that names the reason."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.moe import ExpertsInterface
+
+from mixtral_triton import ExpertsConfig, register
+from mixtral_triton.hf.experts import NAME
+from mixtral_triton.kernels.launch import INTERPRETED
+from tests.cli.commands import ROOT
+from tests.support.families import (
+    ATTENTION_REFUSED,
+    EXPERTS_REFUSED,
+    LIMIT,
+    NAMED,
+    NOT_TRIED,
+    VERSION,
+    build,
+    experts_of,
+    marked_families,
+    table,
+)
+
+register()
+OTHERS = [name for name in marked_families() if name not in NAMED and name not in NOT_TRIED]
+LENGTHS, NEW = ((4, 1, 3, 2), 1) if INTERPRETED else ((9, 4, 7, 2), 4)  # of ragged prompts
+TEXTS = [torch.randint(2, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+IDS = torch.stack([torch.nn.functional.pad(text, (max(LENGTHS) - len(text), 0)) for text in TEXTS])
+MASK = torch.stack([(torch.arange(max(LENGTHS)) >= max(LENGTHS) - n).long() for n in LENGTHS])
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(IDS, attention_mask=MASK, use_cache=False).logits[MASK.bool()]
+
+
+def greedy(model: Any) -> Tensor:
+    return model.generate(IDS, attention_mask=MASK, max_new_tokens=NEW, do_sample=False)
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, interface: Any) -> Iterator[list[Any]]:
+    """The modules that call this package's function of an interface within the block."""
+    function, modules = interface._global_mapping[NAME], list[Any]()
+
+    def record(module: Any, *args: Any, **kwargs: Any) -> Any:
+        modules.append(module)
+        return function(module, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(interface._global_mapping, NAME, record)
+        yield modules
+
+
+def check_family(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Compare a family, and return a line of errors relative to the largest logit."""
+    model, line = build(family), f"{family:20}"
+    want, tokens, scale = logits(model), greedy(model), float(logits(model).abs().max())
+    modules = experts_of(model)
+    assert modules
+    for part, interface, refused in (
+        ("experts", ExpertsInterface, EXPERTS_REFUSED),
+        ("attn", AttentionInterface, ATTENTION_REFUSED),
+    ):
+        select = getattr(model, f"set_{part}_implementation")
+        select(NAME)
+        if family in refused:
+            with pytest.raises(ValueError, match=rf"mixtral_triton: \w+ .*has .*{refused[family]}.*, needs"):
+                logits(model)
+            select("eager")
+            line += f" {part}: {refused[family]};"
+            continue
+        with counted(monkeypatch, interface) as called:
+            error = float((logits(model) - want).abs().max()) / scale
+        assert {*map(id, modules.values())} <= {*map(id, called)} if part == "experts" else called
+        assert error <= LIMIT, (part, error)
+        line += f" {part} {error:.0e}"
+    assert torch.equal(greedy(model), tokens)
+    return f"{line} tokens identical {check_quantized(family, model, folder)}"
+
+
+def check_quantized(family: str, model: Any, folder: Path) -> str:
+    """Load with int4 experts, and compare with the model whose experts have the dequantized values."""
+    model.save_pretrained(folder)
+    attention = "eager" if family in ATTENTION_REFUSED else NAME
+    settings: dict[str, Any] = {"quantization_config": ExpertsConfig("int4"), "attn_implementation": attention}
+    if family in EXPERTS_REFUSED:
+        for file in folder.glob("*.safetensors"):  # refused before any tensor is read
+            file.write_bytes(file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")])
+        with pytest.raises(ValueError, match=rf"experts.* has .*{EXPERTS_REFUSED[family]}"):
+            AutoModelForCausalLM.from_pretrained(folder, **settings)
+        return ""
+    quantized = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    pairs = zip(experts_of(model).values(), experts_of(quantized).values(), strict=True)
+    dense = {(at, key): getattr(at, key) for at, _ in pairs for key in ("gate_up_proj", "down_proj")}
+    pairs = zip(experts_of(model).values(), experts_of(quantized).values(), strict=True)
+    changed = 0.0
+    for ours, theirs in pairs:
+        for key in ("gate_up_proj", "down_proj"):
+            weight = getattr(theirs, key)
+            assert weight.format == "int4" and weight.shape == dense[ours, key].shape
+            changed = max(changed, float((weight.dequantize() - dense[ours, key]).abs().max()))
+            dense[ours, key].data = weight.dequantize()
+    want = logits(model)
+    error = float((logits(quantized) - want).abs().max() / want.abs().max())
+    assert changed > 0.01 and error <= LIMIT
+    assert torch.equal(greedy(quantized), greedy(model))
+    return f"int4 {error:.0e}"
+
+
+QUICK = NAMED if not INTERPRETED else [pytest.param(name, marks=pytest.mark.slow) for name in NAMED]
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
+    assert family not in EXPERTS_REFUSED and family not in ATTENTION_REFUSED
+    if family not in marked_families():
+        pytest.skip("this transformers keeps its experts in another way")
+    covers("families", check_family(family, tmp_path, monkeypatch))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", OTHERS)
+def test_any_other_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
+    covers("families", check_family(family, tmp_path, monkeypatch))
+
+
+@pytest.mark.skipif(VERSION < (5, 24), reason="the table is that of a newer transformers")
+def test_the_table_of_families_is_in_the_documents() -> None:
+    """`python -m tests.support.families` prints it."""
+    assert table() in (ROOT / "docs" / "drop_in.md").read_text()

@@ -1,0 +1,150 @@
+"""`ExpertsConfig`: experts in 4 or 8 bits from `from_pretrained`, one dense projection at a time, and refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from mixtral_triton import ExpertsConfig, register
+from mixtral_triton.hf.experts import NAME
+from mixtral_triton.quantize import quantize
+from tests.support.families import VERSION, build, config_of, experts_of
+from tests.support.memory import anonymous_peak, needs_proc
+
+pytestmark = pytest.mark.compiled
+IDS = torch.arange(2, 20).view(2, 9)
+register()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny OLMoE in shards, with a tensor an expert, as on the hub."""
+    folder = tmp_path_factory.mktemp("olmoe")
+    build("olmoe").save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def load(folder: Path, weights: str = "int4", **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=ExpertsConfig(weights), **kwargs)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
+def test_experts_have_the_bits_of_quantize(weights: str, folder: Path) -> None:
+    dense, model = AutoModelForCausalLM.from_pretrained(folder), load(folder, weights)
+    for want, module in zip(experts_of(dense).values(), experts_of(model).values(), strict=True):
+        for key in ("gate_up_proj", "down_proj"):
+            expected, got = quantize(getattr(want, key), weights), getattr(module, key)
+            assert got.format == weights and torch.equal(got.data, expected.data)
+            assert torch.equal(got.scales, expected.scales) and f"{weights}" in repr(module)
+    assert model.config._experts_implementation == NAME and model.quantization_method == NAME
+    assert model.model.layers[0].mlp.gate.weight.dtype == torch.float32
+    assert not model.hf_quantizer.is_serializable()
+
+
+def test_dtype_and_device_map(folder: Path) -> None:
+    with torch.no_grad():
+        want = load(folder)(IDS).logits
+        assert torch.equal(load(folder, device_map="cpu")(IDS).logits, want)
+        assert torch.equal(load(folder, device_map={"": "cpu"}, dtype=torch.float32)(IDS).logits, want)
+        half = load(folder, device_map="auto", dtype="bfloat16")
+        assert (
+            half.dtype == torch.bfloat16 and half.model.layers[0].mlp.experts.down_proj.scales.dtype == torch.bfloat16
+        )
+        assert torch.allclose(half(IDS).logits.float(), want, atol=0.2 * float(want.abs().max()))
+
+
+def test_a_fused_checkpoint_loads_as_one_with_a_tensor_an_expert(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(IDS).logits, load(folder)(IDS).logits)
+
+
+def test_wrong_arguments_are_refused_by_name(folder: Path) -> None:
+    for weights in ("int3", None, 4):
+        with pytest.raises(ValueError, match=f"ExpertsConfig: weights is {weights!r}, needs one of"):
+            ExpertsConfig(weights)  # type: ignore[arg-type]
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        with pytest.raises(ValueError, match=f"experts_implementation is '{name}', needs None or 'mixtral_triton'"):
+            load(folder, experts_implementation=name)
+    load(folder, experts_implementation=NAME)
+    with pytest.raises(ValueError, match=r"ExpertsConfig: device_map is .*needs no disk"):
+        load(folder, device_map={"model.embed_tokens": "cpu", "model": "disk", "lm_head": "cpu"}, offload_folder=folder)
+
+
+def test_another_implementation_and_saving_are_refused_afterwards(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    model = load(folder)
+    with pytest.raises(ValueError, match="mixtral_triton and is not serializable"):
+        model.save_pretrained(tmp_path)
+    assert "PEFT saves an adapter" in caplog.text
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match="experts_implementation of OlmoeExperts is 'eager', needs 'mixtral_triton'"):
+        model(IDS)
+    model.set_experts_implementation(NAME)
+    model(IDS)
+
+
+def test_models_without_such_experts_are_refused_before_their_files_are_read(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    for config, message in (
+        (transformers.LlamaConfig(**sizes), "model is 'LlamaForCausalLM', needs a model with experts"),
+        (config_of("gpt_oss"), r"model\.layers\.0\.mlp\.experts has a bias"),
+        (config_of("olmoe", hidden_act="gelu"), r"model\.layers\.0\.mlp\.experts has the activation GELU"),
+        (config_of("olmoe", intermediate_size=40), r"model\.layers\.0\.mlp\.experts\.down_proj: .*int4 needs groups"),
+    ):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.to_empty(device="cpu").save_pretrained(tmp_path)
+        for file in tmp_path.glob("*.safetensors"):  # the header alone
+            file.write_bytes(file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")])
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+def test_a_quantized_checkpoint_keeps_its_own_quantizer(folder: Path, tmp_path: Path) -> None:
+    """transformers says so, with the names of both."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantized with FineGrainedFP8Config but you are passing a ExpertsConfig"):
+        load(tmp_path)
+
+
+def test_a_value_that_is_not_finite_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3, 0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises((ValueError, RuntimeError)):
+        load(tmp_path)
+
+
+READY = """
+from transformers import AutoModelForCausalLM
+from mixtral_triton import ExpertsConfig
+AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=ExpertsConfig("int4"), dtype="float32")
+"""
+LOAD = """
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=ExpertsConfig("int4"), dtype="float32")
+size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+"""
+
+
+@needs_proc
+@pytest.mark.skipif(VERSION < (5, 17), reason="earlier ones stack the experts before they are quantized")
+def test_dense_experts_never_lie_in_memory_together(folder: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 8}
+    model = AutoModelForCausalLM.from_config(config_of("olmoe", **sizes))
+    projection = model.model.layers[0].mlp.experts.gate_up_proj.nbytes
+    model.bfloat16().save_pretrained(tmp_path)  # another dtype, so that each tensor is copied, as to a GPU
+    peak, size = anonymous_peak(READY, LOAD, str(tmp_path), str(folder))
+    print(f"peak {peak:,} bytes, quantized model {size:,}, one projection {projection:,}")
+    assert peak <= 1.1 * (size + projection)

@@ -1,0 +1,228 @@
+"""The names of `register()`: what its experts and attention compute, and what they refuse by name."""
+
+import ast
+import inspect
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from mixtral_triton.hf import attention, experts
+from mixtral_triton.hf.experts import NAME, check_experts
+from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.quantize import quantize
+from mixtral_triton.verification.families import eager_experts
+from tests.cli.commands import python
+from tests.support.families import MODELS, VERSION, build, experts_of
+
+GENERATOR = torch.Generator().manual_seed(0)
+once = pytest.mark.skipif(INTERPRETED, reason="about modules and masks, whatever the backend: run once")
+newest = pytest.mark.skipif(VERSION < (5, 24), reason="about what the newest transformers has")
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+@once
+def test_the_names_are_known_after_register_and_after_a_second_one() -> None:
+    code = "import mixtral_triton, sys; assert 'transformers' not in sys.modules; mixtral_triton.register()\n"
+    code += "from transformers import AttentionInterface as A, AttentionMaskInterface as M, AutoConfig\n"
+    code += "from transformers.integrations.moe import ExpertsInterface as E\n"
+    code += "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as Q\nmixtral_triton.register()\n"
+    code += "print(*('mixtral_triton' in x for x in (A._global_mapping, M._global_mapping, E._global_mapping, Q)))"
+    done = python("-c", code)
+    assert done.stdout.split() == ["True"] * 4, done.stderr
+
+
+@pytest.fixture
+def module() -> Any:
+    found = next(iter(experts_of(build("olmoe", num_hidden_layers=1)).values()))
+    found.config._experts_implementation = NAME
+    return found.requires_grad_(False)
+
+
+def routed(module: Any, tokens: int = 5, K: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.stack([torch.randperm(len(module.down_proj), generator=GENERATOR)[:K] for _ in range(tokens)])
+    return draw(tokens, module.down_proj.shape[1]), ids, draw(tokens, K).softmax(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_routing_weights_of_any_dtype(dtype: torch.dtype, module: Any) -> None:
+    x, ids, weights = routed(module)
+    want = eager_experts(module, x, ids, weights.to(dtype).float())
+    assert ids.dtype == torch.int64
+    assert torch.allclose(module(x, ids, weights.to(dtype)), want, atol=1e-5)
+
+
+def test_experts_of_other_ranks_contribute_nothing(module: Any) -> None:
+    """Expert parallelism maps them to num_experts, or above."""
+    x, ids, weights = routed(module)
+    weights[1, 0], weights[2] = 0.0, 0.0
+    want = eager_experts(module, x, ids, weights)
+    ids[1, 0], ids[2] = len(module.down_proj), len(module.down_proj) + 3
+    assert torch.allclose(module(x, ids, torch.where(ids < 8, weights, 5.0)), want, atol=1e-5)
+
+
+@once
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_experts_compile_without_a_graph_break(format: str | None, module: Any) -> None:
+    if format is not None:
+        for key in experts.PROJECTIONS:
+            weight = quantize(module._parameters.pop(key), format)
+            setattr(module, key, weight)
+    x, ids, weights = routed(module)
+    want = module(x, ids, weights)
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x, ids, weights), want)
+
+
+def own_gate(module: Any) -> None:
+    module.__class__ = type("Clamped", (type(module),), {"_apply_gate": lambda self, x: x.clamp(max=7.0)})
+
+
+UNFIT: dict[str, Any] = {
+    "OlmoeExperts has experts without a gate": lambda m: setattr(m, "has_gate", False),
+    "OlmoeExperts has a bias": lambda m: setattr(m, "has_bias", True),
+    "OlmoeExperts has transposed weights": lambda m: setattr(m, "is_transposed", True),
+    "OlmoeExperts has interleaved rows of gate and up": lambda m: setattr(m, "is_concatenated", False),
+    "OlmoeExperts has a norm behind each expert": lambda m: setattr(m, "has_post_expert_norm", True),
+    "Clamped has an activation of its own, Clamped._apply_gate": own_gate,
+    "OlmoeExperts has the activation GELU(approximate='none')": lambda m: setattr(m, "act_fn", nn.GELU()),
+    "OlmoeExperts has hooks on act_fn": lambda m: m.act_fn.register_forward_hook(print),
+    "OlmoeExperts has a DTensor": lambda m: setattr(m.down_proj, "__class__", type("DTensor", (nn.Parameter,), {})),
+}
+
+
+@once
+@pytest.mark.parametrize("message", UNFIT)
+def test_other_experts_are_refused_by_name(message: str, module: Any) -> None:
+    x, ids, weights = routed(module)
+    UNFIT[message](module)
+    with pytest.raises(ValueError, match=re.escape(f"mixtral_triton: {message}")) as found:
+        module(x, ids, weights)
+    assert str(found.value).endswith('or experts_implementation="grouped_mm"')
+    with pytest.raises(ValueError, match=r"mixtral_triton: model\.layers\.0 has "):
+        check_experts(module, "model.layers.0")
+
+
+LAYER: Any = type("Attention", (nn.Module,), {"is_causal": True, "layer_idx": 3, "training": False})
+REFUSED: dict[str, dict[str, Any]] = {
+    "sinks": {"s_aux": torch.zeros(4)},
+    "a soft cap of scores": {"softcap": 50.0},
+    "a position bias": {"position_bias": torch.zeros(1)},
+    "keys that an index chooses": {"indices": torch.zeros(1)},
+    "dropout of 0.1 in training": {"dropout": 0.1, "training": True},
+    "attention that is not causal": {"is_causal": False},
+    "heads of 272 and values of 272 columns": {"D": 272},
+}
+
+
+@once
+@pytest.mark.parametrize("what", REFUSED)
+def test_other_attention_is_refused_by_name(what: str) -> None:
+    kwargs = dict(REFUSED[what])
+    module, D = LAYER(), kwargs.pop("D", 16)
+    module.training = kwargs.pop("training", False)
+    q, k, v = (draw(1, heads, 4, D) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match=f"mixtral_triton: Attention of layer 3 has {what}, needs causal attention"):
+        attention.attention(module, q, k, v, None, scaling=0.25, **kwargs)
+    if "is_causal" in kwargs:
+        module.is_causal = False
+        with pytest.raises(ValueError, match="not causal"):
+            attention.attention(module, q, k, v, None, scaling=0.25)
+
+
+@once
+def test_keys_of_another_length_than_the_mask_says_are_refused() -> None:
+    q, k = draw(1, 4, 3, 16), draw(1, 2, 7, 16)
+    for offset, valid in ((0, None), (2, torch.tensor([[False, True, True, True, True]]))):
+        size = 3 + offset
+        call = {"q_offset": offset, "attention_mask": valid, "device": "cpu"}
+        mask = attention.interval_mask(1, 3, size, **call)
+        with pytest.raises(ValueError, match=f"Attention has 7 keys, needs {size}, as its mask says"):
+            attention.attention(LAYER(), q, k, k, mask, scaling=0.25)
+        attention.attention(LAYER(), q, k[:, :, :size], k[:, :, :size], mask, scaling=0.25)
+
+
+@once
+def test_a_window_of_the_mask_alone_is_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2-MoE makes a mask with a window, and does not pass the window on."""
+    model = build("qwen2_moe", use_sliding_window=True, sliding_window=3, max_window_layers=0)
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        want = model(ids).logits
+        model.set_attn_implementation(NAME)
+        assert torch.allclose(model(ids).logits, want, atol=1e-4)
+        for module in model.modules():
+            module.__dict__.pop("sliding_window", None)
+        assert torch.allclose(model(ids).logits, want, atol=1e-4)
+        monkeypatch.setattr(model.config, "sliding_window", None)
+        q = draw(1, 4, 3, 16)
+        with pytest.raises(ValueError, match="has no sliding_window, and its mask has one"):
+            attention.attention(LAYER(), q, q, q, attention.interval_mask(1, 3, 3, device="cpu", local_size=2))
+
+
+@once
+@pytest.mark.parametrize("kind", ["chunked", "blocks", "blocks, padding"])
+def test_patterns_that_are_not_causal_alone_become_a_dense_mask(kind: str) -> None:
+    from transformers import masking_utils
+
+    ids, valid = torch.arange(2, 12).expand(2, 10), torch.arange(10) >= torch.tensor([[0], [3]])
+    config: Any = SimpleNamespace(_attn_implementation=NAME, attention_chunk_size=4, sliding_window=4, is_causal=True)
+    call = {"inputs_embeds": torch.zeros(*ids.shape, 1), "attention_mask": None, attention.CACHE: None}
+    if kind == "chunked":
+        create, more = masking_utils.create_chunked_causal_mask, {}
+    else:
+        create, more = masking_utils.create_causal_mask, {"block_sequence_ids": (ids >= 8).int() - 1}
+        call["attention_mask"] = valid if "padding" in kind else None
+    if not {*more} <= inspect.signature(create).parameters.keys():
+        pytest.skip("this transformers has no blocks")
+    ours = create(config, **call, **more)
+    config._attn_implementation = "sdpa"
+    assert ours.dtype == torch.bool and torch.equal(ours, create(config, **call, **more))
+
+
+KNOWN = {"attention_mask", "scaling", "dropout", "sliding_window", "is_causal", "output_attentions", "position_ids"}
+KNOWN |= {"query", "key", "value", "deterministic"}  # the last: of random dropout
+KNOWN |= {f"{name}_{at}" for name in ("cu_seq_lens", "max_length") for at in "qk"}  # of flash attention, beside a mask
+
+
+@newest
+@once
+@pytest.mark.slow
+def test_every_keyword_that_a_model_passes_to_attention_is_known() -> None:
+    """A new one may change the result, and would be lost in silence."""
+    found = set[str]()
+    for file in MODELS.glob("*/modeling_*.py"):
+        if "attention_interface(" in (text := file.read_text()):
+            calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+            calls = [call for call in calls if getattr(call.func, "id", None) == "attention_interface"]
+            found |= {str(keyword.arg) for call in calls for keyword in call.keywords} - {"None"}
+    assert {"s_aux", "softcap", "scaling"} <= found
+    assert found <= KNOWN | {*attention.ADDED, *attention.INDICES}, found - KNOWN
+
+
+@once
+def test_gemma_2_is_refused() -> None:
+    config = transformers.Gemma2Config(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    model = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation=NAME)
+    with pytest.raises(ValueError, match="Gemma2Attention of layer 0 has a soft cap of scores"):
+        model(torch.ones(1, 3, dtype=torch.long))
+
+
+@once
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen3"])
+def test_dense_models_take_the_attention(kind: str) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4, "pad_token_id": 0}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    model.set_attn_implementation("eager")
+    ids, mask = torch.arange(2, 14).view(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    want = model.generate(ids, **settings)
+    model.set_attn_implementation(NAME)
+    assert torch.equal(model.generate(ids, **settings), want)
