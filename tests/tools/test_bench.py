@@ -196,7 +196,7 @@ def labels(axes: Any) -> list[str]:
 
 @pytest.mark.compiled
 def test_plot() -> None:
-    """A panel for each operation, with a bar for each case in the order of the floors, and times where there are any."""
+    """A panel for each operation, a bar for each case in the order of the floors, and times where there are any."""
     pytest.importorskip("matplotlib")
     rows = [untimed_row(case, H100) for case in cases(["expert_swiglu", "rms_norm"])]
     rows = [row for row in rows if row.case.sizes.H == 4096 and "down" not in row.case.as_dict()]
