@@ -7,9 +7,10 @@ precision (that of codes needs none: they multiply codes whatever x was), and wh
 another row.
 
 A row's last column says where it comes from. "measured: FILE": a GPU measured it as the fastest in vLLM's or SGLang's
-kernel, for some number of tokens; benchmarks/tiles/measured.csv has the file. "compiled: registers, FLOP": of a thread,
-and for each other instruction of the main loop, the largest registers and the least FLOP of the kernels that take the
-tile, with Triton 3.9; AMD's instructions are not counted.
+kernel, for some number of tokens; benchmarks/tiles/measured.csv has the file. Its GROUP_M counts row tiles of all
+experts, ours those of one. "compiled: registers, FLOP": of a thread, and for each other instruction of the main loop,
+the largest registers and the least FLOP of the kernels that take the tile, with Triton 3.9; AMD's instructions are not
+counted.
 """
 
 from collections.abc import Mapping, Sequence

@@ -16,7 +16,7 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import command, decode_step, measure
 from mixtral_triton.tools.bench.cases import BENCHED, QUICK, TOKENS, Case, cases
 from mixtral_triton.tools.bench.command import figure_of
-from mixtral_triton.tools.bench.measure import Outcome, Row, fault, our_call, timed_row, untimed_row, wall_seconds
+from mixtral_triton.tools.bench.measure import Outcome, fault, our_call, timed_row, untimed_row, wall_seconds
 from mixtral_triton.tools.bench.peers import PEERS
 from mixtral_triton.tools.gpus import GPUS, LINKS
 from tests.cli.commands import output, run, run_json
@@ -189,45 +189,23 @@ def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(gpu: Any, monkeyp
     assert "illegal memory access" in lines[1]["note"] and "cuda:0 is lost to this process" in error
 
 
-def floors(*names: str) -> list[Row]:
-    return [untimed_row(case, H100) for case in cases(names)]
-
-
-def dense(*names: str) -> list[Row]:
-    """Return rows that differ in the tokens alone."""
-    return [row for row in floors(*names) if row.case.sizes.H == 4096 and "down" not in row.case.as_dict()]
-
-
-def with_times(row: Row) -> Row:
-    peers = {name: Outcome(row.floor_s * 3, right=True) for name in ("torch", "examples.my_experts:swiglu")}
-    peers["mine:off"] = Outcome(note="wrong: an error of 1.0e-01", right=False)
-    return replace(row, ours=Outcome(row.floor_s * 2, right=True), peers=peers)
-
-
 def labels(axes: Any) -> list[str]:
     return [label.get_text() for label in axes.get_legend().get_texts()]
 
 
 @pytest.mark.compiled
-def test_plot_of_floors() -> None:
+def test_plot() -> None:
+    """A panel for each operation, a bar for each case in the order of the floors, and times where there are any."""
     pytest.importorskip("matplotlib")
-    figure = figure_of(dense("expert_swiglu", "rms_norm"), H100)
+    rows = [untimed_row(case, H100) for case in cases(["expert_swiglu", "rms_norm"])]
+    rows = [row for row in rows if row.case.sizes.H == 4096 and "down" not in row.case.as_dict()]
+    figure = figure_of(rows, H100)
     experts, norm = figure.axes
-    assert "these are floors" in " ".join(figure.get_suptitle().split())
-    assert labels(experts) == labels(norm) == ["floor"]
+    assert "these are floors" in figure.get_suptitle() and labels(experts) == labels(norm) == ["floor"]
     assert experts.get_title() == "expert_swiglu, bfloat16, H4096 I14336 E8 K2"
     assert [tick.get_text() for tick in experts.get_yticklabels()] == [f"T{T}" for T in TOKENS]
-
-
-@pytest.mark.compiled
-def test_cases_are_horizontal_bars_by_their_floors() -> None:
-    pytest.importorskip("matplotlib")
-    rows = floors("linear")
-    (axes,) = figure_of(list(map(with_times, rows)), H100).axes
-    assert len(axes.patches) == len(rows)
+    timed = [replace(row, ours=Outcome(row.floor_s * 2, right=True)) for row in rows]
+    axes = figure_of(timed, H100).axes[0]
     floors_us = [bar.get_width() for bar in axes.patches]
-    assert floors_us == sorted(1e6 * row.floor_s for row in rows)
-    (times, *_) = axes.lines
-    assert times.get_xdata() == pytest.approx([2 * one for one in floors_us]) and axes.get_xscale() == "log"
-    assert len(axes.get_yticklabels()) == len(rows) and axes.get_xlabel() == "time, us"
-    assert labels(axes) == ["ours", "torch", "examples.my_experts:swiglu", "floor"]
+    assert floors_us == sorted(floors_us) and labels(axes) == ["ours", "floor"] and axes.get_xscale() == "log"
+    assert axes.lines[0].get_xdata() == pytest.approx([2 * one for one in floors_us])

@@ -268,6 +268,8 @@ def test_a_quantized_folder_has_one_format(tmp_path: Path) -> None:
     rest = held.cos.nbytes + held.sin.nbytes
     assert one["weights"] is None
     assert one["bytes"]["weights"] == sum(x.nbytes for x in (*held.parameters(), *held.buffers())) - rest
+    assert one["tokens_per_second_bound"] is None  # of a GPU whose rates are unknown
+    assert run_json("fit --gpu h100", tmp_path)["formats"][0]["tokens_per_second_bound"] > 1e7
     assert "awq" in output("fit --memory 2", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert error_line("fit", tmp_path)

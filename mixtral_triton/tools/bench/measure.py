@@ -12,7 +12,7 @@ import torch
 from triton.testing import do_bench
 
 from ...kernels.launch import target_arch
-from ...kernels.op import Op
+from ...kernels.op import Cost, Op
 from ...kernels.record import record_launches
 from ...kernels.registry import dispatched
 from ...tolerance import Tolerance
@@ -76,7 +76,7 @@ class Row:
     """One case on one GPU."""
 
     case: Case
-    cost: Any
+    cost: Cost
     floor_s: float
     bound: str
     launches: tuple[str, ...]
