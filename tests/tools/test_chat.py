@@ -303,10 +303,10 @@ def test_a_cache_grows_to_the_limit_and_starts_again_where_no_memory_is_left(
     assert answers(talk(chat_folder, ["Hi", "There"], *options)[0]) == answers(found)
     monkeypatch.setattr(chat, "LEAST_SLOTS", 16)
 
-    def fail(cache: KVCache, shape: Any) -> Any:
+    def fail(cache: KVCache, shape: Any, device: Any) -> Any:
         if shape[2] > 40:
             raise torch.OutOfMemoryError("no memory")
-        return zeros(cache, shape)
+        return zeros(cache, shape, device)
 
     zeros = KVCache._zeros
     monkeypatch.setattr(KVCache, "_zeros", fail)
@@ -325,9 +325,9 @@ def test_a_cache_grows_layer_by_layer(dtype: torch.dtype, monkeypatch: pytest.Mo
     want = model(ids[:, :1], cache=copy.deepcopy(cache))
     old, most = [weakref.ref(each) for each in (*cache.keys, *cache.values)], list[int]()
 
-    def count(cache: KVCache, shape: Any) -> Any:
+    def count(cache: KVCache, shape: Any, device: Any) -> Any:
         most.append(sum(each() is not None for each in old))
-        return zeros(cache, shape)
+        return zeros(cache, shape, device)
 
     monkeypatch.setattr(KVCache, "_zeros", count)
     cache.grow(20)
