@@ -3,7 +3,6 @@ continued."""
 
 import copy
 import io
-import itertools
 import json
 import os
 import select
@@ -257,15 +256,16 @@ def test_an_answer_takes_what_the_context_leaves_and_says_why_it_ends(whole_fold
 def test_after_an_eos_the_next_turn_has_what_the_template_has(eos: str, chat_folder: Path, monkeypatch: Any) -> None:
     """A template without an EOS leaves that of the answer out, too."""
     change(chat_folder / "tokenizer_config.json", chat_template=TEMPLATE.replace("{{ eos_token }}", eos))
-    sample, steps = generate.sample, itertools.count()
-    ends = lambda *args: torch.tensor([1]) if next(steps) == 2 else sample(*args)  # noqa: E731
-    monkeypatch.setattr(generate, "sample", ends)
+    sample, tokenizer = generate.sample, load_tokenizer(chat_folder)
+    letters = [tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in "The"]  # one token, as a text
+    drawn = iter(answer := [*letters, 1])
+    draw = lambda *args: torch.tensor([token]) if (token := next(drawn, None)) else sample(*args)  # noqa: E731
+    monkeypatch.setattr(generate, "sample", draw)
     first, second = talk(chat_folder, ["Hi", "There"], "--dtype", "float32")[0]
-    assert first["finish_reason"] == "stop" and len(first["tokens"]) == 3 and first["tokens"][-1] == 1
-    tokenizer = load_tokenizer(chat_folder)
+    assert first["finish_reason"] == "stop" and first["tokens"] == answer and first["text"] == "The"
     ids = tokenizer("<s>[user] Hi [/]", add_special_tokens=False).input_ids + first["tokens"][:-1]
     ids += tokenizer(f"{'</s>' * bool(eos)}[user] There [/]", add_special_tokens=False).input_ids
-    assert second["prompt_tokens"] == len(ids) and second["reused"] == first["prompt_tokens"] + 2
+    assert second["prompt_tokens"] == len(ids) and second["reused"] == first["prompt_tokens"] + 3
     want = Mixtral.from_pretrained(chat_folder, "cpu", torch.float32).generate([ids], 6)[0].tolist()[len(ids) :]
     assert second["tokens"] == want
 
