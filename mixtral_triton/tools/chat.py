@@ -230,7 +230,7 @@ def run(args: argparse.Namespace, chat: Conversation) -> int:
     while True:
         try:
             text = read_line("" if args.json else "> ")
-            if text.strip() in ENDS:
+            if text.rstrip() in ENDS:
                 return 0
             found, line = _answer(args, chat, text)
             print(json.dumps(found), flush=True) if args.json else print_message(line)

@@ -210,6 +210,13 @@ def test_commands_say_what_they_did_and_a_saved_chat_goes_on(chat_folder: Path, 
         assert fault in found["error"]
 
 
+def test_what_ends_a_chat_is_text_behind_a_space(chat_folder: Path) -> None:
+    assert [each["finish_reason"] for each in talk(chat_folder, [" /quit", " exit"])[0]] == ["length"] * 2
+    for line in ("/quit", "/exit", "exit", "exit "):
+        with mock.patch("sys.stdin", io.StringIO(f"{line}\nHi\n")):
+            assert output(CHAT, chat_folder, "--json") == ""
+
+
 def test_a_retry_that_fails_keeps_the_answer(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, calls = Writer.stream, list[int]()
 
