@@ -81,9 +81,9 @@ class KVCache:
         self.slots = shape[4]
         self.max_len = limit if self.window else self.slots
         # Memory of their own: `ops.append` says why.
+        self.keys, self.values = (tuple(self._zeros(shape[2:], device) for _ in range(shape[0])) for _ in range(2))
         with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.keys, self.values = (tuple(self._zeros(shape[2:]) for _ in range(shape[0])) for _ in range(2))
         self._known, self._version = 0, _version(self.lengths)
         self.replayed = False  # whether a captured graph, which a caller may replay, appends
         self.reused = [0] * batch
@@ -96,9 +96,8 @@ class KVCache:
         # forward that failed, or by tokens that were dropped.
         self.written: list[int] | None = None
 
-    def _zeros(self, shape: tuple[int, ...]) -> Slots:
+    def _zeros(self, shape: tuple[int, ...], device: torch.device) -> Slots:
         """Return the slots of a layer's keys or values [B, Hkv, C, D]: zeros, so that none holds uninitialized bits."""
-        device = self.lengths.device
         try:
             with torch.inference_mode(False):  # as in `__init__`
                 if self.dtype is torch.int8:
@@ -244,7 +243,7 @@ class KVCache:
         shape = cache_shape(self.config, self.batch, max_len)[2:]
         layers, self.keys, self.values = [*self.keys, *self.values], (), ()
         for index, old in enumerate(layers):
-            layers[index] = new = self._zeros(shape)
+            layers[index] = new = self._zeros(shape, self.lengths.device)
             new[:, :, : self.slots].copy_(old)  # type: ignore[arg-type]
         self.keys, self.values = tuple(layers[: len(layers) // 2]), tuple(layers[len(layers) // 2 :])
         self.slots = self.max_len = shape[2]

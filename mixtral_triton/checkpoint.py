@@ -24,7 +24,6 @@ from .config import (
     SINGLE_FILE,
     MixtralConfig,
     checkpoint_folder,
-    parse_json_object,
     read_index,
     refuse_lfs_pointer,
     shown,
@@ -389,7 +388,4 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
             if (dtype := part.get_dtype()) not in dtypes:
                 raise ValueError(f"{file}: {name!r:.80} is stored as {dtype!r:.80}, needs one of {', '.join(dtypes)}")
             found[name] = Stored(file, dtype, tuple(part.get_shape()))
-    with file.open("rb") as raw:
-        # The library takes the last of two tensors of one name.
-        parse_json_object(raw.read(int.from_bytes(raw.read(8), "little")), f"{file} (header)")
     return found

@@ -306,20 +306,16 @@ def refuse_lfs_pointer(file: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    return parse_json_object(path.read_bytes(), str(path))
+    """Return the JSON object of a file in UTF-8; ValueError that names it for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, needs an object")
+    return value
 
 
 def shown(value: object, most: int = 80) -> str:
     """Return what a file says, for a message: no character that a terminal would act on, and at most so many."""
     return ascii(str(value))[1:-1][:most]
-
-
-def parse_json_object(data: bytes, source: str) -> dict[str, Any]:
-    """Return the JSON object in `data` (UTF-8); ValueError naming `source` for anything else."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"{source}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{source}: holds a JSON {type(value).__name__}, needs an object")
-    return value

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -30,30 +31,18 @@ WINDOW = 4  # batches of which lengths are sorted: so many are lost where the co
 MOST_BYTES = 1 << 30  # of the prompts
 # Fields of a result, which no line of --batch may have; and options on which no text depends but by rounding.
 RESULT = ("digest", "text", "tokens", "finish_reason", "logprobs", "error")
-FREE_OPTIONS = {
-    "command",
-    "json",
-    "batch",
-    "out",
-    "batch_size",
-    "device",
-    "interpret",
-    "tp",
-    "ep",
-    "offload",
-    "context",
-}
-FREE_OPTIONS |= {"offload_by", "prompt", "chat", "system", "folder"}
+FREE_OPTIONS = {"command", "json", "folder", "batch", "out", "batch_size", "prompt", "chat", "system"}
+FREE_OPTIONS |= {"device", "interpret", "tp", "ep", "offload", "offload_by", "context"}
 
 
 class Job(NamedTuple):
-    """A line of --batch. digest: of the line, the folder and the options, by which its result is known again."""
+    """A line of --batch."""
 
     id: Any
     prompt: str | list[dict[str, str]] | None  # a text, or messages
-    digest: str
+    digest: str  # of the line, the folder and the options, by which its result is known again
+    others: dict[str, Any]  # fields that pass through
     error: str = ""
-    others: dict[str, Any] = {}  # fields that pass through  # noqa: RUF012 (a NamedTuple's default is never written)
 
 
 def read_jobs(args: argparse.Namespace) -> list[Job]:
@@ -96,18 +85,18 @@ def _read_job(number: int, line: bytes, digest: str = "") -> Job:
         values = json.loads(line.decode(), object_pairs_hook=_distinct)
         json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # fails for half a surrogate pair, and for NaN
     except (ValueError, RecursionError) as error:
-        return Job(number, None, digest, f"line {number} is no JSON in UTF-8: {' '.join(str(error).split())}")
+        return Job(number, None, digest, {}, f"line {number} is no JSON in UTF-8: {' '.join(str(error).split())}")
     fields = values if isinstance(values, dict) else {}
     others = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
     id, prompt, messages = fields.get("id", number), fields.get("prompt"), fields.get("messages")
     if taken := next((name for name in RESULT if name in others), None):
-        return Job(id, None, digest, f"line {number} has a field {taken!r}, which a result has: needs another name")
+        return Job(id, None, digest, {}, f"line {number} has a field {taken!r}, which a result has: needs another name")
     if "messages" not in fields and isinstance(prompt, str) and prompt:
-        return Job(id, prompt, digest, others=others)
+        return Job(id, prompt, digest, others)
     if "prompt" not in fields and isinstance(messages, list) and messages and all(map(is_message, messages)):
-        return Job(id, messages, digest, others=others)
+        return Job(id, messages, digest, others)
     need = 'an object with a "prompt", a text, or "messages", objects with a role and a content'
-    return Job(id, None, digest, f"line {number} is {line.decode():.60}, needs {need}", others)
+    return Job(id, None, digest, others, f"line {number} is {line.decode():.60}, needs {need}")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,10 +168,10 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
 def _replace(file: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write all results anew, at once: at no time is there a file with fewer."""
     whole = file.resolve()
-    part = whole.with_name(f"{whole.name}.part")
-    part.write_text("".join(f"{json.dumps(result)}\n" for result in results), encoding="utf-8")
-    shutil.copymode(whole, part)
-    os.replace(part, whole)
+    with tempfile.NamedTemporaryFile("w", dir=whole.parent, delete=False, encoding="utf-8") as part:
+        part.writelines(f"{json.dumps(result)}\n" for result in results)
+    shutil.copymode(whole, part.name)
+    os.replace(part.name, whole)
 
 
 def _answers(

@@ -188,14 +188,16 @@ class Conversation:
         with nothing in it. ValueError where there is none for these either."""
         model = self.writer.model
         for slots in (self._slots(length), least):
+            cache, self.cache = self.cache, None  # one whose growth fails is lost
             try:
-                if self.cache is None:
-                    self.cache = KVCache(model.config, 1, slots, model.device, self.writer.dtype)
-                elif length > self.cache.max_len:
-                    self.cache.grow(slots)
-                return self.cache
+                if cache is None:
+                    cache = KVCache(model.config, 1, slots, model.device, self.writer.dtype)
+                elif length > cache.max_len:
+                    cache.grow(slots)
+                self.cache = cache
+                return cache
             except torch.OutOfMemoryError:
-                self.cache = None
+                cache = None
             if model.device.type == "cuda":  # here, where the error no longer holds the cache
                 torch.cuda.empty_cache()
         got = f"no memory is left on {model.device} for a cache of {least:,} tokens"
@@ -228,7 +230,7 @@ def run(args: argparse.Namespace, chat: Conversation) -> int:
     while True:
         try:
             text = read_line("" if args.json else "> ")
-            if text.strip() in ENDS:
+            if text.rstrip() in ENDS:
                 return 0
             found, line = _answer(args, chat, text)
             print(json.dumps(found), flush=True) if args.json else print_message(line)

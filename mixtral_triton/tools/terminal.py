@@ -113,22 +113,18 @@ class Bar(NamedTuple):
 @contextmanager
 def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
     """Show the first process's progress on stderr by tqdm, in a log only after a while. `total` None: unknown."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    options: dict[str, Any] = {
-        "unit": unit,
-        "unit_scale": unit == "B",
-        "leave": False,
-        "miniters": 1,
-        "disable": not is_first(),
-    }
-    options |= {"mininterval": 0.1, "delay": 0.1} if terminal else {"mininterval": INTERVAL, "delay": INTERVAL}
-    shown = tqdm(desc=label, total=total, file=sys.stderr, **options)
+    hidden, seconds = sys.stderr is None or not is_first(), INTERVAL
+    if not hidden and sys.stderr.isatty():
+        seconds = 0.1
+    options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
+    options |= {"mininterval": seconds, "delay": seconds, "miniters": 1}
+    shown, shown_part = tqdm(desc=label, total=total, **options), ""
 
     def update(done: int, total: int, part: str = "") -> None:
-        nonlocal shown
-        if (text := f"{label} {part}".rstrip()) != shown.desc.removesuffix(": "):
+        nonlocal shown, shown_part
+        if part != shown_part:
             shown.close()  # a step of another part takes another time
-            shown = tqdm(desc=text, total=total, file=sys.stderr, **options)
+            shown, shown_part = tqdm(desc=f"{label} {part}".rstrip(), total=total, **options), part
         shown.total = total
         shown.update(done - shown.n)
 

@@ -77,7 +77,7 @@ def kinds_not_run(
     alone, fp32 = any(case.startswith("experts,") for case in cases), any(case.endswith(FP32) for case in cases)
     kinds = (  # the line, whether what was verified could have such rows, and whether it has
         ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", True, kernels),
-        ("config.json, tensors and tokenizer; needs folder=, the checkpoint", mixtral, "config" in ops),
+        ("config.json and tensors; needs folder=, the checkpoint", mixtral, "config" in ops),
         ("digits of the files that the model's dtype has not; needs no --dtype", mixtral, ROUNDED not in cases),
         ("transformers' model of the files; needs --peer transformers", mixtral, PEER in cases),
         ("layers in fp32; needs a Mixtral on one device, no --quick or --cache-dtype", half, fp32),

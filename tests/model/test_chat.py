@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.cli import SMALL
 from mixtral_triton.tokenizer import load_tokenizer
-from mixtral_triton.tools.prompt import Decoder, decode, encode, print_stream, render
+from mixtral_triton.tools.prompt import Decoder, decode, encode, print_stream, read_text, render
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled
@@ -116,6 +116,15 @@ def test_a_prompt_is_encoded_whole_as_by_auto_tokenizer(folder: Path) -> None:
         assert run_json(f"{ANSWER} --prompt", text, folder)["prompt_tokens"] == len(want)
         shown = run_json("trace --device cpu --prompt", text, folder)["tokens"]
         assert shown == [*["<s>"] * (not changes), "The", " return", " ", "<s>", "\n", *["</s>"] * bool(changes)]
+
+
+def test_a_text_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its carriage returns; a prompt without the newline at its end."""
+    content = "one\r\ntwo\rthree\n\r\n"
+    (tmp_path / "text").write_bytes(content.encode())
+    for strip, want in ((False, content), (True, content[:-2])):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        assert read_text(tmp_path / "text", "--text", strip) == read_text("-", "--text", strip) == want
 
 
 def test_a_space_before_the_first_token_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,12 +230,6 @@ def norm(**fields):
     return header(lambda old: json.dumps((entries := json.loads(old)) | {NORM: entries[NORM] | fields}).encode())
 
 
-def repeat(old):
-    """Repeat the entry of one tensor: the library would take the last."""
-    entry = json.dumps(json.loads(old)[NORM]).encode()
-    return old.rstrip()[:-1] + b', "' + NORM.encode() + b'": ' + entry + b"}"
-
-
 DAMAGES = {  # by what the message says
     "cut off, damaged or not safetensors .* not fully covered": [lambda data: data[:-1], lambda data: data + b"\0"],
     r"\(0 bytes\): .* header too small": [lambda data: b""],
@@ -244,7 +238,6 @@ DAMAGES = {  # by what the message says
     "invalid JSON": [norm(shape=[-16]), header(lambda old: old[:-9]), header(lambda old: b"[" * 50_000)],
     "invalid offset for tensor `model.norm.weight`": [norm(data_offsets=[2**40, 2**40 + 32])],
     "invalid shape": [norm(shape=[17]), norm(dtype="F32")],
-    "'model.norm.weight' occurs 2 times": [header(repeat)],
     "'model.norm.weight' is stored as 'F8_E4M3'": [norm(dtype="F8_E4M3", shape=[32])],
 }
 
@@ -267,7 +260,7 @@ def test_a_lack_of_memory_is_a_value_error_and_not_a_damaged_file(tmp_path, monk
         Mixtral.from_pretrained(SMALL, "cpu")
 
 
-@pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", "a\\x", None, 3, ["x"], "model.bin", "x.pt"])
+@pytest.mark.parametrize("file", ["../x", "/x", "a/x", "..", ".", "", None, 3, ["x"], "model.bin", "x.pt"])
 def test_index_of_other_files_raises_value_error(tmp_path, file):
     file = f"{file}.safetensors" if str(file).endswith("x") else file
     save_file({Q_PROJ: torch.ones(1)}, tmp_path.parent / "x.safetensors")

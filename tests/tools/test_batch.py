@@ -250,7 +250,7 @@ def test_a_job_may_take_all_positions_and_no_more(tokens: int) -> None:
     writer = mock.Mock(new_tokens=3, encode=lambda text: [*range(tokens)])
     writer.model.config.max_position_embeddings = 8
     with nullcontext() if tokens == 5 else pytest.raises(ValueError, match="max_position_embeddings, 8"):
-        assert batch._encode(writer, batch.Job(0, "x", ""))[1] == [tokens - 1]
+        assert batch._encode(writer, batch.Job(0, "x", "", {}))[1] == [tokens - 1]
 
 
 def test_a_sequence_of_a_batch_ends_before_the_others() -> None:

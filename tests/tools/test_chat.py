@@ -3,7 +3,6 @@ continued."""
 
 import copy
 import io
-import itertools
 import json
 import os
 import select
@@ -211,6 +210,13 @@ def test_commands_say_what_they_did_and_a_saved_chat_goes_on(chat_folder: Path, 
         assert fault in found["error"]
 
 
+def test_what_ends_a_chat_is_text_behind_a_space(chat_folder: Path) -> None:
+    assert [each["finish_reason"] for each in talk(chat_folder, [" /quit", " exit"])[0]] == ["length"] * 2
+    for line in ("/quit", "/exit", "exit", "exit "):
+        with mock.patch("sys.stdin", io.StringIO(f"{line}\nHi\n")):
+            assert output(CHAT, chat_folder, "--json") == ""
+
+
 def test_a_retry_that_fails_keeps_the_answer(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, calls = Writer.stream, list[int]()
 
@@ -257,15 +263,16 @@ def test_an_answer_takes_what_the_context_leaves_and_says_why_it_ends(whole_fold
 def test_after_an_eos_the_next_turn_has_what_the_template_has(eos: str, chat_folder: Path, monkeypatch: Any) -> None:
     """A template without an EOS leaves that of the answer out, too."""
     change(chat_folder / "tokenizer_config.json", chat_template=TEMPLATE.replace("{{ eos_token }}", eos))
-    sample, steps = generate.sample, itertools.count()
-    ends = lambda *args: torch.tensor([1]) if next(steps) == 2 else sample(*args)  # noqa: E731
-    monkeypatch.setattr(generate, "sample", ends)
+    sample, tokenizer = generate.sample, load_tokenizer(chat_folder)
+    letters = [tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in "The"]  # one token, as a text
+    drawn = iter(answer := [*letters, 1])
+    draw = lambda *args: torch.tensor([token]) if (token := next(drawn, None)) else sample(*args)  # noqa: E731
+    monkeypatch.setattr(generate, "sample", draw)
     first, second = talk(chat_folder, ["Hi", "There"], "--dtype", "float32")[0]
-    assert first["finish_reason"] == "stop" and len(first["tokens"]) == 3 and first["tokens"][-1] == 1
-    tokenizer = load_tokenizer(chat_folder)
+    assert first["finish_reason"] == "stop" and first["tokens"] == answer and first["text"] == "The"
     ids = tokenizer("<s>[user] Hi [/]", add_special_tokens=False).input_ids + first["tokens"][:-1]
     ids += tokenizer(f"{'</s>' * bool(eos)}[user] There [/]", add_special_tokens=False).input_ids
-    assert second["prompt_tokens"] == len(ids) and second["reused"] == first["prompt_tokens"] + 2
+    assert second["prompt_tokens"] == len(ids) and second["reused"] == first["prompt_tokens"] + 3
     want = Mixtral.from_pretrained(chat_folder, "cpu", torch.float32).generate([ids], 6)[0].tolist()[len(ids) :]
     assert second["tokens"] == want
 
@@ -303,10 +310,10 @@ def test_a_cache_grows_to_the_limit_and_starts_again_where_no_memory_is_left(
     assert answers(talk(chat_folder, ["Hi", "There"], *options)[0]) == answers(found)
     monkeypatch.setattr(chat, "LEAST_SLOTS", 16)
 
-    def fail(cache: KVCache, shape: Any) -> Any:
+    def fail(cache: KVCache, shape: Any, device: Any) -> Any:
         if shape[2] > 40:
             raise torch.OutOfMemoryError("no memory")
-        return zeros(cache, shape)
+        return zeros(cache, shape, device)
 
     zeros = KVCache._zeros
     monkeypatch.setattr(KVCache, "_zeros", fail)
@@ -325,9 +332,9 @@ def test_a_cache_grows_layer_by_layer(dtype: torch.dtype, monkeypatch: pytest.Mo
     want = model(ids[:, :1], cache=copy.deepcopy(cache))
     old, most = [weakref.ref(each) for each in (*cache.keys, *cache.values)], list[int]()
 
-    def count(cache: KVCache, shape: Any) -> Any:
+    def count(cache: KVCache, shape: Any, device: Any) -> Any:
         most.append(sum(each() is not None for each in old))
-        return zeros(cache, shape)
+        return zeros(cache, shape, device)
 
     monkeypatch.setattr(KVCache, "_zeros", count)
     cache.grow(20)
