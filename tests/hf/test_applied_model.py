@@ -348,7 +348,8 @@ def test_device_map_of_accelerate(place: str, make_hf: Any, tmp_path: Path, call
     layers = {f"model.layers.{index}": place if index else "cpu" for index in range(2)}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=modules | layers, offload_folder=tmp_path / "offload", dtype=torch.float32
-    ).eval()
+    )
+    model.eval().requires_grad_(False)
     parameters = {parameter.device.type for parameter in model.model.layers[1].parameters()}
     assert parameters == ({"meta"} if place == "disk" else {"cpu"})
     assert close(apply(model)(IDS).logits, want) and {"attention", "expert_swiglu", "rope", "rms_norm"} <= calls
