@@ -217,6 +217,7 @@ def make_hf() -> Any:
         for parameter in model.parameters():  # large enough that neither a route nor a greedy token is a close call
             values = torch.randn(parameter.shape, generator=generator)
             parameter.data = 1 + 0.3 * values if values.dim() == 1 else values * 2 * values.shape[-1] ** -0.5
+            parameter.requires_grad_(False)  # where gradients are recorded transformers' own functions run
         return model
 
     return make

@@ -26,6 +26,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .. import ops
 from .experts import NAME, checked_if_needed
+from .training import is_recorded, warn_of_gradients
 
 PAGED = (
     "continuous batching (generate_batch) keeps keys and values in pages, which fused attention does not read; "
@@ -81,7 +82,8 @@ def attention(
     Packed sequences run one after the other. A dense mask goes to torch's attention. The weights are those of
     transformers' eager attention, and the result does not depend on them. ValueError by `check_attention`.
     """
-    check_attention(module, query, value, attention_mask, dropout, kwargs)
+    recorded = is_recorded(query, key, value)
+    check_attention(module, query, value, attention_mask, 0.0 if recorded else dropout, kwargs)
     mask, weights, (B, H, T, D) = attention_mask, None, query.shape
     window = mask_window(module, mask, key, sliding_window)
     if output_attentions:
@@ -90,6 +92,11 @@ def attention(
             dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill_(~dense, torch.finfo(query.dtype).min)
         scores = query @ key.repeat_interleave(H // key.shape[1], 1).mT * (D**-0.5 if scaling is None else scaling)
         weights = torch.softmax(scores + dense, dim=-1, dtype=torch.float32).to(query.dtype)
+    if recorded:
+        warn_of_gradients()
+        causal = mask is None or (is_interval(mask) and not mask.shape[2] and window is None and T in (1, key.shape[2]))
+        seen = None if causal else check_dense(visible(mask, query, key, window), query, key)
+        return sdpa_attention_forward(module, query, key, value, seen, dropout, scaling)[0], weights
     if mask is None and 1 < T < key.shape[2]:
         key, value = key[:, :, :T], value[:, :, :T]
     columns = value.shape[-1]

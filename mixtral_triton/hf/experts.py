@@ -12,6 +12,7 @@ from transformers.integrations import moe
 
 from .. import ops
 from ..kernels.call import transformed, untraced
+from .training import FrozenExperts, is_recorded, own_routes
 
 NAME = "mixtral_triton"  # among transformers' implementations of experts and attention, and its quantizers
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -61,7 +62,8 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     which contribute nothing. ValueError that names the module's class for experts that `check_experts` refuses."""
     check_experts(module)
     gate_up, down = module.gate_up_proj, module.down_proj
+    if is_recorded(hidden_states, top_k_weights, gate_up, down):
+        return FrozenExperts.apply(hidden_states, gate_up, down, top_k_index, top_k_weights, type(module).__name__)
     if top_k_index.device.type == "cpu":  # where the operation refuses them
-        foreign = top_k_index >= len(down)
-        top_k_index, top_k_weights = top_k_index.masked_fill(foreign, 0), top_k_weights.masked_fill(foreign, 0.0)
+        top_k_index, top_k_weights, _ = own_routes(top_k_index, top_k_weights, len(down))
     return checked_if_needed(ops.expert_swiglu)(hidden_states, gate_up, down, top_k_index, top_k_weights.float())

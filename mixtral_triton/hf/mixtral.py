@@ -32,8 +32,9 @@ def apply(
     stay. transformers' `set_attn_implementation` and `set_experts_implementation` select other implementations, and
     these by the name "mixtral_triton". `output_attentions` computes the weights in torch, for that call alone.
     On a CPU the operations run in plain torch, after one warning, or interpreted (TRITON_INTERPRET=1).
-    For inference: `forward` works with gradients enabled; a backward pass, training mode, a block of another class, a
-    quantized or sharded weight, a device_map's missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
+    Where gradients are recorded, attention, norms, router and rotary embedding are transformers' own, and the experts,
+    which have to be frozen, this package's with a backward pass. A block of another class, a quantized or sharded
+    weight, a device_map's missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
     """
     check_mixtral("apply", model)
     for name, value in {"attention": attention, "experts": experts, "rms_norm": rms_norm, "rope": rope}.items():

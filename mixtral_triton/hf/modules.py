@@ -23,6 +23,7 @@ from .. import ops
 from ..kernels.checks import FLOATS
 from .attention import CACHE, PAGED, attention, causal_mask, check_dense
 from .experts import NAME, checked_if_needed, experts
+from .training import is_recorded
 
 PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache")  # MixtralModel's
@@ -65,11 +66,15 @@ def rebuild(kind: Any) -> Any:
 
 class TritonRMSNorm(Applied, modeling.MixtralRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if is_recorded(hidden_states, self.weight):
+            return super().forward(hidden_states)
         return checked_if_needed(ops.rms_norm)(hidden_states, self.weight, self.variance_epsilon)
 
 
 class TritonRouter(Applied, modeling.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if is_recorded(hidden_states, self.weight):
+            return super().forward(hidden_states)
         rows = hidden_states.reshape(-1, self.hidden_dim)
         logits, routing_weights, ids = checked_if_needed(ops.gate_route)(rows, self.weight, self.top_k)
         return logits, routing_weights, ids.long()  # int64, as hooks of the gate expect
@@ -127,11 +132,12 @@ class TritonAttention(Applied, modeling.MixtralAttention):
         parts, config, tokens = self._mixtral_triton, self.config, hidden_states.shape[:-1]
         cache = past_key_values if cache is None else cache
         q, k, v = (x(hidden_states).view(*tokens, -1, self.head_dim) for x in (self.q_proj, self.k_proj, self.v_proj))
-        if parts.rope:
+        rotates = parts.rope and not is_recorded(q, k)
+        if rotates:
             tables = getattr(position_embeddings, "tables", None) or token_tables(*position_embeddings, tokens[0])
             q, k = checked_if_needed(ops.rope)(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if not parts.rope:
+        if not rotates:
             q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
@@ -139,7 +145,8 @@ class TritonAttention(Applied, modeling.MixtralAttention):
         if not parts.attention:
             selected, eager = config._attn_implementation, modeling.eager_attention_forward
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(selected, eager)
-        settings = {"scaling": self.scaling, "dropout": 0.0, "sliding_window": config.sliding_window}
+        dropout = self.attention_dropout if self.training else 0.0
+        settings = {"scaling": self.scaling, "dropout": dropout, "sliding_window": config.sliding_window}
         out, weights = attend(self, q, k, v, attention_mask, **settings, **kwargs)
         return self.o_proj(out.reshape(*tokens, -1)), weights
 
@@ -192,12 +199,10 @@ class GenerateMixin(ImplementationsMixin):
 
 
 class Backbone(ImplementationsMixin):
-    """MixtralModel: rejects training, and makes the mask."""
+    """MixtralModel: makes the mask."""
 
     @wraps(modeling.MixtralModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training:  # type: ignore[attr-defined]
-            raise ValueError("mixtral_triton.apply is for inference only: call model.eval(), or revert(model) to train")
         if self.dtype not in FLOATS:  # type: ignore[attr-defined]
             got = f"the model was converted to {self.dtype}"  # type: ignore[attr-defined]
             raise ValueError(f"mixtral_triton: {got}, needs fp32, bf16 or fp16; or revert(model)")

@@ -33,7 +33,7 @@ class ExpertsConfig(QuantizationConfigMixin):
 class ExpertsQuantizer(HfQuantizer):
     """What transformers calls while it loads a model with an ExpertsConfig. Everything but the experts stays dense."""
 
-    is_trainable = False
+    is_trainable = True  # what is around the experts
     quantization_config: ExpertsConfig
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:

@@ -32,6 +32,7 @@ from .report import END_RATIO, Row
 
 STEPS = 3  # forwards of `compare`
 CASES = "whole text", "in chunks"  # the first without a cache
+GRADIENTS = (0, "x"), (1, "routing weights")  # of the experts
 Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
 Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
 
@@ -74,19 +75,19 @@ class FamilyUnderTest:
     not_run: tuple[str, ...] = ("norms, rotary embedding, router, generate; they are transformers' own",)
 
     def __init__(self, model: Any) -> None:
-        if model.training:
-            raise ValueError("verify: the model is in training mode, needs inference: model.eval()")
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
+        self.trains = [module for module in model.modules() if module.training]
         self.model, self.paths = model, {module: name for name, module in model.named_modules()}
         self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
 
     def compare(self, ids: Tensor, step: Callable[[], None]) -> list[Row]:
-        """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left."""
+        """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left. In
+        training mode experts' gradients, too; the forwards are those of evaluation, which nothing random changes."""
         T, B = ids.shape[1], len(ids)
         valid = torch.arange(T, device=ids.device) >= torch.arange(B, device=ids.device)[:, None] * T // (3 * B)
-        with short_windows(self.model, T // 2):
+        with short_windows(self.model, T // 2), self._in_evaluation():
             got = self._logits(ids, valid, *self._recording())
             step()
             baseline = self._logits(ids, valid, *self._eager())
@@ -101,6 +102,8 @@ class FamilyUnderTest:
             step()
         rows = [self._row("experts", module, self._experts_errors(module)) for module in self.experts]
         rows += [self._row("attention", module, self._attention_errors(module)) for module in self.attention]
+        for module in self.experts if self.trains else ():
+            rows += [self._row(f"gradient of {name}", module, self._gradients(module, at)) for at, name in GRADIENTS]
         rows.sort(key=lambda row: row.layer if row.layer is not None else -1)
         for case in exact:
             reference = Fp64Reference(exact[case], 0.0, float(exact[case].norm(dim=-1).median()))
@@ -159,6 +162,29 @@ class FamilyUnderTest:
     def _experts_errors(self, module: nn.Module) -> Iterator[Results]:
         for x, ids, weights, out in self.experts[module]:
             yield out, eager_experts(module, x, ids, weights), eager_experts(module, x.double(), ids, weights)
+
+    def _gradients(self, module: nn.Module, at: int) -> Iterator[Results]:
+        """The gradient of x, or of the routing weights, where that of the result is x."""
+
+        def gradient(function: Any, call: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
+            x, ids, weights, _ = call
+            leaves = [each.detach().to(dtype or each.dtype, copy=True).requires_grad_() for each in (x, weights)]
+            with torch.enable_grad():
+                out = function(module, leaves[0], ids, leaves[1])
+            return torch.autograd.grad(out, leaves, x.to(out.dtype))[at]
+
+        for call in self.experts[module]:
+            ours, baseline = (gradient(function, call) for function in (self.ours[0], eager_experts))
+            yield ours, baseline, gradient(eager_experts, call, torch.float64)
+
+    @contextmanager
+    def _in_evaluation(self) -> Iterator[None]:
+        try:
+            self.model.eval()
+            yield
+        finally:
+            for module in self.trains:
+                module.training = True
 
     def _attention_errors(self, module: nn.Module) -> Iterator[Results]:
         for (q, k, v, kwargs, out), mask in zip(self.attention[module], self.masks[module], strict=True):

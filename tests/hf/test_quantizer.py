@@ -141,7 +141,7 @@ size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 @needs_proc
 @pytest.mark.skipif(VERSION < (5, 17), reason="earlier ones stack the experts before they are quantized")
 def test_dense_experts_never_lie_in_memory_together(folder: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 8}
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_experts": 32, "num_hidden_layers": 5}
     model = AutoModelForCausalLM.from_config(config_of("olmoe", **sizes))
     projection = model.model.layers[0].mlp.experts.gate_up_proj.nbytes
     model.bfloat16().save_pretrained(tmp_path)  # another dtype, so that each tensor is copied, as to a GPU
