@@ -89,11 +89,8 @@ def take_keys(
             v = tl.load(v_ptrs, mask=(offs_d < D)[None, :], other=0)
         if CODES:
             k_scales = keys.k_scales + index * (keys.stride_ks // D)
-            v_scales = keys.v_scales + index * (keys.stride_vs // D)
             k_scale = tl.load(k_scales, mask=offs_j < limit, other=0.0) if MASKED else tl.load(k_scales)
-            v_scale = tl.load(v_scales, mask=offs_j < limit, other=0.0) if MASKED else tl.load(v_scales)
-            k, v = k.to(dtype), v.to(dtype)
-        scores = tl.dot(q, k, input_precision="ieee")
+        scores = tl.dot(q, k.to(dtype), input_precision="ieee")  # converts codes, where registers are free for them
         if CODES:
             scores *= (k_scale * scale)[None, :]
         if MASKED:
@@ -112,8 +109,10 @@ def take_keys(
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(p, axis=1)
         if CODES:
+            v_scales = keys.v_scales + index * (keys.stride_vs // D)
+            v_scale = tl.load(v_scales, mask=offs_j < limit, other=0.0) if MASKED else tl.load(v_scales)
             p *= (v_scale * unit_of(dtype))[None, :]
-        acc = tl.dot(p.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(dtype), v.to(dtype), acc * shrink[:, None], input_precision="ieee")
         largest = new_largest
     return Softmax(acc, largest, total)
 
