@@ -175,7 +175,7 @@ DECODE: Table = {
 }
 _DECODE_CODES_NVIDIA = (
     AttentionTile(256, 0, 32, 4, 2, heads="odd"),
-    AttentionTile(128, 0, 64, 4, 2, heads="padded"),
+    AttentionTile(128, 0, 32, 4, 2, heads="padded"),
     AttentionTile(64, 0, 64, 4, 2),
     AttentionTile(128, 0, 128, 4, 1),
     AttentionTile(256, 0, 32, 4, 2),
