@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mixtral_triton import Mixtral, apply
 from mixtral_triton.hf import attention, experts
 from mixtral_triton.hf.experts import NAME, check_experts
 from mixtral_triton.kernels.launch import INTERPRETED
