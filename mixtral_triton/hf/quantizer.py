@@ -108,7 +108,8 @@ class QuantizeExperts(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """input_dict: one tensor [E,N,K]; or a list of E tensors [n,K] of each source, whose rows follow each other."""
-        name, sources = kwargs["full_layer_name"], list(input_dict.values())
+        name, order = kwargs["full_layer_name"], dict.fromkeys((*kwargs["source_patterns"], *input_dict))
+        sources = [input_dict[source] for source in order if source in input_dict]  # gate first
         if not sources:  # the conversion of a checkpoint's experts has done it
             return {}
         path, _, key = name.rpartition(".")

@@ -139,6 +139,7 @@ size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
 @needs_proc
+@pytest.mark.slow
 @pytest.mark.skipif(VERSION < (5, 17), reason="earlier ones stack the experts before they are quantized")
 def test_dense_experts_never_lie_in_memory_together(folder: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_experts": 32, "num_hidden_layers": 5}

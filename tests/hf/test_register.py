@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mixtral_triton import Mixtral, apply
 from mixtral_triton.hf import attention, experts
 from mixtral_triton.hf.experts import NAME, check_experts
 from mixtral_triton.kernels.launch import INTERPRETED
@@ -226,3 +228,13 @@ def test_dense_models_take_the_attention(kind: str) -> None:
     want = model.generate(ids, **settings)
     model.set_attn_implementation(NAME)
     assert torch.equal(model.generate(ids, **settings), want)
+
+
+@once
+def test_apply_and_the_loader_name_register_for_another_family(tmp_path: Path) -> None:
+    model = build("olmoe")
+    with pytest.raises(ValueError, match=r"model is a OlmoeForCausalLM, .*mixtral_triton\.register\(\)"):
+        apply(model)
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type is 'olmoe', needs 'mixtral': .*mixtral_triton\.register\(\)"):
+        Mixtral.from_pretrained(tmp_path)

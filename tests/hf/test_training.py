@@ -99,6 +99,7 @@ def routed(dtype: torch.dtype = torch.float32, tokens: int = 6) -> tuple[Tensor,
     return x.to(dtype).requires_grad_(), ids, weights.to(dtype).requires_grad_()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
 def test_gradients_of_x_and_of_routing_weights(format: str | None, dtype: torch.dtype, module: Any) -> None:
@@ -197,7 +198,8 @@ MASKS: dict[str, dict[str, Any]] = {
 
 
 @once
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("window", [4, None])
 @pytest.mark.parametrize("mask", MASKS)
 def test_an_applied_model_has_the_gradients_of_eager_for_every_mask(mask: str, window: Any, make_hf: Any) -> None:
     """LoRA on attention and the gate: norms, rotary embedding, attention and router are transformers' own then."""

@@ -13,7 +13,7 @@ from mixtral_triton.hf.experts import is_experts
 from mixtral_triton.kernels.launch import INTERPRETED
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
-# Those that the quick tests build; the others are slow.
+# The best known; the tests of the others are exhaustive.
 NAMED = [
     "mixtral",
     "qwen3_moe",

@@ -107,6 +107,7 @@ FAULTS: dict[str, tuple[str, Inject]] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_a_layer_is_named_by_its_path(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     line, inject = FAULTS[fault]
