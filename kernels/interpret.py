@@ -67,8 +67,9 @@ def _cast_by_bits(builder: Any, src: Any, dst_type: Any, rounding_mode: Any) -> 
 
 
 def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    accumulate = d.data.dtype
-    return type(d)(_product(_values(a).astype(accumulate), _values(b).astype(accumulate)) + d.data, d.dtype.scalar)
+    # Contiguous: another layout of a tile has another order of the sum.
+    a, b = (np.ascontiguousarray(_values(x), d.data.dtype) for x in (a, b))
+    return type(d)(_product(a, b) + d.data, d.dtype.scalar)
 
 
 @cache
