@@ -113,7 +113,7 @@ _MANY_EXPERTS = (
         *shapes(ExpertCase, "20 72 96 4 2", gate_up=W8A8, down="int8"),
         # Many experts, and more slots than 64 tokens of Mixtral have.
         *shapes(ExpertCase, "24 64 32 32 8, 70 64 32 40 8"),
-        *shapes(ExpertCase, "24 64 32 32 8", gate_up="int4:32", down="int4:32"),
+        *shapes(ExpertCase, "20 64 32 12 8", gate_up="int4:32", down="int4:32"),
     ),
     bench_shapes=(
         *_DENSE_SHAPES,
