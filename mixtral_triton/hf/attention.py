@@ -47,9 +47,11 @@ def check_attention(
     module: nn.Module, query: Tensor, value: Tensor, mask: Any, dropout: float, added: dict[str, Any]
 ) -> None:
     """Raise ValueError that names a layer's class and what `ops.attention` does not compute of its attention."""
-    D, found = query.shape[-1], [what for key, what in ADDED.items() if added.get(key) is not None]
+    D, found = query.shape[-1], list[str]()
     dense = mask is not None and not is_interval(mask) and not is_bounds(mask)
-    if not dense and any(added.get(key) is not None for key in INDICES):
+    if not added.keys().isdisjoint(ADDED):
+        found += [what for key, what in ADDED.items() if added.get(key) is not None]
+    if not (dense or added.keys().isdisjoint(INDICES)) and any(added.get(key) is not None for key in INDICES):
         found.append("keys that an index chooses")
     if not getattr(module, "is_causal", True) or (added.get("is_causal") is False and not dense):
         found.append("attention that is not causal")

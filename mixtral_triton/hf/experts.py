@@ -26,6 +26,8 @@ DECLARED = {
     "has_post_expert_norm": (False, "a norm behind each expert"),
 }
 
+NEEDED = [need for need, _ in DECLARED.values()]
+
 
 def checked_if_needed(operation: Any) -> Any:
     """Return the operation, without its checks unless a tracer, derivatives or autocast may change its arguments."""
@@ -40,8 +42,9 @@ def is_experts(module: nn.Module) -> bool:
 
 def check_experts(module: Any, name: str = "") -> None:
     """Raise ValueError that names `module`, a module of experts, unless `ops.expert_swiglu` computes its forward."""
-    flags = vars(module)
-    found = next((what for flag, (need, what) in DECLARED.items() if flags.get(flag, need) is not need), None)
+    flags, found = vars(module), None
+    if [*map(flags.get, DECLARED)] != NEEDED:  # as in releases of transformers that lack a flag
+        found = next((what for flag, (need, what) in DECLARED.items() if flags.get(flag, need) is not need), None)
     if found is None and type(module)._apply_gate is not moe._default_apply_gate:
         found = f"an activation of its own, {type(module).__name__}._apply_gate"
     if found is None:
