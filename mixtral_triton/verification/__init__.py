@@ -141,7 +141,7 @@ def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tok
     ids, done = default_text(input_ids, config, model.device, tokens), count(1)
     on_gpu = ids.device.type == "cuda"
     target, step = FamilyUnderTest(model), progress or (lambda *_: None)
-    with torch.no_grad():
+    with torch.no_grad(), in_evaluation(model):
         rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
     backend = "Triton, interpreted" if INTERPRETED else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(ids.device)}" if on_gpu else backend

@@ -29,7 +29,6 @@ from ..hf.experts import NAME, PROJECTIONS, is_experts
 from ..hf.modules import Applied
 from ..kernels.quantized import QuantizedWeight
 from ..tolerance import FLOOR, RATIO, Fp64Reference, largest, token_floor
-from .models import in_evaluation
 from .report import END_RATIO, Row
 
 STEPS = 3  # forwards of `compare`
@@ -86,11 +85,11 @@ class FamilyUnderTest:
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
 
     def compare(self, ids: Tensor, step: Callable[[], None]) -> list[Row]:
-        """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left. In
-        training mode experts' gradients, too; the forwards are those of evaluation, which nothing random changes."""
+        """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left. Of
+        a model that was in training mode experts' gradients, too. It has to be in evaluation mode here."""
         T, B = ids.shape[1], len(ids)
         valid = torch.arange(T, device=ids.device) >= torch.arange(B, device=ids.device)[:, None] * T // (3 * B)
-        with short_windows(self.model, T // 2), in_evaluation(self.model):
+        with short_windows(self.model, T // 2):
             got = self._logits(ids, valid, *self._recording())
             step()
             baseline = self._logits(ids, valid, *self._eager())
