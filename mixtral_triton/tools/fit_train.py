@@ -33,8 +33,8 @@ CAPTION = {
     "inputs": "of each layer, by gradient checkpointing, and of the last norm",
     "layer": "what one layer saves for backward while it is computed again; its experts save x, ids and weights",
     "backward": "working memory of its experts' backward pass, with a projection's dequantized experts",
-    "loss": "working memory of the cross entropy",
-    "in all": "without the smaller one of loss, and layer and backward, which follow each other",
+    "logits": "in fp32, their cross entropy and gradient; a loop that keeps the model's result has them in 16 bits, too",
+    "in all": "without the smaller one of logits, and layer and backward, which follow each other",
     "used": "of what the driver and a context leave free, by estimate where the GPU is not at hand",
 }
 
@@ -73,10 +73,9 @@ def training_need(
         "inputs": tokens * (L * size * H + FP32 * (H + 1)),
         "layer": tokens * saved,
         "backward": max(9 * swiglu, product),
-        "logits": tokens * size * V,
-        "loss": tokens * 3 * FP32 * V,
+        "logits": tokens * 3 * FP32 * V,
     }
-    unused = min(need["loss"], need["layer"] + need["backward"])
+    unused = min(need["logits"], need["layer"] + need["backward"])
     return need | {"total": sum(need.values()) - unused}
 
 
