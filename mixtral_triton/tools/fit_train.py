@@ -33,7 +33,7 @@ CAPTION = {
     "inputs": "of each layer, by gradient checkpointing, and of the last norm",
     "layer": "what one layer saves for backward while it is computed again; its experts save x, ids and weights",
     "backward": "working memory of its experts' backward pass, with a projection's dequantized experts",
-    "logits": "in fp32, their cross entropy and gradient; a loop that keeps the model's result has them in 16 bits, too",
+    "logits": "in fp32, their cross entropy and gradient; kept results of the model are 16 bits more",
     "in all": "without the smaller one of logits, and layer and backward, which follow each other",
     "used": "of what the driver and a context leave free, by estimate where the GPU is not at hand",
 }
