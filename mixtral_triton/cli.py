@@ -218,7 +218,9 @@ def parser() -> argparse.ArgumentParser:
     option("--host-memory", type=parse_memory, metavar="GIB", help="for experts; default: as much as they need")
     option("--link", choices=LINKS, metavar="NAME", help="to host memory: pcie4x16, ...; default: the GPU's")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
-    option("--context", type=int, metavar="S", help="tokens a sequence; default: all the model's positions")
+    option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
+    option("--train", action="store_true", help="what LoRA over frozen experts takes; also takes qwen3-30b-a3b")
+    option("--rank", type=int, metavar="R", help="of LoRA on the q and v projections, with --train; default: 16")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
     text = f"{', '.join(ARCHS)}; repeatable"
@@ -241,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "folder", None) is not None:
                 args.folder = checkpoint_folder(args.folder)
             if args.command in TOOLS:
-                return import_module(f".tools.{TOOLS[args.command]}", __package__).run(args)
+                tool = "fit_train" if vars(args).get("train") else TOOLS[args.command]
+                return import_module(f".tools.{tool}", __package__).run(args)
             return globals()[f"_{args.command}"](args)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported

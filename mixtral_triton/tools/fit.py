@@ -98,6 +98,11 @@ def free_bytes(gpu: GPU) -> int:
     return gpu.free or estimated_free(gpu.bytes)
 
 
+def verdict(total: int, free: int) -> str:
+    """Return "fits", "tight", by less than MARGIN of the free bytes, or "no"."""
+    return "fits" if total <= usable_bytes(free) else "tight" if total <= free else "no"
+
+
 Offload = dict[str, Any]  # what `--json` prints of it
 
 
@@ -109,7 +114,7 @@ class MemoryPlan:
     format: str
     weights: Any  # its value in WEIGHT_FORMATS
     bytes: dict[str, int]  # `memory_need`
-    verdict: str  # "fits"; "tight": by less than MARGIN of the free memory; "no"
+    verdict: str  # of `verdict`
     longest_context: int  # tokens a sequence that it holds without being tight, at most the model's positions; 0: none
     gpus_needed: int | None
     offload: Offload | None  # where the verdict is "no", if host memory holds enough experts: see `Request.offload`
@@ -130,11 +135,11 @@ class Request:
     cache_dtype: torch.dtype | None = None  # None: the model's
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Request:
-        """Read the model's config. ValueError for a wrong option."""
-        name, known = str(args.model), KNOWN.get(str(args.model).lower())
+    def of(cls, args: argparse.Namespace, models: Mapping[str, MixtralConfig] = KNOWN) -> Request:
+        """Read the config of a folder, of a name on the hub, or in `models`. ValueError for a wrong option."""
+        name, known = str(args.model), models.get(str(args.model).lower())
         if known is None and "/" not in name and name != "small" and not Path(name).exists():
-            raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(KNOWN)}")
+            raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(models)}")
         config = known or MixtralConfig.from_pretrained(name)
         limit, layers = config.max_position_embeddings, config.num_hidden_layers
         context = limit if args.context is None else args.context
@@ -160,17 +165,17 @@ class Request:
         need_of = partial(memory_need, config, self.specs[format], self.batch, cache_dtype=self.cache_dtype)
         need, contexts = need_of(self.context), range(config.max_position_embeddings + 1)
         longest = max(0, bisect_right(contexts, limit, key=lambda S: need_of(S)["total"]) - 1)
-        verdict = "fits" if need["total"] <= limit else "tight" if need["total"] <= free else "no"
+        word = verdict(need["total"], free)
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding
         available, offload = limit - (need["total"] - shared), None
         gpus_needed = -(-shared // available) if available > 0 else None
         sizes = self.specs[format], self.batch, self.context, self.cache_dtype
-        found = placement(config, *sizes, limit) if verdict == "no" else None
+        found = placement(config, *sizes, limit) if word == "no" else None
         if found is not None and found.host_bytes <= self.host_memory:
             offload = self.offload(format, gpu, found)
-        bound = self.speed_bound(format, gpu, found) if verdict != "no" or offload else None
-        return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, gpus_needed, offload, bound)
+        bound = self.speed_bound(format, gpu, found) if word != "no" or offload else None
+        return MemoryPlan(format, WEIGHT_FORMATS[format], need, word, longest, gpus_needed, offload, bound)
 
     def offload(self, format: str, gpu: GPU, found: Placement) -> Offload:
         """Return how `gpu` holds the model with what `found` says in host memory: its fields, experts of how many, and
@@ -215,6 +220,8 @@ class Request:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no format fits, with experts in host memory neither."""
+    if args.rank is not None:
+        raise ValueError(f"--rank is {args.rank}, and --train is not given: needs both")
     request, gpu = Request.of(args), select_gpu(args)
     if gpu is None:
         return _run_all_gpus(request, args)

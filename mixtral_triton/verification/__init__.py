@@ -42,7 +42,7 @@ from .layers import (
     single_layer_model,
 )
 from .loaded import check_weights
-from .models import MeshUnderTest, TransformersUnderTest, compare_with_transformers
+from .models import MeshUnderTest, TransformersUnderTest, compare_with_transformers, in_evaluation
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
 from .source import Source
 
@@ -73,6 +73,7 @@ def verify(
 
     target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: a Mixtral, applied or not,
     or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
+    In training mode, by its name or applied, the gradients of experts are judged, too, and forwards are of evaluation.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
     peer "transformers": layers and logits are also compared with transformers' model of the same folder, in fp32.
@@ -117,7 +118,8 @@ def verify(
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         under_test = kind(target)
         under_test.quantized = cache_dtype is torch.int8
-        return _verify(under_test, input_ids, progress, folder, peer, quick, tokens, text)
+        with in_evaluation(target):
+            return _verify(under_test, input_ids, progress, folder, peer, quick, tokens, text)
 
 
 def _has_names(model: Any) -> bool:
@@ -139,7 +141,7 @@ def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tok
     ids, done = default_text(input_ids, config, model.device, tokens), count(1)
     on_gpu = ids.device.type == "cuda"
     target, step = FamilyUnderTest(model), progress or (lambda *_: None)
-    with torch.no_grad():
+    with torch.no_grad(), in_evaluation(model):
         rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
     backend = "Triton, interpreted" if INTERPRETED else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(ids.device)}" if on_gpu else backend
@@ -210,6 +212,8 @@ def _verify(
         found += compare_activation_formats(target)
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     found = [*target.measure(None, "rms_norm", "final", norm), *found]
+    if not target.is_mixtral:
+        found += target.gradient_rows(ids)
     rows += sorted(found, key=lambda row: math.inf if row.layer is None else row.layer)
     if not target.is_mixtral:
         from .drop_in import compare_calls  # imports transformers

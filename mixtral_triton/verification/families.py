@@ -26,13 +26,14 @@ from transformers.models.mixtral import modeling_mixtral
 
 from ..hf.attention import CACHE
 from ..hf.experts import NAME, PROJECTIONS, is_experts
+from ..hf.modules import Applied
 from ..kernels.quantized import QuantizedWeight
 from ..tolerance import FLOOR, RATIO, Fp64Reference, largest, token_floor
 from .report import END_RATIO, Row
 
 STEPS = 3  # forwards of `compare`
 CASES = "whole text", "in chunks"  # the first without a cache
-GRADIENTS = (0, "x"), (1, "routing weights")  # of the experts
+GRADIENTS = "x", "routing weights"  # of the experts
 Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
 Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
 
@@ -53,7 +54,8 @@ def eager_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) ->
     same = copy.copy(module)
     vars(same).update(_parameters={}, _modules={k: v for k, v in module._modules.items() if k not in PROJECTIONS})
     vars(same).update({name: Converted(getattr(module, name), x.dtype) for name in PROJECTIONS})
-    return inspect.unwrap(type(module).forward)(same, x, ids, weights.to(x.dtype))
+    kind = module.original if isinstance(module, Applied) else type(module)
+    return inspect.unwrap(kind.forward)(same, x, ids, weights.to(x.dtype))
 
 
 def eager_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -77,17 +79,17 @@ class FamilyUnderTest:
     def __init__(self, model: Any) -> None:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
-        self.trains = [module for module in model.modules() if module.training]
+        self.trains = any(module.training for module in model.modules())
         self.model, self.paths = model, {module: name for name, module in model.named_modules()}
         self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
 
     def compare(self, ids: Tensor, step: Callable[[], None]) -> list[Row]:
-        """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left. In
-        training mode experts' gradients, too; the forwards are those of evaluation, which nothing random changes."""
+        """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left. Of
+        a model that was in training mode experts' gradients, too. It has to be in evaluation mode here."""
         T, B = ids.shape[1], len(ids)
         valid = torch.arange(T, device=ids.device) >= torch.arange(B, device=ids.device)[:, None] * T // (3 * B)
-        with short_windows(self.model, T // 2), self._in_evaluation():
+        with short_windows(self.model, T // 2):
             got = self._logits(ids, valid, *self._recording())
             step()
             baseline = self._logits(ids, valid, *self._eager())
@@ -100,10 +102,13 @@ class FamilyUnderTest:
                 self.not_run += (f"logits; in fp64 the model raises {error}"[:100],)
             self.masks = masks
             step()
-        rows = [self._row("experts", module, self._experts_errors(module)) for module in self.experts]
-        rows += [self._row("attention", module, self._attention_errors(module)) for module in self.attention]
+        rows, paths = list[Row](), self.paths
+        for module in self.experts:
+            rows.append(worst_call("experts", paths[module], self._experts_errors(module)))
+        for module in self.attention:
+            rows.append(worst_call("attention", paths[module], self._attention_errors(module)))
         for module in self.experts if self.trains else ():
-            rows += [self._row(f"gradient of {name}", module, self._gradients(module, at)) for at, name in GRADIENTS]
+            rows += gradient_rows(self.ours[0], module, paths[module], self.experts[module])
         rows.sort(key=lambda row: row.layer if row.layer is not None else -1)
         for case in exact:
             reference = Fp64Reference(exact[case], 0.0, float(exact[case].norm(dim=-1).median()))
@@ -163,29 +168,6 @@ class FamilyUnderTest:
         for x, ids, weights, out in self.experts[module]:
             yield out, eager_experts(module, x, ids, weights), eager_experts(module, x.double(), ids, weights)
 
-    def _gradients(self, module: nn.Module, at: int) -> Iterator[Results]:
-        """The gradient of x, or of the routing weights, where that of the result is x."""
-
-        def gradient(function: Any, call: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
-            x, ids, weights, _ = call
-            leaves = [each.detach().to(dtype or each.dtype, copy=True).requires_grad_() for each in (x, weights)]
-            with torch.enable_grad():
-                out = function(module, leaves[0], ids, leaves[1])
-            return torch.autograd.grad(out, leaves, x.to(out.dtype))[at]
-
-        for call in self.experts[module]:
-            ours, baseline = (gradient(function, call) for function in (self.ours[0], eager_experts))
-            yield ours, baseline, gradient(eager_experts, call, torch.float64)
-
-    @contextmanager
-    def _in_evaluation(self) -> Iterator[None]:
-        try:
-            self.model.eval()
-            yield
-        finally:
-            for module in self.trains:
-                module.training = True
-
     def _attention_errors(self, module: nn.Module) -> Iterator[Results]:
         for (q, k, v, kwargs, out), mask in zip(self.attention[module], self.masks[module], strict=True):
             sees = ... if mask is None else (mask == 0).any(-1)[:, 0].expand(len(q), -1)
@@ -193,16 +175,39 @@ class FamilyUnderTest:
             baseline = eager_attention(module, q, k, v, mask, **kwargs)[0]
             yield out[sees], baseline[sees], exact[sees]
 
-    def _row(self, op: str, module: nn.Module, calls: Iterator[Results]) -> Row:
-        """The largest error of the module's calls, relative to a result's largest value."""
-        path, error, limit = self.paths[module], 0.0, 0.0
-        for got, baseline, exact in calls:
-            scale = max(largest(exact), 1e-30)
-            error = max(error, largest(got.double() - exact) / scale)
-            limit = max(limit, RATIO * largest(baseline.double() - exact) / scale, FLOOR[got.dtype])
-        layer, case = re.search(r"\.(\d+)\.", path), re.sub(r"\.\d+\.", ".N.", path)
-        note = "" if error <= limit else f"{path}: error {error:.1e}, limit {limit:.1e}"
-        return Row(int(layer[1]) if layer else None, op, case, error, limit, note)
+
+def worst_call(op: str, path: str, calls: Iterator[Results]) -> Row:
+    """The row of the largest error of the module's calls, relative to a result's largest value."""
+    error, limit = 0.0, 0.0
+    for got, baseline, exact in calls:
+        scale = max(largest(exact), 1e-30)
+        error = max(error, largest(got.double() - exact) / scale)
+        limit = max(limit, RATIO * largest(baseline.double() - exact) / scale, FLOOR[got.dtype])
+    layer, case = re.search(r"\.(\d+)\.", path), re.sub(r"\.\d+\.", ".N.", path)
+    note = "" if error <= limit else f"{path}: error {error:.1e}, limit {limit:.1e}"
+    return Row(int(layer[1]) if layer else None, op, case, error, limit, note)
+
+
+def gradient_rows(function: Any, module: nn.Module, path: str, calls: list[tuple[Any, ...]]) -> list[Row]:
+    """The rows of the gradients of x and of the routing weights, where that of the result is x.
+
+    function(module, x, ids, weights) is this package's; each call begins with x [T,H], ids and weights [T,K].
+    """
+
+    def gradients(function: Any, call: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        x, ids, weights = call[:3]
+        leaves = [each.detach().to(dtype or each.dtype, copy=True).requires_grad_() for each in (x, weights)]
+        with torch.enable_grad():
+            out = function(module, leaves[0], ids, leaves[1])
+        return torch.autograd.grad(out, leaves, x.to(out.dtype))
+
+    functions = (function, None), (eager_experts, None), (eager_experts, torch.float64)
+    found = [[gradients(each, call, dtype) for each, dtype in functions] for call in calls]
+    rows = list[Row]()
+    for at, name in enumerate(GRADIENTS):
+        results = ((ours[at], baseline[at], exact[at]) for ours, baseline, exact in found)
+        rows.append(worst_call(f"gradient of {name}", path, results))
+    return rows
 
 
 @contextmanager

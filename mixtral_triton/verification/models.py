@@ -30,6 +30,18 @@ from .source import Source
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
 
 
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Take a model's modules out of training mode, and afterwards back."""
+    trains = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in trains:
+            module.training = True
+
+
 class TransformersUnderTest(ModelUnderTest):
     """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
 
@@ -38,15 +50,16 @@ class TransformersUnderTest(ModelUnderTest):
     def __init__(self, model: Any, apply: bool = True) -> None:
         from transformers.models.mixtral import modeling_mixtral
 
-        from ..hf import check_mixtral
+        from ..hf import applied, check_mixtral
 
         check_mixtral("verify", model)
         self.apply, self.modeling = apply, modeling_mixtral
         self.backbone: Any = next(
             module for module in model.modules() if isinstance(module, self.modeling.MixtralModel)
         )
-        if model.training:
-            raise ValueError("verify: the model is in training mode, needs inference: model.eval()")
+        self.trains = model.training
+        if self.trains and not applied(model):
+            raise ValueError("verify: the model is in training mode, needs inference, model.eval(), or apply(model)")
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
         self.model, self.layers = model, self.backbone.layers
@@ -89,6 +102,21 @@ class TransformersUnderTest(ModelUnderTest):
         layer = SimpleNamespace(**norms, qkv_proj=qkv_proj, o_proj=attn.o_proj.weight, gate=moe.gate.weight, **experts)
         cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
         return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
+
+    def gradient_rows(self, ids: Tensor) -> list[Row]:
+        """The rows of each layer's experts of a model in training mode, on what they get for ids [B,T]."""
+        from .families import gradient_rows
+
+        experts = {layer.mlp.experts: f"model.layers.{index}.mlp.experts" for index, layer in enumerate(self.layers)}
+        calls, rows = dict[nn.Module, tuple[Any, ...]](), list[Row]()
+        with ExitStack() as stack:
+            for module in experts if self.trains else ():
+                stack.enter_context(module.register_forward_pre_hook(calls.__setitem__))
+            if self.trains:
+                self.backbone(ids, use_cache=False)
+        for module, call in calls.items():
+            rows += gradient_rows(nn.Module.__call__, module, experts[module], [call])
+        return rows
 
     def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
         with self.forward(self.model.config, probe) as forward:
