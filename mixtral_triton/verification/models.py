@@ -104,18 +104,18 @@ class TransformersUnderTest(ModelUnderTest):
         return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
 
     def gradient_rows(self, ids: Tensor) -> list[Row]:
-        """The rows of each layer's experts of a model in training mode, on what they get for ids [B,T]."""
-        from .families import gradient_rows
+        """The rows of each layer's experts on what they get for ids [B,T], if the model was in training mode."""
+        from .families import gradient_rows  # imports transformers
 
-        experts = {layer.mlp.experts: f"model.layers.{index}.mlp.experts" for index, layer in enumerate(self.layers)}
+        if not self.trains:
+            return []
         calls, rows = dict[nn.Module, tuple[Any, ...]](), list[Row]()
         with ExitStack() as stack:
-            for module in experts if self.trains else ():
-                stack.enter_context(module.register_forward_pre_hook(calls.__setitem__))
-            if self.trains:
-                self.backbone(ids, use_cache=False)
-        for module, call in calls.items():
-            rows += gradient_rows(nn.Module.__call__, module, experts[module], [call])
+            for layer in self.layers:
+                stack.enter_context(layer.mlp.experts.register_forward_pre_hook(calls.__setitem__))
+            self.backbone(ids, use_cache=False)
+        for index, (module, call) in enumerate(calls.items()):
+            rows += gradient_rows(nn.Module.__call__, module, f"model.layers.{index}.mlp.experts", [call])
         return rows
 
     def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
