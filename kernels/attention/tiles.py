@@ -133,12 +133,15 @@ PREFILL: Table = {
 _PREFILL_CODES_HOPPER = (
     AttentionTile(256, 16, 32, 4, 2, T=16),
     AttentionTile(128, 128, 64, 8, 2),
+    AttentionTile(256, 32, 32, 8, 2, heads="padded"),
     AttentionTile(256, 64, 32, 8, 2),
 )
 PREFILL_CODES: Table = {
     "sm_80": (
         AttentionTile(256, 16, 32, 4, 2, T=16),
+        AttentionTile(128, 64, 32, 8, 2, heads="odd"),
         AttentionTile(128, 128, 32, 8, 2),
+        AttentionTile(256, 32, 32, 8, 2, heads="padded"),
         AttentionTile(256, 64, 32, 8, 2),
     ),
     "sm_90": _PREFILL_CODES_HOPPER,
@@ -146,6 +149,7 @@ PREFILL_CODES: Table = {
     "gfx942": (
         AttentionTile(256, 16, 16, 4, 1, T=16),
         AttentionTile(128, 128, 16, 8, 1),
+        AttentionTile(256, 32, 16, 4, 1, heads="padded"),
         AttentionTile(256, 64, 16, 8, 1),
     ),
     "gfx942 fp32": (AttentionTile(256, 16, 16, 8, 1),),

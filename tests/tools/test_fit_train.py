@@ -224,6 +224,7 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
 
 def test_the_tables_are_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     page = (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8")
     for name in ("mixtral-8x7b", "qwen3-30b-a3b"):
         assert name in MODELS and f"mixtral-triton fit {name} --train" in page

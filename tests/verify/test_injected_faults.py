@@ -206,9 +206,7 @@ FAULTS_AROUND: dict[tuple[str, str], dict[str, Inject]] = {
         "a step is not counted": replace_by(KVCache, "advance", lambda f: lambda kv, n, m: f(kv, n * (m != 1), m)),
     },
     ("config", "deterministic"): {"a step takes the path of decode": change_state(decode_path)},
-    ("config", "tokens of a prompt"): {
-        "no BOS": replace_by(verification.source, "encode", lambda f: lambda *args: (f(*args)[0][1:], "")),
-    },
+    ("config", "tokens of a prompt"): {},
 }
 
 
