@@ -132,6 +132,8 @@ PREFILL: Table = {
 # Keys in 8 bits, whose codes and numbers take registers side by side.
 _PREFILL_CODES_HOPPER = (
     AttentionTile(256, 16, 32, 4, 2, T=16),
+    AttentionTile(128, 64, 64, 8, 2, heads="odd"),
+    AttentionTile(128, 64, 64, 8, 2, heads="padded"),
     AttentionTile(128, 128, 64, 8, 2),
     AttentionTile(256, 32, 32, 8, 2, heads="padded"),
     AttentionTile(256, 64, 32, 8, 2),
@@ -140,6 +142,7 @@ PREFILL_CODES: Table = {
     "sm_80": (
         AttentionTile(256, 16, 32, 4, 2, T=16),
         AttentionTile(128, 64, 32, 8, 2, heads="odd"),
+        AttentionTile(128, 64, 32, 8, 2, heads="padded"),
         AttentionTile(128, 128, 32, 8, 2),
         AttentionTile(256, 32, 32, 8, 2, heads="padded"),
         AttentionTile(256, 64, 32, 8, 2),
