@@ -127,7 +127,7 @@ def _in_fp32(function: Callable[[Any, Any], Any], a: Array, b: Array, kind: str)
 
 SIXTEEN_BITS: dict[str, tuple[int, Callable[..., Array]]] = {"fma.rn": (3, fma16)}
 SIXTEEN_BITS["abs"] = 1, lambda a, kind: a & U16(0x7FFF)
-for _name, _function in {"add": np.add, "mul": np.multiply, **EXTREMES}.items():
+for _name, _function in {"add": np.add, "sub": np.subtract, "mul": np.multiply, **EXTREMES}.items():
     SIXTEEN_BITS[_name] = 2, lambda a, b, kind, f=_function: from_fp32(_in_fp32(f, a, b, kind), kind)
 
 
@@ -146,6 +146,8 @@ for _kind in HALVES:
     elementwise(f"cvt.rn.{_kind}.f32", partial(from_fp32, kind=_kind), "f32")
     elementwise(f"cvt.rn.{_kind}x2.f32", partial(_cvt_pair, kind=_kind), "f32", "f32")
 elementwise("cvt.rn.satfinite.e4m3x2.f32", _cvt_e4m3_pair, "f32", "f32")
+# Towards zero, saturated; a NaN is 0.
+elementwise("cvt.rzi.s16.f32", lambda a: np.clip(np.nan_to_num(a), -(1 << 15), (1 << 15) - 1).astype(np.int16), "f32")
 by_type({"cvt.rn.f32": lambda a: a.astype(F32)}, 1, "s32", "u32", "s64", "u64", "s16", "u16")
 
 NARROW = ("s16", "u16", "s32", "u32")

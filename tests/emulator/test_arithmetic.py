@@ -151,6 +151,9 @@ def test_conversions_to_e4m3_are_those_of_torch() -> None:
 
 def test_conversions_of_integers() -> None:
     x = samples(32, 256)
+    values = np.array([0.0, 127.0, -127.0, 2.5, -2.5, 4e4, -4e4, np.nan, np.inf], np.float32)
+    short = run("cvt.rzi.s16.f32 %d, %x;", {"%x": np.resize(values, 32).view("u4")}, {"%d": 16})["%d"].view(np.int16)
+    assert short[:9].tolist() == [0, 127, -127, 2, -2, 32767, -32768, 0, 32767]
     got = run("cvt.rn.f32.s32 %s, %x; cvt.rn.f32.u32 %u, %x;", {"%x": x}, {"%s": 32, "%u": 32}, threads=256)
     for lane in range(256):
         for name, integer in (("%s", int(x.view(np.int32)[lane])), ("%u", int(x[lane]))):
