@@ -23,7 +23,7 @@ from tests.cli.commands import python
 from tests.support.calls import Sizes, as_tuple, dense, inputs, inputs_without_padding, public, tensors
 
 TOLERANCE = 4e-6  # of the largest value, in fp32
-LARGEST = {"H": 24, "I": 20, "N": 24, "E": 6, "V": 20, "Hq": 4, "Hkv": 2, "D": 16, "C": 80, "S": 60, "past": 70}
+LARGEST = {"H": 24, "I": 20, "N": 24, "E": 8, "V": 20, "Hq": 4, "Hkv": 2, "D": 16, "C": 80, "S": 60, "past": 70}
 QUANTIZED = {"weight", "gate_up", "down"}
 
 
