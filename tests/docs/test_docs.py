@@ -130,11 +130,11 @@ def test_example_runs(how: str, checkpoint: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", MACHINES)
 def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:
-    """Those of mixtral.md quote the reference, that of bench.md has a test of its own. NCCL has no simulation: a mesh
-    is of one rank, on the CPU."""
+    """Those of mixtral.md quote the reference, those of bench.md and drop_in.md have tests of their own. NCCL has no
+    simulation: a mesh is of one rank, on the CPU."""
     with_code = {path.name for path in DOCUMENTS if python_blocks(path.relative_to(ROOT))}
     whole = "weights.md", "scaling.md", "ops.md", "generate.md"  # the blocks of each are one program
-    assert with_code == {"README.md", "mixtral.md", "bench.md", *whole}
+    assert with_code == {"README.md", "mixtral.md", "bench.md", "drop_in.md", *whole}
     prelude = "import os\n"
     prelude += "os.environ |= {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '0', 'RANK': '0', 'WORLD_SIZE': '1'}\n"
     for name in whole:

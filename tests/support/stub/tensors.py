@@ -238,6 +238,8 @@ class Factories(TorchFunctionMode):
             return torch.ops.aten.copy_.default(*args, **kwargs)
         if name == "pin_memory":
             return args[0]
+        if kwargs.pop("pin_memory", False):  # as safetensors reads for a GPU: pinned memory needs a real one
+            return func(*args, **kwargs)
         if name == "cuda" and isinstance(args[0], Tensor):
             return self._move(args[0], args[1] if len(args) > 1 else kwargs.get("device", "cuda"), {})
         if name == "to" and isinstance(args[0], Tensor):
