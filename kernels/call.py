@@ -20,7 +20,7 @@ from .checks import COMPOSITE_PARTS, COMPOSITES, Argument, Cache, Matrix, check_
 from .launch import INTERPRETED, in_pdl_region, launch_context
 from .offload import OFFLOADED, OffloadedWeight
 from .op import Cost, Op, SignatureError, by_position, streaming_cost
-from .plan import LazyNegation, call_key
+from .plan import call_key
 from .quantized import QuantizedWeight
 from .quantized_cache import QuantizedCache
 from .samples import random_inputs
@@ -214,7 +214,8 @@ def reject_transforms(name: str, args: Iterable[Any]) -> None:
 
 class Operation(Protocol[P, R]):
     """An operation: a function that checks its arguments. `unchecked` takes the same ones, for a caller that knows them
-    to be right, as a model whose weights the loader checked. `op` is what the registry lists."""
+    to be right, as a model whose weights the loader checked: none may be a lazy negation (`torch.Tensor.is_neg`), which
+    kernels do not compute. `op` is what the registry lists."""
 
     op: Op
     __name__: str
@@ -314,12 +315,6 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def unchecked(*args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) > positional:
             args = order(args, kwargs)
-        if not untraced():
-            return dispatch(args)
-        try:
-            return call_unchecked(op, args)
-        except LazyNegation:
-            op.check(*args)
-            return dispatch(args)
+        return call_unchecked(op, args) if untraced() else dispatch(args)
 
     return checked, unchecked

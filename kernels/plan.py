@@ -40,48 +40,34 @@ _plans: dict[tuple[Any, ...], LaunchPlan | None] = {}  # None: not cached
 clear = _plans.clear  # needed where there are too many plans, or the device that they are for was replaced
 
 
-class LazyNegation(Exception):
-    """A tensor's negation is still to be computed (`torch.Tensor.is_neg`): torch's dispatcher does, kernels do not."""
-
-
-def call_key(args: Sequence[Any], ask_negation: bool = False) -> tuple[Any, ...]:
-    """Return everything about the arguments that decides what a call launches: all but addresses and values.
-
-    ask_negation  raise LazyNegation where there is one
-    """
+def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Return everything about the arguments that decides what a call launches: all but addresses and values."""
     key: list[Any] = []
     hip = torch.version.hip
     for x in args:
         if x is None:
             key.append(None)
         elif isinstance(x, Tensor):
-            if ask_negation and x.is_neg():
-                raise LazyNegation
             key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % _ALIGNMENT)
             if hip:
                 key.append(x.untyped_storage().size() <= _BUFFER_MAX)
         elif not isinstance(x, COMPOSITES):
             key += (type(x), x)  # True is not 1
         elif isinstance(x, QuantizedCache):
-            key += (QuantizedCache, *call_key(x.tensors, ask_negation))
+            key += (QuantizedCache, *call_key(x.tensors))
         else:
-            key += (type(x), x.format, x.group, x.shape, *call_key(x.tensors, ask_negation))
+            key += (type(x), x.format, x.group, x.shape, *call_key(x.tensors))
             if isinstance(x, OffloadedWeight):  # its parts are addresses
                 key.append(x.dtype)
     return tuple(key)
 
 
 def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> Any:
-    """Run `op.run(*args)`, from its plan where there is one. `key`: the call key of `args`, where it is known.
-
-    Raises LazyNegation, except in a `pdl_region`: among a model's own tensors none is negated, and to ask takes time.
-    """
+    """Run `op.run(*args)`, from its plan where there is one. `key`: the call key of `args`, where it is known."""
     context = launch.launch_context_key()
-    if key is None:
-        _, _, in_pdl_region, _ = context or (None, None, False, None)
-        key = call_key(args, not in_pdl_region)
     if context is None or args[0].is_meta:
         return op.run(*args)
+    key = call_key(args) if key is None else key
     full = (op.run, context, knobs.runtime.debug, knobs.compilation.instrumentation_mode, key)
     try:
         plan = _plans[full]

@@ -105,7 +105,7 @@ def attention(
     if columns < D:
         value = pad(value, (0, D - columns))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    attend = checked_if_needed(ops.attention)
+    attend = checked_if_needed(ops.attention, q, k, v)
     if mask is None or is_interval(mask):
         rows = None if mask is None or not mask.shape[2] else mask[:, 0, :, 0]
         starts, ends = (None, None) if rows is None else (rows[:, 0], rows[:, -1])

@@ -29,10 +29,11 @@ DECLARED = {
 NEEDED = [need for need, _ in DECLARED.values()]
 
 
-def checked_if_needed(operation: Any) -> Any:
-    """Return the operation, without its checks unless a tracer, derivatives or autocast may change its arguments."""
+def checked_if_needed(operation: Any, *tensors: Tensor) -> Any:
+    """Return the operation, without its checks unless a tracer, derivatives or autocast may change its arguments, or
+    one of a caller's `tensors` is a lazy negation."""
     needed = not untraced() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or transformed()
-    return operation if needed else operation.unchecked
+    return operation if needed or any(x.is_neg() for x in tensors) else operation.unchecked
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -69,4 +70,6 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         return FrozenExperts.apply(hidden_states, gate_up, down, top_k_index, top_k_weights, type(module).__name__)
     if top_k_index.device.type == "cpu":  # where the operation refuses them
         top_k_index, top_k_weights, _ = own_routes(top_k_index, top_k_weights, len(down))
-    return checked_if_needed(ops.expert_swiglu)(hidden_states, gate_up, down, top_k_index, top_k_weights.float())
+    weights = top_k_weights.float()
+    operation = checked_if_needed(ops.expert_swiglu, hidden_states, weights)
+    return operation(hidden_states, gate_up, down, top_k_index, weights)

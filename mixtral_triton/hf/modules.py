@@ -68,7 +68,7 @@ class TritonRMSNorm(Applied, modeling.MixtralRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if is_recorded(hidden_states, self.weight):
             return super().forward(hidden_states)
-        return checked_if_needed(ops.rms_norm)(hidden_states, self.weight, self.variance_epsilon)
+        return checked_if_needed(ops.rms_norm, hidden_states)(hidden_states, self.weight, self.variance_epsilon)
 
 
 class TritonRouter(Applied, modeling.MixtralTopKRouter):
@@ -76,7 +76,7 @@ class TritonRouter(Applied, modeling.MixtralTopKRouter):
         if is_recorded(hidden_states, self.weight):
             return super().forward(hidden_states)
         rows = hidden_states.reshape(-1, self.hidden_dim)
-        logits, routing_weights, ids = checked_if_needed(ops.gate_route)(rows, self.weight, self.top_k)
+        logits, routing_weights, ids = checked_if_needed(ops.gate_route, rows)(rows, self.weight, self.top_k)
         return logits, routing_weights, ids.long()  # int64, as hooks of the gate expect
 
 
@@ -135,7 +135,7 @@ class TritonAttention(Applied, modeling.MixtralAttention):
         rotates = parts.rope and not is_recorded(q, k)
         if rotates:
             tables = getattr(position_embeddings, "tables", None) or token_tables(*position_embeddings, tokens[0])
-            q, k = checked_if_needed(ops.rope)(q, k, *tables)
+            q, k = checked_if_needed(ops.rope, q, k)(q, k, *tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if not rotates:
             q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)

@@ -357,3 +357,16 @@ def test_device_map_of_accelerate(place: str, make_hf: Any, tmp_path: Path, call
     assert torch.equal(*texts)
     assert close(revert(model)(IDS).logits, want)
     parity(f"placement: device_map, weights on {place}", "holds")
+
+
+@pytest.mark.parametrize("name", ["self_attn", "mlp", "input_layernorm"])
+def test_lazily_negated_activations(name: str, make_hf: Any) -> None:
+    """Unchecked operations read memory as it is, so a module asks where a caller's tensor enters it."""
+    model = apply(make_hf())
+    layer, x = model.model.layers[0], torch.randn(1, 5, 32)
+    call: Any = getattr(layer, name)
+    if name == "self_attn":
+        tables = model.model.rotary_emb(x, torch.arange(5)[None])
+        call = lambda x: layer.self_attn(x, position_embeddings=tables, attention_mask=None)[0]  # noqa: E731
+    with torch.no_grad():
+        assert torch.equal(call(torch._neg_view(-x)), call(x))

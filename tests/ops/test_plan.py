@@ -142,7 +142,7 @@ def test_changed_call_has_another_plan(name: str, change: str, gpu: Any) -> None
 
 @pytest.mark.parametrize("missing", CHANGES)
 def test_incomplete_key_is_caught(missing: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def incomplete(args: Any, _: bool) -> tuple[Any, ...]:
+    def incomplete(args: Any) -> tuple[Any, ...]:
         key: list[Any] = []
         for x in args:
             parts = list(CALL_KEY((x,)))

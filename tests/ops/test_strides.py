@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference as kernel_reference
-from mixtral_triton.kernels.launch import INTERPRETED, describe, tma_can_read
+from mixtral_triton.kernels.launch import describe, tma_can_read
 from mixtral_triton.kernels.op import Op, as_dict
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.registry import OPERATIONS, OPS
+from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.verification.calls import LAYOUTS, with_layout
 from tests.cli.commands import python
 from tests.support.calls import Sizes, as_tuple, dense, inputs, inputs_without_padding, public, tensors
@@ -113,31 +113,28 @@ def test_embedding_of_rows_that_lie_apart(device: torch.device) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("call", [public, lambda name: OPERATIONS[name].unchecked], ids=["checked", "unchecked"])
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
-def test_lazy_negation(name: str, sizes: Sizes, call: Any, device: torch.device, unguarded: None) -> None:
+def test_lazy_negation(name: str, sizes: Sizes, device: torch.device, unguarded: None) -> None:
     """The memory of the imaginary part of a conjugate holds the opposite of its values. A guard copies the values. A
-    tensor that the operation writes is refused, except where plain torch, which knows what it holds, runs at once."""
+    tensor that the operation writes is refused."""
 
     def change(key: str, x: Any, written: bool = False) -> Any:
         changes = isinstance(x, Tensor) and x.is_floating_point() and (key in OPS[name].mutates) == written
         return torch._neg_view(-x) if changes else x
 
-    check(name, sizes, device, change, call)
-    plain = call is not public and device.type == "cpu" and not INTERPRETED
-    for written in () if plain else OPS[name].mutates:
+    check(name, sizes, device, change)
+    for written in OPS[name].mutates:
         args = {key: change(key, x, key == written) for key, x in inputs(name, sizes, device).items()}
         if isinstance(args[written], Tensor):
             with pytest.raises(ValueError, match=f"{written}.*lazy negation"):
-                call(name)(**args)
+                public(name)(**args)
 
 
-@pytest.mark.parametrize("call", [ops.linear, ops.linear.unchecked], ids=["checked", "unchecked"])
-def test_lazily_negated_scales_of_a_quantized_weight(call: Any, device: torch.device, unguarded: None) -> None:
+def test_lazily_negated_scales_of_a_quantized_weight(device: torch.device, unguarded: None) -> None:
     args = inputs("linear", {"T": 3, "H": 128, "N": 40, "weight": "int4:64"}, device)
-    want = call(**args)
+    want = ops.linear(**args)
     args["weight"].scales = torch._neg_view(-args["weight"].scales)
-    assert torch.equal(call(**args), want)
+    assert torch.equal(ops.linear(**args), want)
 
 
 def misaligned(x: Tensor) -> Tensor:
