@@ -24,7 +24,7 @@ from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels import offload, plan
 from mixtral_triton.kernels.offload import OffloadedWeight
-from mixtral_triton.load import MARGIN, Placement, movable_bytes
+from mixtral_triton.offload_plan import MARGIN, Placement, movable_bytes
 from mixtral_triton.tools.fit import memory_need
 from tests.cli.commands import run
 from tests.support.models import random_model, tokens
