@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .arguments import check_dtype, default_dtype, free_memory, in_decimal, usable_device
 from .cache import cache_bytes
 from .config import PREFILL_CHUNK, MixtralConfig
-from .kernels.offload import ALIGNMENT, OffloadedWeight, empty_on_host
-from .kernels.quantized import W8A8, row_elements
+from .kernels.fp8 import encoded_bytes
+from .kernels.kernel_args import ALIGNMENT
+from .kernels.offload import OffloadedWeight, empty_on_host
 from .parallel import Ranks
 from .quantize import QUANTIZED_PARTS, QuantSpec
 
@@ -154,7 +155,7 @@ def workspace_bytes(
     each = 2 * hidden + inner
     if activations is not None:
         each -= hidden
-        counters += slots * (2 * (row_elements(W8A8, hidden, hidden) + row_elements(W8A8, inner, inner)) + 8)
+        counters += slots * (encoded_bytes(hidden) + encoded_bytes(inner))
     row = max(7 * hidden + slots * each, 2 * hidden + 3 * heads) + config.num_local_experts
     row += hidden if context > chunk else 0  # the chunk before it is still there
     return batch * min(context, chunk) * (row * default_dtype(config).itemsize + counters) + 8 * batch * context

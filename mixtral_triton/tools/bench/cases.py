@@ -10,8 +10,8 @@ import torch
 
 from ...checkpoint import parameter_shapes
 from ...kernels.checks import dtype_name
+from ...kernels.fp8 import W8A8
 from ...kernels.op import Cost, Op, as_dict
-from ...kernels.quantized import W8A8
 from ...kernels.registry import OPS
 from ...model import SIXTEEN_BIT_ROWS
 from ...offload_plan import MemoryRequest, movable_bytes, place, usable_bytes
