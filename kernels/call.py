@@ -16,13 +16,11 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import plan
-from .checks import COMPOSITE_PARTS, COMPOSITES, Argument, Cache, Matrix, check_values
+from .checks import Argument, check_values
+from .composites import COMPOSITE_PARTS, COMPOSITES, Cache, compose, first_part
 from .launch import INTERPRETED, in_pdl_region, launch_context
-from .offload import OFFLOADED, OffloadedWeight
 from .op import Cost, Op, SignatureError, by_position, streaming_cost
 from .plan import call_key
-from .quantized import QuantizedWeight
-from .quantized_cache import QuantizedCache
 from .samples import random_inputs
 from .sequential import sequential
 
@@ -118,10 +116,6 @@ def needs_no_dispatch(values: Iterable[Any]) -> bool:
     return True
 
 
-def _first_tensor(x: Any) -> Any:
-    return x.data if isinstance(x, QuantizedWeight) else x.codes if isinstance(x, QuantizedCache) else x
-
-
 def _register(op: Op) -> Any:
     """Register the operation with torch: its fake kernel, and a backward that raises."""
 
@@ -185,22 +179,13 @@ def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[An
     for argument, x in zip(arguments, args, strict=True):
         for name, _ in COMPOSITE_PARTS.get(argument.kind, ()):
             parts.append(None if isinstance(x, Tensor) else getattr(x, name, None))
-    return (*map(_first_tensor, args), *parts)
+    return (*map(first_part, args), *parts)
 
 
 def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
     """Turn the arguments of torch's operator into those of `run`."""
-    values: list[Any] = list(args[: len(arguments)])
     parts: Iterator[Any] = iter(args[len(arguments) :])
-    for index, argument in enumerate(arguments):
-        if argument.kind == Matrix:
-            scales, zeros, layout = (next(parts, None) for _ in COMPOSITE_PARTS[Matrix])
-            if layout is not None:
-                weight_of: Any = OffloadedWeight.of if layout.startswith(OFFLOADED) else QuantizedWeight.of
-                values[index] = weight_of(values[index], scales, zeros, layout)
-        elif argument.kind == Cache and (scales := next(parts, None)) is not None:
-            values[index] = QuantizedCache(values[index], scales)
-    return tuple(values)
+    return tuple(compose(argument.kind, x, parts) for argument, x in zip(arguments, args, strict=False))
 
 
 def reject_transforms(name: str, args: Iterable[Any]) -> None:

@@ -23,20 +23,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .quantized import QuantizedWeight
-from .quantized_cache import QuantizedCache
+from .composites import COMPOSITES, Cache, Matrix
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP32 = (torch.float32,)
 INTS = (torch.int32, torch.int64)
 INT32 = (torch.int32,)
 MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model without experts is none
-
-Matrix = Tensor | QuantizedWeight
-Cache = Tensor | QuantizedCache
-COMPOSITES = QuantizedWeight, QuantizedCache  # arguments of several tensors
-# What torch's operator takes at its end for such an argument. The codes take the argument's own place.
-COMPOSITE_PARTS = {Matrix: (("scales", Tensor), ("zeros", Tensor), ("layout", str)), Cache: (("scales", Tensor),)}
 
 # Annotations that operations share.
 Tokens = Annotated[Tensor, "T H"]
@@ -154,15 +147,14 @@ class Binder:
         name, spec = argument.name, argument.shape_spec
         if not isinstance(value, argument.kind):
             raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{spec}]")
-        is_cache = isinstance(value, QuantizedCache)
-        quantized = is_cache or (isinstance(value, QuantizedWeight) and value.format != "dense")  # dense: offload.py
+        dtype = value.value_dtype if isinstance(value, COMPOSITES) else value.dtype  # None: of a composite with codes
         dtypes = argument.dtypes or (FLOATS if self.dtype is None else (self.dtype,))
-        if not quantized and value.dtype not in dtypes:
-            raise fail(self.op, name, dtype_name(value.dtype), " or ".join(map(dtype_name, dtypes)))
-        if argument.dtypes is None and not quantized:
-            self.dtype = value.dtype
+        if dtype is not None and dtype not in dtypes:
+            raise fail(self.op, name, dtype_name(dtype), " or ".join(map(dtype_name, dtypes)))
+        if argument.dtypes is None and dtype is not None:
+            self.dtype = dtype
         self.device = self.device or value.device
-        if is_cache and (fault := value.fault()):
+        if isinstance(value, COMPOSITES) and (fault := value.fault()):
             raise ValueError(f"{self.op}: argument '{name}' is {fault}")
         if isinstance(value, Tensor) and value.layout != torch.strided:
             raise fail(self.op, name, f"of layout {value.layout}", "a strided tensor")

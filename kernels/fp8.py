@@ -1,90 +1,95 @@
-"""Activations in e4m3, one fp32 scale a row, for products with fp8 codes (`QuantizedWeight.with_fp8_activations`).
+"""fp8: two e4m3 codes an element (Micikevicius et al. 2022); value = code * scale. None is NaN (0x7F, 0xFF): loading
+refuses those, kernels look at no value.
 
-T tokens, N rows or slots, E experts, K columns, K' the padded columns of the weight that they multiply, J elements of a
-unit of it
+PTX moves the bits to where a float has them, whose exponent is then 120 too low in bf16 and 8 too low in fp16.
 
-Micikevicius et al. 2022 has the format. The codes lie in the byte order of the weight's units (quantized.py), so that
-both are read as plain tiles: byte 2j of a unit is column j, byte 2j + 1 column J + j. Padding is 0.
+W8A8 is the format of a view of such a weight with one scale a row, whose products quantize x, too (fp8_rows.py): they
+multiply codes, and a sum is multiplied by the scales of both.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-from .facts import full_tiles
-from .kernel_args import Groups, Rows
-from .launch import LaunchConfig, launch, select_configs
-from .quantized import FP8_MAX, LEAST_AMAX, W8A8, row_elements, unit_columns
-from .tiles import power_of_2
+from .kernel_args import dense_rows
+from .packing import Format, moved, ptx
 
-_FP8_MAX, _LEAST_AMAX = tl.constexpr(FP8_MAX), tl.constexpr(LEAST_AMAX)
+W8A8 = "fp8_w8a8"
+FP8_MAX = 448.0  # the largest value of e4m3
+# The least magnitude that maps to FP8_MAX, so that its inverse is finite: a row of zeros has this one, too.
+LEAST_AMAX = FP8_MAX * 2.0**-126
+
+# $0 = result, $1 = two elements, $2 = how far to shift. lop3 with 0xEA: (a & b) | c.
+_MOVED = "shl.b32 t, $1, $2; shr.b32 u, t, {}; and.b32 u, u, {}; lop3.b32 u, t, 0x80008000, u, 0xEA;"
+VALUES_BF16 = ptx(
+    _MOVED.format(4, "0x07F007F0"), "mov.b32 c, 0x7B807B80; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, u, c, z;"
+)
+VALUES_FP16 = ptx(
+    _MOVED.format(1, "0x3F803F80"), "mov.b32 c, 0x5C005C00; mov.b32 z, 0x80008000; fma.rn.f16x2 $0, u, c, z;"
+)
+
+
+class Fp8(Format):
+    name, bits, largest, typical = "fp8", 8, FP8_MAX, 0.5
+
+    def values(self, codes: Tensor, zeros: Any = None) -> Tensor:
+        return codes.view(torch.float8_e4m3fn).float()
+
+    def codes(self, values: Tensor) -> Tensor:
+        return values.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def sample(self, bits: Tensor) -> Tensor:
+        return bits & -16449  # without the highest exponent bit no code is NaN
+
+
+class Fp8Products(Fp8):
+    name, multiplies_codes = W8A8, True
+
+    def elements(self, data: Tensor) -> Tensor:
+        """Return float8_e4m3fn [(E,) N, K'], in the order of the weight's bytes."""
+        return dense_rows(data).view(torch.float8_e4m3fn)
+
+    def product(self, x: Tensor, weight: Any) -> Tensor:
+        """Multiply the codes of x and of the weight in fp32 (fp64 where x is), then by both scales; round once."""
+        codes, scales = encode_rows(x)
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        products = nn.functional.linear(codes.to(dtype), weight.values().to(dtype))
+        return (products * scales * weight.scales.float().squeeze(-1)).to(x.dtype)
+
+
+def encode_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize activations x [..., K] to e4m3 in fp32 -> codes float8_e4m3fn [..., K], a scale a row fp32 [..., 1].
+
+    A row's largest magnitude maps to FP8_MAX. A row with a NaN or an infinity has a code that is NaN.
+    """
+    values = x.float()
+    largest = values.abs().amax(-1, keepdim=True).clamp(min=LEAST_AMAX)
+    most = torch.full_like(largest, FP8_MAX)  # torch divides by a number, or a number, with two roundings
+    codes = (values * (most / largest)).clamp(-FP8_MAX, FP8_MAX)
+    return codes.to(torch.float8_e4m3fn), largest / most
+
+
+def encoded_bytes(K: int) -> int:
+    """Return the bytes of a row of activations in e4m3, padding and its scale included."""
+    return 2 * Fp8().row_elements(K, K) + 4
+
+
+def with_fp8_activations(weight: Any) -> Any:
+    """Return the view of an fp8 weight with one scale a row whose products quantize activations; others as they are."""
+    if getattr(weight, "format", None) != Fp8.name or weight.group != weight.shape[-1]:
+        return weight
+    return weight.viewed_as(W8A8)
 
 
 @triton.jit
-def _load_half(x_row, columns, K: tl.constexpr):
-    return tl.load(x_row + columns, mask=columns < K, other=0.0).to(tl.float32)
-
-
-@full_tiles("BLOCK_U")
-@triton.jit(do_not_specialize=["N"])
-def quantize_rows_kernel(
-    x,  # Rows [T, K], or [N, K] where TOP_K is 0
-    groups,  # Groups: rows N are slots in sorted order, those of no expert left out; or None
-    codes_ptr,  # [N, K'] out, e4m3
-    scales_ptr,  # [N] out
-    N,
-    TOP_K: tl.constexpr,  # slots of a token; 0: row i of x is row i of the codes
-    K: tl.constexpr, J: tl.constexpr, UNITS: tl.constexpr, BLOCK_U: tl.constexpr,
-):  # fmt: skip
-    # A program has a row, whose columns it holds: they are read once.
-    row = tl.program_id(0).to(tl.int64)
-    count = N
-    if groups is not None:
-        count = tl.load(groups.offsets + groups.E)
-    if row < count:
-        source = row
-        if TOP_K:
-            source = (tl.load(groups.order + row) // TOP_K).to(tl.int64)
-        units, offs_j = tl.arange(0, BLOCK_U)[:, None], tl.arange(0, J)[None, :]
-        x_row, columns = x.ptr + source * x.stride, units * (2 * J) + offs_j
-        low, high = _load_half(x_row, columns, K), _load_half(x_row, columns + J, K)
-        largest = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=1), axis=0)
-        largest = tl.maximum(largest, _LEAST_AMAX)
-        # IEEE divisions give the reference's codes. A NaN stays one in its code, and an infinity becomes one.
-        scale = tl.div_rn(largest, tl.full((), _FP8_MAX, tl.float32))
-        inverse = tl.div_rn(tl.full((), _FP8_MAX, tl.float32), largest)
-        # Interleaved to rows of bytes, which are stored 16 at a time; pairs would be stored 2 at a time.
-        codes = tl.interleave(low * inverse, high * inverse).to(tl.float8e4nv)
-        out = codes_ptr + row * (UNITS * 2 * J) + units * (2 * J) + tl.arange(0, 2 * J)[None, :]
-        tl.store(out, codes, mask=units < UNITS)
-        tl.store(scales_ptr + row, scale)
-
-
-@dataclass(frozen=True)
-class CodeSizes:
-    K: int
-
-
-def configs(sizes: CodeSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    J = unit_columns(W8A8, sizes.K, sizes.K) // 2
-    units = power_of_2(-(-sizes.K // (2 * J)))
-    return {"quantize_rows_kernel": LaunchConfig({"BLOCK_U": units}, power_of_2(units * J // 512, high=16))}
-
-
-def quantize_rows(x: Rows, groups: Groups | None = None, top_k: int = 0) -> tuple[Tensor, Tensor]:
-    """Quantize the rows of x -> codes float8_e4m3fn [N, K'], scales fp32 [N].
-
-    groups  rows are slots, and those of no expert stay unset; None: each row of x
-    top_k   row i is the token of slot order[i]; 0: it is row i of x
-    """
-    (T, K), device = x.ptr.shape, x.ptr.device
-    N, unit = T * max(1, top_k), unit_columns(W8A8, K, K)
-    codes = torch.empty((N, 2 * row_elements(W8A8, K, K)), dtype=torch.float8_e4m3fn, device=device)
-    scales = torch.empty(N, dtype=torch.float32, device=device)
-    config = select_configs(configs, CodeSizes(K), x.ptr.dtype, device)["quantize_rows_kernel"]
-    arguments = {"x": x, "groups": groups, "codes_ptr": codes, "scales_ptr": scales, "N": N, "TOP_K": top_k, "K": K}
-    launch(quantize_rows_kernel, (N,), config, **arguments, J=unit // 2, UNITS=codes.shape[1] // unit)
-    return codes, scales
+def fp8_values(tile, field, zeros, dtype: tl.constexpr, PTX: tl.constexpr):
+    if PTX:
+        return moved(tile, 8 - 8 * field, VALUES_BF16 if dtype == tl.bfloat16 else VALUES_FP16, dtype)
+    else:
+        code = (tile.to(tl.int32) >> (8 * field)) & 255
+        # The sign to the top, the rest to where fp32 has it: its exponent is 120 too low.
+        bits = (code & 128) << 24 | (code & 127) << 20
+        return (bits.to(tl.float32, bitcast=True) * 2.0**120).to(dtype)

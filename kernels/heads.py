@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FP32, INTS, Cache, Within, fail
+from .checks import FP32, INTS, Within, fail
+from .composites import Cache, first_part
 from .kernel_args import Pointer
-from .quantized_cache import QuantizedCache
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
 POSITIONS_MAX = tl.constexpr(1 << 30)
@@ -35,7 +35,7 @@ class CacheArgs(NamedTuple):
 
     k_ptr: Pointer  # [B, Hkv, C, D]
     v_ptr: Pointer
-    k_scales: Pointer  # [B, Hkv, C] fp32 in 8 bits (quantized_cache.py), or None
+    k_scales: Pointer  # [B, Hkv, C] fp32 in 8 bits, or None
     v_scales: Pointer
     stride_b: int
     stride_h: int
@@ -58,8 +58,7 @@ class RotaryTables(NamedTuple):
 
 def cache_parts(*caches: Cache) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return the tensors of caches, or their codes; and their scales, or None."""
-    codes = [x.codes if isinstance(x, QuantizedCache) else x for x in caches]
-    return codes, [x.scales if isinstance(x, QuantizedCache) else None for x in caches]
+    return [first_part(x) for x in caches], [None if isinstance(x, Tensor) else x.scales for x in caches]
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def check_head_size(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) 
 def check_caches(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     """Both caches need the same strides: kernels compute one offset for both."""
     k_cache, v_cache = args["k_cache"], args["v_cache"]
-    if type(k_cache) is not type(v_cache) and QuantizedCache in (type(k_cache), type(v_cache)):
+    if isinstance(k_cache, Tensor) != isinstance(v_cache, Tensor):
         raise fail(op, "v_cache", f"a {type(v_cache).__name__}", f"a {type(k_cache).__name__}, as k_cache is")
     (k_cache, v_cache), _ = cache_parts(k_cache, v_cache)
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:

@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from .quantized import FP8_MAX
+from .fp8 import FP8_MAX
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 Pointer = Any  # a tensor on the host, a pointer on the device
+ALIGNMENT = 16  # bytes: what a kernel assumes of an address in a table
 
 
 class Rows(NamedTuple):
-    ptr: Pointer  # [T, H], the columns contiguous
+    ptr: Pointer  # [T, H] values or codes, the columns contiguous
     stride: int  # between rows
+    scales: Pointer = None  # [T] fp32 of codes; None: values
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:

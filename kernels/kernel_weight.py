@@ -3,8 +3,8 @@
 E experts (or none), N rows, K columns: the depth of the sum; G groups of columns that share a scale
 
 A launch passes WeightArgs and LAYOUT. BLOCK_K columns go into one product. An element of a quantized weight holds
-FIELDS codes, so a tile of BLOCK_K elements holds the next FIELDS * BLOCK_K columns: a unit (quantized.py). A dense
-weight has one field, and so has one of "fp8_w8a8": its values are codes, as those of x are (fp8.py), and its K is K'.
+several codes, so a tile of BLOCK_K elements holds the next fields * BLOCK_K columns: a unit (packing.py). A dense
+weight has one field, and so has one whose codes are multiplied as they are stored, with those of x: its K is K'.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import namedtuple
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,28 +22,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .arch import ARCHS, sums_fp8_exactly
-from .kernel_args import Pointer, dense_rows
+from .formats import element_type, field_values
+from .fp8_rows import quantize_rows
+from .kernel_args import ALIGNMENT, Groups, Pointer, Rows, dense_rows
 from .launch import LaunchConfig, describe, tma_can_read, unpacks_by_ptx
-from .offload import ALIGNMENT, OffloadedWeight
+from .packing import scaled
 from .pdl import pdl_wait
-from .quantized import BITS, W8A8, QuantizedWeight, row_elements
-from .unpack import fields_of, scaled, unpacked
+from .quantized import QuantizedWeight
 
-# How a weight is stored: its format ("dense" or quantized), columns that share a scale (of
-# "fp8_w8a8" K', its padded columns), whether PTX unpacks it, whether its pointer is a table of the experts' addresses,
-# whether sums of its codes' products are added to fp32 tile by tile.
-Layout = namedtuple("Layout", "format group ptx table promoted")
-# Pointers of a kernel's weight tile [rows, BLOCK_K], of the scales and of the zeros.
-WeightPtrs = namedtuple("WeightPtrs", "tile scales zeros")
-# The weight rows of a tile: WeightPtrs of column 0, the indices of the rows among all (for scales and zeros), and a
-# descriptor that reads at `coords`, or None.
-WeightRows = namedtuple("WeightRows", "ptrs rows desc coords")
+# Device: what selects code for a weight: its format ("dense" or quantized), columns that share a scale (of codes that
+# are multiplied K', the padded columns), codes that an element has, whether PTX unpacks them, whether its pointer is a
+# table of the experts' addresses, whether sums of products of codes are added to fp32 tile by tile.
+Layout = namedtuple("Layout", "format group fields ptx table promoted")
+# Device: the rows of a weight that a program reads: WeightArgs, pointers of a tile [rows, BLOCK_K] of the first column,
+# the indices of the rows among all (for scales and zeros), and a descriptor that reads at `coords`, or None.
+WeightRows = namedtuple("WeightRows", "weight ptrs rows desc coords")
 
 
 class WeightArgs(NamedTuple):
-    """A weight as an argument of kernels."""
+    """Device: a weight as an argument of kernels."""
 
-    ptr: Pointer  # [(E,) N, K] values, e4m3 or int16 elements; or int64 [E], addresses of the experts' rows
+    ptr: Pointer  # [(E,) N, K] values, codes or int16 elements; or int64 [E], addresses of the experts' rows
     scales: Pointer  # [(E,) N, G], or None
     zeros: Pointer  # the same, or None
     stride_n: int  # between rows
@@ -52,49 +51,69 @@ class WeightArgs(NamedTuple):
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [E, N, K] or [N, K] as launches take it.
+    """Host: a weight [E, N, K] or [N, K] as launches take it.
 
-    data    values, e4m3 codes or int16 elements, rows contiguous
+    data    values, codes or int16 elements, rows contiguous; or the experts' addresses
+    rows    `data`, or such rows as the addresses lead to
     scales  [(E,) N, G] and zeros the same or None, contiguous; a dense weight has neither
     name    `QuantizedWeight.name`, which `configs` reads; None: dense
-    memory  where the rows of experts lie whose addresses are `data`; None: `data` has the rows
+    fields  codes of an element that are multiplied one by one; 1: products take what is stored
+    stored  the weight, unless it is a tensor
     """
 
     data: Tensor
+    rows: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
     name: str | None = None
     format: str = "dense"
     group: int = 0
-    memory: OffloadedWeight | None = None
+    fields: int = 1
+    stored: QuantizedWeight | None = None
 
     @classmethod
     def of(cls, weight: Tensor | QuantizedWeight) -> Weight:
         if isinstance(weight, Tensor):
-            return cls(dense_rows(weight))
-        memory = weight if isinstance(weight, OffloadedWeight) else None
-        data: Any
+            data = dense_rows(weight)
+            return cls(data, data)
         data, *parts = weight.tensors
+        data = dense_rows(data)
+        rows = weight.stored_rows if data.dtype == torch.int64 else data
         scales, zeros = (None if part is None else part.contiguous() for part in parts)
-        group = 2 * row_elements(W8A8, *weight.shape[-1:] * 2) if weight.format == W8A8 else weight.group
-        return cls(dense_rows(data), scales, zeros, weight.name, weight.format, group, memory)
+        if weight.name is None:
+            return cls(data, rows, stored=weight)
+        kind, group = weight.kind, weight.group
+        if kind.multiplies_codes:
+            group = rows.shape[-1]
+        return cls(data, rows, scales, zeros, weight.name, weight.format, group, kind.fields, weight)
+
+    @property
+    def multiplies_codes(self) -> bool:
+        return self.fields == 1 and self.scales is not None
+
+    @property
+    def is_table(self) -> bool:
+        """Whether `data` are addresses of rows."""
+        return self.rows is not self.data
 
     @property
     def args(self) -> WeightArgs:
-        rows = self.data if self.memory is None else self.memory.host
-        if self.memory is not None and self.format == W8A8:
-            rows = rows.view(torch.float8_e4m3fn)
-        between_experts = rows.stride(0) if rows.dim() == 3 else None
-        return WeightArgs(self.data, self.scales, self.zeros, rows.stride(-2), between_experts)
+        between_experts = self.rows.stride(0) if self.rows.dim() == 3 else None
+        return WeightArgs(self.data, self.scales, self.zeros, self.rows.stride(-2), between_experts)
 
-    def staged(self) -> WeightArgs:
-        """Return `args`, a table of addresses replaced by one whose addresses all lie on the device."""
-        return self.args if self.memory is None else self.args._replace(ptr=self.memory.staged())
+    @property
+    def args_for_many_rows(self) -> WeightArgs:
+        """Return `args` for a kernel that reads a tile once for each tile of x."""
+        return self.args._replace(ptr=self.stored.data_for_many_rows()) if self.stored and self.is_table else self.args
+
+    def rows_of(self, x: Rows, groups: Groups | None = None, top_k: int = 0) -> Rows:
+        """Return x as products take it: as it is, or its codes. groups, top_k: see `quantize_rows`."""
+        return quantize_rows(x, groups, top_k) if self.multiplies_codes else x
 
     def layout(self, arch: str) -> Layout:
-        ptx = self.format not in ("dense", W8A8) and unpacks_by_ptx(arch)
-        promoted = self.format == W8A8 and not sums_fp8_exactly(arch)
-        return Layout(self.format, self.group, ptx, self.memory is not None, promoted)
+        ptx = self.fields > 1 and unpacks_by_ptx(arch)
+        promoted = self.multiplies_codes and not sums_fp8_exactly(arch)
+        return Layout(self.format, self.group, self.fields, ptx, self.is_table, promoted)
 
     def prefetch_bytes(self, columns: int, config: LaunchConfig, grid: tuple[int, ...], arch: str) -> int:
         """Return how many bytes of each row the programs of a decode kernel prefetch: a power of two; 0: none.
@@ -102,31 +121,31 @@ class Weight:
         columns  of a row that one program reads, of BLOCK_N rows
 
         What resident programs prefetch together stays below half of L2. Shared memory bounds their number: it holds
-        num_stages - 1 tiles of the weight and of x, or one, at the least. Experts in host memory are not prefetched.
+        num_stages - 1 tiles of the weight and of x, or one, at the least. What an address leads to is not prefetched.
         """
         known, tile = ARCHS.get(arch), config.constexprs
         dense_fp32 = self.name is None and self.data.dtype == torch.float32  # whose decode kernels load nothing early
-        if not launch.PREFETCH or known is None or not known.l2_bytes or self.memory is not None or dense_fp32:
+        if not launch.PREFETCH or known is None or not known.l2_bytes or self.is_table or dense_fp32:
             return 0
-        depth, rows = tile["BLOCK_K"], tile["BLOCK_N"]
+        depth, rows, bits = tile["BLOCK_K"], tile["BLOCK_N"], 16 // self.fields
         buffers = max(1, config.num_stages - 1)
-        nbytes = 2 * buffers * depth * (rows + tile["BLOCK_T"] * 16 // BITS.get(self.format, 16))
+        nbytes = 2 * buffers * depth * (rows + tile["BLOCK_T"] * 16 // bits)
         resident = max(1, min(prod(grid), known.sms * max(1, known.shared_bytes // nbytes)))
-        row = columns * BITS.get(self.format, 16) // 8
+        row = columns * bits // 8
         most = min(row, known.l2_bytes // 2 // (resident * rows))
         return 1 << most.bit_length() - 1 if most >= 128 else 0
 
     @property
     def multiplied_as_stored(self) -> bool:
         """Whether products take its values, or codes, as they lie in memory: TMA can then bring their tiles."""
-        return fields_of(self.format) == 1
+        return self.fields == 1
 
     def takes_tma(self, arch: str) -> bool:
-        return self.multiplied_as_stored and self.memory is None and tma_can_read(self.data, arch)
+        return self.multiplied_as_stored and not self.is_table and tma_can_read(self.data, arch)
 
     def descriptor(self, parts: int, config: LaunchConfig, arch: str) -> TensorDescriptor | None:
         """Describe [(E,) N, K], or with 2 parts [E, 2, N / 2, K]: loads have BLOCK_N rows a part. None: pointers."""
-        if not self.multiplied_as_stored or self.memory is not None:
+        if not self.multiplied_as_stored or self.is_table:
             return None
         block = config.constexprs["BLOCK_N"], config.constexprs["BLOCK_K"]
         if parts == 1:
@@ -144,8 +163,7 @@ def expert_rows(weight, expert, dtype: tl.constexpr, LAYOUT: tl.constexpr, exist
     Where `exists` is false, the table's first entry is read instead, and the caller masks the rows.
     """
     if LAYOUT.table:
-        stored: tl.constexpr = tl.float8e4nv if LAYOUT.format == "fp8_w8a8" else tl.int16
-        element: tl.constexpr = dtype if LAYOUT.format == "dense" else stored
+        element: tl.constexpr = element_type(LAYOUT.format, dtype)
         return tl.multiple_of(
             tl.load(weight.ptr + tl.where(exists, expert, 0)).to(tl.pointer_type(element)), _ALIGNMENT
         )
@@ -190,11 +208,11 @@ def _load_group(ptr, rows, group, inside, K: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def weight_tile(w, k, K: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT: tl.constexpr):
     """Load the tile of WeightRows w at column k: values there, zero beyond K, or the elements of a unit."""
-    FIELDS: tl.constexpr = fields_of(LAYOUT.format)
+    FIELDS: tl.constexpr = LAYOUT.fields
     if w.desc is not None:
-        return w.desc.load(w.coords + (k,)).reshape(w.ptrs.tile.shape)  # noqa: RUF005  # the JIT knows no starred element
+        return w.desc.load(w.coords + (k,)).reshape(w.ptrs.shape)  # noqa: RUF005  # the JIT knows no starred element
     else:
-        return _stored_tile(w.ptrs.tile, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
+        return _stored_tile(w.ptrs, k, K, FIELDS > 1 or K // BLOCK_K * BLOCK_K == K, FIELDS)
 
 
 @triton.jit
@@ -225,10 +243,8 @@ def row_products(
     Each element of a weight is loaded once: the fields of a unit multiply from registers, in the order of the columns.
     Its scales multiply before the products, except those of whole rows (`times_row_scales`).
     """
-    FORMAT: tl.constexpr = LAYOUT.format
     GROUP: tl.constexpr = LAYOUT.group
-    PTX: tl.constexpr = LAYOUT.ptx
-    FIELDS: tl.constexpr = fields_of(FORMAT)
+    FIELDS: tl.constexpr = LAYOUT.fields
     UNIT: tl.constexpr = FIELDS * BLOCK_K
     EVEN: tl.constexpr = K // UNIT * UNIT == K
     offs_k = tl.arange(0, BLOCK_K)
@@ -246,10 +262,11 @@ def row_products(
                 if field == 0 or field * BLOCK_K % GROUP == 0:  # a unit starts with a group, or the group is the row
                     group = k // GROUP + field * BLOCK_K // GROUP
                     inside = None if EVEN or GROUP == K else tl.full([1, 1], column, tl.int32) < K
-                    zeros = None if w.ptrs.zeros is None else _load_group(w.ptrs.zeros, w.rows, group, inside, K, GROUP)
-                    scales = None if GROUP == K else _load_group(w.ptrs.scales, w.rows, group, inside, K, GROUP)
-                values = unpacked(tile, field, zeros, FORMAT, x.dtype, PTX)
-                values = values if GROUP == K else scaled(values, scales, PTX)
+                    stored = w.weight
+                    zeros = None if stored.zeros is None else _load_group(stored.zeros, w.rows, group, inside, K, GROUP)
+                    scales = None if GROUP == K else _load_group(stored.scales, w.rows, group, inside, K, GROUP)
+                values = field_values(tile, field, zeros, LAYOUT, x.dtype)
+                values = values if GROUP == K else scaled(values, scales, LAYOUT.ptx)
             else:  # loaded after x: on sm_80 the loop then has fewer instructions
                 values = weight_tile(w, k, K, BLOCK_K, LAYOUT)
             acc = add_product(acc, x, values, LAYOUT)
@@ -261,8 +278,7 @@ def row_products(
 @triton.jit
 def add_products(
     acc,  # [rows, T]
-    w,  # WeightPtrs of column `begin`
-    rows,  # row indices of the scales and zeros
+    w,  # WeightRows, their pointers those of column `begin`
     x_ptrs,  # [BLOCK_K, T] of column `begin`
     live,  # [1, T] columns of x that exist; a padding copy of a row would cross the L2 cache again
     begin,
@@ -276,28 +292,26 @@ def add_products(
     Each byte of the weight is read once. A group's scale multiplies after the products, so it is never rounded. With
     PDL the weight's first tile is loaded before the wait; not in fp32, whose tiles fill the registers: it would spill.
     """
-    UNIT: tl.constexpr = x_ptrs.shape[0] * fields_of(LAYOUT.format)
+    UNIT: tl.constexpr = x_ptrs.shape[0] * LAYOUT.fields
     AHEAD: tl.constexpr = PDL and x_ptrs.dtype.element_ty.primitive_bitwidth == 16
     if PDL and not AHEAD:
         pdl_wait(PDL)
     if AHEAD:
-        tile = _stored_tile(w.tile, 0, K - begin, EVEN, fields_of(LAYOUT.format))
+        tile = _stored_tile(w.ptrs, 0, K - begin, EVEN, LAYOUT.fields)
         pdl_wait(PDL)
-        acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, 0, EVEN, K, LAYOUT)
+        acc = _add_tile(acc, tile, w, x_ptrs, live, begin, 0, EVEN, K, LAYOUT)
     for k in range(UNIT if AHEAD else 0, SPAN, UNIT):
-        tile = _stored_tile(w.tile, k, K - begin, EVEN, fields_of(LAYOUT.format))
-        acc = _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN, K, LAYOUT)
+        tile = _stored_tile(w.ptrs, k, K - begin, EVEN, LAYOUT.fields)
+        acc = _add_tile(acc, tile, w, x_ptrs, live, begin, k, EVEN, K, LAYOUT)
     return acc
 
 
 @triton.jit
-def _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
+def _add_tile(acc, tile, w, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr):
     """`add_products` of the FIELDS * BLOCK_K columns from begin + k on, whose values or elements are `tile`."""
     BLOCK_K: tl.constexpr = x_ptrs.shape[0]
-    FORMAT: tl.constexpr = LAYOUT.format
     GROUP: tl.constexpr = LAYOUT.group
-    PTX: tl.constexpr = LAYOUT.ptx
-    FIELDS: tl.constexpr = fields_of(FORMAT)
+    FIELDS: tl.constexpr = LAYOUT.fields
     BY_ROW: tl.constexpr = GROUP == K or FIELDS == 1
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
     offs_k = tl.arange(0, BLOCK_K)
@@ -307,12 +321,13 @@ def _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K:
         x = tl.load(x_ptrs + column, mask=live if EVEN else live & (offs_k[:, None] < K - begin - column), other=0.0)
         if FIELDS > 1:
             if field == 0 or field * BLOCK_K % GROUP == 0:
+                stored = w.weight
                 has_group = None if EVEN or BY_ROW else tl.full([1, 1], begin + column, tl.int32) < K
                 # A unit starts with a group, or the group is the whole row.
                 group = begin // GROUP + k // GROUP + field * BLOCK_K // GROUP
-                zeros = None if w.zeros is None else _load_group(w.zeros, rows, group, has_group, K, GROUP)
-                scales = None if BY_ROW else _load_group(w.scales, rows, group, has_group, K, GROUP)
-            part = tl.dot(unpacked(tile, field, zeros, FORMAT, dtype, PTX), x, part, input_precision="ieee")
+                zeros = None if stored.zeros is None else _load_group(stored.zeros, w.rows, group, has_group, K, GROUP)
+                scales = None if BY_ROW else _load_group(stored.scales, w.rows, group, has_group, K, GROUP)
+            part = tl.dot(field_values(tile, field, zeros, LAYOUT, dtype), x, part, input_precision="ieee")
             if not BY_ROW and (field + 1) * BLOCK_K % GROUP == 0:
                 acc += part * scales.to(tl.float32)  # type: ignore[union-attr]
                 part = tl.zeros_like(acc)
@@ -322,14 +337,12 @@ def _add_tile(acc, tile, w, rows, x_ptrs, live, begin, k, EVEN: tl.constexpr, K:
 
 
 @triton.jit
-def times_row_scales(acc, w, rows, K: tl.constexpr, LAYOUT: tl.constexpr, AXIS: tl.constexpr):
-    """Multiply acc's rows, or with AXIS 1 its columns, by the scales of a weight with one scale a row."""
+def times_scales(acc, w, K: tl.constexpr, LAYOUT: tl.constexpr, AXIS: tl.constexpr, x=None, x_rows=None):
+    """Multiply acc's rows, or with AXIS 1 its columns, by the scales of WeightRows with one scale a row, and before its
+    rows by those that Rows x has at x_rows, where these are codes."""
+    if x is not None:  # noqa: SIM102  # the JIT evaluates both sides of `and`
+        if x.scales is not None:
+            acc *= tl.load(x.scales + x_rows)[:, None]
     if LAYOUT.format != "dense" and LAYOUT.group == K:
-        acc *= tl.expand_dims(tl.load(w.scales + rows).to(tl.float32), 1 - AXIS)
+        acc *= tl.expand_dims(tl.load(w.weight.scales + w.rows).to(tl.float32), 1 - AXIS)
     return acc
-
-
-@triton.jit
-def times_x_scales(acc, x_scales, rows):
-    """Multiply acc [rows, columns] by the scales of x at `rows`, where x are codes (fp8.py); None: they are values."""
-    return acc if x_scales is None else acc * tl.load(x_scales + rows)[:, None]

@@ -17,24 +17,14 @@ from torch import Tensor
 from . import reference
 from .arch import family, max_multiprocessors
 from .call import operation
-from .checks import Matrix
+from .composites import Matrix
 from .facts import full_tiles
-from .fp8 import quantize_rows
+from .formats import CODE_PRODUCTS, QUANT_NAMES, matrix_bytes, multiplies_codes
 from .kernel_args import Rows
-from .kernel_weight import (
-    Weight,
-    WeightPtrs,
-    WeightRows,
-    add_products,
-    program_tile,
-    row_products,
-    times_row_scales,
-    times_x_scales,
-)
+from .kernel_weight import Weight, WeightRows, add_products, program_tile, row_products, times_scales
 from .launch import LaunchConfig, describe, is_overridden, launch, select_configs, target_arch
 from .op import Cost
 from .pdl import prefetch_rows
-from .quantized import QUANT_NAMES, W8A8, matrix_bytes
 from .samples import shape_grid, shapes
 from .tiles import (
     QUANTIZED_DECODE,
@@ -48,7 +38,6 @@ from .tiles import (
     quantized_prefill,
     weight_config,
 )
-from .unpack import fields_of
 
 SKINNY_M = 16  # up to here always the skinny kernel: the narrowest side of a tensor core tile
 SKINNY_M_MAX = 64  # beyond it never
@@ -102,14 +91,15 @@ def linear_decode_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t, offs_k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    w = WeightPtrs(weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :], weight.scales, weight.zeros)
+    w_ptrs = weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :]
+    w = WeightRows(weight, w_ptrs, w_rows, None, None)
     x_ptrs = x.ptr + offs_t.to(tl.int64)[None, :] * x.stride + offs_k[:, None]
-    EVEN: tl.constexpr = H % (BLOCK_K * fields_of(LAYOUT.format)) == 0
+    EVEN: tl.constexpr = H % (BLOCK_K * LAYOUT.fields) == 0
     if PDL and PREFETCH:
         prefetch_rows(weight.ptr + w_rows * weight.stride_n, PREFETCH)
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    acc = add_products(acc, w, w_rows, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT, PDL)
-    acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
+    acc = add_products(acc, w, x_ptrs, (offs_t < T)[None, :], 0, H, EVEN, H, LAYOUT, PDL)
+    acc = times_scales(acc, w, H, LAYOUT, AXIS=0)
     out = y_ptr + offs_t.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[None, :] & (offs_n < N)[:, None])
 
@@ -118,7 +108,6 @@ def linear_decode_kernel(
 def linear_kernel(
     x,  # Rows [T, H], values or codes
     x_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None
-    x_scales,  # [T] fp32 of codes, or None
     weight,  # WeightArgs [N, H]
     weight_desc,  # the same in tiles [BLOCK_N, BLOCK_K], or None
     y_ptr,  # [T, N] out
@@ -133,11 +122,10 @@ def linear_kernel(
     x_rows = tl.minimum(offs_t, T - 1)
     x_ptrs = x.ptr + x_rows.to(tl.int64)[:, None] * x.stride + offs_k[None, :]
     w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    w = WeightPtrs(weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :], weight.scales, weight.zeros)
-    rows = WeightRows(w, w_rows, weight_desc, (pid_n * BLOCK_N,))
-    acc = row_products(x_ptrs, x_desc, pid_m * BLOCK_M, rows, BLOCK_M, BLOCK_K, H, LAYOUT)
-    acc = times_x_scales(acc, x_scales, x_rows)
-    acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=1)
+    w_ptrs = weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :]
+    w = WeightRows(weight, w_ptrs, w_rows, weight_desc, (pid_n * BLOCK_N,))
+    acc = row_products(x_ptrs, x_desc, pid_m * BLOCK_M, w, BLOCK_M, BLOCK_K, H, LAYOUT)
+    acc = times_scales(acc, w, H, LAYOUT, 1, x, x_rows)
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
@@ -158,7 +146,7 @@ def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool
     weight, and on sm_80 and sm_90 for a weight whose rows fill a tile on every SM.
     """
     T, N = sizes.T, sizes.N
-    if sizes.weight == W8A8:
+    if multiplies_codes(sizes.weight):
         return False
     if T <= SKINNY_M or T > SKINNY_M_MAX or dtype == torch.float32:
         return T <= SKINNY_M
@@ -189,10 +177,10 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
 def cost(case: LinearSizes, dtype: torch.dtype) -> Cost:
     """Count x, the weight and the result once; codes of x, which a launch of their own writes, once more."""
     T, H, N = case.T, case.H, case.N
-    fp8, flops = case.weight == W8A8, 2 * T * H * N
-    codes = 2 * T * (H + torch.float32.itemsize) * fp8
+    has_codes, flops = multiplies_codes(case.weight), 2 * T * H * N
+    codes = 2 * T * (H + torch.float32.itemsize) * has_codes
     elements = T * (H + N) * dtype.itemsize
-    return Cost(flops, matrix_bytes(case.weight, N, H, dtype.itemsize) + elements + codes, fp8_flops=flops * fp8)
+    return Cost(flops, matrix_bytes(case.weight, N, H, dtype.itemsize) + elements + codes, fp8_flops=flops * has_codes)
 
 
 @operation(
@@ -207,8 +195,8 @@ def cost(case: LinearSizes, dtype: torch.dtype) -> Cost:
         *shapes(LinearSizes, "3 128 40", weight="int4:64"),
         *shapes(LinearSizes, "20 100 33", weight="int8"),
         *shapes(LinearSizes, "5 96 33", weight="fp8", deterministic=True),
-        *shapes(LinearSizes, "3 100 40, 70 300 33", weight=W8A8),
-        *shapes(LinearSizes, "5 64 33", weight=W8A8, deterministic=True),
+        *shapes(LinearSizes, "3 100 40, 70 300 33", weight=CODE_PRODUCTS),
+        *shapes(LinearSizes, "5 64 33", weight=CODE_PRODUCTS, deterministic=True),
     ),
     bench_shapes=(
         *shape_grid(LinearSizes, T=(1, 4, 8, 16), H=4096, N=(6144, 4096)),
@@ -216,7 +204,7 @@ def cost(case: LinearSizes, dtype: torch.dtype) -> Cost:
         *shapes(LinearSizes, "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
         *shapes(LinearSizes, "1 4096 6144, 4096 4096 6144", deterministic=True),
         *shape_grid(LinearSizes, T=(1, 32, 128, 4096), H=4096, N=6144, weight=QUANT_NAMES),
-        *shape_grid(LinearSizes, T=(128, 4096), H=4096, N=6144, weight=W8A8),
+        *shape_grid(LinearSizes, T=(128, 4096), H=4096, N=6144, weight=CODE_PRODUCTS),
     ),
 )
 def linear(
@@ -225,7 +213,7 @@ def linear(
     """Multiply rows with a weight: x @ weight.T.
 
     x              [..., H], fp32, bf16 or fp16
-    weight         [N, H] in x's dtype, or a QuantizedWeight of that shape; "fp8_w8a8" quantizes x (sm_89 and later)
+    weight         [N, H] in x's dtype, or a QuantizedWeight of that shape; of one format it quantizes x (fp8.py)
     deterministic  a row's bits do not depend on the other rows: one tile for any number of rows
 
     Returns [..., N] in x's dtype, summed in fp32. Raises ValueError for another shape, dtype or device.
@@ -245,12 +233,11 @@ def linear(
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if wide else min(T, 1)
     grid = (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),)
-    more: dict[str, Any] = {"x_desc": None, "x_scales": None, "weight_desc": None}
-    if w.name == W8A8:
-        codes, scales = quantize_rows(rows)
-        rows, H = Rows.of(codes), codes.shape[1]
-        tile = config.constexprs["BLOCK_M"], config.constexprs["BLOCK_K"]
-        more = {"x_desc": describe(codes, tile, arch), "x_scales": scales, "weight_desc": w.descriptor(1, config, arch)}
+    more: dict[str, Any] = {"x_desc": None, "weight_desc": None}
+    rows = w.rows_of(rows)
+    if rows.scales is not None:
+        tile, H = (config.constexprs["BLOCK_M"], config.constexprs["BLOCK_K"]), rows.ptr.shape[1]
+        more = {"x_desc": describe(rows.ptr, tile, arch), "weight_desc": w.descriptor(1, config, arch)}
     elif not wide:
         more = {"PREFETCH": w.prefetch_bytes(H, config, grid, arch)}
     launch(kernel, grid, config, x=rows, weight=w.args, y_ptr=y, T=T, N=N, H=H, LAYOUT=w.layout(arch), **more)

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernel_args import ALIGNMENT
 from .quantized import QuantizedWeight
 
-ALIGNMENT = 16  # bytes: what a kernel assumes of an address in a table
 PORTABLE_MAPPED = 3  # flags of cudaHostRegister: every GPU may read the memory, at an address of its own space
 OFFLOADED = "offloaded "  # how `layout` starts
 _weights: weakref.WeakValueDictionary[int, OffloadedWeight] = weakref.WeakValueDictionary()  # by id
@@ -85,7 +85,7 @@ class _Staging(threading.local):
 
 
 class OffloadedWeight(QuantizedWeight):
-    """A weight [E, N, K], dense or quantized, of which some experts lie in host memory.
+    """Stored: a weight [E, N, K], dense or quantized, of which some experts lie in host memory.
 
     data      int64 [E]: the address of each expert's rows; whoever holds it must hold this object
     resident  the rows of the other experts on the device, [E - n, N, K'], and `host`, [n, N, K'] in pinned host memory
@@ -142,6 +142,18 @@ class OffloadedWeight(QuantizedWeight):
         return self.resident.dtype
 
     @property
+    def value_dtype(self) -> torch.dtype | None:  # type: ignore[override]
+        return self.dtype if self.format == "dense" else None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return *super().key, self.dtype  # `tensors` has addresses
+
+    @property
+    def stored_rows(self) -> Tensor:
+        return self.host if self.format == "dense" else self.kind.elements(self.host)
+
+    @property
     def device(self) -> torch.device:
         return self.resident.device
 
@@ -183,14 +195,14 @@ class OffloadedWeight(QuantizedWeight):
         experts = (self[expert] for expert in range(len(self)))
         return torch.stack([x.float() if self.format == "dense" else x.dequantize() for x in experts])
 
-    def with_fp8_activations(self) -> QuantizedWeight:
-        if (view := self.__dict__.get("_fp8_view")) is None:
-            view = super().with_fp8_activations()
+    def viewed_as(self, format: str) -> QuantizedWeight:
+        if (view := self.__dict__.get("_view")) is None:
+            view = super().viewed_as(format)
             _weights[id(view)] = view  # type: ignore[assignment]
-            view.__dict__["staged"] = self.staged  # a buffer holds the rows for both
+            view.__dict__["data_for_many_rows"] = self.data_for_many_rows  # a buffer holds the rows for both
         return view  # type: ignore[no-any-return]
 
-    def staged(self) -> Tensor:
+    def data_for_many_rows(self) -> Tensor:
         """Return a table of addresses on the device, where the host's experts are copied: each byte once, on another
         stream, which begins with the next weight's, too. The host does not wait. On a CPU, return the table itself."""
         if self.device.type != "cuda":
@@ -210,8 +222,8 @@ class OffloadedWeight(QuantizedWeight):
 
     @staticmethod
     def stage_in_turn(layers: Sequence[Sequence[OffloadedWeight]]) -> None:
-        """Share a buffer, as large as the largest needs, among a projection's weights. `staged` of one begins to copy
-        the next, of the other projection, so that a kernel reads one buffer while the other is filled."""
+        """Share a buffer, as large as the largest needs, among a projection's weights. When one is staged, the copy of
+        the next, of the other projection, begins, so that a kernel reads one buffer while the other is filled."""
         for weights in zip(*layers, strict=True):
             staging = _Staging(max(weight.host.nbytes for weight in weights))
             for weight in weights:

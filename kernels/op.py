@@ -13,8 +13,9 @@ import torch
 from . import checks
 from .arch import multiplies_fp8
 from .checks import Argument, Binder, Within
+from .composites import COMPOSITE_PARTS, Matrix
+from .formats import matrix_bytes, multiplies_codes
 from .launch import LaunchConfig
-from .quantized import W8A8, matrix_bytes
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def as_dict(case: Any) -> dict[str, Any]:
 
 def runs_on(case: Any, arch: str) -> bool:
     """Return whether the GPU has the products of a case: those of fp8 codes not every one has."""
-    return W8A8 not in vars(case).values() or multiplies_fp8(arch)
+    return not any(map(multiplies_codes, vars(case).values())) or multiplies_fp8(arch)
 
 
 @cache
@@ -89,7 +90,7 @@ def streaming_cost(run: Callable[..., Any], flops: Callable[[Any], int]) -> Call
         total, letters = 0, letters_of(run, case)
         for a in (a for part in read_annotations(run) for a in part if a.tensor and not a.optional):
             *rows, columns = checks.shape_of(a.shape_spec, letters)
-            weights = letters[a.name] if a.kind == checks.Matrix else None
+            weights = letters[a.name] if a.kind == Matrix else None
             stored = dtype if a.dtypes is None or dtype in a.dtypes else a.dtypes[0]
             total += matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
         return Cost(flops=flops(case), bytes=total)
@@ -237,7 +238,7 @@ class Op:
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
         parameters: list[inspect.Parameter] = []
         for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
-            kind = argument.kind if composite is None or argument.kind not in checks.COMPOSITE_PARTS else composite
+            kind = argument.kind if composite is None or argument.kind not in COMPOSITE_PARTS else composite
             if composite is None and len(parameters) >= self.positional:
                 parameter = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))

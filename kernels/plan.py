@@ -24,11 +24,9 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
-from .checks import COMPOSITES
+from .composites import COMPOSITES
 from .launch import CompiledLaunch
-from .offload import OffloadedWeight
 from .op import Op
-from .quantized_cache import QuantizedCache
 
 PLANS_MAX = 4096
 # torch operations that allocate memory and compute nothing.
@@ -53,12 +51,8 @@ def call_key(args: Sequence[Any]) -> tuple[Any, ...]:
                 key.append(x.untyped_storage().size() <= _BUFFER_MAX)
         elif not isinstance(x, COMPOSITES):
             key += (type(x), x)  # True is not 1
-        elif isinstance(x, QuantizedCache):
-            key += (QuantizedCache, *call_key(x.tensors))
         else:
-            key += (type(x), x.format, x.group, x.shape, *call_key(x.tensors))
-            if isinstance(x, OffloadedWeight):  # its parts are addresses
-                key.append(x.dtype)
+            key += (type(x), *x.key, *call_key(x.tensors))
     return tuple(key)
 
 

@@ -52,6 +52,7 @@ class QuantizedCache:
     """
 
     dtype, as_stored = torch.int8, staticmethod(as_stored)
+    key, value_dtype, first_part = (), None, "codes"  # as of a QuantizedWeight
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self.codes, self.scales = codes, scales

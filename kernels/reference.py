@@ -223,7 +223,7 @@ def _attend(
 def append(k: Tensor, v: Tensor, k_cache: Any, v_cache: Any, past: Tensor, new: Tensor) -> None:
     """Write the first new[b] tokens of k and v [B,T,Hkv,D] into the ring caches [B,Hkv,C,D], slot = position mod C.
 
-    A QuantizedCache quantizes what it is assigned, one vector [D] at a time.
+    A cache of 8 bits quantizes what it is assigned, one vector [D] at a time.
     """
     C = k_cache.shape[2]
     for b, (begin, n) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):

@@ -8,7 +8,7 @@ import torch
 from .attention.op import attention as attention
 from .attention.op import cached_attention as cached_attention
 from .attention.op import rope_append_attention as rope_append_attention
-from .checks import COMPOSITES
+from .composites import COMPOSITES
 from .experts.op import expert_swiglu as expert_swiglu
 from .experts.op import experts_add_rms_norm as experts_add_rms_norm
 from .linear import linear as linear

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import reference
 from .call import operation
-from .checks import INTS, Cache, Within
+from .checks import INTS, Within
+from .composites import Cache, quantized_vectors, vector_bytes
 from .facts import full_tiles
 from .heads import (
     CacheArgs,
@@ -35,7 +36,6 @@ from .heads import (
 from .kernel_args import Heads
 from .launch import LaunchConfig, launch, select_configs
 from .op import Cost
-from .quantized_cache import quantized, vector_bytes
 from .samples import shape_grid, shapes
 from .tiles import power_of_2
 
@@ -55,7 +55,7 @@ def _quantize_heads(
     offs_h, offs_d = tl.arange(0, BLOCK_H).to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     exists = offs_h < heads
     mask = exists[:, None] & (offs_d < D)
-    codes, scales = quantized(tl.load(x_ptr + offs_h[:, None] * stride_xh + offs_d, mask=mask, other=0.0))
+    codes, scales = quantized_vectors(tl.load(x_ptr + offs_h[:, None] * stride_xh + offs_d, mask=mask, other=0.0))
     tl.store(y_ptr + offs_h[:, None] * stride_yh + offs_d, codes.to(tl.int8), mask=mask)
     tl.store(scale_ptr + offs_h * (stride_yh // D), scales, mask=exists)
 
@@ -262,7 +262,7 @@ def append(k: KeyHeads, v: KeyHeads, k_cache: Slots, v_cache: Slots, past: Past,
     """Write a chunk's keys and values into the ring caches (Mistral 7B, section 2): position p into slot p mod C.
 
     k, v              [B, T, Hkv, D], fp32, bf16 or fp16
-    k_cache, v_cache  [B, Hkv, C, D] in k's dtype, or QuantizedCaches; of equal strides; written in place
+    k_cache, v_cache  [B, Hkv, C, D] in k's dtype, or of 8 bits; of equal strides; written in place
     past, new         [B], int32 or int64: sequence b stands at position past[b], and its first new[b] tokens are
                       written
 

@@ -8,9 +8,10 @@ import torch
 
 from . import checks
 from .checks import Argument
+from .composites import Cache, Matrix, quantize_cache
+from .formats import parse_name
 from .op import as_dict, letters_of, read_annotations, row_letter
-from .quantized import sample_quantized
-from .quantized_cache import QuantizedCache
+from .quantized import QuantizedWeight, QuantSpec
 
 Case = TypeVar("Case")
 
@@ -35,6 +36,19 @@ def draw(
     return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
 
+def sample_quantized(name: str, *shape: int, device: Any, generator: Any = None) -> QuantizedWeight:
+    """Draw a weight of a `QuantizedWeight.name`, its values about as large as a dense weight's of K columns."""
+    K = shape[-1]
+    format, group = parse_name(name, K)
+    weight = QuantSpec(format.name, group, format.scale_dtype).empty(shape, device)
+    if weight.device.type != "meta":
+        data = torch.randint(-(1 << 15), 1 << 15, weight.data.shape, generator=generator, dtype=torch.int16)
+        weight.data.copy_(format.sample(data))
+        scales = torch.rand(weight.scales.shape, generator=generator) + 0.5
+        weight.scales.copy_(scales * K**-0.5 / format.typical)
+    return weight
+
+
 def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]] | None) -> Any:
     """Return `Op.inputs` for `run`: a function that draws its arguments. `special` may draw some of them.
 
@@ -50,10 +64,10 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
             if not argument.tensor:
                 return letters.get(argument.shape_spec or argument.name, 1e-5)
             shape = checks.shape_of(argument.shape_spec, letters)
-            if argument.kind == checks.Matrix and (format := letters[argument.name.removesuffix("_proj")]):
+            if argument.kind == Matrix and (format := letters[argument.name.removesuffix("_proj")]):
                 return sample_quantized(format, *shape, device=device, generator=generator)
-            if argument.kind == checks.Cache and case.cache:
-                return QuantizedCache.of(draw(shape, dtype, device, generator))
+            if argument.kind == Cache and case.cache:
+                return quantize_cache(draw(shape, dtype, device, generator))
             is_weight = len(shape) > 1 and argument.shape_spec.split()[0] not in ("B", "...", row_letter(run))
             return draw(shape, dtype, device, generator, scale=shape[-1] ** -0.5 if is_weight else 1.0)
 

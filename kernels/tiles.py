@@ -19,8 +19,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .arch import check_multiplies_fp8, family, has_less_shared_memory, tma
+from .formats import FORMATS, multiplies_codes, tile_columns
 from .launch import LaunchConfig
-from .quantized import BITS, W8A8, tile_columns
 
 
 def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
@@ -159,15 +159,15 @@ FP8_PREFILL: Table[PrefillTile] = {
 
 def quantized_prefill(name: str, arch: str) -> Table[PrefillTile]:
     """Return the tiles of a format, as `QuantizedWeight.name` has it; ValueError where `arch` does not multiply it."""
-    if name == W8A8:
+    if multiplies_codes(name):
         check_multiplies_fp8(arch, f"the format of a weight is {name}")
         return FP8_PREFILL
-    return QUANTIZED_PREFILL[BITS[name.partition(":")[0]]]
+    return QUANTIZED_PREFILL[FORMATS[name.partition(":")[0]].bits]
 
 
 def least_rows(quantized: str | None, arch: str) -> int:
-    """Return the least rows of x of a tile for many: of fp8 codes those of wgmma, without which sm_90 widens them."""
-    return 64 if quantized == W8A8 and tma(arch) else 16
+    """Return the least rows of x of a tile for many: of codes those of wgmma, without which sm_90 widens them."""
+    return 64 if multiplies_codes(quantized) and tma(arch) else 16
 
 
 def tiles_for(table: Table[Tile], dtype: torch.dtype, arch: str, variant: str = "") -> Sequence[Tile]:
@@ -200,6 +200,6 @@ def weight_config(
     more       other constexprs
     """
     tiles = {"BLOCK_N": power_of_2(columns, low=16, high=tile.BLOCK_N // halves)}
-    dense = power_of_2(depth, low=64 if quantized else 16, high=tile.BLOCK_K)
-    tiles["BLOCK_K"] = tile_columns(quantized, depth) if quantized and quantized != W8A8 else dense
+    free = power_of_2(depth, low=64 if quantized else 16, high=tile.BLOCK_K)
+    tiles["BLOCK_K"] = tile_columns(quantized, depth) or free
     return LaunchConfig(tiles | more, num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -29,7 +29,8 @@ from .config import (
     shown,
 )
 from .kernels.offload import host_memory
-from .kernels.quantized import GROUPS, QuantizedWeight
+from .kernels.packing import GROUPS
+from .kernels.quantized import QuantizedWeight
 from .parallel import UNSHARDED, Shard
 
 KeyLayout = Literal["per_expert", "fused"]

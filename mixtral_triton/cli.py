@@ -373,7 +373,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
-    from .load import AUTO_CONTEXT
+    from .offload_plan import AUTO_CONTEXT
     from .tools.chat import Conversation, check_system, run
     from .tools.writer import check_options
 

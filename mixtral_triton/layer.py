@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .cache import KVCache, Slots
 from .config import MixtralConfig
-from .kernels.quantized import with_fp8_activations
+from .kernels.fp8 import with_fp8_activations
 from .quantize import QuantizedWeight
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -26,11 +26,11 @@ from .kernels.call import reject_transforms, transformed, untraced
 from .kernels.checks import check_values
 from .kernels.heads import rope_tables
 from .kernels.launch import pdl_region
-from .kernels.offload import empty_on_host
 from .layer import Layer, State, WeightTensor
 from .load import load
+from .offload_plan import RESIDENT, MemoryRequest, Placement, offloaded_weights, stage_in_turn
 from .parallel import UNSHARDED, Ranks
-from .quantize import QUANTIZED_PARTS, OffloadedWeight, QuantizedWeight, QuantSpec
+from .quantize import QuantizedWeight, QuantSpec
 from .score import score
 from .tokenizer import load_tokenizer
 
@@ -45,17 +45,6 @@ def _method_names(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(methods - {"generate", "stream"} | {"_compiled_call_impl"})  # None until `compile` sets it
 
 
-def _empty_weight(
-    shape: tuple[int, ...], device: Any, dtype: torch.dtype, spec: QuantSpec | None, on_host: Sequence[int] = ()
-) -> Any:
-    """Return an unset Parameter, a QuantizedWeight where there is a spec, or an OffloadedWeight of either kind."""
-    first_device = "meta" if on_host else device
-    weight = torch.empty(shape, device=first_device, dtype=dtype) if spec is None else spec.empty(shape, first_device)
-    if on_host:
-        return OffloadedWeight(weight, on_host, device)
-    return nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
-
-
 class Mixtral(nn.Module):
     """A Mixtral language model for inference.
 
@@ -66,8 +55,7 @@ class Mixtral(nn.Module):
     deterministic  a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
                    tokens in every matrix product, sorted experts even for one token, and a fixed split of the keys
     ranks          the model is one rank's part of a mesh: `config` has the rank's heads, `full_config` all of them
-    on_host        experts of each layer that lie in pinned host memory and are read in place (OffloadedWeight)
-    embedding_on_host  whether the embedding does, too
+    placement      what lies in pinned host memory and is read in place
     """
 
     embed_tokens: Tensor  # [V, H]
@@ -91,8 +79,7 @@ class Mixtral(nn.Module):
         deterministic: bool = False,
         specs: Mapping[str, QuantSpec] | None = None,
         ranks: Ranks | None = None,
-        on_host: Sequence[Sequence[int]] = (),
-        embedding_on_host: bool = False,
+        placement: Placement = RESIDENT,
     ) -> None:
         super().__init__()
         self.deterministic, self.ranks = deterministic, ranks
@@ -102,20 +89,16 @@ class Mixtral(nn.Module):
         specs = specs or {}
         layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]
         for name, shape in shapes.items():
-            spec = specs.get(name)
+            weight = placement.empty_weight(name, shape, specs.get(name), dtype, device)
             if name.startswith("layers."):
                 _, index, short = name.split(".")
-                offloaded = on_host[int(index)] if on_host and short in QUANTIZED_PARTS["experts"] else ()
-                layers[int(index)][short] = _empty_weight(shape, device, dtype, spec, offloaded)
-            elif name == "embed_tokens" and embedding_on_host:
-                self.embed_tokens = empty_on_host(shape, dtype, usable_device(device))
+                layers[int(index)][short] = weight
             else:
-                setattr(self, name, _empty_weight(shape, device, dtype, spec))
+                setattr(self, name, weight)
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
-        projections = ((layer.gate_up_proj, layer.down_proj) for layer in self.layers)  # in the order of their use
-        OffloadedWeight.stage_in_turn([pair for pair in projections if isinstance(pair[1], OffloadedWeight)])  # type: ignore[misc]
+        stage_in_turn(self.layers)
         self._set_tables(device)
         super().train(False)
 
@@ -174,10 +157,10 @@ class Mixtral(nn.Module):
             raise ValueError(f"Mixtral.from_pretrained: {got}: needs None")
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
-        options = (folder, device, dtype, weights, deterministic, offload, context, cache_dtype, progress)
+        request = MemoryRequest(offload, context, cache_dtype, activations)
         ranks = None if mesh is None else Ranks(mesh)
         with nullcontext() if ranks is None else ranks.raise_on_any_rank():
-            return load(cls, *options, activations, ranks)
+            return load(cls, folder, device, dtype, weights, deterministic, request, progress, ranks)
 
     @property
     def device(self) -> torch.device:
@@ -352,7 +335,7 @@ class Mixtral(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixtral:
         """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits, and are set
         after `to_empty`, too. Offloaded experts refuse before anything has changed."""
-        for weight in self._offloaded():
+        for weight in offloaded_weights(self):
             weight._apply(fn)
         cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
@@ -364,14 +347,11 @@ class Mixtral(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Load a state_dict's own part, which comes first: offloaded experts refuse before anything has changed."""
-        for weight in self._offloaded():
+        for weight in offloaded_weights(self):
             weight._refuse_state()
         super()._load_from_state_dict(*args)
         if self.cos.is_meta:  # assign=True has moved the parameters
             self._set_tables(self.device)
-
-    def _offloaded(self) -> Iterator[OffloadedWeight]:
-        return (module for module in self.modules() if isinstance(module, OffloadedWeight))
 
     def requires_grad_(self, requires_grad: bool = True) -> Mixtral:
         if requires_grad:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.quantized import with_fp8_activations
+from .kernels.fp8 import with_fp8_activations
 from .kernels.quantized_cache import as_stored
 from .kernels.reference import attention, expert_swiglu, linear, rms_norm, rope, route
 from .kernels.reference import sort_by_expert as sort_by_expert

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .kernels.fp8 import W8A8
 from .kernels.launch import launch_context, multiprocessors, target_arch
 from .kernels.op import Op
-from .kernels.quantized import W8A8, QuantizedWeight
+from .kernels.quantized import QuantizedWeight
 from .kernels.quantized_cache import CODE_MAX, QuantizedCache
 from .kernels.registry import OPS
 

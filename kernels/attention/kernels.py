@@ -13,11 +13,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..composites import quantized_vectors
 from ..facts import full_tiles
 from ..heads import POSITIONS_MAX, RotaryTables, angles, sequence_position
 from ..kernel_args import Heads, Pointer
 from ..pdl import pdl_wait
-from ..quantized_cache import quantized
 from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalized, sweep, take_keys, unit_of
 
 
@@ -26,7 +26,7 @@ class Keys(NamedTuple):
 
     k_ptr: Pointer  # [B, S, Hkv, D]
     v_ptr: Pointer
-    k_scales: Pointer  # [B, Hkv, S] fp32 in 8 bits, at a vector's index (quantized_cache.py), or None
+    k_scales: Pointer  # [B, Hkv, S] fp32 in 8 bits, at a vector's index, or None
     v_scales: Pointer
     stride_kb: int
     stride_kt: int
@@ -176,8 +176,8 @@ def _append_newest_key(
     k = _load_rotated(fresh[0], mask, angle[0], angle[1], D)
     v = tl.load(fresh[1] + offs_d, mask=mask, other=0.0)
     if scales is not None:
-        k, k_scale = quantized(k)
-        v, v_scale = quantized(v)
+        k, k_scale = quantized_vectors(k)
+        v, v_scale = quantized_vectors(v)
         one = tl.arange(0, 1)
         tl.store(scales[0] + one, k_scale, mask=one < tl.where(active, 1, 0))
         tl.store(scales[1] + one, v_scale, mask=one < tl.where(active, 1, 0))

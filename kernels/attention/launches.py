@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..checks import Cache
+from ..composites import Cache
 from ..heads import CacheArgs, cache_parts
 from ..kernel_args import Heads, dense_rows
 from ..launch import describe, launch, multiprocessors, select_configs, target_arch

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..call import operation
 from ..checks import INTS, Within, fail
+from ..composites import vector_bytes
 from ..heads import (
     CacheArgs,
     KeyHeads,
@@ -31,7 +32,6 @@ from ..heads import (
 )
 from ..kernel_args import Heads
 from ..op import Cost
-from ..quantized_cache import QuantizedCache, vector_bytes
 from ..rope import launch_append
 from ..samples import draw, shapes
 from .kernels import Bounds, Newest
@@ -271,7 +271,7 @@ def cached_attention(
 
     q                 [B, T, Hq, D], fp32, bf16 or fp16; query t is at position past[b] + t
     k, v              [B, T, Hkv, D] of the chunk, not in the caches yet. None: the caches hold the chunk, too
-    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, of equal strides; position p is in slot p mod C. Or QuantizedCaches:
+    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, of equal strides; position p is in slot p mod C. Or 8 bits:
                       k and v then take part quantized, as they will be read from there
     past, new         [B], int32 or int64: tokens before the chunk, and tokens of the chunk that exist. The device reads
                       them, so a CUDA graph replays at any length
@@ -293,7 +293,8 @@ def cached_attention(
         keys = keys_of(k, v)
     else:
         B, T, Hkv, D = k.shape
-        chunk = [QuantizedCache.empty(B, Hkv, T, D, device=k.device) for _ in range(2)]
+        empty: Any = k_cache.empty  # type: ignore[union-attr]  # of 8 bits
+        chunk = [empty(B, Hkv, T, D, device=k.device) for _ in range(2)]
         launch_append(k, v, chunk[0], chunk[1], None, new.contiguous())
         keys = slots_of(*chunk)
     sizes = replace(sizes, S=sizes.T, C=sizes.S)
@@ -338,7 +339,7 @@ def rope_append_attention(
     q                 [B, 1, Hq, D], fp32, bf16 or fp16; D even and at most 256
     k, v              [B, 1, Hkv, D] in q's dtype
     cos, sin          fp32 [P, D/2], as in `rope`
-    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, or QuantizedCaches; of equal strides; written in place
+    k_cache, v_cache  [B, Hkv, C, D] in q's dtype, or of 8 bits; of equal strides; written in place
     past, new         [B], int32 or int64, new 0 or 1, as in `cached_attention`
     window            as in `attention`
     deterministic     a sequence's bits do not depend on the rest of the batch

@@ -1,6 +1,6 @@
 """The loop over keys of the attention kernels: products, mask and running softmax of a tile of queries.
 
-The letters are those of kernels.py. Keys are in 16 or 32 bits, or in 8 (quantized_cache.py).
+The letters are those of kernels.py. Keys are in 16 or 32 bits, or in 8, with a scale each.
 """
 
 from __future__ import annotations

@@ -20,23 +20,21 @@ import triton.language as tl
 
 from ..facts import full_tiles
 from ..kernel_weight import (
-    WeightPtrs,
     WeightRows,
     add_product,
     add_products,
     expert_rows,
     program_tile,
     row_products,
-    times_row_scales,
-    times_x_scales,
+    times_scales,
     weight_tile,
 )
 from ..norm import normed_rows
 from ..pdl import pdl_wait, pdl_wait_first, prefetch_rows
-from ..unpack import fields_of
 
-# The rows of x of a tile: pointers [rows, BLOCK_K] of column 0, or descriptors of the upper part and of SHORT_M rows.
-RowSource = namedtuple("RowSource", "ptrs desc short_desc")
+# The rows of x of a tile: Rows, and pointers [rows, BLOCK_K] of column 0, or descriptors of the upper part and of
+# SHORT_M rows.
+RowSource = namedtuple("RowSource", "rows ptrs desc short_desc")
 
 
 @triton.jit
@@ -95,7 +93,7 @@ def experts_up_decode_kernel(
     pdl_wait_first(PDL)  # the route selects the weights, also those of the next launch
     pid_n = tl.program_id(0)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT)
-    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
+    UNIT: tl.constexpr = BLOCK_K * LAYOUT.fields
     # Outside the loop: the loop then has the same instructions, whether an address is loaded or not.
     rows = expert_rows(gate_up, expert, x.ptr.dtype.element_ty, LAYOUT, count > 0)
     for first in range(0, count, BLOCK_T):
@@ -106,11 +104,10 @@ def experts_up_decode_kernel(
         ranks = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, ranks)
         x_ptrs = x.ptr + (slot // TOP_K)[None, :] * x.stride + offs_k[:, None]
-        w = WeightPtrs(w_ptrs, gate_up.scales, gate_up.zeros)
-        w_rows = expert * 2 * I + pair_rows(pid_n, I, BLOCK_N)
+        w = WeightRows(gate_up, w_ptrs, expert * 2 * I + pair_rows(pid_n, I, BLOCK_N), None, None)
         acc = tl.zeros((2 * BLOCK_N, BLOCK_T), tl.float32)
-        acc = add_products(acc, w, w_rows, x_ptrs, (ranks < count)[None, :], 0, H, H % UNIT == 0, H, LAYOUT)
-        acc = times_row_scales(acc, w, w_rows, H, LAYOUT, AXIS=0)
+        acc = add_products(acc, w, x_ptrs, (ranks < count)[None, :], 0, H, H % UNIT == 0, H, LAYOUT)
+        acc = times_scales(acc, w, H, LAYOUT, AXIS=0)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
         out = h_ptr + slot[None, :] * I + offs_n[:, None]
         mask = (ranks < count)[None, :] & (offs_n < I)[:, None]
@@ -134,7 +131,7 @@ def experts_down_decode_kernel(
         pdl_wait(PDL)
     pid_n, split = tl.program_id(0), tl.program_id(2)
     expert, slots, match, rank, count = _matching_slots(ids_ptr, N, E, BLOCK_S, BY_SLOT, EARLY)
-    UNIT: tl.constexpr = BLOCK_K * fields_of(LAYOUT.format)
+    UNIT: tl.constexpr = BLOCK_K * LAYOUT.fields
     SPAN: tl.constexpr = (I + SPLIT_K * UNIT - 1) // (SPLIT_K * UNIT) * UNIT
     EVEN: tl.constexpr = I % (SPLIT_K * UNIT) == 0
     rows = expert_rows(down, expert, h_ptr.dtype.element_ty, LAYOUT, count > 0)
@@ -151,11 +148,10 @@ def experts_down_decode_kernel(
         ranks = first + tl.arange(0, BLOCK_T)
         slot = _compact(slots, match, rank, ranks)
         h_ptrs = h_ptr + slot[None, :] * I + (begin + offs_k)[:, None]
-        w = WeightPtrs(w_ptrs, down.scales, down.zeros)
-        w_rows = expert * H + tl.minimum(offs_n, H - 1)
+        w = WeightRows(down, w_ptrs, expert * H + tl.minimum(offs_n, H - 1), None, None)
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        acc = add_products(acc, w, w_rows, h_ptrs, (ranks < count)[None, :], begin, SPAN, EVEN, I, LAYOUT)
-        acc = times_row_scales(acc, w, w_rows, I, LAYOUT, AXIS=0)
+        acc = add_products(acc, w, h_ptrs, (ranks < count)[None, :], begin, SPAN, EVEN, I, LAYOUT)
+        acc = times_scales(acc, w, I, LAYOUT, AXIS=0)
         out = y_ptr + (split.to(tl.int64) * N + slot)[None, :] * H + offs_n[:, None]
         tl.store(out, acc, mask=(ranks < count)[None, :] & (offs_n < H)[:, None])
 
@@ -205,19 +201,18 @@ def _products_of_both_parts(
 
 @triton.jit
 def _store_scaled(
-    acc, x_scales, w, store: tl.constexpr, out, row, end, pid_n, COLUMNS: tl.constexpr, K: tl.constexpr,
-    LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """Multiply the products acc of sorted rows `row`.. by the scales of x and of the weight, and store them."""
-    acc = times_x_scales(acc, x_scales, tl.minimum(row + tl.arange(0, acc.shape[0]), end - 1))
-    rows = w.rows.to(tl.int32)  # of 64 bits they take registers that the loop before needs
-    store(times_row_scales(acc, w.ptrs, rows, K, LAYOUT, AXIS=1), *out, row, end, pid_n, COLUMNS)
+    acc, x, w, store: tl.constexpr, out, row, end, pid_n, COLUMNS: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Multiply the products acc of sorted rows `row`.. by the scales of Rows x and of the weight, and store them."""
+    x_rows = tl.minimum(row + tl.arange(0, acc.shape[0]), end - 1)
+    # Indices of 64 bits take registers that the loop before needs.
+    w = WeightRows(w.weight, w.ptrs, w.rows.to(tl.int32), None, None)
+    store(times_scales(acc, w, K, LAYOUT, 1, x, x_rows), *out, row, end, pid_n, COLUMNS)
 
 
 @triton.jit
 def _multiply_parts(
     x,  # RowSource
-    x_scales,  # fp32 [N] of codes, or None
     row, end,
     w,  # WeightRows
     store: tl.constexpr,  # _store_swiglu or _store_slots
@@ -231,14 +226,14 @@ def _multiply_parts(
     remaining = tl.minimum(end - row, BLOCK_M)
     if remaining <= SHORT_M:
         short = row_products(x.ptrs, x.short_desc, row, w, SHORT_M, BLOCK_K, K, LAYOUT)
-        _store_scaled(short, x_scales, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
+        _store_scaled(short, x.rows, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
     elif remaining <= MAIN_M:
         upper = row_products(x.ptrs, x.desc, row, w, MAIN_M, BLOCK_K, K, LAYOUT)
-        _store_scaled(upper, x_scales, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
+        _store_scaled(upper, x.rows, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
     elif MAIN_M < BLOCK_M:
         main, short = _products_of_both_parts(x, row, w, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT)
-        _store_scaled(main, x_scales, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
-        _store_scaled(short, x_scales, w, store, out, row + MAIN_M, end, pid_n, COLUMNS, K, LAYOUT)
+        _store_scaled(main, x.rows, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
+        _store_scaled(short, x.rows, w, store, out, row + MAIN_M, end, pid_n, COLUMNS, K, LAYOUT)
 
 
 @triton.jit
@@ -255,10 +250,9 @@ def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
 @full_tiles("BLOCK_E")
 @triton.jit
 def experts_up_kernel(
-    x,  # Rows [T, H], values or codes; unused where descriptors read
+    x,  # Rows [T, H]; where descriptors read only its scales are used, [N] in sorted order
     x_desc,  # [N, H], the same in sorted order, in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
     short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
-    x_scales,  # fp32 of codes, [N] where descriptors read, else [T]; or None
     gate_up,  # WeightArgs [E, 2I, H]
     gate_up_desc,  # [E, 2, I, H] in tiles [1, 2, BLOCK_N, BLOCK_K], or None
     h_ptr,  # [N, I] out, in sorted order
@@ -273,8 +267,7 @@ def experts_up_kernel(
         w_ptrs = expert_rows(gate_up, expert.to(tl.int64), h_ptr.dtype.element_ty, LAYOUT)
         w_ptrs += w_rows[:, None] * gate_up.stride_n + offs_k[None, :]
         coords = expert, 0, pid_n * BLOCK_N
-        w_rows = expert.to(tl.int64) * 2 * I + w_rows
-        w = WeightRows(WeightPtrs(w_ptrs, gate_up.scales, gate_up.zeros), w_rows, gate_up_desc, coords)
+        w = WeightRows(gate_up, w_ptrs, expert.to(tl.int64) * 2 * I + w_rows, gate_up_desc, coords)
         if SHORT_M == 0:
             # Rows past the group repeat one of its slots: valid memory, no mask in the loop, never stored.
             x_ptrs, x_rows = x.ptr, tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
@@ -282,14 +275,10 @@ def experts_up_kernel(
                 x_rows = tl.load(groups.order + x_rows) // TOP_K
                 x_ptrs += x_rows.to(tl.int64)[:, None] * x.stride + offs_k[None, :]
             acc = row_products(x_ptrs, x_desc, row, w, BLOCK_M, BLOCK_K, H, LAYOUT)
-            acc = times_x_scales(acc, x_scales, x_rows)
-            acc = times_row_scales(acc, w.ptrs, w.rows, H, LAYOUT, AXIS=1)
-            _store_swiglu(acc, h_ptr, row, end, pid_n, I)
+            _store_swiglu(times_scales(acc, w, H, LAYOUT, 1, x, x_rows), h_ptr, row, end, pid_n, I)
         else:
-            parts = RowSource(x.ptr, x_desc, short_desc), x_scales
-            _multiply_parts(
-                *parts, row, end, w, _store_swiglu, (h_ptr,), pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT
-            )
+            rows, out = RowSource(x, x.ptr, x_desc, short_desc), (h_ptr,)
+            _multiply_parts(rows, row, end, w, _store_swiglu, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT)
 
 
 @triton.jit
@@ -305,10 +294,9 @@ def _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr):
 @full_tiles("BLOCK_E")
 @triton.jit
 def experts_down_kernel(
-    h_ptr,  # [N, I] in sorted order; unused where descriptors read
+    h,  # Rows [N, I] in sorted order, without gaps; where descriptors read only its scales are used
     h_desc,  # the same in tiles [BLOCK_M, or MAIN_M of it, BLOCK_K], or None
     short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
-    h_scales,  # [N] fp32 of codes, or None
     down,  # WeightArgs [E, H, I]
     down_desc,  # the same in tiles [1, BLOCK_N, BLOCK_K], or None
     y_ptr,  # [N, H] out, by slot
@@ -321,17 +309,16 @@ def experts_down_kernel(
         offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
         w_ptrs = expert_rows(down, expert.to(tl.int64), y_ptr.dtype.element_ty, LAYOUT)
         w_ptrs += w_rows[:, None] * down.stride_n + offs_k[None, :]
-        coords, w_rows = (expert, pid_n * BLOCK_N), expert.to(tl.int64) * H + w_rows
-        w = WeightRows(WeightPtrs(w_ptrs, down.scales, down.zeros), w_rows, down_desc, coords)
+        coords, out = (expert, pid_n * BLOCK_N), (y_ptr, groups.order)
+        w = WeightRows(down, w_ptrs, expert.to(tl.int64) * H + w_rows, down_desc, coords)
         if SHORT_M == 0:
             rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
-            h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]
+            h_ptrs = h.ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]
             acc = row_products(h_ptrs, h_desc, row, w, BLOCK_M, BLOCK_K, I, LAYOUT)
-            out = y_ptr, groups.order
-            _store_scaled(acc, h_scales, w, _store_slots, out, row, end, pid_n, H, I, LAYOUT)
+            _store_scaled(acc, h, w, _store_slots, out, row, end, pid_n, H, I, LAYOUT)
         else:
-            parts, out = (RowSource(h_ptr, h_desc, short_desc), h_scales), (y_ptr, groups.order)
-            _multiply_parts(*parts, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
+            rows = RowSource(h, h.ptr, h_desc, short_desc)
+            _multiply_parts(rows, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
 
 
 @full_tiles("BLOCK_H")  # with a norm: it needs the full row

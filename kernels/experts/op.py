@@ -20,14 +20,14 @@ from torch import Tensor
 from .. import reference
 from ..arch import tma
 from ..call import operation
-from ..checks import INTS, Matrix, RoutingWeights, Tokens, Within
-from ..fp8 import quantize_rows
+from ..checks import INTS, RoutingWeights, Tokens, Within
+from ..composites import Matrix
+from ..formats import CODE_PRODUCTS, QUANT_NAMES, matrix_bytes, multiplies_codes
 from ..kernel_args import Groups, Rows
 from ..kernel_weight import Weight
 from ..launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
 from ..norm import FusedNorm, NormWeight
 from ..op import Cost
-from ..quantized import QUANT_NAMES, W8A8, matrix_bytes
 from ..samples import draw, shape_grid, shapes
 from ..sort import expected_distinct_experts, gather_by_expert, launch_sort, sample_ids
 from ..tiles import power_of_2
@@ -65,10 +65,10 @@ def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
     gate_up = matrix_bytes(case.gate_up, 2 * I, H, dtype.itemsize)
     weights = experts * (gate_up + matrix_bytes(case.down, H, I, dtype.itemsize))
     elements = 2 * T * H + 2 * T * K * (H + I)
-    codes = 2 * T * K * (H * (case.gate_up == W8A8) + I * (case.down == W8A8))
-    flops, fp8 = 2 * T * K * H * I, 2 * (case.gate_up == W8A8) + (case.down == W8A8)
+    up_codes, down_codes = multiplies_codes(case.gate_up), multiplies_codes(case.down)
+    codes, flops = 2 * T * K * (H * up_codes + I * down_codes), 2 * T * K * H * I
     total = int(weights) + elements * dtype.itemsize + codes + 8 * T * K
-    return Cost(flops=3 * flops, bytes=total, fp8_flops=fp8 * flops)
+    return Cost(flops=3 * flops, bytes=total, fp8_flops=(2 * up_codes + down_codes) * flops)
 
 
 def cost_norm(case: ExpertCase, dtype: torch.dtype) -> Cost:
@@ -109,8 +109,8 @@ _MANY_EXPERTS = (
         *shapes(ExpertCase, "70 96 64 4 2, 150 96 64 4 2", gate_up="int8", down="fp8"),
         # More rows of an expert than a tile of few tokens has.
         *shapes(ExpertCase, "128 128 96 2 1", gate_up="int4:128", down="int8"),
-        *shapes(ExpertCase, "3 128 100 4 2, 70 100 64 4 2, 300 72 40 2 2", gate_up=W8A8, down=W8A8),
-        *shapes(ExpertCase, "20 72 96 4 2", gate_up=W8A8, down="int8"),
+        *shapes(ExpertCase, "3 128 100 4 2, 70 100 64 4 2, 300 72 40 2 2", gate_up=CODE_PRODUCTS, down=CODE_PRODUCTS),
+        *shapes(ExpertCase, "20 72 96 4 2", gate_up=CODE_PRODUCTS, down="int8"),
         # Many experts, and more slots than 64 tokens of Mixtral have.
         *shapes(ExpertCase, "24 64 32 32 8, 70 64 32 40 8"),
         *shapes(ExpertCase, "20 64 32 12 8", gate_up="int4:32", down="int4:32"),
@@ -119,7 +119,7 @@ _MANY_EXPERTS = (
         *_DENSE_SHAPES,
         *_MANY_EXPERTS,
         *(ExpertCase(T, **_SIZES, gate_up=name, down=name) for T in (1, 128, 4096) for name in QUANT_NAMES),
-        *(ExpertCase(T, **_SIZES, gate_up=W8A8, down=W8A8) for T in (128, 4096)),
+        *(ExpertCase(T, **_SIZES, gate_up=CODE_PRODUCTS, down=CODE_PRODUCTS) for T in (128, 4096)),
     ),
 )
 def expert_swiglu(
@@ -130,7 +130,7 @@ def expert_swiglu(
 
     x              [T, H], fp32, bf16 or fp16
     gate_up_proj   [E, 2I, H] in x's dtype, the I rows of the gate first; or a QuantizedWeight of that shape, of which
-                   "fp8_w8a8" quantizes x (sm_89 and later)
+                   one format quantizes x (fp8.py)
     down_proj      [E, H, I], the same
     ids            [T, K], int32 or int64, in 0..E - 1
     weights        fp32 [T, K], the routing weights
@@ -286,7 +286,7 @@ def _launch_prefill(
     H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
     arch, block_e = target_arch(ids.device), power_of_2(E)
     h = torch.empty((N, I), dtype=x.ptr.dtype, device=ids.device)
-    gather, x_scales = selected.get("gather_by_expert_kernel"), None
+    gather = selected.get("gather_by_expert_kernel")
     in_order = gather is not None
     if gather is not None:
         gathered, order, offsets = gather_by_expert(x, ids, E, gather)
@@ -294,10 +294,9 @@ def _launch_prefill(
     else:
         order, offsets = launch_sort(ids, E)
     groups = Groups(order, offsets, E)
-    if gate_up.name == W8A8:
+    if gate_up.multiplies_codes:
         in_order = tma(arch)  # pointers find a token's codes, which are written once
-        codes, x_scales = quantize_rows(x, *((groups, sizes.K) if in_order else ()))
-        x = Rows.of(codes)
+        x = gate_up.rows_of(x, *((groups, sizes.K) if in_order else ()))
     config = selected["experts_up_kernel"]
     x_desc, short_desc = _row_descriptors(x.ptr if in_order else None, config, arch)
     launch(
@@ -307,8 +306,7 @@ def _launch_prefill(
         x=x,
         x_desc=x_desc,
         short_desc=short_desc,
-        x_scales=x_scales,
-        gate_up=gate_up.staged(),
+        gate_up=gate_up.args_for_many_rows,
         gate_up_desc=gate_up.descriptor(2, config, arch),
         h_ptr=h,
         groups=groups,
@@ -318,28 +316,26 @@ def _launch_prefill(
         LAYOUT=gate_up.layout(arch),
         BLOCK_E=block_e,
     )
-    y, h_scales = torch.empty((1, N, H), dtype=h.dtype, device=ids.device), None
-    if down.name == W8A8:
-        # A row's scale needs all of its columns, and a program of the up kernel has BLOCK_N: this pass reads h and
-        # writes its codes, 3 bytes an element of 16 bits, where reading h itself would take 2 for each column tile.
-        h, h_scales = quantize_rows(Rows.of(h), groups)
+    y = torch.empty((1, N, H), dtype=h.dtype, device=ids.device)
+    # A row's scale needs all of its columns, and a program of the up kernel has BLOCK_N: a pass reads h and writes its
+    # codes, 3 bytes an element of 16 bits, where reading h itself would take 2 for each column tile.
+    rows = down.rows_of(Rows.of(h), groups)
     config = selected["experts_down_kernel"]
     # With several products a unit, TMA of h takes more instructions than pointers: int4 1,990 FLOP each, and not 2,400.
-    h_desc, short_desc = _row_descriptors(h if down.multiplied_as_stored else None, config, arch)
+    h_desc, short_desc = _row_descriptors(rows.ptr if down.multiplied_as_stored else None, config, arch)
     launch(
         kernels.experts_down_kernel,
         _prefill_grid(N, E, H, config),
         config,
-        h_ptr=h,
+        h=rows,
         h_desc=h_desc,
         short_desc=short_desc,
-        h_scales=h_scales,
-        down=down.staged(),
+        down=down.args_for_many_rows,
         down_desc=down.descriptor(1, config, arch),
         y_ptr=y,
         groups=groups,
         H=H,
-        I=h.shape[1],
+        I=rows.ptr.shape[1],
         LAYOUT=down.layout(arch),
         BLOCK_E=block_e,
     )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..arch import tma
+from ..formats import multiplies_codes
 from ..launch import LaunchConfig
-from ..quantized import W8A8
 from ..sort import gather_config
 from ..tiles import (
     QUANTIZED_DECODE,
@@ -80,7 +80,7 @@ DECODE: Table[DecodeTile] = {
     ),
 }
 # Many tokens. Where TMA cannot read a weight, the larger tiles of later GPUs spill: "pointers". Each is as deep as
-# those of TMA: the depth is the order of a sum, and offloaded experts give the bits of resident ones. Deterministic
+# those of TMA: the depth is the order of a sum, and both give the same bits. Deterministic
 # mode takes the first tile for any number of tokens; where that is one for few, it has a table of its own.
 _TMA = (
     PrefillTile(0, 64, 128, 64, 4, 4, "compiled: 106 registers, 2,570 FLOP"),
@@ -115,7 +115,7 @@ PREFILL: Table[PrefillTile] = {
 
 def decode_tokens(gate_up: str | None, down: str | None, K: int, dtype: torch.dtype, arch: str) -> int:
     """Return the most tokens of K experts for which the sort-free kernels run; weights by `QuantizedWeight.name`."""
-    if W8A8 in (gate_up, down):
+    if multiplies_codes(gate_up) or multiplies_codes(down):
         return 0
     tokens = tiles_for(QUANTIZED_DECODE, dtype, arch)[-1].rows if gate_up and down else DECODE_TOKENS
     return min(tokens, DECODE_SLOTS // K)
@@ -133,7 +133,7 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
         table = quantized_prefill(quantized, arch) if quantized else PREFILL
         tile = prefill_tile(table, rows, dtype, arch, variant)
         block_m, short_m = tile.BLOCK_M, tile.SHORT_M
-        by_tma = sorted_x or (quantized == W8A8 and tma(arch) and not sizes.by_pointers)
+        by_tma = sorted_x or (multiplies_codes(quantized) and tma(arch) and not sizes.by_pointers)
         if not by_tma:  # pointers need tiles of one part, a power of 2
             block_m, short_m = main_rows(block_m, short_m), 0
             least = block_m if sizes.deterministic else least_rows(quantized, arch)

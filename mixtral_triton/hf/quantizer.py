@@ -10,7 +10,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import check_value, error_prefix
-from ..kernels.quantized import BITS, QuantizedWeight, QuantSpec
+from ..kernels.formats import BITS
+from ..kernels.quantized import QuantizedWeight, QuantSpec
 from ..quantize import quantize_into
 from .experts import NAME, PROJECTIONS, check_experts, is_experts
 

@@ -13,25 +13,22 @@ from torch import Tensor
 
 from ..config import error_prefix
 from ..kernels.checks import FLOATS
+from ..kernels.formats import BITS, FORMATS
 from ..kernels.offload import OffloadedWeight
-from ..kernels.quantized import BITS, ZERO_INT4, QuantizedWeight, QuantSpec, pack
+from ..kernels.quantized import QuantizedWeight, QuantSpec
 
 __all__ = ["OffloadedWeight", "QuantSpec", "QuantizedWeight", "quantize"]
 
 QUANTIZED_PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
 ALLOWED = f"None, one of {', '.join(BITS)} (the experts), or a dict of these with the keys {', '.join(QUANTIZED_PARTS)}"
 Formats = str | Mapping[str, str] | None  # the experts' format, or one for each of QUANTIZED_PARTS; None: as stored
-LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}  # value of each format at scale 1
 # Elements that are quantized at once: in fp32 they fit a CPU's cache, or keep a GPU busy.
 PIECE, GPU_PIECE = 1 << 18, 1 << 23
-# Candidates for int4's scale, relative to the one that clips nothing: a smaller one clips some values and rounds the
-# others less. More candidates find little more.
-STEPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
 
 
 def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
     """Fill `weight` [..., K] from its device: codes uint8 [..., K], scales [..., G], zeros uint8 [..., G] if any."""
-    weight.data.copy_(pack(codes.contiguous(), weight.format, weight.group))
+    weight.data.copy_(weight.kind.pack(codes.contiguous(), weight.group))
     weight.scales.copy_(scales)
     if weight.zeros is not None and zeros is not None:
         weight.zeros.copy_(zeros.float() + 128)
@@ -100,37 +97,5 @@ def pieces(N: int, K: int, device: torch.device) -> Iterator[slice]:
 
 def encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
     """Return codes uint8 [n,K] and scales [n,G] (bf16 values for int4) of x [n,K], finite."""
-    parts = x.float().unflatten(-1, (-1, group))
-    scales = _usable(parts.abs().amax(-1, keepdim=True) / LARGEST[format])
-    if format == "int4":
-        scales = _least_squares(parts, scales)
-        codes = (_int4(parts, scales) + ZERO_INT4).to(torch.uint8)
-    elif format == "int8":
-        codes = (parts / scales).round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8)
-    else:
-        codes = (parts / scales).clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes, scales = FORMATS[format].encode(x.float().unflatten(-1, (-1, group)))
     return codes.flatten(-2), scales.squeeze(-1)
-
-
-def _usable(scales: Tensor) -> Tensor:
-    """Replace scales of 0 by 1, since any scale fits zeros, and subnormal ones by the least normal number."""
-    return scales.clamp(min=torch.finfo(torch.float32).tiny).where(scales > 0, 1.0)
-
-
-def _int4(parts: Tensor, scales: Tensor) -> Tensor:
-    return (parts / scales).round_().clamp_(-8, 7)
-
-
-def _least_squares(parts: Tensor, widest: Tensor) -> Tensor:
-    """Return the best of several bf16 scales for parts [..., group]; `widest` [..., 1] clips nothing."""
-    best, least = widest, torch.full_like(widest, float("inf"))
-    for step in (*STEPS, None, None):
-        if step is None:  # the least-squares scale of the best scale's codes
-            values = _int4(parts, best)
-            scales = (values * parts).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp(min=1.0)
-        else:
-            scales = widest * step
-        scales = _usable(scales.bfloat16().float())
-        error = (_int4(parts, scales) * scales).sub_(parts).square_().sum(-1, keepdim=True)
-        best, least = scales.where(error < least, best), error.minimum(least)
-    return best

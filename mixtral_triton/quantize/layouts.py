@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..config import Field, check_value, is_size, read_json_object
-from ..kernels.quantized import BITS, GROUPS
+from ..kernels.formats import BITS, FORMATS
+from ..kernels.packing import GROUPS
 from . import QuantSpec
 
 Read = Callable[..., Tensor]  # read(part, *index) returns a part of the linear, or a slice of it
@@ -45,8 +46,8 @@ EIGHT_BITS: Rules = {"num_bits": (8,), "type": (None, "int", "float"), "symmetri
 EIGHT_BITS |= {"strategy": ("channel", "tensor", "block")}
 PACKED: Rules = {"num_bits": (4, 8), "type": (None, "int"), "symmetric": FLAG, **COMMON}
 PACKED |= {"strategy": ("group", "channel")}
-FORMATS = {"pack-quantized": PACKED}
-FORMATS |= dict.fromkeys(("float-quantized", "int-quantized", "naive-quantized"), EIGHT_BITS)
+RULES = {"pack-quantized": PACKED}
+RULES |= dict.fromkeys(("float-quantized", "int-quantized", "naive-quantized"), EIGHT_BITS)
 FP8: Rules = {"weight_block_size": BLOCK, "ignored_layers": NAMES, "modules_to_not_convert": NAMES}
 MODELOPT: Rules = {"quant_algo": ("FP8",), "exclude_modules": NAMES, "ignore": NAMES}
 GPTQ: Rules = {"is_marlin_format": (None, False), "checkpoint_format": ("gptq", "gptq_v2"), "bits": (4, 8)}
@@ -184,10 +185,11 @@ class HubLayout:
         """Return `rows` of all K columns as values, fp32 [n,K], given the group of each column."""
         codes, scales, zeros = rows
         groups = groups.to(codes.device)
-        if self.format in ("int8", "fp8"):
-            values = codes.view(torch.int8 if self.format == "int8" else torch.float8_e4m3fn).float()
+        zeros = None if zeros is None else zeros.float()[:, groups]
+        if self.format in FORMATS:
+            values = FORMATS[self.format].values(codes, zeros)
         else:
-            values = codes.float() - (1 << (self.bits - 1) if zeros is None else zeros.float()[:, groups])
+            values = codes.float() - (1 << (self.bits - 1) if zeros is None else zeros)
         return values * scales.float()[:, groups]
 
 
@@ -254,8 +256,8 @@ def _compressed_tensors(config: Config) -> Scheme:
     for each in groups.values():
         weights, format = each.get("weights"), str(each.get("format") or config.get("format"))
         check_value("config_groups", groups, "groups with weights", isinstance(weights, Mapping))
-        _check({**config, **each, "format": format}, {"format": tuple(FORMATS), "ignore": NAMES, "targets": NAMES})
-        _check(weights, FORMATS[format])
+        _check({**config, **each, "format": format}, {"format": tuple(RULES), "ignore": NAMES, "targets": NAMES})
+        _check(weights, RULES[format])
         found.append((each.get("targets") or (), _group_layout(format, weights)))
         formats[format] = None
     # A class of modules is the last choice, for linears that no name matches.

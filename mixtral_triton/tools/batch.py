@@ -19,7 +19,7 @@ import torch
 
 from ..arguments import free_memory
 from ..config import CONFIG_FILES, TEXT_FILES
-from ..load import running_bytes, usable_bytes
+from ..offload_plan import running_bytes, usable_bytes
 from .processes import is_first
 from .prompt import check_stdin, render
 from .terminal import bar, check_writable, print_message

@@ -22,7 +22,7 @@ from ..arguments import WEIGHT_FORMATS, default_dtype, weight_bytes
 from ..checkpoint import parameter_shapes
 from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..kernels.checks import dtype_name
-from ..load import (
+from ..offload_plan import (
     AUTO_CONTEXT,
     MARGIN,
     Placement,

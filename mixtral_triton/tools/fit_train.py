@@ -15,7 +15,7 @@ from typing import Any
 from ..arguments import default_dtype, in_decimal, weight_bytes
 from ..checkpoint import parameter_shapes
 from ..config import MixtralConfig
-from ..load import AUTO_CONTEXT
+from ..offload_plan import AUTO_CONTEXT
 from .fit import COLOURS, KNOWN, STORED, QuantSpecs, Request, free_bytes, select_gpu, verdict
 from .gpus import GPUS
 from .terminal import Table, console

@@ -32,12 +32,12 @@ from ..kernels.arch import ARCHS, amd, family
 from ..kernels.kernel_args import flatten
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
 from ..kernels.op import Op, runs_on
-from ..kernels.quantized import GROUPS
+from ..kernels.packing import GROUPS
 from ..kernels.quantized_cache import vector_bytes
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
-from ..load import usable_cores
 from ..model import Mixtral
+from ..offload_plan import usable_cores
 from .gpus import family_note
 from .sass import Loop, main_loops
 from .terminal import Table, bar, console, parse_choices

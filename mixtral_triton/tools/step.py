@@ -9,10 +9,11 @@ import torch
 from ..config import MixtralConfig
 from ..kernels.attention.op import CachedCase
 from ..kernels.experts.op import ExpertCase
+from ..kernels.formats import BITS
 from ..kernels.linear import LinearSizes
 from ..kernels.norm import EmbedSizes
 from ..kernels.op import Cost
-from ..kernels.quantized import BITS, QuantSpec
+from ..kernels.quantized import QuantSpec
 from ..kernels.registry import OPS
 from ..kernels.router import GateSizes
 from ..kernels.sort import expected_distinct_experts

@@ -39,7 +39,8 @@ def console(stderr: bool = False) -> Console:
 
 def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
     """Return sizes and formats by name from texts such as "T=4096" and "weight=int4:128"."""
-    from ..kernels.quantized import BITS, W8A8  # here, since it imports torch
+    from ..kernels.formats import BITS
+    from ..kernels.fp8 import W8A8  # here, since it imports torch
 
     texts = [*texts]
     found: dict[str, Any] = {}

@@ -15,9 +15,10 @@ from ..cache import KVCache, cache_shape
 from ..config import PREFILL_CHUNK
 from ..kernels.call import unflatten_args
 from ..kernels.experts.tiles import decode_tokens
+from ..kernels.fp8 import W8A8, with_fp8_activations
 from ..kernels.kernel_weight import Weight
 from ..kernels.launch import DEFAULT_ARCH, Launch, active_records, launch_context, target_arch
-from ..kernels.quantized import W8A8, QuantizedWeight
+from ..kernels.quantized import QuantizedWeight
 from ..kernels.quantized_cache import QuantizedCache
 from ..kernels.registry import OPS
 from ..model import Mixtral
@@ -214,7 +215,7 @@ class LayerCheck:
                 if _key(like) not in weights or (name == "cos" and limit < T):
                     raise KeyError(name)
                 weight = weights[_key(like)]
-                return weight.with_fp8_activations() if getattr(like, "format", None) == W8A8 else weight
+                return with_fp8_activations(weight) if getattr(like, "format", None) == W8A8 else weight
             part = text[name][index.flatten()].flatten()
             if (count := like.numel()) > len(part):
                 raise ValueError(f"{name}, more than the {len(part)} of the text")

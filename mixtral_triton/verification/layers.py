@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .. import reference, tolerance
 from ..cache import KVCache
+from ..kernels.fp8 import with_fp8_activations
 from ..kernels.launch import INTERPRETED
-from ..kernels.quantized import with_fp8_activations
 from ..kernels.registry import OPS, dispatched
 from ..layer import Layer
 from ..parallel import UNSHARDED

@@ -15,7 +15,7 @@ from .. import reference
 from ..checkpoint import parameter_shapes, qkv_rows
 from ..config import SIZES, MixtralConfig
 from ..kernels.call import call_unchecked
-from ..kernels.quantized import QuantizedWeight, unpack
+from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
 from ..layer import Layer
 from ..model import Mixtral
@@ -272,7 +272,7 @@ class MeshUnderTest(ModelUnderTest):
         if isinstance(weight, Tensor):
             return self._gather_plane(name, weight, 1)
         whole = weight.spec.empty(shape, weight.device, _GatheredWeight)
-        codes = unpack(weight.data, weight.format, weight.shape[-1], weight.group)
+        codes = weight.codes
         zeros = None if weight.zeros is None else self._gather_plane(name, weight.zeros, weight.group) - 128
         put(whole, self._gather_plane(name, codes, 1), self._gather_plane(name, weight.scales, weight.group), zeros)
         return whole

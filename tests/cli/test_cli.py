@@ -18,7 +18,7 @@ import torch
 import mixtral_triton
 from mixtral_triton import Mixtral, cli
 from mixtral_triton.cli import SMALL, parser
-from mixtral_triton.kernels.quantized import BITS
+from mixtral_triton.kernels.formats import BITS
 from mixtral_triton.tools import processes, terminal
 from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
 

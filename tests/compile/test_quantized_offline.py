@@ -10,11 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from mixtral_triton.kernels import kernel_weight, linear
+from mixtral_triton.kernels import formats, kernel_weight, linear
 from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.attention.op import rope_append_attention
+from mixtral_triton.kernels.fp8 import W8A8
 from mixtral_triton.kernels.launch import Launch
-from mixtral_triton.kernels.quantized import SCALES, W8A8, QuantSpec, stored_format
+from mixtral_triton.kernels.quantized import QuantSpec
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.offline import compile_launch
@@ -43,8 +44,11 @@ def launches(format: Format, T: int, arch: str, dtype: torch.dtype = BF16, offlo
     name, group, zeros = format
 
     def weight(dense: Tensor) -> Any:
-        spec = QuantSpec(name, group or dense.shape[-1], SCALES.get(stored_format(name), dtype), zeros)
-        empty = dense if name == "dense" else spec.empty(dense.shape, "meta")
+        if name == "dense":
+            empty: Any = dense
+        else:
+            spec = QuantSpec(name, group or dense.shape[-1], formats.FORMATS[name].scale_dtype, zeros)
+            empty = spec.empty(tuple(dense.shape), "meta")
         return offloaded(empty, [0, 1]) if offload and dense.dim() == 3 else empty
 
     with record_launches(arch) as found:

@@ -17,7 +17,7 @@ import triton
 from mixtral_triton.kernels import kernel_weight, linear, tiles
 from mixtral_triton.kernels.experts import op as experts_op
 from mixtral_triton.kernels.experts import tiles as experts
-from mixtral_triton.kernels.quantized import W8A8
+from mixtral_triton.kernels.fp8 import W8A8
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools.bench import tune
 from mixtral_triton.tools.bench.cases import Case

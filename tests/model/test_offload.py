@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from mixtral_triton import Mixtral, load, verify
+from mixtral_triton import Mixtral, offload_plan, verify
 from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
 from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.offload_plan import MemoryRequest
 from mixtral_triton.tools import fit, offline
 from mixtral_triton.tools.gpus import find_gpu
 from tests.cli.commands import run_json
@@ -76,7 +77,7 @@ def test_wrong_count_or_context_raises_value_error(options: dict[str, Any], mess
 
 def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatch) -> None:
     per_expert = 4 * 3 * 128 * 256 * 2
-    monkeypatch.setattr(load, "host_memory", lambda: 2 * per_expert)
+    monkeypatch.setattr(offload_plan, "host_memory", lambda: 2 * per_expert)
     with pytest.raises(ValueError, match=r"3 experts of each layer take .* available: offload=2 would do"):
         Mixtral.from_pretrained(SMALL, "cpu", offload=3)
     assert Mixtral.from_pretrained(SMALL, "cpu", offload=2).layers[0].down_proj.on_host == (6, 7)
@@ -98,15 +99,15 @@ def put_in_groups(line: str, files: dict[str, str], folder: Path, monkeypatch: p
     for name, text in {**files, "proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB", "proc/self/cgroup": line}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    monkeypatch.setattr(load, "PROC", folder / "proc")
-    monkeypatch.setattr(load, "CGROUPS", folder / "groups")
+    monkeypatch.setattr(offload_plan, "PROC", folder / "proc")
+    monkeypatch.setattr(offload_plan, "CGROUPS", folder / "groups")
 
 
 @pytest.mark.parametrize("case", GROUPS, ids=str)
 def test_host_memory_is_what_the_container_has_left(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line, files, left = case
     put_in_groups(line, files, tmp_path, monkeypatch)
-    assert load.host_memory() == left
+    assert offload_plan.host_memory() == left
 
 
 CORES = [
@@ -125,9 +126,9 @@ def test_kernels_are_compiled_on_the_cores_that_the_container_may_use(
 ) -> None:
     line, files, cores = case
     put_in_groups(line, files, tmp_path, monkeypatch)
-    monkeypatch.setattr(load.os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.setattr(offload_plan.os, "sched_getaffinity", lambda process: range(8))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1" if files else "2")  # without a quota two ranks share the cores
-    assert load.usable_cores() == cores
+    assert offload_plan.usable_cores() == cores
     workers: list[int] = []
     monkeypatch.setattr(offline, "ThreadPoolExecutor", lambda count: workers.append(count) or ThreadPoolExecutor(1))
     assert offline.compile_launches([], "sm_90") == [] and workers == [cores]
@@ -138,17 +139,17 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
     model = Mixtral.from_pretrained(SMALL, "cpu")
     needed, sizes = 10_000_000, ([250_000] * 4, 400_000)  # the buffers hold the experts of the layer with the most
-    context = sum(load.running_bytes(model.config, 1, 1024).values())
+    context = sum(offload_plan.running_bytes(model.config, 1, 1024).values())
     cases = [(10_000_000, [], False), (9_999_999, [0] * 4, True), (9_600_000, [0] * 4, True)]
     # Freed are 400,000 and each 250,000, without the buffers, 250,000 up to four experts and 500,000 up to eight.
     cases += [(9_599_999, [0, 1, 0, 1], True), (9_350_000, [0, 1, 0, 1], True), (9_349_999, [0, 1, 1, 1], True)]
     cases += [(9_100_000, [0, 1, 1, 1], True), (8_850_000, [1] * 4, True), (8_849_999, [1, 2, 1, 2], True)]
     cases += [(1, [7] * 4, True)]
     for available, counts, embedding in cases:
-        monkeypatch.setattr(load, "available_bytes", lambda device, free=available: free + context)
-        args = ("auto", model.config, None, torch.device("cpu"), needed, sizes)
+        monkeypatch.setattr(offload_plan, "available_bytes", lambda device, free=available: free + context)
+        args = (MemoryRequest("auto"), model.config, None, torch.device("cpu"), needed, sizes)
         with pytest.warns(UserWarning, match="none is offloaded" if not counts else f"{sum(counts)} of 32 experts and"):
-            found = load.check_offload(*args)
+            found = offload_plan.place(*args)
         assert ([*map(len, found.experts)], found.embedding) == (counts, embedding), available
         host = sum(counts) * 250_000 + 400_000 * embedding
         assert (found.host_bytes, found.staging_bytes) == (host, 250_000 * max(counts, default=0))
@@ -157,9 +158,9 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
     for tied, size in ((False, 23 * 16 * 4), (True, 0)):
         model = random_model("meta", tie_word_embeddings=tied)
-        each, embedding = load.movable_bytes(model.config, parameter_shapes(model.config), {}, model.dtype)
+        each, embedding = offload_plan.movable_bytes(model.config, parameter_shapes(model.config), {}, model.dtype)
         assert (each, embedding) == ([3 * 16 * 12 * 4], size)
-        assert load.Placement.of([[]], each, embedding).embedding is not tied
+        assert offload_plan.Placement.of([[]], each, embedding).embedding is not tied
 
 
 @pytest.mark.parametrize(
@@ -167,18 +168,18 @@ def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
 )
 def test_auto_takes_what_fit_says(name: str, format: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the GPU has as much free memory as the table says, once its context exists."""
-    monkeypatch.setattr(load, "host_memory", lambda: None)  # that of this machine may not suffice
+    monkeypatch.setattr(offload_plan, "host_memory", lambda: None)  # that of this machine may not suffice
     gpu_of_fit, config, synchronized = find_gpu(name), fit.KNOWN["mixtral-8x7b"], list[Any]()
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
-    free = lambda device: load.estimated_free(gpu_of_fit.bytes) if synchronized else gpu_of_fit.bytes  # noqa: E731
+    free = lambda device: offload_plan.estimated_free(gpu_of_fit.bytes) if synchronized else gpu_of_fit.bytes  # noqa: E731
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free(device), gpu_of_fit.bytes))
     specs, shapes = fit.format_specs(config)[format], parameter_shapes(config)
     offload = fit.Request("", config, {format: specs}, "", 1, 4096).memory_plan(format, gpu_of_fit).offload
     need = fit.memory_need(config, specs, 1, 4096)
-    sizes = load.movable_bytes(config, shapes, specs, torch.bfloat16)
-    args = ("auto", config, None, torch.device("cuda"), need["weights"] + need["tables"], sizes)
+    sizes = offload_plan.movable_bytes(config, shapes, specs, torch.bfloat16)
+    args = (MemoryRequest("auto"), config, None, torch.device("cuda"), need["weights"] + need["tables"], sizes)
     with pytest.warns(UserWarning, match=re.escape(f"offload='auto': {offload['text']} (")):
-        found = load.check_offload(*args)
+        found = offload_plan.place(*args)
     names = ("count", "embedding", "host_bytes", "staging_bytes")
     assert [getattr(found, name) for name in names] == [offload[name] for name in ("experts", *names[1:])]
 
@@ -228,11 +229,14 @@ def test_command_line() -> None:
 def test_auto_counts_a_cache_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that suffices for it, to the byte, is too little for a cache of 16 bits."""
     config, found = Mixtral.from_pretrained(SMALL, "meta").config, []
-    needs = [sum(load.running_bytes(config, 1, 1024, cache_dtype=dtype).values()) for dtype in (torch.int8, None)]
+    needs = [
+        sum(offload_plan.running_bytes(config, 1, 1024, cache_dtype=dtype).values()) for dtype in (torch.int8, None)
+    ]
     for less, dtypes in ((0, (torch.int8, None)), (1, (torch.int8,))):
-        monkeypatch.setattr(load, "available_bytes", lambda device, less=less: 1_000_000 + needs[0] - less)
+        monkeypatch.setattr(offload_plan, "available_bytes", lambda device, less=less: 1_000_000 + needs[0] - less)
         for dtype in dtypes:
-            args = ("auto", config, None, torch.device("cpu"), 1_000_000, ([20_000] * 4, 0), 1024, dtype)
+            request = MemoryRequest("auto", 1024, dtype)
+            args = (request, config, None, torch.device("cpu"), 1_000_000, ([20_000] * 4, 0))
             with pytest.warns(UserWarning, match="offload='auto'"):
-                found.append(load.check_offload(*args).count)
+                found.append(offload_plan.place(*args).count)
     assert found[0] == 0 and found[1] > 1 and found[2] > 0

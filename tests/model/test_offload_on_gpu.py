@@ -24,7 +24,7 @@ from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels import offload, plan
 from mixtral_triton.kernels.offload import OffloadedWeight
-from mixtral_triton.load import MARGIN, Placement, movable_bytes
+from mixtral_triton.offload_plan import MARGIN, Placement, movable_bytes
 from mixtral_triton.tools.fit import memory_need
 from tests.cli.commands import run
 from tests.support.models import random_model, tokens
@@ -301,13 +301,13 @@ def test_capture_of_a_large_batch_has_memory_of_its_own(gpu: Any) -> None:
 def test_threads_and_streams_share_no_buffer(gpu: Any) -> None:
     gpu.driver.executes = False
     weight = random_model(GPU_DEVICE, on_host=(1,)).layers[0].down_proj
-    found: list[Any] = [weight.staged().memories[1]]
+    found: list[Any] = [weight.data_for_many_rows().memories[1]]
     with torch.cuda.stream(torch.cuda.Stream()):
-        found.append(weight.staged().memories[1])
+        found.append(weight.data_for_many_rows().memories[1])
 
     def stage() -> None:
         with Factories():  # a mode is a thread's own
-            found.append(weight.staged().memories[1])
+            found.append(weight.data_for_many_rows().memories[1])
 
     thread = threading.Thread(target=stage)
     thread.start()
@@ -333,7 +333,7 @@ def test_staging_buffers_of_earlier_streams_are_freed(gpu: Any) -> None:
     rows = []
     for stream in [torch.cuda.Stream() for _ in range(6)]:
         with torch.cuda.stream(stream):
-            rows += [weakref.ref(weight.staged().memories[1]) for _ in range(2)]
+            rows += [weakref.ref(weight.data_for_many_rows().memories[1]) for _ in range(2)]
         gpu.work.clear()
     gc.collect()
     assert len(weight._staging.buffers) == 2 and len({id(x) for ref in rows if (x := ref()) is not None}) <= 4

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixtral_triton import ops
+from mixtral_triton.kernels.fp8 import with_fp8_activations
 from mixtral_triton.kernels.offload import empty_on_host
 from mixtral_triton.kernels.plan import call_key
 from mixtral_triton.kernels.quantized import QuantizedWeight
@@ -163,10 +164,11 @@ def test_view_with_fp8_activations_of_offloaded_experts() -> None:
     args = arguments("fp8", 70, torch.bfloat16)
     on_host = with_offload(args, ON_HOST)
     views, stacked = (
-        one | {name: one[name].with_fp8_activations() for name in ("gate_up_proj", "down_proj")}
+        one | {name: with_fp8_activations(one[name]) for name in ("gate_up_proj", "down_proj")}
         for one in (on_host, args)
     )
     expected, view = ops.expert_swiglu(**stacked), views["down_proj"]
     assert torch.equal(ops.expert_swiglu(**views), expected) and not torch.equal(ops.expert_swiglu(**args), expected)
     assert torch.equal(dispatched("expert_swiglu", views)(**views), expected)
-    assert on_host["down_proj"].with_fp8_activations() is view and view.staged() is on_host["down_proj"].data
+    assert with_fp8_activations(on_host["down_proj"]) is view
+    assert view.data_for_many_rows() is on_host["down_proj"].data

@@ -20,7 +20,6 @@ from mixtral_triton.kernels.kernel_args import operand_name
 from mixtral_triton.kernels.launch import Launch, pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.unpack import fields_of
 from mixtral_triton.tools.offline import Compiled, collect, compile_launch
 from tests.emulator.parser import Address, parse
 from tests.emulator.values import destinations
@@ -45,7 +44,7 @@ def has_wait(launch: Launch) -> bool:
 def prefetched(launch: Launch) -> int:
     """Return the bytes of each row that the launch's programs prefetch: none where parts of a row are not alike."""
     c = launch.constexprs
-    parts_alike = launch.kernel != DOWN or c["I"] % (c["SPLIT_K"] * c["BLOCK_K"] * fields_of(c["LAYOUT"].format)) == 0
+    parts_alike = launch.kernel != DOWN or c["I"] % (c["SPLIT_K"] * c["BLOCK_K"] * c["LAYOUT"].fields) == 0
     return c.get("PREFETCH", 0) if parts_alike else 0
 
 

@@ -16,20 +16,14 @@ import torch
 import triton.language as tl
 
 from mixtral_triton import ops
-from mixtral_triton.kernels import unpack as ptx_unpack
-from mixtral_triton.kernels.fp8 import quantize_rows
+from mixtral_triton.kernels import formats, fp8, int4, int8, packing
+from mixtral_triton.kernels.fp8 import encode_rows, with_fp8_activations
+from mixtral_triton.kernels.fp8_rows import quantize_rows
 from mixtral_triton.kernels.kernel_args import Groups, Rows
-from mixtral_triton.kernels.quantized import (
-    BITS,
-    QuantizedWeight,
-    encode_rows,
-    pack,
-    sample_quantized,
-    unit_columns,
-    unpack,
-)
+from mixtral_triton.kernels.quantized import QuantizedWeight
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.samples import sample_quantized
 from mixtral_triton.tolerance import Tolerance
 from tests.emulator.harness import run
 from tests.support.calls import Args, as_tuple, inputs, randn
@@ -51,10 +45,11 @@ def random_weight(name: str, *shape: int, zeros: bool = False, scales: Any = tor
 
 @pytest.mark.parametrize(("format", "K", "group"), FORMATS)
 def test_unpack_inverts_pack_and_a_field_is_a_tile_of_neighbouring_columns(format: str, K: int, group: int) -> None:
-    bits, unit = BITS[format], unit_columns(format, K, group)
+    kind = formats.FORMATS[format]
+    bits, unit = kind.bits, kind.unit_columns(K, group)
     codes = torch.randint(1 << bits, (3, 5, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    data = pack(codes, format, group)
-    assert data.dtype == torch.int16 and torch.equal(unpack(data, format, K, group), codes)
+    data = kind.pack(codes, group)
+    assert data.dtype == torch.int16 and torch.equal(kind.unpack(data, K, group), codes)
     J = unit * bits // 16
     for k in (0, 1, K // 2, K - 1):
         element = int(data[2, 4, k // unit * J + k % unit % J]) & 0xFFFF
@@ -65,7 +60,7 @@ def test_unpack_inverts_pack_and_a_field_is_a_tile_of_neighbouring_columns(forma
 def test_dequantize_is_code_minus_zero_times_scale(name: str) -> None:
     """Slices and conversions keep the values."""
     weight = random_weight(name, 3, 5, 256, zeros=name == "int4:128")
-    codes, values = unpack(weight.data, weight.format, 256, weight.group), weight.dequantize()
+    codes, values = weight.codes, weight.dequantize()
     read = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(name, torch.uint8)
     zeros = 8 * (name == "int4") if weight.zeros is None else weight.zeros.float()[..., None] - 128
     by_group = codes.view(read).float().unflatten(-1, (-1, weight.group))
@@ -87,7 +82,7 @@ def rows_of_many_magnitudes(K: int, dtype: torch.dtype) -> torch.Tensor:
 def test_fp8_weight_with_fp8_activations_multiplies_codes(K: int, dtype: torch.dtype) -> None:
     """In exact arithmetic, from codes that are found by search among all of e4m3."""
     weight, x = random_weight("fp8", 2, 37, K), rows_of_many_magnitudes(K, dtype)
-    view = weight.with_fp8_activations()
+    view = with_fp8_activations(weight)
     every = torch.arange(256, dtype=torch.uint8)[(torch.arange(256) & 127) != 127].view(torch.float8_e4m3fn).double()
     every = every.unique()  # ascending, one zero
     largest = x.double().abs().amax(-1, keepdim=True).clamp(min=448 * 2.0**-126)
@@ -112,7 +107,7 @@ def test_fp8_weight_with_fp8_activations_multiplies_codes(K: int, dtype: torch.d
 
 
 def test_fp8_activations_keep_a_row_that_is_not_finite_visible() -> None:
-    weight, x = random_weight("fp8", 33, 100).with_fp8_activations(), randn(3, 100)
+    weight, x = with_fp8_activations(random_weight("fp8", 33, 100)), randn(3, 100)
     x[0, 3], x[1, 7] = float("nan"), float("-inf")
     assert weight.product(x)[:2].isnan().all() and weight.product(x)[2].isfinite().all()
 
@@ -120,21 +115,18 @@ def test_fp8_activations_keep_a_row_that_is_not_finite_visible() -> None:
 def test_view_with_fp8_activations_follows_its_weight() -> None:
     """It is made once, and shares whatever tensors the weight has; no state, copy or pickle has it as a part."""
     weight, x = random_weight("fp8", 33, 100), randn(5, 100)
-    keys, view = weight.state_dict().keys(), weight.with_fp8_activations()
-    assert weight.with_fp8_activations() is view and view.data is weight.data and not [*weight.children()]
+    keys, view = weight.state_dict().keys(), with_fp8_activations(weight)
+    assert with_fp8_activations(weight) is view and view.data is weight.data and not [*weight.children()]
     other = random_weight("fp8", 33, 100, seed=1)
     weight.load_state_dict(other.state_dict())
     assert weight.state_dict().keys() == keys
-    assert torch.equal(view.product(x), other.with_fp8_activations().product(x))
+    assert torch.equal(view.product(x), with_fp8_activations(other).product(x))
     for copied in (deepcopy(weight), pickle.loads(pickle.dumps(weight))):
         copied.data = copied.data.clone()
-        assert copied.with_fp8_activations().data is copied.data
-    assert torch.nn.Sequential(weight).to("meta")[0].with_fp8_activations().data.is_meta
-    for name in ("fp8:128", "int8"):
-        with pytest.raises(
-            ValueError, match=r"with_fp8_activations: got a weight of .*, needs fp8 with one scale a row"
-        ):
-            random_weight(name, 3, 256).with_fp8_activations()
+        assert with_fp8_activations(copied).data is copied.data
+    assert with_fp8_activations(torch.nn.Sequential(weight).to("meta")[0]).data.is_meta
+    for other in (random_weight("fp8:128", 3, 256), random_weight("int8", 3, 256), x):
+        assert with_fp8_activations(other) is other
 
 
 @pytest.mark.interpreted
@@ -144,8 +136,8 @@ def test_kernel_quantizes_rows_to_the_codes_of_the_reference(K: int, dtype: torc
     """Bit for bit, in the byte order of the weight; rows that are not finite stay so."""
     x = rows_of_many_magnitudes(K, dtype)
     x[7, 3], x[8, 1] = float("nan"), float("inf")
-    (codes, scales), (want, exact) = quantize_rows(Rows.of(x)), encode_rows(x)
-    packed = pack(want.view(torch.uint8), "fp8", K)
+    (codes, _, scales), (want, exact) = quantize_rows(Rows.of(x)), encode_rows(x)
+    packed = formats.FORMATS["fp8"].pack(want.view(torch.uint8), K)
     assert torch.equal(codes[:7].view(torch.int16), packed[:7]) and torch.equal(scales[:7], exact[:7, 0])
     assert codes[7:].float().isnan().any(-1).all() and scales[8].isinf()
 
@@ -155,8 +147,8 @@ def test_kernel_quantizes_the_tokens_of_slots_in_the_order_of_experts() -> None:
     x, ids = randn(5, 100), torch.tensor([[1, 0], [2, 1], [0, 7], [-1, 2], [1, 2]])  # 3 experts, two ids out of range
     order, offsets = ops.sort_by_expert(ids.clamp(0, 2), 3)[0] * 0, torch.tensor([0, 2, 5, 8])
     order[:8] = torch.tensor([1, 4, 0, 3, 8, 2, 7, 9])
-    codes, scales = quantize_rows(Rows.of(x), Groups(order, offsets.int(), 3), 2)
-    want, exact = quantize_rows(Rows.of(x[order[:8] // 2]))
+    codes, _, scales = quantize_rows(Rows.of(x), Groups(order, offsets.int(), 3), 2)
+    want, _, exact = quantize_rows(Rows.of(x[order[:8] // 2]))
     assert torch.equal(codes[:8].view(torch.int16), want.view(torch.int16)) and torch.equal(scales[:8], exact)
 
 
@@ -343,6 +335,7 @@ def test_wrong_unpacking_is_caught(fault: str) -> None:
         check("linear", args, weight=QuantizedWeight("int4", *wrong, (33, 256), 128))
 
 
+LEAVES: dict[str, Any] = {"int4": int4, "int8": int8, "fp8": fp8}
 HALVES = np.arange(1 << 16, dtype=np.uint32)
 HALF_TYPES = {"BF16": torch.bfloat16, "FP16": torch.float16}
 BIAS = {"BF16": 128, "FP16": 1024}  # of int4
@@ -366,24 +359,25 @@ def evaluate(ptx: str, *words: Any) -> Any:
 
 def expected_field(format: str, number: int) -> torch.Tensor:
     """The value of field `number` of each half, as torch reads it; of int4 the code."""
-    if format == "INT4":
+    if format == "int4":
         return torch.from_numpy(HALVES >> (4 * number) & 15).double()
     codes = torch.from_numpy((HALVES >> (8 * number) & 255).astype(np.uint8))
-    return codes.view(torch.int8).double() if format == "INT8" else codes.view(torch.float8_e4m3fn).double()
+    return codes.view(torch.int8).double() if format == "int8" else codes.view(torch.float8_e4m3fn).double()
 
 
 @pytest.mark.parametrize("name", HALF_TYPES)
-@pytest.mark.parametrize("format", ["INT4", "INT8", "FP8"])
+@pytest.mark.parametrize("format", LEAVES)
 def test_ptx_unpacks_every_half(format: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the 65,536 values is the low half and the high half beside another value: no bit leaks. The piece of PTX
-    and how far it shifts for each field are those of `_by_ptx`."""
-    monkeypatch.setattr(ptx_unpack, "_moved", lambda tile, shift, ptx, dtype: (ptx.value, shift))
-    monkeypatch.setattr(ptx_unpack, "_paired", lambda moved, zero, ptx, dtype: moved)
+    and how far it shifts for each field are those of the format's values."""
+    leaf = LEAVES[format]
+    monkeypatch.setattr(leaf, "moved", lambda tile, shift, ptx, dtype: (ptx.value, shift))
+    monkeypatch.setattr(leaf, "paired", lambda moved, zero, ptx, dtype: moved, raising=False)
     triton_type = {"BF16": tl.bfloat16, "FP16": tl.float16}[name]
     neighbours = np.random.default_rng(0).permutation(HALVES)
-    for number in range(4 if format == "INT4" else 2):
-        ptx, shift = ptx_unpack._by_ptx.fn(None, number, mock.MagicMock(), format.lower(), triton_type)
-        want = expected_field(format, number) + (BIAS[name] if format == "INT4" else 0)
+    for number in range(formats.FORMATS[format].fields):
+        ptx, shift = getattr(leaf, f"{format}_values").fn(None, number, mock.MagicMock(), triton_type, True)
+        want = expected_field(format, number) + (BIAS[name] if format == "int4" else 0)
         finite = want.isfinite()  # codes 0x7F and 0xFF of fp8 are NaN, and rejected where weights are made
         for place, words in enumerate((HALVES | neighbours << 16, neighbours | HALVES << 16)):
             got = to_halves(evaluate(ptx, words, np.uint32(shift)), HALF_TYPES[name])[place]
@@ -396,10 +390,10 @@ def test_ptx_subtracts_zeros_and_multiplies_by_scales(name: str) -> None:
     dtype, bias = HALF_TYPES[name], BIAS[name]
     codes, zeros = (x.flatten() for x in torch.meshgrid(*[torch.arange(16.0).double()] * 2, indexing="ij"))
     words = (to_words(x + bias, x.flip(0) + bias, dtype) for x in (codes, zeros))
-    minus = evaluate(getattr(ptx_unpack, f"MINUS_{name}").value, *words)
+    minus = evaluate(getattr(int4, f"MINUS_{name}").value, *words)
     assert torch.equal(to_halves(minus, dtype)[0], codes - zeros)
     scales = torch.rand(256, generator=torch.Generator().manual_seed(0)).to(dtype)
-    times = evaluate(getattr(ptx_unpack, f"TIMES_{name}").value, minus, to_words(scales, scales, dtype))
+    times = evaluate(getattr(packing, f"TIMES_{name}").value, minus, to_words(scales, scales, dtype))
     assert torch.equal(to_halves(times, dtype)[0].to(dtype), ((codes - zeros) * scales.double()).to(dtype))
 
 
@@ -407,7 +401,7 @@ def test_ptx_subtracts_zeros_and_multiplies_by_scales(name: str) -> None:
     ("right", "wrong"), [("0x43004300", "0x43004380"), ("0xEA", "0xE8"), ("0x000F000F", "0x000F001F")]
 )
 def test_wrong_constant_in_the_ptx_is_caught(right: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert right in ptx_unpack.INT4_BF16.value
-    monkeypatch.setattr(ptx_unpack.INT4_BF16, "value", ptx_unpack.INT4_BF16.value.replace(right, wrong))
+    assert right in int4.CODES_BF16.value
+    monkeypatch.setattr(int4.CODES_BF16, "value", int4.CODES_BF16.value.replace(right, wrong))
     with pytest.raises(AssertionError):
-        test_ptx_unpacks_every_half("INT4", "BF16", monkeypatch)
+        test_ptx_unpacks_every_half("int4", "BF16", monkeypatch)

@@ -15,7 +15,6 @@ from mixtral_triton import KVCache, Mixtral, MixtralConfig, reference
 from mixtral_triton.checkpoint import parameter_shapes, read_headers, table, total_bytes
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import launch_context
-from mixtral_triton.kernels.quantized import unpack
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.load import check_activations
 from mixtral_triton.quantize import QuantizedWeight, quantize, select_specs
@@ -56,7 +55,7 @@ def test_int4_has_the_best_scale_and_the_nearest_codes(K: int, group: int | None
     size = weight.group
     assert size == group or (group is None and size == {256: 128, 192: 64, 96: 32}[K])
     assert weight.scales.dtype == torch.bfloat16 and weight.zeros is None
-    codes = unpack(weight.data, "int4", K, size).float() - 8
+    codes = weight.codes.float() - 8
     ours, least = 0.0, 0.0
     for e, n, g in itertools.product(range(2), range(5), range(K // size)):
         part, scale = x[e, n, g * size : (g + 1) * size], weight.scales[e, n, g].float()

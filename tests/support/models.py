@@ -10,6 +10,7 @@ from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.kernels.offload import OffloadedWeight
 from mixtral_triton.kernels.quantized import QuantizedWeight
+from mixtral_triton.offload_plan import Placement
 from mixtral_triton.quantize import quantize_into, select_specs
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.loaded import check_weights
@@ -37,7 +38,7 @@ def random_model(
     specs = select_specs(weights, parameter_shapes(config))
     if not any(isinstance(of_layer, tuple) for of_layer in on_host):
         on_host = [on_host] * config.num_hidden_layers
-    model = Mixtral(config, device, dtype, deterministic, specs, None, on_host, embedding)
+    model = Mixtral(config, device, dtype, deterministic, specs, None, Placement(on_host, embedding))
     generator = torch.Generator().manual_seed(seed)
     # In the order of a model without offload: seeds that tests rely on were tried in it.
     order = Mixtral(config, "meta", specs=specs) if any(on_host) else model

@@ -15,7 +15,7 @@ import torch
 
 from mixtral_triton import Mixtral
 from mixtral_triton.config import SMALL
-from mixtral_triton.load import MARGIN
+from mixtral_triton.offload_plan import MARGIN
 from mixtral_triton.sampling import Logprobs
 from mixtral_triton.tokenizer import load_tokenizer
 from mixtral_triton.tools import batch

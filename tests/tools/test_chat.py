@@ -345,7 +345,7 @@ def test_a_cache_grows_layer_by_layer(dtype: torch.dtype, monkeypatch: pytest.Mo
 
 
 def test_offload_auto_plans_the_context_of_a_chat(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.load.AUTO_CONTEXT", 100)
+    monkeypatch.setattr("mixtral_triton.offload_plan.AUTO_CONTEXT", 100)
     monkeypatch.setattr(Conversation, "__init__", lambda self, writer, system, limit: _raise(f"limit {limit}"))
     for options, want in (("--offload auto", 100), ("", 1024), ("--offload auto --context 50", 50)):
         assert run(f"{CHAT} {options}", chat_folder)[2].endswith(f"limit {want}\n")

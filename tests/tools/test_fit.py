@@ -18,7 +18,7 @@ from mixtral_triton.cache import cache_bytes
 from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.cli import SMALL, parser
 from mixtral_triton.generate import prefill, sample
-from mixtral_triton.load import ESTIMATES, LOGIT_BYTES, MARGIN, estimated_free, table_bytes, workspace_bytes
+from mixtral_triton.offload_plan import ESTIMATES, LOGIT_BYTES, MARGIN, estimated_free, table_bytes, workspace_bytes
 from mixtral_triton.quantize import select_specs
 from mixtral_triton.tools.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
 from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mixtral_triton import SMALL, Mixtral, apply, hf, verification, verify
 from mixtral_triton.checkpoint import parameter_shapes
+from mixtral_triton.kernels.fp8 import with_fp8_activations
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.quantized import with_fp8_activations
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.layer import Layer

@@ -10,11 +10,11 @@ import torch
 
 from ...checkpoint import parameter_shapes
 from ...kernels.checks import dtype_name
+from ...kernels.fp8 import W8A8
 from ...kernels.op import Cost, Op, as_dict
-from ...kernels.quantized import W8A8
 from ...kernels.registry import OPS
-from ...load import check_offload, movable_bytes, usable_bytes
 from ...model import SIXTEEN_BIT_ROWS
+from ...offload_plan import MemoryRequest, movable_bytes, place, usable_bytes
 from ..fit import KNOWN, free_bytes, placement
 from ..gpus import GPU
 from ..terminal import parse_choices, parse_sizes
@@ -55,7 +55,7 @@ class Case:
             count = found.count if found else most  # where no number is enough, as in loading
         else:
             movable = movable_bytes(config, parameter_shapes(config), {}, self.dtype)
-            count = check_offload(experts, config, None, torch.device("meta"), 0, movable).count
+            count = place(MemoryRequest(experts), config, None, torch.device("meta"), 0, movable).count
         return replace(self, sizes=replace(sizes, offload=count / config.num_hidden_layers))
 
     def inputs(self, device: torch.device) -> dict[str, Any]:

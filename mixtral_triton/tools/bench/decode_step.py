@@ -17,8 +17,8 @@ from ...generate import can_capture, capture
 from ...kernels import reference
 from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op
-from ...load import select_experts
 from ...model import Mixtral
+from ...offload_plan import Placement, select_experts
 from ...reference import block
 from ..step import step_costs
 from ..trace import RouteRecorder
@@ -60,7 +60,7 @@ def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = Non
     near tie in a 16-bit router changes no logits."""
     settings = config(case)
     on_host = select_experts(settings, round((case.offload or 0) * case.L))
-    model = Mixtral(settings, device, dtype, on_host=on_host, embedding_on_host=any(on_host))
+    model = Mixtral(settings, device, dtype, placement=Placement(on_host, any(on_host)))
     for name, weight in model.named_weights().items():
         experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else weight
         first, *copies = experts if len(weight.shape) == 3 else [weight]

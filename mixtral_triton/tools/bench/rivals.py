@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.arch import family, tma
+from ...kernels.fp8 import W8A8
 from ...kernels.launch import Launch, LaunchConfig
-from ...kernels.quantized import W8A8
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"  # of the repository; an installed package has none
 MEASURED = BENCHMARKS / "tiles" / "measured.csv"

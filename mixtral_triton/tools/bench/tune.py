@@ -20,9 +20,9 @@ from rich.text import Text
 from ...kernels import tiles
 from ...kernels.arch import ARCHS
 from ...kernels.facts import full_tiles_of
+from ...kernels.fp8 import W8A8
 from ...kernels.launch import DEFAULT_ARCH, INTERPRETED, Configs, Launch, LaunchConfig, override_configs, target_arch
 from ...kernels.op import runs_on
-from ...kernels.quantized import W8A8
 from ...kernels.record import record_launches
 from ...kernels.registry import OPS
 from ..gpus import family_note
