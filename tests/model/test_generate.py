@@ -141,17 +141,6 @@ def test_fault_in_the_end_of_a_text(fault: str, make: Make, device: torch.device
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.int8])
-def test_cache_has_the_requested_dtype(
-    dtype: Any, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caches = list[KVCache]()
-    monkeypatch.setattr(generate, "KVCache", lambda *args: caches.append(KVCache(*args)) or caches[-1])
-    make().generate(tokens(1, 3, device=device), 1, cache_dtype=dtype)
-    assert [cache.dtype for cache in caches] == [dtype or torch.float32]
-
-
-@pytest.mark.compiled
 def test_it_stops_when_all_have_ended(make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, calls = make(), tokens(1, 4, device=device), []
     hidden = model.hidden

@@ -196,8 +196,7 @@ def test_what_is_refused(ranks: Ranks, checkpoint: Checkpoint) -> None:
     for said in ranks(work.refusal, folder, root=True, tp=2):
         assert "mesh has dimensions named ('replica', 'tp')" in said
     assert all("device" in said and "cuda" in said for said in ranks(work.refusal, folder, device="cuda", tp=2))
-    for peer, mode in ranks(work.watched, folder, IDS, tp=2):
-        assert "no rank of a mesh has all weights" in peer and "dispatch mode" in mode
+    assert all("dispatch mode" in said for said in ranks(work.watched, folder, IDS, tp=2))
 
 
 @pytest.mark.parametrize("reason", ["no such file", "cut off", "num_attention_heads"])
@@ -326,16 +325,6 @@ def test_torchrun_writes_the_same_text() -> None:
     assert run.returncode == 0, run.stderr
     alone, several = (json.loads(text) for text in (output("", *command), run.stdout))
     assert alone["tokens"] == several["tokens"] and alone["text"] == several["text"]
-
-
-@pytest.mark.slow
-def test_torchrun_verifies_each_rank_s_part() -> None:
-    """One report, the first rank's. In plain torch, which is quick: all is near, and nothing was compared."""
-    run = torchrun("verify", str(SMALL), "--tp", "2", "--prompt", "return", "--json", TRITON_INTERPRET="0")
-    assert run.returncode != 0
-    report = json.loads(run.stdout)
-    assert all(row["ok"] for row in report["rows"]) and not report["compared"]
-    assert {"weights", "layer", "logits"} <= {row["op"] for row in report["rows"]}
 
 
 @pytest.mark.slow

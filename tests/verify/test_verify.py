@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import SMALL, Mixtral, apply, hf, verification, verify
+from mixtral_triton import Mixtral, apply, hf, verification, verify
 from mixtral_triton.checkpoint import parameter_shapes
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.quantized import with_fp8_activations
 from mixtral_triton.kernels.quantized_cache import QuantizedCache
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.layer import Layer
@@ -329,22 +328,6 @@ def test_activations_that_only_one_side_quantizes_are_wrong(fault: str, monkeypa
     assert {"attention, whole text", "experts, whole text", "whole text"} <= wrong, wrong
 
 
-@once
-def test_a_product_whose_activations_keep_16_bits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16 its errors are within the limits."""
-
-    def attention(layer: Layer, h: Tensor, kv_cache: Any, state: Any) -> Tensor:
-        with monkeypatch.context() as patch:
-            patch.setattr("mixtral_triton.layer.with_fp8_activations", lambda weight: names.pop(0)(weight))
-            names = [with_fp8_activations, lambda weight: weight]  # of qkv_proj, o_proj
-            return right(layer, h, kv_cache, state)
-
-    right = Layer.attention
-    monkeypatch.setattr(Layer, "attention", attention)
-    (row,) = {row.case: row for row in verify(fp8_model(), IDS, quick=True).wrong}.values()
-    assert row.case == "formats of products" and "'o_proj': 'fp8'," in row.note and "'o_proj': 'fp8_w8a8'" in row.note
-
-
 @interpreted
 @pytest.mark.slow
 def test_kernels_of_fp8_activations_are_compared() -> None:
@@ -352,9 +335,3 @@ def test_kernels_of_fp8_activations_are_compared() -> None:
     report = verify(fp8_model(), IDS[:, :12], quick=True, tokens=70)
     assert not report.wrong, str(report)
     assert not any("quantize_rows_kernel; needs a GPU or --tokens 70" in line for line in report.not_run)
-
-
-@once
-def test_peer_with_activations_is_refused() -> None:
-    with pytest.raises(ValueError, match="activations is 'fp8', needs None: transformers does not quantize them"):
-        verify(fp8_model(), folder=SMALL, peer="transformers")
