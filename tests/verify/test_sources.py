@@ -4,7 +4,6 @@ texts, their perplexity, and the cost of quantization."""
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,10 +24,10 @@ from mixtral_triton.layer import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.quantize.cost import LOGIT_ROWS
 from mixtral_triton.tolerance import token_floor
-from mixtral_triton.verification import held_out, layers, models, perplexity, source
+from mixtral_triton.verification import held_out, layers, models, perplexity
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.loaded import check_weights
-from mixtral_triton.verification.source import Source, decode
+from mixtral_triton.verification.source import decode
 from tests.cli.commands import run_json
 from tests.support import hub
 from tests.support.faults import Inject, Patch, all_dtypes, change_state, one_at_a_time
@@ -218,29 +217,6 @@ def test_every_limit_behind_a_cache_of_8_bits_allows_another_code() -> None:
     assert all(each.limit >= least for each in (*first.values(), *second.values()))
     logits = [row for row in rows if row.op == "logits"]
     assert logits and all(row.limit >= least for row in logits)
-
-
-def test_each_tensor_is_read_once(dense: Path, monkeypatch: Patch) -> None:
-    """Rows and the cost of quantization share what is read; the loader reads before."""
-    model, reads = load(dense, weights={"experts": "int4", "linear": "int8"}), Counter[str]()
-    read = Source.read
-
-    def count(source: Source, files: Any, *args: Any) -> Tensor:
-        reads.update(list(files))
-        return read(source, files, *args)
-
-    monkeypatch.setattr(Source, "read", count)
-    monkeypatch.setattr("mixtral_triton.checkpoint.fill", None)
-    report = verify(model, IDS, folder=dense)
-    assert report.quantization is not None and set(reads.values()) == {1} and len(reads) == 16
-
-
-def test_layouts_are_decoded_on_the_model_s_device(tmp_path: Path, gpu: Any, monkeypatch: Patch) -> None:
-    hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
-    model, devices = Mixtral.from_pretrained(tmp_path, "cuda"), set()
-    unpack = source.unpack
-    monkeypatch.setattr(source, "unpack", lambda x, *args: (devices.add(x.device.type), unpack(x, *args))[1])
-    assert not [row for row in check_loaded(tmp_path, model) if not row.ok] and devices == {"cuda"}
 
 
 TEXT = torch.randint(23, (31,), generator=torch.Generator().manual_seed(0))
