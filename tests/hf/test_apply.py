@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 
 from mixtral_triton import apply, hf, revert
 from mixtral_triton.hf import mixtral
-from tests.cli.commands import python
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.mixtral import modeling_mixtral as modeling  # noqa: E402
@@ -320,44 +319,6 @@ def picklable(make_hf: Any) -> None:
         pytest.skip(f"a plain model of this transformers has no pickle: {error}")
 
 
-CHILD = """
-import pickle, sys, torch
-kind, atol = sys.argv[2], 0
-if kind == "applied":  # no mask of transformers' is made
-    from transformers import AttentionMaskInterface
-    AttentionMaskInterface._global_mapping["eager"] = None
-else:
-    sys.modules["mixtral_triton"], atol = None, 1e-4
-model, ids, mask, logits, padded = pickle.load(open(sys.argv[1], "rb"))
-with torch.no_grad():
-    assert torch.allclose(model(ids).logits, logits, atol=atol), "logits"
-    assert torch.allclose(model(ids, attention_mask=mask).logits[mask.bool()], padded, atol=atol), "mask"
-    model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, cache_implementation="static")
-if kind == "applied":
-    from mixtral_triton import hf, revert
-    assert hf.applied(model) and type(model.model.norm).__module__ == "mixtral_triton.hf.modules"
-    assert not hf.applied(revert(model)) and type(model).__mro__[1].__name__ == "MixtralPreTrainedModel"
-print("right")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["applied", "reverted"])
-def test_pickled_model_in_a_new_process(kind: str, picklable: Any, make_hf: Any, tmp_path: Path, parity: Any) -> None:
-    """Of an applied one, unpickling imports the modules that it names; a reverted one needs none of this package."""
-    model, file = apply(make_hf()), tmp_path / "model"
-    if kind == "reverted":
-        model.set_attn_implementation("sdpa")
-    kept = model if kind == "applied" else revert(pickle.loads(pickle.dumps(model)))
-    with torch.no_grad():
-        results = model(IDS).logits, model(IDS, attention_mask=LEFT).logits[LEFT.bool()]
-    file.write_bytes(pickle.dumps((kept, IDS, LEFT, *results)))
-    assert (b"mixtral_triton" in file.read_bytes()) == hf.applied(kept)
-    done = python("-c", CHILD, file, kind)
-    assert done.stdout.strip() == "right", done.stderr
-    parity(f"pickle: a model, {kind}, in a new process", "holds")
-
-
 def test_copies_are_independent(picklable: None, make_hf: Any, calls: set[str]) -> None:
     model = apply(make_hf())
     copies = [pickle.loads(pickle.dumps(model, protocol)) for protocol in range(6)]
@@ -366,6 +327,7 @@ def test_copies_are_independent(picklable: None, make_hf: Any, calls: set[str]) 
         assert hf.applied(each) and torch.equal(each(IDS).logits, want)
     copies[0].set_attn_implementation("eager")
     assert not hf.applied(revert(copies[2])) and hf.applied(model)
+    assert b"mixtral_triton" in pickle.dumps(model) and b"mixtral_triton" not in pickle.dumps(copies[2])
     for each, fused in ((model, True), (copies[1], True), (model._replicate_for_data_parallel(), True), (copies[0], 0)):
         calls.clear()
         each(IDS)

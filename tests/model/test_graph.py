@@ -204,32 +204,6 @@ def test_a_model_that_is_collected_during_a_step_does_not_end_its_capture(gpu: A
     assert not gpu.pinned
 
 
-def test_a_capture_that_fails_with_dependent_launches_is_tried_without_them(gpu: Any, monkeypatch: Any) -> None:
-    launch, launched = gpu.driver.launch, list[bool]()
-
-    def refuse(each: Any) -> None:
-        launched.append(each.launcher.metadata.launch_pdl)
-        if launched[-1] and gpu.captures and not gpu.captures[-1].ended:
-            raise RuntimeError("Triton Error [CUDA]: invalid resource handle")
-        launch(each)
-
-    monkeypatch.setattr(gpu.driver, "launch", refuse)
-    with pytest.warns(RuntimeWarning, match="capturing without dependent launches, slower: .*handle") as found:
-        got = texts(build(5, GPU_DEVICE), max_new_tokens=NEW)
-    assert got == texts(build(5, "cpu"), max_new_tokens=NEW)
-    assert len(found) == 1 and len(gpu.captures) == 2 and gpu.replays == NEW - 3 and any(launched)
-
-
-def test_graphs_that_ended_leave_their_memory_to_the_next(gpu: Any) -> None:
-    """torch releases it to ordinary allocations alone, so each generation would keep its own."""
-    model, seen = build(None, GPU_DEVICE), []
-    for turn in range(50):
-        gpu.driver.executes = turn == 0
-        texts(model, max_new_tokens=NEW)
-        seen.append((len(gpu.pool_bytes), sum(gpu.pool_bytes.values())))
-    assert len(gpu.captures) == 50 and set(seen) == {(1, seen[0][1])} and seen[0][1] > 0
-
-
 def test_graphs_that_live_together_share_no_memory(gpu: Any) -> None:
     gpu.driver.executes = False
     model = build(None, GPU_DEVICE)

@@ -203,11 +203,6 @@ def test_host_memory_is_pinned_at_its_size_and_returned(gpu: Any) -> None:
     assert Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload=1)  # the advice can be followed in this process
     gc.collect()
     assert len(gpu.pinned) == len(weights)
-    gpu.mapped_at = 1 << 12
-    with pytest.raises(ValueError, match=r"offload: cuda:0 cannot read pinned memory at its host address, as on WSL"):
-        Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload=1)
-    gc.collect()
-    assert len(gpu.pinned) == len(weights)
     del model, weights
     gc.collect()
     assert not gpu.pinned

@@ -297,19 +297,6 @@ def test_decode_step_is_a_graph(mesh: str, deterministic: bool, ranks: Ranks, ch
         assert calls["broadcast"] == 2 + replays and calls[sums] >= 2 * layers * (2 + replays)
 
 
-@pytest.mark.slow
-def test_a_mesh_compiles_nothing_after_what_its_ranks_share_and_compile_ahead(
-    checkpoint: Checkpoint, tmp_path: Path, covers: Any
-) -> None:
-    two = Ranks(2, tmp_path / "store")
-    (ahead, late), other = two(work.compiled_late, checkpoint(), IDS, str(tmp_path), tp=2)
-    two.end()
-    covers("host", f"a mesh of two: {ahead} and {other[0]} kernels compiled ahead, {late} and {other[1]} later")
-    kernels = len(list(tmp_path.rglob("*.cubin")))
-    assert late == other[1] == [] and kernels > 50
-    assert ahead + other[0] < 1.75 * kernels, "each rank compiles all of them"
-
-
 PROMPT = ("--device", "cpu", "--dtype", "float32", "--prompt", "The return statement", "--temperature", "0.8", "--json")
 
 
