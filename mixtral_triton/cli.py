@@ -139,7 +139,6 @@ def parser() -> argparse.ArgumentParser:
         return sub.add_argument
 
     option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + offload)
-    option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
     option("--text", **shared["--text"] | {"help": "measure the perplexity that quantizing costs on this text"})
     option("--tokens", type=int, metavar="N", help="of the text, default: 66, and of the longest call: 144, GPU: 8192")
@@ -298,11 +297,10 @@ def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     import torch
 
-    from .verification import check_peer, default_text, launch_all, verify
+    from .verification import default_text, launch_all, verify
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
-    check_peer(args.peer, args.tp * args.ep > 1, args.cache_dtype, args.activations)
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
         prompt = None
@@ -316,7 +314,7 @@ def _verify(args: argparse.Namespace) -> int:
         if is_first():
             print_message(note)
         _compile(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
-        options = {name: getattr(args, name) for name in ("folder", "peer", "tokens", "cache_dtype")}
+        options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
         if measured is not None:
             ids = _encode(args, load_tokenizer(args.folder), model.config, measured)
             options["text"] = torch.tensor(ids, device=model.device)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import reference
 from .kernels.fp8 import W8A8
-from .kernels.launch import launch_context, multiprocessors, target_arch
 from .kernels.op import Op
 from .kernels.quantized import QuantizedWeight
 from .kernels.quantized_cache import CODE_MAX, QuantizedCache
@@ -144,22 +143,6 @@ def _results(op: Op, function: Callable[..., Any], args: Args) -> list[Tensor]:
     results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
     results += [args[name] for name in op.mutates]
     return [x.dequantize() if isinstance(x, QuantizedCache) else x for x in results]
-
-
-def same_bits(name: str, function: Callable[..., Any], args: Args) -> bool:
-    """Whether rows, or sequences, of a call have the bits of other batches, on a GPU that a small batch fills."""
-    op, device = OPS[name], args[OPS[name].names[0]].device
-    letters = {arg.name: arg.shape_spec.split()[:1] for arg in op.arguments if args.get(arg.name) is not None}
-    batched = [name for name, letter in letters.items() if letter == letters[op.names[0]]]
-    sms = 2 * args["k"].shape[2] if "k" in args else multiprocessors(device)
-    with launch_context(arch=target_arch(device), sms=sms):
-        whole = _results(op, function, args)
-        for part in (slice(1), slice(2), slice(-1, None), slice(1, 6)):
-            got = _results(op, function, {key: x[part] if key in batched else x for key, x in args.items()})
-            pairs = zip(got, whole, strict=True)
-            if not all(x.is_meta or torch.allclose(x, y[part], 0.0, 0.0, True) for x, y in pairs):
-                return False
-    return True
 
 
 def _error(got: Tensor, exact: Tensor) -> float:

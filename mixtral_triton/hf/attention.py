@@ -25,8 +25,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils.import_utils import is_tracing
 
 from .. import ops
-from .experts import NAME, checked_if_needed
-from .training import is_recorded, warn_of_gradients
+from .experts import NAME, fused
+from .training import warn_of_gradients
 
 PAGED = (
     "continuous batching (generate_batch) keeps keys and values in pages, which fused attention does not read; "
@@ -44,11 +44,11 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 
 def check_attention(
-    module: nn.Module, query: Tensor, value: Tensor, mask: Any, dropout: float, added: dict[str, Any]
+    module: nn.Module, query: Tensor, value: Tensor, dense: bool, dropout: float, added: dict[str, Any]
 ) -> None:
-    """Raise ValueError that names a layer's class and what `ops.attention` does not compute of its attention."""
+    """Raise ValueError that names a layer's class and what `ops.attention` does not compute of its attention. dense:
+    its mask is none of this file."""
     D, found = query.shape[-1], list[str]()
-    dense = mask is not None and not is_interval(mask) and not is_bounds(mask)
     if not added.keys().isdisjoint(ADDED):
         found += [what for key, what in ADDED.items() if added.get(key) is not None]
     if not (dense or added.keys().isdisjoint(INDICES)) and any(added.get(key) is not None for key in INDICES):
@@ -84,19 +84,20 @@ def attention(
     Packed sequences run one after the other. A dense mask goes to torch's attention. The weights are those of
     transformers' eager attention, and the result does not depend on them. ValueError by `check_attention`.
     """
-    recorded = is_recorded(query, key, value)
-    check_attention(module, query, value, attention_mask, 0.0 if recorded else dropout, kwargs)
-    mask, weights, (B, H, T, D) = attention_mask, None, query.shape
-    window = mask_window(module, mask, key, sliding_window)
+    attend, mask, weights, (B, H, T, D) = fused(ops.attention, query, key, value), attention_mask, None, query.shape
+    interval = is_interval(mask)
+    dense = mask is not None and not interval and not is_bounds(mask)
+    check_attention(module, query, value, dense, 0.0 if attend is None else dropout, kwargs)
+    window = sliding_window if mask is None or dense else mask_window(module, mask, key, sliding_window)
     if output_attentions:
-        dense = visible(mask, query, key, window)
-        if dense.dtype == torch.bool:
-            dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill_(~dense, torch.finfo(query.dtype).min)
+        added = visible(mask, query, key, window)
+        if added.dtype == torch.bool:
+            added = torch.zeros_like(added, dtype=query.dtype).masked_fill_(~added, torch.finfo(query.dtype).min)
         scores = query @ key.repeat_interleave(H // key.shape[1], 1).mT * (D**-0.5 if scaling is None else scaling)
-        weights = torch.softmax(scores + dense, dim=-1, dtype=torch.float32).to(query.dtype)
-    if recorded:
+        weights = torch.softmax(scores + added, dim=-1, dtype=torch.float32).to(query.dtype)
+    if attend is None:
         warn_of_gradients()
-        causal = mask is None or (is_interval(mask) and not mask.shape[2] and window is None and T in (1, key.shape[2]))
+        causal = mask is None or (interval and not mask.shape[2] and window is None and T in (1, key.shape[2]))
         seen = None if causal else check_dense(visible(mask, query, key, window), query, key)
         return sdpa_attention_forward(module, query, key, value, seen, dropout, scaling)[0], weights
     if mask is None and 1 < T < key.shape[2]:
@@ -104,9 +105,8 @@ def attention(
     columns = value.shape[-1]
     if columns < D:
         value = pad(value, (0, D - columns))
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    attend = checked_if_needed(ops.attention, q, k, v)
-    if mask is None or is_interval(mask):
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if mask is None or interval:
         rows = None if mask is None or not mask.shape[2] else mask[:, 0, :, 0]
         starts, ends = (None, None) if rows is None else (rows[:, 0], rows[:, -1])
         if rows is None or rows.shape[1] == 2:
@@ -128,11 +128,9 @@ def attention(
 
 
 def mask_window(module: Any, mask: Any, key: Tensor, sliding_window: int | None) -> int | None:
-    """Return the window of a layer whose mask is one of this file: the mask says whether there is one, as in torch's
-    attention, and the layer, or its config, how long it is. ValueError for keys of another length than the mask's."""
-    if not is_interval(mask) and not is_bounds(mask):
-        return sliding_window
-    if is_interval(mask) and mask.shape[-1] != key.shape[2]:
+    """Return the window of a layer whose mask is one of this file: the mask says whether there is one, and the layer,
+    or its config, how long it is. ValueError for keys of another length than an interval's mask."""
+    if mask.dtype == torch.int32 and mask.shape[-1] != key.shape[2]:
         got, need = f"{key.shape[2]} keys", f"{mask.shape[-1]}, as its mask says"
         raise ValueError(
             f"mixtral_triton: {type(module).__name__} has {got}, needs {need}; or another attn_implementation"

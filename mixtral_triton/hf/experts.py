@@ -29,11 +29,13 @@ DECLARED = {
 NEEDED = [need for need, _ in DECLARED.values()]
 
 
-def checked_if_needed(operation: Any, *tensors: Tensor) -> Any:
-    """Return the operation, without its checks unless a tracer, derivatives or autocast may change its arguments, or
-    one of a caller's `tensors` is a lazy negation."""
-    needed = not untraced() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or transformed()
-    return operation if needed or any(x.is_neg() for x in tensors) else operation.unchecked
+def fused(operation: Any, *tensors: Any) -> Any:
+    """Return the operation to run: None where torch records gradients of these tensors, which it does not have; without
+    its checks unless a tracer, derivatives or autocast may change its arguments, or a tensor is a lazy negation."""
+    if torch.is_grad_enabled():
+        return None if is_recorded(*tensors) else operation
+    needed = not untraced() or torch._C._is_any_autocast_enabled() or transformed()
+    return operation if needed or any(isinstance(x, Tensor) and x.is_neg() for x in tensors) else operation.unchecked
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -43,18 +45,18 @@ def is_experts(module: nn.Module) -> bool:
 
 def check_experts(module: Any, name: str = "") -> None:
     """Raise ValueError that names `module`, a module of experts, unless `ops.expert_swiglu` computes its forward."""
-    flags, found = vars(module), None
+    flags, found = vars(module), None  # read here: each attribute of a module that is a module costs a call
     if [*map(flags.get, DECLARED)] != NEEDED:  # as in releases of transformers that lack a flag
         found = next((what for flag, (need, what) in DECLARED.items() if flags.get(flag, need) is not need), None)
     if found is None and type(module)._apply_gate is not moe._default_apply_gate:
         found = f"an activation of its own, {type(module).__name__}._apply_gate"
     if found is None:
-        act_fn = module.act_fn
+        act_fn: Any = flags["_modules"].get("act_fn", flags.get("act_fn"))
         if act_fn is not nn.functional.silu and (type(act_fn) not in SILU or "forward" in vars(act_fn)):
             found = f"the activation {act_fn!r:.80}"
         elif isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
             found = "hooks on act_fn, which fused experts never call"
-    if found is None and any(type(x).__name__ == "DTensor" for x in module._parameters.values()):
+    if found is None and "DTensor" in [type(x).__name__ for x in flags["_parameters"].values()]:
         found = "a DTensor"
     if found is not None:
         needs = 'needs SiLU experts [E, 2I, H] and [E, H, I], gate first, or experts_implementation="grouped_mm"'
@@ -66,10 +68,9 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     which contribute nothing. ValueError that names the module's class for experts that `check_experts` refuses."""
     check_experts(module)
     gate_up, down = module.gate_up_proj, module.down_proj
-    if is_recorded(hidden_states, top_k_weights, gate_up, down):
+    run = fused(ops.expert_swiglu, hidden_states, top_k_weights, gate_up, down)
+    if run is None:
         return FrozenExperts.apply(hidden_states, gate_up, down, top_k_index, top_k_weights, type(module).__name__)
     if top_k_index.device.type == "cpu":  # where the operation refuses them
         top_k_index, top_k_weights, _ = own_routes(top_k_index, top_k_weights, len(down))
-    weights = top_k_weights.float()
-    operation = checked_if_needed(ops.expert_swiglu, hidden_states, weights)
-    return operation(hidden_states, gate_up, down, top_k_index, weights)
+    return run(hidden_states, gate_up, down, top_k_index, top_k_weights.float())

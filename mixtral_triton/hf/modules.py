@@ -22,8 +22,7 @@ from transformers.models.mixtral import modeling_mixtral as modeling
 from .. import ops
 from ..kernels.checks import FLOATS
 from .attention import CACHE, PAGED, attention, causal_mask, check_dense
-from .experts import NAME, checked_if_needed, experts
-from .training import is_recorded
+from .experts import NAME, experts, fused
 
 PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache")  # MixtralModel's
@@ -66,17 +65,15 @@ def rebuild(kind: Any) -> Any:
 
 class TritonRMSNorm(Applied, modeling.MixtralRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if is_recorded(hidden_states, self.weight):
-            return super().forward(hidden_states)
-        return checked_if_needed(ops.rms_norm, hidden_states)(hidden_states, self.weight, self.variance_epsilon)
+        run = fused(ops.rms_norm, hidden_states, weight := self.weight)
+        return super().forward(hidden_states) if run is None else run(hidden_states, weight, self.variance_epsilon)
 
 
 class TritonRouter(Applied, modeling.MixtralTopKRouter):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if is_recorded(hidden_states, self.weight):
+        if (run := fused(ops.gate_route, hidden_states, weight := self.weight)) is None:
             return super().forward(hidden_states)
-        rows = hidden_states.reshape(-1, self.hidden_dim)
-        logits, routing_weights, ids = checked_if_needed(ops.gate_route, rows)(rows, self.weight, self.top_k)
+        logits, routing_weights, ids = run(hidden_states.reshape(-1, self.hidden_dim), weight, self.top_k)
         return logits, routing_weights, ids.long()  # int64, as hooks of the gate expect
 
 
@@ -131,13 +128,15 @@ class TritonAttention(Applied, modeling.MixtralAttention):
     ) -> tuple[Tensor, Tensor | None]:
         parts, config, tokens = self._mixtral_triton, self.config, hidden_states.shape[:-1]
         cache = past_key_values if cache is None else cache
-        q, k, v = (x(hidden_states).view(*tokens, -1, self.head_dim) for x in (self.q_proj, self.k_proj, self.v_proj))
-        rotates = parts.rope and not is_recorded(q, k)
-        if rotates:
+        heads = *tokens, -1, self.head_dim
+        q, k = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        rotate = fused(ops.rope, q, k) if parts.rope else None
+        if rotate is not None:
             tables = getattr(position_embeddings, "tables", None) or token_tables(*position_embeddings, tokens[0])
-            q, k = checked_if_needed(ops.rope, q, k)(q, k, *tables)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if not rotates:
+            q, k = rotate(q, k, *tables)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if rotate is None:
             q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)

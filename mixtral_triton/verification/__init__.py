@@ -31,18 +31,17 @@ from ..quantize.cost import held_out, measure_activation_cost, measure_cache_cos
 from ..quantize.hub import read_headers
 from ..tolerance import Fp64Reference, largest, to_fp64, token_floor
 from ..tools.offline import launch_text, on_meta
-from .calls import BATCH, SizedCalls
+from .calls import SizedCalls
 from .layers import (
     LayerProbe,
     ModelUnderTest,
     Step,
-    compare_activation_formats,
     compare_in_fp32,
     compare_layers,
     single_layer_model,
 )
 from .loaded import check_weights
-from .models import MeshUnderTest, TransformersUnderTest, compare_with_transformers, in_evaluation
+from .models import MeshUnderTest, TransformersUnderTest, in_evaluation
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
 from .source import Source
 
@@ -50,7 +49,7 @@ __all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
 
 TEXT_TOKENS = 66  # by default
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
-REPEATED_TOKENS = 4  # of a chunk that is computed again
+BATCH, REPEATED_TOKENS = 33, 4  # sequences, and tokens of a chunk, that are computed again
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 TEMPERATURE = 0.8  # of the sampled text whose captured step is compared with the eager one
 
@@ -63,7 +62,6 @@ def verify(
     progress: Progress = None,
     *,
     folder: str | os.PathLike[str] | None = None,
-    peer: str | None = None,
     quick: bool = False,
     tokens: int | None = None,
     cache_dtype: torch.dtype | None = None,
@@ -73,10 +71,9 @@ def verify(
 
     target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: a Mixtral, applied or not,
     or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
-    In training mode, by its name or applied, the gradients of experts are judged, too, and forwards are of evaluation.
+    One in training mode is compared in evaluation mode, and back in training mode afterwards.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
-    peer "transformers": layers and logits are also compared with transformers' model of the same folder, in fp32.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
@@ -88,11 +85,8 @@ def verify(
     is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
     if cache_dtype not in (None, torch.int8):
         raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None or torch.int8")
-    if cache_dtype and is_transformers:
-        raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
-    check_peer(peer, getattr(target, "ranks", None) is not None, cache_dtype, getattr(target, "activations", None))
-    if is_transformers and (folder is not None or peer is not None):
-        raise ValueError("verify: target is a transformers model, which takes neither folder nor peer: needs None")
+    if is_transformers and (folder is not None or cache_dtype is not None):
+        raise ValueError("verify: target is a transformers model, needs neither folder nor cache_dtype")
     if isinstance(target, (str, os.PathLike)):
         if folder is not None:
             raise ValueError(f"verify: folder is {str(folder)!r}, and target is a folder itself: needs None")
@@ -109,17 +103,15 @@ def verify(
         folder = checkpoint_folder(folder)
         MixtralConfig.from_pretrained(folder)  # an error names what is wrong in the files
         read_headers(folder)
-    if peer is not None and folder is None:
-        raise ValueError(f"verify: peer is {peer!r}, and it is loaded from the model's folder: needs folder")
     ranks = getattr(target, "ranks", None)
     if is_transformers and _has_names(target):
         return _verify_family(target, input_ids, progress, tokens)
+    options = {} if is_transformers else {"cache_dtype": cache_dtype}
     kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
-        under_test = kind(target)
-        under_test.quantized = cache_dtype is torch.int8
+        under_test = kind(target, **options)
         with in_evaluation(target):
-            return _verify(under_test, input_ids, progress, folder, peer, quick, tokens, text)
+            return _verify(under_test, input_ids, progress, folder, quick, tokens, text)
 
 
 def _has_names(model: Any) -> bool:
@@ -149,20 +141,6 @@ def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tok
     return Report(tuple(rows), 0, 0, backend, *about)
 
 
-def check_peer(peer: str | None, on_mesh: bool, cache_dtype: Any, activations: Any = None) -> None:
-    """ValueError for an unknown peer, and any on a mesh or with a cache of another dtype or activations of 8 bits."""
-    if peer is None:
-        return
-    if peer != "transformers":
-        raise ValueError(f"verify: peer is {peer!r}, needs 'transformers' or None")
-    if on_mesh:
-        raise ValueError(f"verify: peer is {peer!r}, and no rank of a mesh has all weights for it: needs None")
-    if cache_dtype is not None:
-        raise ValueError(f"verify: cache_dtype is {cache_dtype}, needs None: transformers has no such cache")
-    if activations is not None:
-        raise ValueError(f"verify: activations is {activations!r}, needs None: transformers does not quantize them")
-
-
 def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:
     """`ids` int64 [B,T], checked; None: two sequences of a fixed pseudo-random text of `tokens` tokens."""
     if device.type == "meta":
@@ -181,7 +159,7 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
 
 
 def _verify(
-    target: Any, input_ids: Any, progress: Progress, folder: Any, peer: Any, quick: bool, tokens: Any, text: Any
+    target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any, text: Any
 ) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
@@ -208,12 +186,8 @@ def _verify(
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))
-    if target.activations is not None:
-        found += compare_activation_formats(target)
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     found = [*target.measure(None, "rms_norm", "final", norm), *found]
-    if not target.is_mixtral:
-        found += target.gradient_rows(ids)
     rows += sorted(found, key=lambda row: math.inf if row.layer is None else row.layer)
     if not target.is_mixtral:
         from .drop_in import compare_calls  # imports transformers
@@ -226,9 +200,6 @@ def _verify(
     with target.catch_faults(routes.fail):
         out = target.logits(ids, routes)
     rows.append(Row(None, target.output, "end to end", *expected_logits.measure(*out)))
-    if peer is not None:
-        step = steps(f"layers of {peer}", L)
-        rows += compare_with_transformers(folder, target.model, ids, expected.layers, expected_logits, step)
     if target.is_mixtral:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             steps("generate", 1)
@@ -237,8 +208,7 @@ def _verify(
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
-    formats = {"quantized_cache": target.quantized, "activations": target.activations is not None}
-    kinds = kinds_not_run(rows, kernels, target.is_mixtral, dtype != torch.float32, **formats)
+    kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
     routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
     about = backend, dtype_name(dtype), target.peer, cost
     return Report(tuple(rows), routes.flips, routed, *about, not_run, cache_cost, activation_cost)
@@ -256,8 +226,8 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
     kinds = {(at > 0, bool(getattr(each.down_proj, "on_host", ()))): at for at, each in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
     copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
-    targets = [target := ModelUnderTest(copied) if model.ranks is None else MeshUnderTest(copied)]
-    target.quantized, x = cache_dtype is torch.int8, target.embed_tokens.new_empty((B, T, model.config.hidden_size))
+    targets = [target := (ModelUnderTest if model.ranks is None else MeshUnderTest)(copied, cache_dtype)]
+    x = target.embed_tokens.new_empty((B, T, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
     for each in targets:
@@ -279,7 +249,8 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
     captures = model.device.type == "cuda" and model.find_change() is None
     for no_pdl in (False, True)[: 1 + captures]:  # the eager step's launches do not depend on each other
         with launch_context(no_pdl=no_pdl):
-            launch_text(generating, len(prompts[0]), _new_tokens(model, prompts, captures), cache_dtype, len(prompts))
+            new = _new_tokens(model, prompts, captures)
+            launch_text(generating, len(prompts[0]), new, batch=len(prompts), **target.generate_options)
     repeated = KVCache(copied.config, BATCH, REPEATED_TOKENS + 1, "meta", copied.dtype)
     for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1):
         _launch(copied, ids.new_empty((BATCH, new)), repeated)
@@ -313,7 +284,7 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
     if target.coarse:
         limit = max(limit, token_floor(baseline.dtype, True) * largest(logits))
-    options: Any = {"eos_token_id": [], "cache_dtype": torch.int8 if target.quantized else None}
+    options: Any = {"eos_token_id": [], **target.generate_options}
     if new < 1 or not math.isfinite(limit):  # where torch overflows, the row of the logits says so
         return []
     next_logits, tokens = _next_logits(target, model.generate(prompts, new, **options), new)

@@ -19,7 +19,6 @@ from ..kernels.fp8 import W8A8, with_fp8_activations
 from ..kernels.kernel_weight import Weight
 from ..kernels.launch import DEFAULT_ARCH, Launch, active_records, launch_context, target_arch
 from ..kernels.quantized import QuantizedWeight
-from ..kernels.quantized_cache import QuantizedCache
 from ..kernels.registry import OPS
 from ..model import Mixtral
 from ..tolerance import Args, fp64_block
@@ -32,61 +31,7 @@ CACHE_SLOTS = 4096  # slots of the caches, of more than MANY sequences a quarter
 MANY = 8
 FEW = 10  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
 EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
-# Rows, sequences, and keys of each, where bits must not depend on the batch: so many that one sequence may split them.
-BATCH, RAGGED, KEYS = 33, 5, 280
-LAYOUTS = ("sliced", "rows apart", "transposed", "expanded")
-BEYOND, INDICES = "one beyond", ("input_ids", "positions", "past", "new")  # what is out of range makes a sequence NaN
 WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
-
-
-def with_layout(layout: str, x: Tensor, is_cache: bool) -> Tensor:
-    """x in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range between; the
-    same but for the last dimension; the first dimension last in memory; the first element repeated, of sequences'
-    numbers the least, which is in range beside others. The last dimension of a cache stays dense."""
-    if layout == "expanded":
-        return (x[:1] if x.dim() > 1 else x.amin(0, keepdim=True)).expand(x.shape)
-    if layout == "transposed":
-        return x.transpose(0, last := 1 if is_cache else -1).contiguous().transpose(0, last)
-    if layout == "rows apart" and x.dim() == 3:  # operations read rows [B,T,H] as [B T,H]
-        return with_layout(layout, x.flatten(0, 1), is_cache).unflatten(0, x.shape[:2])
-    around = torch.full([2 * n + 8 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
-    steps = [2] * (x.dim() - 1) + [1 if is_cache or layout == "rows apart" else 2]
-    # Rows apart are read in place: at 16 bytes, as the meta device, whose addresses are 0, compiles ahead.
-    starts = [1] * (x.dim() - 1) + [8 if layout == "rows apart" else 1]
-    slices = tuple(slice(start, start + step * n, step) for start, n, step in zip(starts, x.shape, steps, strict=True))
-    return around.to(x.dtype)[slices].copy_(x)
-
-
-def with_layouts(calls: Iterable[Call]) -> Iterator[Call]:
-    """The calls with every argument but weights in each of the LAYOUTS, and each argument in another one than the next:
-    a kernel may take one's strides for another's. A tensor that is written has no repetition. `case` is the first
-    argument's layout."""
-    for op, _, args in calls:
-        names = [name for name, x in args.items() if isinstance(x, Tensor) and name not in WEIGHTS]
-        for shift, case in enumerate(LAYOUTS):
-            changed = dict[str, Tensor]()
-            for index, name in enumerate(names):
-                is_cache = name.endswith("cache")  # caches need equal strides
-                layout = LAYOUTS[(shift + (0 if is_cache else index)) % len(LAYOUTS)]
-                if layout != "expanded" or name not in OPS[op].mutates:
-                    changed[name] = with_layout(layout, args[name], is_cache)
-            yield op, case, args | changed
-
-
-def calls_beyond(calls: Iterable[Call]) -> Iterator[Call]:
-    """Calls whose first sequence has a token, position or number of tokens one beyond what its operation declares."""
-    for op, _, args in calls:
-        if not OPS[op].results:
-            continue
-        host = args | {name: x.cpu() for name in INDICES if (x := args.get(name)) is not None and not x.is_meta}
-        found = [(name, args[name], high) for name, _, high in OPS[op].bounds(OPS[op].bind_by_name(**args))]
-        found += [(name, x, high) for name, x, _, high in (OPS[op].ranges or (lambda args: ()))(host)]
-        for name, values, high in found:
-            if name in INDICES:
-                x, last = args[name].clone(), values.view(len(values), -1)[0, -1].to(args[name].device)
-                x.view(len(x), -1)[0, -1] += high + 1 - last
-                others = {"past": 0 * args["past"]} if name == "new" and values is args[name] else {}  # room for them
-                yield op, f"{name} {BEYOND}", args | others | {name: x}
 
 
 @dataclass
@@ -116,19 +61,13 @@ class LayerCheck:
         yield "attention", "prefill", {"q": self.rq, **keys}
         yield "attention", "decode", {"q": self.rq[:, -1:], **keys}
         ends = (T - torch.arange(B, device=self.token_rows.device)).clamp(min=1).int()
-        padded = {"starts": ends // 3, "lengths": ends, "deterministic": True}
-        yield "attention", "padded, deterministic", {"q": self.rq, **keys, **padded}
+        yield "attention", "padded", {"q": self.rq, **keys, "starts": ends // 3, "lengths": ends}
         (N, K), E = values.ids.shape, len(layer.gate)
         yield "route", "all tokens", {"logits": values.logits, "top_k": K}
         yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
-        if index == 0:  # of two tied experts the lower index is first, and NaN is -inf
-            tied = torch.nn.functional.pad(values.logits.repeat_interleave(2, -1)[:, : E - 1], (0, 1), value=torch.nan)
-            q, k, v = (x.flatten(0, 1)[None] for x in (self.rq, self.rk, values.v))  # of more queries than a tile has
-            yield "attention", "symmetric window", {"q": q, "k": k, "v": v, "causal": False, "window": 4}
-            yield "route", "ties", {"logits": tied, "top_k": K}
-            yield "gate_route", "ties", {"x": values.h, "gate": layer.gate.repeat_interleave(2, 0)[:E], "top_k": K}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
-        experts = self._experts()
+        proj = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
+        experts = {"x": values.h, **proj, "ids": self.local_ids(values.ids), "weights": values.weights}
         norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
         yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
         gate_up, down = (Weight.of(experts[name]).name for name in ("gate_up_proj", "down_proj"))
@@ -146,26 +85,6 @@ class LayerCheck:
             rows = torch.arange(size, device=values.x.device) % N
             some = {"x": values.h[rows], "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
             yield "expert_swiglu", f"every expert, {case}", {**experts, **some}
-
-    def deterministic_calls(self) -> Iterator[Call]:
-        """Calls of BATCH rows or RAGGED sequences, whose bits must not depend on the batch."""
-        values, rows = self.values, torch.arange(BATCH, device=self.token_rows.device)
-        index = (rows[:, None] * 7 + torch.arange(KEYS, device=rows.device)) % len(values.h)
-        # 16 bits would hide another order of a sum over keys.
-        rq, rk, v = (x.flatten(0, 1).float() for x in (self.rq, self.rk, values.v))
-        b, sequences, first = rows[:RAGGED], index[:RAGGED], index[:, 0]
-        keys = {"k": rk[sequences], "v": v[sequences], "starts": b, "lengths": KEYS - 7 * b}
-        for op, args in (
-            ("linear", {"x": values.heads.flatten(0, 1)[first], "weight": self.layer.o_proj}),
-            ("expert_swiglu", self._experts(first)),
-            ("attention", {"q": rq[sequences[:, :1]], **keys}),
-        ):
-            yield op, "deterministic", {**args, "deterministic": True}
-
-    def _experts(self, rows: Any = ...) -> Args:
-        values, ids = self.values, self.local_ids(self.values.ids)
-        proj = {"gate_up_proj": self.layer.gate_up_proj, "down_proj": self.layer.down_proj}
-        return {"x": values.h[rows], **proj, "ids": ids[rows], "weights": values.weights[rows]}
 
     def derive(self, op: str, recorded: Args, weights: dict[int, Any], size: tuple[int, int, int]) -> Args:
         """Arguments like those `recorded` on meta tensors in a forward of this size, strides included: `weights`, and
@@ -200,17 +119,15 @@ class LayerCheck:
         found |= {"new": new.int(), "positions": positions}
 
         def value(name: str, like: Any) -> Any:
-            if not (isinstance(like, (Tensor, QuantizedCache)) or name in WEIGHTS):
+            if name in ("k_cache", "v_cache"):
+                cached = self.rk if name == "k_cache" else values.v
+                layer = KVCache(replace(config, num_hidden_layers=1), B, C, device, like.dtype).keys[0]
+                layer[:] = cached.flatten(0, 1)[draw(slots, slots)].transpose(1, 2)
+                return layer
+            if not (isinstance(like, Tensor) or name in WEIGHTS):
                 return like
             if name in found:
                 return found[name]
-            if name in ("k_cache", "v_cache"):
-                cached = self.rk if name == "k_cache" else values.v
-                cached = cached.flatten(0, 1)[draw(slots, slots)].transpose(1, 2).contiguous()
-                if not self.quantized:
-                    return cached
-                empty = QuantizedCache.empty(*cached.shape, device=cached.device)  # has a model's strides of one head
-                return empty.copy_(QuantizedCache.of(cached))
             if name not in text:
                 if _key(like) not in weights or (name == "cos" and limit < T):
                     raise KeyError(name)
@@ -284,20 +201,13 @@ class SizedCalls:
         self.names = {_key(weight): name for name, weight in self.on.items()}
 
     def __call__(self, check: LayerCheck, index: int) -> Iterator[Call]:
-        def prefix(tokens: int) -> LayerCheck:
-            return self.target.check(self.target.layers[index], check.values.x[:, :tokens].contiguous(), check.config)
-
-        few = prefix(FEW) if self.limit and index else check
+        few = check
+        if self.limit and index:
+            few = self.target.check(self.target.layers[index], check.values.x[:, :FEW].contiguous(), check.config)
         yield from few.calls(index)
         yield from self.calls_on_text(few)
-        if index or not self.limit:
-            return
-        least = prefix(3)
-        yield from with_layouts((*least.calls(1), *self.calls_on_text(least)))
-        if self.target.ranks is None:  # their operations run without checks
-            yield from calls_beyond(self.calls_on_text(least))
-        yield from check.deterministic_calls()
-        yield from self.calls_of_generate(check)
+        if self.limit and not index:
+            yield from self.calls_of_generate(check)
 
     def weights(self, check: LayerCheck) -> dict[int, Any]:
         """The weights of a layer by those of its copy on the meta device."""

@@ -33,7 +33,6 @@ from .report import END_RATIO, Row
 
 STEPS = 3  # forwards of `compare`
 CASES = "whole text", "in chunks"  # the first without a cache
-GRADIENTS = "x", "routing weights"  # of the experts
 Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
 Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
 
@@ -79,14 +78,13 @@ class FamilyUnderTest:
     def __init__(self, model: Any) -> None:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
-        self.trains = any(module.training for module in model.modules())
         self.model, self.paths = model, {module: name for name, module in model.named_modules()}
         self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
 
     def compare(self, ids: Tensor, step: Callable[[], None]) -> list[Row]:
-        """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left. Of
-        a model that was in training mode experts' gradients, too. It has to be in evaluation mode here."""
+        """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left, of
+        a model in evaluation mode."""
         T, B = ids.shape[1], len(ids)
         valid = torch.arange(T, device=ids.device) >= torch.arange(B, device=ids.device)[:, None] * T // (3 * B)
         with short_windows(self.model, T // 2):
@@ -107,8 +105,6 @@ class FamilyUnderTest:
             rows.append(worst_call("experts", paths[module], self._experts_errors(module)))
         for module in self.attention:
             rows.append(worst_call("attention", paths[module], self._attention_errors(module)))
-        for module in self.experts if self.trains else ():
-            rows += gradient_rows(self.ours[0], module, paths[module], self.experts[module])
         rows.sort(key=lambda row: row.layer if row.layer is not None else -1)
         for case in exact:
             reference = Fp64Reference(exact[case], 0.0, float(exact[case].norm(dim=-1).median()))
@@ -186,28 +182,6 @@ def worst_call(op: str, path: str, calls: Iterator[Results]) -> Row:
     layer, case = re.search(r"\.(\d+)\.", path), re.sub(r"\.\d+\.", ".N.", path)
     note = "" if error <= limit else f"{path}: error {error:.1e}, limit {limit:.1e}"
     return Row(int(layer[1]) if layer else None, op, case, error, limit, note)
-
-
-def gradient_rows(function: Any, module: nn.Module, path: str, calls: list[tuple[Any, ...]]) -> list[Row]:
-    """The rows of the gradients of x and of the routing weights, where that of the result is x.
-
-    function(module, x, ids, weights) is this package's; each call begins with x [T,H], ids and weights [T,K].
-    """
-
-    def gradients(function: Any, call: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        x, ids, weights = call[:3]
-        leaves = [each.detach().to(dtype or each.dtype, copy=True).requires_grad_() for each in (x, weights)]
-        with torch.enable_grad():
-            out = function(module, leaves[0], ids, leaves[1])
-        return torch.autograd.grad(out, leaves, x.to(out.dtype))
-
-    functions = (function, None), (eager_experts, None), (eager_experts, torch.float64)
-    found = [[gradients(each, call, dtype) for each, dtype in functions] for call in calls]
-    rows = list[Row]()
-    for at, name in enumerate(GRADIENTS):
-        results = ((ours[at], baseline[at], exact[at]) for ours, baseline, exact in found)
-        rows.append(worst_call(f"gradient of {name}", path, results))
-    return rows
 
 
 @contextmanager

@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from .. import reference, tolerance
 from ..cache import KVCache
 from ..kernels.fp8 import with_fp8_activations
-from ..kernels.launch import INTERPRETED
-from ..kernels.registry import OPS, dispatched
+from ..kernels.registry import dispatched
 from ..layer import Layer
 from ..parallel import UNSHARDED
 from ..tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
-from ..tools.offline import on_meta
-from .calls import BEYOND, LAYOUTS, CallRecorder, LayerCheck, SizedCalls
-from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
+from .calls import LayerCheck, SizedCalls
+from .report import END_RATIO, FP32, TORCH, Row, worst_rows
 
 UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
 ROUTES, LAYER_PARTS = "routes", {"attn_output": "attention", "y": "experts"}  # rows of what a layer computes inside
@@ -39,9 +37,6 @@ ERROR_LENGTH = 200  # characters of a raised error in a row
 SEPARATE_TOKENS = 2  # tokens that are read one at a time, after the chunks
 PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
-
-LAYER_WEIGHTS = "qkv_proj", "o_proj", "gate_up_proj", "down_proj"  # in the order of their products
-PRODUCTS = "weight", "gate_up_proj", "down_proj"  # arguments of operations that are weights of products, where 2-D
 
 Step = Callable[[], None]  # called after each layer of each forward
 # A call of a forward: its case, the tokens of the text [R,n], False for padding [R,n], the cache, other arguments.
@@ -54,13 +49,14 @@ class ModelUnderTest:
     output, peer = "logits", TORCH  # what the model's head gives; what the model is compared with
     is_mixtral = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
     ranks: Any = None  # on a mesh its Ranks: an error is then no wrong row, and no layer is compared in fp32
-    quantized = False  # keys and values: every forward reads them from a cache of 8 bits
+    quantized = False  # keys and values: every forward reads them from a cache of 8 bits, and so does torch
     activations: str | None = None  # of the layers' products, in every forward: `Mixtral.activations`
     operation = staticmethod(dispatched)  # the runtime's function for (operation, arguments)
     shard = UNSHARDED  # the part of the weights that the model's own layers have
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, cache_dtype: torch.dtype | None = None) -> None:
         self.model, self.config, self.layers = model, model.full_config, model.layers
+        self.quantized, self.generate_options = cache_dtype is torch.int8, dict[str, Any](cache_dtype=cache_dtype)
         self.activations = model.activations
         if self.activations is not None:  # one reference for forwards of any number of rows
             self.model = copy.copy(model)
@@ -139,26 +135,10 @@ class ModelUnderTest:
                 raise
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
-    def refuses(self, op: str, args: tolerance.Args) -> bool:
-        """Whether a call with an index out of range raises ValueError on a CPU, and its kernel, if any, gives NaN."""
-        try:
-            out, by_kernel = self.operation(op, args)(**args), not args[OPS[op].names[0]].is_cpu
-        except ValueError:
-            if not INTERPRETED:
-                return True
-            out, by_kernel = OPS[op].run(*OPS[op].bind(**args)), True  # as on a GPU, where the host reads no value
-        first = out if isinstance(out, Tensor) else out[0]
-        return first.is_meta or (by_kernel and bool(first[0].isnan().any()))
-
     def measure(self, layer: int | None, op: str, case: str, args: tolerance.Args) -> list[Row]:
-        if case.endswith(BEYOND):
-            return [Row.exact(layer, op, case, self.refuses(op, args))]
         expected, rows = Tolerance(op, args), list[Row]()
         with self.catch_faults(lambda note: rows.append(Row.exact(layer, op, case, False, note))):
-            function = self.operation(op, args)
-            rows.append(Row(layer, op, case, *expected.measure(function)))
-            if layer == 0 and args.get("deterministic") and case not in LAYOUTS:
-                rows.append(Row.exact(layer, op, BITS, tolerance.same_bits(op, function, args)))
+            rows.append(Row(layer, op, case, *expected.measure(self.operation(op, args))))
         return rows
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:
@@ -285,23 +265,6 @@ def compare_in_fp32(target: ModelUnderTest, expected: TextReference, step: Step)
                 rows.append(replace(row, layer=None if row.layer is None else index, case=row.case + FP32))
         fp32_model.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it
         step()
-    return rows
-
-
-def compare_activation_formats(target: ModelUnderTest) -> list[Row]:
-    """A row for each layer: whether the products that quantize their activations are the reference's. Limits in 16 bits
-    allow the others' results, too."""
-    model, rows = on_meta(target.model, range(len(target.layers))), list[Row]()
-    with CallRecorder() as recorder:
-        model.hidden(torch.zeros((1, 2), dtype=torch.int64, device="meta"))
-    weights = [values[name] for _, values, _ in recorder.calls for name in PRODUCTS if name in values]
-    formats = [getattr(weight, "format", "dense") for weight in weights if len(weight.shape) > 1]
-    for index, layer in enumerate(target.layers):
-        expected = target.reference_layer(layer)
-        want = {name: getattr(getattr(expected, name), "format", "dense") for name in LAYER_WEIGHTS}
-        got = dict(zip(want, formats[index * len(want) :], strict=False))
-        note = "" if got == want else f"the layer multiplies {got}, the reference {want}"
-        rows.append(Row.exact(index, "layer", "formats of products", not note, note))
     return rows
 
 

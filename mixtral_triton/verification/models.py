@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +17,9 @@ from ..kernels.call import call_unchecked
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
 from ..layer import Layer
-from ..model import Mixtral
 from ..parallel import Shard
 from ..quantize import put
-from ..tolerance import FLOOR, Fp64Reference, LayerReference
-from .layers import LayerCheck, LayerProbe, ModelUnderTest, Step
-from .loaded import locate_weight
-from .report import PEER, Row
-from .source import Source
+from .layers import LayerCheck, LayerProbe, ModelUnderTest
 
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
 
@@ -43,22 +37,21 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 class TransformersUnderTest(ModelUnderTest):
-    """A transformers Mixtral, applied or not, which is left as it was. `apply`: its own forward is that of `apply`."""
+    """A transformers Mixtral, applied or not, which is left as it was. Its own forward is that of `apply`."""
 
     peer, is_mixtral = "transformers' own modules", False
 
-    def __init__(self, model: Any, apply: bool = True) -> None:
+    def __init__(self, model: Any) -> None:
         from transformers.models.mixtral import modeling_mixtral
 
         from ..hf import applied, check_mixtral
 
         check_mixtral("verify", model)
-        self.apply, self.modeling = apply, modeling_mixtral
+        self.modeling = modeling_mixtral
         self.backbone: Any = next(
             module for module in model.modules() if isinstance(module, self.modeling.MixtralModel)
         )
-        self.trains = model.training
-        if self.trains and not applied(model):
+        if model.training and not applied(model):
             raise ValueError("verify: the model is in training mode, needs inference, model.eval(), or apply(model)")
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
@@ -103,21 +96,6 @@ class TransformersUnderTest(ModelUnderTest):
         cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
         return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
 
-    def gradient_rows(self, ids: Tensor) -> list[Row]:
-        """The rows of each layer's experts on what they get for ids [B,T], if the model was in training mode."""
-        from .families import gradient_rows  # imports transformers
-
-        if not self.trains:
-            return []
-        calls, rows = dict[nn.Module, tuple[Any, ...]](), list[Row]()
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(layer.mlp.experts.register_forward_pre_hook(calls.__setitem__))
-            self.backbone(ids, use_cache=False)
-        for index, (module, call) in enumerate(calls.items()):
-            rows += gradient_rows(nn.Module.__call__, module, f"model.layers.{index}.mlp.experts", [call])
-        return rows
-
     def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
         with self.forward(self.model.config, probe) as forward:
             return self.model_head(forward(ids)), ...
@@ -148,7 +126,7 @@ class TransformersUnderTest(ModelUnderTest):
             return self.backbone(ids, use_cache=cache is not None, **{CACHE: cache}, **kwargs).last_hidden_state
 
         with ExitStack() as stack:
-            if self.apply and not hf.applied(self.model):
+            if not hf.applied(self.model):
                 hf.apply(self.model)
                 stack.callback(hf.revert, self.model)
             for index, layer in enumerate(self.layers):
@@ -161,51 +139,6 @@ class TransformersUnderTest(ModelUnderTest):
                 for name, module in (("attn_output", layer.self_attn), ("y", layer.mlp)) if enough else ():
                     stack.enter_context(module.register_forward_hook(partial(record, index, name)))
             yield forward
-
-
-def compare_with_transformers(
-    folder: Any, model: Mixtral, ids: Tensor, layers: list[LayerReference], logits: Fp64Reference, step: Step
-) -> list[Row]:
-    """The rows of transformers' model of the folder on ids [B,T], in fp32, with one layer in memory at a time."""
-    source, rows, x = Source(folder), list[Row](), None
-    for index, layer in enumerate(layers):
-        found, x, out = _compare_layer(_load_layer(source, model, index), _in_fp32(layer), ids, x)
-        rows += [replace(row, layer=index) for row in found]
-        step()
-    return [*rows, Row(None, "logits", PEER, *logits.measure(out))]
-
-
-def _compare_layer(model: Any, layer: LayerReference, ids: Tensor, x: Tensor | None) -> tuple[list[Row], Any, Tensor]:
-    """The rows of transformers' model of one layer, its output on x fp32 [B,T,H], and the logits of that."""
-    target = TransformersUnderTest(model, apply=False)
-    norm, target.backbone.norm = target.backbone.norm, nn.Identity()
-    x = target.backbone.embed_tokens(ids) if x is None else x
-    probe, routes = LayerProbe([layer]), LayerProbe([layer])
-    for each, inputs in ((probe, layer.x), (routes, x)):
-        each.start(PEER)
-        out = torch.empty(0)
-        with target.catch_faults(each.fail), target.forward(None, each, each is probe) as forward:
-            out = forward(None, inputs_embeds=inputs)
-    rows = [row if PEER in row.case else replace(row, case=f"{row.case}, {PEER}") for row in probe.as_rows()]
-    return rows, out, target.model_head(norm(out)) if out.numel() else out
-
-
-def _load_layer(source: Source, model: Mixtral, index: int) -> Any:
-    """transformers' eager model of one layer of the folder. What `model` quantized is dequantized."""
-    from transformers import MixtralConfig
-
-    config = MixtralConfig.from_pretrained(source.folder)
-    config.num_hidden_layers, tensors = 1, {}
-    vars(config).pop("quantization_config", None)
-    for name, files in (source.layers[None] | source.layers[index]).items():
-        parameter = locate_weight(model, name)
-        tensor = source.read(files, "cpu")
-        if not isinstance(parameter, QuantizedWeight):
-            tensor = tensor.to(model.dtype)  # which may be another one than the files'
-        elif len(files) == 1 or name in model.requantized:
-            tensor = parameter.dequantize()
-        tensors[name.replace(f"layers.{index}.", "layers.0.")] = tensor.float()
-    return eager_model(config, tensors, model.device)
 
 
 def eager_model(config: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
@@ -224,20 +157,11 @@ def eager_model(config: Any, tensors: dict[str, Tensor], device: torch.device) -
             logging.enable_progress_bar()
 
 
-def _in_fp32(layer: LayerReference) -> LayerReference:
-    """Replace the limits of the weights' dtype by those of fp32, and the weights of torch's routes by exact ones."""
-    scale = FLOOR[torch.float32] / FLOOR[layer.x.dtype]
-    references = {name: replace(each, limit=each.limit * scale) for name, each in layer.references.items()}
-    changed: dict[str, Any] = {"x": layer.x.float(), "h": layer.h.float(), "references": references}
-    weights = layer.logits.gather(-1, layer.ids.long()).softmax(-1).float()
-    return replace(layer, weights=weights, logits_limit=layer.logits_limit * scale, **changed)
-
-
 class MeshUnderTest(ModelUnderTest):
     """A `Mixtral` on a mesh. Every rank gathers one layer at a time for torch, and runs operations on its own shard."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, cache_dtype: torch.dtype | None = None) -> None:
+        super().__init__(model, cache_dtype)
         ranks = self.ranks = model.ranks
         self.shards: list[Shard] = ranks.all_gather_object(ranks.shard)
         self.shapes, self.shard = parameter_shapes(self.config), ranks.shard
@@ -255,8 +179,7 @@ class MeshUnderTest(ModelUnderTest):
         local = LayerCheck(
             values, layer.local, shard.config(config), check.tables, check.quantized, local_ids, check.coarse
         )
-        for name in ("calls", "derive", "deterministic_calls"):
-            setattr(check, name, getattr(local, name))
+        check.calls, check.derive = local.calls, local.derive  # type: ignore[method-assign]
         return check
 
     @staticmethod

@@ -20,7 +20,6 @@ FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
 TORCH = "plain torch"  # the backend without kernels
 BITS, REPEATED = "bits in any batch", "repeated"
 ROUNDED = "as stored, rounded"  # the case of tensors that the model's dtype cannot hold exactly
-PEER = "transformers"  # the case of a row that compares with another implementation
 END_RATIO = 4.0  # in the place of RATIO for a whole model, where rounding errors have grown from layer to layer
 
 
@@ -68,21 +67,21 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
     return [max(same, key=lambda row: (row.share, row.note)) for same in groups.values()]
 
 
-def kinds_not_run(
-    rows: Iterable[Row], kernels: bool, mixtral: bool, half: bool, quantized_cache: bool, activations: bool
-) -> list[str]:
-    """A line for each kind of row that what was verified could have and `rows` do not, with what would run it."""
-    found = {(row.op, row.case) for row in rows}
+def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -> list[str]:
+    """A line for each kind of row that `target`, a ModelUnderTest, could have and `rows` do not, with what would run
+    it. half: its weights have 16 bits."""
+    found, mixtral, quantized = {(row.op, row.case) for row in rows}, target.is_mixtral, target.quantized
+    activations = target.activations is not None
     ops, cases = {op for op, _ in found}, {case for _, case in found}
     alone, fp32 = any(case.startswith("experts,") for case in cases), any(case.endswith(FP32) for case in cases)
     kinds = (  # the line, whether what was verified could have such rows, and whether it has
         ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", True, kernels),
         ("config.json and tensors; needs folder=, the checkpoint", mixtral, "config" in ops),
         ("digits of the files that the model's dtype has not; needs no --dtype", mixtral, ROUNDED not in cases),
-        ("transformers' model of the files; needs --peer transformers", mixtral, PEER in cases),
+        ("transformers' modules on these files; needs its model of them as the target", mixtral, False),
         ("layers in fp32; needs a Mixtral on one device, no --quick or --cache-dtype", half, fp32),
-        ("caches of 8 bits; needs --cache-dtype int8", mixtral, quantized_cache),
-        ("caches of the model's dtype; needs no --cache-dtype", mixtral, not quantized_cache),
+        ("caches of 8 bits; needs --cache-dtype int8", mixtral, quantized),
+        ("caches of the model's dtype; needs no --cache-dtype", mixtral, not quantized),
         ("layers of activations in 16 bits, as in forwards of few rows; needs no --activations", activations, False),
         ("experts alone in each layer; needs 24 tokens of text", True, alone),
         ("generate; needs a Mixtral, and positions for new tokens", True, "generate" in ops),
@@ -119,7 +118,7 @@ class Report:
     @property
     def compared(self) -> bool:
         """False where torch was compared with itself, which is always right."""
-        return (self.backend, self.peer) != (TORCH, TORCH) or any(row.case == PEER for row in self.rows)
+        return (self.backend, self.peer) != (TORCH, TORCH)
 
     @property
     def wrong(self) -> list[Row]:

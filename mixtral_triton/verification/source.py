@@ -16,19 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..cache import KVCache
 from ..layer import State
 from ..tolerance import largest
-from ..tools.offline import on_meta
-from .calls import CallRecorder
 from .report import Row
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
-# Arguments of operations that a config.json declares, or the caller.
-CONSTANTS = {"eps": "rms_norm_eps", "top_k": "num_experts_per_tok", "window": "sliding_window"}
-CONSTANTS["deterministic"] = "deterministic"
 
 
 class Source:
@@ -139,38 +133,16 @@ def _ids(*fields: Any) -> set[int]:
 
 
 def config_rows(source: Source, target: Any) -> list[Row]:
-    """Rows of what the model uses against config.json: its config, its operations' constants, positions and tables."""
+    """Rows of what the model uses against config.json: the fields of its config, positions and tables."""
     raw, model = declared(source, target.config), target.model
     used = {name: [getattr(target.config, name)] for name in raw}
     used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
     used["eos_token_id"] = [_ids(target.config.eos_token_id)]
-    raw["deterministic"] = model.deterministic
     used["tie_word_embeddings"].append(model.lm_head is model.embed_tokens)
-    rows = []
-    for case, values in ("values", used), ("operations", recorded_constants(model)):
-        differing = ((name, x) for name in values for x in values[name] or ["nothing"] if x != raw[name])
-        name, x = next(differing, (case, None))
-        note = "" if name == case else f"the model has {x!r}, declared is {raw[name]!r}"
-        rows.append(Row.exact(None, "config", name, not note, note))
-    return [*rows, *_rotary_rows(model, raw)]
-
-
-def recorded_constants(model: Any) -> dict[str, list[Any]]:
-    """The constants and head sizes of operations in a forward, a chunk and a step, by the config's names."""
-    model, ids = on_meta(model, range(len(model.layers))), torch.zeros((1, 2), dtype=torch.int64, device="meta")
-    cache, used = KVCache(model.config, 1, 3, "meta", model.dtype), {name: list[Any]() for name in CONSTANTS.values()}
-    with CallRecorder() as recorder:
-        model.hidden(ids)
-        model.hidden(ids, cache)
-        model.hidden(ids[:, :1], cache)
-    for _, values, _ in recorder.calls:
-        found = {CONSTANTS[name]: values[name] for name in CONSTANTS.keys() & values.keys()}
-        if "q" in values and model.ranks is None:  # a rank has a part of the heads
-            found["num_attention_heads"], found["head_dim"] = values["q"].shape[2:]
-            found["num_key_value_heads"] = values["k"].shape[2]
-        for name, value in found.items():
-            used.setdefault(name, []).append(value)
-    return used
+    differing = ((name, x) for name in used for x in used[name] if x != raw[name])
+    name, x = next(differing, ("values", None))
+    note = "" if name == "values" else f"the model has {x!r}, declared is {raw[name]!r}"
+    return [Row.exact(None, "config", name, not note, note), *_rotary_rows(model, raw)]
 
 
 def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:

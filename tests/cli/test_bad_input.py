@@ -52,8 +52,6 @@ BAD_INPUT = {
     "verify --device cpu --tokens 4096": "needs 2 to 2048",
     "verify --device cpu --tokens 1": "needs 2 to 2048",
     f"{TEXT} --tokens 99": "fewer than --tokens 99",
-    "verify --tp 2 --peer transformers": "peer is 'transformers', and no rank of a mesh has all weights for it: needs",
-    "verify --device cpu --cache-dtype int8 --peer transformers": "cache_dtype is int8, needs None: transformers has",
     **{f"{name} --device meta --prompt x": "meta" for name in ("verify", "generate", "trace")},
     "generate": "--prompt",
     "generate --prompt ''": "--prompt is empty",

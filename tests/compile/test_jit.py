@@ -10,7 +10,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.tools import batch, chat, offline
-from mixtral_triton.tools.offline import compile_ahead, compile_launches, launch_text
+from mixtral_triton.tools.offline import compile_launches
 from mixtral_triton.verification import launch_all
 from tests.support.calls import compilations, inputs, with_offload
 from tests.support.models import WIDER_SIZES, random_model, tokens
@@ -113,24 +112,6 @@ def test_kernels_compiled_ahead_are_not_compiled_again(gpu: Any, compile_nothing
         launch_as_recorded(op, sizes, dtype, gpu)
     with pytest.raises(AssertionError, match="compiled anew"):
         launch_as_recorded(op, {"T": 3, "H": 256}, dtype, gpu)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("weights", "on_host"), [(None, ()), ("int4", ()), (None, ((), (1,), ()))])
-def test_a_text_compiles_nothing_anew(weights: str | None, on_host: Any, gpu: Any, compile_nothing: Any) -> None:
-    """What `generate` compiles on all cores beforehand is what its model launches."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 64}
-    model = random_model(dtype=torch.bfloat16, weights=weights, device="cuda", on_host=on_host, **sizes)
-    ahead: list[Any] = []
-    record = mock.patch.object(offline, "compile_launches", lambda *args: ahead.extend(compile_launches(*args)))
-    finished: list[tuple[int, int]] = []
-    with record:
-        compile_ahead(model, partial(launch_text, model, 5, 7), lambda *done: finished.append(done))
-    assert finished[-1] == (len(ahead), len(ahead)) and len(ahead) >= 8 and not [each for each in ahead if each.error]
-    compile_nothing()
-    model.generate(torch.arange(5, device=model.device)[None], max_new_tokens=7)
-    with pytest.raises(AssertionError, match="compiled anew"):
-        model.generate(torch.arange(40, device=model.device)[None], max_new_tokens=2)
 
 
 def kernel_of(launched: Launch) -> tuple[Any, ...]:
@@ -308,14 +289,6 @@ def test_injected_fault_specialized_length(gpu: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rows, "do_not_specialize", False)
     compiled = kernels_of_prompts(gpu, [70, 80])
     assert [kernel[0] for kernel, times in compiled.items() if times > 1] == ["gate_route_kernel"]
-
-
-def test_tables_of_any_length_share_a_kernel(gpu: Any, compile_nothing: Any) -> None:
-    """transformers' models have a table for the positions of each call."""
-    gpu.driver.executes = False
-    for P in (96, 1, 33):
-        ops.rope(**inputs("rope", {"B": 1, "T": 1, "Hq": 4, "Hkv": 2, "D": 64, "P": P}, GPU_DEVICE))
-        compile_nothing()
 
 
 OTHER = torch.device("cuda", 1)  # the current one is cuda:0

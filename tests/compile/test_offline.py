@@ -22,7 +22,7 @@ from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import offline, sass, terminal
+from mixtral_triton.tools import offline
 from mixtral_triton.tools.offline import collect, compile_launch, compile_ops
 from tests.cli.commands import heed_interrupts
 
@@ -303,22 +303,6 @@ def test_a_kernel_of_two_operations_is_compiled_once() -> None:
     assert first & second and set(collect(ops, "sm_90")) == first | second
 
 
-def test_a_model_of_other_widths_adds_only_other_tiles() -> None:
-    """The command, and the gate but for bf16 on sm_90, compile one of those that differ in H and I alone."""
-    dense = tuple(sizes for sizes in OPS["expert_swiglu"].bench_shapes if sizes.down is None and sizes.E == 8)
-    op = replace(OPS["expert_swiglu"], bench_shapes=dense, dtypes=(torch.bfloat16,))
-    every = launches_of(op, "sm_90")
-    once = [launch for _, launch in collect([op], "sm_90", widths=False).values()]
-
-    def shown(launch: Launch, *without: str) -> tuple[Any, ...]:
-        tiles = [(name, size) for name, size in sorted(launch.constexprs.items()) if name not in without]
-        return launch.kernel, launch.num_warps, launch.num_stages, tuple(tiles)
-
-    assert {4096, 6144} == {launch.constexprs["H"] for launch in every if "H" in launch.constexprs}
-    assert {shown(launch, "H", "I") for launch in every} == {shown(launch, "H", "I") for launch in once}
-    assert len(once) < 0.6 * len(every) and {shown(launch) for launch in once} < {shown(launch) for launch in every}
-
-
 def test_a_crash_of_ptxas_is_a_fault_in_its_row(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An assembler that crashes, as it does on some kernels, and one that dislikes the code; the rest is compiled."""
     crash = own_cache.parent / "ptxas"
@@ -330,13 +314,6 @@ def test_a_crash_of_ptxas_is_a_fault_in_its_row(own_cache: Path, monkeypatch: py
         monkeypatch.setenv(name, str(crash))
     faults = {compiled.fault for compiled in compile_ops(["append"], "sm_90")}
     assert faults == {"does not compile: ptxas crashed with SIGSEGV"}
-
-
-def test_loops_counted_together_are_those_counted_alone() -> None:
-    """Kernels disassembled in one go: the jumps of each stay in it."""
-    kernels = [compile_launch(prefill(kernel), "sm_90") for kernel in FLOP_PER_INSTRUCTION]
-    together = sass.main_loops([kernel.stages["cubin"] for kernel in kernels], "sm_90")
-    assert together == [kernel.loops for kernel in kernels]
 
 
 @pytest.mark.parametrize(
@@ -376,14 +353,6 @@ def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["compile", "append", "--arch", "sm_90", "--json"]) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 6 and all(row["fault"] and row["file"] is None for row in rows)
-
-
-def test_quick_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    assert terminal.INTERVAL >= 10
-    with pytest.raises(ValueError, match="injected"), terminal.bar("working", 2) as bar:
-        bar.advance(1)
-        raise ValueError("injected")
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -183,34 +183,6 @@ def test_decode_tiles_read_few_rows_of_a_weight_twice(arch: str) -> None:
         assert tile.BLOCK_T == 64 or reread(2 * tile.BLOCK_T, tile.BLOCK_T, 1.0) > MOST_REREAD
 
 
-def test_prefill_tiles_by_tokens() -> None:
-    """The measured ones at the numbers of tokens for which they were measured, of 8x7B."""
-
-    def tile(arch: str, T: int, **more: Any) -> str:
-        case = experts_op.ExpertCase(T, 4096, 14336, 8, 2, **more)
-        sizes = experts.ExpertSizes(
-            **{name: getattr(case, name) for name in ("T", "H", "I", "E", "K", "gate_up", "down", "deterministic")},
-            by_pointers=arch == "sm_80",
-            norm=False,
-        )
-        config = experts.configs(sizes, torch.bfloat16, arch)["experts_down_kernel"]
-        c = config.constexprs
-        return f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']} w{config.num_warps} g{c['GROUP_M']}"
-
-    assert [tile("sm_80", T) for T in (96, 256, 1536, 2048)] == [
-        "32x128x128 w4 g8",
-        *["64x256x64 w8 g8"] * 2,
-        "128x128x64 w8 g8",
-    ]
-    assert [tile("gfx942", T) for T in (128, 512, 4096)] == ["64x64x64 w4 g8", *["128x128x64 w8 g1"] * 2]
-    codes = {"gate_up": W8A8, "down": W8A8}
-    assert [tile("sm_89", T, **codes) for T in (1, 32, 128)] == [
-        "16x32x128 w4 g8" if T < 48 else "32x64x128 w4 g8" for T in (1, 32, 128)
-    ]
-    assert {tile("sm_80", T, deterministic=True) for T in (1, 256, 4096)} == {"64x128x32 w4 g8"}
-    assert tile("sm_80", 1024, gate_up="int8", down="int8") == "64x256x64 w8 g8"
-
-
 def test_x_is_gathered_where_tma_reads_it() -> None:
     """Elsewhere a sort without x: by pointers, of quantized weights, on GPUs without TMA, and in fp32."""
     layer = {"H": 4096, "I": 14336, "E": 8, "K": 2, "by_pointers": False, "deterministic": False, "norm": False}

@@ -281,7 +281,7 @@ COMMANDS = [line for line in commands() if not line.startswith(ELSEWHERE)]
 
 
 def test_commands_are_found() -> None:
-    needed = "tune expert_swiglu --at T=4096 --arch sm_90", "bench --plot out.png", "verify checkpoint --peer", "fit mi"
+    needed = "tune expert_swiglu --at T=4096 --arch sm_90", "bench --plot out.png", "verify checkpoint --w", "fit mi"
     assert len(COMMANDS) > 30 and all(any(text in line for line in COMMANDS) for text in needed)
 
 

@@ -23,7 +23,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    "options", [{"deterministic": 1}, {"route": 0}, {"weights": 4}, {"other": True}, ["int4"]], ids=str
+    "options", [{"deterministic": 1}, {"route": "yes"}, {"weights": "int3"}, {"other": True}, ["int4"], "int4"], ids=str
 )
 def test_options_of_another_type_are_refused(options: Any, plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """1 equals True, and is none: it would switch nothing on."""

@@ -278,18 +278,6 @@ def building(options: Any) -> Iterator[Any]:
         yield plugin
 
 
-WRONG: list[Any] = [{"wieghts": "int4"}, {"weights": "int3"}, {"weights": 4}, {"route": "yes"}, {"deterministic": None}]
-
-
-@needs_vllm
-@pytest.mark.parametrize("options", [*WRONG, "int4", ["route"]], ids=str)
-def test_a_wrong_option_raises_a_value_error_that_names_it(options: Any) -> None:
-    needs = "needs a dict of weights: None, 'int4', 'int8', 'fp8'; route: False, True; deterministic: False, True"
-    with building(options) as plugin, pytest.raises(ValueError) as caught:
-        plugin.read_options()
-    assert str(caught.value) == f"vLLM's additional_config['mixtral_triton'] is {options!r}, {needs}"
-
-
 @needs_vllm
 @pytest.mark.parametrize("method", ("awq", "gptq", "fp8", "compressed-tensors"))
 def test_a_quantized_checkpoint_is_refused_with_the_commands_that_take_it(method: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtral_triton import apply, revert
 from mixtral_triton.kernels.record import record_launches
@@ -42,21 +42,6 @@ def test_attention_weights_by_the_config_or_an_argument(make_hf: Any, calls: set
     assert [x.shape for x in got.attentions] == [(2, 4, 14, 14)] * 2
     assert len(apply(make_hf(attn_implementation="sdpa"))(IDS, output_attentions=True).attentions) == 2
     assert len(apply(make_hf(), attention=False)(IDS, output_attentions=True).attentions) == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["default", "yarn", "dynamic"])
-def test_rotary_module(dtype: torch.dtype, kind: str, make_hf: Any) -> None:
-    """Dynamic scaling changes with the length, and back."""
-    parameters = {"rope_type": kind, "rope_theta": 1e4} | ({} if kind == "default" else {"factor": 2.0})
-    model = make_hf(head_dim=8, rope_parameters=parameters, max_position_embeddings=12).to(dtype)
-    x, short, long = torch.randn(2, 14, 32).to(dtype), torch.arange(10)[None], torch.arange(14)[None]
-    for positions in (short, long, torch.cat((long, long + 3)), short):
-        want = revert(model).model.rotary_emb(x, positions)
-        got = apply(model).model.rotary_emb(x, positions)
-        assert isinstance(got, tuple) and len(got) == 2
-        assert (got[0].dtype, got[0].shape) == (dtype, (*positions.shape, 8))
-        assert torch.equal(got[0], want[0]) and torch.equal(got[-1], want[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,18 +101,6 @@ def test_hook_of_the_activation_raises_value_error(hook: str, make_hf: Any) -> N
     assert called
     handle.remove()
     apply(model)(IDS)
-
-
-@pytest.mark.parametrize("path", ["base_model", "base_model.model", "module", "module.base_model.model"])
-def test_error_names_the_model_inside_a_wrapper(path: str, make_hf: Any) -> None:
-    """Modules of other libraries hold the model under these names."""
-    model = make_hf()
-    for name in reversed(path.split(".")):
-        model = nn.ModuleDict({name: model})
-    for function in (apply, revert):
-        with pytest.raises(ValueError) as caught:
-            function(model)
-        assert str(caught.value).endswith(f"give it the model inside, .{path}")
 
 
 def test_continuous_batching_raises_value_error(make_hf: Any) -> None:

@@ -186,27 +186,6 @@ def processed(model: Any) -> Results:
     return generated(model, mask=LEFT, bad_words_ids=[[5], [7, 9]], eos_token_id=[*range(10, 24)], **settings)
 
 
-def resized(model: Any) -> Results:
-    found = {}
-    for size in (60, 47):
-        model.resize_token_embeddings(size, mean_resizing=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight[46:] = 0.1
-            model.get_output_embeddings().weight[46:] = 0.1
-        found[str(size)] = model(IDS.clamp(max=46)).logits
-        assert model.config.vocab_size == model.model.config.vocab_size == size == found[str(size)].shape[-1]
-    return found
-
-
-def alone(model: Any) -> Results:
-    """A padded row of a batch, and the same text without padding and batch."""
-    text = IDS[1:, T // 2 :]
-    batch = model(IDS, attention_mask=LEFT).logits[1:, T // 2 :]
-    single = model(text).logits
-    assert (batch - single).abs().max() <= LIMIT * single.abs().max()
-    return {"batch": batch, "single": single}
-
-
 def cropped(model: Any) -> Results:
     cache = dynamic(model)
     kwargs = {CACHE: cache, "use_cache": True}
@@ -219,7 +198,6 @@ def rope(kind: str) -> dict[str, Any]:
     return {"head_dim": 8, "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}}
 
 
-CLASSIFIER = {"kind": "MixtralForSequenceClassification", "num_labels": 3}
 NO_WINDOW = {"sliding_window": None}
 CHUNKS = [T - 6, 1, 3, 1, 1]
 # The feature -> changes of the model's sizes, and what to compare.
@@ -227,27 +205,17 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "forward: sliding window": ({}, logits),
     "forward: no window": (NO_WINDOW, logits),
     "forward: one token": (NO_WINDOW, lambda m: {"logits": m(IDS[:, :1]).logits}),
-    "forward: window of one": ({"sliding_window": 1}, logits),
     "forward: one key/value head": ({"num_key_value_heads": 1}, logits),
-    "forward: as many key/value heads": ({"num_key_value_heads": 4}, logits),
     "forward: top 1, tied embeddings": ({"num_experts_per_tok": 1, "tie_word_embeddings": True}, logits),
-    "forward: every expert": ({"num_experts_per_tok": 4, "head_dim": 6}, logits),
-    "forward: odd sizes": ({"hidden_size": 27, "intermediate_size": 19, "head_dim": 10}, logits),
     "forward: labels, router logits, auxiliary loss": ({}, outputs),
     "forward: logits_to_keep": ({}, lambda m: {"logits": m(IDS, logits_to_keep=3).logits}),
     "forward: every output, as object and tuple": ({}, every_output),
     "forward: outputs of every head": ({}, recorded_outputs),
     "forward: gradients enabled": ({}, torch.enable_grad()(lambda m: {"logits": m(IDS).logits.detach()})),
     "forward: inputs_embeds, and generate": ({}, embedded),
-    "forward: a padded row equals its text alone": ({}, alone),
-    "forward: resized embeddings": ({}, resized),
-    "forward: classification": (CLASSIFIER, lambda m: {"logits": m(IDS, LEFT)[0]}),
-    "forward: MixtralModel": ({"kind": "MixtralModel"}, lambda m: {"hidden": m(IDS)[0]}),
-    "rope: linear": (rope("linear"), logits),
     "rope: yarn": (rope("yarn"), logits),
     "rope: dynamic, beyond the positions": (rope("dynamic") | {"max_position_embeddings": 8}, logits),
     "mask: left padding": ({}, partial(logits, mask=LEFT)),
-    "mask: left padding, no window": (NO_WINDOW, partial(logits, mask=LEFT)),
     "mask: left padding, positions counted": (NO_WINDOW, lambda m: logits(m, LEFT, position_ids=COUNTED)),
     "mask: holes": ({}, partial(logits, mask=HOLES)),
     "mask: one sequence of padding only": (NO_WINDOW, lambda m: logits(m, LEFT * torch.tensor([[1], [0]]))),
@@ -256,11 +224,9 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "mask: not causal": ({}, lambda m: logits(m, LEFT, is_causal=False)),
     "mask: packed sequences by position_ids": ({}, packed),
     "mask: packed sequences, no window": (NO_WINDOW, packed),
-    "mask: packed sequences, window of one": ({"sliding_window": 1}, packed),
     "mask: positions that start again, with a cache": ({}, lambda m: logits(m, position_ids=RESTARTED)),
     "cache: dynamic, in chunks": (NO_WINDOW, in_chunks(dynamic, None)),
     "cache: dynamic, left padding": (NO_WINDOW, in_chunks(dynamic, LEFT)),
-    "cache: dynamic, holes": (NO_WINDOW, in_chunks(dynamic, HOLES)),
     "cache: sliding window, in chunks": ({}, in_chunks(dynamic, None)),
     "cache: sliding window, left padding": ({}, in_chunks(dynamic, LEFT)),
     "cache: static": (NO_WINDOW, in_chunks(static, None)),
@@ -277,23 +243,18 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "generate: static cache": (NO_WINDOW, partial(generated, mask=LEFT, cache_implementation="static")),
     "generate: static cache, window": ({}, partial(generated, mask=LEFT, cache_implementation="static")),
     "generate: every output": ({}, generated_outputs()),
-    "generate: every output, beams": ({}, generated_outputs(num_beams=2)),
     "generate: every output, beams, sampled": ({}, generated_outputs(do_sample=True, num_beams=2)),
     "generate: processors, end of sequence": ({}, processed),
     "generate: assisted": (NO_WINDOW, assisted),
-    "generate: assisted, sampling": (NO_WINDOW, partial(assisted, do_sample=True)),
     "generate: prompt lookup": (NO_WINDOW, partial(generated, ids=IDS[:1], prompt_lookup_num_tokens=3)),
     "generate: twice on one cache": (NO_WINDOW, conversation),
     "generate: prefill in chunks": (NO_WINDOW, partial(generated, prefill_chunk_size=4)),
     "attention weights: left padding": ({}, partial(attn_output, mask=LEFT)),
-    "attention weights: one key/value head": ({"num_key_value_heads": 1}, attn_output),
     "attention weights: holes": ({}, partial(attn_output, mask=HOLES)),
     "attention weights: packed sequences": ({}, lambda m: attn_output(m, position_ids=RESTARTED, use_cache=False)),
     "attention weights: user's 4-D, added": ({}, lambda m: attn_output(m, added(causal(m, HOLES)))),
     "attention weights: dynamic cache, no mask": (NO_WINDOW, in_chunks(dynamic, None, weights=True)),
     "attention weights: dynamic cache": (NO_WINDOW, in_chunks(dynamic, LEFT, weights=True)),
-    "attention weights: sliding window, cached": ({}, in_chunks(dynamic, LEFT, weights=True)),
-    "attention weights: static cache": (NO_WINDOW, in_chunks(static, LEFT, weights=True)),
     "attention weights: static sliding window": ({}, in_chunks(static, LEFT, weights=True)),
 }
 QUICK = ("forward: sliding window", "forward: every output, as object and tuple", "cache: static, left padding")

@@ -209,14 +209,6 @@ def test_every_keyword_that_a_model_passes_to_attention_is_known() -> None:
 
 
 @once
-def test_gemma_2_is_refused() -> None:
-    config = transformers.Gemma2Config(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    model = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation=NAME)
-    with pytest.raises(ValueError, match="Gemma2Attention of layer 0 has a soft cap of scores"):
-        model(torch.ones(1, 3, dtype=torch.long))
-
-
-@once
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen3"])
 def test_dense_models_take_the_attention(kind: str) -> None:
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from mixtral_triton import ExpertsConfig, apply, hf, register
 from mixtral_triton.hf import training
@@ -256,36 +256,3 @@ def test_the_change_of_functions_is_said_once(make_hf: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(input_ids=IDS % 48)
-
-
-class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": IDS[index % 2], "labels": IDS[index % 2]}
-
-
-@once
-def test_qlora_by_trainer_and_peft(tmp_path: Path) -> None:
-    """The adapter is saved, and loaded beside experts in another format."""
-    build("qwen3_moe").save_pretrained(tmp_path / "model")
-    load = AutoModelForCausalLM.from_pretrained
-    model = load(tmp_path / "model", quantization_config=ExpertsConfig("int4"), attn_implementation=NAME)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    settings = TrainingArguments(
-        str(tmp_path / "out"), max_steps=8, learning_rate=0.02, logging_steps=1, report_to=[], use_cpu=True,
-        gradient_checkpointing=True, per_device_train_batch_size=2, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Trainer(model, settings, train_dataset=Texts())
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.1
-    model.save_pretrained(tmp_path / "adapter")
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_model.safetensors"}
-    other = load(tmp_path / "model", quantization_config=ExpertsConfig("int8"), attn_implementation=NAME)
-    tuned = peft.PeftModel.from_pretrained(other, tmp_path / "adapter").eval()
-    with torch.no_grad():
-        before, after = (m(input_ids=IDS, labels=IDS).loss.item() for m in (load(tmp_path / "model"), tuned))
-    assert after < before
-    assert tuned.generate(input_ids=IDS, max_new_tokens=3, do_sample=False).shape == (2, T + 3)

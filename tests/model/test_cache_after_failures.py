@@ -110,35 +110,6 @@ def filled(model: Mixtral, n: int = 9) -> tuple[KVCache, torch.Tensor]:
     return cache, model.generate(ids, 3, cache=cache)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_two_set_backs_by_one_around_a_failure(deterministic: bool) -> None:
-    """The first drops a token whose slot was an earlier key's; the second needs that key."""
-    model = random_model(sliding_window=4, deterministic=deterministic)
-    cache, text = filled(model)
-    first, second = text[:, :-1].clone(), text[:, :-2].clone()
-    for each in (first, second):
-        each[0, -1] = (each[0, -1] + 1) % 23
-    with FailAt(1, behind=False), pytest.raises(Injected):
-        model.generate(first, 1, cache=cache)
-    with pytest.warns(RuntimeWarning, match="its ring has moved on"):
-        got = model.generate(second, 2, cache=cache)
-    assert torch.equal(got, model.generate(second, 2))
-
-
-def test_a_decode_step_that_failed_has_taken_a_slot() -> None:
-    """Without `deterministic`, too: a step writes its key in the operation that attends."""
-    model = random_model(sliding_window=4)
-    cache, text = filled(model)
-    longer = torch.cat((text, text[:, :1]), 1)
-    with FailAt(3, behind=True), pytest.raises(Injected):
-        model.generate(text, 4, cache=cache)
-    longer = text.clone()
-    longer[0, -2] = (longer[0, -2] + 1) % 23
-    with pytest.warns(RuntimeWarning, match="its ring has moved on"):
-        got = model.generate(longer, 2, cache=cache)
-    assert torch.equal(got, model.generate(longer, 2))
-
-
 def test_lengths_that_a_caller_changes_do_not_hide_what_failed() -> None:
     model = random_model(sliding_window=6, deterministic=True)
     cache, new = cache_of(model, 1), torch.tensor([4], dtype=torch.int32)

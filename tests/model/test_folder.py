@@ -2,10 +2,8 @@
 package: a trained Mixtral, balanced, small, and what its training log says. Its config.json: how MixtralConfig reads
 and normalizes it, and errors that name the field."""
 
-import dataclasses
 import json
 import math
-import platform
 import re
 import shutil
 from pathlib import Path
@@ -22,7 +20,7 @@ from mixtral_triton.cli import SMALL
 from mixtral_triton.config import SIZES, checkpoint_folder
 from mixtral_triton.quantize.write import write
 from mixtral_triton.verification import held_out, perplexity
-from tests.cli.commands import error_line, output, run_json
+from tests.cli.commands import error_line, output
 from tests.quantize.test_quantize_write import sharded
 from tests.support.models import random_model
 
@@ -129,11 +127,6 @@ def test_other_layouts_are_refused_with_what_to_do(case: str, tmp_path: Path) ->
     assert str(caught.value) in error_line("generate --device cpu --prompt x", tmp_path)
 
 
-@pytest.mark.parametrize("text", ["24", "24GiB", "'24 gib'", "25.76980378GB"])
-def test_memory_of_fit_has_units(text: str) -> None:
-    assert run_json(f"fit small --memory {text}")["gpu"]["bytes"] == pytest.approx(24 * 2**30, rel=1e-4)
-
-
 def test_no_weight_is_fetched_for_what_will_be_refused(hub: Any) -> None:
     """Another architecture; an index whose names, as patterns, would download anything."""
     index, config = hub.remote / "model.safetensors.index.json", json.loads((hub.remote / "config.json").read_text())
@@ -176,29 +169,6 @@ def test_the_small_model_is_balanced_and_has_learnt_english(model: Mixtral) -> N
     assert len({"the", "a", "is", "of", "and", "to", "in", "be", "an", "or"} & set(words)) >= 3
 
 
-def test_its_tokenizer_has_a_beginning_an_end_and_padding() -> None:
-    transformers = pytest.importorskip("transformers")
-    found, tokenizer = transformers.AutoTokenizer.from_pretrained(SMALL), Tokenizer.from_file(TOKENIZER)
-    config = json.loads((SMALL / "config.json").read_text())
-    assert (found.bos_token_id, found.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])
-    assert found.pad_token_id == found.eos_token_id and found.model_max_length == config["max_position_embeddings"]
-    text = "The return statement , a list .\n    x = [1, 2]  # naïve"
-    ids = found(text).input_ids
-    assert ids == tokenizer.encode(text).ids and found.decode(ids, skip_special_tokens=True) == text
-    padded = found([text, "A list"], padding=True, return_tensors="pt")
-    assert padded.attention_mask.sum(1).tolist() == [len(ids), len(found("A list").input_ids)]
-
-
-def test_what_the_training_writes_besides_weights_is_what_is_shipped(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    from benchmarks.train_small import save_text
-
-    save_text(Tokenizer.from_file(TOKENIZER), tmp_path)
-    same_topics = platform.python_version() == LOG["python"]  # of help(), which are the held-out text
-    for name in ("tokenizer.json", "tokenizer_config.json", *(["heldout.json"] if same_topics else [])):
-        assert (tmp_path / name).read_bytes() == (SMALL / name).read_bytes()
-
-
 TINY = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "vocab_size": 48}
 TINY |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 64}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
@@ -223,16 +193,6 @@ def test_from_pretrained_reads_the_file(tmp_path):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
     again = MixtralConfig.from_pretrained(str(tmp_path)), MixtralConfig.from_dict(TINY | {"dtype": config.dtype})
     assert again == (config, config)
-
-
-def test_config_is_frozen_and_hashable():
-    config = MixtralConfig(rope_theta=1e6)
-    assert (config.hidden_size, config.head_dim, hash(config)) == (4096, 128, hash(MixtralConfig(rope_theta=1000000)))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.hidden_size = 1
-    with pytest.raises(TypeError, match="rope_theta"):
-        MixtralConfig()
-    assert dataclasses.replace(config, sliding_window=7).sliding_window == 7
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -333,40 +293,35 @@ def test_wrong_field_raises_value_error(tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
-BROKEN = {
-    "not readable as JSON": (b"", b"{", b"\xff\xfe{}", b"[" * 100_000),
-    "holds a JSON list, needs an object": (b"[1]",),
-}
+# What is in the place of config.json, or given in the place of its folder.
+NO_CONFIG: list[tuple[Any, type[Exception], str]] = [
+    *((content, ValueError, r"config\.json: not readable as JSON") for content in (b"", b"{", b"[" * 100_000)),
+    (b"[1]", ValueError, r"config\.json: holds a JSON list, needs an object"),
+    ("nowhere", FileNotFoundError, "nowhere: no such folder"),
+    ("", FileNotFoundError, r"config\.json: no such file"),
+    ("config.json", NotADirectoryError, r"config\.json: is a file"),
+    *((wrong, ValueError, f"folder is a {type(wrong).__name__}, needs the path") for wrong in (None, 3)),
+]
 
 
-@pytest.mark.parametrize("message", BROKEN)
-def test_broken_json_raises_value_error(tmp_path, message):
-    for content in BROKEN[message]:
-        (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"config\.json: {message}"):
-            MixtralConfig.from_pretrained(tmp_path)
+@pytest.mark.parametrize(("given", "error", "message"), NO_CONFIG)
+def test_what_is_no_config_is_refused(tmp_path: Path, given: Any, error: Any, message: str) -> None:
+    if isinstance(given, bytes) or given == "config.json":
+        (tmp_path / "config.json").write_bytes(given if isinstance(given, bytes) else b"{}")
+    folder = tmp_path if isinstance(given, bytes) else tmp_path / given if isinstance(given, str) else given
+    with pytest.raises(error, match=message):
+        MixtralConfig.from_pretrained(folder)
 
 
-def test_source_that_is_no_config_is_rejected(tmp_path):
-    for values in (None, [], "mixtral"):
-        with pytest.raises(ValueError, match=r"here: .*, needs a JSON object"):
-            MixtralConfig.from_dict(values, source="here")
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
-        MixtralConfig.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
-        MixtralConfig.from_pretrained(tmp_path)
-    with pytest.raises(NotADirectoryError, match=r"config\.json: is a file"):
-        MixtralConfig.from_pretrained(write_config(tmp_path) / "config.json")
-    for wrong in (None, 3, torch.nn.Sequential(*map(torch.nn.Linear, range(1, 60), range(2, 61)))):
-        with pytest.raises(ValueError, match=f"folder is a {type(wrong).__name__}, needs the path") as caught:
-            MixtralConfig.from_pretrained(wrong)
-        assert str(caught.value).count("\n") == 0
+ACTIVATIONS = [({"activations": each}, "activations is .*, needs None or 'fp8'") for each in ("int8", "", 8, True)]
+LOADS = [({"dtype": "bf16"}, "dtype is 'bf16', needs torch"), *ACTIVATIONS]
 
 
-def test_activations_that_there_are_not_are_refused_by_name() -> None:
-    for activations in ("stored", "int8", "", 8, True):
-        with pytest.raises(ValueError, match=f"from_pretrained: activations is {activations!r}, needs None or 'fp8'"):
-            Mixtral.from_pretrained(SMALL, "meta", weights="fp8", activations=activations)
+@pytest.mark.parametrize(("options", "message"), LOADS)
+def test_wrong_options_of_loading_are_refused(options: dict[str, Any], message: str) -> None:
+    assert Mixtral.from_pretrained(SMALL, "meta", "torch.float16").dtype == torch.float16
+    with pytest.raises(ValueError, match=message):
+        Mixtral.from_pretrained(SMALL, "meta", **{"weights": "fp8"} | options)
 
 
 def test_a_batch_encoding_is_generated_from() -> None:
@@ -403,10 +358,3 @@ def test_arguments_of_transformers_name_ours() -> None:
         model.generate(ids, tempreature=1)
     with pytest.raises(ValueError, match="read from no folder"):
         model.tokenizer  # noqa: B018
-
-
-def test_a_dtype_has_a_name() -> None:
-    for name, dtype in {"auto": torch.bfloat16, "float32": torch.float32, "torch.float16": torch.float16}.items():
-        assert Mixtral.from_pretrained(SMALL, "meta", name).dtype == dtype
-    with pytest.raises(ValueError, match="dtype is 'bf16', needs torch"):
-        Mixtral.from_pretrained(SMALL, "meta", "bf16")

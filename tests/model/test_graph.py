@@ -2,7 +2,6 @@
 runs the same operations and launches on the same memory."""
 
 import gc
-import shutil
 import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -205,32 +204,6 @@ def test_a_model_that_is_collected_during_a_step_does_not_end_its_capture(gpu: A
     assert not gpu.pinned
 
 
-def test_a_capture_that_fails_with_dependent_launches_is_tried_without_them(gpu: Any, monkeypatch: Any) -> None:
-    launch, launched = gpu.driver.launch, list[bool]()
-
-    def refuse(each: Any) -> None:
-        launched.append(each.launcher.metadata.launch_pdl)
-        if launched[-1] and gpu.captures and not gpu.captures[-1].ended:
-            raise RuntimeError("Triton Error [CUDA]: invalid resource handle")
-        launch(each)
-
-    monkeypatch.setattr(gpu.driver, "launch", refuse)
-    with pytest.warns(RuntimeWarning, match="capturing without dependent launches, slower: .*handle") as found:
-        got = texts(build(5, GPU_DEVICE), max_new_tokens=NEW)
-    assert got == texts(build(5, "cpu"), max_new_tokens=NEW)
-    assert len(found) == 1 and len(gpu.captures) == 2 and gpu.replays == NEW - 3 and any(launched)
-
-
-def test_graphs_that_ended_leave_their_memory_to_the_next(gpu: Any) -> None:
-    """torch releases it to ordinary allocations alone, so each generation would keep its own."""
-    model, seen = build(None, GPU_DEVICE), []
-    for turn in range(50):
-        gpu.driver.executes = turn == 0
-        texts(model, max_new_tokens=NEW)
-        seen.append((len(gpu.pool_bytes), sum(gpu.pool_bytes.values())))
-    assert len(gpu.captures) == 50 and set(seen) == {(1, seen[0][1])} and seen[0][1] > 0
-
-
 def test_graphs_that_live_together_share_no_memory(gpu: Any) -> None:
     gpu.driver.executes = False
     model = build(None, GPU_DEVICE)
@@ -248,39 +221,30 @@ def test_graphs_that_live_together_share_no_memory(gpu: Any) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("where", ["capture", "instantiate"])
-def test_a_capture_without_memory_takes_what_earlier_graphs_kept(where: str, gpu: Any, monkeypatch: Any) -> None:
-    model = build(None, GPU_DEVICE)
+@pytest.mark.parametrize("frees", [True, False])
+def test_a_capture_without_memory_takes_what_earlier_graphs_kept(
+    frees: bool, where: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that is too little, too, steps are launched, with a warning."""
+    model, emptied = build(None, GPU_DEVICE), []
     want = texts(model, max_new_tokens=NEW)
-    kept, emptied = sum(gpu.pool_bytes.values()), []
 
     def empty_cache() -> None:
         emptied.append(dict(gpu.pool_bytes))
-        gpu.pool_bytes_most = 1 << 40
-        gpu.refuses = lambda graph: False
+        if frees:
+            gpu.pool_bytes_most, gpu.refuses = 1 << 40, lambda graph: False
 
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     if where == "capture":
-        gpu.pool_bytes_most = kept - 1
+        gpu.pool_bytes_most = sum(gpu.pool_bytes.values()) - 1 if frees else 0
     else:
         gpu.refuses = lambda graph: 2
     gpu.replays = 0
-    assert texts(model, max_new_tokens=NEW) == want  # without a warning
-    assert emptied == [{}] and gpu.replays == NEW - 2 and len(gpu.pool_bytes) == 1
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("where", ["capture", "instantiate"])
-def test_a_capture_that_finds_no_memory_twice_leaves_decoding_to_launches(where: str, gpu: Any) -> None:
-    model = build(None, GPU_DEVICE)
-    if where == "capture":
-        gpu.pool_bytes_most = 0
-    else:
-        gpu.refuses = lambda graph: 2
-    with pytest.warns(RuntimeWarning, match="decoding without a CUDA graph, slower: .*out of memory") as found:
-        got = texts(model, max_new_tokens=NEW)
-    assert got == texts(build(None, "cpu"), max_new_tokens=NEW)
-    assert len(found) == 1 and len(gpu.captures) == 2 and gpu.replays == 0
-    assert not gpu.pools and not any(gpu.pool_bytes.values())
+    message = "decoding without a CUDA graph, slower: .*out of memory"
+    with nullcontext() if frees else pytest.warns(RuntimeWarning, match=message):
+        assert texts(model, max_new_tokens=NEW) == want
+    assert emptied[0] == {} and gpu.replays == (NEW - 2) * frees
+    assert len(gpu.pool_bytes) == 1 if frees else not any(gpu.pool_bytes.values())
 
 
 # A mesh of one rank: its collectives are copies, which a graph holds.
@@ -331,18 +295,6 @@ def test_captures_take_turns_on_one_stream_a_device(gpu: Any) -> None:
     assert began.is_set() and all(graph.valid and graph.ended for graph in gpu.captures) and not gpu.syncs
     first, second, other = (graph.stream for graph in gpu.captures)
     assert first == second != other
-
-
-@pytest.mark.slow
-def test_sampling_without_a_generator_leaves_torch_s_own_to_other_threads(gpu: Any, monkeypatch: Any) -> None:
-    drawn = []
-    monkeypatch.setattr(generate, "capture", lambda step, *rest: drawn.append(rest[0]) or capture(step, *rest))
-    model, found = build(None, GPU_DEVICE), []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        found.append(texts(model, max_new_tokens=NEW, temperature=50.0))
-    assert found[0] == found[1] != found[2]
-    assert all(generator.device == GPU_DEVICE for generator in drawn) and gpu.replays == 3 * (NEW - 2)
 
 
 def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,22 +402,10 @@ def test_forward_compiles_whole_and_once() -> None:
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         for t in range(3):
             compiled(ids[:, t : t + 1], held[0])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
-    assert held[0].lengths.tolist() == [8, 11]
-
-
-@pytest.mark.compiled
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler on a CPU")
-@pytest.mark.parametrize(("dynamic", "dtype"), [(None, None), (True, None), (None, torch.int8)])
-def test_compiled_forward_of_several_batches(dynamic: bool | None, dtype: Any) -> None:
-    """From the second batch on, sizes are symbols of the compiler, and so would be the offset of a view of a cache."""
-    torch._dynamo.reset()
-    model = build(None, "cpu")
-    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
-    with torch.no_grad():
-        for B in (2, 3):
-            ids, held = tokens(B, 9), [KVCache(model.config, B, 12, "cpu", dtype or model.dtype) for _ in range(2)]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+        assert held[0].lengths.tolist() == [8, 11]
+        for dtype in (model.dtype, torch.int8):  # of another batch sizes are symbols of the compiler
+            ids, held = tokens(3, 9), [KVCache(model.config, 3, 12, "cpu", dtype) for _ in range(2)]
             for chunk in ids.split((3, 4, 1, 1), 1):
                 got, want = (f(chunk, c) for f, c in zip((compiled, model), held, strict=True))
                 assert torch.allclose(got, want, atol=1e-5)

@@ -1,13 +1,11 @@
 """The whole model beside transformers' MixtralForCausalLM on random checkpoints, with and without the ring cache."""
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,13 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mixtral_triton import KVCache, Mixtral, reference
-from mixtral_triton.kernels.experts.tiles import DECODE_TOKENS
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.linear import SKINNY_M
-from mixtral_triton.kernels.record import record_launches
 from tests.conftest import HF_SIZES
 from tests.support.models import cache_of as make_cache
-from tests.support.models import random_model
 from tests.support.models import tokens as random_tokens
 
 pytest.importorskip("transformers")
@@ -405,105 +399,3 @@ def test_gradients_and_training_are_refused(model: Mixtral, device: torch.device
     with torch.no_grad(), forward_ad.dual_level(), pytest.raises(ValueError, match="Mixtral is for inference only"):
         norm = forward_ad.make_dual(model.norm.data, model.norm.data)
         torch.func.functional_call(model, {"norm": norm}, (ids,))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.usefixtures("unguarded")
-@pytest.mark.parametrize(
-    ("window", "past", "new"), [(6, 5, 4), (6, 8, 2), (6, 8, 1), (6, 2, 4), (6, 0, 9), (None, 5, 4)]
-)
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("part", ["layer", pytest.param("head", marks=pytest.mark.compiled)])
-def test_cache_after_a_failed_forward(window: int | None, past: int, new: int, inference: bool, part: str) -> None:
-    """Layer 0 had written its keys. Where these took the slots of keys that the chunk sees, the cache is refused."""
-    model = random_model(num_hidden_layers=2, sliding_window=window)
-    before, chunk = random_tokens(2, 8), random_tokens(2, new, seed=1)
-    with torch.inference_mode(inference):
-        caches = make_cache(model, 2, 24), make_cache(model, 2, 24)
-        for cache in caches if past else ():
-            model(before[:, :past], cache=cache)
-        owner, name = (model, "head") if part == "head" else (model.layers[1], "forward")
-        with patch.object(owner, name, side_effect=KeyError), pytest.raises(KeyError):
-            model(chunk, cache=caches[0])
-        if window and past and new > 1 and past + new > window:
-            with pytest.raises(ValueError, match=r"forward failed after it had overwritten keys .*needs a new cache"):
-                model(chunk, cache=caches[0])
-            with pytest.raises(ValueError, match="forward failed"):  # not only once
-                model(chunk[:, :1], cache=caches[0])
-            caches[0].lengths.zero_()
-            caches[1].lengths.zero_()
-        for _ in range(2):
-            assert torch.equal(model(chunk, cache=caches[0]), model(chunk, cache=caches[1]))
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(
-    ("held", "appending", "refused"),
-    [
-        *zip(
-            ([3, 4], [3, 2], [5, 2], [2, 5], [5, 2], [0, 0], [8, 8], [8, 8]),
-            (None, [2, 1], [2, 0], [0, 2], [1, 4], [9, 9], [1, 1], [1, 2]),
-            (0, 0, 1, 1, 0, 0, 0, 1),
-            strict=True,
-        )
-    ],
-)
-def test_slots_that_a_failed_forward_overwrote(held: list[int], appending: Any, refused: int) -> None:
-    """Of a ring of 6 slots and of a cache without a window, which overwrites nothing."""
-    for window in (6, None):
-        cache = make_cache(random_model(sliding_window=window), 2)
-        cache.check_intact()
-        cache.lengths.copy_(torch.tensor(held))
-        cache.appending = None if appending is None else torch.tensor(appending)
-        with pytest.raises(ValueError, match="forward failed") if refused and window else nullcontext():
-            cache.reserve(1)
-            assert cache.appending is cache.written is None or cache.written == [9, 9]
-
-
-def test_window_reach() -> None:
-    """Through L layers a token changes the logits L (W - 1) places later, and no further."""
-    L, W, T = 3, 4, 14
-    sizes = {"vocab_size": 20, "num_hidden_layers": L, "max_position_embeddings": T, "sliding_window": W}
-    model, generator = random_model(deterministic=True, **sizes), torch.Generator().manual_seed(0)
-    ids = torch.randint(20, (1, T), generator=generator)
-
-    def changes(back: int) -> bool:
-        other = ids.clone()
-        other[0, T - 1 - back] = (other[0, T - 1 - back] + 1) % 20
-        return not torch.equal(model(other)[0, -1], model(ids)[0, -1])
-
-    assert changes(0) and changes(L * (W - 1))
-    assert not changes(L * (W - 1) + 1)
-
-
-def stems(launches: list[Any]) -> Iterator[str]:
-    """What computes, in order, runs of kernels of one operation as one; torch's bookkeeping left out."""
-    last = ""
-    for launch in launches:
-        stem = launch.kernel.split("_")[0]
-        if stem != last and (launch.grid or launch.kernel == "aten::mm"):
-            yield stem
-        last = stem
-
-
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "gfx942"))
-@pytest.mark.parametrize("T", (1, 9, DECODE_TOKENS))
-@pytest.mark.parametrize("cached", (True, False))
-def test_launches_of_a_step(T: int, cached: bool, arch: str, load: Callable[..., Mixtral]) -> None:
-    meta = load("window", device="meta")
-    ids = torch.empty(2, T, dtype=torch.int64, device="meta")
-    with record_launches(arch=arch) as launches:
-        logits = meta(ids, cache=cache_of(meta, 2) if cached else None)
-    assert logits.is_meta and logits.shape == (2, T, V) and logits.dtype == torch.float32
-    middle = ["append"] if cached and T > 1 else []
-    sort = ["sort"] if 2 * T > DECODE_TOKENS else []
-    mm = "linear" if 2 * T <= SKINNY_M else "aten::mm"
-    rope = [] if cached and T == 1 else ["rope"]
-    layer = [mm, *rope, "attention", *middle, mm, "gate", *sort, "experts"]
-    assert list(stems(launches)) == ["embed", *layer * LAYERS, mm]
-    triton = [launch for launch in launches if launch.grid is not None]
-    assert triton[0].kernel == "embed_rms_norm_kernel" and triton[-1].kernel != "rms_norm_kernel"
-    for launch in launches:
-        assert (launch.grid is None) == launch.kernel.startswith("aten::")
-    for launch in triton:
-        assert all(n >= 1 for n in launch.grid) and launch.num_warps >= 1 and launch.num_stages >= 1

@@ -61,18 +61,6 @@ def test_the_last_token_of_a_prompt_is_penalized(device: torch.device) -> None:
     assert [bool((each == ids).any()) for each in next_ids] == [True, False]
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (2.0, 0.3)])
-def test_generate_stays_in_the_nucleus(temperature: float, top_p: float, device: torch.device) -> None:
-    model = random_model(device, sliding_window=5)
-    options = {"max_new_tokens": 12, "temperature": temperature, "top_p": top_p}
-    ids = tokens(3, 3, device=device)
-    out, again, other = (model.generate(ids, generator=seeded(device, seed), **options) for seed in (0, 0, 1))
-    assert torch.equal(out, again) and not torch.equal(out, other)
-    logits = model(out)
-    for row, scores in zip(out.tolist(), logits, strict=True):
-        assert all(probabilities(scores[t - 1], temperature, top_p)[row[t]] > 0 for t in range(3, len(row)))
-
-
 def race_error(logits: Tensor, sampled_ids: Tensor, draw: Any, *options: Any) -> float:
     """How far the tokens `sampled_ids` [N] are from winning the exponential race of logits [N,V]: 0 for a winner, 1 for
     a token that does not take part (Holtzman et al. 2020; min-p: Nguyen et al. 2024)."""

@@ -214,31 +214,11 @@ def test_other_and_mixed_dtypes_raise_value_error(tmp_path, dtype):
     assert_refused(save(tmp_path, tensors, shards=2), message)
 
 
-def header(change):
-    """Return a damage that applies `change` to the header and adapts its length."""
-
-    def damage(data):
-        length = int.from_bytes(data[:8], "little")
-        changed = change(data[8 : 8 + length])
-        return len(changed).to_bytes(8, "little") + changed + data[8 + length :]
-
-    return damage
-
-
-def norm(**fields):
-    """Return a damage that overwrites fields of one tensor's entry in the header."""
-    return header(lambda old: json.dumps((entries := json.loads(old)) | {NORM: entries[NORM] | fields}).encode())
-
-
 DAMAGES = {  # by what the message says
     "cut off, damaged or not safetensors .* not fully covered": [lambda data: data[:-1], lambda data: data + b"\0"],
     r"\(0 bytes\): .* header too small": [lambda data: b""],
     "header too large": [lambda data: (2**63).to_bytes(8, "little") + data[8:]],
-    "invalid UTF-8": [header(lambda old: b"\xff" + old)],
-    "invalid JSON": [norm(shape=[-16]), header(lambda old: old[:-9]), header(lambda old: b"[" * 50_000)],
-    "invalid offset for tensor `model.norm.weight`": [norm(data_offsets=[2**40, 2**40 + 32])],
-    "invalid shape": [norm(shape=[17]), norm(dtype="F32")],
-    "'model.norm.weight' is stored as 'F8_E4M3'": [norm(dtype="F8_E4M3", shape=[32])],
+    "invalid JSON": [lambda data: data[:8] + b"[" * (len(data) - 8)],
 }
 
 

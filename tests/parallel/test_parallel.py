@@ -196,8 +196,7 @@ def test_what_is_refused(ranks: Ranks, checkpoint: Checkpoint) -> None:
     for said in ranks(work.refusal, folder, root=True, tp=2):
         assert "mesh has dimensions named ('replica', 'tp')" in said
     assert all("device" in said and "cuda" in said for said in ranks(work.refusal, folder, device="cuda", tp=2))
-    for peer, mode in ranks(work.watched, folder, IDS, tp=2):
-        assert "no rank of a mesh has all weights" in peer and "dispatch mode" in mode
+    assert all("dispatch mode" in said for said in ranks(work.watched, folder, IDS, tp=2))
 
 
 @pytest.mark.parametrize("reason", ["no such file", "cut off", "num_attention_heads"])
@@ -298,19 +297,6 @@ def test_decode_step_is_a_graph(mesh: str, deterministic: bool, ranks: Ranks, ch
         assert calls["broadcast"] == 2 + replays and calls[sums] >= 2 * layers * (2 + replays)
 
 
-@pytest.mark.slow
-def test_a_mesh_compiles_nothing_after_what_its_ranks_share_and_compile_ahead(
-    checkpoint: Checkpoint, tmp_path: Path, covers: Any
-) -> None:
-    two = Ranks(2, tmp_path / "store")
-    (ahead, late), other = two(work.compiled_late, checkpoint(), IDS, str(tmp_path), tp=2)
-    two.end()
-    covers("host", f"a mesh of two: {ahead} and {other[0]} kernels compiled ahead, {late} and {other[1]} later")
-    kernels = len(list(tmp_path.rglob("*.cubin")))
-    assert late == other[1] == [] and kernels > 50
-    assert ahead + other[0] < 1.75 * kernels, "each rank compiles all of them"
-
-
 PROMPT = ("--device", "cpu", "--dtype", "float32", "--prompt", "The return statement", "--temperature", "0.8", "--json")
 
 
@@ -326,16 +312,6 @@ def test_torchrun_writes_the_same_text() -> None:
     assert run.returncode == 0, run.stderr
     alone, several = (json.loads(text) for text in (output("", *command), run.stdout))
     assert alone["tokens"] == several["tokens"] and alone["text"] == several["text"]
-
-
-@pytest.mark.slow
-def test_torchrun_verifies_each_rank_s_part() -> None:
-    """One report, the first rank's. In plain torch, which is quick: all is near, and nothing was compared."""
-    run = torchrun("verify", str(SMALL), "--tp", "2", "--prompt", "return", "--json", TRITON_INTERPRET="0")
-    assert run.returncode != 0
-    report = json.loads(run.stdout)
-    assert all(row["ok"] for row in report["rows"]) and not report["compared"]
-    assert {"weights", "layer", "logits"} <= {row["op"] for row in report["rows"]}
 
 
 @pytest.mark.slow

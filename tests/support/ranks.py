@@ -24,11 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral_triton import KVCache, Mixtral, checkpoint, parallel, verify
 from mixtral_triton.quantize import QuantizedWeight
-from mixtral_triton.tools.offline import compile_ahead, launch_text
-from mixtral_triton.verification import launch_all
 from mixtral_triton.verification.models import MeshUnderTest
 from mixtral_triton.verification.report import Report
-from tests.support.calls import compilations
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "isend")
 SHORT_TIMEOUT = mock.patch.object(parallel, "TIMEOUT", timedelta(seconds=2))
@@ -260,23 +257,6 @@ def replayed(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> tupl
         return text.cpu(), simulated.replays, calls
 
 
-def compiled_late(mesh: Any, folder: Path, ids: torch.Tensor, cache: str) -> tuple[int, list[str]]:
-    """Return how many kernels a simulated GPU compiles ahead of `verify` and `generate`, and what they compile."""
-    from tests.support.stub.gpu import gpu
-
-    os.environ["TRITON_CACHE_DIR"] = cache
-    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, dtype=torch.bfloat16)
-    with gpu() as simulated, on_memory(), compilations() as compiled:
-        simulated.driver.executes = False
-        model, ids = model.to("cuda"), ids.to("cuda")
-        compile_ahead(model, partial(launch_all, model, ids.shape, False, 20, None), lambda *done: None)
-        compile_ahead(model, partial(launch_text, model, ids.shape[1], 4, batch=len(ids)), lambda *done: None)
-        ahead = len(compiled)
-        verify(model, ids, tokens=20)
-        model.generate(ids, max_new_tokens=4)
-    return ahead, [name for name, _ in compiled[ahead:]]
-
-
 @contextmanager
 def on_memory() -> Iterator[None]:
     """Do NCCL's part: send the memory behind a GPU's tensors, in a capture when it is replayed."""
@@ -341,8 +321,7 @@ def halve_sums(model: Mixtral) -> None:
     ranks.all_reduce = lambda part, in_order: all_reduce(part / 2, in_order)
 
 
-def watched(mesh: Any, folder: Path, ids: torch.Tensor) -> tuple[str, str]:
+def watched(mesh: Any, folder: Path, ids: torch.Tensor) -> str:
     model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
-    peer = message(lambda: verify(model, ids, folder=folder, peer="transformers"))
     with FlopCounterMode(display=False):
-        return peer, message(lambda: model(ids))
+        return message(lambda: model(ids))

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,25 +13,17 @@ import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, ops, reference, verification, verify
-from mixtral_triton.kernels import linear, norm, offload, plan, rope, router
+from mixtral_triton.kernels import linear, offload, plan
 from mixtral_triton.kernels.experts import op
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.layer import Layer
 from mixtral_triton.tolerance import Fp64Reference, Tolerance, worst
-from mixtral_triton.verification.calls import (
-    BEYOND,
-    LayerCheck,
-    SizedCalls,
-    _rows,
-    calls_beyond,
-    configurations,
-    with_layouts,
-)
+from mixtral_triton.verification.calls import LayerCheck, SizedCalls, _rows, configurations
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.report import FP32, Row
-from tests.support.faults import Inject, bf16_then_others, in_router, module_with_fault, replace_by, small_model
+from tests.support.faults import Inject, bf16_then_others, in_router, replace_by, small_model
 from tests.support.models import random_model
 
 IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -159,36 +150,6 @@ def test_a_grid_one_tile_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = op._prefill_grid
     monkeypatch.setattr(op, "_prefill_grid", short)
     assert not any(row.ok for call in calls for row in target.measure(0, *call))
-
-
-# In a kernel's source: the module, its text and what replaces it, the operation and the case of the wrong row.
-KERNEL_FAULTS: dict[str, tuple[Any, str, str, tuple[str, str]]] = {
-    "residual by x's stride": (norm, "* residual.stride", "* x.stride", ("add_rms_norm", "rows apart")),
-    "a position more": (norm, "(past > limit - ", "(past > limit + 1 - ", ("embed_rms_norm", "new one beyond")),
-    "more tokens than T": (norm, "| (new > T) ", "", ("embed_rms_norm", "new one beyond")),
-    "NaN counts as 0": (router, 'logits, logits, float("-inf")', "logits, logits, 0.0", ("route", "ties")),
-    "tied experts twice": (router, " & (taken == 0)", "", ("route", "ties")),
-    "v by k's stride": (rope, "t * v.stride_t", "t * k.stride_t", ("append", "sliced")),
-}
-
-
-@pytest.mark.exhaustive
-@pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")
-@pytest.mark.parametrize("fault", KERNEL_FAULTS)
-def test_fault_in_a_kernel(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, old, new, (op, case) = KERNEL_FAULTS[fault]
-    target = ModelUnderTest(model := small_model(torch.bfloat16))
-    x = torch.nn.functional.embedding(IDS[:, :3], model.embed_tokens)
-    check, sized = target.check(model.layers[0], x, model.config), SizedCalls(target)
-    calls = [*check.calls(0), *with_layouts((*check.calls(1), *sized.calls_on_text(check)))]
-    calls = [call for call in (*calls, *calls_beyond(sized.calls_on_text(check))) if call[0] == op]
-    assert all(row.ok for call in calls for row in target.measure(0, *call))
-    faulty = getattr(module_with_fault(module, tmp_path, (old, new)), op).op
-    monkeypatch.setitem(OPS, op, faulty)
-    if not case.endswith(BEYOND):  # which the right checks refuse, and not the kernel
-        run = lambda *_: lambda **kwargs: faulty.run(*faulty.bind(**kwargs))  # noqa: E731
-        monkeypatch.setattr(ModelUnderTest, "operation", staticmethod(run))
-    assert case in {row.case for call in calls for row in target.measure(0, *call) if not row.ok}
 
 
 def first_row_for_all(argument: int, patch: pytest.MonkeyPatch) -> None:
