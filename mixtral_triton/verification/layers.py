@@ -28,7 +28,7 @@ from ..kernels.registry import OPS, dispatched
 from ..layer import Layer
 from ..parallel import UNSHARDED
 from ..tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
-from ..tools.offline import on_meta
+from ..tools.ahead import on_meta
 from .calls import BEYOND, LAYOUTS, CallRecorder, LayerCheck, SizedCalls
 from .report import BITS, END_RATIO, FP32, TORCH, Row, worst_rows
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..layer import State
 from ..tolerance import largest
-from ..tools.offline import on_meta
+from ..tools.ahead import on_meta
 from .calls import CallRecorder
 from .report import Row
 

@@ -26,8 +26,9 @@ from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import batch, chat, offline
-from mixtral_triton.tools.offline import compile_ahead, compile_launches, launch_text
+from mixtral_triton.tools import ahead as compiler
+from mixtral_triton.tools import batch, chat
+from mixtral_triton.tools.ahead import compile_ahead, compile_launches, launch_text
 from mixtral_triton.verification import launch_all
 from tests.support.calls import compilations, inputs, with_offload
 from tests.support.models import WIDER_SIZES, random_model, tokens
@@ -107,7 +108,9 @@ def test_kernels_compiled_ahead_are_not_compiled_again(gpu: Any, compile_nothing
         for sizes in shapes:
             op.run(**op.inputs(sizes, dtype, "meta"))
     ahead = list(compile_launches(recorded, "sm_90"))
-    assert not [each.error for each in ahead if each.error] and len(ahead) == 2  # H is a multiple of 16, or not
+    assert (
+        not [each for each in ahead if isinstance(each, Exception)] and len(ahead) == 2
+    )  # H is a multiple of 16, or not
     compile_nothing()
     for sizes in shapes:
         launch_as_recorded(op, sizes, dtype, gpu)
@@ -122,11 +125,15 @@ def test_a_text_compiles_nothing_anew(weights: str | None, on_host: Any, gpu: An
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 64}
     model = random_model(dtype=torch.bfloat16, weights=weights, device="cuda", on_host=on_host, **sizes)
     ahead: list[Any] = []
-    record = mock.patch.object(offline, "compile_launches", lambda *args: ahead.extend(compile_launches(*args)))
+    record = mock.patch.object(compiler, "compile_launches", lambda *args: ahead.extend(compile_launches(*args)))
     finished: list[tuple[int, int]] = []
     with record:
         compile_ahead(model, partial(launch_text, model, 5, 7), lambda *done: finished.append(done))
-    assert finished[-1] == (len(ahead), len(ahead)) and len(ahead) >= 8 and not [each for each in ahead if each.error]
+    assert (
+        finished[-1] == (len(ahead), len(ahead))
+        and len(ahead) >= 8
+        and not any(isinstance(each, Exception) for each in ahead)
+    )
     compile_nothing()
     model.generate(torch.arange(5, device=model.device)[None], max_new_tokens=7)
     with pytest.raises(AssertionError, match="compiled anew"):
@@ -135,8 +142,8 @@ def test_a_text_compiles_nothing_anew(weights: str | None, on_host: Any, gpu: An
 
 def kernel_of(launched: Launch) -> tuple[Any, ...]:
     """What `compile_launches` compiles once."""
-    source = offline._source(launched, "sm_90")
-    return launched.kernel, launched.dependent, offline._key(launched, source), repr(source.attrs)
+    source = compiler.source_of(launched, "sm_90")
+    return launched.kernel, launched.dependent, compiler.kernel_key(launched, source), repr(source.attrs)
 
 
 VERIFIED: dict[str, dict[str, Any]] = {"in fp32, too": {"sliding_window": 7}, "8-bit cache": {}, "offload": {}}

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral_triton import KVCache, Mixtral, checkpoint, parallel, verify
 from mixtral_triton.quantize import QuantizedWeight
-from mixtral_triton.tools.offline import compile_ahead, launch_text
+from mixtral_triton.tools.ahead import compile_ahead, launch_text
 from mixtral_triton.verification import launch_all
 from mixtral_triton.verification.models import MeshUnderTest
 from mixtral_triton.verification.report import Report
