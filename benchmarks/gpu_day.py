@@ -41,24 +41,23 @@ def commands(arch: str, simulated: bool = False, breaks: str = "") -> Commands:
     if simulated:
         python += f" -m tests.support.stub --arch {arch} --executes" + (breaks and f" --breaks {breaks}")
     layer = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
-    tuned = "".join(f" --sizes {LAYER.format(T)}" for T in (24, 48, 512, 2048))
+    tuned = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 24, 48, 512, 2048))
     tuned += f" --sizes {LAYER.format(2048)},gate_up=fp8_w8a8,down=fp8_w8a8"
     tuned += "".join(f" --kernel experts_{name}" for name in ("up", "down", "up_decode", "down_decode"))
-    depths = "--at B=1 --at S=1024 --at H=4096"
 
-    def bench(name: str, options: str, more: str = "") -> str:
-        return f"{python} -m mixtral_triton bench --json {name} {_smallest(name) if simulated else options} {more}"
+    def bench(name: str, options: str = "") -> str:
+        return f"{python} -m mixtral_triton bench --json {name} {_smallest(name, options) if simulated else options}"
 
     files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if GPU_TESTS.search(file.read_text())]
     tests = f"{python} -m pytest -m gpu -p no:cacheprovider --maxfail 3 {'--first' if simulated else '-n 4'}"
     found: Commands = {  # nothing is timed while another core compiles
         "compile": (80, f"{PYTHON} -m mixtral_triton compile expert_swiglu --arch {arch}"),
-        "tune": (150, f"{python} -m mixtral_triton tune expert_swiglu --rounds 0{tuned}"),
+        "tune": (150, f"{python} benchmarks/tune.py expert_swiglu --json{tuned}"),
         "bench experts": (40, bench("expert_swiglu", layer)),
         **{f"test {file.stem}": (60, f"{tests} {file.relative_to(ROOT)}") for file in files},
-        "bench decode": (60, bench("decode_step", depths)),
-        "bench decode offloaded": (20, bench("decode_step", depths, "--offload 2")),
-        **{f"bench {name}": (20, bench(name, "--quick")) for name in BENCHED},
+        "bench decode": (60, bench("decode_step")),
+        "bench decode offloaded": (20, bench("decode_step", "--sizes offload=2")),
+        **{f"bench {name}": (20, bench(name)) for name in BENCHED if name != "decode_step"},
         "host": (20, f"{PYTHON} benchmarks/host_time.py --json --rounds {1 if simulated else 40}"),
     }
     if simulated:
@@ -72,9 +71,9 @@ def commands(arch: str, simulated: bool = False, breaks: str = "") -> Commands:
     return found
 
 
-def _smallest(name: str) -> str:
+def _smallest(name: str, options: str) -> str:
     """Return options for the first sizes that the tests run, with plain torch as the only peer."""
-    sizes = Case(op := BENCHED[name], op.test_shapes[0]).as_dict()
+    sizes = Case(op := BENCHED[name], op.test_shapes[-2 if "offload" in options else 0]).as_dict()
     return "--sizes " + ",".join(f"{letter}={size}" for letter, size in sizes.items()) + " --peer torch"
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds 
 from mixtral_triton import KVCache, Mixtral, apply
 from mixtral_triton.hf.attention import CACHE
 from mixtral_triton.tools.bench.measure import wall_seconds
-from mixtral_triton.tools.terminal import Table, console
+from mixtral_triton.tools.terminal import console, table_of
 from tests.support.stub.driver import Driver
 from tests.support.stub.gpu import GPU
 
@@ -108,10 +108,9 @@ def main() -> None:
     if args.json:
         print(json.dumps({**about, "rows": rows}))
         return
-    table = Table(", ".join(f"{name} {value}" for name, value in about.items()), text=["limits"])
-    for row in rows:
-        table.add({name: f"{value:.2f}" if isinstance(value, float) else value for name, value in row.items()})
-    console().print(table)
+    lines = [({name: x if isinstance(x, str) else f"{x:.2f}" for name, x in row.items()}, "") for row in rows]
+    title = ", ".join(f"{name} {value}" for name, value in about.items())
+    console().print(table_of(title, lines, text=["limits"]))
 
 
 if __name__ == "__main__":

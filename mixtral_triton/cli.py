@@ -25,9 +25,8 @@ from .config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from .kernels.arch import ARCHS
 from .tokenizer import load_tokenizer
 from .tools.gpus import LINKS
-from .tools.processes import is_first, open_mesh, select_backend
 from .tools.prompt import encode, read_prompts, read_text
-from .tools.terminal import bar, did_you_mean, exit_status, print_message
+from .tools.terminal import bar, did_you_mean, exit_status, is_first, open_mesh, print_message, select_backend
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -41,19 +40,7 @@ TORCHRUN = "with torchrun; default: 1"
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
 PROMPT = "text to run, or - to read standard input"
 # Modules whose `run` is the command; the others are functions below.
-TOOLS = {"bench": "bench.command", "tune": "bench.tune", "fit": "fit", "compile": "offline"}
-
-
-class OpHelp(argparse.Action):
-    """Print the help, then what each OP before it is called with."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *args: Any) -> NoReturn:
-        from .tools.bench.command import describe
-
-        parser.print_help()
-        for name in namespace.ops or ():
-            print(f"\n{describe(name)}")
-        parser.exit()
+TOOLS = {"bench": "bench.command", "fit": "fit", "compile": "compile"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,7 +108,6 @@ def parser() -> argparse.ArgumentParser:
         "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
         "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
         "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
-        "--at": {"action": "append", "default": [], "metavar": "T=N", "help": "only cases of this size; repeatable"},
         "--text": {"type": parse_source, "metavar": "FILE", "help": "a text in UTF-8, or - for standard input"},
         "--prompt": {"action": "append", "default": [], "metavar": "TEXT", "help": PROMPT},
         "--prompt-file": {"dest": "prompt", "action": "append", "type": Path, "metavar": "FILE", "help": "text to run"},
@@ -132,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, help: str, names: str = "") -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
-        form = "JSON lines" if name in ("bench", "tune", "compile") else "one JSON document"
+        form = "JSON lines" if name in ("bench", "compile") else "one JSON document"
         sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
         for option in names.split():
             sub.add_argument(option, **shared[option])
@@ -192,29 +178,20 @@ def parser() -> argparse.ArgumentParser:
     text = f"{QUANTIZE}; int4: in groups of 128, 64 or 32"
     option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
 
-    option = command("bench", "operations and a decode step by peers and floors", "ops --at --cache-dtype --offload")
+    option = command("bench", "operations and a decode step by peers and floors", "ops")
     option("--dtype", **shared["--dtype"] | {"help": "default: bfloat16"})
     option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
-    option("-h", "--help", nargs=0, action=OpHelp, help="this text; after an OP its arguments and sizes, too")
-    option("--quick", action="store_true", help="a few cases an operation, of 8x7B")
-    option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
+    text = "a case of these sizes instead, the others as in Mixtral 8x7B; repeatable"
+    option("--sizes", action="append", default=[], metavar="T=N,...", help=text)
     text = "torch, transformers, or your function, checked before it is timed; repeatable; default: the first two"
     option("--peer", action="append", default=[], metavar="NAME", help=text)
     option("--gpu", metavar="NAME", help="measure nothing, floors by a data sheet: h100, ..., as in fit")
-
-    option = command("tune", "launch configurations beside the present ones: which fit and are fastest", "ops --at")
-    option("--arch", choices=ARCHS, metavar="ARCH", help="time nothing, compile for it; default: the GPU there is")
-    option("--kernel", action="append", default=[], metavar="NAME", help="this kernel alone; repeatable")
-    option("--sizes", action="append", default=[], metavar="T=N,...", help="a case of these sizes instead; repeatable")
-    option("--rounds", type=int, default=5, metavar="N", help="climbing steps behind the first candidates; default: 5")
-    option("--dry", action="store_true", help="list the candidates alone, for the GPU there is, --arch, or sm_90")
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, the longest text", "--cache-dtype")
     text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
     option("--memory", type=parse_memory, metavar="GIB", help="a GPU of so many GiB (24, 24GB); default: see --gpu")
-    option("--host-memory", type=parse_memory, metavar="GIB", help="for experts; default: as much as they need")
     option("--link", choices=LINKS, metavar="NAME", help="to host memory: pcie4x16, ...; default: the GPU's")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
@@ -287,7 +264,7 @@ def _encode(args: argparse.Namespace, tokenizer: Any, config: Any, text: str, te
 def _compile(launch: Callable[..., object], model: Mixtral, *args: Any) -> None:
     """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
     if model.device.type == "cuda":  # a CPU needs no compiler
-        from .tools.offline import compile_ahead
+        from .tools.ahead import compile_ahead
 
         with bar("compiling", None) as progress:
             compile_ahead(model, partial(launch, model, *args), progress.update)

@@ -20,9 +20,8 @@ import torch
 from ..arguments import free_memory
 from ..config import CONFIG_FILES, TEXT_FILES
 from ..offload_plan import running_bytes, usable_bytes
-from .processes import is_first
 from .prompt import check_stdin, render
-from .terminal import bar, check_writable, print_message
+from .terminal import bar, check_writable, is_first, print_message
 from .writer import Writer, warning_lines
 
 BATCH = 32  # the most sequences of a batch without --batch-size
@@ -32,7 +31,7 @@ MOST_BYTES = 1 << 30  # of the prompts
 # Fields of a result, which no line of --batch may have; and options on which no text depends but by rounding.
 RESULT = ("digest", "text", "tokens", "finish_reason", "logprobs", "error")
 FREE_OPTIONS = {"command", "json", "folder", "batch", "out", "batch_size", "prompt", "chat", "system"}
-FREE_OPTIONS |= {"device", "interpret", "tp", "ep", "offload", "offload_by", "context"}
+FREE_OPTIONS |= {"device", "interpret", "tp", "ep", "offload", "context"}
 
 
 class Job(NamedTuple):

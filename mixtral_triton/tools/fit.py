@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-import os
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,15 @@ from rich.text import Text
 from ..arguments import WEIGHT_FORMATS, default_dtype, weight_bytes
 from ..checkpoint import parameter_shapes
 from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
-from ..kernels.checks import dtype_name
+from ..kernels.attention.op import CachedCase
+from ..kernels.experts.op import ExpertCase
+from ..kernels.formats import BITS
+from ..kernels.linear import LinearSizes
+from ..kernels.norm import EmbedSizes
+from ..kernels.op import Cost
+from ..kernels.registry import OPS
+from ..kernels.router import GateSizes
+from ..kernels.sort import expected_distinct_experts
 from ..offload_plan import (
     AUTO_CONTEXT,
     MARGIN,
@@ -36,8 +43,7 @@ from ..offload_plan import (
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.layouts import read_scheme
 from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu, floor
-from .step import step_costs
-from .terminal import Table, console
+from .terminal import console, table_of
 
 # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
 SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
@@ -45,10 +51,10 @@ LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediat
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
 FIRST = "int4, linear int8"  # the format to try first: quicker than int4, at about the same cost
-PIPED_LEAST = 200  # columns of the list of all GPUs where nobody's terminal is too narrow
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
+StepFormats = tuple[str | None, str | None, str | None, str | None]  # of qkv, o, gate_up, down
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
 BOUND = "tokens/s: of all sequences together at most, by bytes over the data sheet's bandwidth and the link."
@@ -75,22 +81,13 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
 
 
 def memory_need(
-    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, cache_dtype: torch.dtype | None = None
+    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, cache: str | None = None
 ) -> dict[str, int]:
-    """Bytes of a model on one GPU, by what they hold, and "total"."""
+    """Bytes of a model on one GPU, by what they hold, and "total". cache: "int8", or None: in the model's dtype."""
     weights = weight_bytes(parameter_shapes(config), specs, default_dtype(config))
     need = {"weights": weights, "tables": table_bytes(config)}
-    need |= running_bytes(config, batch, context, PREFILL_CHUNK, cache_dtype)
+    need |= running_bytes(config, batch, context, PREFILL_CHUNK, getattr(torch, cache) if cache else None)
     return need | {"total": sum(need.values())}
-
-
-def placement(
-    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, cache_dtype: torch.dtype | None, limit: int
-) -> Placement | None:
-    """The fewest experts of the whole model in host memory with which `limit` bytes hold the rest; None: not any."""
-    need = memory_need(config, specs, batch, context, cache_dtype)["total"]
-    movable = movable_bytes(config, parameter_shapes(config), specs, default_dtype(config))
-    return fewest(config, movable, need, limit)
 
 
 def free_bytes(gpu: GPU) -> int:
@@ -101,9 +98,6 @@ def free_bytes(gpu: GPU) -> int:
 def verdict(total: int, free: int) -> str:
     """Return "fits", "tight", by less than MARGIN of the free bytes, or "no"."""
     return "fits" if total <= usable_bytes(free) else "tight" if total <= free else "no"
-
-
-Offload = dict[str, Any]  # what `--json` prints of it
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,7 @@ class MemoryPlan:
     verdict: str  # of `verdict`
     longest_context: int  # tokens a sequence that it holds without being tight, at most the model's positions; 0: none
     gpus_needed: int | None
-    offload: Offload | None  # where the verdict is "no", if host memory holds enough experts: see `Request.offload`
+    offload: dict[str, Any] | None  # how experts in host memory make it fit: see `Request.place`
     tokens_per_second_bound: float | None  # at most, of all sequences; None: it does not fit, or rates are unknown
 
 
@@ -131,8 +125,7 @@ class Request:
     stored: str
     batch: int
     context: int
-    host_memory: float = math.inf  # bytes
-    cache_dtype: torch.dtype | None = None  # None: the model's
+    cache: str | None = None  # of `memory_need`
 
     @classmethod
     def of(cls, args: argparse.Namespace, models: Mapping[str, MixtralConfig] = KNOWN) -> Request:
@@ -143,57 +136,57 @@ class Request:
         config = known or MixtralConfig.from_pretrained(name)
         limit, layers = config.max_position_embeddings, config.num_hidden_layers
         context = limit if args.context is None else args.context
-        gib = math.inf if args.host_memory is None else args.host_memory
         if layers > LAYERS_MAX:
             raise ValueError(f"{name}: num_hidden_layers is {layers}, needs at most {LAYERS_MAX}")
         if args.batch < 1:
             raise ValueError(f"--batch is {args.batch}, needs at least 1")
         if not 1 <= context <= limit:
             raise ValueError(f"--context is {context}, needs 1 to {limit}, the model's positions")
-        if gib < 0:
-            raise ValueError(f"--host-memory is {gib:g}, needs GiB, at least 0")
         specs, stored = format_specs(config), SHORT[default_dtype(config)]
         if not known and (scheme := read_scheme(checkpoint_folder(name, tensors=False))) is not None:
             # The files alone say which tensors are quantized.
             specs, stored = {STORED: hub.plan_load(hub.read_headers(name), config).specs}, scheme.name
-        cache_dtype = torch.int8 if args.cache_dtype else None
-        return cls(name, config, specs, stored, args.batch, context, gib * 2**30, cache_dtype)
+        return cls(name, config, specs, stored, args.batch, context, args.cache_dtype)
 
     def memory_plan(self, format: str, gpu: GPU) -> MemoryPlan:
-        config, free = self.config, free_bytes(gpu)
+        config, free, specs = self.config, free_bytes(gpu), self.specs[format]
         limit = usable_bytes(free)
-        need_of = partial(memory_need, config, self.specs[format], self.batch, cache_dtype=self.cache_dtype)
-        need, contexts = need_of(self.context), range(config.max_position_embeddings + 1)
-        longest = max(0, bisect_right(contexts, limit, key=lambda S: need_of(S)["total"]) - 1)
+        need = memory_need(config, specs, self.batch, self.context, self.cache)
+        longest = bisect_right(
+            range(config.max_position_embeddings + 1),
+            limit,
+            key=lambda S: memory_need(config, specs, self.batch, S, self.cache)["total"],
+        )
         word = verdict(need["total"], free)
         embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
         shared = need["weights"] + need["cache"] - embedding
-        available, offload = limit - (need["total"] - shared), None
+        available = limit - (need["total"] - shared)
         gpus_needed = -(-shared // available) if available > 0 else None
-        sizes = self.specs[format], self.batch, self.context, self.cache_dtype
-        found = placement(config, *sizes, limit) if word == "no" else None
-        if found is not None and found.host_bytes <= self.host_memory:
-            offload = self.offload(format, gpu, found)
-        bound = self.speed_bound(format, gpu, found) if word != "no" or offload else None
-        return MemoryPlan(format, WEIGHT_FORMATS[format], need, word, longest, gpus_needed, offload, bound)
+        found = self.place(format, need["total"], limit) if word == "no" else None
+        bound = self.speed_bound(format, gpu, found) if word != "no" or found else None
+        hosted = None if found is None else self.describe(format, gpu, found, need["total"])
+        weights = WEIGHT_FORMATS[format]
+        return MemoryPlan(format, weights, need, word, max(0, longest - 1), gpus_needed, hosted, bound)
 
-    def offload(self, format: str, gpu: GPU, found: Placement) -> Offload:
-        """Return how `gpu` holds the model with what `found` says in host memory: its fields, experts of how many, and
-        the device_bytes of all."""
-        specs, total = self.specs[format], self.config.num_hidden_layers * self.config.num_local_experts
-        need = memory_need(self.config, specs, self.batch, self.context, self.cache_dtype)
+    def place(self, format: str, need: int, limit: int) -> Placement | None:
+        """Return the fewest experts in host memory with which `limit` bytes hold the rest; None: not any."""
+        shapes, dtype = parameter_shapes(self.config), default_dtype(self.config)
+        return fewest(self.config, movable_bytes(self.config, shapes, self.specs[format], dtype), need, limit)
+
+    def describe(self, format: str, gpu: GPU, found: Placement, need: int) -> dict[str, Any]:
+        """Return what `--json` prints of experts in host memory: how many, of how many, and the device_bytes of all."""
         context = "" if self.context == AUTO_CONTEXT else f" --context {self.context}"
-        offload = {**vars(found), "experts": found.count, "of": total, "link": gpu.link}
-        offload |= {"device_bytes": need["total"] - found.freed_bytes, "text": found.describe(self.config)}
-        return offload | {"command": f"{self.command(format)} --offload auto{context}"}
+        total = self.config.num_hidden_layers * self.config.num_local_experts
+        hosted = {**vars(found), "experts": found.count, "of": total, "link": gpu.link}
+        hosted |= {"device_bytes": need - found.freed_bytes, "text": found.describe(self.config)}
+        return hosted | {"command": f"{self.command(format)} --offload auto{context}"}
 
     def speed_bound(self, format: str, gpu: GPU, found: Placement | None) -> float | None:
         """Return the tokens/s of decode steps at their floor: at the data sheet's full rates, with uniform routing."""
         if not gpu.bandwidth:
             return None
-        hosted = [*map(len, found.experts)] if found else []
-        cache, dtype = "int8" if self.cache_dtype else None, default_dtype(self.config)
-        costs = step_costs(self.config, self.batch, self.context, dtype, self.specs[format], cache, hosted)
+        hosted, dtype = [*map(len, found.experts)] if found else [], default_dtype(self.config)
+        costs = step_costs(self.config, self.batch, self.context, dtype, self.specs[format], self.cache, hosted)
         return self.batch / floor(costs, gpu)[0]
 
     def command(self, format: str) -> str:
@@ -202,7 +195,7 @@ class Request:
         if weights:
             text = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
             command += f" --weights {text}"
-        return command if self.cache_dtype is None else f"{command} --cache-dtype int8"
+        return command if self.cache is None else f"{command} --cache-dtype {self.cache}"
 
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
@@ -211,11 +204,68 @@ class Request:
         total, active = parameters(self.config)
         found = {"model": self.name, "parameters": total, "active_parameters": active}
         found |= {"batch": self.batch, "context": self.context}
-        return found | ({"cache_dtype": dtype_name(self.cache_dtype)} if self.cache_dtype else {})
+        return found | ({"cache_dtype": self.cache} if self.cache else {})
 
     def __str__(self) -> str:
         text = "{model}: {parameters:,} parameters, {active_parameters:,} active a token; {batch} x {context:,} tokens."
         return text.format_map(self.as_dict())
+
+
+def step_costs(
+    config: MixtralConfig,
+    batch: int,
+    context: int,
+    dtype: torch.dtype,
+    specs: Mapping[str, QuantSpec] | None = None,
+    cache: str | None = None,
+    hosted: Sequence[int] = (),
+) -> list[Cost]:
+    """Return the work of each launch of a decode step of `batch` sequences of `context` positions, the new one counted,
+    with uniform routing.
+
+    specs   of the quantized parameters, by name
+    cache   "int8", or None: in `dtype`
+    hosted  how many experts of each layer are in host memory; (): none
+    """
+    specs, H, L = specs or {}, config.hidden_size, config.num_hidden_layers
+    E, K, V = config.num_local_experts, config.num_experts_per_tok, config.vocab_size
+    distinct = expected_distinct_experts(batch, K / E, E)
+
+    def format_of(name: str, columns: int) -> str | None:
+        spec = specs.get(name)
+        return None if spec is None else spec.format if spec.group == columns else f"{spec.format}:{spec.group}"
+
+    @functools.cache  # layers are few of a kind
+    def layer(formats: StepFormats, away: int) -> list[Cost]:
+        qkv, o, gate_up, down = formats
+        D, Hq, Hkv = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        I = config.intermediate_size
+        window = config.sliding_window or 0
+        attention = CachedCase(batch, 1, Hq, Hkv, D, context, window, context - 1, fresh=True, cache=cache)
+        case = ExpertCase(batch, H, I, E, K, gate_up, down, distinct=distinct)
+        experts = OPS["experts_add_rms_norm"].cost(case, dtype)
+        share = distinct * away / E
+        host = int(share * (_stored_bytes(gate_up, 2 * I * H, dtype) + _stored_bytes(down, I * H, dtype)))
+        return [
+            OPS["linear"].cost(LinearSizes(batch, H, (Hq + 2 * Hkv) * D, weight=qkv), dtype),
+            OPS["rope_append_attention"].cost(attention, dtype),
+            OPS["linear"].cost(LinearSizes(batch, Hq * D, H, weight=o), dtype),
+            OPS["rms_norm_gate_route"].cost(GateSizes(batch, H, E, K), dtype),
+            replace(experts, bytes=experts.bytes - host, host_bytes=host),
+        ]
+
+    widths = {"qkv_proj": H, "o_proj": config.num_attention_heads * config.head_dim, "gate_up_proj": H}
+    widths["down_proj"] = config.intermediate_size
+    costs = [OPS["embed_rms_norm"].cost(EmbedSizes(batch, 1, V, H), dtype)]
+    for index in range(L):
+        formats = tuple(format_of(f"layers.{index}.{name}", columns) for name, columns in widths.items())
+        costs += layer(formats, hosted[index] if hosted else 0)  # type: ignore[arg-type]
+    return [*costs, OPS["linear"].cost(LinearSizes(batch, H, V, weight=format_of("lm_head", H)), dtype)]
+
+
+def _stored_bytes(format: str | None, elements: int, dtype: torch.dtype) -> int:
+    """Return the bytes of values or codes: scales stay on the device."""
+    return elements * dtype.itemsize if format is None else elements * BITS[format.partition(":")[0]] // 8
 
 
 def run(args: argparse.Namespace) -> int:
@@ -227,14 +277,6 @@ def run(args: argparse.Namespace) -> int:
         return _run_all_gpus(request, args)
     plans = [request.memory_plan(format, gpu) for format in request.specs]
     fits = any(plan.verdict != "no" or plan.offload for plan in plans)
-    if not fits:
-        unlimited = replace(request, host_memory=math.inf)
-        needs = [
-            (offload, format) for format in request.specs if (offload := unlimited.memory_plan(format, gpu).offload)
-        ]
-        if more := [(offload["host_bytes"], format, offload["text"]) for offload, format in needs]:
-            memory, (size, name, text) = decimal(int(request.host_memory)), min(more)
-            raise ValueError(f"--host-memory is {memory}, and {name} with {text} needs {decimal(size)}")
     if args.json:
         found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}, "formats": plans}
         print(json.dumps(request.as_dict() | found, default=vars))
@@ -276,34 +318,29 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
     caption = f"used: of what is free. longest: tokens a sequence, and gpus: how many, with {MARGIN:.0%} of it to spare"
     caption = f"{caption.replace('%', ' %')}; tight: less to spare. {BOUND} {FORMAT_NOTE} {SEVERAL}"
-    table = Table(f"{gpu.name}: {gpu.mib:,} MiB", caption)
+    rows = []
     for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
         cells |= {"gpus": str(plan.gpus_needed or "-"), "tokens/s": _speed(plan.tokens_per_second_bound)}
-        table.add(cells | {"verdict": plan.verdict}, COLOURS[plan.verdict])
-    out.print(table)
-    offloads = {plan.format: plan for plan in plans if plan.offload}
-    for format, plan in offloads.items():
-        offload, speed = plan.offload or {}, _speed(plan.tokens_per_second_bound)
-        where = f"{decimal(offload['host_bytes'])}, {offload['link']}"
-        speed = f"at most {speed} tokens/s" if speed else "no bound, the GPU's rates are unknown"
-        out.print(Text(f"{request.label(format)}, {offload['text']}: {speed} ({where})"))
+        rows.append((cells | {"verdict": plan.verdict}, COLOURS[plan.verdict]))
+    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, caption))
+    hosted = {plan.format: (plan.offload, plan.tokens_per_second_bound) for plan in plans if plan.offload}
+    for format, (found, bound) in hosted.items():
+        speed = f"at most {_speed(bound)} tokens/s" if bound else "no bound, the GPU's rates are unknown"
+        line = f"{request.label(format)}, {found['text']}: {speed} ({decimal(found['host_bytes'])}, {found['link']})"
+        out.print(Text(line))
     fitting = [plan.format for plan in plans if plan.verdict != "no"]
-    named = map(request.label, sorted(fitting or offloads, key=lambda format: format != FIRST))
-    verdict = "FITS: " if fitting else "FITS WITH OFFLOAD: " if offloads else "NO FORMAT FITS"
-    out.print(Text(verdict + "; ".join(named), style="bold green" if fitting or offloads else "bold red"))
+    named = map(request.label, sorted(fitting or hosted, key=lambda format: format != FIRST))
+    verdict = "FITS: " if fitting else "FITS WITH OFFLOAD: " if hosted else "NO FORMAT FITS"
+    out.print(Text(verdict + "; ".join(named), style="bold green" if fitting or hosted else "bold red"))
     if FIRST in fitting:
         line = f"Try first: {request.command(FIRST)} (`mixtral-triton verify` with --weights prints what it costs)"
         out.print(Text(line), soft_wrap=True)
-    elif offloads and not fitting:
-        _, best = max(
-            ((plan.tokens_per_second_bound or 0, -plan.offload["host_bytes"]), plan.offload["command"])
-            for plan in offloads.values()
-            if plan.offload
-        )
-        out.print(Text(f"With experts in host memory: {best}"), soft_wrap=True)
+    elif hosted and not fitting:
+        best, _ = max(hosted.values(), key=lambda each: (each[1] or 0, -each[0]["host_bytes"]))
+        out.print(Text(f"With experts in host memory: {best['command']}"), soft_wrap=True)
 
 
 def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
@@ -314,16 +351,13 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         found = []
         for gpu, plans in rows.items():
             needed = {plan.format: plan.gpus_needed for plan in plans}
-            offloads = {plan.format: plan.offload for plan in plans if plan.offload}
+            hosted = {plan.format: plan.offload for plan in plans if plan.offload}
             bounds = {plan.format: plan.tokens_per_second_bound for plan in plans}
             sizes = {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}
-            found.append(sizes | {"gpus_needed": needed, "offload": offloads, "tokens_per_second_bound": bounds})
+            found.append(sizes | {"gpus_needed": needed, "offload": hosted, "tokens_per_second_bound": bounds})
         print(json.dumps(request.as_dict() | {"gpus": found}))
         return 0
-    out = console()
-    if not out.is_terminal and not os.environ.get("COLUMNS"):
-        out.width = max(out.width, PIPED_LEAST)
-    table = Table("How many GPUs hold it, by format", f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"])
+    lines = []
     for gpu, plans in rows.items():
         cells = {"gpu": gpu.name}
         for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
@@ -331,6 +365,7 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
             if plan.offload or plan.verdict == "tight":
                 cell += f" ({plan.offload['experts'] if plan.offload else 'tight'}: {speed})"
             cells[request.label(plan.format)] = f"{cell}: {speed}" if plan.verdict == "fits" else cell
-        table.add(cells | {"MiB": f"{gpu.mib:,}", "link": gpu.link})
-    out.print(Text(str(request)), table, sep="\n")
+        lines.append((cells | {"MiB": f"{gpu.mib:,}", "link": gpu.link}, ""))
+    table = table_of("How many GPUs hold it, by format", lines, f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"])
+    console().print(Text(str(request)), table, sep="\n")
     return 0

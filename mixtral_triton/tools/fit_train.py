@@ -18,7 +18,7 @@ from ..config import MixtralConfig
 from ..offload_plan import AUTO_CONTEXT
 from .fit import COLOURS, KNOWN, STORED, QuantSpecs, Request, free_bytes, select_gpu, verdict
 from .gpus import GPUS
-from .terminal import Table, console
+from .terminal import console, table_of
 
 # Qwen/Qwen3-30B-A3B by its config.json, as a Mixtral, which has no norms of queries and keys
 QWEN3: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 768, "num_hidden_layers": 48}
@@ -28,15 +28,14 @@ MODELS = KNOWN | {"qwen3-30b-a3b": QWEN3_CONFIG}
 FP32 = 4
 STEP = 4  # bytes of AdamW's count of steps, one a parameter
 RANK = 16
-CAPTION = {
-    "Calculated, not measured": "adapter, gradients and both moments of AdamW are fp32, without another copy",
-    "inputs": "of each layer, by gradient checkpointing, and of the last norm",
-    "layer": "what one layer saves for backward while it is computed again; its experts save x, ids and weights",
-    "backward": "working memory of its experts' backward pass, with a projection's dequantized experts",
-    "logits": "in fp32, their cross entropy and gradient; kept results of the model are 16 bits more",
-    "in all": "without the smaller one of logits, and layer and backward, which follow each other",
-    "used": "of what the driver and a context leave free, by estimate where the GPU is not at hand",
-}
+CAPTION = (
+    "Calculated, not measured: adapter, gradients and both moments of AdamW are fp32, without another copy; inputs: of "
+    "each layer, by gradient checkpointing, and of the last norm; layer: what one layer saves for backward while it is "
+    "computed again; its experts save x, ids and weights; backward: working memory of its experts' backward pass, with "
+    "a projection's dequantized experts; logits: in fp32, their cross entropy and gradient; kept results of the model "
+    "are 16 bits more; in all: without the smaller one of logits, and layer and backward, which follow each other; "
+    "used: of what the driver and a context leave free, by estimate where the GPU is not at hand"
+)
 
 
 def training_need(
@@ -81,9 +80,8 @@ def training_need(
 
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no GPU of the options holds any format. ValueError for a wrong option."""
-    for option in ("host_memory", "link", "cache_dtype"):
-        if getattr(args, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} is given, and --train, too: needs one of the two")
+    if args.link or args.cache_dtype:
+        raise ValueError("--train takes neither --link nor --cache-dtype: needs them left out")
     rank = RANK if args.rank is None else args.rank
     if rank < 1:
         raise ValueError(f"--rank is {rank}, needs at least 1")
@@ -105,17 +103,18 @@ def run(args: argparse.Namespace) -> int:
         rows = [{"format": name, "bytes": needs[name], "gpus": verdicts[name]} for name in formats]
         print(json.dumps(found | {"calculated": True, "formats": rows}))
     else:
-        place = "" if asked is None else f", on {asked.name}"
-        table = Table(f"{request.name}: LoRA of rank {rank} on q and v, {batch} x {context:,} tokens{place}", CAPTION)
+        lines = []
         for name, need in needs.items():
             cells = {"experts": request.label(name)} | {key: in_decimal(value) for key, value in need.items()}
             cells["in all"] = cells.pop("total")
             fitting = [gpu for gpu, word in verdicts[name].items() if word == "fits"]
             if asked is None:
-                table.add(cells | {"smallest GPU": fitting[0] if fitting else "-"})
+                lines.append((cells | {"smallest GPU": fitting[0] if fitting else "-"}, ""))
             else:
                 word = verdicts[name][asked.name]
                 cells["used"] = f"{100 * need['total'] / free_bytes(asked):.0f} %"
-                table.add(cells | {"verdict": word}, COLOURS[word])
-        console().print(table)
+                lines.append((cells | {"verdict": word}, COLOURS[word]))
+        place = "" if asked is None else f", on {asked.name}"
+        title = f"{request.name}: LoRA of rank {rank} on q and v, {batch} x {context:,} tokens{place}"
+        console().print(table_of(title, lines, CAPTION))
     return 0 if any(word != "no" for words in verdicts.values() for word in words.values()) else 1

@@ -13,9 +13,8 @@ import torch
 
 from ..model import Mixtral
 from ..score import score_padded
-from .offline import on_meta_by_kind
-from .processes import is_first
-from .terminal import Table, bar, console, print_message
+from .ahead import on_meta_by_kind
+from .terminal import bar, console, is_first, print_message, table_of
 
 WINDOW = 2048  # the most tokens of a window that is not given
 # Options that change the model's numbers.
@@ -113,12 +112,13 @@ def run(
     if is_first() and args.json:
         print(json.dumps(result | ({"baseline": [*baseline, None][0]} if changes else {})))
     elif is_first():
-        table = Table(f"{len(spans)} windows of {window} tokens, every {stride} tokens")
+        rows = []
         for name, values in found.items():
-            cells = {"": name} | {
-                title: f"{values[key]:,.{0 if key == 'tokens' else 4}f}" for key, title in COLUMNS.items()
-            }
-            cost = values["perplexity"] / baseline[0]["perplexity"] - 1 if baseline else 0.0
-            table.add(cells | ({"cost": f"{cost:+.2%}" if values is result else ""} if baseline else {}))
-        console().print(table)
+            cells = {"": name}
+            cells |= {title: f"{values[key]:,.{0 if key == 'tokens' else 4}f}" for key, title in COLUMNS.items()}
+            if baseline:
+                cost = values["perplexity"] / baseline[0]["perplexity"] - 1
+                cells["cost"] = f"{cost:+.2%}" if values is result else ""
+            rows.append((cells, ""))
+        console().print(table_of(f"{len(spans)} windows of {window} tokens, every {stride} tokens", rows))
     return 0

@@ -1,32 +1,30 @@
-"""The output of commands: tables, progress on stderr, and one line for the error that ends it."""
+"""A command's surroundings: its backend and processes, tables, progress on stderr, and one line for the error that
+ends it. Nothing here imports torch before it is used."""
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import rich.table
 from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from .processes import is_first
-
+VARIABLE = "TRITON_INTERPRET"
 PIPED = 500  # columns without a terminal and without COLUMNS
-TEXT_WIDTH = 24  # a column of text is as wide as this, if need be
 INTERVAL = 10.0  # seconds between two states of progress where stderr is no terminal
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
 CRASHED = 3
-QUANTIZED = {"weight", "gate_up", "down"}  # of a case: the formats of quantized weights
-FORMATS = QUANTIZED | {"cache"}
 
 
 def console(stderr: bool = False) -> Console:
@@ -37,65 +35,28 @@ def console(stderr: bool = False) -> Console:
     return out
 
 
-def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
-    """Return sizes and formats by name from texts such as "T=4096" and "weight=int4:128"."""
-    from ..kernels.formats import BITS
-    from ..kernels.fp8 import W8A8  # here, since it imports torch
-
-    texts = [*texts]
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, _, size = text.partition("=")
-        form, need = r"\d+", "a size letter and a number: T=4096"
-        if name == "cache":
-            form, need = "int8", "int8, or no cache=: the cache is then in the model's dtype"
-        elif name in QUANTIZED:
-            need = f"one of {', '.join((*BITS, W8A8))}, and maybe a group: {name}=int4:128"
-            form = rf"{W8A8}|({'|'.join(BITS)})(:[1-9]\d*)?"
-        if not (name and re.fullmatch(form, size)):
-            raise ValueError(f"{option} is {text!r}, needs {need}")
-        if name in found:
-            raise ValueError(f"{option} is {','.join(texts)!r}, needs each letter once")
-        found[name] = size if name in FORMATS else int(size)
-    return found
-
-
-def parse_choices(option: str, texts: Iterable[str]) -> dict[str, list[Any]]:
-    """Return the sizes and formats of each name, one or several: from T=1 and T=4096 {"T": [1, 4096]}."""
-    found = dict[str, list[Any]]()
-    for name, size in (item for text in texts for item in parse_sizes(option, [text]).items()):
-        found.setdefault(name, []).append(size)
-    return found
-
-
-class Table(rich.table.Table):
-    """rich's table of rows with their cells by heading. Text wraps at spaces, a number never: where all together are
-    wider than the terminal, the table is.
-
-    caption  a text, or one for each heading that needs it
-    keys     the first columns, which are text
-    text     other columns of text; all others hold numbers
-    """
-
-    def __init__(
-        self, title: str, caption: str | Mapping[str, str] = "", keys: int = 1, text: Collection[str] = ()
-    ) -> None:
-        notes = caption if isinstance(caption, str) else "; ".join(f"{name}: {x}" for name, x in caption.items())
-        looks: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
-        looks |= {"title_justify": "left", "title_style": "bold", "caption_justify": "left", "caption_style": "dim"}
-        super().__init__(title=Text(title), caption=Text(notes) if notes else None, header_style="", **looks)
-        self.keys, self.text = keys, text
-
-    def add(self, cells: Mapping[str, str | Text], style: str = "") -> None:
-        """Add a row; the first one's headings are the columns."""
-        for at, name in enumerate(cells if not self.columns else ()):
-            left = at < self.keys or name in self.text
-            word = max(map(len, name.split()), default=1)
-            self.add_column(Text(name), justify="left" if left else "right", overflow="fold", min_width=word)
-        self.add_row(*map(Text.assemble, cells.values()), style=style)
-        for column, cell in zip(self.columns, cells.values(), strict=True):
-            widest = len(cell) if column.justify == "right" else min(len(cell), TEXT_WIDTH)
-            column.min_width = max(column.min_width or 1, widest)
+def table_of(
+    title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], caption: str = "", text: Collection[str] = ()
+) -> Table:
+    """Return rich's table of rows, each the cells by heading and a style. Columns of `text` wrap, those of
+    names (the first) and of numbers never: the terminal wraps a line that is wider."""
+    looks: dict[str, Any] = {
+        "box": box.SIMPLE_HEAD,
+        "show_edge": False,
+        "padding": (0, 1, 0, 0),
+        "title_justify": "left",
+        "caption_justify": "left",
+    }
+    table = Table(title=Text(title), caption=Text(caption), **looks)
+    for name in rows[0][0]:
+        left = not table.columns or name in text
+        widths = map(len, name.split() if name in text else [*name.split(), *(cells[name] for cells, _ in rows)])
+        table.add_column(
+            Text(name), justify="left" if left else "right", overflow="fold", min_width=max(widths, default=1)
+        )
+    for cells, style in rows:
+        table.add_row(*map(Text.assemble, cells.values()), style=style)
+    return table
 
 
 def print_message(line: str) -> None:
@@ -118,21 +79,14 @@ def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
     if not hidden and sys.stderr.isatty():
         seconds = 0.1
     options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
-    options |= {"mininterval": seconds, "delay": seconds, "miniters": 1}
-    shown, shown_part = tqdm(desc=label, total=total, **options), ""
+    with tqdm(desc=label, total=total, mininterval=seconds, delay=seconds, miniters=1, **options) as shown:
 
-    def update(done: int, total: int, part: str = "") -> None:
-        nonlocal shown, shown_part
-        if part != shown_part:
-            shown.close()  # a step of another part takes another time
-            shown, shown_part = tqdm(desc=f"{label} {part}".rstrip(), total=total, **options), part
-        shown.total = total
-        shown.update(done - shown.n)
+        def update(done: int, total: int, part: str = "") -> None:
+            shown.set_description(f"{label} {part}".rstrip(), refresh=False)
+            shown.total = total
+            shown.update(done - shown.n)
 
-    try:
         yield Bar(lambda count: shown.update(count), update)
-    finally:
-        shown.close()
 
 
 def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
@@ -199,3 +153,81 @@ def check_writable(option: str, file: Path) -> None:
     folder = file.absolute().parent
     if not folder.is_dir() or file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
         raise ValueError(f"{option} {str(file)!r} needs a file that can be written, in a folder that exists")
+
+
+def select_backend(args: argparse.Namespace, interpret: bool) -> str:
+    """Set TRITON_INTERPRET, before any kernel is imported -> a note to print; empty on a GPU, and where it was set.
+    `interpret`: without a GPU this command interprets the kernels rather than run the torch backend."""
+    requested, value = getattr(args, "interpret", False), os.environ.get(VARIABLE)
+    on_cpu = args.device is not None and args.device.startswith("cpu")
+    if requested and args.device is not None and not on_cpu:
+        raise ValueError(f"--interpret runs on the CPU, and --device is {args.device!r}: needs one of the two")
+    if interpret or requested or value is not None:
+        # Interpreted tiles are small products, for which the threads of numpy's OpenBLAS wait for each other.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if requested:
+        args.device = args.device or "cpu"
+    if value is not None:
+        from ..kernels.launch import INTERPRETED
+
+        if requested and not INTERPRETED:
+            raise ValueError(f"--interpret is given, and {VARIABLE}={value} is set: needs one of the two")
+        return ""
+    import torch  # after OPENBLAS_NUM_THREADS
+
+    if not requested and not on_cpu and torch.cuda.is_available():
+        return ""
+    reason = "--interpret" if requested else "--device cpu" if on_cpu else "No GPU found"
+    if not (interpret or requested):
+        return f"{reason}: plain torch, on the CPU. --interpret runs the Triton kernels, interpreted: far slower."
+    os.environ[VARIABLE] = "1"
+    return f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow."
+
+
+@contextmanager
+def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
+    """Open a DeviceMesh [ep, tp] of the processes that torchrun started; None where this is the only process.
+    ValueError unless torchrun started tp * ep of them, with a GPU or a part of the CPU for each."""
+    for name in ("tp", "ep"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, needs at least 1")
+    needed, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
+    rank = f"rank {os.environ['RANK']} of {started}: " if "RANK" in os.environ else ""
+    if needed != started:
+        sizes = f"{rank}--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}"
+        raise ValueError(f"{sizes}: torchrun --nproc-per-node {needed} -m mixtral_triton {args.command} ...")
+    if started == 1:
+        yield None
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from ..arguments import default_device
+    from ..parallel import TIMEOUT
+
+    kind = args.device or default_device()
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"{rank}--device is {kind!r}, needs cpu or cuda: each of several processes has its own GPU")
+    if kind == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"{rank}this machine has {torch.cuda.device_count()} GPUs, needs one a process")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+        mesh = init_device_mesh(kind, (args.ep, args.tp), mesh_dim_names=("ep", "tp"))
+    except RuntimeError as error:
+        raise ConnectionError(f"{rank}the ranks do not find each other: {error}") from error
+    try:
+        yield mesh
+    except (ValueError, FileNotFoundError) as error:  # a line for each rank names the rank
+        if str(error).startswith("rank "):
+            raise
+        raise ValueError(f"{rank}{error}") from error
+    dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints."""
+    return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", 1)) == 1

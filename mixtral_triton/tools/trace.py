@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.launch import launch_context
 from ..model import Mixtral
-from .offline import on_meta_by_kind
-from .terminal import Table, bar, print_message
+from .ahead import on_meta_by_kind
+from .terminal import bar, print_message, table_of
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -89,16 +89,17 @@ class Trace:
         if left_out := ", ".join(str(n) for n in range(len(self.experts)) if n not in self.layers):
             yield Text(f"\nleft out: the text of layers {left_out}; see --layers", style="dim")
         yield ""
-        table = Table("% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any")
-        names = (*map(str, range(self.num_experts)), "first", "any")
+        names, rows = (*map(str, range(self.num_experts)), "first", "any"), list[Any]()
         for layer, (shares, *kept) in enumerate(zip(self.share().tolist(), *self.repeated(), strict=True)):
             cells = [Text(f"{100 * share:.0f}", "bold" if share == max(shares) else "") for share in shares]
             cells += [Text(f"{100 * part:.0f}") for part in kept]
-            table.add({"layer": str(layer), **dict(zip(names, cells, strict=True))})
+            rows.append(({"layer": str(layer), **dict(zip(names, cells, strict=True))}, ""))
         even = [1 / self.num_experts] * self.num_experts
         chance = (f"{100 * part:.3g}" for part in (*even, *self.chance()))
-        table.add({"layer": "chance", **dict(zip(names, chance, strict=True))}, "dim")
-        yield table
+        rows.append(({"layer": "chance", **dict(zip(names, chance, strict=True))}, "dim"))
+        yield table_of(
+            "% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any", rows
+        )
 
 
 def trace(

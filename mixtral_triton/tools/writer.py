@@ -14,10 +14,9 @@ from ..cache import KVCache
 from ..generate import eos_ids
 from ..model import Mixtral
 from ..sampling import Logprobs
-from .offline import launch_text
-from .processes import is_first
+from .ahead import launch_text
 from .prompt import Decoder, cut_at_stop, print_stream, read_generation_config, select_options, speed_of
-from .terminal import print_message
+from .terminal import is_first, print_message
 
 NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more
 

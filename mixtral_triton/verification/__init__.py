@@ -30,7 +30,7 @@ from ..model import Mixtral
 from ..quantize.cost import held_out, measure_activation_cost, measure_cache_cost, perplexity
 from ..quantize.hub import read_headers
 from ..tolerance import Fp64Reference, largest, to_fp64, token_floor
-from ..tools.offline import launch_text, on_meta
+from ..tools.ahead import launch_text, on_meta
 from .calls import SizedCalls
 from .layers import (
     LayerProbe,

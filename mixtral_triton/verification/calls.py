@@ -22,7 +22,7 @@ from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
 from ..model import Mixtral
 from ..tolerance import Args, fp64_block
-from ..tools.offline import on_meta
+from ..tools.ahead import on_meta
 
 Call = tuple[str, str, Args]  # operation, case, arguments
 

@@ -20,7 +20,6 @@ from mixtral_triton.tools import prompt
 from tests.cli.commands import error_line
 
 pytestmark = pytest.mark.compiled
-STEP_OF_8X7B = "B=1,S=1024,L=32,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
 PROMPT, TRACE, TEXT = "generate --prompt x", "trace --device cpu --prompt", "verify --device cpu --prompt 'a text'"
 H100, RTX4090 = "fit --gpu h100", "fit --gpu rtx4090"
 # The command, and a pattern of its one line.
@@ -86,36 +85,28 @@ BAD_INPUT = {
     "fit no/such/folder": "no/such/folder",
     "fit mixtral-9x9": "mixtral-9x9: no such folder, needs one, a name on the hub, or mixtral-8x7b or",
     f"{RTX4090} --link pcie9x16": "--link.*pcie9x16.*pcie4x16",
-    f"{RTX4090} --host-memory -1": "--host-memory is -1, needs GiB, at least 0",
-    f"{RTX4090} --host-memory nan": "argument --host-memory: 'nan' needs GiB",
-    f"{RTX4090} --host-memory 2": "--host-memory is 2.1 GB, and int4.* with 62 of 256 .* needs 5.7 GB",
     "quantize small no/such/out --weights int8 --device meta": "device is 'meta', which holds no numbers",
     f"quantize small {SMALL} --weights int4": f"{SMALL} is there already and not an empty folder$",
     "bench nonsense": "nonsense",
     "bench --gpu voodoo": "MI300X",
-    "bench route --at many": "T=4096",
-    "bench route --at T=3": "T=3",
     "bench --sizes T=3": "--sizes",
     "bench --peer a:b": "goes with the one operation",
     "bench route rope --peer a:b": "goes with the one operation",
-    "bench route --at T=1 --sizes T=3,E=8,K=2": "--at",
-    "bench route --sizes T=3": "lacks E, K: route needs T, E, K",
-    "bench route --sizes T=3,E=8,K=2,H=4": "has H, and route has T, E, K",
-    "bench route --sizes T=3,E=8,K=9": "K=9, needs at most E=8",
+    "bench route --sizes many": "T=4096",
+    "bench route --sizes T=3,H=4": "has H, and route has T, E, K",
     "bench route --sizes T=3,T=4": "each letter once",
-    "bench rms_norm --sizes T=0,H=8": "T=0",
+    "bench route --sizes T=x": "needs tensors that can be",
+    "bench linear --sizes weight=int5": "needs tensors that can be",
+    "bench linear --sizes H=128,weight=int4:48": "group is 48",
+    "bench decode_step --sizes offload=8": "offload is 8, needs at most 7",
+    "bench decode_step --peer a:b": "goes with the one operation",
+    "bench route --sizes T=3,E=8,K=9": "K=9, needs at most E=8",
     **{f"bench linear --gpu h100 --sizes T={T},H={T},N=64": "--sizes is 'T=99999" for T in ("9" * 10, "9" * 30)},
     "bench sort_by_expert --dtype float16": "sort_by_expert has int32, int64",
-    "bench decode_step rope --offload 2": "--offload is 2, and goes with decode_step",
-    f"bench decode_step --sizes {STEP_OF_8X7B},offload=9": "offload is 9, needs 0 to 7 experts",
-    "bench decode_step --gpu h100 --offload 8": "offload is 8, needs 0 to 7 experts of each layer",
     "bench --plot roofline.txt": r"\.png",
     "bench --plot no/such/folder/a.png": "no/such/folder",
     f"compile append --arch sm_90 --out {SMALL / 'config.json'}": "config.json: File exists",
     f"compile append --arch sm_90 --out {SMALL / 'config.json' / 'below'}": "config.json/below: Not a directory",
-    "tune decode_step": "route",
-    "tune linear --at T=2048 --at N=32000 --arch sm_90": "nothing to tune",
-    "tune expert_swiglu --at T=4096": "there is no GPU.*compile expert_swiglu --arch sm_90",
 }
 
 

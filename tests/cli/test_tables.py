@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mixtral_triton.kernels.launch import LaunchConfig
 from mixtral_triton.tools import terminal
 from mixtral_triton.tools.bench.cases import BENCHED, cases
 from mixtral_triton.tools.bench.command import op_table
 from mixtral_triton.tools.bench.measure import Outcome, untimed_row
-from mixtral_triton.tools.bench.tune import Candidate, kernel_configs, tune_table
+from mixtral_triton.tools.compile import resources_table
 from mixtral_triton.tools.gpus import GPUS
-from mixtral_triton.tools.offline import resources_table
-from mixtral_triton.tools.terminal import PIPED, Table, console
+from mixtral_triton.tools.terminal import PIPED, console, table_of
 
 pytestmark = pytest.mark.compiled
 at_widths = pytest.mark.parametrize("width", [80, 100, 120])
@@ -41,19 +39,18 @@ def holds(text: str, *cells: str) -> bool:
 @pytest.mark.parametrize("width", [12, 40, 80, 120])
 def test_cells_wider_than_the_terminal_are_folded(width: int) -> None:
     """None is left out, none is cut, and what looks like markup is text."""
-    table = Table("A title of several words", {"first": "a caption", "second": "another"}, text=["third"])
-    table.add({"first": "one two three [red]", "second": "z" * 50, "third": "words " * 9})
-    table.add({"first": "short", "second": "-", "third": ""}, "dim")
+    wide = {"first": "one two three [red]", "second": "z" * 50, "third": "words " * 9}
+    table = table_of("A title", [(wide, ""), ({"first": "short", "second": "-", "third": ""}, "dim")], text=["third"])
     text = printed(table, width)
     assert text.count("z") == 50 and [each.justify for each in table.columns] == ["left", "right", "left"]
-    assert width < 80 or holds(text, "one two three [red]", "words " * 9, "first: a caption; second: another")
+    assert width < 80 or holds(text, "one two three [red]", "words " * 9)
 
 
 @at_widths
 @pytest.mark.parametrize("name", BENCHED)
 def test_bench_table(name: str, width: int) -> None:
     """Of the peers one is right, one does not take the case, one is wrong; empty columns are left out."""
-    rows = [untimed_row(case, GPUS["h100"]) for case in cases([name], quick=True)]
+    rows = [untimed_row(case, GPUS["h100"]) for case in cases([name])[:6]]
     peers = {"torch": Outcome(note="ragged keys"), "a:b": Outcome(note="wrong: an error of 1.0e-01", right=False)}
     timed = [
         replace(
@@ -64,19 +61,6 @@ def test_bench_table(name: str, width: int) -> None:
     text, plain = printed(op_table(timed), width), printed(op_table(rows), width)
     assert text.count("100 %") == text.count("2.00") == text.count("ragged keys") == text.count("wrong: ") == len(rows)
     assert "of floor" in " ".join(text.split()) and "of floor" not in plain and "a:b / ours" not in text
-
-
-@at_widths
-def test_tune_table(width: int) -> None:
-    case = next(case for case in cases(["expert_swiglu"]) if case.sizes.T == 64)
-    kernel = "experts_down_decode_kernel"
-    config = kernel_configs(case, "sm_90")[kernel][1]
-    wide = LaunchConfig({**config.constexprs, "BLOCK_N": 123}, 16, 7)
-    fault = "does not compile: CompilationError: " + "a reason of many words " * 4
-    candidates = Candidate(config, "now", Outcome(1e-3)), Candidate(wide, "neighbour", Outcome(note=fault.strip()))
-    text = printed(tune_table(f"{kernel}: {case.op.name}", candidates, 0, True), width)
-    assert holds(text, "123", "16", "7", "1,000", f"{kernel}:") and "SPLIT_K" in text
-    assert all(word in text for word in fault.split())
 
 
 def compiled(**changes: Any) -> dict[str, Any]:

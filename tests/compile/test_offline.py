@@ -22,8 +22,8 @@ from mixtral_triton.kernels.arch import ARCHS
 from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.op import Op
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import offline
-from mixtral_triton.tools.offline import collect, compile_launch, compile_ops
+from mixtral_triton.tools import ahead, compile
+from mixtral_triton.tools.compile import collect, compile_launch, compile_ops
 from tests.cli.commands import heed_interrupts
 
 pytestmark = pytest.mark.compiled
@@ -267,16 +267,16 @@ def test_gpus_that_run_on_another_family_s_tiles(arch: str) -> None:
 def test_the_cache_key_is_that_of_triton_s_jit(name: str, arch: str) -> None:
     """Triton's key of what is compiled here is the one that its JIT makes of the same call."""
     jit = pytest.importorskip("triton.runtime.jit")
-    backend = offline.make_backend(offline._target(arch))
+    backend = ahead.make_backend(ahead.target_of(arch))
     for launch in launches_of(OPS[name], arch):
         program = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
         call = {**launch.args, **launch.constexprs, **program, "debug": False}
         bind = jit.create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
         options, *packed = launch.fn._pack_args(backend, call, *bind(**call))
         again = backend.parse_options(dict(options.__dict__))
-        key = get_cache_key(offline.ASTSource(launch.fn, *packed), backend, again, {})
-        ours = backend.parse_options(offline._options(launch))
-        assert get_cache_key(offline._source(launch, arch), backend, ours, {}) == key
+        key = get_cache_key(ahead.ASTSource(launch.fn, *packed), backend, again, {})
+        ours = backend.parse_options(ahead.options_of(launch))
+        assert get_cache_key(ahead.source_of(launch, arch), backend, ours, {}) == key
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_unknown_architecture_or_operation_raises_value_error(names: Any, arch: 
 
 
 def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(offline, "_attempt", lambda *kernel: offline._describe(*kernel[:3], error="killed"))
+    monkeypatch.setattr(compile, "_attempt", lambda *kernel: compile._describe(*kernel[:3], error="killed"))
     assert main(["compile", "append", "--arch", "sm_89"]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("append, append_kernel, bf16: does not compile: killed") == 2  # over 16 bits and over 8

@@ -18,7 +18,7 @@ from mixtral_triton.kernels.launch import Launch
 from mixtral_triton.kernels.quantized import QuantSpec
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.offline import compile_launch
+from mixtral_triton.tools.compile import compile_launch
 from mixtral_triton.tools.sass import main_loops
 from tests.compile.test_offline import FAMILIES, launches_of, members
 from tests.support.calls import inputs, offloaded

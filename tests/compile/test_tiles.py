@@ -2,6 +2,7 @@
 read a weight again where a route is skewed."""
 
 import csv
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,14 +15,13 @@ import pytest
 import torch
 import triton
 
+from benchmarks import tune
 from mixtral_triton.kernels import kernel_weight, linear, tiles
-from mixtral_triton.kernels.experts import op as experts_op
 from mixtral_triton.kernels.experts import tiles as experts
 from mixtral_triton.kernels.fp8 import W8A8
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.bench import tune
-from mixtral_triton.tools.bench.cases import Case
-from mixtral_triton.tools.offline import Compiled, collect, compile_launch
+from mixtral_triton.tools.bench import measure
+from mixtral_triton.tools.compile import Compiled, collect, compile_launch
 from tests.cli.commands import ROOT
 
 pytestmark = pytest.mark.compiled
@@ -66,28 +66,36 @@ def measured() -> dict[str, set[str]]:
     for line in csv.DictReader(line for line in lines if not line.startswith("#")):
         cells = [re.sub(r" g\d+", "", cell) for name, cell in line.items() if name.isdigit() and cell]
         found.setdefault(line["file"], set()).update(cells)
-    for file in (ROOT / "benchmarks/results").glob("*.csv"):
-        for line in csv.DictReader(file.read_text().splitlines()):
-            c = dict(re.findall(r"([A-Z]+_\w|num_[a-z]+)(\d+)", line["tile"]))
-            columns = int(c.get("BLOCK_N", 0)) * (2 if "_up_" in line["kernel"] else 1)
-            rows = c.get("BLOCK_M") or c.get("BLOCK_T")
-            tile = f"{rows}x{columns}x{c.get('BLOCK_K')} w{c['num_warps']} s{c['num_stages']}"
-            found.setdefault(file.name, set()).add(tile)
+    for file in (ROOT / "benchmarks/results").glob("*/tune.out"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            for each in (each for each in line["candidates"] if each["time_us"]):
+                c, halves = each["constexprs"], 2 if "_up_" in line["kernel"] else 1
+                size = f"{c.get('BLOCK_M') or c.get('BLOCK_T')}x{c.get('BLOCK_N', 0) * halves}x{c.get('BLOCK_K')}"
+                tile = f"{size} w{each['num_warps']} s{each['num_stages']}"
+                found.setdefault(file.parent.name, set()).add(tile)
     return found
 
 
-def test_results_of_the_tuner_count_as_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(OPS["expert_swiglu"], experts_op.ExpertCase(4096, 4096, 14336, 8, 2))
-    configs = tune.kernel_configs(case, "sm_90")
-    (tmp_path / "benchmarks/results").mkdir(parents=True)
-    (tmp_path / "benchmarks/tiles").mkdir()
-    (tmp_path / "benchmarks/tiles/measured.csv").write_text("file,1\nother,16x16x16 g1 w1 s1\n")
-    for kernel in ("experts_up_kernel", "experts_down_kernel"):
-        timed = [tune.Candidate(configs[kernel][1], "now", tune.measure.Outcome(1.0))]
-        tune.append_results(tmp_path / "benchmarks/results/card.csv", "card", case, kernel, timed)
+def test_results_of_the_tuner_count_as_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "time_call", lambda call: 1.0)
+    monkeypatch.setattr(measure, "attempt", lambda build, op, args, timer: measure.Outcome(timer(build)))
+    monkeypatch.setattr(tune, "neighbours", lambda config, fixed: [])
+    monkeypatch.setattr(tune, "compile_faults", lambda case, kernel, configs, arch: [None] * len(configs))
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "target_arch", lambda device: "sm_90")
+    monkeypatch.setattr(measure, "DEVICE", torch.device("meta"))
+    tune.main(["expert_swiglu", "--sizes", "T=4096", "--kernel", "experts_up", "--kernel", "experts_down", "--json"])
+    for name, text in (
+        ("results/card/tune.out", capsys.readouterr().out),
+        ("tiles/measured.csv", "file,1\no,1x2x3 g1\n"),
+    ):
+        (tmp_path / "benchmarks" / name).parent.mkdir(parents=True)
+        (tmp_path / "benchmarks" / name).write_text(text)
     monkeypatch.setattr("tests.compile.test_tiles.ROOT", tmp_path)
     measured.cache_clear()
-    assert measured() == {"other": {"16x16x16 w1 s1"}, "card.csv": {"192x256x64 w8 s4"}}
+    assert measured() == {"o": {"1x2x3"}, "card": {"192x256x64 w8 s4"}}
     measured.cache_clear()
 
 

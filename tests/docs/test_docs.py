@@ -249,14 +249,14 @@ PLACEHOLDERS |= {"OUT": "out", "DIR": "out", "FILE": "out.png", "TEXT": "'A list
 PLACEHOLDERS |= {"GPU": "h100", "OP": "route", "<name>": "route"}
 WITHOUT_COMPILER = """
 import sys
-from mixtral_triton.tools import offline
-offline._attempt = lambda launch, arch, op, out: offline._describe(launch, arch, op, registers=1)
+from mixtral_triton.tools import compile
+compile._attempt = lambda launch, arch, op, out: compile._describe(launch, arch, op, registers=1)
 from mixtral_triton.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 COLLECT = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
 QUICK = ("mixtral-triton fit mixtral-8x7b --gpu h100", "mixtral-triton compile route")
-SHORTER = {"verify": "--quick --tokens 12", "generate": "--max-new-tokens 4", "tune": "--arch sm_90"}
+SHORTER = {"verify": "--quick --tokens 12", "generate": "--max-new-tokens 4"}
 SHORTER["chat"] = SHORTER["generate"]
 
 
@@ -281,7 +281,7 @@ COMMANDS = [line for line in commands() if not line.startswith(ELSEWHERE)]
 
 
 def test_commands_are_found() -> None:
-    needed = "tune expert_swiglu --at T=4096 --arch sm_90", "bench --plot out.png", "verify checkpoint --w", "fit mi"
+    needed = "tune.py expert_swiglu --sizes T=4096", "bench --plot out.png", "verify checkpoint --w", "fit mi"
     assert len(COMMANDS) > 30 and all(any(text in line for line in COMMANDS) for text in needed)
 
 
@@ -305,7 +305,7 @@ def shortened(words: list[str]) -> list[str]:
     if program == "torchrun":
         return ["-m", "torch.distributed.run", *rest, "--device", "cpu"]
     if program == "mixtral-triton":
-        entry = ["-c", WITHOUT_COMPILER] if rest[0] in ("compile", "tune") else ["-m", "mixtral_triton"]
+        entry = ["-c", WITHOUT_COMPILER] if rest[0] == "compile" else ["-m", "mixtral_triton"]
         return [*entry, *rest, *SHORTER.get(rest[0], "").split()]
     rest = rest if program == "python" else ["-m", "pytest", *rest]
     if rest[:2] == ["-m", "pytest"]:

@@ -19,7 +19,7 @@ from mixtral_triton.kernels.op import Op, runs_on
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
 from mixtral_triton.tolerance import Tolerance
-from mixtral_triton.tools.offline import compile_launch
+from mixtral_triton.tools.compile import compile_launch
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
 from tests.ops.test_deterministic import CASES, check
 from tests.support.calls import inputs, inputs_without_padding, selected_configs, with_offload

@@ -19,7 +19,7 @@ from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.offload_plan import MemoryRequest
-from mixtral_triton.tools import fit, offline
+from mixtral_triton.tools import ahead, fit
 from mixtral_triton.tools.gpus import find_gpu
 from tests.support.memory import needs_proc
 from tests.support.models import random_model
@@ -129,8 +129,8 @@ def test_kernels_are_compiled_on_the_cores_that_the_container_may_use(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1" if files else "2")  # without a quota two ranks share the cores
     assert offload_plan.usable_cores() == cores
     workers: list[int] = []
-    monkeypatch.setattr(offline, "ThreadPoolExecutor", lambda count: workers.append(count) or ThreadPoolExecutor(1))
-    assert offline.compile_launches([], "sm_90") == [] and workers == [cores]
+    monkeypatch.setattr(ahead, "ThreadPoolExecutor", lambda count: workers.append(count) or ThreadPoolExecutor(1))
+    assert ahead.compile_launches([], "sm_90") == [] and workers == [cores]
 
 
 def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from mixtral_triton.kernels.kernel_args import operand_name
 from mixtral_triton.kernels.launch import Launch, pdl_region
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.offline import Compiled, collect, compile_launch
+from mixtral_triton.tools.compile import Compiled, collect, compile_launch
 from tests.emulator.parser import Address, parse
 from tests.emulator.values import destinations
 from tests.support.calls import inputs

@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -12,17 +13,49 @@ import pytest
 import torch
 
 from mixtral_triton.kernels.experts.op import ExpertCase
+from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.bench import command, decode_step, measure
-from mixtral_triton.tools.bench.cases import BENCHED, QUICK, TOKENS, Case, cases
+from mixtral_triton.tools.bench import decode_step, measure
+from mixtral_triton.tools.bench.cases import BENCHED, TOKENS, Case, cases
 from mixtral_triton.tools.bench.command import figure_of
-from mixtral_triton.tools.bench.measure import Outcome, fault, our_call, timed_row, untimed_row, wall_seconds
-from mixtral_triton.tools.bench.peers import PEERS
+from mixtral_triton.tools.bench.measure import Outcome, fault, measure_row, our_call, untimed_row
+from mixtral_triton.tools.bench.peers import PEERS, find_peer, user_peer
 from mixtral_triton.tools.gpus import GPUS, LINKS
-from tests.cli.commands import output, run, run_json
+from tests.cli.commands import error_line, output, run, run_json
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
-STEP_OF_8X7B = "B=1,S=1024,L=32,H=4096,I=14336,E=8,K=2,Hq=32,Hkv=8,D=128,V=32000"
+BENCH = "bench expert_swiglu --sizes T=7,H=32,I=24,E=4,K=2"
+EXAMPLE = "examples.my_experts:swiglu"
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="prints what a machine without a GPU prints")
+
+MINE = """
+from examples.my_experts import swiglu
+
+def off(*args): return swiglu(*args) * 1.1
+def shaped(*args): return swiglu(*args)[None]
+def nothing(*args): pass
+def one(x): return x
+def broken(*args): raise RuntimeError("no such thing")
+def nan(*args): return swiglu(*args) * float("nan")
+NUMBER = 3
+"""
+TRITON = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def norm_kernel(x_ptr, weight_ptr, y_ptr, eps, times, H: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) * H + offs, mask=offs < H, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / H + eps) * tl.load(weight_ptr + offs, mask=offs < H).to(tl.float32)
+    tl.store(y_ptr + tl.program_id(0) * H + offs, y * times, mask=offs < H)
+
+def norm(x, weight, eps, times=1.0):
+    y = torch.empty_like(x)
+    norm_kernel[(len(x),)](x, weight, y, eps, times, H=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    return y
+
+def double(x, weight, eps): return norm(x, weight, eps, 2.0)
+"""
 
 
 def small(name: str, dtype: torch.dtype | None = None) -> Case:
@@ -30,79 +63,69 @@ def small(name: str, dtype: torch.dtype | None = None) -> Case:
     return Case(op, op.test_shapes[0], dtype or (torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]))
 
 
-def use_bench(monkeypatch: pytest.MonkeyPatch, device: torch.device = CPU, timer: Any = wall_seconds) -> None:
-    """Let the command measure on a stand-in for a GPU."""
-    if device is CPU:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command, "current_gpu", lambda: (device, H100, timer))
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """The command measures on the CPU in the place of a GPU; the timer, which runs the call."""
+    timer = Mock(side_effect=lambda call: (call(), 1e-3)[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("DEVICE", CPU), ("time_call", timer), ("measure_gpu", lambda: H100)):
+        monkeypatch.setattr(measure, name, value)
+    return timer
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A current folder with modules of peers; none stays imported."""
+    (tmp_path / "mine_for_bench.py").write_text(MINE)
+    (tmp_path / "torn_for_bench.py").write_text("def f(:\n")
+    (tmp_path / "raises_for_bench.py").write_text("raise RuntimeError('of the module\\nand more')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.endswith("_for_bench")]:
+        del sys.modules[name]
 
 
 def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
     found = cases()
     assert {case.op.name for case in found} == set(BENCHED) == {*OPS, "decode_step"}
-    layer = [case.sizes for case in found if case.op.name == "expert_swiglu" and "down" not in case.as_dict()]
+    layer = [case.sizes for case in found if case.op.name == "expert_swiglu" and len(case.as_dict()) == 5]
     for H in (4096, 6144):
         assert tuple(sizes.T for sizes in layer if sizes.H == H) == TOKENS
     for name, letter in (("attention", "S"), ("cached_attention", "C"), ("decode_step", "S")):
         assert max(getattr(case.sizes, letter) for case in found if case.op.name == name) == 32768
     assert len({(case.op.name, *sorted(case.as_dict().items())) for case in found}) == len(found)
-    quick = cases(quick=True)
-    assert {case.op.name for case in quick} == set(BENCHED)
-    assert max(sum(case.op.name == name for case in quick) for name in BENCHED) == QUICK
-    assert {case.sizes.H for case in cases(["linear"], quick=True)} == {4096}
-    assert [case.sizes.E for case in cases(["route"], at=["T=64"])] == [8]
-    assert {case.sizes.T for case in cases(["route"], at=["T=64", "T=128"])} == {64, 128}, "of one letter any"
-    assert {case.sizes.N for case in cases(["linear"], at=["T=64", "N=32000"])} == {32000}
+
+
+def test_sizes_that_are_not_given_are_those_of_8x7b() -> None:
+    found = cases(["route", "expert_swiglu"], sizes=["T=64", "T=3,E=4"])
+    sizes = [tuple(case.as_dict().values()) for case in found]
+    assert sizes == [(64, 8, 2), (3, 4, 2), (64, 4096, 14336, 8, 2), (3, 4096, 14336, 4, 2)]
+    (case,) = cases(["expert_swiglu"], sizes=["T=3,H=128,I=64,E=4,K=2,gate_up=int4:32,down=int8"])
+    args = case.inputs(CPU)
+    assert args["gate_up_proj"].name == "int4:32" and args["down_proj"].name == "int8"
+    assert PEERS["torch"](case.op, args)(**args).shape == (3, 128)
 
 
 def test_floor_follows_the_actual_routing() -> None:
     case = Case(OPS["expert_swiglu"], ExpertCase(T=6, H=32, I=16, E=8, K=2))
     args = case.inputs(CPU) | {"ids": torch.tensor([[3, 5]] * 6, dtype=torch.int32)}
-    assert case.cost(args).bytes == case.op.cost(replace(case.sizes, distinct=2), case.dtype).bytes < case.cost().bytes
-    for offload in (0, 3):
-        sizes = replace(decode_step.SMALL, B=1, offload=offload)
-        step = decode_step.inputs(sizes, torch.float32, CPU, torch.Generator().manual_seed(0))
-        routed, experts = decode_step.routed(step), sizes.E
-        assert routed["distinct"] == sizes.K and routed["distinct_on_host"] in ((0,) if not offload else (1, 1.5, 2))
-        changes = routed, {"offload": 0}
-        cost, all_on_gpu = (decode_step.cost(replace(sizes, **more), torch.float32) for more in changes)
-        each = sizes.L * 3 * sizes.H * sizes.I * 4
-        assert cost.host_bytes == routed["distinct_on_host"] * each
-        assert cost.bytes + cost.host_bytes == all_on_gpu.bytes and cost.flops == all_on_gpu.flops
-        assert decode_step.cost(sizes, torch.float32).host_bytes == 2 * offload / experts * each
+    (routed,), (expected,) = case.costs(args), case.costs()
+    assert routed.bytes == case.op.cost(replace(case.sizes, distinct=2), case.dtype).bytes < expected.bytes
 
 
 @pytest.mark.exhaustive
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", BENCHED)
-def test_every_peer_is_right_or_says_why_not(name: str) -> None:
-    row = timed_row(small(name), H100, CPU, wall_seconds, PEERS)
-    assert row.ours.seconds and row.ours.note is None, row.ours
+def test_every_peer_is_right_or_says_why_not(name: str, timed: Mock) -> None:
+    row = measure_row(small(name), H100, PEERS, timed)
+    assert row.ours == Outcome(1e-3, right=None if name == "decode_step" else True)
     for peer, outcome in row.peers.items():
-        assert (outcome.seconds is None) == (outcome.note is not None)
-        takes = peer == "torch" or name in ("expert_swiglu", "decode_step")
-        assert outcome.seconds if takes else outcome.note == "it has no such operation", (peer, outcome)
-        assert row.ratio(peer) == (outcome.seconds and outcome.seconds / row.ours.seconds)
-    assert row.share == row.floor_s / row.ours.seconds
+        takes = peer == "torch" or name == "expert_swiglu"
+        assert outcome == (Outcome(1e-3, right=True) if takes else Outcome(note="it has no such operation"))
+        assert row.ratio(peer) == (1.0 if takes else None)
+    assert row.share == row.floor_s / 1e-3 and set(row.peers) == (set() if name == "decode_step" else set(PEERS))
     assert json.loads(json.dumps(row.as_dict()))["peers"].keys() == row.peers.keys()
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("on_host", [(), pytest.param((3,), marks=pytest.mark.slow)])
-def test_wrong_decode_step_is_detected(on_host: tuple[int, ...]) -> None:
-    """Also with an offloaded expert, which transformers has none of."""
-    case = Case(decode_step.STEP, decode_step.STEP.test_shapes[len(on_host)], torch.float32)
-    args, peers = case.inputs(CPU), {"transformers": PEERS["transformers"]}
-    assert getattr(args["model"].layers[1].down_proj, "on_host", ()) == on_host
-    row = timed_row(case, H100, CPU, lambda call: (call(), 1.0)[1], peers)
-    assert row.ours.right and row.peers["transformers"].right == (not on_host or None)
-    check, step = partial(fault, case.op, args), decode_step.decode_step
-    assert check(step) is None
-    assert "wrong: 3 of 3 rows" in str(check(lambda **args: step(**args) * 1.2))
-    assert "[1, 3, 100], where [3, 100]" in str(check(lambda **args: step(**args)[None]))
-    for _ in range(14):  # once around the ring of 12 slots
-        step(**args)
-    assert check(step) is None
 
 
 def test_decode_step_is_captured_after_its_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,64 +146,127 @@ def test_decode_step_is_captured_after_its_kernels_are_compiled(monkeypatch: pyt
 
 
 @pytest.mark.compiled
-@pytest.mark.skipif(torch.cuda.is_available(), reason="prints what is known without a GPU")
+@without_gpu
 def test_command_without_a_gpu(tmp_path: Path) -> None:
-    out, plot = output("bench route rope --quick --plot", tmp_path / "a.svg"), tmp_path / "a.svg"
+    out, plot = output("bench route rope --plot", tmp_path / "a.svg"), tmp_path / "a.svg"
     assert "No time was measured: there is no GPU." in out and "H100 80GB" in out and plot.stat().st_size
-    lines = run_json("bench route --quick --gpu a100")
-    assert [line["kind"] for line in lines] == ["gpu"] + ["row"] * QUICK
+    lines = run_json("bench route --gpu a100")
+    assert [line["kind"] for line in lines] == ["gpu"] + ["row"] * len(TOKENS)
     assert lines[0]["name"] == "A100 80GB" and lines[0]["source"] == "data sheet"
     assert all(line["time_us"] is None and line["floor_us"] > 0 for line in lines[1:])
 
 
-BENCH_STEP, INT8 = "bench decode_step --sizes {sizes} --gpu {gpu} --offload {offload}", " --cache-dtype int8"
-
-
-@pytest.mark.parametrize(
-    ("offload", "gpu", "host"), [("3", "h200", 0.75), ("auto", "h100", 34 / 128), ("auto", "h200", 0)]
-)
-def test_floor_of_a_decode_step_with_experts_in_host_memory(offload: str, gpu: str, host: float) -> None:
-    """It counts the link. `auto` is what `fit` says: 34 of 256 for an H100, none for an H200."""
-    _, row = run_json(BENCH_STEP.format(sizes=STEP_OF_8X7B, gpu=gpu, offload=offload))
-    assert row["host_bytes"] == host * 32 * 3 * 4096 * 14336 * 2 and row["sizes"]["offload"] == 4 * host
-    assert row["bound"] == ("link" if host else "memory")
-    assert not host or 1e6 * row["host_bytes"] / LINKS[GPUS[gpu].link] < row["floor_us"]
-    shown = output(BENCH_STEP.format(sizes=STEP_OF_8X7B, gpu=gpu, offload=offload))
-    assert f" offload{4 * host:g} " in shown
-    assert not host or "MB of host" in output(BENCH_STEP.format(sizes=STEP_OF_8X7B, gpu=gpu, offload=3))
-
-
-@pytest.mark.parametrize(("gpu", "more", "experts"), [("h100", "", 141), ("h100", INT8, 92), ("rtx4090", "", 224)])
-def test_offload_auto_is_what_fit_says(gpu: str, more: str, experts: int) -> None:
-    """All but one expert of a layer where nothing is enough."""
-    sizes = STEP_OF_8X7B.replace("B=1,S=1024", "B=8,S=32768")
-    _, row = run_json(BENCH_STEP.format(sizes=sizes, gpu=gpu, offload=f"auto{more}"))
-    assert 32 * row["sizes"]["offload"] == experts
+@pytest.mark.parametrize("hosted", [0, 34])
+def test_floor_of_a_decode_step_with_experts_in_host_memory(hosted: int) -> None:
+    """It counts the link."""
+    line = f"bench decode_step --gpu h100 --sizes L=32,cache=int8,offload={hosted}"
+    _, row = run_json(line)
+    assert row["host_bytes"] == pytest.approx(2 * hosted / 8 * 3 * 4096 * 14336 * 2)
+    assert row["bound"] == ("link" if hosted else "memory") and row["sizes"]["cache"] == "int8"
+    assert not hosted or 1e6 * row["host_bytes"] / LINKS[H100.link] < row["floor_us"]
+    assert ("MB of host" in output(line)) == (hosted > 0)
 
 
 @pytest.mark.compiled
-def test_wrong_result_on_a_device_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_bench(monkeypatch)
-    monkeypatch.setattr(command, "cases", lambda *args: [small("rms_norm")])
-    _, row = run_json("bench rms_norm --quick", "--peer", "torch")
-    assert row["time_us"] > 0 and row["peers"]["torch"]["ratio"] > 0 and set(row["peers"]) == {"torch"}
-    monkeypatch.setattr(measure, "our_call", lambda case, args: lambda x, weight, eps: x)
-    assert "wrong" in run_json("bench rms_norm --quick", "--peer", "torch", status=1)[1]["note"]
+def test_only_right_peers_are_timed_and_a_wrong_result_exits_1(folder: Path, timed: Mock, monkeypatch: Any) -> None:
+    names = ["--peer", "torch", "--peer", EXAMPLE]
+    _, row = run_json(BENCH, *names)
+    assert row["peers"][EXAMPLE] == {"time_us": 1e3, "note": None, "right": True, "ratio": 1.0}
+    assert timed.call_count == 3, "ours, torch, and the example"
+    assert output(BENCH, *names, "--peer", "mine_for_bench:off", status=1).count("wrong: ") == 1
+    assert timed.call_count == 6
+    monkeypatch.setattr(measure, "our_call", lambda case, args: lambda x, **_: x)
+    assert "wrong" in run_json(BENCH, "--peer", "torch", status=1)[1]["note"]
+
+
+WRONG = {
+    "off": "wrong: an error of ",
+    "shaped": "wrong: an error of inf",
+    "nothing": "wrong: an error of inf",
+    "one": "fails: TypeError: one() takes 1 positional argument but 5 were given",
+    "broken": "fails: RuntimeError: no such thing",
+    "nan": "an error of inf",
+}
+
+
+@pytest.mark.compiled
+@without_gpu
+def test_wrong_peers_have_notes_and_exit_1(folder: Path) -> None:
+    options = [word for name in WRONG for word in ("--peer", f"mine_for_bench:{name}")]
+    row = run_json(f"{BENCH} --peer {EXAMPLE}", *options, status=1)[1]
+    peers = {name.partition(":")[2]: outcome for name, outcome in row["peers"].items()}
+    assert peers["swiglu"]["right"] and peers["swiglu"]["note"].startswith("right, not timed")
+    for name, note in WRONG.items():
+        assert peers[name]["right"] is False and peers[name]["time_us"] is None and note in peers[name]["note"]
+
+
+@without_gpu
+def test_triton_peers_are_checked_where_their_kernels_are_interpreted(folder: Path) -> None:
+    (folder / "kernel_for_bench.py").write_text(TRITON)
+    outcomes = {"norm": (0, True, "right, not timed"), "double": (1, False, "wrong: an error of")}
+    for name, (status, right, note) in outcomes.items():
+        if not INTERPRETED:  # a process that compiles has no driver to launch by
+            status, right, note = 0, None, "not checked: its Triton kernels need a GPU, or TRITON_INTERPRET=1"
+        line = f"bench rms_norm --sizes T=3,H=80 --dtype float32 --peer kernel_for_bench:{name}"
+        (found,) = run_json(line, status=status)[1]["peers"].values()
+        assert found["right"] is right and found["time_us"] is None and found["note"].startswith(note)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_peer_gets_the_arguments_in_the_operation_s_order(name: str) -> None:
+    op = OPS[name]
+    args = Case(op, op.test_shapes[0], torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]).inputs(CPU)
+    names = [argument.name for argument in getattr(torch.ops.mixtral_triton, name).default._schema.arguments]
+    mine = user_peer(lambda *values: op.call_reference(**dict(zip(names, values, strict=False))), op, args)
+    assert fault(op, args, mine) is None
+
+
+def test_a_case_too_large_for_a_cpu_is_not_checked() -> None:
+    case = Case(OPS["expert_swiglu"], OPS["expert_swiglu"].bench_shapes[0])
+    outcome = measure_row(case, H100, {"mine": PEERS["torch"]}, "there is no GPU").peers["mine"]
+    assert outcome.note == "not checked: too large for a CPU (705 MB, 1 GFLOP)" and outcome.right is None
+
+
+def test_modules_are_imported_from_the_current_folder_first(folder: Path) -> None:
+    (folder / "json_for_bench.py").write_text("from operator import add\nclass Kept:\n    f = staticmethod(add)\n")
+    later = "def f(*args):\n    import mine_for_bench\n    return mine_for_bench.NUMBER\n"
+    (folder / "later_for_bench.py").write_text(later)
+    assert callable(find_peer("json_for_bench:Kept.f"))
+    args = {"x": None, "weight": None, "eps": 0.0}
+    assert find_peer("later_for_bench:f")(OPS["rms_norm"], args)(**args) == 3
+
+
+@pytest.mark.parametrize(
+    ("peer", "message"),
+    [
+        *((text, "MODULE:FUNCTION") for text in ("mine_for_bench", "mine_for_bench:", ":off", "a:b:c", "./a:off")),
+        ("absent_for_bench:off", "No module named 'absent_for_bench'"),
+        ("torn_for_bench:f", "SyntaxError"),
+        ("raises_for_bench:f", "RuntimeError: of the module"),
+        ("mine_for_bench:absent", "has no attribute 'absent'"),
+        ("mine_for_bench:NUMBER", "it is a int, needs a function"),
+    ],
+)
+def test_bad_peer_is_one_line(peer: str, message: str, folder: Path) -> None:
+    assert message in error_line("bench expert_swiglu --peer", peer)
 
 
 @pytest.mark.parametrize(
     ("error", "note", "status"),
     [(torch.OutOfMemoryError(), "out of memory", 0), (ValueError("no tile\nor"), "fails: ValueError: no tile", 1)],
 )
-def test_a_case_that_cannot_start_has_its_row(error: Exception, note: str, status: int, monkeypatch: Any) -> None:
+def test_a_case_that_cannot_start_has_its_row(
+    error: Exception, note: str, status: int, timed: Mock, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(measure, "untimed_row", Mock(side_effect=[error, untimed_row(small("route"), H100)]))
-    use_bench(monkeypatch)
-    assert run_json("bench route --quick --at T=1", status=status)[1]["note"] == note
+    assert run_json("bench route --sizes T=1", status=status)[1]["note"] == note
 
 
 @pytest.mark.compiled
-def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_bench(monkeypatch, torch.device("cuda", 0))
+def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(
+    gpu: Any, timed: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cuda", 0))
     gpu.driver.breaks = "rms_norm_kernel"
     sizes = "".join(f" --sizes T={T},H=16" for T in (1, 2, 3))
     status, out, error = run(f"bench rms_norm --json{sizes}", "--peer", "torch")
@@ -189,16 +275,16 @@ def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(gpu: Any, monkeyp
     assert "illegal memory access" in lines[1]["note"] and "cuda:0 is lost to this process" in error
 
 
-def labels(axes: Any) -> list[str]:
-    return [label.get_text() for label in axes.get_legend().get_texts()]
-
-
 @pytest.mark.compiled
 def test_plot() -> None:
     """A panel for each operation, a bar for each case in the order of the floors, and times where there are any."""
     pytest.importorskip("matplotlib")
+
+    def labels(axes: Any) -> list[str]:
+        return [label.get_text() for label in axes.get_legend().get_texts()]
+
     rows = [untimed_row(case, H100) for case in cases(["expert_swiglu", "rms_norm"])]
-    rows = [row for row in rows if row.case.sizes.H == 4096 and "down" not in row.case.as_dict()]
+    rows = [row for row in rows if row.case.sizes.H == 4096 and len(row.case.as_dict()) in (2, 5)]
     figure = figure_of(rows, H100)
     experts, norm = figure.axes
     assert "these are floors" in figure.get_suptitle() and labels(experts) == labels(norm) == ["floor"]

@@ -351,13 +351,12 @@ def test_offloading_is_the_command_to_run() -> None:
     assert "in host memory: no bound" in " ".join(text.split())
 
 
-def test_host_memory_and_link_limit_what_is_offloaded() -> None:
+def test_the_link_limits_offloaded_experts() -> None:
     def bounds(*args: str) -> dict[str, Any]:
         found = run_json("fit --gpu rtx4090 --context 4096", *args)["formats"]
         assert all((one["tokens_per_second_bound"] is None) == (one["offload"] is None) for one in found)
         return {one["format"]: one["tokens_per_second_bound"] for one in found if one["offload"]}
 
-    assert list(bounds("--host-memory", "2")) == ["int4, linear int8"]
     slow, fast = (bounds("--link", link)["int4"] for link in ("pcie3x8", "pcie5x16"))
     assert 3 * slow < fast
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,10 +12,8 @@ from mixtral_triton.kernels.op import Cost
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.quantize import select_specs
 from mixtral_triton.tools.bench import decode_step, measure
-from mixtral_triton.tools.bench.measure import measure_gpu
-from mixtral_triton.tools.fit import KNOWN
+from mixtral_triton.tools.fit import KNOWN, step_costs
 from mixtral_triton.tools.gpus import GPUS, LINKS, data_sheet, floor
-from mixtral_triton.tools.step import step_costs
 
 pytestmark = pytest.mark.compiled
 CPU, H100, BF16, SMALLER = torch.device("cpu"), GPUS["h100"], torch.bfloat16, KNOWN["mixtral-8x7b"]
@@ -66,7 +65,7 @@ def test_bytes_of_a_step_are_those_of_weights_cache_and_little_else(B: int, weig
         total += share * rows * size
     costs = step_costs(SMALLER, B, S, BF16, specs)
     assert sum(cost.bytes for cost in costs) == pytest.approx(total, rel=0.002 * B)
-    hosted = step_costs(SMALLER, B, S, BF16, specs, on_host=[2] * 32)
+    hosted = step_costs(SMALLER, B, S, BF16, specs, hosted=[2] * 32)
     codes = 32 * 3 * 4096 * 14336 * (0.5 if weights else 2)
     assert sum(cost.host_bytes for cost in hosted) == pytest.approx(distinct * 2 / E * codes)
     assert sum(cost.host_bytes + cost.bytes for cost in hosted) == sum(cost.bytes for cost in costs)
@@ -86,9 +85,16 @@ def test_data_sheet_by_the_driver_s_name() -> None:
     assert not [name for name in unknown if data_sheet(f"NVIDIA {name}")]
 
 
-def test_measure_gpu() -> None:
-    gpu = measure_gpu("x", "sm_90", CPU, lambda call: call() is None or 2.0, memory=1 << 12, n=16)
+def test_measured_rates_replace_those_of_the_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "DEVICE", CPU)
+    monkeypatch.setattr(measure, "time_call", lambda call: call() is None or 2.0)
+    monkeypatch.setattr(measure, "target_arch", lambda device: "sm_90")
+    found = Mock(total_memory=3 << 20)
+    found.name = "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    gpu = measure.measure_gpu(memory=1 << 12, n=16)
     assert (gpu.bandwidth, gpu.matmul, gpu.source) == (2 * 4096 / 2.0, 2 * 16**3 / 2.0, "measured")
+    assert (gpu.name, gpu.mib, gpu.link) == (found.name, 3, H100.link)
 
 
 def test_a_call_s_time_is_the_median_of_triton_s_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,39 +1,32 @@
 """The command `bench`: measured on the current GPU, or what is known without one, as tables, JSON lines and a plot."""
 
 import argparse
-import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
 import torch
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from ...kernels.op import runs_on
-from ...kernels.registry import OPERATIONS
+from ...kernels.registry import OPS
 from ..gpus import GPU, family_note, find_gpu
-from ..terminal import bar, check_writable, console
-from .cases import Case, cases, sizes_of
-from .measure import Outcome, Row, checked_row, current_gpu, timed_rows
+from ..terminal import bar, check_writable, console, table_of
+from . import measure
+from .cases import cases
+from .measure import Outcome, Row
 from .peers import PEERS, find_peer
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where an operation or a user's peer is wrong or fails."""
-    selected = cases(args.ops, args.quick, args.at, args.sizes, getattr(torch, args.dtype) if args.dtype else None)
-    if any(name not in PEERS for name in args.peer) and len(args.ops) != 1:
+    selected = cases(args.ops, args.sizes, getattr(torch, args.dtype) if args.dtype else None)
+    if any(name not in PEERS for name in args.peer) and (len(args.ops) != 1 or args.ops[0] not in OPS):
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
-    for option, value in (("--offload", args.offload), ("--cache-dtype", args.cache_dtype)):
-        if value and args.ops != ["decode_step"]:
-            raise ValueError(f"{option} is {value!r}, and goes with decode_step: bench decode_step {option} {value}")
-    if args.cache_dtype:
-        selected = [replace(case, sizes=replace(case.sizes, cache=args.cache_dtype)) for case in selected]
     gpu, timed = find_gpu(args.gpu or "h100"), args.gpu is None and torch.cuda.is_available()
     # Without a GPU nothing is timed, so only what was asked for is checked.
     peers = {name: find_peer(name) for name in args.peer or (PEERS if timed else ())}
@@ -43,25 +36,30 @@ def run(args: argparse.Namespace) -> int:
         check_writable("--plot", args.plot)
         if find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    out = console(stderr=args.json)
+    out, timer = console(stderr=args.json), measure.time_call
     if timed:
-        device, gpu, timer = current_gpu()
-    selected = selected if args.sizes else [case for case in selected if runs_on(case.sizes, gpu.arch)]
-    if args.offload:
-        selected = [case.offloaded(args.offload, gpu) for case in selected]
-    if timed:
-        source = timed_rows(selected, peers, device, gpu, timer)
+        gpu = measure.measure_gpu()
     else:
-        reason = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"
-        source = (checked_row(case, gpu, peers, reason) for case in selected)
-        out.print(f"No time was measured: {reason}. Floors are those of the GPU below.")
+        timer = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"  # type: ignore[assignment]
+        out.print(f"No time was measured: {timer}. Floors are those of the GPU below.")
+    selected = selected if args.sizes else [case for case in selected if runs_on(case.sizes, gpu.arch)]
     rates = f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"
     out.print(f"{gpu.name} ({gpu.arch}), {gpu.source}: {rates}")
     out.print(family_note(gpu.arch), end="")
     if args.json:
         about = {name: getattr(gpu, name) for name in ("name", "source", "bandwidth", "matmul", "arch")}
         print(json.dumps({"kind": "gpu", **about, "torch": torch.__version__}), flush=True)
-    rows = _print_rows(source, len(selected), args.json, out)
+    rows: list[Row] = []
+    with bar("benchmarking", len(selected)) as progress:
+        for _, group in groupby(measure.measure_rows(selected, gpu, peers, timer), key=lambda row: row.case.op.name):
+            start = len(rows)
+            for row in group:
+                rows.append(row)
+                progress.advance(1)
+                if args.json:
+                    print(json.dumps({"kind": "row", **row.as_dict()}), flush=True)
+            if not args.json:
+                out.print(op_table(rows[start:]))
     if args.plot is not None:
         figure_of(rows, gpu).savefig(args.plot, dpi=150)
         out.print(f"plot: {args.plot}")
@@ -70,45 +68,18 @@ def run(args: argparse.Namespace) -> int:
     return 1 if len(rows) < len(selected) or any(one.right is False for one in outcomes) else 0
 
 
-def describe(name: str) -> str:
-    """Return the sizes of the operation `name` and its arguments; ValueError for an unknown name."""
-    op = cases([name])[0].op
-    known, needed = sizes_of(op)
-    example = ",".join(f"{key}={value}" for key, value in Case(op, op.bench_shapes[0]).as_dict().items())
-    sizes = f"{name} --sizes {example}\nSizes that may be left out: {', '.join(set(known) - set(needed)) or 'none'}"
-    return f"{sizes}\n{inspect.getdoc(OPERATIONS[name])}" if name in OPERATIONS else sizes
-
-
-def _print_rows(source: Iterator[Row], total: int, as_lines: bool, out: Console) -> list[Row]:
-    rows: list[Row] = []
-    with bar("benchmarking", total) as progress:
-        for _, group in groupby(source, key=lambda row: row.case.op.name):
-            start = len(rows)
-            for row in group:
-                rows.append(row)
-                progress.update(len(rows), total)
-                if as_lines:
-                    print(json.dumps({"kind": "row", **row.as_dict()}), flush=True)
-            if not as_lines:
-                out.print(op_table(rows[start:]))
-    return rows
-
-
 def sizes_text(sizes: Mapping[str, Any]) -> str:
-    """Return sizes as T4096, cache=int8 or offload2.5."""
-    texts = {name: f"={size}" if isinstance(size, str) else f"{size:.10g}" for name, size in sizes.items()}
-    return " ".join(f"{name}{text}" for name, text in texts.items())
+    """Return sizes as T4096, or cache=int8."""
+    return " ".join(f"{name}={size}" if isinstance(size, str) else f"{name}{size}" for name, size in sizes.items())
 
 
-def number(value: float | None) -> str:
+def number(value: float) -> str:
     """Format with three digits or more, and no exponent for large numbers."""
-    if value is None:
-        return "-"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def micro(seconds: float | None) -> str:
-    return number(seconds and seconds * 1e6)
+    return "" if seconds is None else number(seconds * 1e6)
 
 
 def _title_and_shapes(rows: Sequence[Row]) -> tuple[str, list[str]]:
@@ -125,8 +96,8 @@ def op_table(rows: Sequence[Row]) -> Group:
     title, shapes = _title_and_shapes(rows)
     cells, notes = [], list[str]()
     for row, shape in zip(rows, shapes, strict=True):
-        of_row = {"sizes": shape, "time, us": micro(row.ours.seconds) if row.ours.seconds else ""}
-        of_row["of floor"] = "" if row.share is None else f"{100 * row.share:.0f} %"
+        share = "" if row.share is None else f"{100 * row.share:.0f} %"
+        of_row = {"sizes": shape, "time, us": micro(row.ours.seconds), "of floor": share}
         of_row |= {"floor, us": micro(row.floor_s), "bound": row.bound}
         for name, outcome in {"ours": row.ours, **row.peers}.items():
             notes += [f"{name}, {shape}: {outcome.note}"] if outcome.note else []
@@ -135,12 +106,10 @@ def op_table(rows: Sequence[Row]) -> Group:
         of_row |= {"MB": number(row.cost.bytes / 1e6), "GFLOP": number(row.cost.flops / 1e9)}
         of_row["MB of host memory"] = number(row.cost.host_bytes / 1e6) if row.cost.host_bytes else ""
         cells.append({**of_row, "launches": str(len(row.launches))})
-    table = Table(title=title, title_justify="left", box=None)
-    names = [name for name in dict.fromkeys(name for each in cells for name in each) if any(x.get(name) for x in cells)]
-    for name in names:
-        table.add_column(name, justify="left" if name in ("sizes", "bound") else "right", overflow="fold")
-    for row, each in zip(rows, cells, strict=True):
-        table.add_row(*(each.get(name, "") for name in names), style="bold red" if row.ours.right is False else "")
+    shown = [name for name in cells[0] if any(each[name] for each in cells)]
+    styles = ("bold red" if row.ours.right is False else "" for row in rows)
+    lines = [({name: each[name] for name in shown}, style) for each, style in zip(cells, styles, strict=True)]
+    table = table_of(title, lines, text=["bound"])
     return Group(table, *map(Text, notes))
 
 

@@ -1,5 +1,5 @@
 """The decode step as an operation of the benchmark: one new token for each of B sequences of S positions, by a model of
-L layers and a head of V rows. On average `offload` experts of each layer are in host memory, and the embedding, too."""
+L layers and a head of V rows. `verify` checks a model; here its step is timed, beside the floor of its launches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,24 +8,18 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture, capture
-from ...kernels import reference
 from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op
 from ...model import Mixtral
 from ...offload_plan import Placement, select_experts
-from ...reference import block
-from ..step import step_costs
-from ..trace import RouteRecorder
+from ..fit import step_costs
 
-Args = dict[str, Any]
 STEPS_MOST = 4096  # positions beyond S that repeated steps may reach
-LOGITS_ERROR = 0.05  # of the norm of a row of logits: the limit of its distance from the torch backend
 FIELDS = {"vocab_size": "V", "hidden_size": "H", "intermediate_size": "I", "num_hidden_layers": "L", "head_dim": "D"}
 FIELDS |= {"num_attention_heads": "Hq", "num_key_value_heads": "Hkv", "num_local_experts": "E"}
 FIELDS |= {"num_experts_per_tok": "K"}
@@ -44,10 +38,8 @@ class StepCase:
     Hkv: int
     D: int
     V: int
-    offload: float | None = None  # on average, so many experts of each layer are in host memory
+    offload: int | None = None  # experts of the whole model in host memory, and the embedding with them
     cache: str | None = None  # "int8"
-    distinct: float | None = None  # means per layer of the experts in use, and of those in host memory; None: as
-    distinct_on_host: float | None = None  # expected under uniform routing
 
 
 def config(case: StepCase) -> MixtralConfig:
@@ -55,21 +47,22 @@ def config(case: StepCase) -> MixtralConfig:
     return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=case.S + STEPS_MOST)
 
 
-def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = None) -> Args:
-    """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1]. Experts of a layer are equal: a
-    near tie in a 16-bit router changes no logits."""
-    settings = config(case)
-    on_host = select_experts(settings, round((case.offload or 0) * case.L))
-    model = Mixtral(settings, device, dtype, placement=Placement(on_host, any(on_host)))
-    for name, weight in model.named_weights().items():
-        experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else weight
-        first, *copies = experts if len(weight.shape) == 3 else [weight]
-        if len(weight.shape) == 1:
-            first.fill_(1.0)
-        else:
-            first.normal_(std=1.0 if name == "embed_tokens" else weight.shape[-1] ** -0.5, generator=generator)
-        for copy in copies:
-            copy.copy_(first)
+def hosted(case: StepCase) -> list[Any]:
+    """Return the experts of each layer in host memory."""
+    most = case.L * (case.E - 1)
+    if (case.offload or 0) > most:
+        raise ValueError(f"offload is {case.offload}, needs at most {most}: one expert of each layer stays")
+    return select_experts(config(case), case.offload or 0)
+
+
+def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1], all of random values."""
+    on_host = hosted(case)
+    model = Mixtral(config(case), device, dtype, placement=Placement(on_host, any(on_host)))
+    for weight in model.named_weights().values():
+        experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else [weight]
+        for part in experts:
+            part.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
     cache = KVCache(model.config, case.B, case.S, device, torch.int8 if case.cache else dtype)
     cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
     sequences = range(case.B) if cache.lengths.device.type != "meta" else ()  # there, no value is kept
@@ -90,7 +83,7 @@ def decode_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
     return model.head(model.hidden(token, cache)[:, 0])
 
 
-def replayed_step(args: Args) -> Callable[..., Tensor]:
+def replayed_step(args: dict[str, Any]) -> Callable[..., Tensor]:
     """Return the step as a decode loop runs it: on a GPU in a CUDA graph, whose logits each call overwrites."""
     once = partial(decode_step, **args)
     if not can_capture(args["model"]):
@@ -106,54 +99,9 @@ def replayed_step(args: Args) -> Callable[..., Tensor]:
     return run
 
 
-def plain_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
-    """Run `decode_step` with the torch backend."""
-    past, new = cache.lengths, torch.ones_like(cache.lengths)
-    x = F.embedding(token, model.embed_tokens)
-    for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        kv_cache: Args = {"k_cache": keys, "v_cache": values, "past": past, "new": new}
-        kv_cache["window"] = model.config.sliding_window
-        attend = partial(reference.rope_append_attention, cos=model.cos, sin=model.sin, **kv_cache)
-        x = block(layer, model.config, x, attend).output
-    cache.advance(new, 1)
-    return model.head(reference.rms_norm(x, model.norm, model.config.rms_norm_eps)[:, 0])
-
-
-def fault(function: Callable[..., Any], args: Args) -> str | None:
-    """Return what is wrong with the logits of `function`'s first step compared with the torch backend's, or None."""
-    results = []
-    for step in (plain_step, function):
-        rewind(args["cache"])
-        results.append(step(**args))
-    rewind(args["cache"])
-    want, got = results
-    if got.shape != want.shape:
-        return f"wrong: logits of shape {list(got.shape)}, where {list(want.shape)} would be right"
-    wrong = ~((got - want).norm(dim=-1) <= LOGITS_ERROR * want.norm(dim=-1))  # also where a logit is NaN
-    rows = f"{int(wrong.sum())} of {len(wrong)} rows of logits"
-    return f"wrong: {rows} are farther than {LOGITS_ERROR} of their norm from plain torch" if wrong.any() else None
-
-
-def routed(args: Args) -> dict[str, float]:
-    """Return the means per layer of the distinct experts that the next step's tokens select, in host memory and all."""
-    rewind(args["cache"])
-    with RouteRecorder() as routes:
-        decode_step(**args)
-    rewind(args["cache"])
-    selected = [set(ids.unique().tolist()) for ids in routes.ids]
-    on_host = [set(getattr(layer.down_proj, "on_host", ())) for layer in args["model"].layers]
-    counts = {"distinct": map(len, selected), "distinct_on_host": map(len, map(set.intersection, selected, on_host))}
-    return {name: sum(each) / len(selected) for name, each in counts.items()}
-
-
 def costs(case: StepCase, dtype: torch.dtype) -> list[Cost]:
-    """Return the work of each launch, for the experts that are in use, or those expected of uniform routing."""
-    hosted, distinct = [case.offload or 0] * case.L, (case.distinct, case.distinct_on_host)
-    return step_costs(config(case), case.B, case.S, dtype, None, case.cache, hosted, *distinct)
-
-
-def cost(case: StepCase, dtype: torch.dtype) -> Cost:
-    return sum(costs(case, dtype), Cost(0, 0))
+    """Return the work of each launch, with uniform routing."""
+    return step_costs(config(case), case.B, case.S, dtype, None, case.cache, [*map(len, hosted(case))])
 
 
 SMALL = StepCase(B=3, S=12, L=2, H=64, I=96, E=4, K=2, Hq=4, Hkv=2, D=16, V=100)
@@ -163,12 +111,11 @@ STEPS = [(1, 1024, 1), *product((1, 8, 32), (1024, 4096, 32768), (4,))]
 STEP = Op(
     name="decode_step",
     run=decode_step,
-    reference=plain_step,
+    reference=decode_step,
     case=StepCase,
-    multiplies=True,
     inputs=inputs,
     configs=lambda sizes, dtype, arch: {},
-    cost=cost,
-    test_shapes=(SMALL, replace(SMALL, offload=1.0), replace(SMALL, cache="int8")),
+    cost=lambda case, dtype: sum(costs(case, dtype), Cost(0, 0)),
+    test_shapes=(SMALL, replace(SMALL, offload=2), replace(SMALL, cache="int8")),
     bench_shapes=tuple(replace(MIXTRAL, B=B, S=S, L=L) for B, S, L in STEPS),
 )

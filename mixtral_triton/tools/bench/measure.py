@@ -14,16 +14,17 @@ from triton.testing import do_bench
 from ...kernels.launch import target_arch
 from ...kernels.op import Cost, Op
 from ...kernels.record import record_launches
-from ...kernels.registry import dispatched
+from ...kernels.registry import OPS, dispatched
 from ...tolerance import Tolerance
 from ..gpus import GPU, MIB, data_sheet, floor
 from ..terminal import print_message
-from . import decode_step
 from .cases import Case
-from .peers import Function, Peer, Unsupported
+from .decode_step import STEP, replayed_step
+from .peers import Args, Function, Peer, Unsupported
 
 Call = Callable[[], Any]
 Timer = Callable[[Call], float]
+DEVICE = torch.device("cuda")
 NOT_CHECKED = "not checked"
 NO_DRIVER = "0 active drivers"  # in Triton's error of a launch on a machine without a GPU
 
@@ -43,20 +44,16 @@ def wall_seconds(call: Call, device: Any = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def measure_gpu(name: str, arch: str, device: Any, timer: Timer, memory: int = 1 << 30, n: int = 8192) -> GPU:
+def measure_gpu(memory: int = 1 << 30, n: int = 8192) -> GPU:
     """Measure the current GPU by torch: a copy and a read of `memory` bytes, and a bf16 product of n x n."""
-    source, copy = (torch.ones(memory // 4, device=device) for _ in range(2))
-    bandwidth = max(2 * memory / timer(lambda: copy.copy_(source)), memory / timer(source.amax))
-    a, b, out = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(3))
-    matmul = 2 * n**3 / timer(lambda: torch.mm(a, b, out=out))
-    return GPU("", name, arch=arch, bandwidth=bandwidth, matmul=matmul, source="measured")
-
-
-def current_gpu() -> tuple[torch.device, GPU, Timer]:
-    device, properties = torch.device("cuda"), torch.cuda.get_device_properties("cuda")
-    gpu = measure_gpu(properties.name, target_arch(device), device, time_call)
-    sheet = data_sheet(properties.name) or gpu
-    return device, replace(gpu, mib=properties.total_memory // MIB, link=sheet.link), time_call
+    properties = torch.cuda.get_device_properties(DEVICE)
+    source, copy = (torch.ones(memory // 4, device=DEVICE) for _ in range(2))
+    bandwidth = max(2 * memory / time_call(lambda: copy.copy_(source)), memory / time_call(source.amax))
+    a, b, out = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    matmul = 2 * n**3 / time_call(lambda: torch.mm(a, b, out=out))
+    gpu, mib = data_sheet(properties.name) or GPU("", ""), properties.total_memory // MIB
+    gpu = replace(gpu, name=properties.name, mib=mib, arch=target_arch(DEVICE))
+    return replace(gpu, bandwidth=bandwidth, matmul=matmul, source="measured")
 
 
 @dataclass(frozen=True)
@@ -101,65 +98,34 @@ class Row:
         return {**case, **work, **times, "peers": peers}
 
 
-def our_call(case: Case, args: dict[str, Any]) -> Function:
+def our_call(case: Case, args: Args) -> Function:
     """Return the registered operator, as a user's tensors reach it; for a decode step, its replay."""
-    return decode_step.replayed_step(args) if case.op is decode_step.STEP else dispatched(case.op.name, args)
+    return replayed_step(args) if case.op is STEP else dispatched(case.op.name, args)
 
 
-def fault(op: Op, args: dict[str, Any], function: Function) -> str | None:
-    """Return what is wrong with a function's results beside the reference's, or None."""
-    if op is decode_step.STEP:
-        return decode_step.fault(function, args)
-    before = {name: x.clone() for name, x in args.items() if isinstance(x, torch.Tensor) and name not in op.mutates}
-
-    def results(**kwargs: Any) -> Any:
-        out = function(**kwargs)
-        written = [name for name, x in before.items() if not torch.allclose(x, args[name], 0, 0, equal_nan=True)]
-        found = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, torch.Tensor)]
-        wanted = tolerance.exact[: len(tolerance.exact) - len(op.mutates)]
-        shapes, needed = ([list(x.shape) for x in tensors] for tensors in (found, wanted))
-        for name in written:
-            args[name].copy_(before[name])
-        if written:
-            raise ValueError(f"it writes into {', '.join(written)}")
-        if shapes != needed:
-            raise ValueError(f"results of shape {shapes}, where {needed} would be right")
-        pairs = zip(found, wanted, strict=True)  # ids may have any integer type
-        return tuple(x if want.is_floating_point() else x.to(want.dtype) for x, want in pairs)
-
-    tolerance = Tolerance(op.name, args)
-    try:
-        error, limit = tolerance.measure(results)
-    except ValueError as wrong:
-        return f"wrong: {wrong}"
+def fault(op: Op, args: Args, function: Function) -> str | None:
+    """Return what is wrong with a function's results by the limits of `verify`, or None."""
+    error, limit = Tolerance(op.name, args).measure(function)
     return None if error <= limit else f"wrong: an error of {error:.1e}, where {limit:.1e} would be right"
 
 
-def untimed_row(case: Case, gpu: GPU, args: dict[str, Any] | None = None) -> Row:
-    """Return the row without times, from the sizes (with `args`, from their routing) and recorded launches."""
-    shapes = case.inputs(torch.device("meta"))
-    with record_launches(gpu.arch) as launches, torch.no_grad():
-        case.op.run(**shapes)
-    names = tuple(launch.kernel for launch in launches)
-    return Row(case, case.cost(args), *floor(case.costs(args), gpu), names)
-
-
-def attempt(build: Callable[[], Function], op: Op, args: dict[str, Any], timer: Timer | str) -> Outcome:
+def attempt(build: Callable[[], Function], op: Op, args: Args, timer: Timer | str) -> Outcome:
     """Build a function, check it, then time it, unless `timer` is a reason not to. A failure becomes the note."""
+    right = True if op.name in OPS else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of compilers and other libraries
             function = build()
-            if wrong := fault(op, args, function):
+            if wrong := right and fault(op, args, function):
                 return Outcome(note=wrong, right=False)
             if isinstance(timer, str):
-                return Outcome(note=f"right, not timed: {timer}", right=True)
-            return Outcome(timer(partial(function, **args)), right=True)
+                return Outcome(note=f"right, not timed: {timer}", right=right)
+            return Outcome(timer(partial(function, **args)), right=right)
     except Exception as error:  # another library may raise anything
-        return _failure(error)
+        return failure(error)
 
 
-def _failure(error: Exception) -> Outcome:
+def failure(error: Exception) -> Outcome:
     if isinstance(error, (Unsupported, torch.OutOfMemoryError)):
         return Outcome(note=str(error) if isinstance(error, Unsupported) else "out of memory")
     if NO_DRIVER in str(error):
@@ -172,38 +138,45 @@ def summary(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
+def untimed_row(case: Case, gpu: GPU, args: Args | None = None) -> Row:
+    """Return the row without times, from the sizes (with `args`, from their routing) and recorded launches."""
+    shapes, costs = case.inputs(torch.device("meta")), case.costs(args)
+    with record_launches(gpu.arch) as launches, torch.no_grad():
+        case.op.run(**shapes)
+    return Row(case, sum(costs, Cost(0, 0)), *floor(costs, gpu), tuple(launch.kernel for launch in launches))
+
+
 @torch.no_grad()
-def timed_row(case: Case, gpu: GPU, device: torch.device, timer: Timer | str, peers: Mapping[str, Peer]) -> Row:
-    """Time `case` and its peers on `device`; where `timer` is a reason not to, the peers are checked alone."""
-    args, found = case.inputs(device), dict[str, Outcome]()
-    row = untimed_row(case, gpu, None if isinstance(timer, str) else args)
-    if not isinstance(timer, str):
+def measure_row(case: Case, gpu: GPU, peers: Mapping[str, Peer], timer: Timer | str) -> Row:
+    """Time `case` and its peers on the current GPU. Where `timer` is a reason not to, check the peers on a CPU."""
+    timed, peers = not isinstance(timer, str), {} if case.op is STEP else peers
+    if not timed and not peers:
+        return untimed_row(case, gpu)
+    if not timed and (large := case.too_large_for_cpu()):
+        return replace(untimed_row(case, gpu), peers={name: Outcome(note=f"{NOT_CHECKED}: {large}") for name in peers})
+    args = case.inputs(DEVICE if timed else torch.device("cpu"))
+    row = untimed_row(case, gpu, args if timed else None)
+    if timed:
         row = replace(row, ours=attempt(lambda: our_call(case, args), case.op, args, timer))
+    found = {}
     for name, peer in peers.items():
         found[name] = attempt(partial(peer, case.op, args), case.op, args, timer)
-        gc.collect()  # frees what it held before the next one is measured: some fill a GPU
-        torch.cuda.empty_cache()
+        if timed:  # some peers fill a GPU
+            gc.collect()
+            torch.cuda.empty_cache()
     return replace(row, peers=found)
 
 
-def checked_row(case: Case, gpu: GPU, peers: Mapping[str, Peer], reason: str) -> Row:
-    """Return the row without times, for a `reason`, with the named `peers` checked on the CPU."""
-    if peers and not (large := case.too_large_for_cpu()):
-        return timed_row(case, gpu, torch.device("cpu"), reason, peers)
-    return replace(untimed_row(case, gpu), peers={name: Outcome(note=f"{NOT_CHECKED}: {large}") for name in peers})
-
-
-def timed_rows(
-    cases: Sequence[Case], peers: Mapping[str, Peer], device: torch.device, gpu: GPU, timer: Timer
-) -> Iterator[Row]:
-    """Yield a row per case, up to a case that leaves the device in an error."""
+def measure_rows(cases: Sequence[Case], gpu: GPU, peers: Mapping[str, Peer], timer: Timer | str) -> Iterator[Row]:
+    """Yield a row per case, up to a case that leaves the GPU in an error."""
     for case in cases:
         try:
-            yield timed_row(case, gpu, device, timer, peers)
+            yield measure_row(case, gpu, peers, timer)
         except Exception as error:  # before anything was timed: the next case may work
-            yield replace(untimed_row(case, gpu), ours=_failure(error))
+            yield replace(untimed_row(case, gpu), ours=failure(error))
         try:
-            torch.get_device_module(device).synchronize(device)
+            if not isinstance(timer, str):
+                torch.get_device_module(DEVICE).synchronize(DEVICE)
         except RuntimeError as error:
-            print_message(f"mixtral-triton bench: {device} is lost to this process: {summary(error)}")
+            print_message(f"mixtral-triton bench: {DEVICE} is lost to this process: {summary(error)}")
             return

@@ -1,52 +1,42 @@
 """The command `compile`: compile what operations launch for a GPU that need not be there."""
 
 import argparse
-import copy
-import hashlib
-import io
 import json
 import re
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 import triton
-from torch import nn
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
-from ..cache import KVCache
-from ..generate import prefill
 from ..kernels.arch import ARCHS, amd, family
 from ..kernels.kernel_args import flatten
-from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
+from ..kernels.launch import Launch
 from ..kernels.op import Op, runs_on
 from ..kernels.packing import GROUPS
 from ..kernels.quantized_cache import vector_bytes
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
-from ..model import Mixtral
-from ..offload_plan import usable_cores
+from .ahead import Progress, build, kernel_key, on_all_cores, source_of
 from .gpus import family_note
 from .sass import Loop, main_loops
-from .terminal import Table, bar, console, parse_choices
+from .terminal import Table, bar, console, table_of
 
 _WARPS, _THREADS, _REGISTERS = 64, 32, 65536  # of an SM: warps at most, threads of each, registers
-_WIDTHS = ("H", "I")  # of a model: they change no tile
 # Bytes of spills that a kernel may have outside its main loops: harmless, a few instructions a program. AMD: none.
 _HARMLESS = {"sm_80": 64, "sm_90": 16, "sm_100": 64}
-Progress = Callable[[int, int], object]
+CAPTION = (
+    "w/s: warps and stages; regs: registers of a thread; p/SM: programs that an SM holds at once; FLOP/i: of the "
+    "tensor cores, for each other instruction of the main loop; smem/tensor: clocks that shared memory and the tensor "
+    "cores take for an iteration of the main loop; i/B: thread instructions there for a byte of a cache; kernels: how "
+    "many have these figures"
+)
 
 
 @dataclass(frozen=True)
@@ -131,36 +121,6 @@ class Compiled:
         return {name: getattr(self, name) for name in names if name not in ("signature", "stages", "error", "loops")}
 
 
-def _target(arch: str) -> GPUTarget:
-    if INTERPRETED:
-        raise ValueError("compile: this process interprets its kernels, needs one with TRITON_INTERPRET unset")
-    if arch not in ARCHS:
-        raise ValueError(f"compile: argument 'arch' is {arch!r}, needs one of {', '.join(ARCHS)}")
-    return GPUTarget("hip", arch, 64) if amd(arch) else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-
-
-@cache
-def _binder(fn: Any, arch: str) -> Any:
-    backend = make_backend(_target(arch))  # first: an interpreted kernel has no signature
-    return create_function_from_signature(fn.signature, fn.params, backend)
-
-
-def _source(launch: Launch, arch: str) -> ASTSource:
-    """Return what Triton's JIT derives from the arguments, so that a launch finds the kernel in the cache."""
-    arguments = _binder(launch.fn, arch)(**launch.args, **launch.constexprs)
-    _, *types = launch.fn._pack_args(make_backend(_target(arch)), {"enable_fp_fusion": True}, *arguments)
-    return ASTSource(launch.fn, *types)
-
-
-def _key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
-    """Return a name for the kernel that is the same in every process. Which integers are multiples of 16 does not
-    count; without `widths`, neither do the sizes of a model that are constants in the code."""
-    names, constants = launch.fn.arg_names, sorted(source.constants.items())
-    counted = [(path, value) for path, value in constants if widths or names[path[0]] not in _WIDTHS]
-    parts = (launch.kernel, source.signature, counted, launch.num_warps, launch.num_stages)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
 def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
     if "cubin" in stages:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(stages["cubin"])]
@@ -173,15 +133,9 @@ def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
     return {"registers": found["vgpr_count"], "spills": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])}
 
 
-def _options(launch: Launch) -> dict[str, Any]:
-    """Return the compiler's options. FP fusion is explicit because its default differs between releases of Triton."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    return options | ({"launch_pdl": True} if launch.dependent else {})
-
-
 def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     """Return the launch's kernel with `figures`; without any, those of a kernel that does not compile."""
-    signature = dict(flatten(_source(launch, arch).signature))
+    signature = dict(flatten(source_of(launch, arch).signature))
     pointers = [kind.lstrip("*") for kind in signature.values() if kind.startswith("*")]
     dtype = min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind))))
     constexprs = {name: launch.constexprs[name] for name in signature if name in launch.constexprs}
@@ -193,8 +147,9 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
 def collect(
     ops: Iterable[Op], arch: str, widths: bool = True, at: Mapping[str, Sequence[Any]] | None = None
 ) -> dict[str, tuple[str, Launch]]:
-    """Return the operation's name and a launch of each kernel, over bench shapes and dtypes, by `_key`. `at`: sizes in
-    place of those of the shapes, one or several of a name; ValueError where an operation has none of that name."""
+    """Return the operation's name and a launch of each kernel, over bench shapes and dtypes, by `kernel_key`. `at`:
+    sizes in place of those of the shapes, one or several of a name; ValueError where an operation has none of that
+    name."""
     found: dict[str, tuple[str, Launch]] = {}
     at = at or {}
     for op in ops:
@@ -208,20 +163,22 @@ def collect(
             with record_launches(arch) as launches:
                 op.run(**args)
             for launch in (launch for launch in launches if launch.fn is not None):
-                found.setdefault(_key(launch, _source(launch, arch), widths), (op.name, launch))
+                found.setdefault(kernel_key(launch, source_of(launch, arch), widths), (op.name, launch))
     return found
 
 
 def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = None) -> Compiled:
     """Compile the kernel of one recorded launch for `arch`, and keep its files in the folder `out`. ValueError for an
     unknown `arch`, or where this process interprets; the compiler raises whatever its passes do."""
-    source, file = _source(launch, arch), None
-    kernel = triton.compile(source, target=_target(arch), options=_options(launch))
+    kernel, file = build(launch, arch), None
+    if isinstance(kernel, Exception):
+        raise kernel
     stages = {Path(path).suffix[1:]: Path(path) for path in kernel.metadata_group.values()}
     if out is not None:
+        name = f"{launch.kernel}.{arch}.{kernel_key(launch, source_of(launch, arch))}"
         for kind in ("amdgcn", "hsaco") if amd(arch) else ("ptx", "sass", "cubin"):
             content = kernel.asm[kind]
-            file = str(out.absolute() / f"{launch.kernel}.{arch}.{_key(launch, source)}.{kind}")
+            file = str(out.absolute() / f"{name}.{kind}")
             Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
     usage = {"shared_bytes": kernel.metadata.shared, **_usage(stages)}
     return _describe(launch, arch, op, file=file, stages=stages, **usage)
@@ -230,9 +187,9 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = N
 def _attempt(launch: Launch, arch: str, op: str, out: Path | None) -> Compiled:
     try:
         return compile_launch(launch, arch, op, out)
-    except OSError:  # a full disk, for example, is no fault of the kernel
+    except OSError:
         raise
-    except Exception as error:  # the compiler raises whatever its passes do
+    except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         crash = re.search(r"ptxas.* error code -(\d+)", line)
         message = f"ptxas crashed with {signal.Signals(int(crash[1])).name}" if crash else line[:200]
@@ -245,85 +202,8 @@ def compile_all(
     progress: Progress = lambda *numbers: None,
     out: Path | None = None,
 ) -> list[Compiled]:
-    """Compile each kernel, on all cores: Triton's passes release the GIL, and ptxas is a process."""
-    pool = ThreadPoolExecutor(usable_cores())
-    with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
-        try:
-            futures = [pool.submit(_attempt, launch, arch, op, out) for op, launch in kernels]
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                progress(done, len(futures))
-        finally:  # after Ctrl-C or an error, only what has begun is finished
-            pool.shutdown(cancel_futures=True)
-    return [future.result() for future in futures]
-
-
-def compile_launches(
-    launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None
-) -> list[Compiled]:
-    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores."""
-    distinct = {}
-    for launch in launches:  # what is known of its integers, and a dependent launch, make another kernel of it, too
-        source = _source(launch, arch)
-        distinct[_key(launch, source), repr(source.attrs), launch.dependent] = "", launch
-    return compile_all(distinct.values(), arch, progress)
-
-
-def with_layers(model: Mixtral, indices: Sequence[int]) -> Any:
-    """Return a copy of the model on the same weights, with these of its layers alone."""
-    model = copy.copy(model)
-    model._modules = {**model._modules, "layers": nn.ModuleList(model.layers[index] for index in indices)}
-    model.config = replace(model.config, num_hidden_layers=len(indices))
-    return model
-
-
-def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
-    """Return a copy of the model with these layers on the meta device, without a caller's hooks and other ranks."""
-    model, ranks = with_layers(model, indices), model.ranks
-    memo: dict[int, Any] = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
-    if ranks is not None:
-        collectives: dict[str, Any] = {"all_reduce": lambda part, in_order: part}
-        collectives["all_gather"] = lambda part, size: part.new_empty((*part.shape[:-1], size))
-        collectives |= dict.fromkeys(("gather", "all_gather_object"), lambda part: [part] * ranks.shard.ranks)
-        memo[id(ranks)] = SimpleNamespace(shard=ranks.shard, local_ids=ranks.local_ids, **collectives)
-    model = copy.deepcopy(model, memo)
-    for module in model.modules():  # which may read values
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return model
-
-
-def on_meta_by_kind(model: Mixtral) -> Any:
-    """Return `on_meta` with a layer that has experts in host memory, and one without."""
-    kinds = {bool(getattr(layer.down_proj, "on_host", ())): index for index, layer in enumerate(model.layers)}
-    return on_meta(model, [*kinds.values()])
-
-
-def launch_text(
-    model: Mixtral, tokens: int, new: int, cache_dtype: torch.dtype | None = None, batch: int = 1, held: int = 0
-) -> None:
-    """Launch on the meta device what `generate` launches for prompts of up to so many tokens, `held` of which a cache
-    has, and `new` ones."""
-    model = on_meta_by_kind(model)
-    ids, lengths = (
-        torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((batch, tokens - held), (batch,))
-    )
-    cache = KVCache(model.config, batch, tokens + new, "meta", cache_dtype or model.dtype)
-    model.head(prefill(model, cache, ids, lengths))
-    model.head(model.hidden(ids[:, :1], cache)[:, 0])
-
-
-def compile_ahead(model: Mixtral, launch: Callable[[], object], progress: Progress) -> None:
-    """Compile the kernels that `launch` launches on the meta device for the model's GPU, if the compiler can."""
-    arch = target_arch(model.device)
-    if INTERPRETED or model.device.type != "cuda" or arch not in ARCHS:
-        return
-    with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as records:
-        launch()
-    launches = [each for each in records if each.fn is not None]
-    # Each rank begins with other kernels, and finds in the cache what another has compiled.
-    first = 0 if model.ranks is None else len(launches) * model.ranks.shard.rank // model.ranks.shard.ranks
-    compile_launches(launches[first:] + launches[:first], arch, progress)
+    """Compile each kernel, on all cores."""
+    return on_all_cores(lambda kernel: _attempt(kernel[1], arch, kernel[0], out), kernels, progress)
 
 
 def compile_ops(
@@ -370,13 +250,7 @@ def _format(row: Mapping[str, Any]) -> str:
 def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tabulate rows of `Compiled.as_dict`: a line for all kernels of the same name, dtype, tile and figures."""
     figures = {"regs": "registers", "spills": "spills", "shared": "shared_bytes", "FLOP/i": "loop_flop_per_instruction"}
-    caption = {"w/s": "warps and stages", "regs": "registers of a thread", "kernels": "how many have these figures"}
     tiles = (name.removeprefix("BLOCK_") for row in rows for name in row["constexprs"] if name.startswith("BLOCK_"))
-    caption["tile"] = f"BLOCK_ of {', '.join(dict.fromkeys(tiles))}, those that a kernel has"
-    caption["p/SM"] = "programs that an SM holds at once"
-    caption["FLOP/i"] = "of the tensor cores, for each other instruction of the main loop"
-    caption["smem/tensor"] = "clocks that shared memory and the tensor cores take for an iteration of the main loop"
-    caption["i/B"] = "thread instructions there for a byte of a cache"
     lines: Counter[tuple[Any, ...]] = Counter()
     for row in rows:
         line = {"kernel": row["kernel"].removesuffix("_kernel"), "dtype": row["dtype"], "tile": _tile(row)}
@@ -388,10 +262,32 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         per_byte = row["loop_instructions_per_byte"]
         line["i/B"] = "" if per_byte is None else f"{per_byte:.1f}"
         lines.update([("bold red" if row["fault"] else "", *line.items())])
-    table = Table(f"Compiled for {arch}", caption, keys=3, text=["weight"])
-    for (style, *cells), count in lines.items():
-        table.add(dict(cells) | {"kernels": str(count)}, style)
-    return table
+    shown = [(dict(cells) | {"kernels": str(count)}, style) for (style, *cells), count in lines.items()]
+    caption = f"tile: BLOCK_ of {', '.join(dict.fromkeys(tiles))}, those that a kernel has; {CAPTION}"
+    return table_of(f"Compiled for {arch}", shown, caption, text=["dtype", "tile", "weight"])
+
+
+def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
+    """Return sizes and formats by name from texts such as "T=4096" and "weight=int4:128"."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        if not name or not size:
+            raise ValueError(
+                f"{option} is {text!r}, needs a size letter and a number, or a format: T=4096, weight=int8"
+            )
+        if name in found:
+            raise ValueError(f"{option} has {name} twice, needs each letter once")
+        found[name] = int(size) if size.isdecimal() else size
+    return found
+
+
+def parse_choices(option: str, texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Return the sizes and formats of each name, one or several: from T=1 and T=4096 {"T": [1, 4096]}."""
+    found = dict[str, list[Any]]()
+    for name, size in (item for text in texts for item in parse_sizes(option, [text]).items()):
+        found.setdefault(name, []).append(size)
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
