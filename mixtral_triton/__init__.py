@@ -7,14 +7,14 @@ if TYPE_CHECKING:
     from .cache import KVCache
     from .config import SMALL, MixtralConfig
     from .hf import ExpertsConfig, apply, register, revert
-    from .model import Mixtral
+    from .mixtral import Mixtral
     from .verification import verify
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = ["SMALL", "ExpertsConfig", "KVCache", "Mixtral", "MixtralConfig", "apply", "register", "revert", "verify"]
 
-_HOME = {"KVCache": "cache", "Mixtral": "model", "MixtralConfig": "config", "SMALL": "config"}
+_HOME = {"KVCache": "cache", "Mixtral": "mixtral", "MixtralConfig": "config", "SMALL": "config"}
 _HOME |= dict.fromkeys(("ExpertsConfig", "apply", "register", "revert"), "hf") | {"verify": "verification"}
 
 

@@ -29,7 +29,7 @@ from .tools.prompt import encode, read_prompts, read_text
 from .tools.terminal import bar, did_you_mean, exit_status, is_first, open_mesh, print_message, select_backend
 
 if TYPE_CHECKING:
-    from .model import Mixtral
+    from .mixtral import Mixtral
 
 FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
 # Texts of the help.
@@ -233,7 +233,7 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
 
     from .arguments import free_memory, in_decimal, usable_device
     from .checkpoint import total_bytes
-    from .model import Mixtral
+    from .mixtral import Mixtral
     from .quantize.hub import read_headers
 
     device = None if mesh is not None else usable_device(args.device)  # each rank of a mesh has its own

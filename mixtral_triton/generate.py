@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,17 +29,15 @@ from .cuda_graph import CapturedGraph, CaptureLost, capture, is_out_of_memory
 from .kernels.call import untraced
 from .kernels.checks import readable
 from .kernels.launch import launch_context, launches_dependently
+from .model import Model
 from .sampling import Logprobs, Sampling, measure, penalize, sample, stack_steps
-
-if TYPE_CHECKING:
-    from .model import Mixtral
 
 GRAPH_MIN_TOKENS = 4  # remaining tokens that are worth a capture, which takes the host time of about two steps
 
 
 @torch.no_grad()
 def generate(
-    model: Mixtral,
+    model: Model,
     input_ids: Tensor | Sequence[Tensor | Sequence[int]],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
@@ -94,7 +92,7 @@ def generate(
 
 
 def stream(
-    model: Mixtral,
+    model: Model,
     input_ids: Tensor | Sequence[Tensor | Sequence[int]],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
@@ -158,7 +156,7 @@ def stream(
 @torch.inference_mode(False)  # outermost: leaving inference mode turns gradients on
 @torch.no_grad()
 def _stream(
-    model: Mixtral,
+    model: Model,
     rows: list[Tensor],
     n: int,
     eos: frozenset[int],
@@ -246,7 +244,7 @@ class Step:
     """
 
     def __init__(
-        self, model: Mixtral, cache: KVCache, eos: frozenset[int], sampling: Sampling, logprobs: int | None = None
+        self, model: Model, cache: KVCache, eos: frozenset[int], sampling: Sampling, logprobs: int | None = None
     ) -> None:
         self.model, self.cache, self.sampling, self.no_pdl = model, cache, sampling, False
         self.penalizes = sampling.repetition_penalty != 1.0
@@ -288,7 +286,7 @@ class Step:
         return Logprobs(token, *measured) if measured else token
 
 
-def can_capture(model: Mixtral) -> bool:
+def can_capture(model: Model) -> bool:
     """Whether a replay does what the model's step does, with a warning where it would not call a caller's code."""
     if model.device.type != "cuda" or not untraced():
         return False
@@ -298,7 +296,7 @@ def can_capture(model: Mixtral) -> bool:
     return change is None
 
 
-def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
+def prefill(model: Model, cache: KVCache, ids: Tensor, lengths: Tensor) -> Tensor:
     """Run the right-padded prompts ids [B,T] in chunks -> the hidden state of each one's last token, [B,H]."""
     last = torch.empty(0)
     for start, h, new in run_chunks(model, cache, ids, lengths):
@@ -307,7 +305,7 @@ def prefill(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Ten
     return last
 
 
-def run_chunks(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def run_chunks(model: Model, cache: KVCache, ids: Tensor, lengths: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Run texts as `prefill` does -> each chunk's first token, hidden states [B,C,H], int32 [B] tokens that exist."""
     for start in range(0, ids.shape[1], model.prefill_chunk):
         chunk = ids[:, start : start + model.prefill_chunk]
@@ -315,7 +313,7 @@ def run_chunks(model: Mixtral, cache: KVCache, ids: Tensor, lengths: Tensor) -> 
         yield start, model.hidden(chunk, cache, new), new
 
 
-def to_rows(model: Mixtral, ids: Any, mask: Any = None, argument: str = "generate: input_ids") -> list[Any]:
+def to_rows(model: Model, ids: Any, mask: Any = None, argument: str = "generate: input_ids") -> list[Any]:
     """Return the rows of ids [B,T] or of a list, a list of integers as int64 [T] on the model's device; what else is no
     tensor stays as it is, for `check_rows`. mask: as in `drop_padding`."""
     if not isinstance(ids, (list, tuple)) and not (isinstance(ids, Tensor) and ids.dim()):
@@ -329,7 +327,7 @@ def to_rows(model: Mixtral, ids: Any, mask: Any = None, argument: str = "generat
     return rows if mask is None else drop_padding(rows, mask)
 
 
-def check_rows(model: Mixtral, rows: Sequence[Tensor], what: str) -> None:
+def check_rows(model: Model, rows: Sequence[Tensor], what: str) -> None:
     """Raise ValueError, which begins with `what`, unless there are rows [T], each with tokens of the vocabulary."""
     if not rows:
         raise ValueError(f"{what}: there is none, needs at least one")

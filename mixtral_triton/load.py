@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,16 +15,16 @@ from .arguments import check_dtype, check_memory, named_dtype, usable_device, we
 from .config import MixtralConfig, checkpoint_folder
 from .kernels.arch import check_multiplies_fp8
 from .kernels.launch import target_arch
+from .model import Model
 from .offload_plan import MemoryRequest, movable_bytes, place, table_bytes
 from .parallel import UNSHARDED, Ranks
 from .quantize import Formats, QuantSpec, hub, quantize_into, select_specs
 
-if TYPE_CHECKING:
-    from .model import Mixtral
+M = TypeVar("M", bound=Model)
 
 
 def load(
-    cls: type[Mixtral],
+    cls: type[M],
     folder: str | os.PathLike[str],
     device: torch.device | str | None,
     dtype: Any,
@@ -33,7 +33,7 @@ def load(
     request: MemoryRequest,
     progress: Callable[[int], None] | None,
     ranks: Ranks | None,
-) -> Mixtral:
+) -> M:
     dtype = named_dtype(dtype)
     if dtype is not None:
         check_dtype("Mixtral.from_pretrained: dtype", dtype)

@@ -5,34 +5,32 @@ B batch, T tokens, H hidden, D head size, P positions, V vocabulary
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import checkpoint, ops
-from .arguments import LOAD_HINTS, check_dtype, check_ids, check_lengths, reject_unknown, usable_device
+from .arguments import check_dtype, check_ids, check_lengths, usable_device
 from .cache import KVCache
 from .config import PREFILL_CHUNK, MixtralConfig
-from .generate import generate, stream
 from .kernels.call import reject_transforms, transformed, untraced
 from .kernels.checks import check_values
 from .kernels.heads import rope_tables
 from .kernels.launch import pdl_region
-from .layer import Layer, State, WeightTensor
-from .load import load
-from .offload_plan import RESIDENT, MemoryRequest, Placement, offloaded_weights, stage_in_turn
+from .layer import ForwardContext, Layer, WeightTensor
+from .offload_plan import RESIDENT, Placement, offloaded_weights, stage_in_turn
 from .parallel import UNSHARDED, Ranks
 from .quantize import QuantizedWeight, QuantSpec
-from .score import score
-from .tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Rows of a forward up to which activations="fp8" keeps 16 bits: its products are then bound by the weights' bytes.
 SIXTEEN_BIT_ROWS = 64
@@ -42,13 +40,13 @@ SIXTEEN_BIT_ROWS = 64
 def _method_names(kind: type[nn.Module]) -> frozenset[str]:
     """Return the attributes of an instance with which a caller replaces what its class does in a forward."""
     methods = {name for name in dir(kind) if callable(getattr(kind, name))}
-    return frozenset(methods - {"generate", "stream"} | {"_compiled_call_impl"})  # None until `compile` sets it
+    return frozenset(methods | {"_compiled_call_impl"})  # None until `compile` sets it
 
 
-class Mixtral(nn.Module):
-    """A Mixtral language model for inference.
+class Model(nn.Module):
+    """The forward of a Mixtral language model, for inference.
 
-    `Mixtral(config)` allocates the parameters unset; `Mixtral.from_pretrained` fills them. Their names and shapes are
+    The parameters are allocated unset, and the loader fills them. Their names and shapes are
     `checkpoint.parameter_shapes(config)`; those named in `specs` are QuantizedWeights. Gradients and training mode
     raise ValueError.
 
@@ -68,7 +66,7 @@ class Mixtral(nn.Module):
     sixteen_bit_rows: int = SIXTEEN_BIT_ROWS
     requantized: frozenset[str] = frozenset()  # tensors on disk that were dequantized, and perhaps quantized anew
     folder: Path | None = None  # which `from_pretrained` read
-    _tokenizer: Any = None
+    written_as: ClassVar[type[nn.Module]]  # the class itself: of a subclass's forward nothing is known
     prefill_chunk: int = PREFILL_CHUNK  # tokens that `generate` reads of a prompt at once
 
     def __init__(
@@ -109,71 +107,9 @@ class Mixtral(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        weights: str | Mapping[str, str] | None = None,
-        mesh: Any = None,
-        deterministic: bool = False,
-        offload: int | str = 0,
-        progress: Callable[[int], None] | None = None,
-        context: int | None = None,
-        cache_dtype: torch.dtype | None = None,
-        activations: str | None = None,
-        **unknown: Any,
-    ) -> Mixtral:
-        """Load a Hugging Face checkpoint (config.json and safetensors; checkpoint.py says what is rejected).
-
-        folder         a local one, or a name on the hub, `mistralai/Mixtral-8x7B-v0.1`, perhaps with `@revision`
-        device         None: the GPU if there is one and nothing is interpreted, else the CPU; "meta": headers only
-        dtype          None or "auto": as stored; a torch dtype or its name, "bfloat16"
-        weights        None: as stored, quantized or not. "int4", "int8" or "fp8": quantize the experts while loading.
-                       {"experts": "int4", "linear": "int8"}: attention's projections and the head, too; a tied head
-                       stays dense, like the gate and the norms. A checkpoint that is quantized already is quantized
-                       anew there, with a warning
-        mesh           a torch DeviceMesh with dimensions "tp" or "ep", or both. Every rank calls this, reads its part
-                       (parallel.py), and calls the model with the same tokens. A failure on one rank raises on all
-        deterministic  see the class
-        offload        so many experts of each layer stay in pinned host memory, where kernels read them in place, its
-                       last ones; "auto": the fewest of the whole model that have to, with one sequence of `context`
-                       tokens (None: 4,096) and its cache of `cache_dtype` (None: dtype), and the untied embedding, as
-                       a warning tells
-        progress       is called with the number of bytes just read
-        activations    None: products take activations of 16 bits, or fp32. "fp8": in a forward of more than 64 rows,
-                       with `deterministic` in any, the layers' products with fp8 weights that have one scale a row
-                       quantize their activations to e4m3, one scale a row, found anew each time: static scales of a
-                       checkpoint are not used. It needs such weights, and a GPU from sm_89 on or a CPU; the head's
-                       products, of few rows in `generate`, stay. Not with a mesh, whose ranks would each scale their
-                       own columns
-        """
-        reject_unknown("Mixtral.from_pretrained", unknown, LOAD_HINTS)
-        if activations not in (None, "fp8"):
-            raise ValueError(f"Mixtral.from_pretrained: activations is {activations!r}, needs None or 'fp8'")
-        if activations is not None and mesh is not None:
-            got = f"activations is {activations!r}, and there is a mesh"
-            raise ValueError(f"Mixtral.from_pretrained: {got}: needs None")
-        if not isinstance(deterministic, bool):
-            raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
-        request = MemoryRequest(offload, context, cache_dtype, activations)
-        ranks = None if mesh is None else Ranks(mesh)
-        with nullcontext() if ranks is None else ranks.raise_on_any_rank():
-            return load(cls, folder, device, dtype, weights, deterministic, request, progress, ranks)
-
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.device
-
-    @property
-    def tokenizer(self) -> Any:
-        """The AutoTokenizer of the model's folder, read at first use. ValueError for a model without a folder."""
-        if self._tokenizer is None:
-            if self.folder is None:
-                raise ValueError("Mixtral.tokenizer: the model was read from no folder, needs Mixtral.from_pretrained")
-            self._tokenizer = load_tokenizer(self.folder)
-        return self._tokenizer
 
     @property
     def dtype(self) -> torch.dtype:
@@ -214,8 +150,10 @@ class Mixtral(nn.Module):
             raise ValueError("Mixtral: on a mesh a model cannot be compiled, traced or observed by a dispatch mode")
         eps = self.config.rms_norm_eps
         num_new = None if lengths is None else lengths.to(torch.int32).contiguous().resolve_neg()
-        state = State(self, B, T, cache, num_new)
-        bounds = () if cache is None else (cache.lengths, state.num_new if lengths is None else lengths, cache.max_len)
+        context = self.context(B, T, cache, num_new)
+        bounds = (
+            () if cache is None else (cache.lengths, context.num_new if lengths is None else lengths, cache.max_len)
+        )
         norm = self.layers[0].input_layernorm
         h, x = ops.embed_rms_norm.unchecked(input_ids, self.embed_tokens, norm, eps, *bounds)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
@@ -225,15 +163,20 @@ class Mixtral(nn.Module):
         try:
             with pdl_region() if pdl else nullcontext():
                 for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_caches, strict=True):
-                    h, x = layer(h, x, next_norm, kv_cache, state)
+                    h, x = layer(h, x, next_norm, kv_cache, context)
             out = h if head is None else head(h)
         except BaseException:
             if cache is not None:
                 cache.note_failure()
             raise
         if cache is not None:
-            cache.advance(state.num_new, T if lengths is None else 0)
+            cache.advance(context.num_new, T if lengths is None else 0)
         return out
+
+    def context(self, B: int, T: int, cache: KVCache | None, num_new: Tensor | None) -> ForwardContext:
+        """Return what the layers of one forward share."""
+        options = self.ranks, self.deterministic, self.quantizes_activations(B * T)
+        return ForwardContext(self.config, self.cos, self.sin, *options, B, T, cache, num_new)
 
     def find_change(self) -> str | None:
         """Return where a caller's code runs in the layers; None where each is exactly as this class made it.
@@ -243,11 +186,12 @@ class Mixtral(nn.Module):
         """
         if _has_any_global_hook():
             return "all modules have a hook"
-        methods = {kind: _method_names(kind) for kind in (Mixtral, Layer)}
+        methods = {kind: _method_names(kind) for kind in (Model, Layer)}
         for index, module in enumerate((self, *self.layers)):
-            kind, hooked = Layer if index else Mixtral, index and (module._forward_hooks or module._forward_pre_hooks)
+            kind, hooked = Layer if index else Model, index and (module._forward_hooks or module._forward_pre_hooks)
             # A parametrization makes a subclass of its own.
-            if hooked or type(module) is not kind or not methods[kind].isdisjoint(module.__dict__):
+            subclass = type(module) is not (Layer if index else self.written_as)
+            if hooked or subclass or not methods[kind].isdisjoint(module.__dict__):
                 return f"{f'layer {index - 1}' if index else 'the model'} has a hook, or methods of its own"
         return None
 
@@ -262,10 +206,6 @@ class Mixtral(nn.Module):
         """Return every Parameter and QuantizedWeight by the names of `checkpoint.parameter_shapes`."""
         quantized = {name: module for name, module in self.named_modules() if isinstance(module, QuantizedWeight)}
         return dict(self.named_parameters()) | quantized
-
-    generate = generate
-    stream = stream
-    score = score
 
     def _check(self, input_ids: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
@@ -292,7 +232,7 @@ class Mixtral(nn.Module):
                 cache.filled_by = self.identity()
                 cache.record(input_ids, lengths)
 
-    def identity(self) -> tuple[weakref.ref[Mixtral], torch.dtype]:
+    def identity(self) -> tuple[weakref.ref[Model], torch.dtype]:
         """Return what a cache keeps of the model that filled it."""
         return weakref.ref(self), self.dtype
 
@@ -317,12 +257,12 @@ class Mixtral(nn.Module):
             if got != need:
                 raise ValueError(f"Mixtral: argument 'cache' has {what} {got}, needs {need}")
 
-    def train(self, mode: bool = True) -> Mixtral:
+    def train(self, mode: bool = True) -> Self:
         if mode:
             raise ValueError("Mixtral is for inference only: there is no training mode")
         return super().train(False)
 
-    def to(self, *args: Any, **kwargs: Any) -> Mixtral:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """As torch's; a device that does not exist is a ValueError."""
         try:
             device = torch._C._nn._parse_to(*args, **kwargs)[0]
@@ -332,7 +272,7 @@ class Mixtral(nn.Module):
             usable_device(str(device))
         return super().to(*args, **kwargs)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixtral:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits, and are set
         after `to_empty`, too. Offloaded experts refuse before anything has changed."""
         for weight in offloaded_weights(self):
@@ -353,7 +293,10 @@ class Mixtral(nn.Module):
         if self.cos.is_meta:  # assign=True has moved the parameters
             self._set_tables(self.device)
 
-    def requires_grad_(self, requires_grad: bool = True) -> Mixtral:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         if requires_grad:
             raise ValueError("Mixtral is for inference only: its parameters cannot require gradients")
         return super().requires_grad_(False)
+
+
+Model.written_as = Model

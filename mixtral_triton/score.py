@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,7 @@ from torch import Tensor
 from .arguments import explain_out_of_memory
 from .cache import KVCache
 from .generate import check_rows, pad, run_chunks, to_rows
-
-if TYPE_CHECKING:
-    from .model import Mixtral
+from .model import Model
 
 LOGITS = 1 << 26  # numbers of logits that are held at once
 
@@ -22,7 +19,7 @@ LOGITS = 1 << 26  # numbers of logits that are held at once
 @torch.inference_mode(False)  # outermost: leaving inference mode turns gradients on
 @torch.no_grad()
 def score(
-    model: Mixtral, texts: Tensor | Sequence[Tensor | Sequence[int]], *, cache_dtype: torch.dtype | None = None
+    model: Model, texts: Tensor | Sequence[Tensor | Sequence[int]], *, cache_dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """Return fp32 [T - 1] of each text: the log probability of each token but the first after those before it.
 
@@ -43,7 +40,7 @@ def score(
 
 
 def score_padded(
-    model: Mixtral, rows: Sequence[Tensor], ids: Tensor, lengths: Tensor, dtype: torch.dtype
+    model: Model, rows: Sequence[Tensor], ids: Tensor, lengths: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
     """`score` of checked texts, padded to ids [B,T]."""
     cache = KVCache(model.config, len(rows), ids.shape[1], model.device, dtype)

@@ -23,7 +23,7 @@ from ..generate import prefill
 from ..kernels.arch import ARCHS, amd
 from ..kernels.launch import INTERPRETED, Launch, multiprocessors, target_arch
 from ..kernels.record import record_launches
-from ..model import Mixtral
+from ..mixtral import Mixtral
 from ..offload_plan import usable_cores
 
 WIDTHS = ("H", "I")  # of a model: they change no tile

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..model import Mixtral
+from ..mixtral import Mixtral
 from ..score import score_padded
 from .ahead import on_meta_by_kind
 from .terminal import bar, console, is_first, print_message, table_of

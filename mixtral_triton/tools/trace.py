@@ -17,7 +17,7 @@ from rich.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.launch import launch_context
-from ..model import Mixtral
+from ..mixtral import Mixtral
 from .ahead import on_meta_by_kind
 from .terminal import bar, print_message, table_of
 

@@ -12,7 +12,7 @@ import torch
 
 from ..cache import KVCache
 from ..generate import eos_ids
-from ..model import Mixtral
+from ..mixtral import Mixtral
 from ..sampling import Logprobs
 from .ahead import launch_text
 from .prompt import Decoder, cut_at_stop, print_stream, read_generation_config, select_options, speed_of

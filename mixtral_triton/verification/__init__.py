@@ -26,7 +26,7 @@ from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..generate import GRAPH_MIN_TOKENS, can_capture
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, launch_context, multiprocessors, target_arch
-from ..model import Mixtral
+from ..mixtral import Mixtral
 from ..quantize.cost import held_out, measure_activation_cost, measure_cache_cost, perplexity
 from ..quantize.hub import read_headers
 from ..tolerance import Fp64Reference, largest, to_fp64, token_floor

@@ -20,7 +20,7 @@ from ..kernels.kernel_weight import Weight
 from ..kernels.launch import DEFAULT_ARCH, Launch, active_records, launch_context, target_arch
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
-from ..model import Mixtral
+from ..mixtral import Mixtral
 from ..tolerance import Args, fp64_block
 from ..tools.ahead import on_meta
 

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..layer import State
 from ..tolerance import largest
 from .report import Row
 
@@ -150,7 +149,7 @@ def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:
     P, D, theta = raw["max_position_embeddings"], raw["head_dim"], max(raw["rope_theta"], default=math.nan)
     positions = torch.arange(P, device=model.device)
     cache: Any = SimpleNamespace(lengths=positions.int())
-    whole, cached = State(model, 1, P, None, None), State(model, P, 2, cache, None)
+    whole, cached = model.context(1, P, None, None), model.context(P, 2, cache, None)
     got = torch.stack((whole.positions[0], *cached.positions.t()))
     error = largest((got - torch.stack((positions, positions, (positions + 1).clamp(max=P - 1)))).double())
     rows = [Row(None, "config", "positions", error, 0.0)]

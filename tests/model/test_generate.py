@@ -182,7 +182,7 @@ def test_stream_yields_the_tokens_of_generate(make: Make, device: torch.device) 
 
 @pytest.fixture
 def idle(make: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
-    for name in ("model.Mixtral.hidden", "generate.KVCache"):
+    for name in ("model.Model.hidden", "generate.KVCache"):
         monkeypatch.setattr(f"mixtral_triton.{name}", Mock(side_effect=AssertionError("the model ran")))
     return make
 

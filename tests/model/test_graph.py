@@ -13,7 +13,7 @@ import torch
 from mixtral_triton import KVCache, Mixtral, generate
 from mixtral_triton.cuda_graph import CaptureLost, capture
 from mixtral_triton.layer import Layer
-from mixtral_triton.model import _method_names
+from mixtral_triton.model import Model, _method_names
 from mixtral_triton.parallel import UNSHARDED
 from tests.support.models import cache_of, random_model, tokens
 
@@ -357,7 +357,7 @@ def test_no_capture_and_no_pdl_where_a_layer_is_changed(change: str, gpu: Any) -
 def test_every_method_that_an_instance_replaces_is_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that a contributor adds to a class included, and `generate`, which runs around the steps, excluded."""
     model = build(None, "cpu")
-    for kind in (Mixtral, Layer):
+    for kind in (Model, Layer):
         monkeypatch.setattr(kind, "scale", lambda self, out: out, raising=False)
     _method_names.cache_clear()
     model.generate = model.stream = print  # type: ignore[assignment]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mixtral_triton import Mixtral, generate
-from mixtral_triton.layer import Layer, State
+from mixtral_triton.layer import ForwardContext, Layer
 from tests.support.models import random_model
 
 Patch = pytest.MonkeyPatch
@@ -44,9 +44,11 @@ def in_step(name: str, change: Callable[..., Any]) -> Inject:
     return replace_by(generate.Step, name, lambda f: lambda step, *args: (x := f(step, *args), change(x, step))[0])
 
 
-def change_state(change: Callable[[State], Any]) -> Inject:
-    """`change` a new State, which all layers of a forward share."""
-    return replace_by(State, "__init__", lambda init: lambda state, *args: (init(state, *args), change(state))[0])
+def change_state(change: Callable[[ForwardContext], Any]) -> Inject:
+    """`change` a new ForwardContext, which all layers of a forward share."""
+    return replace_by(
+        ForwardContext, "__init__", lambda init: lambda context, *args: (init(context, *args), change(context))[0]
+    )
 
 
 def in_router(**changes: Any) -> Inject:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mixtral_triton import KVCache, Mixtral, checkpoint, generate, ops, verify
 from mixtral_triton.cli import SMALL
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.layer import Layer, State
+from mixtral_triton.layer import ForwardContext, Layer
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults
 from tests.support.faults import Inject, all_dtypes, bf16_then_others, change_state, replace_by
@@ -35,7 +35,7 @@ class SwappedNorms(Layer):
 
 
 class SwappedQueriesAndKeys(Layer):
-    def attention(self, h: Tensor, kv_cache: Any, state: State) -> Tensor:
+    def attention(self, h: Tensor, kv_cache: Any, state: ForwardContext) -> Tensor:
         attend, state = state.attend, copy.copy(state)
         state.attend = lambda q, k, v, kv_cache: attend(k, q, v, kv_cache)  # type: ignore[method-assign]
         return super().attention(h, kv_cache, state)
@@ -62,11 +62,11 @@ class WrongNextNorm(Layer):
         return super().forward(h, x, self.post_attention_layernorm, *args)
 
 
-def change_window(change: int, state: State) -> None:
+def change_window(change: int, state: ForwardContext) -> None:
     state.window += change  # type: ignore[operator]
 
 
-def shift_decode_position(state: State) -> None:
+def shift_decode_position(state: ForwardContext) -> None:
     if state.decodes:
         state.cos, state.sin = state.cos[1:], state.sin[1:]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mixtral_triton import Mixtral, MixtralConfig, model, quantize, reference, verification, verify
 from mixtral_triton.cli import SMALL, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.layer import State
+from mixtral_triton.layer import ForwardContext
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.quantize.cost import LOGIT_ROWS
 from mixtral_triton.tolerance import token_floor
@@ -64,7 +64,7 @@ def change_tables(patch: Patch, positions: torch.dtype = torch.float32, theta: f
     patch.setattr(model, "rope_tables", tables)
 
 
-def round_positions(state: State) -> None:
+def round_positions(state: ForwardContext) -> None:
     if not state.decodes:
         state.positions = state.positions.bfloat16().long()
 

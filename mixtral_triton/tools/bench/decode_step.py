@@ -15,7 +15,7 @@ from ...config import MixtralConfig
 from ...generate import can_capture, capture
 from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op
-from ...model import Mixtral
+from ...mixtral import Mixtral
 from ...offload_plan import Placement, select_experts
 from ..fit import step_costs
 
