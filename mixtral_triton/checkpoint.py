@@ -31,7 +31,7 @@ from .config import (
 from .kernels.offload import host_memory
 from .kernels.packing import GROUPS
 from .kernels.quantized import QuantizedWeight
-from .parallel import UNSHARDED, Shard
+from .shard import UNSHARDED, Shard
 
 KeyLayout = Literal["per_expert", "fused"]
 Shape = tuple[int, ...]

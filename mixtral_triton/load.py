@@ -17,8 +17,9 @@ from .kernels.arch import check_multiplies_fp8
 from .kernels.launch import target_arch
 from .model import Model
 from .offload_plan import MemoryRequest, movable_bytes, place, table_bytes
-from .parallel import UNSHARDED, Ranks
+from .parallel import Ranks
 from .quantize import Formats, QuantSpec, hub, quantize_into, select_specs
+from .shard import UNSHARDED
 
 M = TypeVar("M", bound=Model)
 

@@ -26,8 +26,9 @@ from .kernels.heads import rope_tables
 from .kernels.launch import pdl_region
 from .layer import ForwardContext, Layer, WeightTensor
 from .offload_plan import RESIDENT, Placement, offloaded_weights, stage_in_turn
-from .parallel import UNSHARDED, Ranks
+from .parallel import Ranks
 from .quantize import QuantizedWeight, QuantSpec
+from .shard import UNSHARDED
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -21,7 +21,7 @@ from .. import checkpoint
 from ..checkpoint import Destination, Headers, Stored
 from ..config import MixtralConfig, checkpoint_folder, error_prefix
 from ..kernels.quantized import QuantizedWeight
-from ..parallel import UNSHARDED, Shard
+from ..shard import UNSHARDED, Shard
 from . import QUANTIZED_PARTS, Formats, QuantSpec, put, quantize_into, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
 

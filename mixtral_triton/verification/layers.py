@@ -25,7 +25,7 @@ from ..cache import KVCache
 from ..kernels.fp8 import with_fp8_activations
 from ..kernels.registry import dispatched
 from ..layer import Layer
-from ..parallel import UNSHARDED
+from ..shard import UNSHARDED
 from ..tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
 from .calls import LayerCheck, SizedCalls
 from .report import END_RATIO, FP32, TORCH, Row, worst_rows

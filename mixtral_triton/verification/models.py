@@ -17,8 +17,8 @@ from ..kernels.call import call_unchecked
 from ..kernels.quantized import QuantizedWeight
 from ..kernels.registry import OPS
 from ..layer import Layer
-from ..parallel import Shard
 from ..quantize import put
+from ..shard import Shard
 from .layers import LayerCheck, LayerProbe, ModelUnderTest
 
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone

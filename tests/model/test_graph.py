@@ -14,7 +14,7 @@ from mixtral_triton import KVCache, Mixtral, generate
 from mixtral_triton.cuda_graph import CaptureLost, capture
 from mixtral_triton.layer import Layer
 from mixtral_triton.model import Model, _method_names
-from mixtral_triton.parallel import UNSHARDED
+from mixtral_triton.shard import UNSHARDED
 from tests.support.models import cache_of, random_model, tokens
 
 V, NEW = 23, 8

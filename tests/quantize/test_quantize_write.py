@@ -302,8 +302,8 @@ def test_what_is_not_named_stays_as_stored(tmp_path: Path) -> None:
 
 
 def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
-    from mixtral_triton.parallel import Shard
     from mixtral_triton.quantize.hub import read_quantized_weights
+    from mixtral_triton.shard import Shard
 
     hub.write(tmp_path, *ACT_ORDER)
     whole = load(tmp_path, weights="int8")
