@@ -22,8 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .arch import ARCHS, sums_fp8_exactly
-from .formats import element_type, field_values
-from .fp8_rows import quantize_rows
+from .formats import element_type, field_values, quantize_rows
 from .kernel_args import ALIGNMENT, Groups, Pointer, Rows, dense_rows
 from .launch import LaunchConfig, describe, tma_can_read, unpacks_by_ptx
 from .packing import scaled

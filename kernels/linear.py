@@ -142,7 +142,7 @@ class LinearSizes:
 def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool:
     """Return whether the kernel for few rows of x runs, in place of torch's library or the one for many.
 
-    Not for products of fp8 codes. Up to SKINNY_M rows it does for others. Up to SKINNY_M_MAX it does for a quantized
+    Not for products of codes. Up to SKINNY_M rows it does for others. Up to SKINNY_M_MAX it does for a quantized
     weight, and on sm_80 and sm_90 for a weight whose rows fill a tile on every SM.
     """
     T, N = sizes.T, sizes.N

@@ -130,8 +130,8 @@ QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
 }
 
 
-# Products of fp8 codes (fp8.py). sm_80: sm_89 and sm_120, which take its family's tiles; sums are promoted every 128
-# columns, so no tile is as deep as the 256 that an RTX 4090 measured as the fastest for few tokens.
+# Products of codes, those of x, too. sm_80: sm_89 and sm_120, which take its family's tiles. Sums are promoted every
+# 128 columns, so no tile is as deep as the 256 that an RTX 4090 measured as the fastest for few tokens.
 _RTX_4090 = "measured: E=8,N=3584,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8.json"
 FP8_PREFILL: Table[PrefillTile] = {
     "sm_80": (
