@@ -60,7 +60,7 @@ Table = Mapping[str, Sequence[Tile]]
 # Quantized weights. BLOCK_N counts gate and up rows together. No GPU has measured them in a kernel of these layouts:
 # selected by instructions per byte (decode) and FLOP per instruction (prefill). Registers bound the tiles of fp32, in
 # decode to 16 rows of x. The experts of up to 128 tokens take these, too. With 2 of 8 an expert then has 32 rows on
-# average, and where it has more than 64 reads its weight again.
+# average, and where it has more than BLOCK_T reads its weight again, through L2.
 _DECODE_HOPPER = (
     DecodeTile(16, 16, 64, 0, 4, 5, "compiled: 128 registers, 266 FLOP"),
     DecodeTile(32, 32, 64, 0, 4, 4, "compiled: 168 registers, 498 FLOP"),
@@ -79,7 +79,7 @@ QUANTIZED_DECODE: Table[DecodeTile] = {
     "gfx942": (
         DecodeTile(16, 16, 32, 0, 4, 1, "compiled: 100 registers"),
         DecodeTile(64, 64, 32, 0, 8, 1, "compiled: 253 registers"),
-        DecodeTile(128, 64, 32, 0, 8, 1, "compiled: 253 registers"),
+        DecodeTile(128, 32, 32, 0, 8, 1, "compiled: 181 registers"),  # a taller one spills with Triton 3.6
     ),
     "fp32": (
         DecodeTile(16, 16, 16, 0, 8, 2, "compiled: 87 registers"),

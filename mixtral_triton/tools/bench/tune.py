@@ -19,7 +19,6 @@ from rich.text import Text
 
 from ...kernels import tiles
 from ...kernels.arch import ARCHS
-from ...kernels.facts import full_tiles_of
 from ...kernels.fp8 import W8A8
 from ...kernels.launch import DEFAULT_ARCH, INTERPRETED, Configs, Launch, LaunchConfig, override_configs, target_arch
 from ...kernels.op import runs_on
@@ -51,7 +50,7 @@ class Candidate:
 def fixed_tiles(launch: Launch) -> set[str]:
     """Return the tiles that do not vary, of a quantized weight also its depth, which the layout fixes."""
     quantized = launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    return {*full_tiles_of(launch.kernel), *(("BLOCK_K",) if quantized else ())}
+    return {*getattr(launch.fn, "full_tiles", ()), *(("BLOCK_K",) if quantized else ())}
 
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
