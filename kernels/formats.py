@@ -1,5 +1,7 @@
-"""The registry of stored formats: of weights by name, on the host and on the device, and of arguments that are several
-tensors. A format itself is a file: int4.py, int8.py, fp8.py; quantized_cache.py; offload.py."""
+"""The registry of the stored formats of weights, by name, on the host and on the device.
+
+What a format is stands in its file: int4.py, int8.py, fp8.py. A new one has a file and its entries here.
+"""
 
 from __future__ import annotations
 
