@@ -125,7 +125,7 @@ def linear_kernel(
     w_ptrs = weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :]
     w = WeightRows(weight, w_ptrs, w_rows, weight_desc, (pid_n * BLOCK_N,))
     acc = row_products(x_ptrs, x_desc, pid_m * BLOCK_M, w, BLOCK_M, BLOCK_K, H, LAYOUT)
-    acc = times_scales(acc, w, H, LAYOUT, 1, x, x_rows)
+    acc = times_scales(acc, w, H, LAYOUT, 1, x.scales, x_rows)
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
