@@ -74,8 +74,8 @@ def check_multiplies_fp8(arch: str, what: str) -> None:
 
 
 def sums_fp8_exactly(arch: str) -> bool:
-    """Return whether tensor cores keep fp32 sums of fp8 products. Those before sm_100, and sm_120, whose instruction is
-    sm_89's, are taken to keep about 14 bits (DeepSeek-V3 report, section 3.3.2; SageAttention2)."""
+    """Return whether tensor cores keep fp32 sums of e4m3 products. Those before sm_100, and sm_120, whose instruction
+    is sm_89's, are taken to keep about 14 bits (DeepSeek-V3 report, section 3.3.2; SageAttention2)."""
     return multiplies_fp8(arch) and family(arch) == "sm_100"
 
 

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from .offload import OFFLOADED, OffloadedWeight
 from .quantized import QuantizedWeight
-from .quantized_cache import QuantizedCache
-from .quantized_cache import quantized as quantized_vectors
-from .quantized_cache import vector_bytes as vector_bytes
+from .quantized_cache import QuantizedCache, quantized_vectors, vector_bytes
 
 Matrix = Tensor | QuantizedWeight
 Cache = Tensor | QuantizedCache

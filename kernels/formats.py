@@ -1,5 +1,7 @@
-"""The registry of stored formats: of weights by name, on the host and on the device, and of arguments that are several
-tensors. A format itself is a file: int4.py, int8.py, fp8.py; quantized_cache.py; offload.py."""
+"""The registry of the stored formats of weights, by name, on the host and on the device.
+
+What a format is stands in its file: int4.py, int8.py, fp8.py. A new one has a file and its entries here.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .fp8 import W8A8, Fp8, Fp8Products, fp8_values
+from .fp8_rows import quantize_rows as quantize_rows
 from .int4 import Int4, int4_values
 from .int8 import Int8, int8_values
 from .packing import Format

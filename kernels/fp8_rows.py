@@ -14,13 +14,11 @@ import triton
 import triton.language as tl
 
 from .facts import full_tiles
-from .formats import CODE_PRODUCTS, FORMATS
-from .fp8 import FP8_MAX, LEAST_AMAX
+from .fp8 import FP8_MAX, LEAST_AMAX, Fp8Products
 from .kernel_args import Groups, Rows
 from .launch import LaunchConfig, launch, select_configs
-from .tiles import power_of_2
 
-_FORMAT = FORMATS[CODE_PRODUCTS]
+_FORMAT = Fp8Products()
 _FP8_MAX, _LEAST_AMAX = tl.constexpr(FP8_MAX), tl.constexpr(LEAST_AMAX)
 
 
@@ -71,8 +69,9 @@ class CodeSizes:
 
 def configs(sizes: CodeSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     J = _FORMAT.unit_columns(sizes.K, sizes.K) // 2
-    units = power_of_2(-(-sizes.K // (2 * J)))
-    return {"quantize_rows_kernel": LaunchConfig({"BLOCK_U": units}, power_of_2(units * J // 512, high=16))}
+    units = triton.next_power_of_2(-(-sizes.K // (2 * J)))
+    warps = min(16, max(1, triton.next_power_of_2(units * J // 512)))
+    return {"quantize_rows_kernel": LaunchConfig({"BLOCK_U": units}, warps)}
 
 
 def quantize_rows(x: Rows, groups: Groups | None = None, top_k: int = 0) -> Rows:

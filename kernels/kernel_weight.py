@@ -22,8 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .arch import ARCHS, sums_fp8_exactly
-from .formats import element_type, field_values
-from .fp8_rows import quantize_rows
+from .formats import element_type, field_values, quantize_rows
 from .kernel_args import ALIGNMENT, Groups, Pointer, Rows, dense_rows
 from .launch import LaunchConfig, describe, tma_can_read, unpacks_by_ptx
 from .packing import scaled
@@ -337,12 +336,11 @@ def _add_tile(acc, tile, w, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl.co
 
 
 @triton.jit
-def times_scales(acc, w, K: tl.constexpr, LAYOUT: tl.constexpr, AXIS: tl.constexpr, x=None, x_rows=None):
+def times_scales(acc, w, K: tl.constexpr, LAYOUT: tl.constexpr, AXIS: tl.constexpr, of_x=None, x_rows=None):
     """Multiply acc's rows, or with AXIS 1 its columns, by the scales of WeightRows with one scale a row, and before its
-    rows by those that Rows x has at x_rows, where these are codes."""
-    if x is not None:  # noqa: SIM102  # the JIT evaluates both sides of `and`
-        if x.scales is not None:
-            acc *= tl.load(x.scales + x_rows)[:, None]
+    rows by those `of_x` at x_rows, where x are codes."""
+    if of_x is not None:
+        acc *= tl.load(of_x + x_rows)[:, None]
     if LAYOUT.format != "dense" and LAYOUT.group == K:
         acc *= tl.expand_dims(tl.load(w.weight.scales + w.rows).to(tl.float32), 1 - AXIS)
     return acc

@@ -125,7 +125,7 @@ def linear_kernel(
     w_ptrs = weight.ptr + w_rows[:, None] * weight.stride_n + offs_k[None, :]
     w = WeightRows(weight, w_ptrs, w_rows, weight_desc, (pid_n * BLOCK_N,))
     acc = row_products(x_ptrs, x_desc, pid_m * BLOCK_M, w, BLOCK_M, BLOCK_K, H, LAYOUT)
-    acc = times_scales(acc, w, H, LAYOUT, 1, x, x_rows)
+    acc = times_scales(acc, w, H, LAYOUT, 1, x.scales, x_rows)
     out = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
@@ -142,7 +142,7 @@ class LinearSizes:
 def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool:
     """Return whether the kernel for few rows of x runs, in place of torch's library or the one for many.
 
-    Not for products of fp8 codes. Up to SKINNY_M rows it does for others. Up to SKINNY_M_MAX it does for a quantized
+    Not for products of codes. Up to SKINNY_M rows it does for others. Up to SKINNY_M_MAX it does for a quantized
     weight, and on sm_80 and sm_90 for a weight whose rows fill a tile on every SM.
     """
     T, N = sizes.T, sizes.N

@@ -20,7 +20,7 @@ from .launch import LaunchConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """Compulsory work: floating-point operations, of which `fp8_flops` are products of fp8 codes, and bytes that must
+    """Compulsory work: floating-point operations, of which `fp8_flops` are products of e4m3 codes, and bytes that must
     cross device memory, or the link to host memory, at least once."""
 
     flops: int
@@ -39,7 +39,7 @@ def as_dict(case: Any) -> dict[str, Any]:
 
 
 def runs_on(case: Any, arch: str) -> bool:
-    """Return whether the GPU has the products of a case: those of fp8 codes not every one has."""
+    """Return whether the GPU has the products of a case: those of e4m3 codes not every one has."""
     return not any(map(multiplies_codes, vars(case).values())) or multiplies_fp8(arch)
 
 

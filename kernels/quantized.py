@@ -73,7 +73,7 @@ class QuantizedWeight(nn.Module):
 
     @property
     def name(self) -> str:
-        """Format and group: "int4:128"; "int4" where a row has one scale."""
+        """Format and group: "FORMAT:GROUP"; "FORMAT" where a row has one scale."""
         return self.format if self.group == self.shape[-1] else f"{self.format}:{self.group}"
 
     def fault(self) -> str | None:

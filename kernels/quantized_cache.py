@@ -135,7 +135,7 @@ class QuantizedCache:
 
 
 @triton.jit
-def quantized(x):
+def quantized_vectors(x):
     """Vectors [rows, D] -> codes [rows, D] in fp32, scales fp32 [rows]."""
     x = x.to(tl.float32)
     largest = tl.max(tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf")), axis=1)  # a maximum ignores NaN

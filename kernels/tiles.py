@@ -60,7 +60,7 @@ Table = Mapping[str, Sequence[Tile]]
 # Quantized weights. BLOCK_N counts gate and up rows together. No GPU has measured them in a kernel of these layouts:
 # selected by instructions per byte (decode) and FLOP per instruction (prefill). Registers bound the tiles of fp32, in
 # decode to 16 rows of x. The experts of up to 128 tokens take these, too. With 2 of 8 an expert then has 32 rows on
-# average, and where it has more than 64 reads its weight again.
+# average, and where it has more than BLOCK_T reads its weight again, through L2.
 _DECODE_HOPPER = (
     DecodeTile(16, 16, 64, 0, 4, 5, "compiled: 128 registers, 266 FLOP"),
     DecodeTile(32, 32, 64, 0, 4, 4, "compiled: 168 registers, 498 FLOP"),
@@ -79,7 +79,7 @@ QUANTIZED_DECODE: Table[DecodeTile] = {
     "gfx942": (
         DecodeTile(16, 16, 32, 0, 4, 1, "compiled: 100 registers"),
         DecodeTile(64, 64, 32, 0, 8, 1, "compiled: 253 registers"),
-        DecodeTile(128, 64, 32, 0, 8, 1, "compiled: 253 registers"),
+        DecodeTile(128, 32, 32, 0, 8, 1, "compiled: 181 registers"),  # a taller one spills with Triton 3.6
     ),
     "fp32": (
         DecodeTile(16, 16, 16, 0, 8, 2, "compiled: 87 registers"),
@@ -130,8 +130,8 @@ QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
 }
 
 
-# Products of fp8 codes (fp8.py). sm_80: sm_89 and sm_120, which take its family's tiles; sums are promoted every 128
-# columns, so no tile is as deep as the 256 that an RTX 4090 measured as the fastest for few tokens.
+# Products of codes, those of x, too. sm_80: sm_89 and sm_120, which take its family's tiles. Sums are promoted every
+# 128 columns, so no tile is as deep as the 256 that an RTX 4090 measured as the fastest for few tokens.
 _RTX_4090 = "measured: E=8,N=3584,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8.json"
 FP8_PREFILL: Table[PrefillTile] = {
     "sm_80": (

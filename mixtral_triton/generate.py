@@ -24,7 +24,7 @@ from .arguments import (
     is_int,
     reject_unknown,
 )
-from .cache import KVCache
+from .cache import KVCache, select_dtype
 from .cuda_graph import CapturedGraph, CaptureLost, capture, is_out_of_memory
 from .kernels.call import untraced
 from .kernels.checks import readable
@@ -114,7 +114,7 @@ def stream(
     once every sequence has. A cache is right wherever the caller stops."""
     reject_unknown("generate", unknown, GENERATE_HINTS)
     eos, rows = eos_ids(eos_token_id, model.config), to_rows(model, input_ids, attention_mask)
-    dtypes, vocabulary, penalty = (None, model.dtype, torch.int8), model.config.vocab_size, repetition_penalty
+    vocabulary, penalty = model.config.vocab_size, repetition_penalty
     finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
     penalizes = _is_number(penalty) and 0.0 < penalty <= torch.finfo(torch.float32).max
     is_generator = generator is None or isinstance(generator, torch.Generator)
@@ -127,7 +127,6 @@ def stream(
         ("top_k", repr(top_k), top_k is None or is_int(top_k, 1), "an integer of at least 1, or None"),
         ("min_p", repr(min_p), _is_number(min_p) and 0.0 <= min_p <= 1.0, "a number from 0 to 1"),
         ("repetition_penalty", repr(penalty), penalizes, "a finite number above 0"),
-        ("cache_dtype", repr(cache_dtype), cache_dtype in dtypes, f"None, {model.dtype}, the model's, or torch.int8"),
         ("logprobs", repr(logprobs), measures, f"an integer from 0 to {vocabulary}, the vocabulary, or None"),
         ("the model", "on the meta device, which holds no numbers", model.device.type != "meta", "a CPU or a GPU"),
         ("generator", f"a {type(generator).__name__}", is_generator, "a torch.Generator"),
@@ -135,6 +134,7 @@ def stream(
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")
+    dtype = select_dtype("generate", cache_dtype, model.dtype, cache)
     check_rows(model, rows, "generate: prompt")
     longest, limit = max(map(len, rows)), model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
@@ -142,15 +142,13 @@ def stream(
         raise ValueError(f"generate: {got} go beyond max_position_embeddings, {limit}")
     if cache is not None:
         model._check_cache(cache, len(rows))
-        if cache_dtype not in (None, cache.dtype):
-            raise ValueError(f"generate: cache_dtype is {cache_dtype}, needs None or the cache's, {cache.dtype}")
         cache.check_intact()
         cache.check_length(longest + max(0, max_new_tokens - 1))
     if generator is None and temperature > 0.0 and model.device.type == "cuda":
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
         generator = torch.Generator(model.device).manual_seed(int(torch.randint(1 << 62, (), device="cpu")))
     sampling = Sampling(temperature, top_p, generator, top_k, min_p, penalty)
-    return _stream(model, rows, max_new_tokens, eos, sampling, cache or cache_dtype or model.dtype, logprobs)
+    return _stream(model, rows, max_new_tokens, eos, sampling, cache or dtype, logprobs)
 
 
 @torch.inference_mode(False)  # outermost: leaving inference mode turns gradients on

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import explain_out_of_memory
-from .cache import KVCache
+from .cache import KVCache, select_dtype
 from .generate import check_rows, pad, run_chunks, to_rows
 from .model import Model
 
@@ -30,11 +30,9 @@ def score(
     rows = to_rows(model, texts, argument="score: texts")
     check_rows(model, rows, "score: text")
     ids, lengths = pad(rows, model.device)
-    limit, dtypes = model.config.max_position_embeddings, (model.dtype, torch.int8)
+    limit, dtype = model.config.max_position_embeddings, select_dtype("score", cache_dtype, model.dtype)
     if ids.shape[1] > limit:
         raise ValueError(f"score: a text of {ids.shape[1]} tokens is beyond max_position_embeddings, {limit}")
-    if (dtype := model.dtype if cache_dtype is None else cache_dtype) not in dtypes:
-        raise ValueError(f"score: cache_dtype is {dtype!r}, needs None, {model.dtype}, the model's, or torch.int8")
     with explain_out_of_memory("score", model.device, len(rows), ids.shape[1]):
         return score_padded(model, rows, ids, lengths, dtype)
 

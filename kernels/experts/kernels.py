@@ -207,7 +207,7 @@ def _store_scaled(
     x_rows = tl.minimum(row + tl.arange(0, acc.shape[0]), end - 1)
     # Indices of 64 bits take registers that the loop before needs.
     w = WeightRows(w.weight, w.ptrs, w.rows.to(tl.int32), None, None)
-    store(times_scales(acc, w, K, LAYOUT, 1, x, x_rows), *out, row, end, pid_n, COLUMNS)
+    store(times_scales(acc, w, K, LAYOUT, 1, x.scales, x_rows), *out, row, end, pid_n, COLUMNS)
 
 
 @triton.jit
@@ -275,7 +275,7 @@ def experts_up_kernel(
                 x_rows = tl.load(groups.order + x_rows) // TOP_K
                 x_ptrs += x_rows.to(tl.int64)[:, None] * x.stride + offs_k[None, :]
             acc = row_products(x_ptrs, x_desc, row, w, BLOCK_M, BLOCK_K, H, LAYOUT)
-            _store_swiglu(times_scales(acc, w, H, LAYOUT, 1, x, x_rows), h_ptr, row, end, pid_n, I)
+            _store_swiglu(times_scales(acc, w, H, LAYOUT, 1, x.scales, x_rows), h_ptr, row, end, pid_n, I)
         else:
             rows, out = RowSource(x, x.ptr, x_desc, short_desc), (h_ptr,)
             _multiply_parts(rows, row, end, w, _store_swiglu, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT)

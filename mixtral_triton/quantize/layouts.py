@@ -58,7 +58,7 @@ AWQ |= {"modules_to_not_convert": NAMES}
 
 @dataclass(frozen=True)
 class Plane:
-    """A tensor that stores a matrix [N,C] of codes, scales or zeros."""
+    """On disk: a tensor that stores a matrix [N,C] of codes, scales or zeros."""
 
     name: str
     dtypes: tuple[str, ...]
@@ -106,7 +106,7 @@ def unpacked(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class HubLayout:
-    """How each quantized linear [N,K] is stored."""
+    """On disk: how each quantized linear [N,K] is stored."""
 
     format: str  # the QuantizedWeight's; "uint8": none, but `values` reads it
     codes: Plane

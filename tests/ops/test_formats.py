@@ -1,0 +1,54 @@
+"""Formats are leaves: in kernels/ the name of a format of weights, of the cache's, of what lies elsewhere stands in its
+own file and in the registry. A kernel sees tiles; a launch asks the weight."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from mixtral_triton.kernels import formats
+
+KERNELS = Path(formats.__file__).parent
+# Names, and the files that may have them.
+WEIGHTS = "|".join((*formats.FORMATS, "W8A8"))
+NAMES = {
+    rf"(?<!torch\.)(?<!tl\.)\b({WEIGHTS})\b": {"int4.py", "int8.py", "fp8.py", "fp8_rows.py", "quantized_cache.py"},
+    r"QuantizedCache|quantized_cache": {"quantized_cache.py"},
+    r"[Oo]ffload|OFFLOADED|on_host|\bstaged\b": {"offload.py"},
+}
+REGISTRY = {"formats.py", "composites.py"}
+EXCEPTIONS = {
+    "linear.py": "its cases name the formats that tests and benchmarks draw",
+    "experts/op.py": "the same",
+    "attention/op.py": "its cases name the cache's format",
+    "rope.py": "the same",
+    "tiles.py": "a GPU's measurement is named after its file",
+    "interpret.py": "the interpreter's conversions to e4m3 are put right",
+}
+
+
+def sources() -> dict[str, str]:
+    return {str(path.relative_to(KERNELS)): path.read_text() for path in KERNELS.rglob("*.py")}
+
+
+def misplaced(files: Mapping[str, str]) -> Iterator[str]:
+    """The lines that name a format, with their files."""
+    for file, text in files.items():
+        for names, own in NAMES.items():
+            if file not in own | REGISTRY:
+                yield from (f"{file}: {line.strip()}" for line in text.splitlines() if re.search(names, line))
+
+
+def test_a_format_is_named_in_its_file_and_in_the_registry_alone() -> None:
+    found = [*misplaced(sources())]
+    assert not [line for line in found if line.partition(":")[0] not in EXCEPTIONS]
+    assert {line.partition(":")[0] for line in found} == {*EXCEPTIONS} and len(EXCEPTIONS) <= 6
+
+
+@pytest.mark.parametrize(
+    "line", ['if LAYOUT.format == "int4":', "if format == W8A8:", "isinstance(x, QuantizedCache)", "weight.on_host"]
+)
+def test_a_name_in_another_file_is_found(line: str) -> None:
+    files = sources()
+    assert [*misplaced({"sort.py": f"{files['sort.py']}\n{line}\n"})] == [f"sort.py: {line}"]
