@@ -15,8 +15,8 @@ import torch
 from benchmarks import gpu_day
 from benchmarks.gpu_day import commands, day
 from mixtral_triton.cli import parser
-from mixtral_triton.tools import terminal
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.tools import terminal
 from tests.cli.commands import ROOT
 from tests.cli.commands import python as start
 
