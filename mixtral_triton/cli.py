@@ -11,7 +11,6 @@ import json
 import math
 import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
@@ -26,7 +25,17 @@ from .kernels.arch import ARCHS
 from .tokenizer import load_tokenizer
 from .tools.gpus import LINKS
 from .tools.prompt import encode, read_prompts, read_text
-from .tools.terminal import bar, did_you_mean, exit_status, is_first, open_mesh, print_message, select_backend
+from .tools.terminal import (
+    bar,
+    compile_shown,
+    did_you_mean,
+    exit_status,
+    is_first,
+    open_mesh,
+    print_message,
+    select_backend,
+    warning_lines,
+)
 
 if TYPE_CHECKING:
     from .model import Mixtral
@@ -40,6 +49,7 @@ TORCHRUN = "with torchrun; default: 1"
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
 PROMPT = "text to run, or - to read standard input"
 # Modules whose `run` is the command; the others are functions below.
+OF_LOADING = "deterministic", "offload", "context", "cache_dtype", "activations"  # keywords of from_pretrained
 TOOLS = {"bench": "bench.command", "fit": "fit", "compile": "compile"}
 
 
@@ -222,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.command in TOOLS:
                 tool = "fit_train" if vars(args).get("train") else TOOLS[args.command]
                 return import_module(f".tools.{tool}", __package__).run(args)
-            return globals()[f"_{args.command}"](args)
+            with warning_lines(args.command):
+                return globals()[f"_{args.command}"](args)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
     except BaseException as error:
@@ -242,33 +253,13 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
-    names = ("deterministic", "offload", "context", "cache_dtype", "activations")
-    options: dict[str, Any] = {name: getattr(args, name) for name in names if name in args}
-    with warnings.catch_warnings(record=True) as caught, bar("loading", total, "B") as progress:
+    options: dict[str, Any] = {name: getattr(args, name) for name in OF_LOADING if name in args}
+    with bar("loading", total, "B") as progress:
         options["progress"] = progress.advance
         model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, mesh, **options)
-    for warning in caught if is_first() else ():
-        print_message(f"mixtral-triton {args.command}: {warning.message}")
-    if (free := free_memory(model.device)) is not None and is_first():
+    if (free := free_memory(model.device)) is not None:
         print_message(f"mixtral-triton {args.command}: {in_decimal(free)} of {model.device} are free after loading")
     return model
-
-
-def _encode(args: argparse.Namespace, tokenizer: Any, config: Any, text: str, template: bool = False) -> list[int]:
-    """Return the tokens of a prompt, or of the text of a chat template. Print the warning about special tokens."""
-    ids, warning = encode(tokenizer, text, config.vocab_size, add_special_tokens=not template)
-    if warning and is_first():
-        print_message(f"mixtral-triton {args.command}: {warning}")
-    return ids
-
-
-def _compile(launch: Callable[..., object], model: Mixtral, *args: Any) -> None:
-    """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
-    if model.device.type == "cuda":  # a CPU needs no compiler
-        from .tools.ahead import compile_ahead
-
-        with bar("compiling", None) as progress:
-            compile_ahead(model, partial(launch, model, *args), progress.update)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -284,18 +275,17 @@ def _verify(args: argparse.Namespace) -> int:
         model = _load(args, mesh)
         prompt = None
         if text is not None:
-            ids = _encode(args, load_tokenizer(args.folder), model.config, text)
+            ids = encode(model.tokenizer, text, model.config.vocab_size)
             prompt = torch.tensor([ids], device=model.device)
             if args.tokens is not None and prompt.shape[1] < args.tokens:
                 raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
         text_ids = default_text(prompt, model.config, model.device, args.tokens)[:, : args.tokens]
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
-        if is_first():
-            print_message(note)
-        _compile(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
+        print_message(note)
+        compile_shown(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "peer", "tokens", "cache_dtype")}
         if measured is not None:
-            ids = _encode(args, load_tokenizer(args.folder), model.config, measured)
+            ids = encode(model.tokenizer, measured, model.config.vocab_size)
             options["text"] = torch.tensor(ids, device=model.device)
         with bar("verifying", None) as progress:
             report = verify(model, text_ids, progress.update, quick=quick, **options)
@@ -306,33 +296,25 @@ def _verify(args: argparse.Namespace) -> int:
         return int(not report.ok)
 
 
-def _writer(args: argparse.Namespace, note: str, mesh: Any = None) -> Any:
-    """Load what a command needs that writes texts -> Writer."""
-    from .tools.writer import Writer
-
-    model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
-    return Writer(args, model, tokenizer, note, partial(_encode, args, tokenizer, model.config), _compile)
-
-
 def _generate(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from .tools import batch
     from .tools.chat import Conversation, check_system
-    from .tools.writer import check_options
+    from .tools.writer import Writer, check_options
 
     check_options(args)
     if args.batch is not None:
         jobs = batch.read_jobs(args)
         done, size = batch.read_done(args.out, jobs)
         with open_mesh(args) as mesh:
-            return batch.run(args, _writer(args, note, mesh), jobs, done, size)
+            return batch.run(args, Writer(args, _load(args, mesh), note), jobs, done, size)
     texts = read_prompts(args.prompt)
     if not args.chat and (len(texts) > 1 or args.system is not None):
         raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
     if args.chat:  # before the weights are read
         check_system(load_tokenizer(args.folder), args.system, texts[0])
     with open_mesh(args) as mesh:
-        writer, quiet = _writer(args, note, mesh), args.json or not is_first()
+        writer, quiet = Writer(args, _load(args, mesh), note), args.json or not is_first()
         limit = writer.model.config.max_position_embeddings
         chat = Conversation(writer, args.system, limit) if args.chat else None
         for text in texts:
@@ -352,7 +334,7 @@ def _chat(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from .load import AUTO_CONTEXT
     from .tools.chat import Conversation, check_system, run
-    from .tools.writer import check_options
+    from .tools.writer import Writer, check_options
 
     check_options(args)
     limit = MixtralConfig.from_pretrained(args.folder).max_position_embeddings
@@ -361,7 +343,7 @@ def _chat(args: argparse.Namespace) -> int:
         raise ValueError(f"--context is {args.context}, needs 1 to {limit}, the model's positions")
     planned = min(AUTO_CONTEXT, limit) if args.offload == "auto" else limit  # tokens that loading leaves memory for
     limit, args.context = args.context or planned, args.context if args.offload == "auto" else None
-    writer = _writer(args, note)
+    writer = Writer(args, _load(args), note)
     writer.notes.append(f"the chat has room for {limit:,} tokens")
     return run(args, Conversation(writer, args.system, limit))
 
@@ -371,9 +353,9 @@ def _perplexity(args: argparse.Namespace) -> int:
     from .tools.perplexity import run
 
     text, config = read_text(args.text, f"--text {args.text}"), MixtralConfig.from_pretrained(args.folder)
-    ids = _encode(args, load_tokenizer(args.folder), config, text)
+    ids = encode(load_tokenizer(args.folder), text, config.vocab_size)
     with open_mesh(args) as mesh:
-        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), _compile, note)
+        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), note)
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -383,8 +365,8 @@ def _trace(args: argparse.Namespace) -> int:
     texts = read_prompts(args.prompt)
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
-    model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(args, model, tokenizer, _encode(args, tokenizer, model.config, args.prompt), _compile, note)
+    model, args.prompt = _load(args), texts[0]
+    return run(args, model, encode(model.tokenizer, args.prompt, model.config.vocab_size), note)
 
 
 def _quantize(args: argparse.Namespace) -> int:

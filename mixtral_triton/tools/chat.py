@@ -16,7 +16,7 @@ from ..cache import KVCache
 from .batch import is_message
 from .prompt import PROMPT_CHARACTERS, decode, read_text, render
 from .terminal import print_message
-from .writer import Writer, warning_lines
+from .writer import Writer
 
 HELP = """A line is a turn of the chat. Ctrl-C ends an answer, Ctrl-D the chat. A space before / makes it text.
 /system TEXT  set the system message; without TEXT remove it
@@ -170,8 +170,7 @@ class Conversation:
         while sizes and sizes[-1] < self.limit and self.writer.model.config.window is None:
             sizes.append(self._slots(sizes[-1] + 1))
         cache = self._reserve(len(ids) + 1, len(ids) + 1)
-        with warning_lines(self.writer.args.command):
-            (held,) = cache.set_back([ids])
+        (held,) = cache.set_back([ids])
         self.writer.begin(1, len(ids), cache.max_len, held)
         for slots in sizes[1:]:
             self.writer.begin(1, len(ids), slots, len(ids) - 1)

@@ -14,7 +14,7 @@ import torch
 from ..model import Mixtral
 from ..score import score_padded
 from .ahead import on_meta_by_kind
-from .terminal import bar, console, is_first, print_message, table_of
+from .terminal import bar, compile_shown, console, is_first, print_message, table_of
 
 WINDOW = 2048  # the most tokens of a window that is not given
 # Options that change the model's numbers.
@@ -74,11 +74,10 @@ def run(
     ids: list[int],
     limit: int,
     load: Callable[..., Mixtral],
-    compile: Callable[..., None],
     note: str,
 ) -> int:
     """Measure a text with the model of the options, and as stored where they change it -> exit status. limit: the
-    model's positions; load(args) returns a model; compile: as in `Writer`."""
+    model's positions; load(args) returns a model."""
     window = min(limit, WINDOW) if args.window is None else args.window
     stride = max(1, window // 2) if args.stride is None else args.stride
     for name, value, least, most, what in (
@@ -93,7 +92,7 @@ def run(
     changes = {name: getattr(args, name) for name in STORED if getattr(args, name) != STORED[name]}
     models, model = {describe(dict(changes)): args}, None
     models["as stored"] = argparse.Namespace(**vars(args) | STORED)
-    print_message(note if is_first() else "")
+    print_message(note)
     for number, (name, options) in enumerate(models.items()):
         if model is None or changes.keys() != {"cache_dtype"}:
             model = None
@@ -103,10 +102,10 @@ def run(
             except ValueError as error:
                 if number == 0:
                     raise
-                print_message(f"mixtral-triton perplexity: no baseline: {error}" if is_first() else "")
+                print_message(f"mixtral-triton perplexity: no baseline: {error}")
                 break
         cache_dtype = torch.int8 if options.cache_dtype else None
-        compile(launch_scores, model, {end - start for start, _, end in spans}, cache_dtype)
+        compile_shown(launch_scores, model, {end - start for start, _, end in spans}, cache_dtype)
         found[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}", len(models) - number)
     result, *baseline = found.values()
     if is_first() and args.json:
