@@ -86,20 +86,19 @@ def parse_memory(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} needs GiB, like 24, 24GiB or 24GB") from None
 
 
-def parse_offload(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} needs a number of experts, or auto")
-    return text if text == "auto" else int(text)
+def count_or_auto(noun: str, least: int) -> Callable[[str], int | str]:
+    """Return what reads an option that is a number of `noun` or "auto"."""
+
+    def parse(text: str) -> int | str:
+        if text != "auto" and not (text.isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"{text!r} needs a number of {noun}, or auto")
+        return text if text == "auto" else int(text)
+
+    return parse
 
 
 def parse_source(text: str) -> str | Path:
     return text if text == "-" else Path(text)
-
-
-def parse_batch_size(text: str) -> int | None:
-    if text != "auto" and not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} needs a number of prompts, or auto")
-    return None if text == "auto" else int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -114,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
         "--activations": {"choices": ("fp8",), "help": ACTIVATIONS},
         "--tp": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that split each expert; " + TORCHRUN},
         "--ep": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that share the experts; " + TORCHRUN},
-        "--offload": {"type": parse_offload, "default": 0, "metavar": "N|auto", "help": OFFLOAD},
+        "--offload": {"type": count_or_auto("experts", 0), "default": 0, "metavar": "N|auto", "help": OFFLOAD},
         "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
         "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
         "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
@@ -124,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
         "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
     }
     model, prompt = "folder --device --dtype --weights --activations ", "--prompt --prompt-file --interpret "
-    offload, mesh = "--offload --context ", "--tp --ep --cache-dtype "
+    memory, mesh = "--offload --context ", "--tp --ep --cache-dtype "
 
     def command(name: str, help: str, names: str = "") -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
@@ -134,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(option, **shared[option])
         return sub.add_argument
 
-    option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + offload)
+    option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + memory)
     option("--peer", choices=("transformers",), help="compare with its model of the files, layer by layer, too")
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
     option("--text", **shared["--text"] | {"help": "measure the perplexity that quantizing costs on this text"})
@@ -147,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         ("generate", "stream the continuation of a prompt", f"{mesh} --prompt --prompt-file"),
         ("chat", "talk with an instruction-tuned checkpoint", "--cache-dtype"),
     ):
-        option = command(name, help, f"{model} {offload} {names} --interpret")
+        option = command(name, help, f"{model} {memory} {names} --interpret")
         option("--system", metavar="TEXT", help="the system message of the chat; default: none")
         most = "what the context leaves" if name == "chat" else 64
         text = f"fewer where the text ends; {stored} {most}"
@@ -173,14 +172,14 @@ def parser() -> argparse.ArgumentParser:
             option("--batch", type=parse_source, metavar="FILE", help=f"{text}; - reads standard input")
             option("--out", type=Path, metavar="FILE", help="of --batch: write there; results of the same job are kept")
             text = "prompts of --batch at a time; auto, the default: up to 32 that fit"
-            option("--batch-size", type=parse_batch_size, metavar="N|auto", help=text)
+            option("--batch-size", type=count_or_auto("prompts", 1), default="auto", metavar="N|auto", help=text)
 
-    option = command("perplexity", "how well the model predicts a text", model + mesh + offload + "--interpret")
+    option = command("perplexity", "how well the model predicts a text", model + mesh + memory + "--interpret")
     option("--text", required=True, **shared["--text"])
     option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
     option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
 
-    option = command("trace", "which experts each token of a prompt took, by layer", model + offload + prompt)
+    option = command("trace", "which experts each token of a prompt took, by layer", model + memory + prompt)
     option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
 
     option = command("quantize", "write a checkpoint with quantized experts, as compressed-tensors has it", "--device")
@@ -341,8 +340,9 @@ def _chat(args: argparse.Namespace) -> int:
     check_system(load_tokenizer(args.folder), args.system)
     if args.context is not None and not 1 <= args.context <= limit:
         raise ValueError(f"--context is {args.context}, needs 1 to {limit}, the model's positions")
-    planned = min(AUTO_CONTEXT, limit) if args.offload == "auto" else limit  # tokens that loading leaves memory for
-    limit, args.context = args.context or planned, args.context if args.offload == "auto" else None
+    chosen, auto = args.context, args.offload == "auto"
+    limit = chosen or (min(AUTO_CONTEXT, limit) if auto else limit)  # tokens that loading leaves memory for
+    args.context = chosen if auto else None
     writer = Writer(args, _load(args), note)
     writer.notes.append(f"the chat has room for {limit:,} tokens")
     return run(args, Conversation(writer, args.system, limit))

@@ -176,7 +176,8 @@ def _answers(
     args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], indices: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the results of these jobs in their order. Where memory runs out, the batches become smaller and stay so."""
-    size = args.batch_size or (CPU_BATCH if writer.model.device.type == "cpu" else BATCH)
+    auto = CPU_BATCH if writer.model.device.type == "cpu" else BATCH
+    size = auto if args.batch_size == "auto" else args.batch_size
     waiting = deque(indices)
     while waiting:
         window = [waiting.popleft() for _ in range(min(WINDOW * size, len(waiting)))]

@@ -100,7 +100,7 @@ BAD_INPUT = {
     "bench route --sizes T=x": "needs tensors that can be",
     "bench linear --sizes weight=int5": "needs tensors that can be",
     "bench linear --sizes H=128,weight=int4:48": "group is 48",
-    "bench decode_step --sizes offload=8": "offload is 8, needs at most 7",
+    "bench decode_step --sizes offload=8": "offload=8, needs at most 7",
     "bench decode_step --peer a:b": "goes with the one operation",
     "bench route --sizes T=3,E=8,K=9": "K=9, needs at most E=8",
     **{f"bench linear --gpu h100 --sizes T={T},H={T},N=64": "--sizes is 'T=99999" for T in ("9" * 10, "9" * 30)},
