@@ -106,13 +106,6 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
     return dict(actions.choices)
 
 
-def test_only_the_help_of_generate_says_that_prompts_repeat() -> None:
-    texts = {name: command.format_help() for name, command in subcommands().items()}
-    assert [name for name, text in texts.items() if "repeated: turns of a chat" in " ".join(text.split())] == [
-        "generate"
-    ]
-
-
 def test_the_help_prints_every_default() -> None:
     for command in subcommands().values():
         for action in command._actions[1:]:
