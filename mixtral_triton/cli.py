@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -72,18 +70,6 @@ def parse_weights(text: str) -> str | dict[str, str]:
             form = f"one of {', '.join(known)}, in a form like int4, or experts=int4,linear=int8"
             raise argparse.ArgumentTypeError(f"{wrong[0]!r} needs {form}")
     return formats if "=" in text else text
-
-
-def parse_memory(text: str) -> float:
-    """Read `--memory`, a number of GiB, or with a unit -> GiB."""
-    found = re.fullmatch(r"(.*?) ?(GiB|GB)?", text, re.IGNORECASE)
-    try:
-        size = float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]
-        if 2**40 < size < math.inf or math.isnan(size):
-            raise ValueError
-        return size
-    except (ValueError, TypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} needs GiB, like 24, 24GiB or 24GB") from None
 
 
 def count_or_auto(noun: str, least: int) -> Callable[[str], int | str]:
@@ -201,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
-    option("--memory", type=parse_memory, metavar="GIB", help="a GPU of so many GiB (24, 24GB); default: see --gpu")
+    option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
     option("--link", choices=LINKS, metavar="NAME", help="to host memory: pcie4x16, ...; default: the GPU's")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")

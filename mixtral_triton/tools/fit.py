@@ -293,8 +293,8 @@ def select_gpu(args: argparse.Namespace) -> GPU | None:
     if args.memory is not None:
         if args.gpu is not None:
             raise ValueError("--gpu is given, and --memory, too: needs one of the two")
-        if not 1 <= args.memory < float("inf"):
-            raise ValueError(f"--memory is {args.memory}, needs GiB, at least 1")
+        if not 1 <= args.memory < 2**40:
+            raise ValueError(f"--memory is {args.memory}, needs GiB, at least 1, and less than {2**40}")
         gpu = GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
     elif args.gpu is not None:
         gpu = find_gpu(args.gpu)

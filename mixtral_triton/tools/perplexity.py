@@ -44,12 +44,11 @@ def launch_scores(model: Mixtral, lengths: Collection[int], cache_dtype: Any) ->
 
 
 def measure(
-    model: Mixtral, ids: list[int], size: int, spans: list[Span], cache_dtype: Any, label: str, models: int = 1
+    model: Mixtral, ids: list[int], size: int, spans: list[Span], cache_dtype: Any, label: str
 ) -> dict[str, Any]:
-    """Return what `--json` prints of a text of `size` bytes. The progress shown is that of so many models, each of them
-    as quick as this one."""
-    nats, tokens, total = list[float](), 0, models * sum(end - start for start, _, end in spans)
-    with bar(label, total) as progress:
+    """Return what `--json` prints of a text of `size` bytes."""
+    nats, tokens = list[float](), 0
+    with bar(label, sum(end - start for start, _, end in spans)) as progress:
         for start, counted, end in spans:
             scores = model.score([ids[start:end]], cache_dtype=cache_dtype)[0]
             nats.append(-float(scores[counted - start - 1 :].double().sum()))
@@ -106,7 +105,7 @@ def run(
                 break
         cache_dtype = torch.int8 if options.cache_dtype else None
         compile_shown(launch_scores, model, {end - start for start, _, end in spans}, cache_dtype)
-        found[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}", len(models) - number)
+        found[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}")
     result, *baseline = found.values()
     if is_first() and args.json:
         print(json.dumps(result | ({"baseline": [*baseline, None][0]} if changes else {})))

@@ -136,8 +136,6 @@ def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) 
         raise ValueError(f"--layers is {' '.join(map(str, layers))}, needs layers of 0..{L - 1}")
     if len(ids) < 2:
         raise ValueError("--prompt is one token: give at least two, since consecutive ones are compared")
-    if len(ids) > (limit := model.config.max_position_embeddings):
-        raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
     tokens = token_texts(model.tokenizer, args.prompt)
     print_message(note)
     compile_shown(launch_trace, model, len(ids))

@@ -241,10 +241,6 @@ def test_formats_are_those_of_quantized_weights_and_far_names_are_not_suggested(
     assert terminal.did_you_mean("--temperature is -1.0, needs 0") == "--temperature is -1.0, needs 0"
 
 
-def test_memory_is_in_gib_or_in_gb() -> None:
-    assert [cli.parse_memory(text) for text in ("24", "24 GiB", "24gib", "24GB")] == [24, 24, 24, 24e9 / 2**30]
-
-
 def test_the_small_checkpoint_has_a_name_in_every_folder(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert mixtral_triton.SMALL == SMALL and Mixtral.from_pretrained("small", "meta").config.num_hidden_layers == 4
