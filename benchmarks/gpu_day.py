@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds 
 from mixtral_triton import cli
 from mixtral_triton.kernels.launch import target_arch
 from mixtral_triton.tools.bench.cases import BENCHED, Case
-from mixtral_triton.tools.terminal import toolchain_fault
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 600.0
 PYTHON = shlex.quote(sys.executable)
@@ -126,9 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", choices=("sm_90", "gfx942"), default="sm_90", help="of the simulated GPU")
     args = parser.parse_args(argv)
     simulated = args.dry is not None
-    fault = toolchain_fault() if torch.cuda.is_available() else "there is no GPU: nothing was measured"
-    if fault and not simulated:
-        parser.error(fault)
+    if not simulated and not torch.cuda.is_available():
+        parser.error("there is no GPU: nothing was measured")
     every = commands(args.arch if simulated else target_arch(torch.device("cuda")), simulated, args.dry or "")
     if unknown := [only for only in args.only if not any(name.startswith(only) for name in every)]:
         parser.error(f"--only is {unknown[0]!r}, needs the beginning of one of {', '.join(every)}")

@@ -8,10 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
-import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
@@ -26,7 +23,17 @@ from .kernels.arch import ARCHS
 from .tokenizer import load_tokenizer
 from .tools.gpus import LINKS
 from .tools.prompt import encode, read_prompts, read_text
-from .tools.terminal import bar, did_you_mean, exit_status, is_first, open_mesh, print_message, select_backend
+from .tools.terminal import (
+    bar,
+    compile_shown,
+    did_you_mean,
+    exit_status,
+    is_first,
+    open_mesh,
+    print_message,
+    select_backend,
+    warning_lines,
+)
 
 if TYPE_CHECKING:
     from .mixtral import Mixtral
@@ -40,6 +47,7 @@ TORCHRUN = "with torchrun; default: 1"
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
 PROMPT = "text to run, or - to read standard input"
 # Modules whose `run` is the command; the others are functions below.
+OF_LOADING = "deterministic", "offload", "context", "cache_dtype", "activations"  # keywords of from_pretrained
 TOOLS = {"bench": "bench.command", "fit": "fit", "compile": "compile"}
 
 
@@ -64,32 +72,19 @@ def parse_weights(text: str) -> str | dict[str, str]:
     return formats if "=" in text else text
 
 
-def parse_memory(text: str) -> float:
-    """Read `--memory`, a number of GiB, or with a unit -> GiB."""
-    found = re.fullmatch(r"(.*?) ?(GiB|GB)?", text, re.IGNORECASE)
-    try:
-        size = float(found[1]) * (1e9 / 2**30 if (found[2] or "").lower() == "gb" else 1.0)  # type: ignore[index]
-        if 2**40 < size < math.inf or math.isnan(size):
-            raise ValueError
-        return size
-    except (ValueError, TypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} needs GiB, like 24, 24GiB or 24GB") from None
+def count_or_auto(noun: str, least: int) -> Callable[[str], int | str]:
+    """Return what reads an option that is a number of `noun` or "auto"."""
 
+    def parse(text: str) -> int | str:
+        if text != "auto" and not (text.isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"{text!r} needs a number of {noun}, or auto")
+        return text if text == "auto" else int(text)
 
-def parse_offload(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} needs a number of experts, or auto")
-    return text if text == "auto" else int(text)
+    return parse
 
 
 def parse_source(text: str) -> str | Path:
     return text if text == "-" else Path(text)
-
-
-def parse_batch_size(text: str) -> int | None:
-    if text != "auto" and not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} needs a number of prompts, or auto")
-    return None if text == "auto" else int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         "--activations": {"choices": ("fp8",), "help": ACTIVATIONS},
         "--tp": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that split each expert; " + TORCHRUN},
         "--ep": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that share the experts; " + TORCHRUN},
-        "--offload": {"type": parse_offload, "default": 0, "metavar": "N|auto", "help": OFFLOAD},
+        "--offload": {"type": count_or_auto("experts", 0), "default": 0, "metavar": "N|auto", "help": OFFLOAD},
         "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
         "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
         "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
@@ -114,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
     }
     model, prompt = "folder --device --dtype --weights --activations ", "--prompt --prompt-file --interpret "
-    offload, mesh = "--offload --context ", "--tp --ep --cache-dtype "
+    memory, mesh = "--offload --context ", "--tp --ep --cache-dtype "
 
     def command(name: str, help: str, names: str = "") -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
@@ -124,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(option, **shared[option])
         return sub.add_argument
 
-    option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + offload)
+    option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + memory)
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
     option("--text", **shared["--text"] | {"help": "measure the perplexity that quantizing costs on this text"})
     option("--tokens", type=int, metavar="N", help="of the text, default: 66, and of the longest call: 144, GPU: 8192")
@@ -136,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         ("generate", "stream the continuation of a prompt", f"{mesh} --prompt --prompt-file"),
         ("chat", "talk with an instruction-tuned checkpoint", "--cache-dtype"),
     ):
-        option = command(name, help, f"{model} {offload} {names} --interpret")
+        option = command(name, help, f"{model} {memory} {names} --interpret")
         option("--system", metavar="TEXT", help="the system message of the chat; default: none")
         most = "what the context leaves" if name == "chat" else 64
         text = f"fewer where the text ends; {stored} {most}"
@@ -162,14 +157,14 @@ def parser() -> argparse.ArgumentParser:
             option("--batch", type=parse_source, metavar="FILE", help=f"{text}; - reads standard input")
             option("--out", type=Path, metavar="FILE", help="of --batch: write there; results of the same job are kept")
             text = "prompts of --batch at a time; auto, the default: up to 32 that fit"
-            option("--batch-size", type=parse_batch_size, metavar="N|auto", help=text)
+            option("--batch-size", type=count_or_auto("prompts", 1), default="auto", metavar="N|auto", help=text)
 
-    option = command("perplexity", "how well the model predicts a text", model + mesh + offload + "--interpret")
+    option = command("perplexity", "how well the model predicts a text", model + mesh + memory + "--interpret")
     option("--text", required=True, **shared["--text"])
     option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
     option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
 
-    option = command("trace", "which experts each token of a prompt took, by layer", model + offload + prompt)
+    option = command("trace", "which experts each token of a prompt took, by layer", model + memory + prompt)
     option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
 
     option = command("quantize", "write a checkpoint with quantized experts, as compressed-tensors has it", "--device")
@@ -191,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
-    option("--memory", type=parse_memory, metavar="GIB", help="a GPU of so many GiB (24, 24GB); default: see --gpu")
+    option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
     option("--link", choices=LINKS, metavar="NAME", help="to host memory: pcie4x16, ...; default: the GPU's")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
@@ -221,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.command in TOOLS:
                 tool = "fit_train" if vars(args).get("train") else TOOLS[args.command]
                 return import_module(f".tools.{tool}", __package__).run(args)
-            return globals()[f"_{args.command}"](args)
+            with warning_lines(args.command):
+                return globals()[f"_{args.command}"](args)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
     except BaseException as error:
@@ -241,33 +237,13 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     total = None if mesh is not None else total_bytes(read_headers(args.folder))
-    names = ("deterministic", "offload", "context", "cache_dtype", "activations")
-    options: dict[str, Any] = {name: getattr(args, name) for name in names if name in args}
-    with warnings.catch_warnings(record=True) as caught, bar("loading", total, "B") as progress:
+    options: dict[str, Any] = {name: getattr(args, name) for name in OF_LOADING if name in args}
+    with bar("loading", total, "B") as progress:
         options["progress"] = progress.advance
         model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, mesh, **options)
-    for warning in caught if is_first() else ():
-        print_message(f"mixtral-triton {args.command}: {warning.message}")
-    if (free := free_memory(model.device)) is not None and is_first():
+    if (free := free_memory(model.device)) is not None:
         print_message(f"mixtral-triton {args.command}: {in_decimal(free)} of {model.device} are free after loading")
     return model
-
-
-def _encode(args: argparse.Namespace, tokenizer: Any, config: Any, text: str, template: bool = False) -> list[int]:
-    """Return the tokens of a prompt, or of the text of a chat template. Print the warning about special tokens."""
-    ids, warning = encode(tokenizer, text, config.vocab_size, add_special_tokens=not template)
-    if warning and is_first():
-        print_message(f"mixtral-triton {args.command}: {warning}")
-    return ids
-
-
-def _compile(launch: Callable[..., object], model: Mixtral, *args: Any) -> None:
-    """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
-    if model.device.type == "cuda":  # a CPU needs no compiler
-        from .tools.ahead import compile_ahead
-
-        with bar("compiling", None) as progress:
-            compile_ahead(model, partial(launch, model, *args), progress.update)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -282,18 +258,17 @@ def _verify(args: argparse.Namespace) -> int:
         model = _load(args, mesh)
         prompt = None
         if text is not None:
-            ids = _encode(args, load_tokenizer(args.folder), model.config, text)
+            ids = encode(model.tokenizer, text, model.config.vocab_size)
             prompt = torch.tensor([ids], device=model.device)
             if args.tokens is not None and prompt.shape[1] < args.tokens:
                 raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
         text_ids = default_text(prompt, model.config, model.device, args.tokens)[:, : args.tokens]
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
-        if is_first():
-            print_message(note)
-        _compile(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
+        print_message(note)
+        compile_shown(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
         if measured is not None:
-            ids = _encode(args, load_tokenizer(args.folder), model.config, measured)
+            ids = encode(model.tokenizer, measured, model.config.vocab_size)
             options["text"] = torch.tensor(ids, device=model.device)
         with bar("verifying", None) as progress:
             report = verify(model, text_ids, progress.update, quick=quick, **options)
@@ -304,33 +279,25 @@ def _verify(args: argparse.Namespace) -> int:
         return int(not report.ok)
 
 
-def _writer(args: argparse.Namespace, note: str, mesh: Any = None) -> Any:
-    """Load what a command needs that writes texts -> Writer."""
-    from .tools.writer import Writer
-
-    model, tokenizer = _load(args, mesh), load_tokenizer(args.folder)
-    return Writer(args, model, tokenizer, note, partial(_encode, args, tokenizer, model.config), _compile)
-
-
 def _generate(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from .tools import batch
     from .tools.chat import Conversation, check_system
-    from .tools.writer import check_options
+    from .tools.writer import Writer, check_options
 
     check_options(args)
     if args.batch is not None:
         jobs = batch.read_jobs(args)
         done, size = batch.read_done(args.out, jobs)
         with open_mesh(args) as mesh:
-            return batch.run(args, _writer(args, note, mesh), jobs, done, size)
+            return batch.run(args, Writer(args, _load(args, mesh), note), jobs, done, size)
     texts = read_prompts(args.prompt)
     if not args.chat and (len(texts) > 1 or args.system is not None):
         raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
     if args.chat:  # before the weights are read
         check_system(load_tokenizer(args.folder), args.system, texts[0])
     with open_mesh(args) as mesh:
-        writer, quiet = _writer(args, note, mesh), args.json or not is_first()
+        writer, quiet = Writer(args, _load(args, mesh), note), args.json or not is_first()
         limit = writer.model.config.max_position_embeddings
         chat = Conversation(writer, args.system, limit) if args.chat else None
         for text in texts:
@@ -350,16 +317,17 @@ def _chat(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from .offload_plan import AUTO_CONTEXT
     from .tools.chat import Conversation, check_system, run
-    from .tools.writer import check_options
+    from .tools.writer import Writer, check_options
 
     check_options(args)
     limit = MixtralConfig.from_pretrained(args.folder).max_position_embeddings
     check_system(load_tokenizer(args.folder), args.system)
     if args.context is not None and not 1 <= args.context <= limit:
         raise ValueError(f"--context is {args.context}, needs 1 to {limit}, the model's positions")
-    planned = min(AUTO_CONTEXT, limit) if args.offload == "auto" else limit  # tokens that loading leaves memory for
-    limit, args.context = args.context or planned, args.context if args.offload == "auto" else None
-    writer = _writer(args, note)
+    chosen, auto = args.context, args.offload == "auto"
+    limit = chosen or (min(AUTO_CONTEXT, limit) if auto else limit)  # tokens that loading leaves memory for
+    args.context = chosen if auto else None
+    writer = Writer(args, _load(args), note)
     writer.notes.append(f"the chat has room for {limit:,} tokens")
     return run(args, Conversation(writer, args.system, limit))
 
@@ -369,9 +337,9 @@ def _perplexity(args: argparse.Namespace) -> int:
     from .tools.perplexity import run
 
     text, config = read_text(args.text, f"--text {args.text}"), MixtralConfig.from_pretrained(args.folder)
-    ids = _encode(args, load_tokenizer(args.folder), config, text)
+    ids = encode(load_tokenizer(args.folder), text, config.vocab_size)
     with open_mesh(args) as mesh:
-        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), _compile, note)
+        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), note)
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -381,8 +349,8 @@ def _trace(args: argparse.Namespace) -> int:
     texts = read_prompts(args.prompt)
     if len(texts) > 1:
         raise ValueError("--prompt is given more than once: trace takes one text")
-    model, tokenizer, args.prompt = _load(args), load_tokenizer(args.folder), texts[0]
-    return run(args, model, tokenizer, _encode(args, tokenizer, model.config, args.prompt), _compile, note)
+    model, args.prompt = _load(args), texts[0]
+    return run(args, model, encode(model.tokenizer, args.prompt, model.config.vocab_size), note)
 
 
 def _quantize(args: argparse.Namespace) -> int:

@@ -20,9 +20,9 @@ import torch
 from ..arguments import free_memory
 from ..config import CONFIG_FILES, TEXT_FILES
 from ..offload_plan import running_bytes, usable_bytes
-from .prompt import check_stdin, render
+from .prompt import Decoder, check_stdin, cut_at_stop, render
 from .terminal import bar, check_writable, is_first, print_message
-from .writer import Writer, warning_lines
+from .writer import Writer
 
 BATCH = 32  # the most sequences of a batch without --batch-size
 CPU_BATCH = 8
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
     status. size: of the lines of the output file that stay."""
     again = [index for index, result in enumerate(done) if "error" in result]
     writes = is_first()
-    if done and writes:
+    if done:
         print_message(f"{len(done) - len(again)} results kept{f', {len(again)} errors tried again' * bool(again)}")
     with ExitStack() as stack:
         out = sys.stdout
@@ -147,7 +147,6 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
             out = stack.enter_context(args.out.open("a", encoding="utf-8"))
             out.truncate(size)
         progress = stack.enter_context(bar("generating", len(jobs)))
-        stack.enter_context(warning_lines(args.command))
         failed, count = False, len(done)
         for index, result in _answers(args, writer, jobs, [*again, *range(len(done), len(jobs))]):
             line = {"digest": jobs[index].digest, "id": jobs[index].id, **jobs[index].others, **result}
@@ -177,7 +176,8 @@ def _answers(
     args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], indices: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the results of these jobs in their order. Where memory runs out, the batches become smaller and stay so."""
-    size = args.batch_size or (CPU_BATCH if writer.model.device.type == "cpu" else BATCH)
+    auto = CPU_BATCH if writer.model.device.type == "cpu" else BATCH
+    size = auto if args.batch_size == "auto" else args.batch_size
     waiting = deque(indices)
     while waiting:
         window = [waiting.popleft() for _ in range(min(WINDOW * size, len(waiting)))]
@@ -195,7 +195,7 @@ def _answers(
         while batches:
             batch, failure = batches.popleft(), ""
             try:
-                results |= zip(batch, writer.write_batch(*zip(*(rows[i] for i in batch), strict=True)), strict=True)
+                results |= zip(batch, write_batch(writer, *zip(*(rows[i] for i in batch), strict=True)), strict=True)
             except (ValueError, RuntimeError) as error:
                 out_of_memory = any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__cause__))
                 if not out_of_memory or writer.model.ranks is not None:  # other ranks would go on with the whole batch
@@ -216,6 +216,27 @@ def _answers(
                 yield index, results[index]
         for index in window:
             yield index, results[index]
+
+
+def write_batch(writer: Writer, rows: Sequence[list[int]], afters: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """Continue texts together -> what is written of each. Those that stop early wait for the others."""
+    entries: list[list[dict[str, Any]]] = [[] for _ in rows]
+    texts, ended = [""] * len(rows), [False] * len(rows)
+    decoders = [Decoder(writer.tokenizer, after) for after in afters]
+    for step in writer.stream(rows, writer.new_tokens):
+        for b, entry in enumerate(step):
+            if not ended[b]:
+                entries[b].append(entry)
+                texts[b], stopped = cut_at_stop(decoders[b].add(entry["token"]), writer.args.stop)
+                ended[b] = stopped or entry["token"] in writer.eos
+        if all(ended):
+            break
+    written = []
+    for text, of_text, stopped in zip(texts, entries, ended, strict=True):
+        found: dict[str, Any] = {"text": text, "tokens": [entry["token"] for entry in of_text]}
+        found["finish_reason"] = "stop" if stopped else "length"
+        written.append(found | ({"logprobs": of_text} if writer.args.logprobs is not None else {}))
+    return written
 
 
 def _encode(writer: Writer, job: Job) -> tuple[list[int], list[int]]:

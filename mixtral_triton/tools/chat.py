@@ -16,7 +16,7 @@ from ..cache import KVCache
 from .batch import is_message
 from .prompt import PROMPT_CHARACTERS, decode, read_text, render
 from .terminal import print_message
-from .writer import Writer, warning_lines
+from .writer import Writer
 
 HELP = """A line is a turn of the chat. Ctrl-C ends an answer, Ctrl-D the chat. A space before / makes it text.
 /system TEXT  set the system message; without TEXT remove it
@@ -29,7 +29,6 @@ HELP = """A line is a turn of the chat. Ctrl-C ends an answer, Ctrl-D the chat. 
 /help         print this"""
 ENDS = ("/quit", "/exit", "exit")
 LEAST_SLOTS = 1024  # of a chat's cache, which doubles where a window does not size it
-SPARE_SLOTS = 256  # where no memory is left for twice as many
 
 
 def system_message(text: str | None) -> list[dict[str, str]]:
@@ -154,7 +153,7 @@ class Conversation:
         """Yield `Writer.stream` of an answer of at most n tokens, for which the cache grows."""
         text, end = [*ids], len(ids) + n
         while len(text) < end:
-            cache = self._reserve(len(text) + 1, min(end, len(text) + SPARE_SLOTS))
+            cache = self._reserve(len(text) + 1)
             steps = self.writer.stream([text], min(end, cache.max_len) - len(text), cache)
             for step in steps:
                 if len(text) == len(ids):
@@ -169,9 +168,8 @@ class Conversation:
         sizes = [self._slots(len(ids) + 1)] if self.cache is None else []
         while sizes and sizes[-1] < self.limit and self.writer.model.config.window is None:
             sizes.append(self._slots(sizes[-1] + 1))
-        cache = self._reserve(len(ids) + 1, len(ids) + 1)
-        with warning_lines(self.writer.args.command):
-            (held,) = cache.set_back([ids])
+        cache = self._reserve(len(ids) + 1)
+        (held,) = cache.set_back([ids])
         self.writer.begin(1, len(ids), cache.max_len, held)
         for slots in sizes[1:]:
             self.writer.begin(1, len(ids), slots, len(ids) - 1)
@@ -183,25 +181,20 @@ class Conversation:
             slots *= 2
         return min(slots, self.limit)
 
-    def _reserve(self, length: int, least: int) -> KVCache:
-        """Return the cache for at least `length` tokens; where no memory is left for its usual size, for `least`, and
-        with nothing in it. ValueError where there is none for these either."""
-        model = self.writer.model
-        for slots in (self._slots(length), least):
-            cache, self.cache = self.cache, None  # one whose growth fails is lost
-            try:
-                if cache is None:
-                    cache = KVCache(model.config, 1, slots, model.device, self.writer.dtype)
-                elif length > cache.max_len:
-                    cache.grow(slots)
-                self.cache = cache
-                return cache
-            except torch.OutOfMemoryError:
-                cache = None
-            if model.device.type == "cuda":  # here, where the error no longer holds the cache
-                torch.cuda.empty_cache()
-        got = f"no memory is left on {model.device} for a cache of {least:,} tokens"
-        raise ValueError(f"{got}: /reset begins a new chat, and --context N bounds one")
+    def _reserve(self, length: int) -> KVCache:
+        """Return the cache for at least `length` tokens. ValueError where no memory is left for one that large."""
+        model, slots = self.writer.model, self._slots(length)
+        cache, self.cache = self.cache, None  # one whose growth fails is lost
+        try:
+            if cache is None:
+                cache = KVCache(model.config, 1, slots, model.device, self.writer.dtype)
+            elif length > cache.max_len:
+                cache.grow(slots)
+        except torch.OutOfMemoryError:
+            got = f"no memory is left on {model.device} for a cache of {slots:,} tokens"
+            raise ValueError(f"{got}: /reset begins a new chat, and --context N bounds one") from None
+        self.cache = cache
+        return cache
 
 
 def read_line(prompt: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from ..mixtral import Mixtral
 from ..score import score_padded
 from .ahead import on_meta_by_kind
-from .terminal import bar, console, is_first, print_message, table_of
+from .terminal import bar, compile_shown, console, is_first, print_message, table_of
 
 WINDOW = 2048  # the most tokens of a window that is not given
 # Options that change the model's numbers.
@@ -44,12 +44,11 @@ def launch_scores(model: Mixtral, lengths: Collection[int], cache_dtype: Any) ->
 
 
 def measure(
-    model: Mixtral, ids: list[int], size: int, spans: list[Span], cache_dtype: Any, label: str, models: int = 1
+    model: Mixtral, ids: list[int], size: int, spans: list[Span], cache_dtype: Any, label: str
 ) -> dict[str, Any]:
-    """Return what `--json` prints of a text of `size` bytes. The progress shown is that of so many models, each of them
-    as quick as this one."""
-    nats, tokens, total = list[float](), 0, models * sum(end - start for start, _, end in spans)
-    with bar(label, total) as progress:
+    """Return what `--json` prints of a text of `size` bytes."""
+    nats, tokens = list[float](), 0
+    with bar(label, sum(end - start for start, _, end in spans)) as progress:
         for start, counted, end in spans:
             scores = model.score([ids[start:end]], cache_dtype=cache_dtype)[0]
             nats.append(-float(scores[counted - start - 1 :].double().sum()))
@@ -74,11 +73,10 @@ def run(
     ids: list[int],
     limit: int,
     load: Callable[..., Mixtral],
-    compile: Callable[..., None],
     note: str,
 ) -> int:
     """Measure a text with the model of the options, and as stored where they change it -> exit status. limit: the
-    model's positions; load(args) returns a model; compile: as in `Writer`."""
+    model's positions; load(args) returns a model."""
     window = min(limit, WINDOW) if args.window is None else args.window
     stride = max(1, window // 2) if args.stride is None else args.stride
     for name, value, least, most, what in (
@@ -93,7 +91,7 @@ def run(
     changes = {name: getattr(args, name) for name in STORED if getattr(args, name) != STORED[name]}
     models, model = {describe(dict(changes)): args}, None
     models["as stored"] = argparse.Namespace(**vars(args) | STORED)
-    print_message(note if is_first() else "")
+    print_message(note)
     for number, (name, options) in enumerate(models.items()):
         if model is None or changes.keys() != {"cache_dtype"}:
             model = None
@@ -103,11 +101,11 @@ def run(
             except ValueError as error:
                 if number == 0:
                     raise
-                print_message(f"mixtral-triton perplexity: no baseline: {error}" if is_first() else "")
+                print_message(f"mixtral-triton perplexity: no baseline: {error}")
                 break
         cache_dtype = torch.int8 if options.cache_dtype else None
-        compile(launch_scores, model, {end - start for start, _, end in spans}, cache_dtype)
-        found[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}", len(models) - number)
+        compile_shown(launch_scores, model, {end - start for start, _, end in spans}, cache_dtype)
+        found[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}")
     result, *baseline = found.values()
     if is_first() and args.json:
         print(json.dumps(result | ({"baseline": [*baseline, None][0]} if changes else {})))

@@ -5,9 +5,9 @@ import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,11 @@ def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
     at the end of an input or a file is not part of the text. ValueError where there is none, or an empty one."""
     if not prompts:
         raise ValueError("--prompt is missing: give a text, - to read standard input, or --prompt-file FILE")
-    return list(map(_read_prompt, prompts))
-
-
-def _read_prompt(prompt: str | Path) -> str:
-    if isinstance(prompt, Path):
-        return read_text(prompt, f"--prompt-file {prompt}", strip=True)
-    return read_text("-", "--prompt -", strip=True) if prompt == "-" else _check_text(prompt, "--prompt")
+    names = {prompt: f"--prompt-file {prompt}" if isinstance(prompt, Path) else "--prompt -" for prompt in prompts}
+    return [
+        read_text(each, names[each], strip=True) if isinstance(each, Path) or each == "-" else _check(each, "--prompt")
+        for each in prompts
+    ]
 
 
 def read_text(source: str | Path, name: str, strip: bool = False) -> str:
@@ -43,8 +41,8 @@ def read_text(source: str | Path, name: str, strip: bool = False) -> str:
         with opened as file:
             text = file.read(PROMPT_CHARACTERS + 1)
     except UnicodeError:
-        raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
-    return _check_text(text.removesuffix("\n").removesuffix("\r") if strip and text.endswith("\n") else text, name)
+        text = "\udcff"  # as Python reads what is no text, in an argument
+    return _check(text.removesuffix("\n").removesuffix("\r") if strip and text.endswith("\n") else text, name)
 
 
 def check_stdin(name: str, need: str) -> None:
@@ -54,9 +52,9 @@ def check_stdin(name: str, need: str) -> None:
         raise ValueError(f"{name} reads standard input, which {fault}: needs {need}")
 
 
-def _check_text(text: str, name: str) -> str:
+def _check(text: str, name: str) -> str:
     try:
-        text.encode()  # fails for Python's stand-ins for bytes that are no UTF-8
+        text.encode()
     except UnicodeError:
         raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
     if not text or len(text) > PROMPT_CHARACTERS:
@@ -65,18 +63,20 @@ def _check_text(text: str, name: str) -> str:
     return text
 
 
-def encode(tokenizer: Any, text: str, vocab_size: int, add_special_tokens: bool = True) -> tuple[list[int], str]:
-    """Return the text's tokens, and a warning where the text itself holds one that the tokenizer adds (<s>). That of a
-    chat template has them already. ValueError for a text without tokens, or with one that the model does not have."""
+def encode(tokenizer: Any, text: str, vocab_size: int, add_special_tokens: bool = True) -> list[int]:
+    """Return the text's tokens, those of a chat template without added ones. Warn where the text itself holds one that
+    the tokenizer adds (<s>). ValueError for a text without tokens, or with one that the model does not have."""
     options = {"add_special_tokens": add_special_tokens, "return_special_tokens_mask": True, "verbose": False}
     encoding = tokenizer(text, **options)
-    if not (ids := encoding.input_ids) or max(ids) >= vocab_size:
+    ids: list[int] = encoding.input_ids
+    if not ids or max(ids) >= vocab_size:
         made, need = f"token {max(ids)}" if ids else "no token", f"at least one, of 0..{vocab_size - 1}, the model's"
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer makes {made} of {text!r:.40}, needs {need}")
     marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
-    twice = {token for token, added in marked if added} & {token for token, added in marked if not added}
-    names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(twice)))
-    return ids, f"the prompt holds {names}, which the tokenizer adds, too" if twice else ""
+    if twice := {token for token, added in marked if added} & {token for token, added in marked if not added}:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(twice)))
+        warnings.warn(f"the prompt holds {names}, which the tokenizer adds, too", stacklevel=2)
+    return ids
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
@@ -84,10 +84,8 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     for one that fails, and for one that leaves the system message out."""
     folder = tokenizer.name_or_path
     if tokenizer.chat_template is None:
-        need = (
-            "chat_template.jinja, or a chat_template in tokenizer_config.json: an instruction-tuned checkpoint has one"
-        )
-        raise ValueError(f"{folder}: there is no chat template, needs {need}")
+        need = "chat_template.jinja, or a chat_template in tokenizer_config.json"
+        raise ValueError(f"{folder}: there is no chat template, needs {need}: an instruction-tuned checkpoint has one")
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     hint = ": it may have no system message; leave --system out" if system else ""
     try:
@@ -105,36 +103,32 @@ SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "mi
 HONOURED = {"max_new_tokens", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
 
 
-def read_generation_config(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what generation_config.json sets, and transformers' defaults; neither where there is no such file."""
-    if not (Path(folder) / GENERATION_FILE).is_file():
-        return {}, {}
-    from transformers import GenerationConfig, logging
+def select_options(args: Any) -> tuple[dict[str, Any], int | None, list[str]]:
+    """Return the options of sampling, given, in the folder's generation_config.json or default; the most new tokens, or
+    None; and notes on the file: what was taken, and the names of what changes transformers' texts and none here."""
+    stored, defaults = dict[str, Any](), dict[str, Any]()
+    if (Path(args.folder) / GENERATION_FILE).is_file():
+        from transformers import GenerationConfig, logging
 
-    logging.set_verbosity_error()  # it warns of fields that have no effect
-    config = GenerationConfig.from_pretrained(folder)
-    values = {name: value for name, value in config.to_dict().items() if value is not None and name[0] != "_"}
-    return values, config._get_default_generation_params()
-
-
-def select_options(args: Any, stored: dict[str, Any], defaults: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the options of sampling, given, `stored` in generation_config.json or default, and notes on the stored:
-    which were taken, and the names of those that change transformers' texts and none here."""
+        logging.set_verbosity_error()  # it warns of fields that have no effect
+        config = GenerationConfig.from_pretrained(args.folder)
+        stored = {name: value for name, value in config.to_dict().items() if value is not None and name[0] != "_"}
+        defaults = config._get_default_generation_params()
     explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     taken = defaults | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
     found = {name: taken[name] for name in SAMPLING if name in taken and name not in explicit}
     options = SAMPLING | found | explicit
     samples = options["temperature"] != 0.0
-    used = [name for name in found if found[name] != SAMPLING[name] and (samples or name == "repetition_penalty")]
-    effective = {name: found[name] for name in used}
-    if args.max_new_tokens is None and "max_new_tokens" in stored:
-        effective["max_new_tokens"] = stored["max_new_tokens"]
-    notes = [f"{GENERATION_FILE} sets {', '.join(f'{name} {x}' for name, x in effective.items())}"] if effective else []
+    used = {name: x for name, x in found.items() if x != SAMPLING[name] and (samples or name == "repetition_penalty")}
+    limit = args.max_new_tokens
+    if limit is None and (limit := stored.get("max_new_tokens")) is not None:
+        used["max_new_tokens"] = limit
+    notes = [f"{GENERATION_FILE} sets {', '.join(f'{name} {x}' for name, x in used.items())}"] if used else []
     others = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING.keys()}
     changed = (name for name, value in others.items() if (value != defaults[name] if name in defaults else value))
     if ignored := shown(", ".join(changed), 400):
         notes.append(f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}")
-    return options | {"top_k": options["top_k"] or None}, notes  # 0: of all tokens
+    return options | {"top_k": options["top_k"] or None}, limit, notes  # 0: of all tokens
 
 
 def speed_of(times: Sequence[float], prompt_tokens: int, device: Any, reused: int = 0) -> tuple[dict[str, Any], str]:
@@ -208,34 +202,25 @@ def print_stream(
     behind `prefix` as it comes (None: it is not). interruptible: Ctrl-C ends the text."""
     found, times, printed, text, reason = list[int](), [time.perf_counter()], 0, "", "length"
     decoder = Decoder(tokenizer, after)
-
-    def read() -> Iterator[str]:
-        """Yield the text after each token, up to where it ends or may end, and last all of it."""
-        nonlocal text, reason
-        for token in tokens:
-            found.append(token)
-            times.append(time.perf_counter())
-            text, ended = cut_at_stop(decoder.add(token), stop)
-            if ended or token in eos:
-                reason = "stop"
-            if ended:
-                break
-            # What may become a stop string, or is half a character, is not printed until it cannot be more.
-            held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
-            yield text[: len(text) - held].rstrip("\ufffd")
-        yield text
-
-    parts, progress_bar = read(), bar("generating", total) if prefix is None else bar("reading the prompt", None)
+    print(prefix or "", end="", flush=True)
     try:
-        with progress_bar as progress:
-            first = ""
-            for part in islice(parts, None if prefix is None else 1):
-                first = part
-                progress.update(len(found), total)
-        print(prefix or "", end="", flush=True)
-        for part in chain([first], parts) if prefix is not None else ():
-            print(part[printed:], end="", flush=True)
-            printed = max(printed, len(part))
+        with nullcontext() if prefix is not None else bar("generating", total) as progress:
+            for token in tokens:
+                found.append(token)
+                times.append(time.perf_counter())
+                text, ended = cut_at_stop(decoder.add(token), stop)
+                if progress is not None:
+                    progress.advance(1)
+                if ended or token in eos:
+                    reason = "stop"
+                if ended:
+                    break
+                # What may become a stop string, or is half a character, is not printed until it cannot be more.
+                held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
+                part = "" if prefix is None else text[: len(text) - held].rstrip("\ufffd")
+                print(part[printed:], end="", flush=True)
+                printed = max(printed, len(part))
+        print("" if prefix is None else text[printed:], end="")
     except KeyboardInterrupt:
         if not interruptible:
             raise

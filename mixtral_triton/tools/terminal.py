@@ -4,10 +4,8 @@ ends it. Nothing here imports torch before it is used."""
 import argparse
 import os
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -59,12 +57,22 @@ def table_of(
     return table
 
 
-def print_message(line: str) -> None:
+def print_message(line: str, every_rank: bool = False) -> None:
     """Print a line on stderr, if there is anything to say and anybody reads it. Other characters than text come from a
     file, and a terminal would act on them: they are escaped."""
     line = "".join(each if each.isprintable() or each in "\r\n\t" else ascii(each)[1:-1] for each in line)
-    with suppress(OSError, ValueError):
-        print(line, end="\n" if line else "", file=sys.stderr, flush=True)
+    if line and (is_first() or every_rank):
+        with suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warning_lines(command: str | None) -> Iterator[None]:
+    """Print warnings as lines of the command."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = lambda message, *rest, **options: print_message(f"mixtral-triton {command}: {message}")
+        yield
 
 
 class Bar(NamedTuple):
@@ -107,7 +115,7 @@ def exit_status(error: BaseException, command: str | None) -> int:
     in Python's development mode (`python -X dev`) it is raised again."""
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         error = error.__context__  # rich turns the one into the other
-    name = "mixtral-triton" if command is None else f"mixtral-triton {command}"
+    name, text = "mixtral-triton" if command is None else f"mixtral-triton {command}", " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno and not error.filename:  # standard output cannot be written
         with suppress(OSError, ValueError):  # Python writes what is left as it ends, and must not fail there again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,37 +123,27 @@ def exit_status(error: BaseException, command: str | None) -> int:
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
         start = "\r" if sys.stderr.isatty() else ""  # over the terminal's ^C
-        print_message(f"{start}{name}: interrupted")
+        print_message(f"{start}{name}: interrupted", every_rank=True)
         return INTERRUPTED
-    message, text = None, " ".join(str(error).split())
-    if isinstance(error, subprocess.CalledProcessError):  # of Triton's build of a launcher
-        message = toolchain_fault()
-    elif isinstance(error, RuntimeError) and "C compiler" in text:
-        message = toolchain_fault() or text
-    elif isinstance(error, OSError) and error.filename:
-        message = " ".join(f"{error.filename}: {error.strerror}".split())
-        folder = sys.modules["triton"].knobs.cache.dir if "triton" in sys.modules else None
-        if folder and str(error.filename).startswith(folder):
-            message += ": Triton keeps compiled kernels there, needs TRITON_CACHE_DIR, a folder that can be written"
-    elif isinstance(error, (ValueError, OSError)):
-        message = text
-    if message is not None:
-        print_message(f"{name}: {did_you_mean(message.removeprefix(f'{command}: '))}")
+    if isinstance(error, OSError) and error.filename:
+        text = " ".join(f"{error.filename}: {error.strerror}".split())
+    if isinstance(error, (ValueError, OSError)) or "C compiler" in text:  # Triton's launches on a GPU need one
+        print_message(f"{name}: {did_you_mean(text.removeprefix(f'{command}: '))}", every_rank=True)
         return 2
     if sys.flags.dev_mode or not isinstance(error, Exception):
         raise error
-    print_message(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
+    text = f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)"
+    print_message(text, every_rank=True)
     return CRASHED
 
 
-def toolchain_fault() -> str | None:
-    """Return what is missing for Triton's first launch on a GPU, which builds a C module against Python's headers."""
-    if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
-        return "Triton needs a C compiler when it runs on a GPU, and there is no gcc or clang: install one, or set CC"
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not header.is_file():
-        return f"Triton needs Python's headers when it runs on a GPU, and {header} is not there: install python3-dev"
-    return None
+def compile_shown(launch: Callable[..., object], model: Any, *args: Any) -> None:
+    """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
+    if model.device.type == "cuda":  # a CPU needs no compiler
+        from .ahead import compile_ahead
+
+        with bar("compiling", None) as progress:
+            compile_ahead(model, lambda: launch(model, *args), progress.update)
 
 
 def check_writable(option: str, file: Path) -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels.launch import launch_context
 from ..mixtral import Mixtral
 from .ahead import on_meta_by_kind
-from .terminal import bar, print_message, table_of
+from .terminal import bar, compile_shown, print_message, table_of
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -128,26 +128,17 @@ def launch_trace(model: Mixtral, tokens: int) -> None:
         model.hidden(torch.empty((1, tokens), dtype=torch.int64, device="meta"), head=model.head)
 
 
-def run(
-    args: argparse.Namespace,
-    model: Mixtral,
-    tokenizer: Any,
-    prompt: list[int],
-    compile: Callable[..., None],
-    note: str,
-) -> int:
-    """Run the command on the prompt's tokens -> exit status. compile: as in `Writer`. `note` precedes the work."""
+def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) -> int:
+    """Run the command on the prompt's tokens -> exit status. `note` precedes the work."""
     ids, L = torch.tensor(prompt, device=model.device), model.config.num_hidden_layers
     layers = sorted({0, L // 2, L - 1}) if args.layers is None else args.layers
     if not all(0 <= layer < L for layer in layers):
         raise ValueError(f"--layers is {' '.join(map(str, layers))}, needs layers of 0..{L - 1}")
     if len(ids) < 2:
         raise ValueError("--prompt is one token: give at least two, since consecutive ones are compared")
-    if len(ids) > (limit := model.config.max_position_embeddings):
-        raise ValueError(f"--prompt is {len(ids)} tokens, needs at most max_position_embeddings, {limit}")
-    tokens = token_texts(tokenizer, args.prompt)
+    tokens = token_texts(model.tokenizer, args.prompt)
     print_message(note)
-    compile(launch_trace, model, len(ids))
+    compile_shown(launch_trace, model, len(ids))
     with bar("tracing", L) as progress:
         found = replace(trace(model, ids, tokens, progress.advance), layers=layers)
     if args.json:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +13,8 @@ from ..generate import eos_ids
 from ..mixtral import Mixtral
 from ..sampling import Logprobs
 from .ahead import launch_text
-from .prompt import Decoder, cut_at_stop, print_stream, read_generation_config, select_options, speed_of
-from .terminal import is_first, print_message
+from .prompt import encode, print_stream, select_options, speed_of
+from .terminal import compile_shown, print_message
 
 NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more
 
@@ -34,29 +32,21 @@ def check_options(args: argparse.Namespace) -> None:
 class Writer:
     """A model that continues texts with the options of a command.
 
-    notes    lines to print before the first text: `note`, and what generation_config.json sets
-    limit    the most new tokens of a text: --max-new-tokens, else generation_config.json's, else None
-    encode   encode(text, template=False) -> the tokens of a prompt, or of the text of a chat template
-    compile  compile(launch, model, *args) compiles ahead what `launch(model, *args)` launches on the meta device
+    notes  lines to print before the first text: `note`, and what generation_config.json sets
+    limit  the most new tokens of a text: --max-new-tokens, else generation_config.json's, else None
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        model: Mixtral,
-        tokenizer: Any,
-        note: str,
-        encode: Callable[..., list[int]],
-        compile: Callable[..., None],
-    ) -> None:
-        self.args, self.model, self.tokenizer, self.encode, self.compile = args, model, tokenizer, encode, compile
+    def __init__(self, args: argparse.Namespace, model: Mixtral, note: str) -> None:
+        self.args, self.model, self.tokenizer = args, model, model.tokenizer
         self.eos, self.dtype = eos_ids(None, model.config), args.cache_dtype or model.dtype
-        stored, defaults = read_generation_config(args.folder)
-        sampling, notes = select_options(args, stored, defaults)
-        self.limit = stored.get("max_new_tokens") if args.max_new_tokens is None else args.max_new_tokens
+        sampling, self.limit, notes = select_options(args)
         generator = torch.Generator(model.device).manual_seed(args.seed)
         self.options = sampling | {"generator": generator, "logprobs": args.logprobs}
         self.notes = [*filter(None, (note, *notes))]
+
+    def encode(self, text: str, template: bool = False) -> list[int]:
+        """Return the tokens of a prompt, or of the text of a chat template."""
+        return encode(self.tokenizer, text, self.model.config.vocab_size, add_special_tokens=not template)
 
     @property
     def new_tokens(self) -> int:
@@ -72,9 +62,9 @@ class Writer:
     def begin(self, B: int, T: int, slots: int, held: int = 0) -> None:
         """Print the notes once, and compile what B texts of T tokens, `held` of them in a cache, launch with so many
         slots."""
-        print_message("\n".join(self.notes) if is_first() else "")
+        print_message("\n".join(self.notes))
         self.notes = []
-        self.compile(launch_text, self.model, T, slots - T, self.args.cache_dtype, B, min(held, T - 1))
+        compile_shown(launch_text, self.model, T, slots - T, self.args.cache_dtype, B, min(held, T - 1))
 
     def write(self, ids: list[int], shown: str | None) -> tuple[dict[str, Any], str]:
         """Continue a prompt, which is printed as `shown` (None: not) -> as `print_text`."""
@@ -101,35 +91,12 @@ class Writer:
                 entries.append(entry)
                 yield entry["token"]
 
-        with warning_lines(self.args.command):
-            found = print_stream(
-                tokens(), self.tokenizer, shown, after, n, self.args.stop, self.eos, interruptible=interruptible
-            )
+        found = print_stream(tokens(), self.tokenizer, shown, after, n, self.args.stop, self.eos, interruptible)
         speed, line = speed_of(found.times, length, self.model.device, reused() if entries else 0)
         end = {"finish_reason": found.finish_reason}
         logprobs = {"logprobs": entries[: len(found.tokens)]} if "logprob" in (entries or [{}])[0] else {}
         line = f"{line}; finish_reason: {found.finish_reason}"
         return {"text": found.text, "tokens": found.tokens, **end, **logprobs, **speed}, line
-
-    def write_batch(self, rows: Sequence[list[int]], afters: Sequence[list[int]]) -> list[dict[str, Any]]:
-        """Continue texts together -> what is written of each. Those that stop early wait for the others."""
-        entries: list[list[dict[str, Any]]] = [[] for _ in rows]
-        texts, ended = [""] * len(rows), [False] * len(rows)
-        decoders = [Decoder(self.tokenizer, after) for after in afters]
-        for step in self.stream(rows, self.new_tokens):
-            for b, entry in enumerate(step):
-                if not ended[b]:
-                    entries[b].append(entry)
-                    texts[b], stopped = cut_at_stop(decoders[b].add(entry["token"]), self.args.stop)
-                    ended[b] = stopped or entry["token"] in self.eos
-            if all(ended):
-                break
-        written = []
-        for text, of_text, stopped in zip(texts, entries, ended, strict=True):
-            found: dict[str, Any] = {"text": text, "tokens": [entry["token"] for entry in of_text]}
-            found["finish_reason"] = "stop" if stopped else "length"
-            written.append(found | ({"logprobs": of_text} if self.args.logprobs is not None else {}))
-        return written
 
 
 def read_step(step: Any) -> list[dict[str, Any]]:
@@ -143,16 +110,3 @@ def read_step(step: Any) -> list[dict[str, Any]]:
         pairs = [{"token": int(id), "logprob": value} for id, value in zip(top[:N], top[N:], strict=True)]
         entries.append({"token": int(token), "logprob": logprob, "top": pairs})
     return entries
-
-
-@contextmanager
-def warning_lines(command: str) -> Iterator[None]:
-    """Print warnings as lines of the command."""
-
-    def show(message: Any, *rest: Any, **options: Any) -> None:
-        print_message(f"mixtral-triton {command}: {message}" if is_first() else "")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", RuntimeWarning)
-        warnings.showwarning = show
-        yield

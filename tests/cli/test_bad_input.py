@@ -78,7 +78,8 @@ BAD_INPUT = {
     f"{H100} --memory 5": "--gpu is given, and --memory",
     "fit --memory 0": "--memory is 0",
     "fit --memory inf": "--memory is inf",
-    **{f"fit --memory {text}": f"argument --memory: '{text}' needs GiB" for text in ("1e300", "24TB", "GiB", "1.2.3")},
+    "fit --memory 1e300": "--memory is 1e\+300",
+    "fit --memory 24GB": "invalid float value",
     "fit --batch 0": "--batch is 0",
     "fit --context 32769": "--context is 32769.*32768",
     "fit --context 0": "--context is 0",
@@ -98,7 +99,7 @@ BAD_INPUT = {
     "bench route --sizes T=x": "needs tensors that can be",
     "bench linear --sizes weight=int5": "needs tensors that can be",
     "bench linear --sizes H=128,weight=int4:48": "group is 48",
-    "bench decode_step --sizes offload=8": "offload is 8, needs at most 7",
+    "bench decode_step --sizes offload=8": "offload=8, needs at most 7",
     "bench decode_step --peer a:b": "goes with the one operation",
     "bench route --sizes T=3,E=8,K=9": "K=9, needs at most E=8",
     **{f"bench linear --gpu h100 --sizes T={T},H={T},N=64": "--sizes is 'T=99999" for T in ("9" * 10, "9" * 30)},
@@ -118,17 +119,10 @@ def test_bad_input_is_one_line_on_stderr(command: str, recwarn: Any, monkeypatch
     assert re.search(BAD_INPUT[command], line) and not recwarn.list, line
 
 
-EARLY = {
-    "verify --device cpu --prompt x": "2000 tokens, needs at most 1024, the model's positions",
-    "trace --device cpu --prompt x": "2000 tokens, needs at most max_position_embeddings, 1024",
-}
-
-
-@pytest.mark.parametrize("command", EARLY)
-def test_the_error_comes_before_the_note_about_the_backend(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_comes_before_the_note_about_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "select_backend", lambda *_, **__: "plain torch, on the CPU")
-    monkeypatch.setattr(cli, "encode", lambda *_, **__: ([1] * 2000, ""))
-    assert EARLY[command] in error_line(command)
+    monkeypatch.setattr(cli, "encode", lambda *_, **__: [1] * 2000)
+    assert "2000 tokens, needs at most 1024, the model's positions" in error_line("verify --device cpu --prompt x")
 
 
 def change(file: Path, **values: Any) -> None:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.compiled
 GENERATE = ("generate", "--device", "cpu", "--prompt", "The café", "--max-new-tokens", "3")
 TRACE = ("trace", *GENERATE[1:5])
 FULL = Path("/dev/full")
-LINES = [((*GENERATE, "--json"), "generating: "), (GENERATE, "reading the prompt: "), (TRACE, "tracing: ")]
+LINES = [((*GENERATE, "--json"), "generating: "), (TRACE, "tracing: ")]
 
 
 def command(*args: str, code: str = "", **environment: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_a_switch_of_the_user_stays() -> None:
         terminal.select_backend(args, interpret=False)
 
 
-@pytest.mark.parametrize(("args", "line"), LINES, ids=["generate --json", "generate", "trace"])
+@pytest.mark.parametrize(("args", "line"), LINES, ids=["generate --json", "trace"])
 def test_long_work_reports_progress_on_a_pipe(args: Any, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = Mixtral.hidden
     monkeypatch.setattr(Mixtral, "hidden", lambda *args: time.sleep(0.2) or hidden(*args))
@@ -104,13 +104,6 @@ def test_long_work_reports_progress_on_a_pipe(args: Any, line: str, monkeypatch:
 def subcommands() -> dict[str, argparse.ArgumentParser]:
     (actions,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     return dict(actions.choices)
-
-
-def test_only_the_help_of_generate_says_that_prompts_repeat() -> None:
-    texts = {name: command.format_help() for name, command in subcommands().items()}
-    assert [name for name, text in texts.items() if "repeated: turns of a chat" in " ".join(text.split())] == [
-        "generate"
-    ]
 
 
 def test_the_help_prints_every_default() -> None:
@@ -167,23 +160,15 @@ def test_ctrl_c_on_a_terminal_writes_over_its_echo(capsys: Any, monkeypatch: pyt
     assert capsys.readouterr().err == "\rmixtral-triton generate: interrupted\n"
 
 
-def test_missing_headers_or_compiler_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Python.h the compiler fails, as any process does. Without a compiler Triton's own function complains."""
+def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own function complains."""
     from triton.runtime.build import compile_module_from_src
 
-    with monkeypatch.context() as patch:
-        fail_with(patch, subprocess.CalledProcessError(1, ["gcc", "main.c"]))
-        patch.setenv("CC", "gcc")
-        patch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-        assert "python3-dev" in error_line("", *GENERATE)
-        (tmp_path / "Python.h").touch()
-        status, _, error = run("", *GENERATE)  # something else is wrong with that build
-        assert status == terminal.CRASHED and "crashed: CalledProcessError" in error
     source = f"int x{time.time_ns()};"
     monkeypatch.setattr(cli, "_generate", lambda args: compile_module_from_src(source, "nothing") and 0)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert "needs a C compiler" in error_line("", *GENERATE)
+    assert "C compiler" in error_line("", *GENERATE)
 
 
 def test_an_unexpected_error_is_a_crash_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +184,7 @@ def test_an_unexpected_error_is_a_crash_of_one_line(monkeypatch: pytest.MonkeyPa
 def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, encoding: str) -> None:
     where = {"PYTHONIOENCODING": encoding, "TRITON_INTERPRET": "0"}
     done = start(name, "--device", "cpu", "--prompt", "The café → 日本\nfor statement", text=False, **where)
-    progress = (b"tracing: ", b"reading the prompt: ", b"prefill: ")  # the first two: of a slow machine
+    progress = (b"tracing: ", b"prefill: ")  # the first: of a slow machine
     assert done.returncode == 0 and all(line.startswith(progress) for line in done.stderr.splitlines()), done.stderr
     assert "é" in done.stdout.decode("latin-1") if encoding == "latin-1" else done.stdout.isascii()
     assert (b"<s>[5]The[4] ca[" if name == "trace" else b"The caf") in done.stdout
@@ -256,10 +241,6 @@ def test_formats_are_those_of_quantized_weights_and_far_names_are_not_suggested(
     assert terminal.did_you_mean("--temperature is -1.0, needs 0") == "--temperature is -1.0, needs 0"
 
 
-def test_memory_is_in_gib_or_in_gb() -> None:
-    assert [cli.parse_memory(text) for text in ("24", "24 GiB", "24gib", "24GB")] == [24, 24, 24, 24e9 / 2**30]
-
-
 def test_the_small_checkpoint_has_a_name_in_every_folder(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert mixtral_triton.SMALL == SMALL and Mixtral.from_pretrained("small", "meta").config.num_hidden_layers == 4
@@ -288,7 +269,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = start("compile", "rms_norm", "--arch", "sm_90", TRITON_CACHE_DIR=str(tmp_path / "file" / "cache"))
     lines = [line for line in done.stderr.splitlines() if line.startswith("mixtral-triton")]
-    assert done.returncode == 2 and len(lines) == 1 and "needs TRITON_CACHE_DIR" in lines[0], done.stderr
+    assert done.returncode == 2 and len(lines) == 1 and str(tmp_path / "file") in lines[0], done.stderr
 
 
 def test_compile_refuses_a_process_that_interprets() -> None:

@@ -60,7 +60,7 @@ def test_tokens_of_a_chat_equal_those_of_transformers(folder: Path, place: str) 
     tokenizer = load_tokenizer(folder)
     for messages in (TURNS[:1], TURNS, SYSTEM + TURNS):
         want = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert encode(tokenizer, render(tokenizer, messages), 2048, add_special_tokens=False)[0] == want
+        assert encode(tokenizer, render(tokenizer, messages), 2048, add_special_tokens=False) == want
     set_template(folder, OLD, place)
     with pytest.raises(ValueError, match=r"fails with TemplateError: .*alternate: .* leave --system out"):
         render(load_tokenizer(folder), SYSTEM + TURNS)
@@ -87,11 +87,11 @@ def test_command_answers_each_turn_of_a_chat(folder: Path, monkeypatch: pytest.M
 
 def test_a_token_that_the_text_holds_and_the_tokenizer_adds_is_reported(folder: Path) -> None:
     tokenizer = load_tokenizer(SMALL)
-    plain, warning = encode(tokenizer, "The return", 2048)
-    assert plain[0] == 0 and plain.count(0) == 1 and warning == ""
-    ids, warning = encode(tokenizer, "<s>The return", 2048)
-    assert ids == [0, *plain] and warning == "the prompt holds <s>, which the tokenizer adds, too"
-    assert encode(tokenizer, "<s>The return", 2048, add_special_tokens=False) == (plain, "")
+    plain = encode(tokenizer, "The return", 2048)
+    assert plain[0] == 0 and plain.count(0) == 1
+    with pytest.warns(UserWarning, match="the prompt holds <s>, which the tokenizer adds, too"):
+        assert (ids := encode(tokenizer, "<s>The return", 2048)) == [0, *plain]
+    assert encode(tokenizer, "<s>The return", 2048, add_special_tokens=False) == plain
     status, out, error = run(f"{ANSWER} --json --prompt '<s>The return'")
     assert status == 0 and json.loads(out)["prompt_tokens"] == len(ids)
     assert "mixtral-triton generate: the prompt holds <s>" in error
@@ -133,7 +133,7 @@ def test_a_space_before_the_first_token_is_kept(monkeypatch: pytest.MonkeyPatch)
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, "<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    monkeypatch.setattr("mixtral_triton.cli.load_tokenizer", lambda folder: whole)
+    monkeypatch.setattr(Mixtral, "tokenizer", whole)
     monkeypatch.setattr(Mixtral, "stream", lambda *_, **options: iter(torch.tensor([[2], [1]])))
     assert run_json(f"{ANSWER} --prompt a")["text"] == " b a"
     assert output(f"{ANSWER} --prompt a") == "a b a\n"

@@ -260,7 +260,7 @@ def test_a_sequence_of_a_batch_ends_before_the_others() -> None:
     steps = [[{"token": token} for token in step] for step in ([5, 5, 5], [1, 6, 8], [1, 7, 8], [1, 8, 8])]
     writer: Any = mock.Mock(tokenizer=words, eos={1}, args=mock.Mock(stop=["END"], logprobs=None))
     writer.stream = lambda rows, n: iter(steps)
-    found = Writer.write_batch(writer, [[5]] * 3, [[]] * 3)
+    found = batch.write_batch(writer, [[5]] * 3, [[]] * 3)
     assert [each["tokens"] for each in found] == [[5, 1], [5, 6, 7], [5, 8, 8, 8]]
     assert [each["text"] for each in found] == ["a", "a", "abbb"]
     assert [each["finish_reason"] for each in found] == ["stop", "stop", "length"]

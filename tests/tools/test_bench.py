@@ -263,10 +263,9 @@ def test_a_case_that_cannot_start_has_its_row(
 
 
 @pytest.mark.compiled
-def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(
-    gpu: Any, timed: Mock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(measure, "measure_gpu", lambda: H100)
     gpu.driver.breaks = "rms_norm_kernel"
     sizes = "".join(f" --sizes T={T},H=16" for T in (1, 2, 3))
     status, out, error = run(f"bench rms_norm --json{sizes}", "--peer", "torch")

@@ -16,7 +16,6 @@ from benchmarks import gpu_day
 from benchmarks.gpu_day import commands, day
 from mixtral_triton.cli import parser
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import terminal
 from tests.cli.commands import ROOT
 from tests.cli.commands import python as start
 
@@ -98,18 +97,13 @@ def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_commands(tmp_path:
 
 
 BAD_INPUT = {"--dry --only lunch": "lunch", "": "there is no GPU: nothing was measured"}
-BAD_INPUT |= {"no compiler": "no gcc or clang", "no header": "Python.h is not there: install python3-dev"}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line(case: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
-    on_gpu = case.startswith("no ")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(terminal.shutil, "which", lambda name: None if case == "no compiler" else "/bin/gcc")
-    monkeypatch.setattr(terminal.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+def test_bad_input_is_one_line(case: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
-        gpu_day.main([] if on_gpu else case.split())
+        gpu_day.main(case.split())
     printed = capsys.readouterr().err
     assert error.value.code == 2 and BAD_INPUT[case] in printed and len(printed.splitlines()) == 1
 

@@ -199,21 +199,13 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyP
             "fits",
         ]
     assert "Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8 (" in text
+    assert output("fit --memory 1", status=1).endswith("\nNO FORMAT FITS\n")
     text = output("fit mixtral-8x7b --gpu rtx4090")
     assert {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
     assert (
         row(text, "int4, linear int8")[-3:] == ["2", "20", "no"]
         and "\nFITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\n" in text
     )
-
-
-@pytest.mark.parametrize("width", [30, 50, 60])
-def test_the_verdict_stays_in_a_narrow_table(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
-    text = output("fit --gpu h100")
-    assert row(text, "format")[-1] == "verdict" and row(text, "fp8")[-1] == "fits" and row(text, "bf16")[-1] == "no"
-    assert {"weights", "used", "longest", "gpus", "tokens/s"} <= {*text.split()}, "no column is left out"
-    assert output("fit --memory 1", status=1).endswith("\nNO FORMAT FITS\n")
 
 
 def test_json_is_exact() -> None:
@@ -237,6 +229,7 @@ def test_absurd_sizes_end_at_once(field: str, status: int, tmp_path: Path) -> No
 
 def test_without_a_gpu_all_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "RTX 4090 " in output("fit")
     found = run_json("fit --context 1000")["gpus"]
     needs, gpus = ({gpu["name"]: gpu[key] for gpu in found} for key in ("gpus_needed", "offload"))
     assert list(needs) == [gpu.name for gpu in GPUS.values()]
@@ -359,17 +352,3 @@ def test_the_link_limits_offloaded_experts() -> None:
 
     slow, fast = (bounds("--link", link)["int4"] for link in ("pcie3x8", "pcie5x16"))
     assert 3 * slow < fast
-
-
-@pytest.mark.parametrize("columns", [80, None])
-def test_the_recommended_format_is_the_first_column_and_none_is_dropped(
-    columns: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("COLUMNS", raising=False)
-    if columns:
-        monkeypatch.setenv("COLUMNS", str(columns))
-    text = output("fit")
-    head = next(line for line in text.splitlines() if line.startswith("gpu "))
-    assert head.split()[-7:] == ["int8", "int4", "fp8", "int8", "bf16", "MiB", "link"] and "int4, linear" in text
-    assert "RTX 4090 " in text

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...cache import KVCache
 from ...config import MixtralConfig
 from ...generate import can_capture, capture
-from ...kernels.offload import OffloadedWeight
 from ...kernels.op import Cost, Op
 from ...mixtral import Mixtral
 from ...offload_plan import Placement, select_experts
@@ -49,18 +48,18 @@ def config(case: StepCase) -> MixtralConfig:
 
 def hosted(case: StepCase) -> list[Any]:
     """Return the experts of each layer in host memory."""
-    most = case.L * (case.E - 1)
-    if (case.offload or 0) > most:
-        raise ValueError(f"offload is {case.offload}, needs at most {most}: one expert of each layer stays")
-    return select_experts(config(case), case.offload or 0)
+    count, most = case.offload or 0, case.L * (case.E - 1)
+    if count > most:
+        raise ValueError(f"--sizes has offload={count}, needs at most {most}: one expert of each layer stays")
+    return select_experts(config(case), count)
 
 
 def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1], all of random values."""
-    on_host = hosted(case)
-    model = Mixtral(config(case), device, dtype, placement=Placement(on_host, any(on_host)))
+    away = hosted(case)
+    model = Mixtral(config(case), device, dtype, placement=Placement(away, any(away)))
     for weight in model.named_weights().values():
-        experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else [weight]
+        experts = map(weight.rows, range(len(weight))) if hasattr(weight, "rows") else [weight]  # where each lies
         for part in experts:
             part.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
     cache = KVCache(model.config, case.B, case.S, device, torch.int8 if case.cache else dtype)
