@@ -9,7 +9,6 @@ from functools import cache
 from types import MethodType
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,7 +33,7 @@ def apply(
     On a CPU the operations run in plain torch, after one warning, or interpreted (TRITON_INTERPRET=1).
     Where gradients are recorded, attention, norms, router and rotary embedding are transformers' own, and the experts,
     which have to be frozen, this package's with a backward pass. A block of another class, a quantized or sharded
-    weight, a device_map's missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
+    weight, hooks on `act_fn` and continuous batching are ValueErrors.
     """
     check_mixtral("apply", model)
     for name, value in {"attention": attention, "experts": experts, "rms_norm": rms_norm, "rope": rope}.items():
@@ -121,17 +120,9 @@ def _check_weights(model: Any) -> None:
 
 
 def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], attention: bool) -> None:
-    """Raise ValueError unless modules to replace have transformers' class and forward, and hooks name existing GPUs."""
-    gpus = torch.cuda.device_count()
+    """Raise ValueError unless modules to replace have transformers' class and forward."""
     backbone = modeling.MixtralModel
     for name, module in model.named_modules() if blocks else ():
-        hook = module.__dict__.get("_hf_hook")
-        for each in getattr(hook, "hooks", (hook,)):
-            target = getattr(each, "execution_device", None)
-            device = torch.device("cuda", target) if isinstance(target, int) else torch.device(target or "cpu")
-            if device.type == "cuda" and (device.index or 0) >= gpus:
-                got = f"{name or 'the model'} is to run on {device}, and this machine has {gpus} CUDA devices"
-                raise ValueError(f"apply: {got}; load the model with a device_map of devices that exist")
         needs_attention = attention and isinstance(module, modeling.MixtralDecoderLayer)
         if needs_attention and not any(isinstance(each, modeling.MixtralAttention) for each in module.modules()):
             got = f"{name}.self_attn is a {type(module.self_attn).__name__}, which cannot read fused attention's masks"

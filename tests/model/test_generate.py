@@ -141,16 +141,6 @@ def test_fault_in_the_end_of_a_text(fault: str, make: Make, device: torch.device
 
 
 @pytest.mark.compiled
-def test_it_stops_when_all_have_ended(make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, calls = make(), tokens(1, 4, device=device), []
-    hidden = model.hidden
-    eos = int(argmax_loop(model, ids, 1)[0, -1])
-    monkeypatch.setattr(model, "hidden", lambda *args: (calls.append(1), hidden(*args))[1])
-    assert model.generate(ids, max_new_tokens=26, eos_token_id=eos)[0, 4:].tolist() == [eos] * 26
-    assert len(calls) == 1
-
-
-@pytest.mark.compiled
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), LIMITS)
 def test_greedy_at_the_limits(temperature: float, top_p: float, top_k: Any, make: Make, device: Any) -> None:
     """`top_k` is an argument by name alone: the positions of those before it are what they were."""

@@ -20,7 +20,6 @@ from torch import Tensor
 from mixtral_triton import Mixtral, MixtralConfig, model, quantize, reference, verification, verify
 from mixtral_triton.cli import SMALL, parse_weights
 from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.layer import State
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.quantize.cost import LOGIT_ROWS
 from mixtral_triton.tolerance import token_floor
@@ -30,7 +29,7 @@ from mixtral_triton.verification.loaded import check_weights
 from mixtral_triton.verification.source import decode
 from tests.cli.commands import run_json
 from tests.support import hub
-from tests.support.faults import Inject, Patch, all_dtypes, change_state, one_at_a_time
+from tests.support.faults import Inject, Patch, all_dtypes, one_at_a_time
 from tests.support.models import check_loaded, random_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="on the torch backend: run once, without the interpreter")
@@ -64,11 +63,6 @@ def change_tables(patch: Patch, positions: torch.dtype = torch.float32, theta: f
     patch.setattr(model, "rope_tables", tables)
 
 
-def round_positions(state: State) -> None:
-    if not state.decodes:
-        state.positions = state.positions.bfloat16().long()
-
-
 # Written down before any was tried: what is injected, and the case of the first wrong row.
 CONFIG_FAULTS: dict[str, tuple[Inject, str]] = {
     "theta 1e4": (partial(read_config, rope_theta=1e4), "rope_theta"),
@@ -80,7 +74,6 @@ CONFIG_FAULTS: dict[str, tuple[Inject, str]] = {
     "another dtype": (partial(read_config, dtype="float16"), "dtype"),
     "theta 1e4 in the tables": (partial(change_tables, theta=1e4), "rotary tables"),
     "positions in bf16 in the tables": (partial(change_tables, positions=torch.bfloat16), "rotary tables"),
-    "positions in bf16": (change_state(round_positions), "positions"),
 }
 
 
