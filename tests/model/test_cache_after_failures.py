@@ -1,5 +1,5 @@
-"""A cache that is set back, refilled or used elsewhere, after failed forwards at any operation, and of other models: the
-next result is that of a fresh cache, or a ValueError."""
+"""A cache that is set back, refilled or used elsewhere, after failed forwards at any operation, and of other models:
+the next result is that of a fresh cache, or a ValueError."""
 
 import copy
 import pickle

@@ -360,6 +360,9 @@ def test_every_method_that_an_instance_replaces_is_a_change(monkeypatch: pytest.
             module.__dict__[name] = print
             assert where in str(model.find_change())
             del module.__dict__[name]
+    handle = model.layers[0].register_forward_pre_hook(print)
+    assert "layer 0" in str(model.find_change())
+    handle.remove()
     model.layers[0].compile()
     assert "layer 0" in str(model.find_change())
 
