@@ -35,7 +35,8 @@ PAGED = (
 MAX_HEAD = 256
 # Keywords by which models add to a layer's attention what a causal mask does not say.
 ADDED = {"s_aux": "sinks", "sinks": "sinks", "softcap": "a soft cap of scores", "position_bias": "a position bias"}
-INDICES = "indices", "block_indices"  # the same for keys that an index chooses, where no dense mask has them
+INDICES = "indices", "block_indices"  # where no dense mask has these
+ADDED |= dict.fromkeys(INDICES, "keys that an index chooses")
 # The functions that transformers' causal masks are made of.
 CAUSAL = {"causal_mask_function", "sliding_window_overlay", "and_masks"}
 CAUSAL |= {"packed_sequence_mask_function", "remap_positions_for_packed_sequence"}
@@ -48,11 +49,11 @@ def check_attention(
 ) -> None:
     """Raise ValueError that names a layer's class and what `ops.attention` does not compute of its attention. dense:
     its mask is none of this file."""
-    D, found = query.shape[-1], list[str]()
-    if not added.keys().isdisjoint(ADDED):
-        found += [what for key, what in ADDED.items() if added.get(key) is not None]
-    if not (dense or added.keys().isdisjoint(INDICES)) and any(added.get(key) is not None for key in INDICES):
-        found.append("keys that an index chooses")
+    D = query.shape[-1]
+    found: list[str] = []  # torch's compiler does not follow a call of list[str]
+    for key in ADDED:
+        if key in added and added[key] is not None and not (dense and key in INDICES):
+            found.append(ADDED[key])
     if not getattr(module, "is_causal", True) or (added.get("is_causal") is False and not dense):
         found.append("attention that is not causal")
     if dropout and module.training:

@@ -5,14 +5,16 @@ its config do not use this package, as the config stays.
 """
 
 import warnings
+from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from types import MethodType
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..config import check_value
 from ..kernels import call
 from ..kernels.checks import FLOATS
 from ..kernels.launch import INTERPRETED
@@ -34,18 +36,17 @@ def apply(
     On a CPU the operations run in plain torch, after one warning, or interpreted (TRITON_INTERPRET=1).
     Where gradients are recorded, attention, norms, router and rotary embedding are transformers' own, and the experts,
     which have to be frozen, this package's with a backward pass. A block of another class, a quantized or sharded
-    weight, a device_map's missing GPU, hooks on `act_fn` and continuous batching are ValueErrors.
+    weight, hooks on `act_fn` and continuous batching are ValueErrors.
     """
     check_mixtral("apply", model)
     for name, value in {"attention": attention, "experts": experts, "rms_norm": rms_norm, "rope": rope}.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"apply: argument '{name}' is {value!r}, needs True or False")
+        check_value(f"apply: argument '{name}'", value, "True or False", isinstance(value, bool))
     blocks: tuple[Any, ...] = (modeling.MixtralAttention,) if attention or rope else ()
     blocks += (modeling.MixtralTopKRouter, modeling.MixtralExperts) if experts else ()
     blocks += (modeling.MixtralRMSNorm,) if rms_norm else ()
     blocks += (modeling.MixtralRotaryEmbedding,) if rope else ()
-    _check_weights(model)
-    _check_modules(model, blocks, attention)
+    for fault in chain(_faults_of_weights(model), _faults_of_modules(model, blocks, attention)):
+        raise ValueError(f"apply: {fault}")
     revert(model)
     if blocks and not INTERPRETED and model.device.type == "cpu":
         _warn_of_cpu()
@@ -100,8 +101,8 @@ def check_mixtral(function: str, model: Any) -> None:
     raise ValueError(f"{function}: model is a {type(model).__name__}, needs {need}")
 
 
-def _check_weights(model: Any) -> None:
-    """Raise ValueError unless each parameter has a dtype of the operations and is whole on one device."""
+def _faults_of_weights(model: Any) -> Iterator[str]:
+    """What is wrong with the parameters, which need a dtype of the operations, each whole on one device."""
     config, quantizer = getattr(model.config, "quantization_config", None), getattr(model, "hf_quantizer", None)
     if getattr(model, "is_quantized", False) or quantizer is not None or config is not None:
         loader, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
@@ -109,50 +110,40 @@ def _check_weights(model: Any) -> None:
         if method == "bitsandbytes":  # a member of an enumeration of strings is equal to its string, too
             loader, reads = f'{loader}(folder, weights="int4")', " on the folder in bf16"
         plain = "load it without quantization_config (bf16, fp16 or fp32)"
-        raise ValueError(f"apply: model is quantized; {plain}, or the folder with {loader}{reads}")
+        yield f"model is quantized; {plain}, or the folder with {loader}{reads}"
     if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ValueError("apply: model has a tensor-parallel plan; load it without tp_plan, or with a device_map")
+        yield "model has a tensor-parallel plan; load it without tp_plan, or with a device_map"
     for name, parameter in model.named_parameters():
         if type(parameter.data).__name__ == "DTensor":
-            raise ValueError(f"apply: parameter {name} is sharded (a DTensor); load it whole, or with a device_map")
+            yield f"parameter {name} is sharded (a DTensor); load it whole, or with a device_map"
         if type(parameter) not in call.PLAIN_TYPES or parameter.dtype not in FLOATS:
             got = f"{parameter.dtype} in a {type(parameter).__name__}"
-            raise ValueError(f"apply: parameter {name} is {got}, needs a plain fp32, bf16 or fp16 parameter")
+            yield f"parameter {name} is {got}, needs a plain fp32, bf16 or fp16 parameter"
 
 
-def _check_modules(model: Any, blocks: tuple[type[nn.Module], ...], attention: bool) -> None:
-    """Raise ValueError unless modules to replace have transformers' class and forward, and hooks name existing GPUs."""
-    gpus = torch.cuda.device_count()
+def _faults_of_modules(model: Any, blocks: tuple[type[nn.Module], ...], attention: bool) -> Iterator[str]:
+    """What is wrong with the modules to replace, which need transformers' class and forward."""
     backbone = modeling.MixtralModel
     for name, module in model.named_modules() if blocks else ():
-        hook = module.__dict__.get("_hf_hook")
-        for each in getattr(hook, "hooks", (hook,)):
-            target = getattr(each, "execution_device", None)
-            device = torch.device("cuda", target) if isinstance(target, int) else torch.device(target or "cpu")
-            if device.type == "cuda" and (device.index or 0) >= gpus:
-                got = f"{name or 'the model'} is to run on {device}, and this machine has {gpus} CUDA devices"
-                raise ValueError(f"apply: {got}; load the model with a device_map of devices that exist")
         needs_attention = attention and isinstance(module, modeling.MixtralDecoderLayer)
         if needs_attention and not any(isinstance(each, modeling.MixtralAttention) for each in module.modules()):
             got = f"{name}.self_attn is a {type(module.self_attn).__name__}, which cannot read fused attention's masks"
-            raise ValueError(f"apply: {got}; needs transformers' own MixtralAttention, or attention=False")
+            yield f"{got}; needs transformers' own MixtralAttention, or attention=False"
         base = next((each for each in (*blocks, backbone) if isinstance(module, each)), None)
         if base is None:
             continue
         current = module.original if isinstance(module, Applied) else type(module)
         if current is not base and base is not backbone:
-            raise ValueError(f"apply: {name} is a {current.__name__}, not transformers' own {base.__name__}")
+            yield f"{name} is a {current.__name__}, not transformers' own {base.__name__}"
         forward = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate keeps what it wraps
         if forward in module.__dict__ and not _is_own_forward(module, forward):
-            name = name or f"the {current.__name__}"
-            raise ValueError(f"apply: {name} has a {forward} of its own, which would stay in use; remove it first")
+            yield f"{name or f'the {current.__name__}'} has a {forward} of its own, which would stay in use; remove it"
         if base is modeling.MixtralAttention and module.head_dim > 256:
-            raise ValueError(f"apply: head_dim is {module.head_dim}, needs at most 256; attention=False, rope=False")
+            yield f"head_dim is {module.head_dim}, needs at most 256; attention=False, rope=False"
         if base is modeling.MixtralExperts:
             check_experts(module, name)
             if getattr(module, "_is_expert_parallel", False):
-                got = f"{name} is split over ranks (expert parallel)"
-                raise ValueError(f"apply: {got}; load it whole, or experts=False")
+                yield f"{name} is split over ranks (expert parallel); load it whole, or experts=False"
 
 
 def _is_own_forward(module: nn.Module, name: str) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..arguments import check_ids, check_vocabulary
 from ..cache import KVCache
-from ..config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
+from ..config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
 from ..generate import GRAPH_MIN_TOKENS, can_capture
 from ..kernels.checks import dtype_name
 from ..kernels.launch import INTERPRETED, launch_context, multiprocessors, target_arch
@@ -83,13 +83,13 @@ def verify(
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
     """
     is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
-    if cache_dtype not in (None, torch.int8):
-        raise ValueError(f"verify: cache_dtype is {cache_dtype!r}, needs None or torch.int8")
+    check_value("verify: cache_dtype", cache_dtype, "None or torch.int8", cache_dtype in (None, torch.int8))
     if is_transformers and (folder is not None or cache_dtype is not None):
         raise ValueError("verify: target is a transformers model, needs neither folder nor cache_dtype")
+    if is_transformers and any(parameter.is_meta for parameter in target.parameters()):  # type: ignore[union-attr]
+        raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
     if isinstance(target, (str, os.PathLike)):
-        if folder is not None:
-            raise ValueError(f"verify: folder is {str(folder)!r}, and target is a folder itself: needs None")
+        check_value("verify: folder", str(folder), "None: target is a folder itself", folder is None)
         folder = checkpoint_folder(target)
         target = Mixtral.from_pretrained(folder)
     elif not isinstance(target, nn.Module):
@@ -152,8 +152,8 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
         if (length := ids.shape[1]) > limit:
             raise ValueError(f"verify: input_ids has {length} tokens, needs at most {limit}, the model's positions")
         return ids
-    if tokens is not None and not 2 <= tokens <= 2 * limit:
-        raise ValueError(f"verify: tokens is {tokens}, needs 2 to {2 * limit}, in two sequences of {limit} positions")
+    needs = f"2 to {2 * limit}, in two sequences of {limit} positions"
+    check_value("verify: tokens", tokens, needs, tokens is None or 2 <= tokens <= 2 * limit)
     length, generator = min((tokens or TEXT_TOKENS) // 2, limit), torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
 

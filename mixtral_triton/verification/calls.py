@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,11 +118,12 @@ class LayerCheck:
         found = {"table": values.x.flatten(0, 1), "input_ids": index, "past": past}
         positions = (past[:, None] + torch.arange(T, device=device)).clamp(max=limit - 1)
         found |= {"new": new.int(), "positions": positions}
+        empty_like = partial(torch.empty_like, device=device)
 
         def value(name: str, like: Any) -> Any:
             if name in ("k_cache", "v_cache"):
                 cached = self.rk if name == "k_cache" else values.v
-                layer = KVCache(replace(config, num_hidden_layers=1), B, C, device, like.dtype).keys[0]
+                layer = empty_like(like) if isinstance(like, Tensor) else like.map(empty_like)
                 layer[:] = cached.flatten(0, 1)[draw(slots, slots)].transpose(1, 2)
                 return layer
             if not (isinstance(like, Tensor) or name in WEIGHTS):

@@ -78,7 +78,6 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -
         ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", True, kernels),
         ("config.json and tensors; needs folder=, the checkpoint", mixtral, "config" in ops),
         ("digits of the files that the model's dtype has not; needs no --dtype", mixtral, ROUNDED not in cases),
-        ("transformers' modules on these files; needs its model of them as the target", mixtral, False),
         ("layers in fp32; needs a Mixtral on one device, no --quick or --cache-dtype", half, fp32),
         ("caches of 8 bits; needs --cache-dtype int8", mixtral, quantized),
         ("caches of the model's dtype; needs no --cache-dtype", mixtral, not quantized),
@@ -87,7 +86,6 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -
         ("generate; needs a Mixtral, and positions for new tokens", True, "generate" in ops),
         ("captured and repeated steps, staging, launch plans; needs a GPU", mixtral, REPEATED in cases),
         ("deterministic mode; needs --deterministic", mixtral, ("generate", BITS) in found),
-        ("sampling, ends of texts, refusals, options; needs the tests: they are the same everywhere", mixtral, False),
     )
     uncalled = [f"{op}; needs a case in LayerCheck.calls (verification/calls.py)" for op in OPS if op not in ops]
     return uncalled + [line for line, possible, ran in kinds if possible and not ran]

@@ -9,14 +9,12 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..tolerance import largest
 from .report import Row
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -132,7 +130,7 @@ def _ids(*fields: Any) -> set[int]:
 
 
 def config_rows(source: Source, target: Any) -> list[Row]:
-    """Rows of what the model uses against config.json: the fields of its config, positions and tables."""
+    """Rows of what the model uses against config.json: the fields of its config, and its rotary tables."""
     raw, model = declared(source, target.config), target.model
     used = {name: [getattr(target.config, name)] for name in raw}
     used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
@@ -145,19 +143,13 @@ def config_rows(source: Source, target: Any) -> list[Row]:
 
 
 def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:
-    """Positions in a forward, and cos and sin there against fp64; the limit allows angles and log(theta) in fp32."""
+    """cos and sin of every position against fp64; the limit allows angles and log(theta) in fp32."""
     P, D, theta = raw["max_position_embeddings"], raw["head_dim"], max(raw["rope_theta"], default=math.nan)
-    positions = torch.arange(P, device=model.device)
-    cache: Any = SimpleNamespace(lengths=positions.int())
-    whole, cached = model.context(1, P, None, None), model.context(P, 2, cache, None)
-    got = torch.stack((whole.positions[0], *cached.positions.t()))
-    error = largest((got - torch.stack((positions, positions, (positions + 1).clamp(max=P - 1)))).double())
-    rows = [Row(None, "config", "positions", error, 0.0)]
-    tables = torch.stack((whole.cos, whole.sin))
+    positions, tables = torch.arange(P, device=model.device), torch.stack((model.cos, model.sin))
     if tuple(tables.shape) != (2, P, D // 2):
-        return [*rows, Row.exact(None, "config", "rotary tables", False)]
+        return [Row.exact(None, "config", "rotary tables", False)]
     angles = positions.double()[:, None] * theta ** -(torch.arange(0, D, 2, device=model.device) / D).double()
     errors = (tables.double() - torch.stack((angles.cos(), angles.sin()))).abs().amax(0)
     limits = angles * (4 + abs(math.log(theta))) * 2.0**-24 + 2.0**-22
     worst = (errors / limits).argmax()  # a NaN, if there is one
-    return [*rows, Row(None, "config", "rotary tables", float(errors.flatten()[worst]), float(limits.flatten()[worst]))]
+    return [Row(None, "config", "rotary tables", float(errors.flatten()[worst]), float(limits.flatten()[worst]))]

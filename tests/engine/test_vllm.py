@@ -6,11 +6,8 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -191,50 +188,6 @@ def test_the_benchmark_times_both_experts() -> None:
         assert figures.pop("kind") == "check" and figures.pop("layers") == 1
         assert figures.pop("check") == f"in vLLM, experts of {'mixtral_triton int4' if options else 'vLLM bf16'}"
         assert len(figures) == 3 and figures["prefill of 48 tokens, tokens/s"] > 0
-
-
-@contextmanager
-def server(*options: str) -> Iterator[str]:
-    """Start vLLM's OpenAI server, and yield its address when it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["--model", str(SMALL), "--dtype", "float32", "--max-model-len", "128", "--enforce-eager", *options]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), *arguments]
-    process = subprocess.Popen(command, env={**os.environ, **VARIABLES}, cwd=ROOT, stdout=-1, stderr=-2, text=True)
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
-    try:
-        while process.poll() is None and time.monotonic() < end:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            process.kill()
-            raise RuntimeError(process.communicate()[0])
-        yield address
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_the_openai_server_answers_with_these_experts(of_transformers: Tokens) -> None:
-    """The engine has a process of its own there, to which the configuration is pickled."""
-    config = json.dumps({NAME: {"route": True}})
-    with server("--quantization", NAME, "--additional-config", config) as address:
-        body = {"model": str(SMALL), "prompt": PROMPTS[3], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
-        body |= {"logprobs": 0, "return_token_ids": True}
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=120) as response:
-            choice = json.load(response)["choices"][0]
-    ids, logprobs = of_transformers
-    assert_same(
-        {"ids": [choice["token_ids"]], "logprobs": [choice["logprobs"]["token_logprobs"]]}, (ids[3:4], logprobs[3:4])
-    )
 
 
 def load_plugin(monkeypatch: pytest.MonkeyPatch, vllm: ModuleType | None = None) -> Any:

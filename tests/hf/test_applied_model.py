@@ -79,17 +79,6 @@ def test_rotary_tables_are_made_once_and_move_along(make_hf: Any, monkeypatch: p
     assert all(x.is_meta for x in (*angles.to("meta"), *angles.to("meta").tables))
 
 
-def test_weights_of_a_model_from_meta_are_initialized(make_hf: Any) -> None:
-    """transformers finds the rotary module by its class's name, and fills its buffers."""
-    want = make_hf().model.rotary_emb
-    with torch.device("meta"):
-        model = apply(transformers.MixtralForCausalLM(make_hf().config))
-    model.to_empty(device="cpu").model.rotary_emb.inv_freq.fill_(7.0)
-    model.init_weights()
-    for name in ("inv_freq", "original_inv_freq"):
-        assert torch.equal(getattr(model.model.rotary_emb, name), getattr(want, name))
-
-
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hook_of_the_activation_raises_value_error(hook: str, make_hf: Any) -> None:
     model, called = apply(make_hf()), []

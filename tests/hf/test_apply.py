@@ -180,20 +180,6 @@ def test_hooks_of_accelerate_come_and_go(make_hf: Any) -> None:
     assert forwards and not any("mixtral_triton" in forward.__func__.__module__ for forward in forwards)
 
 
-@pytest.mark.parametrize("gpu", [7, "cuda:7", torch.device("cuda", 7)])
-def test_missing_gpu_raises_value_error(gpu: Any, make_hf: Any) -> None:
-    """As with accelerate's hooks of a model that was split over more GPUs."""
-    accelerate = pytest.importorskip("accelerate")
-    model = make_hf()
-    hooks = [accelerate.hooks.AlignDevicesHook(execution_device=device) for device in ("cpu", gpu)]
-    accelerate.hooks.add_hook_to_module(model.model.layers[1], hooks[0])
-    apply(model)
-    accelerate.hooks.add_hook_to_module(model.model.layers[1], hooks[1], append=True)
-    with pytest.raises(ValueError, match=r"apply: model\.layers\.1 is to run on cuda:7, .* has \d CUDA devices"):
-        apply(model)
-    assert hf.applied(model) and not hf.applied(revert(model))
-
-
 def changed(change: Callable[[Any], Any], **sizes: Any) -> Callable[[Any], Any]:
     def build(make: Any) -> Any:
         model = make(**sizes)

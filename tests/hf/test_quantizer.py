@@ -1,6 +1,5 @@
 """`ExpertsConfig`: experts in 4 or 8 bits from `from_pretrained`, one dense projection at a time, and refusals."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +106,6 @@ def test_models_without_such_experts_are_refused_before_their_files_are_read(tmp
             file.write_bytes(file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")])
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
-
-
-def test_a_quantized_checkpoint_keeps_its_own_quantizer(folder: Path, tmp_path: Path) -> None:
-    """transformers says so, with the names of both."""
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantized with FineGrainedFP8Config but you are passing a ExpertsConfig"):
-        load(tmp_path)
 
 
 def test_a_value_that_is_not_finite_is_refused_by_name(folder: Path, tmp_path: Path) -> None:

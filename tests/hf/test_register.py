@@ -205,7 +205,7 @@ def test_every_keyword_that_a_model_passes_to_attention_is_known() -> None:
             calls = [call for call in calls if getattr(call.func, "id", None) == "attention_interface"]
             found |= {str(keyword.arg) for call in calls for keyword in call.keywords} - {"None"}
     assert {"s_aux", "softcap", "scaling"} <= found
-    assert found <= KNOWN | {*attention.ADDED, *attention.INDICES}, found - KNOWN
+    assert found <= KNOWN | {*attention.ADDED}, found - KNOWN
 
 
 @once

@@ -1,10 +1,12 @@
-"""A cache after forwards that failed at any operation, set back or not, and caches of other models: the next result is
-that of a fresh cache, or a ValueError."""
+"""A cache that is set back, refilled or used elsewhere, after failed forwards at any operation, and of other models:
+the next result is that of a fresh cache, or a ValueError."""
 
 import copy
 import pickle
 import random
 import warnings
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.kernels import call
-from tests.support.models import cache_of, random_model, tokens
+from tests.support.models import cache_of, computed, random_model, tokens
 
 pytestmark = pytest.mark.compiled
 V, LONGEST = 11, 40
+make = partial(random_model, max_position_embeddings=30)
 
 
 class Injected(Exception):
@@ -158,3 +161,64 @@ def test_no_new_tokens_fill_the_cache_but_for_the_newest(window: int | None) -> 
     assert torch.equal(model.generate(ids, 0, cache=cache), ids)
     assert cache.lengths.tolist() == [8]
     assert torch.equal(model.generate(ids, 3, cache=cache), model.generate(ids, 3)) and cache.reused == [8]
+
+
+@pytest.mark.parametrize(
+    ("window", "same", "kept"), [(None, 4, 4), (None, 13, 13), (None, 0, 0), (5, 13, 13), (5, 12, 0)]
+)
+def test_a_cache_is_set_back_or_refilled_where_the_text_differs(
+    window: int | None, same: int, kept: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 tokens are held. A ring that has moved on can lose its newest token alone."""
+    model, ids = make(device, sliding_window=window), tokens(1, 10, device=device)
+    cache = KVCache(model.config, 1, 30, device, model.dtype)
+    text = model.generate(ids, 5, cache=cache)
+    changed = torch.cat((text[:, :same], (text[:, same : same + 1] + 1) % 23, text[:, same + 1 :]), 1)
+    counts = computed(model, monkeypatch)
+    with (
+        pytest.warns(RuntimeWarning, match=r"other tokens are in the cache from 12 on.*ring")
+        if kept != same
+        else nullcontext()
+    ):
+        got = model.generate(changed, 3, cache=cache)
+    assert counts == [15 - kept, 1, 1] and cache.reused == [kept]
+    assert torch.equal(got, model.generate(changed, 3))
+
+
+@pytest.mark.parametrize("window", (None, 5))
+def test_a_sequence_that_ends_is_not_appended_to(window: int | None, device: torch.device) -> None:
+    """Its EOS, repeated until the last sequence ends, would take the slots of a ring."""
+    prompts = [tokens(T, seed=T, device=device) for T in (6, 2)]
+    plain = [text.tolist() for text in make(device, sliding_window=window).generate(prompts, 12)]
+    model = make(device, sliding_window=window, eos_token_id=(eos := plain[0][8]))
+    cache = KVCache(model.config, 2, 30, device, model.dtype)
+    texts = model.generate(prompts, 12, cache=cache)
+    assert len(texts[0]) == 9 < len(texts[1]) and eos not in texts[1][2:].tolist()[:5]
+    assert cache.lengths.tolist() == [len(text) - 1 for text in texts]
+    longer = [torch.cat((text, tokens(2, device=device))) for text in texts]
+    got, want = model.generate(longer, 3, cache=cache), model.generate(longer, 3)
+    assert [text.tolist() for text in got] == [text.tolist() for text in want]
+    assert cache.reused == [len(text) - 1 for text in texts]
+
+
+@pytest.mark.parametrize("window", (None, 5))
+def test_a_cache_after_other_use(window: int | None, device: torch.device) -> None:
+    model, ids = make(device, sliding_window=window), tokens(1, 10, device=device)
+    cache, want = KVCache(model.config, 1, 16, device, model.dtype), model.generate(ids, 4)
+    model(ids[:, :6], cache=cache)  # a forward is known on a CPU alone
+    warned = pytest.warns(RuntimeWarning, match="host does not know") if device.type == "cuda" else nullcontext()
+    first = model.stream(ids, 4, cache=cache)
+    with warned:
+        token = next(first)
+    assert token.tolist() == want[:, 10].tolist() and next(first).tolist() == want[:, 11].tolist()
+    assert cache.lengths.tolist() == [11] and cache.reused == [0 if device.type == "cuda" else 6]
+    assert torch.equal(model.generate(want[:, :12], 2, cache=cache), want) and cache.reused == [11]
+    with pytest.raises(ValueError, match="cache has gone on in another call"):
+        next(first)
+    if window is None:
+        with pytest.raises(ValueError, match="reach 17 tokens, beyond the cache's slots, 16"):
+            model.generate(want, 4, cache=cache)
+    longer = torch.cat((want, ids), 1)[:, :16]
+    cache.texts = None  # as after a forward in a graph
+    with pytest.warns(RuntimeWarning, match="host does not know"):
+        assert torch.equal(model.generate(longer, 1, cache=cache), model.generate(longer, 1))

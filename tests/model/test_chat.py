@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.cli import SMALL
 from mixtral_triton.tokenizer import load_tokenizer
-from mixtral_triton.tools.prompt import Decoder, decode, encode, print_stream, read_text, render
+from mixtral_triton.tools.prompt import Decoder, decode, encode, print_stream, read_text
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled
@@ -52,18 +52,6 @@ def set_template(folder: Path, template: Any, place: str = "config") -> None:
         template = "not this one"
     config |= {"chat_template": template, "bos_token": {"content": "<s>", "__type": "AddedToken"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize("place", ["config", "jinja"])
-def test_tokens_of_a_chat_equal_those_of_transformers(folder: Path, place: str) -> None:
-    set_template(folder, PRESENT, place)
-    tokenizer = load_tokenizer(folder)
-    for messages in (TURNS[:1], TURNS, SYSTEM + TURNS):
-        want = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert encode(tokenizer, render(tokenizer, messages), 2048, add_special_tokens=False) == want
-    set_template(folder, OLD, place)
-    with pytest.raises(ValueError, match=r"fails with TemplateError: .*alternate: .* leave --system out"):
-        render(load_tokenizer(folder), SYSTEM + TURNS)
 
 
 def test_command_answers_each_turn_of_a_chat(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,16 +156,6 @@ def test_ids_of_both_files_end_a_text(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": plain[2]}
     (folder / "config.json").write_text(json.dumps(config))
     assert generate(folder)[0] == plain[: plain.index(plain[2]) + 1]
-
-
-def test_chat_stops_at_the_end_of_turn_of_generation_config(folder: Path) -> None:
-    set_template(folder, "{{ messages[-1].content }}")
-    plain = run_json(f"{GENERATE} --chat", folder)
-    write(folder, eos_token_id=plain["tokens"][5])
-    found = run_json(f"{GENERATE} --chat", folder)
-    length = plain["tokens"].index(plain["tokens"][5]) + 1
-    assert found["tokens"] == plain["tokens"][:length] and found["messages"][-1]["content"] == found["text"]
-    assert output(f"{GENERATE} --chat", folder) == found["text"] + "\n" != plain["text"] + "\n"
 
 
 def test_sampling_of_generation_config_is_the_default_of_the_command_line(folder: Path) -> None:

@@ -3,7 +3,6 @@ probabilities, and what is refused."""
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock
 
@@ -17,7 +16,7 @@ from mixtral_triton.cache import cache_bytes
 from mixtral_triton.kernels.launch import INTERPRETED
 from mixtral_triton.sampling import Logprobs, penalize
 from tests.support.faults import Inject, in_step, replace_by
-from tests.support.models import cache_of, random_model, seeded, tokens
+from tests.support.models import cache_of, computed, random_model, seeded, tokens
 
 V, P = 23, 30
 NEW = 3 if INTERPRETED else 12
@@ -141,16 +140,6 @@ def test_fault_in_the_end_of_a_text(fault: str, make: Make, device: torch.device
 
 
 @pytest.mark.compiled
-def test_it_stops_when_all_have_ended(make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, calls = make(), tokens(1, 4, device=device), []
-    hidden = model.hidden
-    eos = int(argmax_loop(model, ids, 1)[0, -1])
-    monkeypatch.setattr(model, "hidden", lambda *args: (calls.append(1), hidden(*args))[1])
-    assert model.generate(ids, max_new_tokens=26, eos_token_id=eos)[0, 4:].tolist() == [eos] * 26
-    assert len(calls) == 1
-
-
-@pytest.mark.compiled
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), LIMITS)
 def test_greedy_at_the_limits(temperature: float, top_p: float, top_k: Any, make: Make, device: Any) -> None:
     """`top_k` is an argument by name alone: the positions of those before it are what they were."""
@@ -265,13 +254,6 @@ def test_a_window_that_no_position_can_leave_takes_the_slots_of_the_text(window:
     assert torch.allclose(got, plain(ids.repeat(1, 2)), atol=1e-4)
 
 
-def computed(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list to which each forward from now on adds the tokens that it appends to all sequences."""
-    counts, hidden = list[int](), model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *args: (counts.append(int(args[2].sum())), hidden(*args))[1])
-    return counts
-
-
 CACHED: dict[str, dict[str, Any]] = {"plain": {"sliding_window": None}, "ring": {}, "offload": {"on_host": (1, 3)}}
 CACHED |= {"deterministic": {"deterministic": True}, "int8": {"sliding_window": None}, "int8 ring": {}}
 
@@ -305,70 +287,6 @@ def test_a_cache_goes_on_and_computes_new_tokens_alone(
         counts.clear()
     with pytest.raises(ValueError, match=r"cache_dtype is torch.*needs None or the cache's"):
         model.generate(texts, 1, cache=cache, cache_dtype=torch.int8 if dtype != torch.int8 else model.dtype)
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(
-    ("window", "same", "kept"), [(None, 4, 4), (None, 13, 13), (None, 0, 0), (5, 13, 13), (5, 12, 0)]
-)
-def test_a_cache_is_set_back_or_refilled_where_the_text_differs(
-    window: int | None, same: int, kept: int, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """14 tokens are held. A ring that has moved on can lose its newest token alone."""
-    model, ids = make(sliding_window=window), tokens(1, 10, device=device)
-    cache = KVCache(model.config, 1, P, device, model.dtype)
-    text = model.generate(ids, 5, cache=cache)
-    changed = torch.cat((text[:, :same], (text[:, same : same + 1] + 1) % V, text[:, same + 1 :]), 1)
-    counts = computed(model, monkeypatch)
-    with (
-        pytest.warns(RuntimeWarning, match=r"other tokens are in the cache from 12 on.*ring")
-        if kept != same
-        else nullcontext()
-    ):
-        got = model.generate(changed, 3, cache=cache)
-    assert counts == [15 - kept, 1, 1] and cache.reused == [kept]
-    assert torch.equal(got, model.generate(changed, 3))
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("window", (None, 5))
-def test_a_sequence_that_ends_is_not_appended_to(window: int | None, make: Make, device: torch.device) -> None:
-    """Its EOS, repeated until the last sequence ends, would take the slots of a ring."""
-    prompts = [tokens(T, seed=T, device=device) for T in (6, 2)]
-    plain = [text.tolist() for text in make(sliding_window=window).generate(prompts, NEW)]
-    model = make(sliding_window=window, eos_token_id=(eos := plain[0][8]))
-    cache = KVCache(model.config, 2, P, device, model.dtype)
-    texts = model.generate(prompts, NEW, cache=cache)
-    assert len(texts[0]) == 9 < len(texts[1]) and eos not in texts[1][2:].tolist()[:5]
-    assert cache.lengths.tolist() == [len(text) - 1 for text in texts]
-    longer = [torch.cat((text, tokens(2, device=device))) for text in texts]
-    got, want = model.generate(longer, 3, cache=cache), model.generate(longer, 3)
-    assert [text.tolist() for text in got] == [text.tolist() for text in want]
-    assert cache.reused == [len(text) - 1 for text in texts]
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("window", (None, 5))
-def test_a_cache_after_other_use(window: int | None, make: Make, device: torch.device) -> None:
-    model, ids = make(sliding_window=window), tokens(1, 10, device=device)
-    cache, want = KVCache(model.config, 1, 16, device, model.dtype), model.generate(ids, 4)
-    model(ids[:, :6], cache=cache)  # a forward is known on a CPU alone
-    warned = pytest.warns(RuntimeWarning, match="host does not know") if device.type == "cuda" else nullcontext()
-    first = model.stream(ids, 4, cache=cache)
-    with warned:
-        token = next(first)
-    assert token.tolist() == want[:, 10].tolist() and next(first).tolist() == want[:, 11].tolist()
-    assert cache.lengths.tolist() == [11] and cache.reused == [0 if device.type == "cuda" else 6]
-    assert torch.equal(model.generate(want[:, :12], 2, cache=cache), want) and cache.reused == [11]
-    with pytest.raises(ValueError, match="cache has gone on in another call"):
-        next(first)
-    if window is None:
-        with pytest.raises(ValueError, match="reach 17 tokens, beyond the cache's slots, 16"):
-            model.generate(want, 4, cache=cache)
-    longer = torch.cat((want, ids), 1)[:, :16]
-    cache.texts = None  # as after a forward in a graph
-    with pytest.warns(RuntimeWarning, match="host does not know"):
-        assert torch.equal(model.generate(longer, 1, cache=cache), model.generate(longer, 1))
 
 
 @pytest.mark.exhaustive

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -60,6 +61,13 @@ def random_model(
 
 def cache_of(model: Mixtral, batch: int, max_len: int = 12) -> KVCache:
     return KVCache(model.config, batch, max_len, model.device, model.dtype)
+
+
+def computed(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each forward from now on adds the tokens that it appends to all sequences."""
+    counts, hidden = list[int](), model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args: (counts.append(int(args[2].sum())), hidden(*args))[1])
+    return counts
 
 
 def tokens(*shape: int, seed: int = 0, device: Any = "cpu", vocabulary: int = SIZES["vocab_size"]) -> Tensor:

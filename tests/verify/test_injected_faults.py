@@ -218,7 +218,7 @@ def test_wrong_folder_raises_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json: weight_map is missing"):
         verify(small_model(torch.bfloat16), IDS, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"folder is '.*', and target is a folder itself: needs None"):
+    with pytest.raises(ValueError, match=r"folder is '.*', needs None: target is a folder itself"):
         verify(SMALL, IDS, folder=SMALL)
     with pytest.raises(ValueError, match=r"another model's: \S+ has shape"):
         verify(small_model(torch.bfloat16, num_hidden_layers=4), IDS, folder=SMALL)

@@ -165,12 +165,6 @@ def first_row_for_all(argument: int, patch: pytest.MonkeyPatch) -> None:
         replace_by(getattr(ops, name), "unchecked", partial(faulty, place + argument))(patch)
 
 
-@once
-def test_a_prompt_is_shorter_than_a_chunk_and_another_longer() -> None:
-    model, (first, last) = verification._with_prompts(small_model(), IDS)
-    assert len(last) < model.prefill_chunk < len(first)
-
-
 def scale_attention(factor: float) -> Inject:
     return replace_by(Layer, "attention", lambda attention: lambda layer, *args: attention(layer, *args) * factor)
 
