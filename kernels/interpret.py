@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from .fp8 import FP8_MAX
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 def f32_to_fp8(values: np.ndarray) -> np.ndarray:
     """float32 -> uint8 bit patterns of e4m3, rounded to nearest, ties to even, saturated; a NaN stays a NaN."""
-    values = np.clip(np.asarray(values, np.float32), -FP8_MAX, FP8_MAX)
+    values = np.clip(np.asarray(values, np.float32), -_E4M3_MAX, _E4M3_MAX)
     return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
