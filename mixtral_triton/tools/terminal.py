@@ -16,7 +16,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 VARIABLE = "TRITON_INTERPRET"
 PIPED = 500  # columns without a terminal and without COLUMNS
@@ -83,6 +82,8 @@ class Bar(NamedTuple):
 @contextmanager
 def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
     """Show the first process's progress on stderr by tqdm, in a log only after a while. `total` None: unknown."""
+    from tqdm import tqdm  # here, since --help shows none
+
     hidden, seconds = sys.stderr is None or not is_first(), INTERVAL
     if not hidden and sys.stderr.isatty():
         seconds = 0.1
