@@ -88,14 +88,21 @@ def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
     if not hidden and sys.stderr.isatty():
         seconds = 0.1
     options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
-    with tqdm(desc=label, total=total, mininterval=seconds, delay=seconds, miniters=1, **options) as shown:
+    options |= {"mininterval": seconds, "delay": seconds, "miniters": 1}
+    shown, shown_part = tqdm(desc=label, total=total, **options), ""
 
-        def update(done: int, total: int, part: str = "") -> None:
-            shown.set_description(f"{label} {part}".rstrip(), refresh=False)
-            shown.total = total
-            shown.update(done - shown.n)
+    def update(done: int, total: int, part: str = "") -> None:
+        nonlocal shown, shown_part
+        if part != shown_part:
+            shown.close()  # a step of another part takes another time
+            shown, shown_part = tqdm(desc=f"{label} {part}", total=total, **options), part
+        shown.total = total
+        shown.update(done - shown.n)
 
+    try:
         yield Bar(lambda count: shown.update(count), update)
+    finally:
+        shown.close()
 
 
 def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
