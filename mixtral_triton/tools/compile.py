@@ -276,6 +276,8 @@ def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
             raise ValueError(
                 f"{option} is {text!r}, needs a size letter and a number, or a format: T=4096, weight=int8"
             )
+        if name == "cache" and size != "int8":
+            raise ValueError(f"{option} is {text!r}, needs int8, or no cache=: the cache is then in the model's dtype")
         if name in found:
             raise ValueError(f"{option} has {name} twice, needs each letter once")
         found[name] = int(size) if size.isdecimal() else size

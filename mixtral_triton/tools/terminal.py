@@ -16,7 +16,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 VARIABLE = "TRITON_INTERPRET"
 PIPED = 500  # columns without a terminal and without COLUMNS
@@ -83,18 +82,27 @@ class Bar(NamedTuple):
 @contextmanager
 def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
     """Show the first process's progress on stderr by tqdm, in a log only after a while. `total` None: unknown."""
+    from tqdm import tqdm  # here, since --help shows none
+
     hidden, seconds = sys.stderr is None or not is_first(), INTERVAL
     if not hidden and sys.stderr.isatty():
         seconds = 0.1
     options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
-    with tqdm(desc=label, total=total, mininterval=seconds, delay=seconds, miniters=1, **options) as shown:
+    options |= {"mininterval": seconds, "delay": seconds, "miniters": 1}
+    shown, shown_part = tqdm(desc=label, total=total, **options), ""
 
-        def update(done: int, total: int, part: str = "") -> None:
-            shown.set_description(f"{label} {part}".rstrip(), refresh=False)
-            shown.total = total
-            shown.update(done - shown.n)
+    def update(done: int, total: int, part: str = "") -> None:
+        nonlocal shown, shown_part
+        if part != shown_part:
+            shown.close()  # a step of another part takes another time
+            shown, shown_part = tqdm(desc=f"{label} {part}", total=total, **options), part
+        shown.total = total
+        shown.update(done - shown.n)
 
+    try:
         yield Bar(lambda count: shown.update(count), update)
+    finally:
+        shown.close()
 
 
 def did_you_mean(message: str, options: Iterable[str] = ()) -> str:

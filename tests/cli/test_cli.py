@@ -212,7 +212,7 @@ def test_verify_the_shipped_checkpoint() -> None:
     assert done.returncode == 0, done.stderr
     assert "Triton, interpreted" in done.stdout and "RIGHT" in done.stdout
     note, *progress = done.stderr.splitlines()
-    assert "run interpreted" in note and all(line.startswith("verifying") for line in progress)
+    assert "run interpreted" in note and all(line.startswith("verifying") for line in progress if line.strip())
 
 
 @pytest.mark.slow

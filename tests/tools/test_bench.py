@@ -105,6 +105,8 @@ def test_sizes_that_are_not_given_are_those_of_8x7b() -> None:
     args = case.inputs(CPU)
     assert args["gate_up_proj"].name == "int4:32" and args["down_proj"].name == "int8"
     assert PEERS["torch"](case.op, args)(**args).shape == (3, 128)
+    (flag,) = cases(["linear"], sizes=["T=3,deterministic=1"])
+    assert flag.sizes.deterministic is True and flag.as_dict()["deterministic"] == 1
 
 
 def test_floor_follows_the_actual_routing() -> None:

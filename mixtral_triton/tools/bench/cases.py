@@ -96,4 +96,5 @@ def _read_sizes(op: Op, text: str) -> Any:
     sizes, known = parse_sizes("--sizes", text.split(",")), [field.name for field in fields(op.case)]
     if foreign := [name for name in sizes if name not in known]:
         raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
-    return replace(op.bench_shapes[0], **sizes)
+    flags = {name: bool(size) for name, size in sizes.items() if isinstance(getattr(op.bench_shapes[0], name), bool)}
+    return replace(op.bench_shapes[0], **sizes | flags)
