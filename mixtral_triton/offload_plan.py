@@ -89,13 +89,11 @@ class Placement:
         of its experts lie in host memory an OffloadedWeight of either kind."""
         if name == "embed_tokens" and self.embedding:
             return empty_on_host(shape, dtype, usable_device(device))
-        experts = (
-            self.experts[int(name.split(".")[1])] if name.endswith(QUANTIZED_PARTS["experts"]) and self.experts else ()
-        )
-        first_device = "meta" if experts else device
-        weight = (
-            torch.empty(shape, device=first_device, dtype=dtype) if spec is None else spec.empty(shape, first_device)
-        )
+        experts: Sequence[int] = ()
+        if self.experts and name.endswith(QUANTIZED_PARTS["experts"]):
+            experts = self.experts[int(name.split(".")[1])]
+        first = "meta" if experts else device
+        weight = torch.empty(shape, device=first, dtype=dtype) if spec is None else spec.empty(shape, first)
         if experts:
             return OffloadedWeight(weight, experts, device)
         return nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
