@@ -7,8 +7,6 @@ The codes lie in the byte order of the weight's units (packing.py), so that both
 unit is column j, byte 2j + 1 column J + j. Padding is 0.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ import triton.language as tl
 from .facts import full_tiles
 from .fp8 import FP8_MAX, LEAST_AMAX, Fp8Products
 from .kernel_args import Groups, Rows
-from .launch import LaunchConfig, launch, select_configs
+from .launch import LaunchConfig, launch
 
 _FORMAT = Fp8Products()
 _FP8_MAX, _LEAST_AMAX = tl.constexpr(FP8_MAX), tl.constexpr(LEAST_AMAX)
@@ -62,18 +60,6 @@ def quantize_rows_kernel(
         tl.store(scales_ptr + row, scale)
 
 
-@dataclass(frozen=True)
-class CodeSizes:
-    K: int
-
-
-def configs(sizes: CodeSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    J = _FORMAT.unit_columns(sizes.K, sizes.K) // 2
-    units = triton.next_power_of_2(-(-sizes.K // (2 * J)))
-    warps = min(16, max(1, triton.next_power_of_2(units * J // 512)))
-    return {"quantize_rows_kernel": LaunchConfig({"BLOCK_U": units}, warps)}
-
-
 def quantize_rows(x: Rows, groups: Groups | None = None, top_k: int = 0) -> Rows:
     """Quantize the rows of x -> codes float8_e4m3fn [N, K'] with scales fp32 [N].
 
@@ -84,7 +70,9 @@ def quantize_rows(x: Rows, groups: Groups | None = None, top_k: int = 0) -> Rows
     N, unit = T * max(1, top_k), _FORMAT.unit_columns(K, K)
     codes = torch.empty((N, 2 * _FORMAT.row_elements(K, K)), dtype=torch.float8_e4m3fn, device=device)
     scales = torch.empty(N, dtype=torch.float32, device=device)
-    config = select_configs(configs, CodeSizes(K), x.ptr.dtype, device)["quantize_rows_kernel"]
+    units = codes.shape[1] // unit
+    block = triton.next_power_of_2(units)
+    config = LaunchConfig({"BLOCK_U": block}, min(16, max(1, triton.next_power_of_2(block * unit // 1024))))
     arguments = {"x": x, "groups": groups, "codes_ptr": codes, "scales_ptr": scales, "N": N, "TOP_K": top_k, "K": K}
-    launch(quantize_rows_kernel, (N,), config, **arguments, J=unit // 2, UNITS=codes.shape[1] // unit)
+    launch(quantize_rows_kernel, (N,), config, **arguments, J=unit // 2, UNITS=units)
     return Rows(codes, codes.stride(0), scales)

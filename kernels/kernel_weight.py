@@ -240,7 +240,7 @@ def row_products(
     """Multiply ROWS rows of x with the rows of a weight -> [ROWS, w.rows] fp32.
 
     Each element of a weight is loaded once: the fields of a unit multiply from registers, in the order of the columns.
-    Its scales multiply before the products, except those of whole rows (`times_row_scales`).
+    Its scales multiply before the products, except those of whole rows (`times_scales`).
     """
     GROUP: tl.constexpr = LAYOUT.group
     FIELDS: tl.constexpr = LAYOUT.fields
@@ -336,11 +336,11 @@ def _add_tile(acc, tile, w, x_ptrs, live, begin, k, EVEN: tl.constexpr, K: tl.co
 
 
 @triton.jit
-def times_scales(acc, w, K: tl.constexpr, LAYOUT: tl.constexpr, AXIS: tl.constexpr, of_x=None, x_rows=None):
+def times_scales(acc, w, K: tl.constexpr, LAYOUT: tl.constexpr, AXIS: tl.constexpr, row_scales=None, x_rows=None):
     """Multiply acc's rows, or with AXIS 1 its columns, by the scales of WeightRows with one scale a row, and before its
-    rows by those `of_x` at x_rows, where x are codes."""
-    if of_x is not None:
-        acc *= tl.load(of_x + x_rows)[:, None]
+    rows by those that x has at x_rows, where it is codes."""
+    if row_scales is not None:
+        acc *= tl.load(row_scales + x_rows)[:, None]
     if LAYOUT.format != "dense" and LAYOUT.group == K:
         acc *= tl.expand_dims(tl.load(w.weight.scales + w.rows).to(tl.float32), 1 - AXIS)
     return acc

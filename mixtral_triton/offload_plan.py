@@ -89,13 +89,11 @@ class Placement:
         of its experts lie in host memory an OffloadedWeight of either kind."""
         if name == "embed_tokens" and self.embedding:
             return empty_on_host(shape, dtype, usable_device(device))
-        experts = (
-            self.experts[int(name.split(".")[1])] if name.endswith(QUANTIZED_PARTS["experts"]) and self.experts else ()
-        )
-        first_device = "meta" if experts else device
-        weight = (
-            torch.empty(shape, device=first_device, dtype=dtype) if spec is None else spec.empty(shape, first_device)
-        )
+        experts: Sequence[int] = ()
+        if self.experts and name.endswith(QUANTIZED_PARTS["experts"]):
+            experts = self.experts[int(name.split(".")[1])]
+        first = "meta" if experts else device
+        weight = torch.empty(shape, device=first, dtype=dtype) if spec is None else spec.empty(shape, first)
         if experts:
             return OffloadedWeight(weight, experts, device)
         return nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
@@ -104,13 +102,6 @@ class Placement:
         """Return how many lie in host memory."""
         total = config.num_hidden_layers * config.num_local_experts
         return f"{self.count} of {total} experts{' and the embedding' if self.embedding else ''} in host memory"
-
-    def where(self) -> str:
-        """Return which experts lie there, layers with the same ones together."""
-        layers: dict[Sequence[int], list[int]] = {}
-        for layer, experts in enumerate(map(tuple, self.experts)):
-            layers.setdefault(experts, []).append(layer)
-        return "; ".join(f"{_list('expert', each)} of {_list('layer', of)}" for each, of in layers.items() if each)
 
 
 RESIDENT = Placement()
@@ -124,14 +115,6 @@ def stage_in_turn(layers: Iterable[Any]) -> None:
     """Share staging buffers among the layers' offloaded projections, in the order of their use."""
     projections = ((layer.gate_up_proj, layer.down_proj) for layer in layers)
     OffloadedWeight.stage_in_turn([pair for pair in projections if isinstance(pair[1], OffloadedWeight)])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _list(noun: str, numbers: Sequence[int]) -> str:
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def table_bytes(config: MixtralConfig) -> int:
@@ -275,19 +258,17 @@ def place(
         placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
     elif offload and offload != "auto":
         placement = Placement.of(select_experts(config, int(offload) * config.num_hidden_layers), sizes[0])
-    text = placement.describe(config) if offload == "auto" else f"{_count(int(offload), 'expert')} of each layer"
-    host, size = host_memory(), in_decimal(placement.host_bytes)
+    text, host, size = placement.describe(config), host_memory(), in_decimal(placement.host_bytes)
     if host is not None and device.type != "meta" and placement.host_bytes > host:
         fit = host // sum(sizes[0])
         advice = "needs more" if offload == "auto" else f"offload={fit} would do" if fit else "not even one fits"
-        raise ValueError(f"{caller}: {text} take {size} there, and {in_decimal(host)} are available: {advice}")
+        raise ValueError(f"{caller}: {text} take {size}, and {in_decimal(host)} are available: {advice}")
     if placement.count and any(size % ALIGNMENT for size in sizes[0]):
         raise ValueError(f"{caller}: the rows of an expert are no multiple of {ALIGNMENT} bytes, needs 0")
     if offload == "auto" and placement == Placement():
         warnings.warn("offload='auto': all experts fit the device, so none is offloaded", stacklevel=4)
     elif offload == "auto":
-        where = f": {placement.where()}" if placement.count else ""
-        warnings.warn(f"offload={offload!r}: {text} ({size}){where}", stacklevel=4)
+        warnings.warn(f"offload={offload!r}: {text} ({size})", stacklevel=4)
     return placement
 
 

@@ -157,8 +157,7 @@ def test_generate_places_what_the_memory_lacks(gpu: Any) -> None:
     assert "all experts fit the device, so none is offloaded" in texts[0][2]
     free = in_decimal(math.ceil(weights["total"] / (1 - MARGIN)) + 1)  # of the simulated GPU, whatever it holds
     assert f"mixtral-triton generate: {free} of cuda:0 are free after loading\n" in texts[0][2]
-    placed = "3 of 32 experts and the embedding in host memory (1.1 MB): expert"
-    assert f"offload='auto': {placed} 7 of layers 1, 2, 3\n" in texts[1][2]
+    assert "offload='auto': 3 of 32 experts and the embedding in host memory (1.1 MB)\n" in texts[1][2]
 
 
 def test_the_embedding_in_host_memory_is_an_ordinary_tensor(gpu: Any) -> None:
