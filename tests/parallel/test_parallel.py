@@ -269,7 +269,6 @@ def test_verify_of_a_mesh_is_right(mesh: str, name: str, weights: Any, ranks: Ra
         (work.shift_experts, "ep 2", {("layer", 0), ("layer", 1)}),
         (work.halve_sums, "tp 2", {("layer", 0), ("layer", 1)}),
         (work.keep_single_rows, "ep 2", {("layer", 0), ("layer", 1)}),
-        (work.change_eps, "tp 2", {("config", None)}),
     ],
 )
 def test_verify_detects_a_fault(fault: Any, mesh: str, detected: Any, ranks: Ranks, checkpoint: Checkpoint) -> None:
