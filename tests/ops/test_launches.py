@@ -18,8 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
-from mixtral_triton.checkpoint import parameter_shapes
-from mixtral_triton.kernels import call, plan, reference
+from mixtral_triton.checkpoint.tensors import parameter_shapes
+from mixtral_triton.kernels import reference
+from mixtral_triton.kernels.operation import call, plan
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.quantize import select_specs
@@ -105,7 +106,7 @@ def test_copies_within_an_operation_are_recorded(mode: Any) -> None:
 
 
 def test_copy_within_an_operation_is_caught(monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
-    monkeypatch.setattr("mixtral_triton.kernels.kernel_args.dense_rows", lambda x: x.mT.contiguous().mT)
+    monkeypatch.setattr("mixtral_triton.kernels.launching.kernel_args.dense_rows", lambda x: x.mT.contiguous().mT)
     for phase in PHASES:
         with pytest.raises(AssertionError, match="'aten::contiguous': "):
             test_launches_per_layer(*phase, {}, covers)
