@@ -137,7 +137,7 @@ def launches_dependently(device: torch.device) -> bool:
 
 
 def unpacks_by_ptx(arch: str) -> bool:
-    """Return whether codes become numbers by PTX (unpack.py)."""
+    """Return whether codes become numbers by PTX (weights/packing.py)."""
     return not (INTERPRETED or amd(arch))
 
 

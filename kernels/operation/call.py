@@ -222,7 +222,7 @@ def operation(
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Make the function below, which launches kernels on checked arguments, an operation, and register it with torch.
 
-    cost    None: `flops`, and each required argument read once and each result written once (samples.py)
+    cost    None: `flops`, and each required argument read once and each result written once (inputs.py)
     inputs  the arguments that `random_inputs` cannot draw from the annotations: indices, lengths, tables
     name    None: the function's
     fields  the other fields of an Op

@@ -44,7 +44,7 @@ class Mixtral(Model):
         activations: str | None = None,
         **unknown: Any,
     ) -> Mixtral:
-        """Load a Hugging Face checkpoint (config.json and safetensors; checkpoint.py says what is rejected).
+        """Load a Hugging Face checkpoint (config.json and safetensors; checkpoint/tensors.py says what is rejected).
 
         folder         a local one, or a name on the hub, `mistralai/Mixtral-8x7B-v0.1`, perhaps with `@revision`
         device         None: the GPU if there is one and nothing is interpreted, else the CPU; "meta": headers only

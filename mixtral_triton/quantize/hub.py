@@ -1,7 +1,7 @@
 """Read quantized checkpoints of the hub: each linear's codes, scales and zeros exactly into its QuantizedWeight, or,
 where a caller asks for other formats, its values.
 
-As in `checkpoint.py`, names and shapes on disk are checked in full before data are read.
+As in `checkpoint/tensors.py`, names and shapes on disk are checked in full before data are read.
 """
 
 import itertools

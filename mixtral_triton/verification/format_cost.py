@@ -104,7 +104,7 @@ def quantized_formats(model: Any) -> dict[str, str]:
 
 class LayerByLayer:
     """The computation of a QuantizationCost, which gets the files' weights one layer after another. `target` and
-    `source` are those of `verify`: verification/layers.py and source.py."""
+    `source` are those of `verify`: layers.py and stored_tensors.py."""
 
     def __init__(self, target: Any, source: Any, ids: Tensor, text: Tensor | None) -> None:
         self.target, self.ids, self.flips, self.stored_head = target, ids, 0, None

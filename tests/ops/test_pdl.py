@@ -120,7 +120,7 @@ def test_kernels_prefetch_only_weights_before_the_wait(arch: str) -> None:
 LINEAR, GATE = {"T": 1, "H": 4096, "N": 4096}, {"T": 1, "H": 4096, "E": 8, "K": 2}
 NO_WAIT, WAIT = ("    pdl_wait(PDL)\n", ""), "    pdl_wait(PDL)\n"
 LINEAR_WAIT = ("0, H, EVEN, H, LAYOUT, PDL)", "0, H, EVEN, H, LAYOUT)")
-IMPORT = ("from .launch import", "from .pdl import pdl_wait\nfrom .launch import")
+IMPORT = ("from ..launching.launch import", "from ..launching.pdl import pdl_wait\nfrom ..launching.launch import")
 NORM_GATE = (router, "rms_norm_gate_route", GATE)
 FAULTS = [  # the operation, the message, and changes of the source
     ((linear, "linear", LINEAR), "0 waits", LINEAR_WAIT),
