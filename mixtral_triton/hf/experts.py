@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import moe
 
 from .. import ops
-from ..kernels.call import transformed, untraced
+from ..kernels.operation.call import transformed, untraced
 from .training import FrozenExperts, is_recorded, own_routes
 
 NAME = "mixtral_triton"  # among transformers' implementations of experts and attention, and its quantizers

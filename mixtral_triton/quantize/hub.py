@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint
-from ..checkpoint import Destination, Headers, Stored
-from ..config import MixtralConfig, checkpoint_folder, error_prefix
-from ..kernels.quantized import QuantizedWeight
-from ..shard import UNSHARDED, Shard
+from ..checkpoint import tensors as checkpoint
+from ..checkpoint.config import MixtralConfig, checkpoint_folder, error_prefix
+from ..checkpoint.shard import UNSHARDED, Shard
+from ..checkpoint.tensors import Destination, Headers, Stored
+from ..kernels.weights.quantized import QuantizedWeight
 from . import QUANTIZED_PARTS, Formats, QuantSpec, put, quantize_into, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
 

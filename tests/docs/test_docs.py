@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixtral_triton import MixtralConfig
-from mixtral_triton.cache import cache_bytes
-from mixtral_triton.cli import SMALL, parser
+from mixtral_triton.bench.fit import KNOWN
+from mixtral_triton.cli.commands import SMALL, parser
 from mixtral_triton.kernels.registry import OPERATIONS
-from mixtral_triton.tools.fit import KNOWN
+from mixtral_triton.model.cache import cache_bytes
 from tests.cli.commands import ROOT, python
 
 pytestmark = pytest.mark.compiled
@@ -199,7 +199,7 @@ def test_recipes_of_other_routers_compute_what_they_say() -> None:
 
 
 def test_what_the_page_about_generating_says_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.arguments.default_device", lambda: "cpu")
+    monkeypatch.setattr("mixtral_triton.checkpoint.arguments.default_device", lambda: "cpu")
     found = program_of("docs/generate.md")
     model, ids = found["model"], found["ids"]
     assert found["cache"].lengths.tolist() == [5] and found["two"].lengths.tolist() == [4, 2]

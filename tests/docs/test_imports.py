@@ -121,7 +121,7 @@ def test_importing_the_model_loads_no_tools() -> None:
     code = "import sys; from mixtral_triton import Mixtral; print(*sys.modules)\n"
     code += "from mixtral_triton import verify; print('transformers' in sys.modules)"
     *loaded, transformers = python("-c", code).stdout.split()
-    assert "mixtral_triton.model" in loaded and transformers == "False"
+    assert "mixtral_triton.model.model" in loaded and transformers == "False"
     assert not [name for name in loaded if name.startswith(("rich", "mixtral_triton.tools", "mixtral_triton.verif"))]
 
 
@@ -164,7 +164,7 @@ def test_wheel(built: Path) -> None:
     kernels = {f"mixtral_triton/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "mixtral_triton").rglob("*.py")}
     small = {f"mixtral_triton/small/{name}" for name in shipped}
-    assert "mixtral_triton/kernels/attention/op.py" in kernels
+    assert "kernels/ops/attention/op.py" in kernels
     assert kernels | package | small | {"mixtral_triton/py.typed"} <= names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
 
@@ -172,7 +172,12 @@ def test_wheel(built: Path) -> None:
 def test_sdist(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"kernels/op.py", "mixtral_triton/model.py", "mixtral_triton/small/model.safetensors", "LICENSE"} <= names
+    assert {
+        "kernels/registry.py",
+        "mixtral_triton/model/model.py",
+        "mixtral_triton/small/model.safetensors",
+        "LICENSE",
+    } <= names
     folders = ("tests", "tests/support/stub", "benchmarks", "docs", "docs/figures", "examples")
     wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.*")}
     assert "tests/conftest.py" in wanted and wanted <= names, sorted(wanted - names)

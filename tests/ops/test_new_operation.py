@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from tests.cli.commands import ROOT, python
 
 TOY = '''"""gated_silu: silu(a) * b, and its negative. T rows, N columns, Z planes; a has the planes side by side."""

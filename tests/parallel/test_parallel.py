@@ -19,10 +19,10 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mixtral_triton import Mixtral, MixtralConfig
-from mixtral_triton.cli import SMALL
+from mixtral_triton.checkpoint.shard import Shard
+from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.quantize import QUANTIZED_PARTS
-from mixtral_triton.shard import Shard
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.loaded import check_weights
 from tests.cli.commands import ROOT, error_line, output, python

@@ -22,9 +22,11 @@ import torch.multiprocessing as processes
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixtral_triton import KVCache, Mixtral, checkpoint, parallel, verify
+from mixtral_triton import KVCache, Mixtral, verify
+from mixtral_triton.checkpoint import tensors as checkpoint
+from mixtral_triton.model import parallel
 from mixtral_triton.quantize import QuantizedWeight
-from mixtral_triton.verification.models import MeshUnderTest
+from mixtral_triton.verification.models_under_test import MeshUnderTest
 from mixtral_triton.verification.report import Report
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "isend")
