@@ -190,20 +190,6 @@ def test_sequence_of_a_model_at_any_place(n: int, model: Mixtral, device: torch.
     check_model(model, ids, lengths, [[*range(1, n), 0], mixed, [n // 2]][INTERPRETED:])
 
 
-@pytest.mark.parametrize(("new", "padded"), [(1, 5), pytest.param(3, 20, marks=pytest.mark.compiled)])
-def test_short_chunk_alone_and_padded(new: int, padded: int, model: Mixtral, device: torch.device) -> None:
-    """Behind a ring that has wrapped: a chunk, of one token too, is as long as the longest row of the batch."""
-    model = model.to(device)
-    ids = torch.randint(40, (2, 7 + padded), generator=torch.Generator().manual_seed(2)).to(device)
-    found = []
-    for rows, T in ((1, new), (2, padded)):
-        cache = KVCache(model.config, rows, device=model.device, dtype=model.dtype)
-        model(ids[:rows, :7], cache=cache)
-        lengths = torch.tensor([new, padded][:rows], device=device)
-        found.append(model(ids[:rows, 7 : 7 + T], cache=cache, lengths=lengths)[0, :new])
-    assert found[0].equal(found[1])
-
-
 @pytest.mark.interpreted
 def test_tiles_of_keys_do_not_depend_on_the_queries() -> None:
     """The bits depend on where tiles are: a chunk of 3 is padded to 128, behind keys for all kinds of tiles."""
@@ -214,24 +200,3 @@ def test_tiles_of_keys_do_not_depend_on_the_queries() -> None:
     cache = keys, values, *bounds, 400, True
     padded, short = (ops.cached_attention(*(x[:, :T] for x in chunk), *cache)[:, :3] for T in (128, 3))
     assert padded.equal(short)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("format", ["int4", "fp8"])
-def test_quantized_model_is_deterministic(format: str, device: torch.device) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "sliding_window": 3}
-    model = random_model(device, deterministic=True, weights={"experts": format, "linear": "int8"}, **sizes)
-    ids = torch.randint(20, (5, 5), generator=torch.Generator().manual_seed(1)).to(device)
-    lengths = torch.tensor([5, 3, 1, 4, 2], device=device)
-    check_model(model, ids, lengths, [[3], [4, 0, 3, 2, 1]])
-
-
-@pytest.mark.parametrize("value", [1, True])
-def test_a_flag_is_taken_by_its_truth(value: Any) -> None:
-    """As vLLM's options, or a caller's numbers, may give it: here without a check."""
-    x, weight = torch.randn(9, 101), torch.randn(33, 101)
-    whole = ops.linear.unchecked(x, weight, deterministic=value)
-    assert all(
-        torch.equal(whole[row], ops.linear.unchecked(x[row : row + 1], weight, deterministic=value)[0])
-        for row in range(9)
-    )

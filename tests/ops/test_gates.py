@@ -1,8 +1,6 @@
 """Each gate of interpreted launches (conftest.py) catches an injected fault. Spills: test_offline.py."""
 
-from collections import Counter
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ import triton.language as tl
 
 from mixtral_triton.kernels.launching.interpret import bf16_to_f32, f32_to_bf16
 from mixtral_triton.kernels.launching.launch import LaunchConfig, launch
-from tests.support import selection
 
 pytestmark = pytest.mark.interpreted
 
@@ -89,27 +86,3 @@ def test_bf16_rounding_is_to_nearest_even() -> None:
     values = np.concatenate([special, np.random.default_rng(0).normal(size=999)]).astype(np.float32)
     got = torch.from_numpy(bf16_to_f32(f32_to_bf16(values)))
     torch.testing.assert_close(got, torch.from_numpy(values).bfloat16().float(), rtol=0, atol=0, equal_nan=True)
-
-
-EVERY = [f"test_{n}" for n in range(100)]
-
-
-def sample(fraction: float, seed: int) -> list[str]:
-    """The names of those of 100 tests that `--sample` selects."""
-    items: list[Any] = [
-        SimpleNamespace(name=name, nodeid=name, keywords={}, iter_markers=lambda name: (), get_closest_marker={}.get)
-        for name in EVERY
-    ]
-    options, deselected = {"--op": [], "--first": False, "--sample": fraction, "--seed": seed}, list[Any]()
-    hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
-    config: Any = SimpleNamespace(getoption=options.get, stash={selection.LEFT_OUT: Counter()}, hook=hook)
-    selection.pytest_collection_modifyitems(config, items)
-    assert len(items) + len(deselected) == 100
-    return [item.name for item in items]
-
-
-def test_a_sample_is_shuffled_and_repeated_by_its_seed() -> None:
-    tenth = sample(0.1, 20261130)
-    assert len(tenth) == 10 and tenth != sorted(tenth, key=EVERY.index)
-    assert sample(0.1, 20261130) == tenth == sample(0.2, 20261130)[:10] != sample(0.1, 20261201)
-    assert sample(1.0, 20261130) == EVERY

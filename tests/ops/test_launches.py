@@ -105,13 +105,6 @@ def test_copies_within_an_operation_are_recorded(mode: Any) -> None:
     assert [launch.kernel.startswith("aten::") for launch in launches] == [True, False, True, False, True]
 
 
-def test_copy_within_an_operation_is_caught(monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
-    monkeypatch.setattr("mixtral_triton.kernels.launching.kernel_args.dense_rows", lambda x: x.mT.contiguous().mT)
-    for phase in PHASES:
-        with pytest.raises(AssertionError, match="'aten::contiguous': "):
-            test_launches_per_layer(*phase, {}, covers)
-
-
 PACKAGE = (str(ROOT / "kernels"), str(ROOT / "mixtral_triton"))
 CALLS_MAX = 80  # of this package's functions, a decode layer
 # Other tests share the CPU's caches, which slows torch's operations, and so an applied model, more than plain launches.
@@ -155,14 +148,6 @@ def test_decode_layer_uses_cached_launches(gpu: Any, covers: Any) -> None:
     assert not [name for name in calls if name in runs or name[1] in ("configs", "launch", "__post_init__")], calls
     assert calls.total() <= CALLS_MAX, calls
     covers("host", f"a decode layer: {calls.total()} calls of the package's functions")
-
-
-def test_prefill_uses_cached_descriptors(gpu: Any) -> None:
-    """Only what torch multiplies runs again."""
-    gpu.driver.executes = False
-    calls = of_a_layer(partial(count_calls, 80))
-    assert not calls["tensor_descriptor.py", "__post_init__"] and not calls["launch.py", "describe"]
-    assert not [name for name in calls if name[1] == "configs"], calls
 
 
 def test_missing_plans_are_caught(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +194,7 @@ def test_operations_of_a_decode_layer(covers: Any) -> None:
     covers("host", f"a decode layer on the torch backend: {found.total()} operations of torch")
     assert found.total() <= OPERATIONS_MAX, found
     assert found["sort"] == 1 and not found["arange"] and not MASKS & set(found), found
-
-
-@pytest.mark.compiled
-def test_missing_short_cut_is_caught() -> None:
-    with without_short_cuts():
+    with without_short_cuts():  # injected fault
         found = of_a_layer(partial(count_operations, 1, 30))
     assert found.total() > OPERATIONS_MAX and MASKS & set(found)
 
@@ -234,13 +215,3 @@ def test_short_cuts_for_equal_lengths_change_no_result(T: int, fresh: int | None
     with without_short_cuts():
         want = outputs(name, op.call_reference, args)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("ids", [[1, 3], [3, 1], [1, -1], [4, 2], [-1, 7]])
-def test_one_token_equals_the_same_token_of_a_batch(ids: list[int]) -> None:
-    args = inputs("expert_swiglu", {"T": 2, "H": 16, "I": 24, "E": 4, "K": 2}, dtype=torch.float32)
-    args["ids"] = torch.tensor([ids, [0, 1]])
-    batch = reference.expert_swiglu(**args)
-    alone = reference.expert_swiglu(**args | {name: args[name][:1] for name in ("x", "ids", "weights")})
-    assert torch.allclose(alone, batch[:1], atol=1e-6)

@@ -164,21 +164,6 @@ def test_compile_with_a_dynamic_number(name: str, argument: str, least: int) -> 
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("by_name", (False, True), ids=("positional", "keywords"))
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_compile_after_a_mutation_of_a_dict(name: str, by_name: bool) -> None:
-    """The compiler refuses the mappings of inspect.Signature once the traced function has changed any dict."""
-    torch._dynamo.reset()
-    args = make_inputs(name, "cpu", SIZES[name] | QUANTIZED[name])
-
-    def call(state: dict[str, int]) -> Any:
-        state["calls"] = 1
-        return public(name)(**args) if by_name else public(name)(*args.values())
-
-    assert same(as_tuple(torch.compile(call, fullgraph=True, backend="eager")({})), as_tuple(call({})))
-
-
-@pytest.mark.compiled
 @pytest.mark.parametrize(("name", "sizes"), GRAPHS, ids=str)
 def test_export(name: str, sizes: Any, device: torch.device) -> None:
     call, args = graph_call(name, sizes, device)
@@ -237,10 +222,6 @@ def test_wrong_argument_raises_value_error(place: tuple[str, str], cached: bool,
         if isinstance(value, Tensor):
             value, got = value.to(device), re.escape(f"{list(value.shape)}") + f"|{str(value.dtype)[6:]}"
         check_rejected(name, args | {argument: value}, argument, got)
-
-
-def test_heads_that_do_not_divide_raise_value_error() -> None:
-    check_rejected("attention", make_inputs("attention") | {"q": zeros(2, 3, 5, 8)}, "q", "5 heads")
 
 
 class Subclass(Tensor):

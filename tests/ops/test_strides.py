@@ -18,7 +18,6 @@ from mixtral_triton.kernels.operation.declaration import Op, as_dict
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
-from mixtral_triton.verification.calls import LAYOUTS, with_layout
 from tests.cli.commands import python
 from tests.support.calls import Sizes, as_tuple, dense, inputs, inputs_without_padding, public, tensors
 
@@ -46,6 +45,26 @@ def representative_sizes(op: Op) -> Iterator[Sizes]:
 
 
 CASES = [(name, sizes) for name, op in OPS.items() for sizes in representative_sizes(op)]
+
+
+LAYOUTS = ("sliced", "rows apart", "transposed", "expanded")
+
+
+def with_layout(layout: str, x: Tensor, is_cache: bool) -> Tensor:
+    """x in one of the LAYOUTS: every second element of each dimension, with NaN or what is out of range between; the
+    same but for the last dimension; the first dimension last in memory; the first element repeated, of sequences'
+    numbers the least, which is in range beside others. The last dimension of a cache stays dense."""
+    if layout == "expanded":
+        return (x[:1] if x.dim() > 1 else x.amin(0, keepdim=True)).expand(x.shape)
+    if layout == "transposed":
+        return x.transpose(0, last := 1 if is_cache else -1).contiguous().transpose(0, last)
+    if layout == "rows apart" and x.dim() == 3:  # operations read rows [B,T,H] as [B T,H]
+        return with_layout(layout, x.flatten(0, 1), is_cache).unflatten(0, x.shape[:2])
+    around = torch.full([2 * n + 8 for n in x.shape], float("nan") if x.is_floating_point() else 10**6, device=x.device)
+    steps = [2] * (x.dim() - 1) + [1 if is_cache or layout == "rows apart" else 2]
+    starts = [1] * (x.dim() - 1) + [8 if layout == "rows apart" else 1]  # rows apart are read in place: at 16 bytes
+    slices = tuple(slice(start, start + step * n, step) for start, n, step in zip(starts, x.shape, steps, strict=True))
+    return around.to(x.dtype)[slices].copy_(x)
 
 
 # Of the arguments in turn: where all have one layout, a kernel may take one's strides for another's.
@@ -104,12 +123,6 @@ def test_caches_of_columns_apart_raise_value_error(name: str, device: torch.devi
     args |= {key: args[key].repeat_interleave(2, -1)[..., ::2] for key in ("k_cache", "v_cache")}
     with pytest.raises(ValueError, match=r"of strides .*, needs those of k_cache, the last of them 1"):
         public(name)(**args)
-
-
-def test_embedding_of_rows_that_lie_apart(device: torch.device) -> None:
-    sizes = next(sizes for op, sizes in CASES if op == "embed_rms_norm")
-    change = lambda key, x: with_layout("rows apart", x, False) if key == "table" else x  # noqa: E731
-    check("embed_rms_norm", sizes, device, change)
 
 
 @pytest.mark.exhaustive
