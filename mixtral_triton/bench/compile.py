@@ -190,7 +190,10 @@ def _attempt(launch: Launch, arch: str, op: str, out: Path | None) -> Compiled:
     except OSError:
         raise
     except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # Triton wraps an error once for each function that it is inlined into
+            cause = cause.__cause__
+        line = (getattr(cause, "error_message", None) or str(cause).strip() or repr(cause)).splitlines()[0]
         crash = re.search(r"ptxas.* error code -(\d+)", line)
         message = f"ptxas crashed with {signal.Signals(int(crash[1])).name}" if crash else line[:200]
         return _describe(launch, arch, op, error=message)

@@ -22,7 +22,7 @@ from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
 from ..model.offload_plan import running_bytes, usable_bytes
 from ..terminal import bar, check_writable, is_first, print_message
 from .prompt import Decoder, check_stdin, cut_at_stop, render
-from .writer import Writer
+from .text_stream import Writer
 
 BATCH = 32  # the most sequences of a batch without --batch-size
 CPU_BATCH = 8

@@ -16,7 +16,7 @@ from ..model.cache import KVCache
 from ..terminal import print_message
 from .batch import is_message
 from .prompt import PROMPT_CHARACTERS, decode, read_text, render
-from .writer import Writer
+from .text_stream import Writer
 
 HELP = """A line is a turn of the chat. Ctrl-C ends an answer, Ctrl-D the chat. A space before / makes it text.
 /system TEXT  set the system message; without TEXT remove it

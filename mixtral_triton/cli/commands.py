@@ -283,7 +283,7 @@ def _generate(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from . import batch
     from .chat import Conversation, check_system
-    from .writer import Writer, check_options
+    from .text_stream import Writer, check_options
 
     check_options(args)
     if args.batch is not None:
@@ -317,7 +317,7 @@ def _chat(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from ..model.offload_plan import AUTO_CONTEXT
     from .chat import Conversation, check_system, run
-    from .writer import Writer, check_options
+    from .text_stream import Writer, check_options
 
     check_options(args)
     limit = MixtralConfig.from_pretrained(args.folder).max_position_embeddings

@@ -16,7 +16,7 @@ import torch
 from mixtral_triton import Mixtral
 from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.cli import batch
-from mixtral_triton.cli.writer import Writer, read_step
+from mixtral_triton.cli.text_stream import Writer, read_step
 from mixtral_triton.model.offload_plan import MARGIN
 from mixtral_triton.model.sampling import Logprobs
 from mixtral_triton.model.tokenizer import load_tokenizer

@@ -23,7 +23,7 @@ from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.cli import chat
 from mixtral_triton.cli.chat import Conversation
 from mixtral_triton.cli.prompt import speed_of
-from mixtral_triton.cli.writer import Writer
+from mixtral_triton.cli.text_stream import Writer
 from mixtral_triton.model import generate
 from mixtral_triton.model.layer import Layer
 from mixtral_triton.model.tokenizer import load_tokenizer
