@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import INTERPRETED, target_arch
-from mixtral_triton.kernels.op import Cost, runs_on
+from mixtral_triton.bench.cases import BENCHED, Case, cases
+from mixtral_triton.bench.measure import attempt, our_call, wall_seconds
+from mixtral_triton.bench.peers import PEERS, Peer
+from mixtral_triton.kernels.launching.launch import INTERPRETED, target_arch
+from mixtral_triton.kernels.operation.declaration import Cost, runs_on
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.bench.cases import BENCHED, Case, cases
-from mixtral_triton.tools.bench.measure import attempt, our_call, wall_seconds
-from mixtral_triton.tools.bench.peers import PEERS, Peer
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from mixtral_triton import cli
-from mixtral_triton.kernels.launch import target_arch
-from mixtral_triton.tools.bench.cases import BENCHED, Case
+from mixtral_triton.bench.cases import BENCHED, Case
+from mixtral_triton.cli import commands as cli
+from mixtral_triton.kernels.launching.launch import target_arch
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 600.0
 PYTHON = shlex.quote(sys.executable)

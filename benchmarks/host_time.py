@@ -25,9 +25,9 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
 from mixtral_triton import KVCache, Mixtral, apply
+from mixtral_triton.bench.measure import wall_seconds
 from mixtral_triton.hf.attention import CACHE
-from mixtral_triton.tools.bench.measure import wall_seconds
-from mixtral_triton.tools.terminal import console, table_of
+from mixtral_triton.terminal import console, table_of
 from tests.support.stub.driver import Driver
 from tests.support.stub.gpu import GPU
 
@@ -89,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # CPU tensors take the path of a GPU's: only the memory differs.
     triton.runtime.driver.set_active(SilentDriver(GPU()))
-    with mock.patch("mixtral_triton.kernels.call.INTERPRETED", True):
+    with mock.patch("mixtral_triton.kernels.operation.call.INTERPRETED", True):
         calls = {"plain": launch_plain, **steps()}
         for call in calls.values():
             for _ in range(min(20, args.rounds)):  # compiles, and fills caches

@@ -17,16 +17,16 @@ import torch
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from mixtral_triton.kernels.arch import ARCHS
-from mixtral_triton.kernels.facts import full_tiles_of
-from mixtral_triton.kernels.launch import Configs, Launch, LaunchConfig, override_configs, target_arch
+from mixtral_triton.bench import measure
+from mixtral_triton.bench.cases import Case, cases
+from mixtral_triton.bench.command import micro, sizes_text
+from mixtral_triton.bench.compile import compile_all
+from mixtral_triton.kernels.launching.arch import ARCHS
+from mixtral_triton.kernels.launching.full_tiles import full_tiles_of
+from mixtral_triton.kernels.launching.launch import Configs, Launch, LaunchConfig, override_configs, target_arch
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.bench import measure
-from mixtral_triton.tools.bench.cases import Case, cases
-from mixtral_triton.tools.bench.command import micro, sizes_text
-from mixtral_triton.tools.compile import compile_all
-from mixtral_triton.tools.terminal import console, table_of
+from mixtral_triton.terminal import console, table_of
 
 # What may vary: tiles, how many tiles share a stretch of L2, and a decode's splits. SPLIT_K decides a result's bits.
 VARIED = ("BLOCK_", "GROUP_", "SPLITS")

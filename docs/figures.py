@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mixtral_triton import SMALL, Mixtral, reference
-from mixtral_triton.tools.trace import token_texts, trace
+from mixtral_triton.cli.trace import token_texts, trace
 
 try:
     from matplotlib import rcParams

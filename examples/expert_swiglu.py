@@ -1,4 +1,4 @@
-"""The sparse expert layer as two plain Triton kernels, to read before `kernels/experts/kernels.py`.
+"""The sparse expert layer as two plain Triton kernels, to read before `kernels/ops/experts/kernels.py`.
 
     python examples/expert_swiglu.py                       # on a GPU
     TRITON_INTERPRET=1 python examples/expert_swiglu.py    # in Triton's interpreter, on a CPU

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import launch
-from .arch import ARCHS
-from .call import unflatten_args
-from .launch import Launch
-from .plan import MEMORY
+from .launching import launch
+from .launching.arch import ARCHS
+from .launching.launch import Launch
+from .operation.call import unflatten_args
+from .operation.plan import MEMORY
 from .registry import OPS
 
 # torch operations that allocate memory or make a view, and compute nothing.

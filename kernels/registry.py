@@ -5,23 +5,23 @@ from typing import Any
 
 import torch
 
-from .attention.op import attention as attention
-from .attention.op import cached_attention as cached_attention
-from .attention.op import rope_append_attention as rope_append_attention
-from .composites import COMPOSITES
-from .experts.op import expert_swiglu as expert_swiglu
-from .experts.op import experts_add_rms_norm as experts_add_rms_norm
-from .linear import linear as linear
-from .norm import add_rms_norm as add_rms_norm
-from .norm import embed_rms_norm as embed_rms_norm
-from .norm import rms_norm as rms_norm
-from .op import Op
-from .rope import append as append
-from .rope import rope as rope
-from .router import gate_route as gate_route
-from .router import rms_norm_gate_route as rms_norm_gate_route
-from .router import route as route
-from .sort import sort_by_expert as sort_by_expert
+from .operation.declaration import Op
+from .ops.attention.op import attention as attention
+from .ops.attention.op import cached_attention as cached_attention
+from .ops.attention.op import rope_append_attention as rope_append_attention
+from .ops.experts.op import expert_swiglu as expert_swiglu
+from .ops.experts.op import experts_add_rms_norm as experts_add_rms_norm
+from .ops.linear import linear as linear
+from .ops.norm import add_rms_norm as add_rms_norm
+from .ops.norm import embed_rms_norm as embed_rms_norm
+from .ops.norm import rms_norm as rms_norm
+from .ops.rope import append as append
+from .ops.rope import rope as rope
+from .ops.router import gate_route as gate_route
+from .ops.router import rms_norm_gate_route as rms_norm_gate_route
+from .ops.router import route as route
+from .ops.sort import sort_by_expert as sort_by_expert
+from .weights.composites import COMPOSITES
 
 # By name: the functions that are called, and what each declares.
 OPERATIONS: dict[str, Callable[..., Any]] = {

@@ -4,17 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import KVCache
-    from .config import SMALL, MixtralConfig
+    from .checkpoint.config import SMALL, MixtralConfig
     from .hf import ExpertsConfig, apply, register, revert
-    from .mixtral import Mixtral
+    from .model.cache import KVCache
+    from .model.mixtral import Mixtral
     from .verification import verify
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = ["SMALL", "ExpertsConfig", "KVCache", "Mixtral", "MixtralConfig", "apply", "register", "revert", "verify"]
 
-_HOME = {"KVCache": "cache", "Mixtral": "mixtral", "MixtralConfig": "config", "SMALL": "config"}
+_HOME = {"KVCache": "model.cache", "Mixtral": "model.mixtral"}
+_HOME |= dict.fromkeys(("MixtralConfig", "SMALL"), "checkpoint.config")
 _HOME |= dict.fromkeys(("ExpertsConfig", "apply", "register", "revert"), "hf") | {"verify": "verification"}
 
 

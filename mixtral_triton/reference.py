@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.fp8 import with_fp8_activations
-from .kernels.quantized_cache import as_stored
 from .kernels.reference import attention, expert_swiglu, linear, rms_norm, rope, route
 from .kernels.reference import sort_by_expert as sort_by_expert
+from .kernels.weights.fp8 import with_fp8_activations
+from .kernels.weights.quantized_cache import as_stored
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, not rotated -> [B,T,Hq,D]
 

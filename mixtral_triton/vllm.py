@@ -11,7 +11,7 @@ import vllm
 from torch import Tensor, nn
 
 from . import ops
-from .config import check_value, error_prefix
+from .checkpoint.config import check_value, error_prefix
 from .quantize import BITS, FLOATS, quantize
 
 NAME = "mixtral_triton"

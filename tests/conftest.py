@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from mixtral_triton.config import SMALL
-from mixtral_triton.kernels import call, launch
-from mixtral_triton.kernels.interpret import interpreting
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.offload import OffloadedWeight, find_weight
+from mixtral_triton.checkpoint.config import SMALL
+from mixtral_triton.kernels.launching import launch
+from mixtral_triton.kernels.launching.interpret import interpreting
+from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.kernels.operation import call
+from mixtral_triton.kernels.weights.offload import OffloadedWeight, find_weight
 from tests.support.calls import memory_of, replace_tensors, tensors_of_launch
 from tests.support.traffic import active_addresses
 

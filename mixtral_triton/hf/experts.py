@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import moe
 
 from .. import ops
-from ..kernels.call import transformed, untraced
+from ..kernels.operation.call import transformed, untraced
 from .training import FrozenExperts, is_recorded, own_routes
 
 NAME = "mixtral_triton"  # among transformers' implementations of experts and attention, and its quantizers
@@ -34,8 +34,11 @@ def fused(operation: Any, *tensors: Any) -> Any:
     its checks unless a tracer, derivatives or autocast may change its arguments, or a tensor is a lazy negation."""
     if torch.is_grad_enabled():
         return None if is_recorded(*tensors) else operation
+    for x in tensors:  # a loop: a generator would take a call for each tensor
+        if isinstance(x, Tensor) and x.is_neg():
+            return operation
     needed = not untraced() or torch._C._is_any_autocast_enabled() or transformed()
-    return operation if needed or any(isinstance(x, Tensor) and x.is_neg() for x in tensors) else operation.unchecked
+    return operation if needed else operation.unchecked
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import check_value
-from ..kernels import call
-from ..kernels.checks import FLOATS
-from ..kernels.launch import INTERPRETED
+from ..checkpoint.config import check_value
+from ..kernels.launching.launch import INTERPRETED
+from ..kernels.operation import call
+from ..kernels.operation.checks import FLOATS
 from .experts import check_experts
 from .modules import PARTS_ATTRIBUTE, Applied, Parts, applied_class, modeling
 

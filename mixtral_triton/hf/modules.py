@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral as modeling
 
 from .. import ops
-from ..kernels.checks import FLOATS
+from ..kernels.operation.checks import FLOATS
 from .attention import CACHE, PAGED, attention, causal_mask, check_dense
 from .experts import NAME, experts, fused
 

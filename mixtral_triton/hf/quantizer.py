@@ -9,9 +9,9 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import check_value, error_prefix
-from ..kernels.formats import BITS
-from ..kernels.quantized import QuantizedWeight, QuantSpec
+from ..checkpoint.config import check_value, error_prefix
+from ..kernels.weights.formats import BITS
+from ..kernels.weights.quantized import QuantizedWeight, QuantSpec
 from ..quantize import quantize_into
 from .experts import NAME, PROJECTIONS, check_experts, is_experts
 

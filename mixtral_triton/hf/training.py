@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..kernels.call import transformed
-from ..kernels.quantized import QuantizedWeight
+from ..kernels.operation.call import transformed
+from ..kernels.weights.quantized import QuantizedWeight
 
 
 def is_recorded(*tensors: Any) -> bool:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import error_prefix
-from ..kernels.checks import FLOATS
-from ..kernels.formats import BITS, FORMATS
-from ..kernels.offload import OffloadedWeight
-from ..kernels.quantized import QuantizedWeight, QuantSpec
+from ..checkpoint.config import error_prefix
+from ..kernels.operation.checks import FLOATS
+from ..kernels.weights.formats import BITS, FORMATS
+from ..kernels.weights.offload import OffloadedWeight
+from ..kernels.weights.quantized import QuantizedWeight, QuantSpec
 
 __all__ = ["OffloadedWeight", "QuantSpec", "QuantizedWeight", "quantize"]
 

@@ -1,7 +1,7 @@
 """Read quantized checkpoints of the hub: each linear's codes, scales and zeros exactly into its QuantizedWeight, or,
 where a caller asks for other formats, its values.
 
-As in `checkpoint.py`, names and shapes on disk are checked in full before data are read.
+As in `checkpoint/tensors.py`, names and shapes on disk are checked in full before data are read.
 """
 
 import itertools
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint
-from ..checkpoint import Destination, Headers, Stored
-from ..config import MixtralConfig, checkpoint_folder, error_prefix
-from ..kernels.quantized import QuantizedWeight
-from ..shard import UNSHARDED, Shard
+from ..checkpoint import tensors as checkpoint
+from ..checkpoint.config import MixtralConfig, checkpoint_folder, error_prefix
+from ..checkpoint.shard import UNSHARDED, Shard
+from ..checkpoint.tensors import Destination, Headers, Stored
+from ..kernels.weights.quantized import QuantizedWeight
 from . import QUANTIZED_PARTS, Formats, QuantSpec, put, quantize_into, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
 

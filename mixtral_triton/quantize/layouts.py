@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Field, check_value, is_size, read_json_object
-from ..kernels.formats import BITS, FORMATS
-from ..kernels.packing import GROUPS
+from ..checkpoint.config import Field, check_value, is_size, read_json_object
+from ..kernels.weights.formats import BITS, FORMATS
+from ..kernels.weights.packing import GROUPS
 from . import QuantSpec
 
 Read = Callable[..., Tensor]  # read(part, *index) returns a part of the linear, or a slice of it

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import checkpoint
-from ..arguments import usable_device
-from ..checkpoint import Destination
-from ..config import MixtralConfig, checkpoint_folder, read_json_object
+from ..checkpoint import tensors as checkpoint
+from ..checkpoint.arguments import usable_device
+from ..checkpoint.config import MixtralConfig, checkpoint_folder, read_json_object
+from ..checkpoint.tensors import Destination
 from . import QUANTIZED_PARTS, QuantSpec, encode, hub, pieces, select_specs
 
 # A README is of the format that the folder had.

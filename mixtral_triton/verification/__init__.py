@@ -20,30 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
-from ..arguments import check_ids, check_vocabulary
-from ..cache import KVCache
-from ..config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
-from ..generate import GRAPH_MIN_TOKENS, can_capture
-from ..kernels.checks import dtype_name
-from ..kernels.launch import INTERPRETED, launch_context, multiprocessors, target_arch
-from ..mixtral import Mixtral
-from ..quantize.cost import held_out, measure_activation_cost, measure_cache_cost, perplexity
+from ..checkpoint.arguments import check_ids, check_vocabulary
+from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
+from ..kernels.launching.launch import INTERPRETED, launch_context, multiprocessors, target_arch
+from ..kernels.operation.checks import dtype_name
+from ..model.ahead import launch_text, on_meta
+from ..model.cache import KVCache
+from ..model.generate import GRAPH_MIN_TOKENS, can_capture
+from ..model.mixtral import Mixtral
 from ..quantize.hub import read_headers
-from ..tolerance import Fp64Reference, largest, to_fp64, token_floor
-from ..tools.ahead import launch_text, on_meta
 from .calls import SizedCalls
-from .layers import (
-    LayerProbe,
-    ModelUnderTest,
-    Step,
-    compare_in_fp32,
-    compare_layers,
-    single_layer_model,
-)
+from .format_cost import held_out, measure_activation_cost, measure_cache_cost, perplexity
+from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .loaded import check_weights
-from .models import MeshUnderTest, TransformersUnderTest, in_evaluation
+from .models_under_test import MeshUnderTest, TransformersUnderTest, in_evaluation
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
-from .source import Source
+from .stored_tensors import Source
+from .tolerance import Fp64Reference, largest, to_fp64, token_floor
 
 __all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
 

@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
-from ..cache import KVCache, cache_shape
-from ..config import PREFILL_CHUNK
-from ..kernels.call import unflatten_args
-from ..kernels.experts.tiles import decode_tokens
-from ..kernels.fp8 import W8A8, with_fp8_activations
-from ..kernels.kernel_weight import Weight
-from ..kernels.launch import DEFAULT_ARCH, Launch, active_records, launch_context, target_arch
-from ..kernels.quantized import QuantizedWeight
+from ..checkpoint.config import PREFILL_CHUNK
+from ..kernels.launching.launch import DEFAULT_ARCH, Launch, active_records, launch_context, target_arch
+from ..kernels.operation.call import unflatten_args
+from ..kernels.ops.experts.tiles import decode_tokens
 from ..kernels.registry import OPS
-from ..mixtral import Mixtral
-from ..tolerance import Args, fp64_block
-from ..tools.ahead import on_meta
+from ..kernels.weights.fp8 import W8A8, with_fp8_activations
+from ..kernels.weights.quantized import QuantizedWeight
+from ..kernels.weights.weight_args import Weight
+from ..model.ahead import on_meta
+from ..model.cache import KVCache, cache_shape
+from ..model.mixtral import Mixtral
+from .tolerance import Args, fp64_block
 
 Call = tuple[str, str, Args]  # operation, case, arguments
 

@@ -15,10 +15,10 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .. import hf
 from ..hf.attention import CACHE
-from ..tolerance import largest
 from .layers import Step
-from .models import TransformersUnderTest, eager_model
+from .models_under_test import TransformersUnderTest, eager_model
 from .report import Row
+from .tolerance import largest
 
 TOKENS, NEW = 8, 3  # of the text, and those that `generate` adds
 LAYERS, EXPERTS, INNER = 2, 3, 32  # of the model, and of rows of an expert, at most

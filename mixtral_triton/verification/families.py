@@ -27,9 +27,9 @@ from transformers.models.mixtral import modeling_mixtral
 from ..hf.attention import CACHE
 from ..hf.experts import NAME, PROJECTIONS, is_experts
 from ..hf.modules import Applied
-from ..kernels.quantized import QuantizedWeight
-from ..tolerance import FLOOR, RATIO, Fp64Reference, largest, token_floor
+from ..kernels.weights.quantized import QuantizedWeight
 from .report import END_RATIO, Row
+from .tolerance import FLOOR, RATIO, Fp64Reference, largest, token_floor
 
 STEPS = 3  # forwards of `compare`
 CASES = "whole text", "in chunks"  # the first without a cache

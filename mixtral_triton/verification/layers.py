@@ -20,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference, tolerance
-from ..cache import KVCache
-from ..kernels.fp8 import with_fp8_activations
+from .. import reference
+from ..checkpoint.shard import UNSHARDED
 from ..kernels.registry import dispatched
-from ..layer import Layer
-from ..shard import UNSHARDED
-from ..tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
+from ..kernels.weights.fp8 import with_fp8_activations
+from ..model.cache import KVCache
+from ..model.layer import Layer
+from . import tolerance
 from .calls import LayerCheck, SizedCalls
 from .report import END_RATIO, FP32, TORCH, Row, worst_rows
+from .tolerance import Fp64Reference, LayerReference, Tolerance, largest, to_fp64, with_perturbed_input
 
 UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
 ROUTES, LAYER_PARTS = "routes", {"attn_output": "attention", "y": "experts"}  # rows of what a layer computes inside

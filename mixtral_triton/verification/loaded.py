@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.offload import OffloadedWeight
+from ..kernels.weights.offload import OffloadedWeight
 from ..quantize import QuantizedWeight, QuantSpec
-from ..quantize.cost import LayerByLayer, QuantizationCost, quantized_formats
-from ..tolerance import largest
+from .format_cost import LayerByLayer, QuantizationCost, quantized_formats
 from .layers import ModelUnderTest, Step
 from .report import ROUNDED, Row, worst_rows
-from .source import LAYER, Source, config_rows
+from .stored_tensors import LAYER, Source, config_rows
+from .tolerance import largest
 
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
 # A format's largest value, and the error that rounding the scale (int4's to bf16) adds, relative to a group's largest.

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..kernels.registry import OPS
-from ..quantize.cost import QuantizationCost
-from ..tolerance import share_of_limit
+from .format_cost import QuantizationCost
+from .tolerance import share_of_limit
 
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
 TORCH = "plain torch"  # the backend without kernels

@@ -14,7 +14,7 @@ from unittest import mock
 
 from rich.console import Console
 
-from mixtral_triton.cli import main
+from mixtral_triton.cli.commands import main
 
 ROOT = Path(__file__).parents[2]
 

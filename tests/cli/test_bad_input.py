@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_triton import cli
-from mixtral_triton.cli import SMALL
+from mixtral_triton.cli import commands as cli
+from mixtral_triton.cli import prompt
+from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.quantize.write import write
-from mixtral_triton.tools import prompt
 from tests.cli.commands import error_line
 
 pytestmark = pytest.mark.compiled

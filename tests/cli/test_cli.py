@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import mixtral_triton
-from mixtral_triton import Mixtral, cli
-from mixtral_triton.cli import SMALL, parser
-from mixtral_triton.kernels.formats import BITS
-from mixtral_triton.tools import terminal
+from mixtral_triton import Mixtral, terminal
+from mixtral_triton.cli import commands as cli
+from mixtral_triton.cli.commands import SMALL, parser
+from mixtral_triton.kernels.weights.formats import BITS
 from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
 
 # Each test decides for itself whether to interpret, so once is enough.

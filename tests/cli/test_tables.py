@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mixtral_triton.tools import terminal
-from mixtral_triton.tools.bench.cases import cases
-from mixtral_triton.tools.bench.command import op_table
-from mixtral_triton.tools.bench.measure import Outcome, untimed_row
-from mixtral_triton.tools.compile import resources_table
-from mixtral_triton.tools.gpus import GPUS
-from mixtral_triton.tools.terminal import PIPED, console, table_of
+from mixtral_triton import terminal
+from mixtral_triton.bench.cases import cases
+from mixtral_triton.bench.command import op_table
+from mixtral_triton.bench.compile import resources_table
+from mixtral_triton.bench.gpus import GPUS
+from mixtral_triton.bench.measure import Outcome, untimed_row
+from mixtral_triton.terminal import PIPED, console, table_of
 
 pytestmark = pytest.mark.compiled
 at_widths = pytest.mark.parametrize("width", [80, 100, 120])

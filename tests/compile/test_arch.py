@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels import arch as arch_module
-from mixtral_triton.kernels.arch import ARCHS, family, has_less_shared_memory, max_multiprocessors, tma
-from mixtral_triton.kernels.launch import launch_context, override_configs, target_arch, tma_can_read
-from mixtral_triton.kernels.op import runs_on
+from mixtral_triton.bench.gpus import GPUS, family_note
+from mixtral_triton.kernels.launching import arch as arch_module
+from mixtral_triton.kernels.launching.arch import ARCHS, family, has_less_shared_memory, max_multiprocessors, tma
+from mixtral_triton.kernels.launching.launch import launch_context, override_configs, target_arch, tma_can_read
+from mixtral_triton.kernels.operation.declaration import runs_on
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.gpus import GPUS, family_note
 
 BF16 = torch.bfloat16
 FALLBACK_FAMILIES = {"sm_75": "sm_80", "sm_130": "sm_80", "gfx1201": "gfx942"}

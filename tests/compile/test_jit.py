@@ -18,16 +18,18 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import SMALL, KVCache, Mixtral, apply, cli, ops, verify
-from mixtral_triton.kernels import launch, norm, router
-from mixtral_triton.kernels.kernel_args import flatten
-from mixtral_triton.kernels.launch import Launch
-from mixtral_triton.kernels.op import Op
+from mixtral_triton import SMALL, KVCache, Mixtral, apply, ops, verify
+from mixtral_triton.cli import batch, chat
+from mixtral_triton.cli import commands as cli
+from mixtral_triton.kernels.launching import launch
+from mixtral_triton.kernels.launching.kernel_args import flatten
+from mixtral_triton.kernels.launching.launch import Launch
+from mixtral_triton.kernels.operation.declaration import Op
+from mixtral_triton.kernels.ops import norm, router
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import ahead as compiler
-from mixtral_triton.tools import batch, chat
-from mixtral_triton.tools.ahead import compile_launches
+from mixtral_triton.model import ahead as compiler
+from mixtral_triton.model.ahead import compile_launches
 from mixtral_triton.verification import launch_all
 from tests.support.calls import compilations, inputs, with_offload
 from tests.support.models import WIDER_SIZES, random_model, tokens

@@ -17,13 +17,14 @@ import torch
 import triton
 from triton.runtime.cache import get_cache_key
 
-from mixtral_triton.cli import main
-from mixtral_triton.kernels.arch import ARCHS
-from mixtral_triton.kernels.launch import Launch
-from mixtral_triton.kernels.op import Op
+from mixtral_triton.bench import compile
+from mixtral_triton.bench.compile import collect, compile_launch, compile_ops
+from mixtral_triton.cli.commands import main
+from mixtral_triton.kernels.launching.arch import ARCHS
+from mixtral_triton.kernels.launching.launch import Launch
+from mixtral_triton.kernels.operation.declaration import Op
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools import ahead, compile
-from mixtral_triton.tools.compile import collect, compile_launch, compile_ops
+from mixtral_triton.model import ahead
 from tests.cli.commands import heed_interrupts
 
 pytestmark = pytest.mark.compiled

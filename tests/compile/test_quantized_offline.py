@@ -10,16 +10,18 @@ import torch
 import triton
 from torch import Tensor
 
-from mixtral_triton.kernels import formats, kernel_weight, linear
-from mixtral_triton.kernels.arch import ARCHS
-from mixtral_triton.kernels.attention.op import rope_append_attention
-from mixtral_triton.kernels.fp8 import W8A8
-from mixtral_triton.kernels.launch import Launch
-from mixtral_triton.kernels.quantized import QuantSpec
+from mixtral_triton.bench.compile import compile_launch
+from mixtral_triton.bench.sass import main_loops
+from mixtral_triton.kernels.launching.arch import ARCHS
+from mixtral_triton.kernels.launching.launch import Launch
+from mixtral_triton.kernels.ops import linear
+from mixtral_triton.kernels.ops.attention.op import rope_append_attention
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.compile import compile_launch
-from mixtral_triton.tools.sass import main_loops
+from mixtral_triton.kernels.weights import formats
+from mixtral_triton.kernels.weights import weight_args as kernel_weight
+from mixtral_triton.kernels.weights.fp8 import W8A8
+from mixtral_triton.kernels.weights.quantized import QuantSpec
 from tests.compile.test_offline import FAMILIES, launches_of, members
 from tests.support.calls import inputs, offloaded
 

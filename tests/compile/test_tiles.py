@@ -13,11 +13,12 @@ import pytest
 import torch
 import triton
 
-from mixtral_triton.kernels import kernel_weight, linear, tiles
-from mixtral_triton.kernels.experts import tiles as experts
-from mixtral_triton.kernels.fp8 import W8A8
+from mixtral_triton.bench.compile import Compiled, collect, compile_launch
+from mixtral_triton.kernels.ops import linear, tiles
+from mixtral_triton.kernels.ops.experts import tiles as experts
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.compile import Compiled, collect, compile_launch
+from mixtral_triton.kernels.weights import weight_args as kernel_weight
+from mixtral_triton.kernels.weights.fp8 import W8A8
 from tests.cli.commands import ROOT
 
 pytestmark = pytest.mark.compiled

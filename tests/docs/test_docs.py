@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixtral_triton import MixtralConfig
-from mixtral_triton.cli import SMALL, parser
+from mixtral_triton.cli.commands import SMALL, parser
 from mixtral_triton.kernels.registry import OPERATIONS
 from tests.cli.commands import ROOT, python
 

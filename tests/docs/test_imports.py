@@ -1,12 +1,12 @@
-"""Imports go one way: kernels never import the package, the runtime never imports tools, and there are no cycles. Wheel
-and sdist hold what they should, the package lives beside Hugging Face's `kernels`, and mypy sees every argument of an
-operation, checked and unchecked, where users and the model call it."""
+"""Imports are those of docs/structure.md, without a cycle. Wheel and sdist hold what they should, the package lives
+beside Hugging Face's `kernels`, and mypy sees every argument of an operation, checked and unchecked."""
 
 import ast
+import re
 import shutil
 import tarfile
 import zipfile
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,16 +16,6 @@ from tests.cli.commands import ROOT, python
 
 pytestmark = pytest.mark.compiled
 TOOLS = [path for folder in ("tests/emulator", "tests/support/stub") for path in sorted((ROOT / folder).glob("*.py"))]
-FORBIDDEN = {  # folder or file: what it must not import, directly or through others
-    "kernels": ("model", "ops", "weights", "quantize", "hf", "verification", "tools", "cli"),
-    "model": ("tools", "verification", "cli", "hf"),
-    "generate": ("tools", "verification", "cli", "hf"),
-    "hf": ("tools", "verification", "cli"),
-    "quantize": ("model", "tools", "verification", "cli"),
-    "weights": ("quantize", "tools", "verification", "cli"),
-    "tools": ("verification", "cli"),
-    "verification": ("cli",),
-}
 
 
 def modules() -> dict[str, Path]:
@@ -48,58 +38,79 @@ def test_help_and_a_typo_import_no_torch_and_the_library_no_transformers() -> No
     code = "import sys, mixtral_triton as m; m.Mixtral.from_pretrained('small', 'cpu').generate([[1]], 1); "
     loaded = python("-c", f"{code}{IMPORTED}; print(*sys.modules)")
     assert loaded.stderr == "torch\n"
-    other = ("rich", "mixtral_triton.tools", "mixtral_triton.verif")
+    other = ("rich", "mixtral_triton.bench", "mixtral_triton.cli", "mixtral_triton.verif")
     assert not [name for name in loaded.stdout.split() if name.startswith(other)]
 
 
 def imported(name: str) -> set[str]:
-    """The package's modules that a module imports, inside functions too, except for type checkers."""
-    path, tree = MODULES[name], ast.parse(MODULES[name].read_text())
-    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    typing = {id(node) for branch in branches for node in ast.walk(branch)}
+    """The package's modules that a module imports, inside functions and for type checkers, too."""
+    path = MODULES[name]
     package = ["", *name.split(".")][: None if path.stem == "__init__" else -1]
     found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in typing:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
             base = [*package[: len(package) + 1 - node.level], *((node.module or "").split("."))]
             prefix = ".".join(filter(None, base))
             for alias in node.names:
                 full = f"{prefix}.{alias.name}".strip(".")
                 found.add(full if full in MODULES else prefix)
-    return found & MODULES.keys()
-
-
-def reachable(names: set[str], graph: dict[str, set[str]]) -> set[str]:
-    found: set[str] = set()
-    while names:
-        found |= names
-        names = {other for name in names for other in graph[name]} - found
-    return found
+    return (found & MODULES.keys()) - {name}
 
 
 GRAPH = {name: imported(name) for name in MODULES}
 
 
-def top(name: str) -> str:
-    """The top folder, or the file, that a module belongs to."""
-    return name.partition(".")[0]
+def place(name: str) -> str:
+    """The folder or file of docs/structure.md that a module belongs to."""
+    parts = name.split(".")
+    depth = 2 if parts[0] == "kernels" else 1
+    is_folder = len(parts) > depth or MODULES[name].stem == "__init__"
+    return "/".join(parts[:depth]) + ("/" if is_folder else ".py")
 
 
-def test_no_cycle_of_files_or_folders() -> None:
+def allowed() -> dict[str, set[str]]:
+    """The rows of docs/structure.md: a folder or file, and what it may import."""
+    kernels, package = (ROOT / "docs" / "structure.md").read_text().split("\n## ")[1:3]
+    rows: dict[str, set[str]] = {}
+    for section, prefix in ((kernels, "kernels/"), (package, "")):
+        for name, imports in re.findall(r"^\| `(\S+)` \|[^|]*\|([^|]*)\|$", section, re.MULTILINE):
+            rows[prefix + name] = {prefix + other for other in re.findall(r"`(\S+)`", imports)}
+    return rows
+
+
+def arrows(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
+    """From and to of each import between two places, the package's own two files apart."""
+    pairs = {(place(name), place(other)) for name, imports in graph.items() for other in imports}
+    return {(a, b) for a, b in pairs if a != b and not {a, b} & {"__init__/", "__main__.py"}}
+
+
+def wrong_arrows(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
+    rows = allowed()
+    return {(a, b) for a, b in arrows(graph) if not any(b.startswith(other) for other in rows[a])}
+
+
+def test_imports_are_those_of_the_structure() -> None:
+    """Files form no cycle, annotations included, and neither do folders; a folder imports what its row names."""
     assert len(GRAPH) > 50 and "kernels.registry" in GRAPH["kernels.record"]
-    assert {"load", "generate", "model"} <= GRAPH["mixtral"]
+    assert {place(name) for name in MODULES} - {"__init__/", "__main__.py"} == allowed().keys()
     TopologicalSorter(GRAPH).prepare()  # CycleError names a cycle
     folders: dict[str, set[str]] = {}
-    for name, imports in GRAPH.items():
-        folders.setdefault(top(name), set()).update({top(other) for other in imports} - {top(name)})
+    for a, b in arrows(GRAPH):
+        folders.setdefault(a, set()).add(b)
     TopologicalSorter(folders).prepare()
+    assert not wrong_arrows(GRAPH)
 
 
-@pytest.mark.parametrize("name", FORBIDDEN)
-def test_import_direction(name: str) -> None:
-    start = {module for module in MODULES if module == name or module.startswith(f"{name}.")}
-    found = reachable(start, GRAPH)
-    assert not [other for other in sorted(found) if top(other) in FORBIDDEN[name]]
+@pytest.mark.parametrize(
+    ("name", "other"), [("kernels.ops.linear", "model.layer"), ("model.layer", "cli.chat"), ("quantize", "hf.experts")]
+)
+def test_an_arrow_put_wrong_is_found(name: str, other: str) -> None:
+    assert wrong_arrows(GRAPH | {name: GRAPH[name] | {other}}) == {(place(name), place(other))}
+
+
+def test_a_cycle_of_annotations_is_found() -> None:
+    with pytest.raises(CycleError, match=r"model\.model"):
+        TopologicalSorter(GRAPH | {"model.layer": GRAPH["model.layer"] | {"model.model"}}).prepare()
 
 
 def test_reference_imports_torch_alone() -> None:
@@ -110,7 +121,7 @@ def test_reference_imports_torch_alone() -> None:
     assert names == {"itertools", "math", "typing", "torch", "torch.nn.functional"}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if top(name) not in ("kernels", "tools", "verification")])
+@pytest.mark.parametrize("name", [name for name in MODULES if place(name) in ("model/", "hf/", "vllm.py")])
 def test_operations_are_reached_through_ops_alone(name: str) -> None:
     """The runtime imports helpers from the file of `kernels` that defines them, and operations from `ops`."""
     nodes = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.ImportFrom)]
@@ -151,7 +162,7 @@ def test_wheel(built: Path) -> None:
     kernels = {f"mixtral_triton/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "mixtral_triton").rglob("*.py")}
     small = {f"mixtral_triton/small/{name}" for name in shipped}
-    assert "mixtral_triton/kernels/attention/op.py" in kernels
+    assert "mixtral_triton/kernels/ops/attention/op.py" in kernels
     assert kernels | package | small | {"mixtral_triton/py.typed"} <= names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
 
@@ -159,7 +170,12 @@ def test_wheel(built: Path) -> None:
 def test_sdist(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"kernels/op.py", "mixtral_triton/model.py", "mixtral_triton/small/model.safetensors", "LICENSE"} <= names
+    assert {
+        "kernels/registry.py",
+        "mixtral_triton/model/model.py",
+        "mixtral_triton/small/model.safetensors",
+        "LICENSE",
+    } <= names
     folders = ("tests", "tests/support/stub", "benchmarks", "docs", "docs/figures", "examples")
     wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.*")}
     assert "tests/conftest.py" in wanted and wanted <= names, sorted(wanted - names)

@@ -13,13 +13,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixtral_triton import KVCache, Mixtral
-from mixtral_triton.kernels import kernel_weight
-from mixtral_triton.kernels.launch import override_configs
-from mixtral_triton.kernels.op import Op, runs_on
+from mixtral_triton.bench.compile import compile_launch
+from mixtral_triton.kernels.launching.launch import override_configs
+from mixtral_triton.kernels.operation.declaration import Op, runs_on
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
-from mixtral_triton.tolerance import Tolerance
-from mixtral_triton.tools.compile import compile_launch
+from mixtral_triton.kernels.weights import weight_args as kernel_weight
+from mixtral_triton.verification.tolerance import Tolerance
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
 from tests.ops.test_deterministic import CASES, check
 from tests.support.calls import inputs, inputs_without_padding, selected_configs, with_offload

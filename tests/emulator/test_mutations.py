@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import override_configs
+from mixtral_triton.kernels.launching.launch import override_configs
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import inputs, selected_configs
 

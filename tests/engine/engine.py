@@ -20,7 +20,7 @@ from vllm import LLM, SamplingParams
 
 from mixtral_triton import SMALL
 from mixtral_triton import vllm as plugin
-from mixtral_triton.kernels import launch
+from mixtral_triton.kernels.launching import launch
 
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "seed": 0, "disable_log_stats": True}
 ENGINE |= {"max_num_seqs": 3, "max_num_batched_tokens": 32}

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from mixtral_triton import ExpertsConfig, register
 from mixtral_triton.hf.experts import NAME
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from tests.cli.commands import ROOT
 from tests.support.families import (
     ATTENTION_REFUSED,

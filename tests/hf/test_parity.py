@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtral_triton import apply, hf
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
 from mixtral_triton.hf.attention import CACHE  # noqa: E402

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixtral_triton import Mixtral, apply
 from mixtral_triton.hf import attention, experts
 from mixtral_triton.hf.experts import NAME, check_experts
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import quantize
 from mixtral_triton.verification.families import eager_experts
 from tests.cli.commands import python

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mixtral_triton import ExpertsConfig, apply, hf, register
 from mixtral_triton.hf import training
 from mixtral_triton.hf.experts import NAME, PROJECTIONS
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import quantize
 from mixtral_triton.verification.families import eager_experts
 from tests.support.families import NAMED, build, experts_of, marked_families

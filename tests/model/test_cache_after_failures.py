@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral
-from mixtral_triton.kernels import call
+from mixtral_triton.kernels.operation import call
 from tests.support.models import cache_of, computed, random_model, tokens
 
 pytestmark = pytest.mark.compiled

@@ -14,9 +14,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mixtral_triton import Mixtral, MixtralConfig
-from mixtral_triton.cli import SMALL
-from mixtral_triton.tokenizer import load_tokenizer
-from mixtral_triton.tools.prompt import Decoder, decode, encode, print_stream, read_text
+from mixtral_triton.cli.commands import SMALL
+from mixtral_triton.cli.prompt import Decoder, decode, encode, print_stream, read_text
+from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled

@@ -15,9 +15,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mixtral_triton import Mixtral, MixtralConfig, arguments, verify
-from mixtral_triton.cli import SMALL
-from mixtral_triton.config import SIZES, checkpoint_folder
+from mixtral_triton import Mixtral, MixtralConfig, verify
+from mixtral_triton.checkpoint import arguments
+from mixtral_triton.checkpoint.config import SIZES, checkpoint_folder
+from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.quantize.write import write
 from mixtral_triton.verification import held_out, perplexity
 from tests.cli.commands import error_line, output
@@ -48,7 +49,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.arguments.default_device", lambda: "cpu")
+    monkeypatch.setattr("mixtral_triton.checkpoint.arguments.default_device", lambda: "cpu")
     assert MixtralConfig.from_pretrained(NAME) == MixtralConfig.from_pretrained(SMALL)
     assert not list(hub.cache.glob("*.safetensors")) and hub.downloads[-1][:2] == (NAME, None)
     model = Mixtral.from_pretrained(f"{NAME}@v1.0", "cpu")

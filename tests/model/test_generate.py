@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import SMALL, KVCache, Mixtral, generate, reference
-from mixtral_triton.cache import cache_bytes
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.sampling import Logprobs, penalize
+from mixtral_triton import SMALL, KVCache, Mixtral, reference
+from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.model import generate
+from mixtral_triton.model.cache import cache_bytes
+from mixtral_triton.model.sampling import Logprobs, penalize
 from tests.support.faults import Inject, in_step, replace_by
 from tests.support.models import cache_of, computed, random_model, seeded, tokens
 
@@ -171,7 +172,7 @@ def test_stream_yields_the_tokens_of_generate(make: Make, device: torch.device) 
 
 @pytest.fixture
 def idle(make: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
-    for name in ("model.Model.hidden", "generate.KVCache"):
+    for name in ("model.model.Model.hidden", "model.generate.KVCache"):
         monkeypatch.setattr(f"mixtral_triton.{name}", Mock(side_effect=AssertionError("the model ran")))
     return make
 
@@ -323,7 +324,7 @@ def test_log_probabilities_are_those_of_a_forward(settings: Any, make: Make, dev
 def test_score_is_the_log_softmax_of_each_text(chunk: int, make: Make, device: torch.device, monkeypatch: Any) -> None:
     model, texts = make(), [tokens(T, seed=T, device=device) for T in (9, 1, 5)]
     model.prefill_chunk = chunk
-    monkeypatch.setattr("mixtral_triton.score.LOGITS", 2 * V)  # two rows at a time
+    monkeypatch.setattr("mixtral_triton.model.score.LOGITS", 2 * V)  # two rows at a time
     for text, got in zip(texts, model.score(texts), strict=True):
         want = logits_of(model, text[None])[0, :-1].log_softmax(-1).gather(1, text[1:, None])[:, 0]
         assert got.dtype == torch.float32 and got.device == text.device and got.shape == want.shape

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, generate
-from mixtral_triton.cuda_graph import CaptureLost, capture
-from mixtral_triton.layer import Layer
-from mixtral_triton.model import Model, _method_names
-from mixtral_triton.shard import UNSHARDED
+from mixtral_triton import KVCache, Mixtral
+from mixtral_triton.checkpoint.shard import UNSHARDED
+from mixtral_triton.model import generate
+from mixtral_triton.model.cuda_graph import CaptureLost, capture
+from mixtral_triton.model.layer import Layer
+from mixtral_triton.model.model import Model, _method_names
 from tests.support.models import cache_of, random_model, tokens
 
 V, NEW = 23, 8
@@ -299,7 +300,9 @@ def test_captures_take_turns_on_one_stream_a_device(gpu: Any) -> None:
 
 def test_a_capture_that_cannot_be_put_right_says_what_is_lost(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "capture", lambda step, *rest: capture(lambda: looks(step), *rest))
-    monkeypatch.setattr("mixtral_triton.cuda_graph._call_runtime", lambda *args: None)  # no empty capture in its place
+    monkeypatch.setattr(
+        "mixtral_triton.model.cuda_graph._call_runtime", lambda *args: None
+    )  # no empty one in its place
     with pytest.raises(CaptureLost, match=r"cuda:1 is still in it: memory .* is lost.*Restart the process"):
         texts(build(None, GPU_DEVICE), max_new_tokens=NEW)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mixtral_triton import KVCache, Mixtral, reference
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from tests.conftest import HF_SIZES
 from tests.support.models import cache_of as make_cache
 from tests.support.models import tokens as random_tokens

@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from mixtral_triton import Mixtral, offload_plan, verify
-from mixtral_triton.checkpoint import parameter_shapes
-from mixtral_triton.cli import SMALL
-from mixtral_triton.kernels.offload import OffloadedWeight, _pinned
+from mixtral_triton import Mixtral, verify
+from mixtral_triton.bench import fit
+from mixtral_triton.bench.gpus import find_gpu
+from mixtral_triton.checkpoint.tensors import parameter_shapes
+from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.offload_plan import MemoryRequest
-from mixtral_triton.tools import ahead, fit
-from mixtral_triton.tools.gpus import find_gpu
+from mixtral_triton.kernels.weights.offload import OffloadedWeight, _pinned
+from mixtral_triton.model import ahead, offload_plan
+from mixtral_triton.model.offload_plan import MemoryRequest
 from tests.support.memory import needs_proc
 from tests.support.models import random_model
 

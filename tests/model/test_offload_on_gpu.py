@@ -15,14 +15,17 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, checkpoint, generate, load
-from mixtral_triton.arguments import in_decimal
-from mixtral_triton.checkpoint import parameter_shapes
-from mixtral_triton.cli import SMALL
-from mixtral_triton.kernels import offload, plan
-from mixtral_triton.kernels.offload import OffloadedWeight
-from mixtral_triton.offload_plan import MARGIN, Placement, movable_bytes
-from mixtral_triton.tools.fit import memory_need
+from mixtral_triton import KVCache, Mixtral
+from mixtral_triton.bench.fit import memory_need
+from mixtral_triton.checkpoint import tensors as checkpoint
+from mixtral_triton.checkpoint.arguments import in_decimal
+from mixtral_triton.checkpoint.tensors import parameter_shapes
+from mixtral_triton.cli.commands import SMALL
+from mixtral_triton.kernels.operation import plan
+from mixtral_triton.kernels.weights import offload
+from mixtral_triton.kernels.weights.offload import OffloadedWeight
+from mixtral_triton.model import generate, load
+from mixtral_triton.model.offload_plan import MARGIN, Placement, movable_bytes
 from tests.cli.commands import run
 from tests.support.models import random_model, tokens
 from tests.support.stub.gpu import Stream
@@ -208,7 +211,7 @@ def test_host_memory_is_pinned_at_its_size_and_returned(gpu: Any) -> None:
 
 
 PLACES = {"cache": (generate, "KVCache"), "prefill": (generate, "prefill"), "step": (generate.Step, "__call__")}
-PLACES |= {"score": (import_module("mixtral_triton.score"), "run_chunks")}
+PLACES |= {"score": (import_module("mixtral_triton.model.score"), "run_chunks")}
 
 
 @pytest.mark.parametrize("place", PLACES)

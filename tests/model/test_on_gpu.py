@@ -12,10 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import Mixtral, cuda_graph, load
-from mixtral_triton.cli import SMALL
-from mixtral_triton.kernels import plan
-from mixtral_triton.tools.bench.decode_step import STEP, decode_step, inputs, replayed_step, rewind
+from mixtral_triton import Mixtral
+from mixtral_triton.bench.decode_step import STEP, decode_step, inputs, replayed_step, rewind
+from mixtral_triton.cli.commands import SMALL
+from mixtral_triton.kernels.operation import plan
+from mixtral_triton.model import cuda_graph, load
 
 pytestmark = pytest.mark.gpu
 Repeat = Callable[[Callable[[], Any], int], torch.Tensor]
@@ -44,7 +45,7 @@ def test_dependent_launches_give_the_bits_of_ordinary_ones(decode: tuple[dict[st
     args, repeat = decode
     replays = 3 if "stub" in torch.cuda.get_device_name() else 1000
     dependent = repeat(replayed_step(args), replays)
-    with mock.patch("mixtral_triton.model.pdl_region", nullcontext):
+    with mock.patch("mixtral_triton.model.model.pdl_region", nullcontext):
         assert torch.equal(dependent, repeat(replayed_step(args), replays))
 
 

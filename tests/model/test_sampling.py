@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtral_triton import Mixtral, generate, sampling
-from mixtral_triton.sampling import sample
+from mixtral_triton import Mixtral
+from mixtral_triton.model import generate, sampling
+from mixtral_triton.model.sampling import sample
 from tests.support.faults import Inject, replace_by
 from tests.support.models import SIZES, random_model, seeded, tokens
 

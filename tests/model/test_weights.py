@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixtral_triton import SMALL, Mixtral, checkpoint
-from mixtral_triton.checkpoint import check, parameter_shapes, read_headers, stored_dtype, table, total_bytes
-from mixtral_triton.config import MixtralConfig
+from mixtral_triton import SMALL, Mixtral
+from mixtral_triton.checkpoint import tensors as checkpoint
+from mixtral_triton.checkpoint.config import MixtralConfig
+from mixtral_triton.checkpoint.tensors import check, parameter_shapes, read_headers, stored_dtype, table, total_bytes
 from tests.support.memory import anonymous_peak, needs_proc
 
 pytestmark = pytest.mark.compiled

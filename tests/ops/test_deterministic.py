@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, ops
-from mixtral_triton.kernels import linear
-from mixtral_triton.kernels.launch import INTERPRETED, LaunchConfig
-from mixtral_triton.kernels.op import row_letter
+from mixtral_triton.kernels.launching.launch import INTERPRETED, LaunchConfig
+from mixtral_triton.kernels.operation.declaration import row_letter
+from mixtral_triton.kernels.ops import linear
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
 from tests.support.calls import Sizes, outputs, tensors

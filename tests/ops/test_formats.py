@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_triton.kernels import formats
+from mixtral_triton.kernels.weights import formats
 
 KERNELS = Path(formats.__file__).parent
 # Names, and the files that may have them.

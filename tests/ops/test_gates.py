@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mixtral_triton.kernels.interpret import bf16_to_f32, f32_to_bf16
-from mixtral_triton.kernels.launch import LaunchConfig, launch
+from mixtral_triton.kernels.launching.interpret import bf16_to_f32, f32_to_bf16
+from mixtral_triton.kernels.launching.launch import LaunchConfig, launch
 
 pytestmark = pytest.mark.interpreted
 

@@ -18,8 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
-from mixtral_triton.checkpoint import parameter_shapes
-from mixtral_triton.kernels import call, plan, reference
+from mixtral_triton.checkpoint.tensors import parameter_shapes
+from mixtral_triton.kernels import reference
+from mixtral_triton.kernels.operation import call, plan
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.quantize import select_specs

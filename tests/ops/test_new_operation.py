@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from tests.cli.commands import ROOT, python
 
 TOY = '''"""gated_silu: silu(a) * b, and its negative. T rows, N columns, Z planes; a has the planes side by side."""
@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .call import operation
-from .launch import LaunchConfig, launch, select_configs
+from ..operation.call import operation
+from ..launching.launch import LaunchConfig, launch, select_configs
 
 @triton.jit
 def gated_silu_kernel(a_ptr, b_ptr, y_ptr, negative_ptr, N, BLOCK: tl.constexpr, SQUARED: tl.constexpr):
@@ -103,10 +103,10 @@ def copy(tmp_path: Path) -> Path:
     for name in ("kernels", "mixtral_triton", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "kernels" / "gated_silu.py").write_text(rename_rows(TOY))
+    (tmp_path / "kernels" / "ops" / "gated_silu.py").write_text(rename_rows(TOY))
     registry = tmp_path / "kernels" / "registry.py"
-    line = "from .gated_silu import gated_silu as gated_silu\n"
-    registry.write_text(registry.read_text().replace("from .linear import", f"{line}from .linear import"))
+    line = "from .ops.gated_silu import gated_silu as gated_silu\n"
+    registry.write_text(registry.read_text().replace("from .ops.linear import", f"{line}from .ops.linear import"))
     return tmp_path
 
 

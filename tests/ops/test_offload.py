@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mixtral_triton import ops
-from mixtral_triton.kernels.fp8 import with_fp8_activations
-from mixtral_triton.kernels.offload import empty_on_host
-from mixtral_triton.kernels.plan import call_key
-from mixtral_triton.kernels.quantized import QuantizedWeight
+from mixtral_triton.kernels.operation.plan import call_key
 from mixtral_triton.kernels.registry import dispatched
+from mixtral_triton.kernels.weights.fp8 import with_fp8_activations
+from mixtral_triton.kernels.weights.offload import empty_on_host
+from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from mixtral_triton.quantize import quantize
 from tests.support.calls import Args, inputs, offloaded, with_offload
 from tests.support.traffic import count_traffic

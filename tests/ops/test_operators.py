@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
-from mixtral_triton.kernels.op import row_letter
-from mixtral_triton.kernels.quantized_cache import QuantizedCache
+from mixtral_triton.kernels.operation.declaration import row_letter
 from mixtral_triton.kernels.registry import OPERATIONS, OPS
+from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from tests.support.calls import as_tuple, copies, inputs, public, tensors
 
 META = torch.device("meta")

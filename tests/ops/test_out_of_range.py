@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import Mixtral, ops
-from mixtral_triton.generate import sample
-from mixtral_triton.kernels import checks
-from mixtral_triton.kernels.op import as_dict
+from mixtral_triton.kernels.operation import checks
+from mixtral_triton.kernels.operation.declaration import as_dict
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.model.generate import sample
 from tests.ops.test_strides import QUANTIZED, representative_sizes
 from tests.support.calls import Sizes, dense, inputs, outputs
 from tests.support.models import cache_of, random_model, tokens

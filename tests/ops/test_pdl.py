@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from mixtral_triton import ops
-from mixtral_triton.kernels import linear, router
-from mixtral_triton.kernels.arch import ARCHS
-from mixtral_triton.kernels.kernel_args import operand_name
-from mixtral_triton.kernels.launch import Launch, pdl_region
+from mixtral_triton.bench.compile import Compiled, collect, compile_launch
+from mixtral_triton.kernels.launching.arch import ARCHS
+from mixtral_triton.kernels.launching.kernel_args import operand_name
+from mixtral_triton.kernels.launching.launch import Launch, pdl_region
+from mixtral_triton.kernels.ops import linear, router
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.compile import Compiled, collect, compile_launch
 from tests.emulator.parser import Address, parse
 from tests.emulator.values import destinations
 from tests.support.calls import inputs
@@ -120,7 +120,7 @@ def test_kernels_prefetch_only_weights_before_the_wait(arch: str) -> None:
 LINEAR, GATE = {"T": 1, "H": 4096, "N": 4096}, {"T": 1, "H": 4096, "E": 8, "K": 2}
 NO_WAIT, WAIT = ("    pdl_wait(PDL)\n", ""), "    pdl_wait(PDL)\n"
 LINEAR_WAIT = ("0, H, EVEN, H, LAYOUT, PDL)", "0, H, EVEN, H, LAYOUT)")
-IMPORT = ("from .launch import", "from .pdl import pdl_wait\nfrom .launch import")
+IMPORT = ("from ..launching.launch import", "from ..launching.pdl import pdl_wait\nfrom ..launching.launch import")
 NORM_GATE = (router, "rms_norm_gate_route", GATE)
 FAULTS = [  # the operation, the message, and changes of the source
     (

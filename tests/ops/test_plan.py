@@ -16,13 +16,14 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mixtral_triton.kernels import launch, plan
-from mixtral_triton.kernels.launch import LaunchConfig
-from mixtral_triton.kernels.op import Op
-from mixtral_triton.kernels.quantized import QuantizedWeight
-from mixtral_triton.kernels.quantized_cache import QuantizedCache
+from mixtral_triton.kernels.launching import launch
+from mixtral_triton.kernels.launching.launch import LaunchConfig
+from mixtral_triton.kernels.operation import plan
+from mixtral_triton.kernels.operation.declaration import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.weights.quantized import QuantizedWeight
+from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from tests.support.calls import as_tuple
 from tests.support.stub.driver import LaunchError
 

@@ -16,15 +16,15 @@ import torch
 import triton.language as tl
 
 from mixtral_triton import ops
-from mixtral_triton.kernels import formats, fp8, int4, int8, packing
-from mixtral_triton.kernels.fp8 import encode_rows, with_fp8_activations
-from mixtral_triton.kernels.fp8_rows import quantize_rows
-from mixtral_triton.kernels.kernel_args import Groups, Rows
-from mixtral_triton.kernels.quantized import QuantizedWeight
+from mixtral_triton.kernels.launching.kernel_args import Groups, Rows
+from mixtral_triton.kernels.operation.inputs import sample_quantized
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.samples import sample_quantized
-from mixtral_triton.tolerance import Tolerance
+from mixtral_triton.kernels.weights import formats, fp8, int4, int8, packing
+from mixtral_triton.kernels.weights.fp8 import encode_rows, with_fp8_activations
+from mixtral_triton.kernels.weights.fp8_rows import quantize_rows
+from mixtral_triton.kernels.weights.quantized import QuantizedWeight
+from mixtral_triton.verification.tolerance import Tolerance
 from tests.emulator.harness import run
 from tests.support.calls import Args, as_tuple, inputs, randn
 from tests.support.traffic import count_traffic

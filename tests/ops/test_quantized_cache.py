@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, ops, reference
-from mixtral_triton.config import SMALL
-from mixtral_triton.kernels import quantized_cache
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.quantized_cache import QuantizedCache, quantize
+from mixtral_triton.checkpoint.config import SMALL
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.quantize.cost import measure_cache_cost
+from mixtral_triton.kernels.weights import quantized_cache
+from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache, quantize
+from mixtral_triton.verification.format_cost import measure_cache_cost
 from mixtral_triton.verification.layers import ModelUnderTest
-from mixtral_triton.verification.source import Source
+from mixtral_triton.verification.stored_tensors import Source
 from tests.support.calls import Args, copies, inputs, outputs, randn
 from tests.support.models import WIDER_SIZES, random_model, tokens
 

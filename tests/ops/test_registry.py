@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mixtral_triton import ops
-from mixtral_triton.kernels.checks import Argument, Binder
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.kernels.operation.checks import Argument, Binder
+from mixtral_triton.kernels.operation.declaration import Op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPERATIONS, OPS, dispatched
-from mixtral_triton.tolerance import Tolerance
+from mixtral_triton.verification.tolerance import Tolerance
 from tests.support.calls import as_tuple, inputs_without_padding, selected_configs
 
 # fp16 has bf16's tiles: the quick run takes the first shape in it.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import ops
-from mixtral_triton.kernels.linear import SKINNY_M
+from mixtral_triton.kernels.ops.linear import SKINNY_M
 from tests.support.calls import randn
 
 NAN, INF = math.nan, math.inf

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference as kernel_reference
-from mixtral_triton.kernels.launch import describe, tma_can_read
-from mixtral_triton.kernels.op import Op, as_dict
-from mixtral_triton.kernels.quantized_cache import QuantizedCache
+from mixtral_triton.kernels.launching.launch import describe, tma_can_read
+from mixtral_triton.kernels.operation.declaration import Op, as_dict
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from tests.cli.commands import python
 from tests.support.calls import Sizes, as_tuple, dense, inputs, inputs_without_padding, public, tensors
 

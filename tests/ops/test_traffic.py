@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixtral_triton.kernels import linear, reference
-from mixtral_triton.kernels.experts import op as experts
-from mixtral_triton.kernels.experts.tiles import DECODE, SPLIT_K
-from mixtral_triton.kernels.launch import LaunchConfig, describe, launch, override_configs
+from mixtral_triton.kernels import reference
+from mixtral_triton.kernels.launching.launch import LaunchConfig, describe, launch, override_configs
+from mixtral_triton.kernels.ops import linear
+from mixtral_triton.kernels.ops.experts import op as experts
+from mixtral_triton.kernels.ops.experts.tiles import DECODE, SPLIT_K
+from mixtral_triton.kernels.ops.sort import sample_ids
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.sort import sample_ids
 from tests.support.calls import Sizes, inputs, selected_configs, with_offload
 from tests.support.faults import module_with_fault
 from tests.support.traffic import Traffic, count_traffic

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, reference
-from mixtral_triton.checkpoint import parameter_shapes, read_headers, table, total_bytes
-from mixtral_triton.cli import SMALL
-from mixtral_triton.kernels.launch import launch_context
+from mixtral_triton.bench.fit import memory_need
+from mixtral_triton.checkpoint.tensors import parameter_shapes, read_headers, table, total_bytes
+from mixtral_triton.cli.commands import SMALL
+from mixtral_triton.kernels.launching.launch import launch_context
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.load import check_activations
+from mixtral_triton.model.load import check_activations
+from mixtral_triton.model.tokenizer import load_tokenizer
 from mixtral_triton.quantize import QuantizedWeight, quantize, select_specs
-from mixtral_triton.tokenizer import load_tokenizer
-from mixtral_triton.tools.fit import memory_need
 from mixtral_triton.verification import held_out, perplexity
 from tests.cli.commands import error_line, run_json
 from tests.support import hub
@@ -191,7 +191,7 @@ def fused(folder: Path) -> Path:
 
 def test_fused_layout_in_small_chunks_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, folder, read = load("int8"), fused(tmp_path), []
-    monkeypatch.setattr("mixtral_triton.checkpoint.CHUNK_BYTES", 3000)
+    monkeypatch.setattr("mixtral_triton.checkpoint.tensors.CHUNK_BYTES", 3000)
     got = load("int8", folder, progress=read.append)
     assert sum(read) == total_bytes(read_headers(folder))
     for name, place in wanted.named_weights().items():

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixtral_triton import Mixtral, checkpoint
-from mixtral_triton.checkpoint import total_bytes
-from mixtral_triton.cli import SMALL
+from mixtral_triton import Mixtral
+from mixtral_triton.checkpoint import tensors as checkpoint
+from mixtral_triton.checkpoint.tensors import total_bytes
+from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.quantize import QuantizedWeight
 from mixtral_triton.quantize.hub import read_headers
 from tests.cli.commands import run

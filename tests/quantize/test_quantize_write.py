@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixtral_triton import Mixtral, verify
-from mixtral_triton.checkpoint import parameter_shapes, total_bytes
-from mixtral_triton.cli import SMALL
+from mixtral_triton.checkpoint.tensors import parameter_shapes, total_bytes
+from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.quantize import QuantizedWeight, quantize
 from mixtral_triton.quantize.hub import plan_load, read_headers
 from mixtral_triton.quantize.write import write
@@ -282,7 +282,7 @@ def test_a_config_far_beyond_the_files_is_refused_at_once(tmp_path: Path, layout
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 << 30}))
     monkeypatch.setattr(
-        "mixtral_triton.checkpoint.table", lambda *args: pytest.fail("lists all tensors of that config")
+        "mixtral_triton.checkpoint.tensors.table", lambda *args: pytest.fail("lists all tensors of that config")
     )
     with pytest.raises(ValueError, match="the config asks for"):
         load(tmp_path, weights="int8")
@@ -302,8 +302,8 @@ def test_what_is_not_named_stays_as_stored(tmp_path: Path) -> None:
 
 
 def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
+    from mixtral_triton.checkpoint.shard import Shard
     from mixtral_triton.quantize.hub import read_quantized_weights
-    from mixtral_triton.shard import Shard
 
     hub.write(tmp_path, *ACT_ORDER)
     whole = load(tmp_path, weights="int8")

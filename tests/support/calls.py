@@ -13,13 +13,13 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtral_triton import ops
-from mixtral_triton.kernels.kernel_args import flatten
-from mixtral_triton.kernels.launch import LaunchConfig, override_configs
-from mixtral_triton.kernels.offload import OffloadedWeight
-from mixtral_triton.kernels.quantized import QuantizedWeight
-from mixtral_triton.kernels.quantized_cache import QuantizedCache
+from mixtral_triton.kernels.launching.kernel_args import flatten
+from mixtral_triton.kernels.launching.launch import LaunchConfig, override_configs
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.weights.offload import OffloadedWeight
+from mixtral_triton.kernels.weights.quantized import QuantizedWeight
+from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 
 Args = dict[str, Any]
 Sizes = Any  # a case of an operation, or a mapping of its fields

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_ty
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mixtral_triton.hf.experts import is_experts
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 # The best known; the tests of the others are exhaustive.

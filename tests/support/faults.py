@@ -14,8 +14,9 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import Mixtral, generate
-from mixtral_triton.layer import ForwardContext, Layer
+from mixtral_triton import Mixtral
+from mixtral_triton.model import generate
+from mixtral_triton.model.layer import ForwardContext, Layer
 from tests.support.models import random_model
 
 Patch = pytest.MonkeyPatch
@@ -93,6 +94,7 @@ def module_with_fault(module: ModuleType, folder: Path, *changes: tuple[str, str
     spec = spec_from_file_location(name, file)
     faulty = module_from_spec(spec)
     sys.modules[name] = faulty  # dataclasses and the JIT look modules up there
-    with mock.patch("mixtral_triton.kernels.call._register"):  # torch's operator stays that of the right module
+    # torch's operator stays that of the right module.
+    with mock.patch("mixtral_triton.kernels.operation.call._register"):
         spec.loader.exec_module(faulty)
     return faulty

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
-from mixtral_triton.checkpoint import parameter_shapes
-from mixtral_triton.kernels.offload import OffloadedWeight
-from mixtral_triton.kernels.quantized import QuantizedWeight
-from mixtral_triton.offload_plan import Placement
+from mixtral_triton.checkpoint.tensors import parameter_shapes
+from mixtral_triton.kernels.weights.offload import OffloadedWeight
+from mixtral_triton.kernels.weights.quantized import QuantizedWeight
+from mixtral_triton.model.offload_plan import Placement
 from mixtral_triton.quantize import quantize_into, select_specs
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.loaded import check_weights

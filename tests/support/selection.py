@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.op import Op
+from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.kernels.operation.declaration import Op
 from mixtral_triton.kernels.registry import OPS
 
 NOT_SIMULATED = {  # tests for a GPU that the simulated one cannot run, and why

@@ -13,10 +13,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from mixtral_triton.kernels import launch as launching
-from mixtral_triton.kernels.interpret import interpreting
-from mixtral_triton.kernels.kernel_args import operand_name
-from mixtral_triton.kernels.offload import find_weight
+from mixtral_triton.kernels.launching import launch as launching
+from mixtral_triton.kernels.launching.interpret import interpreting
+from mixtral_triton.kernels.launching.kernel_args import operand_name
+from mixtral_triton.kernels.weights.offload import find_weight
 from tests.support.calls import memory_of, replace_tensors, tensors_of_launch
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from mixtral_triton import Mixtral
-from mixtral_triton.config import SMALL
-from mixtral_triton.offload_plan import MARGIN
-from mixtral_triton.sampling import Logprobs
-from mixtral_triton.tokenizer import load_tokenizer
-from mixtral_triton.tools import batch
-from mixtral_triton.tools.writer import Writer, read_step
+from mixtral_triton.checkpoint.config import SMALL
+from mixtral_triton.cli import batch
+from mixtral_triton.cli.writer import Writer, read_step
+from mixtral_triton.model.offload_plan import MARGIN
+from mixtral_triton.model.sampling import Logprobs
+from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import error_line, output, run, run_json
 from tests.tools.test_chat import start
 

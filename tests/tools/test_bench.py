@@ -12,15 +12,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mixtral_triton.kernels.experts.op import ExpertCase
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.bench import decode_step, measure
+from mixtral_triton.bench.cases import BENCHED, TOKENS, Case, cases
+from mixtral_triton.bench.command import figure_of
+from mixtral_triton.bench.gpus import GPUS, LINKS
+from mixtral_triton.bench.measure import Outcome, fault, measure_row, our_call, untimed_row
+from mixtral_triton.bench.peers import PEERS, find_peer, user_peer
+from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.kernels.ops.experts.op import ExpertCase
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.bench import decode_step, measure
-from mixtral_triton.tools.bench.cases import BENCHED, TOKENS, Case, cases
-from mixtral_triton.tools.bench.command import figure_of
-from mixtral_triton.tools.bench.measure import Outcome, fault, measure_row, our_call, untimed_row
-from mixtral_triton.tools.bench.peers import PEERS, find_peer, user_peer
-from mixtral_triton.tools.gpus import GPUS, LINKS
 from tests.cli.commands import error_line, output, run, run_json
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]

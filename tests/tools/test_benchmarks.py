@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import gpu_day
 from benchmarks.gpu_day import commands, day
-from mixtral_triton.cli import parser
+from mixtral_triton.cli.commands import parser
 from mixtral_triton.kernels.registry import OPS
 from tests.cli.commands import ROOT
 from tests.cli.commands import python as start

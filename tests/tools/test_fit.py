@@ -11,17 +11,25 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, arguments
-from mixtral_triton.arguments import WEIGHT_FORMATS as FORMATS
-from mixtral_triton.arguments import check_memory
-from mixtral_triton.cache import cache_bytes
-from mixtral_triton.checkpoint import parameter_shapes
-from mixtral_triton.cli import SMALL, parser
-from mixtral_triton.generate import prefill, sample
-from mixtral_triton.offload_plan import ESTIMATES, LOGIT_BYTES, MARGIN, estimated_free, table_bytes, workspace_bytes
+from mixtral_triton import KVCache, Mixtral, MixtralConfig
+from mixtral_triton.bench.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
+from mixtral_triton.bench.gpus import GPU, GPUS, LINKS, MIB, find_gpu
+from mixtral_triton.checkpoint import arguments
+from mixtral_triton.checkpoint.arguments import WEIGHT_FORMATS as FORMATS
+from mixtral_triton.checkpoint.arguments import check_memory
+from mixtral_triton.checkpoint.tensors import parameter_shapes
+from mixtral_triton.cli.commands import SMALL, parser
+from mixtral_triton.model.cache import cache_bytes
+from mixtral_triton.model.generate import prefill, sample
+from mixtral_triton.model.offload_plan import (
+    ESTIMATES,
+    LOGIT_BYTES,
+    MARGIN,
+    estimated_free,
+    table_bytes,
+    workspace_bytes,
+)
 from mixtral_triton.quantize import select_specs
-from mixtral_triton.tools.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
-from mixtral_triton.tools.gpus import GPU, GPUS, LINKS, MIB, find_gpu
 from tests.cli.commands import error_line, output, run, run_json
 from tests.support import hub
 from tests.support.memory import LiveBytes

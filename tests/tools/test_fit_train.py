@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mixtral_triton import ExpertsConfig, MixtralConfig, register
-from mixtral_triton.arguments import in_decimal
-from mixtral_triton.checkpoint import parameter_shapes
+from mixtral_triton.bench.fit_train import KNOWN, MODELS, training_need
+from mixtral_triton.checkpoint.arguments import in_decimal
+from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.hf import training
 from mixtral_triton.hf.experts import NAME, PROJECTIONS
-from mixtral_triton.kernels.quantized import QuantizedWeight, QuantSpec
+from mixtral_triton.kernels.weights.quantized import QuantizedWeight, QuantSpec
 from mixtral_triton.quantize import select_specs
-from mixtral_triton.tools.fit_train import KNOWN, MODELS, training_need
 from tests.cli.commands import ROOT, error_line, output, run_json
 from tests.support import hub
 from tests.support.families import experts_of

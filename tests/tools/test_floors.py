@@ -7,13 +7,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mixtral_triton.checkpoint import parameter_shapes
-from mixtral_triton.kernels.op import Cost
+from mixtral_triton.bench import decode_step, measure
+from mixtral_triton.bench.fit import KNOWN, step_costs
+from mixtral_triton.bench.gpus import GPUS, LINKS, data_sheet, floor
+from mixtral_triton.checkpoint.tensors import parameter_shapes
+from mixtral_triton.kernels.operation.declaration import Cost
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.quantize import select_specs
-from mixtral_triton.tools.bench import decode_step, measure
-from mixtral_triton.tools.fit import KNOWN, step_costs
-from mixtral_triton.tools.gpus import GPUS, LINKS, data_sheet, floor
 
 pytestmark = pytest.mark.compiled
 CPU, H100, BF16, SMALLER = torch.device("cpu"), GPUS["h100"], torch.bfloat16, KNOWN["mixtral-8x7b"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mixtral_triton import Mixtral
-from mixtral_triton.config import SMALL
-from mixtral_triton.tokenizer import load_tokenizer
-from mixtral_triton.tools import perplexity
+from mixtral_triton.checkpoint.config import SMALL
+from mixtral_triton.cli import perplexity
+from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled

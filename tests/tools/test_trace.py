@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.cli import SMALL
-from mixtral_triton.tools.trace import Trace
+from mixtral_triton.cli.commands import SMALL
+from mixtral_triton.cli.trace import Trace
 from tests.cli.commands import run_json, shown
 
 PROMPT = "The for statement\n  is used to iterate: naïve."

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from benchmarks import tune
-from mixtral_triton.kernels import launch
-from mixtral_triton.kernels.launch import LaunchConfig, target_arch
-from mixtral_triton.kernels.linear import LinearSizes
-from mixtral_triton.kernels.op import row_letter
+from mixtral_triton.bench import measure
+from mixtral_triton.bench.cases import Case, cases
+from mixtral_triton.kernels.launching import launch
+from mixtral_triton.kernels.launching.launch import LaunchConfig, target_arch
+from mixtral_triton.kernels.operation.declaration import row_letter
+from mixtral_triton.kernels.ops.linear import LinearSizes
+from mixtral_triton.kernels.ops.sort import SortSizes
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.kernels.sort import SortSizes
-from mixtral_triton.tools.bench import measure
-from mixtral_triton.tools.bench.cases import Case, cases
 
 CPU = torch.device("cpu")
 PREFILL = LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128, "SPLIT_K": 4}, num_warps=8, num_stages=1)

@@ -10,9 +10,9 @@ from transformers import AttentionMaskInterface
 
 from mixtral_triton import hf, ops, verify
 from mixtral_triton.hf import attention, modules
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.verification import drop_in
-from mixtral_triton.verification.models import TransformersUnderTest
+from mixtral_triton.verification.models_under_test import TransformersUnderTest
 from tests.support.faults import DTYPES, Inject
 
 IDS = torch.randint(1, 48, (2, 15), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 from mixtral_triton import ExpertsConfig, register, verify
 from mixtral_triton.hf import attention
 from mixtral_triton.hf.experts import NAME
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from tests.support.families import NAMED, build, experts_of
 
 register()

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixtral_triton import KVCache, Mixtral, checkpoint, generate, ops, verify
-from mixtral_triton.cli import SMALL
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.layer import ForwardContext, Layer
+from mixtral_triton import KVCache, Mixtral, ops, verify
+from mixtral_triton.checkpoint import tensors as checkpoint
+from mixtral_triton.cli.commands import SMALL
+from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.model import generate
+from mixtral_triton.model.layer import ForwardContext, Layer
 from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
 from tests.support import faults
 from tests.support.faults import Inject, all_dtypes, bf16_then_others, change_state, replace_by

@@ -12,17 +12,20 @@ from unittest import mock
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, generate, ops, reference, verification, verify
-from mixtral_triton.kernels import linear, offload, plan
-from mixtral_triton.kernels.experts import op
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops, reference, verification, verify
+from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.kernels.operation import plan
+from mixtral_triton.kernels.ops import linear
+from mixtral_triton.kernels.ops.experts import op
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.layer import Layer
-from mixtral_triton.tolerance import Fp64Reference, Tolerance, worst
+from mixtral_triton.kernels.weights import offload
+from mixtral_triton.model import generate
+from mixtral_triton.model.layer import Layer
 from mixtral_triton.verification.calls import LayerCheck, SizedCalls, _rows, configurations
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.report import FP32, Row
+from mixtral_triton.verification.tolerance import Fp64Reference, Tolerance, worst
 from tests.support.faults import Inject, bf16_then_others, in_router, replace_by, small_model
 from tests.support.models import random_model
 

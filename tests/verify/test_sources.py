@@ -17,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtral_triton import Mixtral, MixtralConfig, model, quantize, reference, verification, verify
-from mixtral_triton.cli import SMALL, parse_weights
-from mixtral_triton.kernels.launch import INTERPRETED
+from mixtral_triton import Mixtral, MixtralConfig, quantize, reference, verification, verify
+from mixtral_triton.cli.commands import SMALL, parse_weights
+from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.model import model
 from mixtral_triton.quantize import QuantizedWeight, layouts
-from mixtral_triton.quantize.cost import LOGIT_ROWS
-from mixtral_triton.tolerance import token_floor
-from mixtral_triton.verification import held_out, layers, models, perplexity
+from mixtral_triton.verification import held_out, layers, perplexity
+from mixtral_triton.verification import models_under_test as models
+from mixtral_triton.verification.format_cost import LOGIT_ROWS
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.loaded import check_weights
-from mixtral_triton.verification.source import decode
+from mixtral_triton.verification.stored_tensors import decode
+from mixtral_triton.verification.tolerance import token_floor
 from tests.cli.commands import run_json
 from tests.support import hub
 from tests.support.faults import Inject, Patch, all_dtypes, one_at_a_time
@@ -225,7 +227,7 @@ def test_perplexity_equals_a_loop_over_tokens(context: int, tokens: int, monkeyp
     model, ids = random_model(max_position_embeddings=context), TEXT[:tokens]
     expected = perplexity_by_loop(model, ids, context)
     assert math.isclose(perplexity(model, ids), expected, rel_tol=1e-5)
-    monkeypatch.setattr("mixtral_triton.quantize.cost.WINDOW_TOKENS", context)
+    monkeypatch.setattr("mixtral_triton.verification.format_cost.WINDOW_TOKENS", context)
     assert math.isclose(perplexity(random_model(), ids), expected, rel_tol=1e-5)
 
 
@@ -293,7 +295,7 @@ def routes(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("formats", "window"), [(BOTH, 2048), ("int4", 25)], ids=str)
 def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: Path, monkeypatch: Any) -> None:
     """With a text of one window, and of several, the last one shorter."""
-    monkeypatch.setattr("mixtral_triton.quantize.cost.WINDOW_TOKENS", window)
+    monkeypatch.setattr("mixtral_triton.verification.format_cost.WINDOW_TOKENS", window)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(SMALL / name, tmp_path / name)
     text = json.loads((SMALL / "heldout.json").read_text())["ids"][:60]

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import Mixtral, apply, hf, verification, verify
-from mixtral_triton.checkpoint import parameter_shapes
-from mixtral_triton.kernels.launch import INTERPRETED
-from mixtral_triton.kernels.quantized_cache import QuantizedCache
+from mixtral_triton.checkpoint.tensors import parameter_shapes
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.registry import dispatched
-from mixtral_triton.layer import Layer
+from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
+from mixtral_triton.model.layer import Layer
 from mixtral_triton.quantize import quantize_into, select_specs
-from mixtral_triton.tolerance import Tolerance
 from mixtral_triton.verification import perplexity
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.report import BITS, Report, Row
+from mixtral_triton.verification.tolerance import Tolerance
 from tests.cli.commands import run_json
 from tests.support.faults import DTYPES, replace_by, small_model
 from tests.support.models import random_model

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from mixtral_triton import cuda_graph
-from mixtral_triton.kernels import call, offload, plan
-from mixtral_triton.kernels.interpret import interpreting as interpreting
-from mixtral_triton.kernels.kernel_weight import Layout as Layout
-from mixtral_triton.kernels.launch import INTERPRETED as INTERPRETED
+from mixtral_triton.bench import measure
+from mixtral_triton.kernels.launching.interpret import interpreting as interpreting
+from mixtral_triton.kernels.launching.launch import INTERPRETED as INTERPRETED
+from mixtral_triton.kernels.operation import call, plan
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.tools.bench import measure
+from mixtral_triton.kernels.weights import offload
+from mixtral_triton.kernels.weights.weight_args import Layout as Layout
+from mixtral_triton.model import cuda_graph
 
 OPERATORS = "mixtral_triton"  # the namespace of the project's operators, which have no kernel for simulated tensors
 forget_launches = plan.clear  # remembered launches are of one driver

@@ -1,0 +1,1 @@
+"""What a launch needs: the architecture, the arguments' types, dependent launches, the interpreter."""

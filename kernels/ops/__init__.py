@@ -1,0 +1,1 @@
+"""The operations: kernels, their tiles and launches, one file or folder each."""

@@ -1,0 +1,1 @@
+"""Attention: prefill, over a cache, and a decode step; start at op.py."""

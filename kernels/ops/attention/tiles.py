@@ -1,0 +1,267 @@
+"""Launch configurations of the attention kernels: pure functions of sizes, dtype and architecture.
+
+Every row is compiled, none was measured on a GPU: `mixtral-triton compile attention --arch ARCH` prints registers and
+FLOP per instruction; none spills in a main loop.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ...launching.arch import max_multiprocessors, tma
+from ...launching.launch import LaunchConfig
+from ..tiles import power_of_2, tiles_for
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    B: int
+    T: int
+    S: int  # keys beside the queries, or slots of a ring that has all keys
+    Hq: int
+    Hkv: int
+    D: int
+    window: int  # 0: none
+    C: int  # slots of a ring with the keys before those; 0: none
+    quantized: bool  # keys and values in 8 bits
+    deterministic: bool
+    sms: int | None  # multiprocessors; None: the most that the architecture has
+
+
+DETERMINISTIC_SPLITS = 8  # for any batch and any length
+PACKED_ROWS = 16  # queries x group heads that one decode tile takes
+
+
+class AttentionTile(NamedTuple):
+    """A tile of keys, and in prefill of queries. The first row whose conditions hold is selected.
+
+    heads  "odd": no multiple of 16 wide, which needs masks and their registers; "padded": narrower than the tile;
+           "overlapped": see `_overlapped`; "": any
+    """
+
+    D: int  # the widest head
+    BLOCK_M: int  # queries; in decode 0: those of a group
+    BLOCK_N: int  # keys
+    num_warps: int
+    num_stages: int
+    heads: str = ""
+    T: int = 0  # the most queries, except in deterministic mode; 0: any
+    window: int = 0  # the longest window; 0: any, or none
+
+
+Table = Mapping[str, Sequence[AttentionTile]]
+# None spills a register; on AMD none spills a scalar register into a vector one. A short window takes few queries,
+# since a tile sees window + BLOCK_M keys.
+_PREFILL_HOPPER = (
+    AttentionTile(128, 16, 32, 4, 2, heads="odd", T=16),
+    AttentionTile(128, 32, 32, 8, 2, heads="odd", T=32),
+    AttentionTile(128, 64, 64, 8, 2, heads="odd"),
+    AttentionTile(128, 64, 128, 4, 1, heads="overlapped"),
+    # Heads of 16 and 32: without wgmma, on which ptxas crashes with Triton 3.6 and no window.
+    AttentionTile(32, 16, 64, 4, 2, T=16),
+    AttentionTile(32, 32, 64, 4, 2),
+    # Padded heads: ptxas of CUDA 12.8 and 12.9 crashes where 128 x 64 meets 128 keys, or 64 x 128 has 4 warps.
+    AttentionTile(64, 16, 64, 4, 3, T=16, window=256),
+    AttentionTile(64, 32, 64, 4, 3, T=32, window=256),
+    AttentionTile(64, 64, 64, 4, 3, window=256),
+    AttentionTile(64, 16, 128, 4, 3, T=16),
+    AttentionTile(64, 64, 128, 4, 3, T=64),
+    AttentionTile(64, 128, 64, 8, 3, heads="padded"),
+    AttentionTile(64, 128, 128, 8, 3),
+    AttentionTile(128, 16, 64, 4, 2, T=16, window=256),
+    AttentionTile(128, 32, 64, 4, 2, T=32, window=256),
+    AttentionTile(128, 64, 64, 8, 2, heads="padded", window=256),
+    AttentionTile(128, 64, 64, 4, 2, window=256),
+    AttentionTile(128, 16, 128, 4, 2, T=16),
+    AttentionTile(128, 64, 64, 8, 2, heads="padded", T=64),
+    AttentionTile(128, 64, 128, 4, 2, T=64),
+    AttentionTile(128, 128, 128, 8, 2),
+    AttentionTile(256, 64, 32, 8, 2),
+)
+_PREFILL_HOPPER_FP32 = (
+    AttentionTile(64, 16, 32, 4, 1, T=16),
+    AttentionTile(64, 32, 32, 4, 1, T=32),
+    AttentionTile(64, 64, 32, 8, 1),
+    AttentionTile(128, 16, 16, 4, 1, T=16),
+    AttentionTile(128, 32, 16, 8, 1),
+    AttentionTile(256, 16, 32, 8, 1),
+)
+PREFILL: Table = {
+    "sm_80": (
+        AttentionTile(128, 16, 32, 4, 3, T=16),
+        AttentionTile(128, 32, 32, 8, 3, heads="odd", T=32, window=256),
+        AttentionTile(128, 32, 32, 4, 3, T=32, window=256),
+        AttentionTile(128, 64, 32, 8, 3, window=256),
+        AttentionTile(128, 64, 32, 8, 3, heads="odd", T=64),
+        AttentionTile(128, 64, 32, 4, 3, T=64),
+        AttentionTile(128, 128, 32, 8, 3),
+        AttentionTile(256, 16, 32, 4, 2, T=16),
+        AttentionTile(256, 32, 32, 4, 2, T=32),
+        AttentionTile(256, 64, 32, 8, 2),
+    ),
+    "sm_80 fp32": (
+        AttentionTile(64, 16, 64, 4, 1, T=16),
+        AttentionTile(64, 32, 64, 8, 1),
+        AttentionTile(128, 16, 32, 4, 1),
+        AttentionTile(256, 16, 16, 4, 1, T=16),
+        AttentionTile(256, 32, 16, 8, 1),
+    ),
+    "sm_90": _PREFILL_HOPPER,
+    "sm_90 fp32": _PREFILL_HOPPER_FP32,
+    "sm_100": _PREFILL_HOPPER,
+    "sm_100 fp32": _PREFILL_HOPPER_FP32,
+    "gfx942": (
+        AttentionTile(256, 16, 16, 4, 1, T=16),
+        AttentionTile(256, 32, 16, 4, 1, T=32, window=256),
+        AttentionTile(128, 64, 16, 4, 1, window=256),
+        AttentionTile(128, 64, 16, 4, 1, T=64),
+        AttentionTile(128, 128, 16, 4, 1),
+        AttentionTile(256, 32, 16, 4, 1, T=32),
+        AttentionTile(256, 64, 16, 4, 1),
+    ),
+    "gfx942 fp32": (
+        AttentionTile(256, 16, 16, 4, 1, T=16),
+        AttentionTile(128, 32, 16, 4, 1, T=32),
+        AttentionTile(128, 64, 16, 8, 1),
+        AttentionTile(256, 32, 16, 8, 1),
+    ),
+}
+# Keys in 8 bits, whose codes and numbers take registers side by side.
+_PREFILL_CODES_HOPPER = (
+    AttentionTile(256, 16, 32, 4, 2, T=16),
+    AttentionTile(128, 64, 64, 8, 2, heads="odd"),
+    AttentionTile(128, 64, 64, 8, 2, heads="padded"),
+    AttentionTile(128, 128, 64, 8, 2),
+    AttentionTile(256, 32, 32, 8, 2, heads="padded"),
+    AttentionTile(256, 64, 32, 8, 2),
+)
+PREFILL_CODES: Table = {
+    "sm_80": (
+        AttentionTile(256, 16, 32, 4, 2, T=16),
+        AttentionTile(128, 64, 32, 8, 2, heads="odd"),
+        AttentionTile(128, 64, 32, 8, 2, heads="padded"),
+        AttentionTile(128, 128, 32, 8, 2),
+        AttentionTile(256, 32, 32, 8, 2, heads="padded"),
+        AttentionTile(256, 64, 32, 8, 2),
+    ),
+    "sm_90": _PREFILL_CODES_HOPPER,
+    "sm_100": _PREFILL_CODES_HOPPER,
+    "gfx942": (
+        AttentionTile(256, 16, 16, 4, 1, T=16),
+        AttentionTile(128, 128, 16, 8, 1),
+        AttentionTile(256, 32, 16, 4, 1, heads="padded"),
+        AttentionTile(256, 64, 16, 8, 1),
+    ),
+    "gfx942 fp32": (AttentionTile(256, 16, 16, 8, 1),),
+    "fp32": (AttentionTile(256, 16, 16, 8, 2),),
+}
+_DECODE_NVIDIA = (
+    AttentionTile(256, 0, 32, 4, 3, heads="odd"),
+    AttentionTile(128, 0, 64, 4, 3),
+    AttentionTile(256, 0, 32, 4, 3),
+)
+DECODE: Table = {
+    "sm_80": _DECODE_NVIDIA,
+    "sm_90": _DECODE_NVIDIA,
+    "sm_100": _DECODE_NVIDIA,
+    "gfx942": (
+        AttentionTile(256, 0, 16, 8, 2, heads="odd"),
+        AttentionTile(256, 0, 16, 4, 2, heads="padded"),
+        AttentionTile(256, 0, 32, 4, 2),
+    ),
+    "gfx942 fp32": (
+        AttentionTile(128, 0, 16, 4, 2, heads="odd"),
+        AttentionTile(128, 0, 16, 4, 2, heads="padded"),
+        AttentionTile(128, 0, 32, 4, 2),
+        AttentionTile(256, 0, 16, 4, 2),
+    ),
+    "fp32": (AttentionTile(256, 0, 16, 8, 2),),
+}
+_DECODE_CODES_NVIDIA = (
+    AttentionTile(256, 0, 32, 4, 2, heads="odd"),
+    AttentionTile(128, 0, 32, 4, 2, heads="padded"),
+    AttentionTile(64, 0, 64, 4, 2),
+    AttentionTile(128, 0, 128, 4, 1),
+    AttentionTile(256, 0, 32, 4, 2),
+)
+DECODE_CODES: Table = {
+    "sm_80": _DECODE_CODES_NVIDIA,
+    "sm_90": _DECODE_CODES_NVIDIA,
+    "sm_100": _DECODE_CODES_NVIDIA,
+    "gfx942": (
+        AttentionTile(256, 0, 16, 8, 1, heads="odd"),
+        AttentionTile(256, 0, 16, 4, 1, heads="padded"),
+        AttentionTile(256, 0, 16, 4, 2),
+    ),
+    "gfx942 fp32": (
+        AttentionTile(256, 0, 16, 4, 1, heads="odd"),
+        AttentionTile(256, 0, 16, 4, 1, heads="padded"),
+        AttentionTile(256, 0, 16, 4, 2),
+    ),
+    "fp32": (AttentionTile(256, 0, 16, 8, 1),),
+}
+
+
+def _width(sizes: AttentionSizes) -> int:
+    """Return BLOCK_D. A product's depth is at least 16."""
+    return power_of_2(sizes.D, low=16)
+
+
+def _select(table: Table, sizes: AttentionSizes, dtype: torch.dtype, arch: str, heads: str = "") -> AttentionTile:
+    heads = heads or ("odd" if sizes.D % 16 else "padded" if _width(sizes) > sizes.D else "")
+    few = 0 if sizes.deterministic else sizes.T
+    return next(
+        tile
+        for tile in tiles_for(table, dtype, arch)
+        if _width(sizes) <= tile.D
+        and tile.heads in ("", heads)
+        and (tile.T == 0 or 0 < few <= tile.T)
+        and (tile.window == 0 or 0 < sizes.window <= tile.window)
+    )
+
+
+def _overlapped(sizes: AttentionSizes, arch: str) -> bool:
+    """Return whether an SM should hold two short tiles: one computes its softmax while the other multiplies.
+
+    That is where each SM gets at most one tall tile, or the keys are few. Else tiles of half the rows would read the
+    keys through L2 too often. With a window over a ring they would spill.
+    """
+    tall = 128
+    spills = sizes.C > 0 and sizes.window > 0
+    if tall != sizes.D or not tma(arch) or spills or sizes.deterministic or tall // 2 >= sizes.T:
+        return False
+    tiles = sizes.B * sizes.Hq * triton.cdiv(sizes.T, tall)
+    return sizes.S + sizes.C <= 1024 or tiles <= (sizes.sms or max_multiprocessors(arch))
+
+
+def _prefill_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    overlapped = dtype != torch.float32 and not sizes.quantized and _overlapped(sizes, arch)
+    table = PREFILL_CODES if sizes.quantized else PREFILL
+    tile = _select(table, sizes, dtype, arch, "overlapped" if overlapped else "")
+    tiles = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": _width(sizes)}
+    return LaunchConfig(tiles, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def _decode_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """Splits until every SM has two programs, each of at least 256 keys."""
+    keys = min(sizes.S, sizes.window or sizes.S)
+    programs = max(1, sizes.B * sizes.Hkv)
+    sms = sizes.sms or max_multiprocessors(arch)
+    splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
+    if sizes.deterministic:
+        splits = DETERMINISTIC_SPLITS
+    tile = _select(DECODE_CODES if sizes.quantized else DECODE, sizes, dtype, arch)
+    tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(sizes.T * sizes.Hq // sizes.Hkv, low=16)}
+    tiles |= {"BLOCK_N": tile.BLOCK_N, "BLOCK_D": _width(sizes)}
+    return LaunchConfig(tiles, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def configs(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    return {
+        "attention_prefill_kernel": _prefill_config(sizes, dtype, arch),
+        "attention_decode_kernel": _decode_config(sizes, dtype, arch),
+        "attention_combine_kernel": LaunchConfig({"BLOCK_D": power_of_2(sizes.D, low=16)}, num_warps=2),
+    }

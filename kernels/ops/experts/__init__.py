@@ -1,0 +1,1 @@
+"""The sparse experts: SwiGLU of each token's chosen experts; start at op.py."""

@@ -1,0 +1,100 @@
+"""The benchmark's cases: every operation and a decode step, at the sizes of Mixtral or at a user's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from ..kernels.operation.checks import dtype_name
+from ..kernels.operation.declaration import Cost, Op, as_dict
+from ..kernels.registry import OPS
+from .compile import parse_sizes
+from .decode_step import STEP, costs
+
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+BENCHED: dict[str, Op] = {**OPS, STEP.name: STEP}
+CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operation at some sizes in one dtype."""
+
+    op: Op
+    sizes: Any  # a case of the operation
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def dtype_name(self) -> str:
+        return dtype_name(self.dtype)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the sizes and flags, as `--sizes` takes them: True is 1."""
+        return {name: int(value) if isinstance(value, bool) else value for name, value in as_dict(self.sizes).items()}
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """Return the arguments by name. Random values are drawn on the device, where a layer's weights take no time."""
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+        with device:
+            args = self.op.inputs(self.sizes, self.dtype, device, generator)
+        if "new" in args:
+            args["new"] = torch.full_like(args["new"], self.sizes.T)  # no sequence is padded
+        return args
+
+    def too_large_for_cpu(self) -> str | None:
+        cost = self.op.cost(self.sizes, self.dtype)
+        text = f"too large for a CPU ({cost.bytes / 1e6:,.0f} MB, {cost.flops / 1e9:,.0f} GFLOP)"
+        return text if cost.flops > CPU_FLOPS or cost.bytes + cost.host_bytes > CPU_BYTES else None
+
+    def costs(self, args: dict[str, Any] | None = None) -> list[Cost]:
+        """Return the compulsory work of each operation, of a decode step several, which run one after the other; for
+        the experts that `args` select, or those expected of uniform routing."""
+        if self.op is STEP:
+            return costs(self.sizes, self.dtype)
+        routed = {"distinct": len(args["ids"].unique())} if args and hasattr(self.sizes, "distinct") else {}
+        return [self.op.cost(replace(self.sizes, **routed), self.dtype)]
+
+
+def cases(names: Sequence[str] = (), sizes: Sequence[str] = (), dtype: torch.dtype | None = None) -> list[Case]:
+    """Return the distinct cases of the operations `names` (empty: all) at Mixtral's sizes. sizes: a case each in their
+    place ("T=32,H=1024"), the others as in 8x7B. ValueError for a name, sizes or a dtype that there is not."""
+    if unknown := [name for name in names if name not in BENCHED]:
+        raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(BENCHED)}")
+    if sizes and not names:
+        raise ValueError("--sizes goes with the operations it is for")
+    found = []
+    for op in (BENCHED[name] for name in names or BENCHED):
+        if names and dtype is not None and dtype not in op.dtypes:
+            known = ", ".join(map(dtype_name, op.dtypes))
+            raise ValueError(f"--dtype is {dtype_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
+        use = next((each for each in (dtype, torch.bfloat16) if each in op.dtypes), op.dtypes[0])
+        shapes = [_read_sizes(op, text) for text in sizes] or _table(op)
+        found += [Case(op, shape, use) for shape in shapes]
+    for case in found if sizes else ():
+        if getattr(case.sizes, "K", 0) > getattr(case.sizes, "E", 0):
+            raise ValueError(f"--sizes has K={case.sizes.K}, needs at most E={case.sizes.E}: a token's experts differ")
+        try:
+            case.op.check(**case.inputs(torch.device("meta")))
+        except (RuntimeError, OverflowError, TypeError, ZeroDivisionError, LookupError):
+            text = ",".join(f"{name}={value}" for name, value in case.as_dict().items())
+            raise ValueError(f"--sizes is {text!r:.80}, needs tensors that can be") from None
+    return found
+
+
+def _table(op: Op) -> list[Any]:
+    letters = {field.name for field in fields(op.case)}
+    if "T" in letters and not {"S", "C"} & letters:  # only the tokens vary
+        return [*dict.fromkeys(replace(shape, T=T) for shape in op.bench_shapes for T in TOKENS)]
+    return [*dict.fromkeys(op.bench_shapes)]
+
+
+def _read_sizes(op: Op, text: str) -> Any:
+    """Return the case of 8x7B with the sizes that a user wrote."""
+    sizes, known = parse_sizes("--sizes", text.split(",")), [field.name for field in fields(op.case)]
+    if foreign := [name for name in sizes if name not in known]:
+        raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
+    flags = {name: bool(size) for name, size in sizes.items() if isinstance(getattr(op.bench_shapes[0], name), bool)}
+    return replace(op.bench_shapes[0], **sizes | flags)

@@ -1,0 +1,138 @@
+"""The command `bench`: measured on the current GPU, or what is known without one, as tables, JSON lines and a plot."""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import groupby
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.text import Text
+
+from ..kernels.operation.declaration import runs_on
+from ..kernels.registry import OPS
+from ..terminal import bar, check_writable, console, table_of
+from . import measure
+from .cases import cases
+from .gpus import GPU, family_note, find_gpu
+from .measure import Outcome, Row
+from .peers import PEERS, find_peer
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command -> exit status: 1 where an operation or a user's peer is wrong or fails."""
+    selected = cases(args.ops, args.sizes, getattr(torch, args.dtype) if args.dtype else None)
+    if any(name not in PEERS for name in args.peer) and (len(args.ops) != 1 or args.ops[0] not in OPS):
+        raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
+    gpu, timed = find_gpu(args.gpu or "h100"), args.gpu is None and torch.cuda.is_available()
+    # Without a GPU nothing is timed, so only what was asked for is checked.
+    peers = {name: find_peer(name) for name in args.peer or (PEERS if timed else ())}
+    if args.plot is not None:
+        if args.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot {str(args.plot)!r} needs a name that ends in .png, .svg or .pdf")
+        check_writable("--plot", args.plot)
+        if find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    out, timer = console(stderr=args.json), measure.time_call
+    if timed:
+        gpu = measure.measure_gpu()
+    else:
+        timer = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"  # type: ignore[assignment]
+        out.print(f"No time was measured: {timer}. Floors are those of the GPU below.")
+    selected = selected if args.sizes else [case for case in selected if runs_on(case.sizes, gpu.arch)]
+    rates = f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"
+    out.print(f"{gpu.name} ({gpu.arch}), {gpu.source}: {rates}")
+    out.print(family_note(gpu.arch), end="")
+    if args.json:
+        about = {name: getattr(gpu, name) for name in ("name", "source", "bandwidth", "matmul", "arch")}
+        print(json.dumps({"kind": "gpu", **about, "torch": torch.__version__}), flush=True)
+    rows: list[Row] = []
+    with bar("benchmarking", len(selected)) as progress:
+        for _, group in groupby(measure.measure_rows(selected, gpu, peers, timer), key=lambda row: row.case.op.name):
+            start = len(rows)
+            for row in group:
+                rows.append(row)
+                progress.advance(1)
+                if args.json:
+                    print(json.dumps({"kind": "row", **row.as_dict()}), flush=True)
+            if not args.json:
+                out.print(op_table(rows[start:]))
+    if args.plot is not None:
+        figure_of(rows, gpu).savefig(args.plot, dpi=150)
+        out.print(f"plot: {args.plot}")
+    outcomes = [row.ours for row in rows]
+    outcomes += [outcome for row in rows for name, outcome in row.peers.items() if name not in PEERS]
+    return 1 if len(rows) < len(selected) or any(one.right is False for one in outcomes) else 0
+
+
+def sizes_text(sizes: Mapping[str, Any]) -> str:
+    """Return sizes as T4096, or cache=int8."""
+    return " ".join(f"{name}={size}" if isinstance(size, str) else f"{name}{size}" for name, size in sizes.items())
+
+
+def number(value: float) -> str:
+    """Format with three digits or more, and no exponent for large numbers."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def micro(seconds: float | None) -> str:
+    return "" if seconds is None else number(seconds * 1e6)
+
+
+def _title_and_shapes(rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """Return a title of the operation with the sizes that all rows share, and the text of each row's other sizes."""
+    sizes, case = [row.case.as_dict() for row in rows], rows[0].case
+    shared = {name: size for name, size in sizes[0].items() if all(one.get(name) == size for one in sizes[1:])}
+    common = shared if len(rows) > 1 else {}
+    shapes = [sizes_text({name: size for name, size in one.items() if name not in common} or one) for one in sizes]
+    return ", ".join(filter(None, (case.op.name, case.dtype_name, sizes_text(common)))), shapes
+
+
+def op_table(rows: Sequence[Row]) -> Group:
+    """Return a table of one operation's rows, without empty columns, and a line for each note."""
+    title, shapes = _title_and_shapes(rows)
+    cells, notes = [], list[str]()
+    for row, shape in zip(rows, shapes, strict=True):
+        share = "" if row.share is None else f"{100 * row.share:.0f} %"
+        of_row = {"sizes": shape, "time, us": micro(row.ours.seconds), "of floor": share}
+        of_row |= {"floor, us": micro(row.floor_s), "bound": row.bound}
+        for name, outcome in {"ours": row.ours, **row.peers}.items():
+            notes += [f"{name}, {shape}: {outcome.note}"] if outcome.note else []
+            ratio = row.ratio(name) if name in row.peers else None
+            of_row[f"{name} / ours"] = "" if ratio is None else f"{ratio:.2f}"
+        of_row |= {"MB": number(row.cost.bytes / 1e6), "GFLOP": number(row.cost.flops / 1e9)}
+        of_row["MB of host memory"] = number(row.cost.host_bytes / 1e6) if row.cost.host_bytes else ""
+        cells.append({**of_row, "launches": str(len(row.launches))})
+    shown = [name for name in cells[0] if any(each[name] for each in cells)]
+    styles = ("bold red" if row.ours.right is False else "" for row in rows)
+    lines = [({name: each[name] for name in shown}, style) for each, style in zip(cells, styles, strict=True)]
+    table = table_of(title, lines, text=["bound"])
+    return Group(table, *map(Text, notes))
+
+
+def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
+    """Return a figure: a panel per operation, a line for each case with its floor and measured times."""
+    from matplotlib.figure import Figure
+
+    panels = [list(group) for _, group in groupby(rows, key=lambda row: row.case.op.name)]
+    heights = [1.5 + 0.18 * len(panel) for panel in panels] or [4.0]
+    figure = Figure(figsize=(6.7, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        title, shapes = _title_and_shapes(panel := sorted(panel, key=lambda row: row.floor_s))
+        axes.barh(range(len(panel)), [1e6 * row.floor_s for row in panel], color="lightgray", label="floor")
+        outcomes = [{"ours": row.ours, **row.peers} for row in panel]
+        for name in dict.fromkeys(name for each in outcomes for name in each):
+            times = [1e6 * (each.get(name, Outcome()).seconds or math.nan) for each in outcomes]
+            if not all(map(math.isnan, times)):
+                axes.plot(times, range(len(panel)), "o", ms=4, label=name)
+        axes.set_yticks(range(len(panel)), shapes, fontsize=7)
+        axes.set(xscale="log", xlabel="time, us")
+        axes.set_title(title, fontsize=8, wrap=True)
+        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    timed = any(one.seconds for row in rows for one in (row.ours, *row.peers.values()))
+    figure.suptitle(f"{gpu.name}, {gpu.source}" + ("" if timed else "; no time was measured, these are floors"))
+    return figure

@@ -1,0 +1,120 @@
+"""The decode step as an operation of the benchmark: one new token for each of B sequences of S positions, by a model of
+L layers and a head of V rows. `verify` checks a model; here its step is timed, beside the floor of its launches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.config import MixtralConfig
+from ..kernels.operation.declaration import Cost, Op
+from ..model.cache import KVCache
+from ..model.generate import can_capture, capture
+from ..model.mixtral import Mixtral
+from ..model.offload_plan import Placement, select_experts
+from .fit import step_costs
+
+STEPS_MOST = 4096  # positions beyond S that repeated steps may reach
+FIELDS = {"vocab_size": "V", "hidden_size": "H", "intermediate_size": "I", "num_hidden_layers": "L", "head_dim": "D"}
+FIELDS |= {"num_attention_heads": "Hq", "num_key_value_heads": "Hkv", "num_local_experts": "E"}
+FIELDS |= {"num_experts_per_tok": "K"}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    B: int
+    S: int
+    L: int
+    H: int
+    I: int
+    E: int
+    K: int
+    Hq: int
+    Hkv: int
+    D: int
+    V: int
+    offload: int | None = None  # experts of the whole model in host memory, and the embedding with them
+    cache: str | None = None  # "int8"
+
+
+def config(case: StepCase) -> MixtralConfig:
+    fields: dict[str, Any] = {field: getattr(case, letter) for field, letter in FIELDS.items()}
+    return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=case.S + STEPS_MOST)
+
+
+def hosted(case: StepCase) -> list[Any]:
+    """Return the experts of each layer in host memory."""
+    count, most = case.offload or 0, case.L * (case.E - 1)
+    if count > most:
+        raise ValueError(f"--sizes has offload={count}, needs at most {most}: one expert of each layer stays")
+    return select_experts(config(case), count)
+
+
+def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
+    """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1], all of random values."""
+    away = hosted(case)
+    model = Mixtral(config(case), device, dtype, placement=Placement(away, any(away)))
+    for weight in model.named_weights().values():
+        experts = map(weight.rows, range(len(weight))) if hasattr(weight, "rows") else [weight]  # where each lies
+        for part in experts:
+            part.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    cache = KVCache(model.config, case.B, case.S, device, torch.int8 if case.cache else dtype)
+    cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
+    sequences = range(case.B) if cache.lengths.device.type != "meta" else ()  # there, no value is kept
+    for buffer, b in product((*cache.keys, *cache.values), sequences):
+        # One sequence at a time: a draw for all of them may not fit beside them.
+        buffer[b] = torch.randn(buffer.shape[1:], generator=generator, device=device, dtype=dtype)
+    rewind(cache)
+    return {"model": model, "cache": cache, "token": torch.arange(case.B, device=device)[:, None] % case.V}
+
+
+def rewind(cache: KVCache) -> None:
+    """Fill all slots but the last. Steps beyond the last slot wrap around the ring, which then stays full."""
+    cache.lengths.fill_(cache.slots - 1)
+
+
+def decode_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:
+    """Return the logits, fp32 [B,V]."""
+    return model.head(model.hidden(token, cache)[:, 0])
+
+
+def replayed_step(args: dict[str, Any]) -> Callable[..., Tensor]:
+    """Return the step as a decode loop runs it: on a GPU in a CUDA graph, whose logits each call overwrites."""
+    once = partial(decode_step, **args)
+    if not can_capture(args["model"]):
+        return lambda **_: once()
+    once()  # every kernel is compiled before the capture
+    logits: list[Tensor] = []
+    replay = capture(lambda: logits.append(once()), None, args["model"].device)
+
+    def run(**_: Any) -> Tensor:
+        replay()
+        return logits[0]
+
+    return run
+
+
+def costs(case: StepCase, dtype: torch.dtype) -> list[Cost]:
+    """Return the work of each launch, with uniform routing."""
+    return step_costs(config(case), case.B, case.S, dtype, None, case.cache, [*map(len, hosted(case))])
+
+
+SMALL = StepCase(B=3, S=12, L=2, H=64, I=96, E=4, K=2, Hq=4, Hkv=2, D=16, V=100)
+MIXTRAL = StepCase(B=1, S=1024, L=1, H=4096, I=14336, E=8, K=2, Hq=32, Hkv=8, D=128, V=32000)
+# B, S, L: two depths of one step give the time of a layer.
+STEPS = [(1, 1024, 1), *product((1, 8, 32), (1024, 4096, 32768), (4,))]
+STEP = Op(
+    name="decode_step",
+    run=decode_step,
+    reference=decode_step,
+    case=StepCase,
+    inputs=inputs,
+    configs=lambda sizes, dtype, arch: {},
+    cost=lambda case, dtype: sum(costs(case, dtype), Cost(0, 0)),
+    test_shapes=(SMALL, replace(SMALL, offload=2), replace(SMALL, cache="int8")),
+    bench_shapes=tuple(replace(MIXTRAL, B=B, S=S, L=L) for B, S, L in STEPS),
+)

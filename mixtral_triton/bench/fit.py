@@ -1,0 +1,374 @@
+"""The command `fit`: what a model takes of a GPU's memory, by the shapes that are allocated. No weight is read."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.filesize import decimal
+from rich.text import Text
+
+from ..checkpoint.arguments import WEIGHT_FORMATS, default_dtype, weight_bytes
+from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
+from ..checkpoint.tensors import parameter_shapes
+from ..kernels.operation.declaration import Cost
+from ..kernels.ops.attention.op import CachedCase
+from ..kernels.ops.experts.op import ExpertCase
+from ..kernels.ops.linear import LinearSizes
+from ..kernels.ops.norm import EmbedSizes
+from ..kernels.ops.router import GateSizes
+from ..kernels.ops.sort import expected_distinct_experts
+from ..kernels.registry import OPS
+from ..kernels.weights.formats import BITS
+from ..model.offload_plan import (
+    AUTO_CONTEXT,
+    MARGIN,
+    Placement,
+    estimated_free,
+    fewest,
+    movable_bytes,
+    running_bytes,
+    table_bytes,
+    usable_bytes,
+)
+from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
+from ..quantize.layouts import read_scheme
+from ..terminal import console, table_of
+from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu, floor
+
+# mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
+SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
+LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, **SAME}
+LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
+KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
+FIRST = "int4, linear int8"  # the format to try first: quicker than int4, at about the same cost
+LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
+QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
+STORED = "as stored"
+StepFormats = tuple[str | None, str | None, str | None, str | None]  # of qkv, o, gate_up, down
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
+BOUND = "tokens/s: of all sequences together at most, by bytes over the data sheet's bandwidth and the link."
+CELLS = f"1: 131: one GPU, at most 131 tokens/s. 2 (62: 16): two, or one with 62 of all experts in host memory. {BOUND}"
+SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
+COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
+
+
+def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
+    """The specs of each of WEIGHT_FORMATS for a model, without the formats that its columns do not take."""
+    shapes, specs = parameter_shapes(config), dict[str, QuantSpecs]()
+    for name, weights in WEIGHT_FORMATS.items():
+        with suppress(ValueError):  # int4, whose groups have to divide the columns
+            specs[name] = select_specs(weights, shapes)
+    return specs
+
+
+def parameters(config: MixtralConfig) -> tuple[int, int]:
+    """Count all parameters, and those that a token meets: K of E experts."""
+    counts = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
+    experts = sum(count for name, count in counts.items() if name.endswith(QUANTIZED_PARTS["experts"]))
+    total = sum(counts.values())
+    return total, total - experts + experts * config.num_experts_per_tok // config.num_local_experts
+
+
+def memory_need(
+    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, cache: str | None = None
+) -> dict[str, int]:
+    """Bytes of a model on one GPU, by what they hold, and "total". cache: "int8", or None: in the model's dtype."""
+    weights = weight_bytes(parameter_shapes(config), specs, default_dtype(config))
+    need = {"weights": weights, "tables": table_bytes(config)}
+    need |= running_bytes(config, batch, context, PREFILL_CHUNK, getattr(torch, cache) if cache else None)
+    return need | {"total": sum(need.values())}
+
+
+def free_bytes(gpu: GPU) -> int:
+    """The free bytes of a GPU beside its driver and a context: measured where it is at hand, else by estimate."""
+    return gpu.free or estimated_free(gpu.bytes)
+
+
+def verdict(total: int, free: int) -> str:
+    """Return "fits", "tight", by less than MARGIN of the free bytes, or "no"."""
+    return "fits" if total <= usable_bytes(free) else "tight" if total <= free else "no"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """One format on one GPU. gpus_needed: the least number of such GPUs that hold it without being tight, with weights
+    and cache in even parts, the embedding and the rest on each; None: there is no room for these."""
+
+    format: str
+    weights: Any  # its value in WEIGHT_FORMATS
+    bytes: dict[str, int]  # `memory_need`
+    verdict: str  # of `verdict`
+    longest_context: int  # tokens a sequence that it holds without being tight, at most the model's positions; 0: none
+    gpus_needed: int | None
+    hosted: dict[str, Any] | None  # how experts in host memory make it fit: see `Request.place`
+    tokens_per_second_bound: float | None  # at most, of all sequences; None: it does not fit, or rates are unknown
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"offload" if name == "hosted" else name: value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, the specs of each of WEIGHT_FORMATS, and what STORED means for it."""
+
+    name: str
+    config: MixtralConfig
+    specs: Mapping[str, QuantSpecs]
+    stored: str
+    batch: int
+    context: int
+    cache: str | None = None  # of `memory_need`
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, models: Mapping[str, MixtralConfig] = KNOWN) -> Request:
+        """Read the config of a folder, of a name on the hub, or in `models`. ValueError for a wrong option."""
+        name, known = str(args.model), models.get(str(args.model).lower())
+        if known is None and "/" not in name and name != "small" and not Path(name).exists():
+            raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(models)}")
+        config = known or MixtralConfig.from_pretrained(name)
+        limit, layers = config.max_position_embeddings, config.num_hidden_layers
+        context = limit if args.context is None else args.context
+        if layers > LAYERS_MAX:
+            raise ValueError(f"{name}: num_hidden_layers is {layers}, needs at most {LAYERS_MAX}")
+        if args.batch < 1:
+            raise ValueError(f"--batch is {args.batch}, needs at least 1")
+        if not 1 <= context <= limit:
+            raise ValueError(f"--context is {context}, needs 1 to {limit}, the model's positions")
+        specs, stored = format_specs(config), SHORT[default_dtype(config)]
+        if not known and (scheme := read_scheme(checkpoint_folder(name, tensors=False))) is not None:
+            # The files alone say which tensors are quantized.
+            specs, stored = {STORED: hub.plan_load(hub.read_headers(name), config).specs}, scheme.name
+        return cls(name, config, specs, stored, args.batch, context, args.cache_dtype)
+
+    def memory_plan(self, format: str, gpu: GPU) -> MemoryPlan:
+        config, free, specs = self.config, free_bytes(gpu), self.specs[format]
+        limit = usable_bytes(free)
+        need = memory_need(config, specs, self.batch, self.context, self.cache)
+        longest = bisect_right(
+            range(config.max_position_embeddings + 1),
+            limit,
+            key=lambda S: memory_need(config, specs, self.batch, S, self.cache)["total"],
+        )
+        word = verdict(need["total"], free)
+        embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
+        shared = need["weights"] + need["cache"] - embedding
+        available = limit - (need["total"] - shared)
+        gpus_needed = -(-shared // available) if available > 0 else None
+        found = self.place(format, need["total"], limit) if word == "no" else None
+        bound = self.speed_bound(format, gpu, found) if word != "no" or found else None
+        hosted = None if found is None else self.describe(format, gpu, found, need["total"])
+        weights = WEIGHT_FORMATS[format]
+        return MemoryPlan(format, weights, need, word, max(0, longest - 1), gpus_needed, hosted, bound)
+
+    def place(self, format: str, need: int, limit: int) -> Placement | None:
+        """Return the fewest experts in host memory with which `limit` bytes hold the rest; None: not any."""
+        shapes, dtype = parameter_shapes(self.config), default_dtype(self.config)
+        return fewest(self.config, movable_bytes(self.config, shapes, self.specs[format], dtype), need, limit)
+
+    def describe(self, format: str, gpu: GPU, found: Placement, need: int) -> dict[str, Any]:
+        """Return what `--json` prints of experts in host memory: how many, of how many, and the device_bytes of all."""
+        context = "" if self.context == AUTO_CONTEXT else f" --context {self.context}"
+        total = self.config.num_hidden_layers * self.config.num_local_experts
+        hosted = {**vars(found), "experts": found.count, "of": total, "link": gpu.link}
+        hosted |= {"device_bytes": need - found.freed_bytes, "text": found.describe(self.config)}
+        return hosted | {"command": f"{self.command(format)} --offload auto{context}"}
+
+    def speed_bound(self, format: str, gpu: GPU, found: Placement | None) -> float | None:
+        """Return the tokens/s of decode steps at their floor: at the data sheet's full rates, with uniform routing."""
+        if not gpu.bandwidth:
+            return None
+        hosted, dtype = [*map(len, found.experts)] if found else [], default_dtype(self.config)
+        costs = step_costs(self.config, self.batch, self.context, dtype, self.specs[format], self.cache, hosted)
+        return self.batch / floor(costs, gpu)[0]
+
+    def command(self, format: str) -> str:
+        folder, weights = "FOLDER" if self.name.lower() in KNOWN else self.name, WEIGHT_FORMATS[format]
+        command = f"mixtral-triton generate {folder}"
+        if weights:
+            text = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
+            command += f" --weights {text}"
+        return command if self.cache is None else f"{command} --cache-dtype {self.cache}"
+
+    def label(self, format: str) -> str:
+        return self.stored if format == STORED else format
+
+    def as_dict(self) -> dict[str, Any]:
+        total, active = parameters(self.config)
+        found = {"model": self.name, "parameters": total, "active_parameters": active}
+        found |= {"batch": self.batch, "context": self.context}
+        return found | ({"cache_dtype": self.cache} if self.cache else {})
+
+    def __str__(self) -> str:
+        text = "{model}: {parameters:,} parameters, {active_parameters:,} active a token; {batch} x {context:,} tokens."
+        return text.format_map(self.as_dict())
+
+
+def step_costs(
+    config: MixtralConfig,
+    batch: int,
+    context: int,
+    dtype: torch.dtype,
+    specs: Mapping[str, QuantSpec] | None = None,
+    cache: str | None = None,
+    hosted: Sequence[int] = (),
+) -> list[Cost]:
+    """Return the work of each launch of a decode step of `batch` sequences of `context` positions, the new one counted,
+    with uniform routing.
+
+    specs   of the quantized parameters, by name
+    cache   "int8", or None: in `dtype`
+    hosted  how many experts of each layer are in host memory; (): none
+    """
+    specs, H, L = specs or {}, config.hidden_size, config.num_hidden_layers
+    E, K, V = config.num_local_experts, config.num_experts_per_tok, config.vocab_size
+    distinct = expected_distinct_experts(batch, K / E, E)
+
+    def format_of(name: str, columns: int) -> str | None:
+        spec = specs.get(name)
+        return None if spec is None else spec.format if spec.group == columns else f"{spec.format}:{spec.group}"
+
+    @functools.cache  # layers are few of a kind
+    def layer(formats: StepFormats, away: int) -> list[Cost]:
+        qkv, o, gate_up, down = formats
+        D, Hq, Hkv = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        I = config.intermediate_size
+        window = config.sliding_window or 0
+        attention = CachedCase(batch, 1, Hq, Hkv, D, context, window, context - 1, fresh=True, cache=cache)
+        case = ExpertCase(batch, H, I, E, K, gate_up, down, distinct=distinct)
+        experts = OPS["experts_add_rms_norm"].cost(case, dtype)
+        share = distinct * away / E
+        host = int(share * (_stored_bytes(gate_up, 2 * I * H, dtype) + _stored_bytes(down, I * H, dtype)))
+        return [
+            OPS["linear"].cost(LinearSizes(batch, H, (Hq + 2 * Hkv) * D, weight=qkv), dtype),
+            OPS["rope_append_attention"].cost(attention, dtype),
+            OPS["linear"].cost(LinearSizes(batch, Hq * D, H, weight=o), dtype),
+            OPS["rms_norm_gate_route"].cost(GateSizes(batch, H, E, K), dtype),
+            replace(experts, bytes=experts.bytes - host, host_bytes=host),
+        ]
+
+    widths = {"qkv_proj": H, "o_proj": config.num_attention_heads * config.head_dim, "gate_up_proj": H}
+    widths["down_proj"] = config.intermediate_size
+    costs = [OPS["embed_rms_norm"].cost(EmbedSizes(batch, 1, V, H), dtype)]
+    for index in range(L):
+        formats = tuple(format_of(f"layers.{index}.{name}", columns) for name, columns in widths.items())
+        costs += layer(formats, hosted[index] if hosted else 0)  # type: ignore[arg-type]
+    return [*costs, OPS["linear"].cost(LinearSizes(batch, H, V, weight=format_of("lm_head", H)), dtype)]
+
+
+def _stored_bytes(format: str | None, elements: int, dtype: torch.dtype) -> int:
+    """Return the bytes of values or codes: scales stay on the device."""
+    return elements * dtype.itemsize if format is None else elements * BITS[format.partition(":")[0]] // 8
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command -> exit status: 1 where no format fits, with experts in host memory neither."""
+    if args.rank is not None:
+        raise ValueError(f"--rank is {args.rank}, and --train is not given: needs both")
+    request, gpu = Request.of(args), select_gpu(args)
+    if gpu is None:
+        return _run_all_gpus(request, args)
+    plans = [request.memory_plan(format, gpu) for format in request.specs]
+    fits = any(plan.verdict != "no" or plan.hosted for plan in plans)
+    if args.json:
+        found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}}
+        print(json.dumps(request.as_dict() | found | {"formats": [plan.as_dict() for plan in plans]}))
+    else:
+        _print(request, gpu, plans)
+    return 0 if fits else 1
+
+
+def select_gpu(args: argparse.Namespace) -> GPU | None:
+    """Return the GPU of the options, else the one at hand with what is free on it; None where there is none."""
+    if args.memory is not None:
+        if args.gpu is not None:
+            raise ValueError("--gpu is given, and --memory, too: needs one of the two")
+        if not 1 <= args.memory < 2**40:
+            raise ValueError(f"--memory is {args.memory}, needs GiB, at least 1, and less than {2**40}")
+        gpu = GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
+    elif args.gpu is not None:
+        gpu = find_gpu(args.gpu)
+    elif torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = data_sheet(properties.name) or GPU("", "")
+        free = torch.cuda.mem_get_info(0)[0]
+        gpu = replace(gpu, name=properties.name, mib=properties.total_memory // MIB, free=free)
+    else:
+        return None
+    return replace(gpu, link=args.link or gpu.link)
+
+
+def _speed(bound: float | None) -> str:
+    return "" if bound is None else f"{bound:,.{int(bound < 10)}f}"
+
+
+def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
+    out, need = console(), plans[0].bytes
+    parts = (f"{name} {decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits", "graph"))
+    out.print(Text(str(request)))
+    free = free_bytes(gpu)
+    held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
+    out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
+    caption = f"used: of what is free. longest: tokens a sequence, and gpus: how many, with {MARGIN:.0%} of it to spare"
+    caption = f"{caption.replace('%', ' %')}; tight: less to spare. {BOUND} {FORMAT_NOTE} {SEVERAL}"
+    rows = []
+    for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
+        weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
+        cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
+        cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
+        cells |= {"gpus": str(plan.gpus_needed or "-"), "tokens/s": _speed(plan.tokens_per_second_bound)}
+        rows.append((cells | {"verdict": plan.verdict}, COLOURS[plan.verdict]))
+    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, caption))
+    hosted = {plan.format: (plan.hosted, plan.tokens_per_second_bound) for plan in plans if plan.hosted}
+    for format, (found, bound) in hosted.items():
+        speed = f"at most {_speed(bound)} tokens/s" if bound else "no bound, the GPU's rates are unknown"
+        line = f"{request.label(format)}, {found['text']}: {speed} ({decimal(found['host_bytes'])}, {found['link']})"
+        out.print(Text(line))
+    fitting = [plan.format for plan in plans if plan.verdict != "no"]
+    named = map(request.label, sorted(fitting or hosted, key=lambda format: format != FIRST))
+    verdict = "FITS: " if fitting else "FITS WITH OFFLOAD: " if hosted else "NO FORMAT FITS"
+    out.print(Text(verdict + "; ".join(named), style="bold green" if fitting or hosted else "bold red"))
+    if FIRST in fitting:
+        line = f"Try first: {request.command(FIRST)} (`mixtral-triton verify` with --weights prints what it costs)"
+        out.print(Text(line), soft_wrap=True)
+    elif hosted and not fitting:
+        best, _ = max(hosted.values(), key=lambda each: (each[1] or 0, -each[0]["host_bytes"]))
+        out.print(Text(f"With experts in host memory: {best['command']}"), soft_wrap=True)
+
+
+def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
+    """Print how many of each listed GPU hold each format, and what one holds with experts in host memory."""
+    gpus = (replace(gpu, link=args.link or gpu.link) for gpu in GPUS.values())
+    rows = {gpu: [request.memory_plan(format, gpu) for format in request.specs] for gpu in gpus}
+    if args.json:
+        found = []
+        for gpu, plans in rows.items():
+            needed = {plan.format: plan.gpus_needed for plan in plans}
+            hosted = {plan.format: plan.hosted for plan in plans if plan.hosted}
+            bounds = {plan.format: plan.tokens_per_second_bound for plan in plans}
+            sizes = {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}
+            found.append(sizes | {"gpus_needed": needed, "offload": hosted, "tokens_per_second_bound": bounds})
+        print(json.dumps(request.as_dict() | {"gpus": found}))
+        return 0
+    lines = []
+    for gpu, plans in rows.items():
+        cells = {"gpu": gpu.name}
+        for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
+            cell, speed = str(plan.gpus_needed or "-"), _speed(plan.tokens_per_second_bound)
+            if plan.hosted or plan.verdict == "tight":
+                cell += f" ({plan.hosted['experts'] if plan.hosted else 'tight'}: {speed})"
+            cells[request.label(plan.format)] = f"{cell}: {speed}" if plan.verdict == "fits" else cell
+        lines.append((cells | {"MiB": f"{gpu.mib:,}", "link": gpu.link}, ""))
+    table = table_of("How many GPUs hold it, by format", lines, f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"])
+    console().print(Text(str(request)), table, sep="\n")
+    return 0

@@ -1,0 +1,207 @@
+"""Checks of a caller's arguments: devices, memory, token ids, lengths."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.launching.launch import INTERPRETED
+from ..kernels.operation.checks import FLOATS, INTS, fail, readable
+from ..kernels.weights.quantized import QuantSpec
+from .config import DTYPES, MixtralConfig
+
+# Values of `weights`, by the names that `fit` prints.
+WEIGHT_FORMATS: dict[str, Any] = {"as stored": None, "fp8": "fp8", "int8": "int8"}
+WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}, "int4": "int4"}
+
+
+def is_int(value: Any, least: int) -> bool:
+    """Return whether `value` is an integer, or a compiler's symbolic one, of at least `least`."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(value >= least)
+
+
+def default_device() -> str:
+    """Return "cuda" where there is a GPU and the kernels are compiled, else "cpu": the interpreter runs there."""
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """Return the device; None means `default_device()`. Raise ValueError if it does not exist."""
+    try:
+        usable = torch.device(default_device() if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is unknown to torch: needs cuda, cuda:1, ... or cpu") from error
+    if usable.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"device {device!r} is not supported: needs cpu, cuda (CUDA or ROCm) or meta")
+    if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} does not exist: this machine has {torch.cuda.device_count()} GPUs")
+    return usable
+
+
+def named_dtype(dtype: Any) -> Any:
+    """Return the dtype of a name ("bfloat16"), None for "auto", anything else as it is."""
+    if not isinstance(dtype, str):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    return None if name == "auto" else getattr(torch, name) if name in DTYPES else dtype
+
+
+# What does here what an argument of transformers does there.
+GENERATE_HINTS = {
+    "do_sample": "temperature: 0 is greedy, above 0 samples",
+    "max_length": "max_new_tokens",
+    "streamer": "model.stream(...), an iterator over tokens",
+    "stopping_criteria": "model.stream(...), which a caller leaves",
+    "output_scores": "logprobs=N",
+    "output_logits": "logprobs=N",
+    "return_dict_in_generate": "logprobs=N, which returns a NamedTuple",
+    "past_key_values": "cache, a KVCache",
+    "use_cache": "cache, a KVCache that goes on; there is one in any case",
+    "pad_token_id": "nothing: a sequence is padded with its EOS",
+    "generation_config": "its fields as arguments: temperature, top_k, top_p, ...",
+    "num_return_sequences": "the prompt as often in a list",
+}
+LOAD_HINTS = {
+    "torch_dtype": "dtype",
+    "device_map": "device, or mesh for several GPUs, or offload for experts in host memory",
+    "quantization_config": "weights: 'int4', 'int8' or 'fp8'",
+    "load_in_4bit": "weights='int4'",
+    "load_in_8bit": "weights='int8'",
+    "revision": "the folder as 'NAME@REVISION'",
+    "attn_implementation": "nothing: there is one implementation",
+    "trust_remote_code": "nothing: no code of a checkpoint runs",
+    "low_cpu_mem_usage": "nothing: weights are read row by row",
+}
+
+
+def reject_unknown(caller: str, unknown: Mapping[str, Any], hints: Mapping[str, str]) -> None:
+    """Raise ValueError for arguments that there are not, with what does the same here."""
+    for name in unknown:
+        need = hints.get(name, f"one of those that help({caller}) lists")
+        raise ValueError(f"{caller}: there is no argument {name!r}, needs {need}")
+
+
+def drop_padding(rows: Sequence[Tensor], mask: Any) -> list[Tensor]:
+    """Return of each row [T] the tokens that an attention mask [B,T] or a list of lists has: not the padding on either
+    side. ValueError for a mask of another shape, a row without a token, and padding between tokens."""
+    masks = mask.tolist() if isinstance(mask, Tensor) else mask
+    kept, need = list[Tensor](), "1 for the tokens of each prompt and 0 for padding on one side, or both"
+    fits = isinstance(masks, (list, tuple)) and len(masks) == len(rows)
+    for row, values in zip(rows, masks if fits else (), strict=False):
+        ones = [at for at, value in enumerate(values) if value] if isinstance(values, (list, tuple)) else []
+        fits = fits and bool(ones) and len(values) == len(row) and ones[-1] - ones[0] == len(ones) - 1
+        if fits:
+            kept.append(row[ones[0] : ones[-1] + 1])
+    if not fits:
+        raise ValueError(f"generate: attention_mask is {_describe(mask)}, needs {need}")
+    return kept
+
+
+def check_dtype(argument: str, dtype: Any, of_cache: bool = False) -> None:
+    """Raise ValueError for a dtype that nothing computes in, or no cache holds. `argument`: as in "KVCache: dtype"."""
+    if dtype not in FLOATS and not (of_cache and dtype is torch.int8):
+        last = ", float16 or int8" if of_cache else " or float16"
+        raise ValueError(f"{argument} is {dtype!r}, needs torch.float32, bfloat16{last}")
+
+
+def default_dtype(config: MixtralConfig) -> torch.dtype:
+    """Return the dtype that config.json names, else bfloat16: what is known before the tensors are read."""
+    return getattr(torch, config.dtype or "bfloat16")
+
+
+def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
+    """Return the bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
+    return sum(
+        math.prod(shape[:-1]) * (_row_bytes(specs[name], shape[-1]) if name in specs else dtype.itemsize * shape[-1])
+        for name, shape in shapes.items()
+    )
+
+
+@cache  # `fit` asks often
+def _row_bytes(spec: QuantSpec, columns: int) -> int:
+    return spec.empty((1, columns), "meta").nbytes
+
+
+def in_decimal(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return a CUDA device's free bytes, those that torch keeps of freed memory included; None for another device."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def check_memory(device: torch.device, needed: int, bytes_of: Callable[[Any], int] | None = None) -> None:
+    """Raise ValueError, before anything is allocated, where `needed` bytes of weights exceed a CUDA `device`'s memory.
+    bytes_of: the bytes that another value of `weights` takes; None: the files are quantized, and there is no choice."""
+    free = free_memory(device)
+    if free is None or needed <= free:
+        return
+    sizes = {}
+    for weights in WEIGHT_FORMATS.values() if bytes_of is not None else ():
+        with suppress(ValueError):  # of int4, whose groups have to divide the columns
+            sizes[repr(weights)] = bytes_of(weights)  # type: ignore[misc]
+    fitting = [f"weights={weights} takes {in_decimal(size)}" for weights, size in sizes.items() if size <= free]
+    if not fitting:
+        least, size = min(sizes.items(), key=lambda item: item[1], default=(repr(None), needed))
+        least = f"no format fits, the least is {in_decimal(size)} with weights={least}"
+        fitting = [least, "needs more memory, or a mesh"]
+    found = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
+    raise ValueError(f"Mixtral.from_pretrained: {found}: {'; '.join(fitting)}")
+
+
+@contextmanager
+def explain_out_of_memory(caller: str, device: torch.device, batch: int, context: int) -> Iterator[None]:
+    """Raise ValueError where torch finds no memory for `batch` sequences of `context` tokens."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        found = f"{batch} {'sequence' if batch == 1 else 'sequences'} of {context} tokens"
+        needs = "fewer of them, weights of fewer bits or offload: `mixtral-triton fit` says what fits"
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{caller}: no memory is left on {device} for {found} ({reason}), needs {needs}") from error
+
+
+def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
+    """Raise ValueError unless input_ids is int64 [B,T], not empty, on `device`, and on a CPU within the vocabulary."""
+    if not _is_dense(input_ids) or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
+        raise fail("Mixtral", "input_ids", _describe(input_ids), "an int64 tensor [B, T]")
+    if 0 in input_ids.shape:
+        raise fail("Mixtral", "input_ids", f"empty, {list(input_ids.shape)}", "at least one token")
+    if input_ids.device != device:
+        raise fail("Mixtral", "input_ids", f"on {input_ids.device}", f"the model's device, {device}")
+    if readable(input_ids):
+        check_vocabulary(input_ids, vocab_size)
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Read all ids, with one synchronization on a GPU; raise ValueError where one is not in 0..vocab_size - 1."""
+    for token in torch.stack(torch.aminmax(ids)).tolist():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"Mixtral: argument 'input_ids' holds token {token}, needs ids in 0..{vocab_size - 1}")
+
+
+def check_lengths(op: str, lengths: Any, B: int | None, device: torch.device | None) -> None:
+    """Raise ValueError unless lengths is int [B] on `device`. None: any B, any device."""
+    fits = _is_dense(lengths) and lengths.dtype in INTS and lengths.dim() == 1
+    if not (fits and B in (None, len(lengths)) and device in (None, lengths.device)):
+        on = "" if device is None else f" on {device}"
+        raise fail(op, "lengths", _describe(lengths), f"an int32 or int64 tensor [{'B' if B is None else B}]{on}")
+
+
+def _is_dense(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+
+
+def _describe(x: Any) -> str:
+    if not isinstance(x, Tensor):
+        return "None" if x is None else f"a {type(x).__name__}"
+    layout = f"{list(x.shape)} on {x.device}" if _is_dense(x) else "of a nested or sparse layout"
+    return f"{x.dtype} {layout}"

@@ -1,0 +1,268 @@
+"""The command `generate --batch`: prompts of a file of JSON lines, answered in batches of similar length."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..checkpoint.arguments import free_memory
+from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
+from ..model.offload_plan import running_bytes, usable_bytes
+from ..terminal import bar, check_writable, is_first, print_message
+from .prompt import Decoder, check_stdin, cut_at_stop, render
+from .writer import Writer
+
+BATCH = 32  # the most sequences of a batch without --batch-size
+CPU_BATCH = 8
+WINDOW = 4  # batches of which lengths are sorted: so many are lost where the command is interrupted
+MOST_BYTES = 1 << 30  # of the prompts
+# Fields of a result, which no line of --batch may have; and options on which no text depends but by rounding.
+RESULT = ("digest", "text", "tokens", "finish_reason", "logprobs", "error")
+FREE_OPTIONS = {"command", "json", "folder", "batch", "out", "batch_size", "prompt", "chat", "system"}
+FREE_OPTIONS |= {"device", "interpret", "tp", "ep", "offload", "context"}
+
+
+class Job(NamedTuple):
+    """A line of --batch."""
+
+    id: Any
+    prompt: str | list[dict[str, str]] | None  # a text, or messages
+    digest: str  # of the line, the folder and the options, by which its result is known again
+    others: dict[str, Any]  # fields that pass through
+    error: str = ""
+
+
+def read_jobs(args: argparse.Namespace) -> list[Job]:
+    """Return the jobs of --batch FILE, one a line that is not blank. What is wrong with a line is its error."""
+    if args.prompt or args.chat or args.system is not None:
+        raise ValueError("--batch FILE has the prompts and messages: needs neither --prompt, --chat nor --system")
+    if isinstance(args.batch, str):
+        check_stdin("--batch -", "a file")
+        opened: Any = nullcontext(getattr(sys.stdin, "buffer", sys.stdin))
+    else:
+        _check_regular("--batch", args.batch, "a file of JSON lines, or - for standard input")
+        opened = args.batch.open("rb")
+        if args.out is not None and args.out.exists() and args.out.samefile(args.batch):
+            raise ValueError(f"--out {args.out} is the file of --batch, needs another")
+    with opened as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"--batch {args.batch} has more than {MOST_BYTES} bytes, needs several files")
+    of_all = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
+    names = {*CONFIG_FILES, *TEXT_FILES}
+    files = [file for file in sorted(args.folder.iterdir()) if file.name in names or file.suffix == ".safetensors"]
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    same = json.dumps([of_all, str(args.folder.resolve()), states], sort_keys=True, default=str).encode()
+    lines = enumerate(data.split(b"\n"), 1)
+    return [
+        _read_job(number, line, hashlib.sha256(same + line.strip()).hexdigest()[:16])
+        for number, line in lines
+        if line.strip()
+    ]
+
+
+def _check_regular(option: str, file: Path, need: str) -> None:
+    """Raise ValueError for a pipe or a device, which may never end."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{option} {file} is a pipe, a device or a folder, needs {need}")
+
+
+def _read_job(number: int, line: bytes, digest: str = "") -> Job:
+    try:
+        values = json.loads(line.decode(), object_pairs_hook=_distinct)
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # fails for half a surrogate pair, and for NaN
+    except (ValueError, RecursionError) as error:
+        return Job(number, None, digest, {}, f"line {number} is no JSON in UTF-8: {' '.join(str(error).split())}")
+    fields = values if isinstance(values, dict) else {}
+    others = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
+    id, prompt, messages = fields.get("id", number), fields.get("prompt"), fields.get("messages")
+    if taken := next((name for name in RESULT if name in others), None):
+        return Job(id, None, digest, {}, f"line {number} has a field {taken!r}, which a result has: needs another name")
+    if "messages" not in fields and isinstance(prompt, str) and prompt:
+        return Job(id, prompt, digest, others)
+    if "prompt" not in fields and isinstance(messages, list) and messages and all(map(is_message, messages)):
+        return Job(id, messages, digest, others)
+    need = 'an object with a "prompt", a text, or "messages", objects with a role and a content'
+    return Job(id, None, digest, others, f"line {number} is {line.decode():.60}, needs {need}")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return values
+
+
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
+
+
+def read_done(file: Path | None, jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], int]:
+    """Return the results that an output file has, and the bytes of their lines: behind these may be a line that was not
+    written to its end. ValueError for a file with anything else."""
+    if file is None:
+        return [], 0
+    _check_regular("--out", file, "a regular file; without --out the results go to standard output")
+    check_writable("--out", file)
+    whole, done = file.read_bytes() if file.exists() else b"", list[dict[str, Any]]()
+    *lines, last = whole.split(b"\n")
+    starts = [f'{{"digest": "{job.digest}", '.encode() for job in jobs]
+    try:
+        for line, start in zip(lines, starts[: len(lines)], strict=True):
+            if not line.startswith(start):
+                break
+            done.append(json.loads(line))
+        same = len(done) == len(lines)
+    except ValueError:  # more lines than jobs, or no JSON
+        same = False
+    start = starts[len(done)] if len(done) < len(starts) else b""
+    if not same or (last and not (start and (last.startswith(start) or (done and start.startswith(last))))):
+        need = "results of the same prompts, folder and options, to be continued, or a new file"
+        raise ValueError(f"--out {file}: line {len(done) + 1} is not of this job, needs {need}")
+    return done, len(whole) - len(last)
+
+
+def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: list[dict[str, Any]], size: int) -> int:
+    """Answer the jobs that are not done or ended in an error, and write the results in the order of the jobs -> exit
+    status. size: of the lines of the output file that stay."""
+    again = [index for index, result in enumerate(done) if "error" in result]
+    writes = is_first()
+    if done:
+        print_message(f"{len(done) - len(again)} results kept{f', {len(again)} errors tried again' * bool(again)}")
+    with ExitStack() as stack:
+        out = sys.stdout
+        if args.out and writes:
+            out = stack.enter_context(args.out.open("a", encoding="utf-8"))
+            out.truncate(size)
+        progress = stack.enter_context(bar("generating", len(jobs)))
+        failed, count = False, len(done)
+        for index, result in _answers(args, writer, jobs, [*again, *range(len(done), len(jobs))]):
+            line = {"digest": jobs[index].digest, "id": jobs[index].id, **jobs[index].others, **result}
+            failed |= "error" in result
+            count = max(count, index + 1)
+            if index < len(done):
+                done[index] = line
+                if index == again[-1] and writes:
+                    _replace(args.out, done)
+                    out = stack.enter_context(args.out.open("a", encoding="utf-8"))
+            elif writes:
+                print(json.dumps(line), file=out, flush=True)
+            progress.update(count, len(jobs))
+    return int(failed)
+
+
+def _replace(file: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Write all results anew, at once: at no time is there a file with fewer."""
+    whole = file.resolve()
+    with tempfile.NamedTemporaryFile("w", dir=whole.parent, delete=False, encoding="utf-8") as part:
+        part.writelines(f"{json.dumps(result)}\n" for result in results)
+    shutil.copymode(whole, part.name)
+    os.replace(part.name, whole)
+
+
+def _answers(
+    args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], indices: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the results of these jobs in their order. Where memory runs out, the batches become smaller and stay so."""
+    auto = CPU_BATCH if writer.model.device.type == "cpu" else BATCH
+    size = auto if args.batch_size == "auto" else args.batch_size
+    waiting = deque(indices)
+    while waiting:
+        window = [waiting.popleft() for _ in range(min(WINDOW * size, len(waiting)))]
+        rows, results = dict[int, Any](), dict[int, Any]()
+        for index in window:
+            try:
+                rows[index] = _encode(writer, jobs[index])
+            except ValueError as error:
+                results[index] = {"error": " ".join(str(error).split())}
+        lengths = {index: len(ids) for index, (ids, _) in rows.items()}
+        batches = deque(_batches(writer, lengths, size))
+        for batch in batches:
+            longest = max(lengths[index] for index in batch)
+            writer.begin(len(batch), longest, longest + writer.new_tokens)
+        while batches:
+            batch, failure = batches.popleft(), ""
+            try:
+                results |= zip(batch, write_batch(writer, *zip(*(rows[i] for i in batch), strict=True)), strict=True)
+            except (ValueError, RuntimeError) as error:
+                out_of_memory = any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__cause__))
+                if not out_of_memory or writer.model.ranks is not None:  # other ranks would go on with the whole batch
+                    raise
+                failure = " ".join(str(error).split())
+            if failure:  # here, where the error no longer holds what the batch allocated
+                if writer.model.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                if len(batch) == 1:
+                    results[batch[0]] = {"error": failure}
+                else:
+                    size = (len(batch) + 1) // 2
+                    print_message(f"no memory is left for {len(batch)} sequences: at most {size} from here on")
+                    rest = {index for each in (batch, *batches) for index in each}
+                    batches = deque(_batches(writer, {i: n for i, n in lengths.items() if i in rest}, size))
+            while window and window[0] in results:
+                index = window.pop(0)
+                yield index, results[index]
+        for index in window:
+            yield index, results[index]
+
+
+def write_batch(writer: Writer, rows: Sequence[list[int]], afters: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """Continue texts together -> what is written of each. Those that stop early wait for the others."""
+    entries: list[list[dict[str, Any]]] = [[] for _ in rows]
+    texts, ended = [""] * len(rows), [False] * len(rows)
+    decoders = [Decoder(writer.tokenizer, after) for after in afters]
+    for step in writer.stream(rows, writer.new_tokens):
+        for b, entry in enumerate(step):
+            if not ended[b]:
+                entries[b].append(entry)
+                texts[b], stopped = cut_at_stop(decoders[b].add(entry["token"]), writer.args.stop)
+                ended[b] = stopped or entry["token"] in writer.eos
+        if all(ended):
+            break
+    written = []
+    for text, of_text, stopped in zip(texts, entries, ended, strict=True):
+        found: dict[str, Any] = {"text": text, "tokens": [entry["token"] for entry in of_text]}
+        found["finish_reason"] = "stop" if stopped else "length"
+        written.append(found | ({"logprobs": of_text} if writer.args.logprobs is not None else {}))
+    return written
+
+
+def _encode(writer: Writer, job: Job) -> tuple[list[int], list[int]]:
+    """Return a job's tokens, and those of them after which its text is decoded; ValueError for a wrong job."""
+    if job.prompt is None:
+        raise ValueError(job.error)
+    if isinstance(job.prompt, str):
+        ids = writer.encode(job.prompt)
+    else:
+        ids = writer.encode(render(writer.tokenizer, job.prompt), template=True)
+    n, limit = writer.new_tokens, writer.model.config.max_position_embeddings
+    if len(ids) + n > limit:
+        raise ValueError(f"a prompt of {len(ids)} tokens and {n} new ones go beyond max_position_embeddings, {limit}")
+    return ids, ids[-1:] if isinstance(job.prompt, str) else []
+
+
+def _batches(writer: Writer, lengths: dict[int, int], size: int) -> Iterator[list[int]]:
+    """Yield the jobs of each batch, the shortest first: at most `size`, and no more than a GPU's free memory is for."""
+    model, batch = writer.model, list[int]()
+    for index in sorted(lengths, key=lambda index: lengths[index]):
+        free, length = free_memory(model.device), lengths[index] + writer.new_tokens
+        sizes = len(batch) + 1, length, model.prefill_chunk, writer.dtype, model.activations
+        need = running_bytes(model.config, *sizes)
+        if batch and (len(batch) == size or (free is not None and sum(need.values()) > usable_bytes(free))):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

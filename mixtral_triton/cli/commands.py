@@ -1,0 +1,369 @@
+"""The command line: `mixtral-triton` and `python -m mixtral_triton`.
+
+Exit 0: done and right. 1: a mismatch, or nothing fits. 2: bad input, one line on stderr. 130: Ctrl-C. 141: closed pipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+from .. import __version__
+from ..bench.gpus import LINKS
+from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
+from ..kernels.launching.arch import ARCHS
+from ..model.tokenizer import load_tokenizer
+from ..terminal import (
+    bar,
+    compile_shown,
+    did_you_mean,
+    exit_status,
+    is_first,
+    open_mesh,
+    print_message,
+    select_backend,
+    warning_lines,
+)
+from .prompt import encode, read_prompts, read_text
+
+if TYPE_CHECKING:
+    from ..model.mixtral import Mixtral
+
+FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
+# Texts of the help.
+FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
+QUANTIZE = "int4, int8 or fp8 for the experts', or experts=int4,linear=int8: those of attention and the head, too"
+ACTIVATIONS = "prefill products of fp8 weights quantize their activations, too; default: they do not"
+TORCHRUN = "with torchrun; default: 1"
+OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
+PROMPT = "text to run, or - to read standard input"
+# Modules whose `run` is the command; the others are functions below.
+OF_LOADING = "deterministic", "offload", "context", "cache_dtype", "activations"  # keywords of from_pretrained
+TOOLS = {"bench": "bench.command", "fit": "bench.fit", "compile": "bench.compile"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that reports an error in one line, with what may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        subs = (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        options = {name: None for choices in subs for sub in choices.values() for name in sub._option_string_actions}
+        line = did_you_mean(" ".join(message.split()), options)
+        self.exit(2, f"{self.prog}: {line} (see {self.prog} --help)\n")
+
+
+def parse_weights(text: str) -> str | dict[str, str]:
+    """Read `--weights` for `Mixtral.from_pretrained`: a format, or a format for each part of the model."""
+    pairs = [part.partition("=") for part in (text if "=" in text else f"experts={text}").split(",")]
+    formats = {name: format for name, _, format in pairs}
+    for names, known in ((formats, ("experts", "linear")), (formats.values(), FORMATS)):
+        if wrong := [name for name in names if name not in known] or [text] * (len(formats) < len(pairs)):
+            form = f"one of {', '.join(known)}, in a form like int4, or experts=int4,linear=int8"
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} needs {form}")
+    return formats if "=" in text else text
+
+
+def count_or_auto(noun: str, least: int) -> Callable[[str], int | str]:
+    """Return what reads an option that is a number of `noun` or "auto"."""
+
+    def parse(text: str) -> int | str:
+        if text != "auto" and not (text.isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"{text!r} needs a number of {noun}, or auto")
+        return text if text == "auto" else int(text)
+
+    return parse
+
+
+def parse_source(text: str) -> str | Path:
+    return text if text == "-" else Path(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared: dict[str, dict[str, Any]] = {
+        "folder": {"nargs": "?", "default": SMALL, "help": f"{FOLDER}; default: small, the package's"},
+        "--device": {"help": "cpu, cuda, cuda:1, ...; default: the GPU if there is one"},
+        "--dtype": {"choices": DTYPES, "help": "default: as stored"},
+        "--weights": {"type": parse_weights, "metavar": "FORMAT", "help": f"{QUANTIZE}; default: as stored"},
+        "--activations": {"choices": ("fp8",), "help": ACTIVATIONS},
+        "--tp": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that split each expert; " + TORCHRUN},
+        "--ep": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that share the experts; " + TORCHRUN},
+        "--offload": {"type": count_or_auto("experts", 0), "default": 0, "metavar": "N|auto", "help": OFFLOAD},
+        "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
+        "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
+        "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
+        "--text": {"type": parse_source, "metavar": "FILE", "help": "a text in UTF-8, or - for standard input"},
+        "--prompt": {"action": "append", "default": [], "metavar": "TEXT", "help": PROMPT},
+        "--prompt-file": {"dest": "prompt", "action": "append", "type": Path, "metavar": "FILE", "help": "text to run"},
+        "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
+    }
+    model, prompt = "folder --device --dtype --weights --activations ", "--prompt --prompt-file --interpret "
+    memory, mesh = "--offload --context ", "--tp --ep --cache-dtype "
+
+    def command(name: str, help: str, names: str = "") -> Callable[..., Any]:
+        sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
+        form = "JSON lines" if name in ("bench", "compile") else "one JSON document"
+        sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
+        for option in names.split():
+            sub.add_argument(option, **shared[option])
+        return sub.add_argument
+
+    option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + memory)
+    option("--prompt", help="text to run; default: fixed pseudo-random tokens")
+    option("--text", **shared["--text"] | {"help": "measure the perplexity that quantizing costs on this text"})
+    option("--tokens", type=int, metavar="N", help="of the text, default: 66, and of the longest call: 144, GPU: 8192")
+    option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
+    option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
+
+    stored = "default: generation_config.json's, else"
+    for name, help, names in (
+        ("generate", "stream the continuation of a prompt", f"{mesh} --prompt --prompt-file"),
+        ("chat", "talk with an instruction-tuned checkpoint", "--cache-dtype"),
+    ):
+        option = command(name, help, f"{model} {memory} {names} --interpret")
+        option("--system", metavar="TEXT", help="the system message of the chat; default: none")
+        most = "what the context leaves" if name == "chat" else 64
+        text = f"fewer where the text ends; {stored} {most}"
+        option("--max-new-tokens", type=int, metavar="N", help=text)
+        option("--temperature", type=float, metavar="X", help=f"0 is greedy; {stored} 0")
+        option("--top-k", type=int, metavar="N", help=f"sample from the N likeliest tokens, 0: all; {stored} 0")
+        option("--top-p", type=float, metavar="P", help=f"of those, the likeliest of this total; {stored} 1")
+        option("--min-p", type=float, metavar="P", help=f"of those, at least P times the likeliest; {stored} 0")
+        text = f"divides the logits of tokens that the text has; {stored} 1"
+        option("--repetition-penalty", type=float, metavar="X", help=text)
+        option("--stop", action="append", default=[], metavar="TEXT", help="end before this text, left out; repeatable")
+        option("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
+        text = "with --json: the log probability of each token, and of the N likeliest"
+        option("--logprobs", type=int, metavar="N", help=text)
+        option("--deterministic", action="store_true", help="the mode in which bits do not depend on the batch")
+        if name == "chat":
+            option("--context", type=int, metavar="S", help="tokens of the chat; default: the model's positions")
+        else:
+            option("--prompt", **shared["--prompt"] | {"help": f"{PROMPT}; repeated: turns of a chat"})
+            text = "use the checkpoint's chat template, and answer each --prompt in turn"
+            option("--chat", action="store_true", help=text)
+            text = 'JSON lines with a "prompt" or "messages": print one with a "text" for each'
+            option("--batch", type=parse_source, metavar="FILE", help=f"{text}; - reads standard input")
+            option("--out", type=Path, metavar="FILE", help="of --batch: write there; results of the same job are kept")
+            text = "prompts of --batch at a time; auto, the default: up to 32 that fit"
+            option("--batch-size", type=count_or_auto("prompts", 1), default="auto", metavar="N|auto", help=text)
+
+    option = command("perplexity", "how well the model predicts a text", model + mesh + memory + "--interpret")
+    option("--text", required=True, **shared["--text"])
+    option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
+    option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
+
+    option = command("trace", "which experts each token of a prompt took, by layer", model + memory + prompt)
+    option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
+
+    option = command("quantize", "write a checkpoint with quantized experts, as compressed-tensors has it", "--device")
+    option("folder", help=f"{FOLDER}, not quantized")
+    option("out", type=Path, help="folder to write, new or empty")
+    text = f"{QUANTIZE}; int4: in groups of 128, 64 or 32"
+    option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
+
+    option = command("bench", "operations and a decode step by peers and floors", "ops")
+    option("--dtype", **shared["--dtype"] | {"help": "default: bfloat16"})
+    option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
+    text = "a case of these sizes instead, the others as in Mixtral 8x7B; repeatable"
+    option("--sizes", action="append", default=[], metavar="T=N,...", help=text)
+    text = "torch, transformers, or your function, checked before it is timed; repeatable; default: the first two"
+    option("--peer", action="append", default=[], metavar="NAME", help=text)
+    option("--gpu", metavar="NAME", help="measure nothing, floors by a data sheet: h100, ..., as in fit")
+
+    option = command("fit", "what fits a GPU's memory: weights by format, cache, the longest text", "--cache-dtype")
+    text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
+    option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
+    option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
+    option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
+    option("--link", choices=LINKS, metavar="NAME", help="to host memory: pcie4x16, ...; default: the GPU's")
+    option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
+    option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
+    option("--train", action="store_true", help="what LoRA over frozen experts takes; also takes qwen3-30b-a3b")
+    option("--rank", type=int, metavar="R", help="of LoRA on the q and v projections, with --train; default: 16")
+
+    option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
+    text = f"{', '.join(ARCHS)}; repeatable"
+    option("--arch", required=True, action="append", choices=ARCHS, metavar="ARCH", help=text)
+    option("--kernel", metavar="NAME", help="this kernel alone")
+    option("--at", action="append", default=[], metavar="T=N", help="a size in place of Mixtral's; repeatable")
+    option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command -> exit status."""
+    args = argparse.Namespace(command=None)
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is "?"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"], args)
+            if getattr(args, "folder", None) is not None:
+                args.folder = checkpoint_folder(args.folder)
+            if args.command in TOOLS:
+                tool = "bench.fit_train" if vars(args).get("train") else TOOLS[args.command]
+                return import_module(f"..{tool}", __package__).run(args)
+            with warning_lines(args.command):
+                return globals()[f"_{args.command}"](args)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
+    except BaseException as error:
+        return exit_status(error, args.command)
+
+
+def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
+    import torch
+
+    from ..checkpoint.arguments import free_memory, in_decimal, usable_device
+    from ..checkpoint.tensors import total_bytes
+    from ..model.mixtral import Mixtral
+    from ..quantize.hub import read_headers
+
+    device = None if mesh is not None else usable_device(args.device)  # each rank of a mesh has its own
+    if device is not None and device.type == "meta":
+        raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
+    args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
+    total = None if mesh is not None else total_bytes(read_headers(args.folder))
+    options: dict[str, Any] = {name: getattr(args, name) for name in OF_LOADING if name in args}
+    with bar("loading", total, "B") as progress:
+        options["progress"] = progress.advance
+        model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, mesh, **options)
+    if (free := free_memory(model.device)) is not None:
+        print_message(f"mixtral-triton {args.command}: {in_decimal(free)} of {model.device} are free after loading")
+    return model
+
+
+def _verify(args: argparse.Namespace) -> int:
+    note = select_backend(args, interpret=True)
+    import torch
+
+    from ..verification import default_text, launch_all, verify
+
+    text = None if args.prompt is None else read_prompts([args.prompt])[0]
+    measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
+    with open_mesh(args) as mesh:
+        model = _load(args, mesh)
+        prompt = None
+        if text is not None:
+            ids = encode(model.tokenizer, text, model.config.vocab_size)
+            prompt = torch.tensor([ids], device=model.device)
+            if args.tokens is not None and prompt.shape[1] < args.tokens:
+                raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
+        text_ids = default_text(prompt, model.config, model.device, args.tokens)[:, : args.tokens]
+        quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
+        print_message(note)
+        compile_shown(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
+        options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
+        if measured is not None:
+            ids = encode(model.tokenizer, measured, model.config.vocab_size)
+            options["text"] = torch.tensor(ids, device=model.device)
+        with bar("verifying", None) as progress:
+            report = verify(model, text_ids, progress.update, quick=quick, **options)
+        if is_first() and args.json:
+            print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
+        elif is_first():
+            Console().print(report)
+        return int(not report.ok)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    note = select_backend(args, interpret=False)
+    from . import batch
+    from .chat import Conversation, check_system
+    from .writer import Writer, check_options
+
+    check_options(args)
+    if args.batch is not None:
+        jobs = batch.read_jobs(args)
+        done, size = batch.read_done(args.out, jobs)
+        with open_mesh(args) as mesh:
+            return batch.run(args, Writer(args, _load(args, mesh), note), jobs, done, size)
+    texts = read_prompts(args.prompt)
+    if not args.chat and (len(texts) > 1 or args.system is not None):
+        raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
+    if args.chat:  # before the weights are read
+        check_system(load_tokenizer(args.folder), args.system, texts[0])
+    with open_mesh(args) as mesh:
+        writer, quiet = Writer(args, _load(args, mesh), note), args.json or not is_first()
+        limit = writer.model.config.max_position_embeddings
+        chat = Conversation(writer, args.system, limit) if args.chat else None
+        for text in texts:
+            if chat is None:  # a continuation follows the prompt on its line, an answer stands alone
+                found, line = writer.write(writer.encode(text), None if quiet else text)
+            else:
+                shown = f"> {text}\n" if len(texts) > 1 else ""
+                found, line = chat.turn(text, None if quiet else shown, writer.new_tokens)
+            print_message("" if quiet else line)
+        if is_first() and args.json:
+            more = {} if chat is None else {"prompt": chat.prompt, "messages": chat.messages}
+            print(json.dumps({"prompt": text, **found, **more}))
+        return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    note = select_backend(args, interpret=False)
+    from ..model.offload_plan import AUTO_CONTEXT
+    from .chat import Conversation, check_system, run
+    from .writer import Writer, check_options
+
+    check_options(args)
+    limit = MixtralConfig.from_pretrained(args.folder).max_position_embeddings
+    check_system(load_tokenizer(args.folder), args.system)
+    if args.context is not None and not 1 <= args.context <= limit:
+        raise ValueError(f"--context is {args.context}, needs 1 to {limit}, the model's positions")
+    chosen, auto = args.context, args.offload == "auto"
+    limit = chosen or (min(AUTO_CONTEXT, limit) if auto else limit)  # tokens that loading leaves memory for
+    args.context = chosen if auto else None
+    writer = Writer(args, _load(args), note)
+    writer.notes.append(f"the chat has room for {limit:,} tokens")
+    return run(args, Conversation(writer, args.system, limit))
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    note = select_backend(args, interpret=False)
+    from .perplexity import run
+
+    text, config = read_text(args.text, f"--text {args.text}"), MixtralConfig.from_pretrained(args.folder)
+    ids = encode(load_tokenizer(args.folder), text, config.vocab_size)
+    with open_mesh(args) as mesh:
+        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), note)
+
+
+def _trace(args: argparse.Namespace) -> int:
+    note = select_backend(args, interpret=False)
+    from .trace import run
+
+    texts = read_prompts(args.prompt)
+    if len(texts) > 1:
+        raise ValueError("--prompt is given more than once: trace takes one text")
+    model, args.prompt = _load(args), texts[0]
+    return run(args, model, encode(model.tokenizer, args.prompt, model.config.vocab_size), note)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from ..checkpoint.tensors import total_bytes
+    from ..quantize.hub import read_headers
+    from ..quantize.write import write
+
+    before = total_bytes(read_headers(args.folder))
+    with bar("quantizing", before, "B") as progress:
+        after = write(args.folder, args.out, args.weights, args.device, progress.advance)
+    if args.json:
+        sizes = {"bytes_before": before, "bytes": after}
+        print(json.dumps({"folder": str(args.folder), "out": str(args.out), "weights": args.weights, **sizes}))
+    else:
+        print(f"{args.out}: {after / 1e9:,.3g} GB, of {before / 1e9:,.3g} GB in {args.folder}")
+    return 0

@@ -1,0 +1,230 @@
+"""Text of the command line: prompts, a checkpoint's tokenizer, chat template and sampling, which are transformers', and
+the stream of a text; no import of torch or transformers before they are used."""
+
+import io
+import os
+import sys
+import time
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checkpoint.config import GENERATION_FILE, shown
+from ..terminal import bar
+
+PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /dev/zero has no end
+
+
+def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
+    """Return the texts of `--prompt TEXT`, `--prompt -` (standard input) and `--prompt-file FILE` (a Path). One newline
+    at the end of an input or a file is not part of the text. ValueError where there is none, or an empty one."""
+    if not prompts:
+        raise ValueError("--prompt is missing: give a text, - to read standard input, or --prompt-file FILE")
+    names = {prompt: f"--prompt-file {prompt}" if isinstance(prompt, Path) else "--prompt -" for prompt in prompts}
+    return [
+        read_text(each, names[each], strip=True) if isinstance(each, Path) or each == "-" else _check(each, "--prompt")
+        for each in prompts
+    ]
+
+
+def read_text(source: str | Path, name: str, strip: bool = False) -> str:
+    """Return the text of a file, or of standard input ("-"), as it is, without a newline at its end if `strip`. `name`
+    is the option in errors. ValueError for one that is empty, too long, or no text in UTF-8."""
+    if not isinstance(source, Path):
+        check_stdin(name, "a file (--prompt-file)" if strip else "a file")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(newline="")  # a carriage return is part of a text
+    try:
+        opened = source.open(encoding="utf-8", newline="") if isinstance(source, Path) else nullcontext(sys.stdin)
+        with opened as file:
+            text = file.read(PROMPT_CHARACTERS + 1)
+    except UnicodeError:
+        text = "\udcff"  # as Python reads what is no text, in an argument
+    return _check(text.removesuffix("\n").removesuffix("\r") if strip and text.endswith("\n") else text, name)
+
+
+def check_stdin(name: str, need: str) -> None:
+    """Raise ValueError where an option cannot read standard input."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or sys.stdin is None:
+        fault = "is closed" if sys.stdin is None else "several processes share"
+        raise ValueError(f"{name} reads standard input, which {fault}: needs {need}")
+
+
+def _check(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeError:
+        raise ValueError(f"{name} holds bytes that are no text in UTF-8") from None
+    if not text or len(text) > PROMPT_CHARACTERS:
+        fault = f"longer than {PROMPT_CHARACTERS:,} characters, the most of a prompt"
+        raise ValueError(f"{name} is {fault if text else 'empty: give at least one character'}")
+    return text
+
+
+def encode(tokenizer: Any, text: str, vocab_size: int, add_special_tokens: bool = True) -> list[int]:
+    """Return the text's tokens, those of a chat template without added ones. Warn where the text itself holds one that
+    the tokenizer adds (<s>). ValueError for a text without tokens, or with one that the model does not have."""
+    options = {"add_special_tokens": add_special_tokens, "return_special_tokens_mask": True, "verbose": False}
+    encoding = tokenizer(text, **options)
+    ids: list[int] = encoding.input_ids
+    if not ids or max(ids) >= vocab_size:
+        made, need = f"token {max(ids)}" if ids else "no token", f"at least one, of 0..{vocab_size - 1}, the model's"
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer makes {made} of {text!r:.40}, needs {need}")
+    marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
+    if twice := {token for token, added in marked if added} & {token for token, added in marked if not added}:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(twice)))
+        warnings.warn(f"the prompt holds {names}, which the tokenizer adds, too", stacklevel=2)
+    return ids
+
+
+def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    """Return the chat template's text up to the assistant's next message. ValueError for a folder without a template,
+    for one that fails, and for one that leaves the system message out."""
+    folder = tokenizer.name_or_path
+    if tokenizer.chat_template is None:
+        need = "chat_template.jinja, or a chat_template in tokenizer_config.json"
+        raise ValueError(f"{folder}: there is no chat template, needs {need}: an instruction-tuned checkpoint has one")
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    hint = ": it may have no system message; leave --system out" if system else ""
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise anything
+        reason = shown(f"{type(error).__name__}: {error}", 200)
+        raise ValueError(f"{folder}: the chat template fails with {reason}{hint}") from error
+    if system.strip() not in text:
+        raise ValueError(f"{folder}: the chat template leaves the system message out{hint}")
+    return text
+
+
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Other fields of generation_config.json that change a text as they do in transformers, or change none.
+HONOURED = {"max_new_tokens", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
+
+
+def select_options(args: Any) -> tuple[dict[str, Any], int | None, list[str]]:
+    """Return the options of sampling, given, in the folder's generation_config.json or default; the most new tokens, or
+    None; and notes on the file: what was taken, and the names of what changes transformers' texts and none here."""
+    stored, defaults = dict[str, Any](), dict[str, Any]()
+    if (Path(args.folder) / GENERATION_FILE).is_file():
+        from transformers import GenerationConfig, logging
+
+        logging.set_verbosity_error()  # it warns of fields that have no effect
+        config = GenerationConfig.from_pretrained(args.folder)
+        stored = {name: value for name, value in config.to_dict().items() if value is not None and name[0] != "_"}
+        defaults = config._get_default_generation_params()
+    explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    taken = defaults | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
+    found = {name: taken[name] for name in SAMPLING if name in taken and name not in explicit}
+    options = SAMPLING | found | explicit
+    samples = options["temperature"] != 0.0
+    used = {name: x for name, x in found.items() if x != SAMPLING[name] and (samples or name == "repetition_penalty")}
+    limit = args.max_new_tokens
+    if limit is None and (limit := stored.get("max_new_tokens")) is not None:
+        used["max_new_tokens"] = limit
+    notes = [f"{GENERATION_FILE} sets {', '.join(f'{name} {x}' for name, x in used.items())}"] if used else []
+    others = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING.keys()}
+    changed = (name for name, value in others.items() if (value != defaults[name] if name in defaults else value))
+    if ignored := shown(", ".join(changed), 400):
+        notes.append(f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}")
+    return options | {"top_k": options["top_k"] or None}, limit, notes  # 0: of all tokens
+
+
+def speed_of(times: Sequence[float], prompt_tokens: int, device: Any, reused: int = 0) -> tuple[dict[str, Any], str]:
+    """Return tokens per second (None without a token), and peak_bytes, which torch allocated on the GPU or the process
+    had resident; and a line that says so. times: of the start, and of each token. reused: the prompt's tokens that a
+    cache held."""
+    import resource
+
+    import torch
+
+    count, computed = len(times) - 1, prompt_tokens - reused
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
+    prefill = computed / (times[1] - times[0]) if count > 0 else None
+    decode = (count - 1) / (times[-1] - times[1]) if count > 1 else None
+    speed: dict[str, Any] = {"prompt_tokens": prompt_tokens, "computed": computed, "reused": reused}
+    speed |= {"tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
+    speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "peak_bytes": peak}
+    first = f"prefill: {computed} tokens{f' and {reused} reused' if reused else ''}, {prefill or 0:.1f} tokens/s"
+    rest = f"decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
+    return speed, f"{first}; {rest}; peak of memory: {peak / 1e9:.2f} GB"
+
+
+def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = False) -> str:
+    """Return the text of `tokens` behind the tokens `after`, without which a decoder drops a space before the first.
+    special: with the text of special tokens."""
+    start, whole = (tokenizer.decode(each, skip_special_tokens=not special) for each in (after, [*after, *tokens]))
+    return whole[len(start) :]  # type: ignore[no-any-return]
+
+
+class Decoder:
+    """The text of tokens as they come, behind the tokens `after`. Only those are decoded again whose text may change:
+    the last ones, where they end in half a character, and as many before them."""
+
+    def __init__(self, tokenizer: Any, after: list[int]) -> None:
+        self.tokenizer, self.before, self.tail, self.text = tokenizer, after, list[int](), ""
+
+    def add(self, token: int) -> str:
+        """Return the text with one more token."""
+        self.tail.append(token)
+        text = self.text + (end := decode(self.tokenizer, self.before, self.tail))
+        if end and not end.endswith("\ufffd"):
+            self.before, self.tail, self.text = self.tail, [], text
+        return text
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """Return the text before the first of the texts `stop`, and whether there is one."""
+    ends = [text.index(each) for each in stop if each in text]
+    return text[: min(ends, default=len(text))], bool(ends)
+
+
+class Written(NamedTuple):
+    tokens: list[int]
+    text: str  # of these, up to a stop string
+    times: list[float]  # of the start, and of each token
+    finish_reason: str  # "stop": an EOS or a stop string, "length", or "interrupted"
+
+
+def print_stream(
+    tokens: Iterator[int],
+    tokenizer: Any,
+    prefix: str | None,
+    after: list[int],
+    total: int,
+    stop: Sequence[str] = (),
+    eos: Collection[int] = (),
+    interruptible: bool = False,
+) -> Written:
+    """Return the tokens of one sequence, and their text behind the tokens `after` and up to `stop`, which is printed
+    behind `prefix` as it comes (None: it is not). interruptible: Ctrl-C ends the text."""
+    found, times, printed, text, reason = list[int](), [time.perf_counter()], 0, "", "length"
+    decoder = Decoder(tokenizer, after)
+    print(prefix or "", end="", flush=True)
+    try:
+        with nullcontext() if prefix is not None else bar("generating", total) as progress:
+            for token in tokens:
+                found.append(token)
+                times.append(time.perf_counter())
+                text, ended = cut_at_stop(decoder.add(token), stop)
+                if progress is not None:
+                    progress.advance(1)
+                if ended or token in eos:
+                    reason = "stop"
+                if ended:
+                    break
+                # What may become a stop string, or is half a character, is not printed until it cannot be more.
+                held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
+                part = "" if prefix is None else text[: len(text) - held].rstrip("\ufffd")
+                print(part[printed:], end="", flush=True)
+                printed = max(printed, len(part))
+        print("" if prefix is None else text[printed:], end="")
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+        reason, text = "interrupted", decode(tokenizer, after, found)  # the last token may not be in it
+    finally:
+        print(end="" if prefix is None else "\n", flush=True)
+    return Written(found, text, times, reason)

@@ -1,0 +1,148 @@
+"""The command `trace`: which experts each token took, layer by layer (Jiang et al. 2024, section 5 and figure 8)."""
+
+import argparse
+import colorsys
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.style import Style
+from rich.text import Text
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..kernels.launching.launch import launch_context
+from ..model.ahead import on_meta_by_kind
+from ..model.mixtral import Mixtral
+from ..terminal import bar, compile_shown, print_message, table_of
+
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class RouteRecorder(TorchDispatchMode):
+    """Collects the expert ids [T,K] of every layer's gate; calls `progress` after each."""
+
+    def __init__(self, progress: Callable[[int], object] = lambda done: None) -> None:
+        super().__init__()
+        self.ids: list[torch.Tensor] = []
+        self.progress = progress
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.mixtral_triton.rms_norm_gate_route.default:
+            self.ids.append(out[-1])
+            self.progress(1)
+        return out
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The routes of a text, which print as the text of `layers`, coloured and numbered by first choice, and a table."""
+
+    tokens: tuple[str, ...]  # the text of each of T
+    experts: torch.Tensor  # int [L,T,K], a token's first choice first
+    num_experts: int
+    layers: Sequence[int] = ()
+
+    def share(self) -> torch.Tensor:
+        """[L,E]: each expert's part of a layer's choices."""
+        counts = F.one_hot(self.experts.long(), self.num_experts).sum((1, 2))
+        return counts / self.experts[0].numel()
+
+    def repeated(self) -> tuple[list[float], list[float]]:
+        """Return by layer the part of consecutive tokens with the same first choice, and with any expert in common."""
+        now, then = self.experts[:, 1:], self.experts[:, :-1]
+        first = (now[..., 0] == then[..., 0]).double().mean(1)
+        either = (now[..., None] == then[..., None, :]).flatten(2).any(2).double().mean(1)
+        return first.tolist(), either.tolist()
+
+    def chance(self) -> tuple[float, float]:
+        """Return `repeated` of tokens that take experts at random."""
+        E, K = self.num_experts, self.experts.shape[2]
+        return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
+
+    def as_dict(self) -> dict[str, Any]:
+        tensors = {"tokens": list(self.tokens), "experts": self.experts.tolist(), "share": self.share().tolist()}
+        kept, chance = (dict(zip(("first", "either"), x, strict=True)) for x in (self.repeated(), self.chance()))
+        return {**tensors, "kept": kept, "chance": chance}
+
+    def style(self, expert: int) -> Style:
+        red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert / self.num_experts, 0.45, 1.0))
+        return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        experts = ((f" {expert} ", self.style(expert)) for expert in range(self.num_experts))
+        yield Text.assemble("first choice: ", *(part for expert in experts for part in (expert, " ")))
+        for layer in self.layers:
+            text = Text.assemble((f"\nlayer {layer}\n", "bold"))
+            for token, expert in zip(self.tokens, self.experts[layer, :, 0].tolist(), strict=True):
+                word = token.rstrip("\n")
+                mark = f"[{expert}]" if options.ascii_only else str(expert).translate(SUPERSCRIPTS)
+                no_word = (r"\n" if options.ascii_only else "⏎") if token else "~"  # "~": part of the one before
+                text.append(word or no_word, self.style(expert)).append(mark, "dim").append(token[len(word) :])
+            yield text
+        if left_out := ", ".join(str(n) for n in range(len(self.experts)) if n not in self.layers):
+            yield Text(f"\nleft out: the text of layers {left_out}; see --layers", style="dim")
+        yield ""
+        names, rows = (*map(str, range(self.num_experts)), "first", "any"), list[Any]()
+        for layer, (shares, *kept) in enumerate(zip(self.share().tolist(), *self.repeated(), strict=True)):
+            cells = [Text(f"{100 * share:.0f}", "bold" if share == max(shares) else "") for share in shares]
+            cells += [Text(f"{100 * part:.0f}") for part in kept]
+            rows.append(({"layer": str(layer), **dict(zip(names, cells, strict=True))}, ""))
+        even = [1 / self.num_experts] * self.num_experts
+        chance = (f"{100 * part:.3g}" for part in (*even, *self.chance()))
+        rows.append(({"layer": "chance", **dict(zip(names, chance, strict=True))}, "dim"))
+        yield table_of(
+            "% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any", rows
+        )
+
+
+def trace(
+    model: Mixtral, ids: torch.Tensor, tokens: Sequence[str], progress: Callable[[int], object] = lambda done: None
+) -> Trace:
+    """Run the text, ids int64 [T] with the text of each, and record every layer's routes."""
+    with torch.no_grad(), RouteRecorder(progress) as routes:
+        model(ids[None])
+    return Trace(tuple(tokens), torch.stack(routes.ids).cpu(), model.config.num_local_experts)
+
+
+def token_texts(tokenizer: Any, text: str) -> list[str]:
+    """Return each token's part of `text`, the name of one that the tokenizer adds (<s>)."""
+    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    # A character of several tokens belongs to the first.
+    reached = [0, *accumulate((end for _, end in encoding.offset_mapping), max)]
+    tokens = zip(encoding.input_ids, encoding.special_tokens_mask, reached, reached[1:], strict=False)
+    name = tokenizer.convert_ids_to_tokens
+    return [(name(token) or str(token)) if added else text[begin:end] for token, added, begin, end in tokens]
+
+
+def launch_trace(model: Mixtral, tokens: int) -> None:
+    """Launch on the meta device what `trace` launches for so many tokens: under a dispatch mode none is dependent."""
+    model = on_meta_by_kind(model)
+    with launch_context(no_pdl=True):
+        model.hidden(torch.empty((1, tokens), dtype=torch.int64, device="meta"), head=model.head)
+
+
+def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) -> int:
+    """Run the command on the prompt's tokens -> exit status. `note` precedes the work."""
+    ids, L = torch.tensor(prompt, device=model.device), model.config.num_hidden_layers
+    layers = sorted({0, L // 2, L - 1}) if args.layers is None else args.layers
+    if not all(0 <= layer < L for layer in layers):
+        raise ValueError(f"--layers is {' '.join(map(str, layers))}, needs layers of 0..{L - 1}")
+    if len(ids) < 2:
+        raise ValueError("--prompt is one token: give at least two, since consecutive ones are compared")
+    tokens = token_texts(model.tokenizer, args.prompt)
+    print_message(note)
+    compile_shown(launch_trace, model, len(ids))
+    with bar("tracing", L) as progress:
+        found = replace(trace(model, ids, tokens, progress.advance), layers=layers)
+    if args.json:
+        print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **found.as_dict()}))
+    else:
+        Console(highlight=False).print(found)
+    return 0

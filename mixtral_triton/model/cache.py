@@ -1,0 +1,259 @@
+"""KVCache: cached keys and values, a ring where the model has a window (Mistral 7B, section 2)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from ..checkpoint.arguments import check_dtype, default_dtype, in_decimal, is_int, usable_device
+from ..checkpoint.config import MixtralConfig
+from ..kernels.operation.checks import readable
+from ..kernels.weights.quantized_cache import QuantizedCache, vector_bytes
+
+Slots = torch.Tensor | QuantizedCache  # of one layer, keys or values [B, Hkv, C, D]
+
+
+def _version(x: torch.Tensor) -> int | None:
+    """Return torch's count of writes into `x`; None for a tensor made in inference mode, which has none."""
+    return None if x.is_inference() else x._version
+
+
+def cache_shape(config: MixtralConfig, batch: int, max_len: int) -> tuple[int, ...]:
+    """Return the shape of all layers' keys and values: [L, 2, B, Hkv, C, D], C the window where there is one."""
+    slots = config.window or min(max_len, config.max_position_embeddings)
+    return config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim
+
+
+def cache_bytes(config: MixtralConfig, batch: int, max_len: int, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of a KVCache's keys and values. dtype None: the config's."""
+    dtype = dtype or default_dtype(config)
+    *vectors, D = cache_shape(config, batch, max_len)
+    return math.prod(vectors) * vector_bytes(D, dtype.itemsize, dtype is torch.int8)
+
+
+def select_dtype(caller: str, cache_dtype: Any, model_dtype: torch.dtype, cache: KVCache | None = None) -> torch.dtype:
+    """Return the dtype of a cache that a caller asks for, or of the one that it has; ValueError for another."""
+    if cache_dtype not in (None, model_dtype, torch.int8):
+        need = f"None, {model_dtype}, the model's, or torch.int8"
+        raise ValueError(f"{caller}: cache_dtype is {cache_dtype!r}, needs {need}")
+    if cache is not None and cache_dtype not in (None, cache.dtype):
+        raise ValueError(f"{caller}: cache_dtype is {cache_dtype}, needs None or the cache's, {cache.dtype}")
+    return cache_dtype or model_dtype
+
+
+class KVCache:
+    """Ring caches of every layer, and the length of each sequence.
+
+    keys, values  per layer [B, Hkv, C, D], or a QuantizedCache; position p is in slot p mod C, C = sliding_window where
+                  a position can leave it, else max_len
+    dtype         of the keys; int8: they are quantized as they are appended
+    lengths       int32 [B]: tokens appended so far, which is the next position. A lower number written here drops the
+                  tokens behind it; where a ring has wrapped only 0 does, since they took the slots of earlier ones. A
+                  higher one adds tokens whose keys and values are what the slots hold: zeros, where nothing wrote them
+    max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
+    reused        of each sequence: the tokens that the last `generate` with this cache did not compute again
+    """
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        batch: int,
+        max_len: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`max_len`: tokens that a sequence may reach; unused where a sliding window sizes the ring.
+
+        device None: as in `Mixtral.from_pretrained`. dtype None: the config's, else bfloat16; torch.int8: 8 bits, with
+        a scale for each token and head, for a model of any dtype.
+        """
+        if not isinstance(config, MixtralConfig):
+            raise ValueError(f"KVCache: config is a {type(config).__name__}, needs a MixtralConfig: model.config")
+        if not is_int(batch, 1):
+            raise ValueError(f"KVCache: batch is {batch!r}, needs an integer of at least 1")
+        required = config.sliding_window is None or (config.window is None and max_len is not None)
+        if required and not is_int(max_len, 1):
+            need = "an integer of at least 1: this model has no sliding window that a position can leave"
+            raise ValueError(f"KVCache: max_len is {max_len!r}, needs {need}")
+        device = usable_device(device)
+        dtype = default_dtype(config) if dtype is None else dtype
+        check_dtype("KVCache: dtype", dtype, of_cache=True)
+        self.config, self.dtype = config, dtype
+        # The model whose keys these are, and its dtype then; None: not known.
+        self.filled_by: tuple[weakref.ref[Any], torch.dtype] | None = None
+        self.window, limit = config.window, config.max_position_embeddings
+        shape = cache_shape(config, batch, max_len or limit)
+        self.slots = shape[4]
+        self.max_len = limit if self.window else self.slots
+        # Memory of their own: `ops.append` says why.
+        self.keys, self.values = (tuple(self._zeros(shape[2:], device) for _ in range(shape[0])) for _ in range(2))
+        with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._known, self._version = 0, _version(self.lengths)
+        self.replayed = False  # whether a captured graph, which a caller may replay, appends
+        self.reused = [0] * batch
+        # The tokens of each sequence, `drawn` int64 [B] each behind them: the first `lengths` of these are held. None:
+        # a forward on a GPU, where the host reads no value, or in a graph has appended others.
+        self.texts: list[list[int]] | None = [[] for _ in range(batch)]
+        self.drawn: list[torch.Tensor] = []
+        self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that may have written some
+        # Of each sequence, the position up to which slots may have been written, where that is beyond `lengths`: by a
+        # forward that failed, or by tokens that were dropped.
+        self.written: list[int] | None = None
+
+    def _zeros(self, shape: tuple[int, ...], device: torch.device) -> Slots:
+        """Return the slots of a layer's keys or values [B, Hkv, C, D]: zeros, so that none holds uninitialized bits."""
+        try:
+            with torch.inference_mode(False):  # as in `__init__`
+                if self.dtype is torch.int8:
+                    return QuantizedCache.empty(*shape, device=device).zero_()
+                return torch.zeros(shape, dtype=self.dtype, device=device)
+        except torch.OutOfMemoryError:  # a smaller batch may fit, and a caller may try
+            raise
+        except (RuntimeError, OverflowError, TypeError) as error:
+            size = in_decimal(cache_bytes(self.config, shape[0], shape[2], self.dtype))
+            got = f"batch {shape[0]} and {shape[2]} slots take {size} on {device}"
+            text = f"KVCache: {got}, which torch cannot allocate, needs a smaller batch or max_len"
+            raise ValueError(text) from error
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"filled_by": None}  # a weak reference cannot be pickled
+
+    def reserve(self, new: torch.Tensor | int) -> None:
+        """Raise ValueError where a sequence has no room for `new` more tokens, int [B] or one number for all.
+
+        Nothing is read back from a GPU. There the host knows only what it appended to all sequences alike. What it
+        cannot know (ragged chunks, lengths written by hand, replays of a graph) the kernels check: a sequence beyond
+        `max_len` becomes NaN, and its slots of the ring are overwritten.
+        """
+        if torch.compiler.is_compiling():
+            return
+        self.check_intact()
+        if readable(self.lengths):
+            if int(self.lengths.min()) < 0:
+                raise ValueError(f"KVCache: lengths holds {int(self.lengths.min())}, needs numbers of at least 0")
+            reached = int((self.lengths.long() + new).max())
+        else:
+            reached = 0 if isinstance(new, torch.Tensor) else self._min_length() + new
+        self.check_length(reached)
+
+    def check_intact(self) -> None:
+        """Raise ValueError where a forward failed after it had overwritten keys of the ring that its tokens see."""
+        self.note_failure()
+        if self.written is None:
+            return
+        lengths = self.lengths.tolist()
+        # A sequence that starts anew needs no key, and one whose ring was not full has lost none.
+        known = [w if w > max(n, self.slots) and n else 0 for w, n in zip(self.written, lengths, strict=True)]
+        self.written = known if any(known) else None
+        if any(w > n + 1 for w, n in zip(known, lengths, strict=True)):  # one key may go: the window has left it
+            got = "a forward failed after it had overwritten keys of the ring that its tokens see"
+            raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
+
+    def note_failure(self) -> None:
+        """Keep in mind what a forward that failed may have written, before anyone changes its tensors."""
+        if self.appending is None:
+            return
+        capturing = self.lengths.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing has run
+        if self.window and not capturing:
+            with suppress(RuntimeError):  # of a GPU that no longer answers; the caller has its first error
+                reached = (self.lengths + self.appending).tolist()
+                self.written = [*map(max, reached, self.written or reached)]
+        self.appending = None
+
+    def check_length(self, reached: int) -> None:
+        """Raise ValueError where `reached` tokens of a sequence are more than the cache can hold."""
+        if reached > self.max_len:
+            what, advice = "cache's slots", "a larger max_len or fewer tokens"
+            if self.max_len == self.config.max_position_embeddings:
+                what, advice = "max_position_embeddings", "fewer tokens"
+            got = f"a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}"
+            raise ValueError(f"KVCache: {got}: needs {advice}")
+
+    def advance(self, new: torch.Tensor, common: int) -> None:
+        """Count the `new` [B] tokens that every layer appended; `common`: the least number of any sequence."""
+        if torch.compiler.is_compiling():  # a host counter would compile a graph for each count
+            self.lengths += new
+            self.texts = None
+            return
+        known = self._min_length() + common
+        self.lengths += new
+        self.appending = None  # last: what has failed is not counted
+        if self.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.replayed = True
+        self._known, self._version = known, _version(self.lengths)
+
+    def _min_length(self) -> int:
+        """Return the tokens that each sequence holds at least, as far as the host knows."""
+        unknown = self._version is None or self.lengths_written or self.replayed
+        return 0 if unknown else self._known
+
+    @property
+    def lengths_written(self) -> bool:
+        """Whether a caller has written `lengths` since the last forward, as far as torch counts writes."""
+        return _version(self.lengths) != self._version
+
+    def record(self, ids: torch.Tensor, new: torch.Tensor | None) -> None:
+        """Note the tokens of a forward, ids [B,T] and the `new` [B] of them that exist; None: all."""
+        texts = self.held() if readable(ids) and readable(self.lengths) else None
+        if texts is not None:
+            counts = [ids.shape[1]] * len(texts) if new is None else new.tolist()
+            texts = [text + row[:count] for text, row, count in zip(texts, ids.tolist(), counts, strict=True)]
+        self.texts, self.drawn = texts, []
+
+    def held(self) -> list[list[int]] | None:
+        """Return the tokens of each sequence that are held; None where the host does not know them."""
+        lengths = self.lengths.tolist()
+        if not any(lengths):
+            return [[] for _ in lengths]
+        if self.texts is None or self.replayed:
+            return None
+        drawn = torch.stack(self.drawn, dim=1).tolist() if self.drawn else [[]] * len(lengths)
+        texts = [(text + more)[:length] for text, more, length in zip(self.texts, drawn, lengths, strict=True)]
+        return texts if [*map(len, texts)] == lengths else None  # else a caller wrote a larger length
+
+    def set_back(self, texts: list[list[int]]) -> list[int]:
+        """Drop what is not the beginning of each text -> the number of tokens that stay, at most all but the last of a
+        text, whose logits are wanted. Warns where none can stay: a ring has lost keys, or tokens are unknown."""
+        self.note_failure()
+        held, lengths, reused, reasons = self.held(), self.lengths.tolist(), list[int](), set[str]()
+        written = [*map(max, lengths, self.written or lengths)]
+        for text, old, reached in zip(texts, held or [[]] * len(texts), written, strict=True):
+            pairs = enumerate(zip(old, text[:-1], strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(len(old), len(text) - 1))
+            # One token may go: it took the slot of a key that its own query does not see either.
+            lost = self.window and reached > self.slots and 0 < same < reached - 1
+            if held is None or lost:
+                what = f"other tokens are in the cache from {same} on, and its ring has moved on"
+                reasons.add(
+                    what if lost else "a forward on a GPU or a graph has appended tokens that the host does not know"
+                )
+            reused.append(0 if lost else same)
+        if reasons:
+            message = f"generate: a text is computed from its start: {'; '.join(sorted(reasons))}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        if reused != lengths:
+            self.lengths.copy_(torch.tensor(reused))
+        self.texts, self.drawn, self.reused = texts, [], reused
+        self.written = [w if n else 0 for w, n in zip(written, reused, strict=True)]
+        return reused
+
+    def grow(self, max_len: int) -> None:
+        """Make room for `max_len` tokens, at most the model's positions, layer by layer: beside the new slots are the
+        old ones of one layer. Not of a ring. Where it fails, the cache cannot be used any more."""
+        shape = cache_shape(self.config, self.batch, max_len)[2:]
+        layers, self.keys, self.values = [*self.keys, *self.values], (), ()
+        for index, old in enumerate(layers):
+            layers[index] = new = self._zeros(shape, self.lengths.device)
+            new[:, :, : self.slots].copy_(old)  # type: ignore[arg-type]
+        self.keys, self.values = tuple(layers[: len(layers) // 2]), tuple(layers[len(layers) // 2 :])
+        self.slots = self.max_len = shape[2]

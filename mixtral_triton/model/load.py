@@ -1,0 +1,99 @@
+"""Load a checkpoint into a model: what is quantized, and whether the memory suffices (offload_plan.py)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from ..checkpoint import tensors as checkpoint
+from ..checkpoint.arguments import check_dtype, check_memory, named_dtype, usable_device, weight_bytes
+from ..checkpoint.config import MixtralConfig, checkpoint_folder
+from ..checkpoint.shard import UNSHARDED
+from ..kernels.launching.arch import check_multiplies_fp8
+from ..kernels.launching.launch import target_arch
+from ..quantize import Formats, QuantSpec, hub, quantize_into, select_specs
+from .model import Model
+from .offload_plan import MemoryRequest, movable_bytes, place, table_bytes
+from .parallel import Ranks
+
+M = TypeVar("M", bound=Model)
+
+
+def load(
+    cls: type[M],
+    folder: str | os.PathLike[str],
+    device: torch.device | str | None,
+    dtype: Any,
+    quantization: Formats,
+    deterministic: bool,
+    request: MemoryRequest,
+    progress: Callable[[int], None] | None,
+    ranks: Ranks | None,
+) -> M:
+    dtype = named_dtype(dtype)
+    if dtype is not None:
+        check_dtype("Mixtral.from_pretrained: dtype", dtype)
+    request.check()
+    folder = checkpoint_folder(folder)
+    config = MixtralConfig.from_pretrained(folder)
+    headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
+    shard.check(config)
+    # The check and the plan come first: a broken config could ask for any number of parameters.
+    fill: Callable[..., None]
+    requantized: frozenset[str] = frozenset()
+    if headers.scheme is None:
+        fill = partial(
+            checkpoint.read_weights, headers, checkpoint.check(headers, config, shard), quantizer=quantize_into
+        )
+        specs = select_specs(quantization, checkpoint.parameter_shapes(config))
+    else:
+        plan = hub.plan_load(headers, config, shard, quantization)
+        fill, specs = partial(hub.read_quantized_weights, headers, plan), plan.specs
+        anew = (each.name for each in plan.linears if each.target.parameter in plan.requantized)
+        if requantized := frozenset(f"{name}.weight" for name in anew):
+            text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantization!r})"
+            warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
+    dtype = dtype or checkpoint.stored_dtype(headers)
+    target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
+    if ranks is not None and target_device.type not in (need := ranks.device_type, "meta"):
+        raise ValueError(f"Mixtral.from_pretrained: device is {target_device}, needs the mesh's type, {need}")
+    shapes, local_shapes = checkpoint.parameter_shapes(config), checkpoint.parameter_shapes(config, shard)
+    specs = shard.specs(specs, shapes, local_shapes)
+    if request.activations is not None:
+        check_activations(request.activations, specs, shapes, target_device)
+
+    def bytes_of(specs: Mapping[str, QuantSpec]) -> int:
+        return table_bytes(config) + weight_bytes(local_shapes, specs, dtype)
+
+    def bytes_if(quantization: Any) -> int:
+        return bytes_of(shard.specs(select_specs(quantization, shapes), shapes, local_shapes))
+
+    needed, sizes = bytes_of(specs), movable_bytes(config, local_shapes, specs, dtype)
+    placement = place(request, config, ranks, target_device, needed, sizes)
+    has_choice = headers.scheme is None and not placement.host_bytes
+    check_memory(target_device, needed - placement.freed_bytes, bytes_if if has_choice else None)
+    try:
+        model = cls(config, target_device, dtype, deterministic, specs, ranks, placement)
+    except torch.OutOfMemoryError as error:  # another process has taken what was free
+        raise ValueError(f"{folder}: no memory is left on {target_device} for the weights: {error}") from error
+    model.requantized, model.activations, model.folder = requantized, request.activations, folder
+    fill(config, model.named_weights(), progress or checkpoint.ignore_progress, shard)
+    return model
+
+
+def check_activations(
+    activations: str, specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, ...]], device: torch.device
+) -> None:
+    """Raise ValueError where no product of a layer takes activations of 8 bits, or `device` has no such products."""
+    caller = f"Mixtral.from_pretrained: activations is {activations!r}"
+    quantized = (name for name, spec in specs.items() if spec.format == "fp8" and spec.group == shapes[name][-1])
+    if not any(name.startswith("layers.") for name in quantized):
+        needs = "needs weights='fp8', or a checkpoint that stores them so"
+        raise ValueError(f"{caller}, and no layer has fp8 weights with one scale a row: {needs}")
+    if device.type == "cuda":
+        check_multiplies_fp8(target_arch(device), caller)

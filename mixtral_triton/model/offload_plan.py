@@ -1,0 +1,311 @@
+"""Plan memory: what a model takes of a GPU, and what of it lies in host memory instead (kernels/weights/offload.py)."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.arguments import check_dtype, default_dtype, free_memory, in_decimal, usable_device
+from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig
+from ..kernels.launching.kernel_args import ALIGNMENT
+from ..kernels.weights.fp8 import encoded_bytes
+from ..kernels.weights.offload import OffloadedWeight, empty_on_host
+from ..quantize import QUANTIZED_PARTS, QuantSpec
+from .cache import cache_bytes
+from .parallel import Ranks
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a GPU by estimate: a share of the memory that its driver's tool prints, at most `most`."""
+
+    source: str
+    most: int
+    share: float = 1.0
+
+    def of(self, memory: int) -> int:
+        return min(self.most, math.ceil(self.share * memory))
+
+
+# What a GPU holds beside the tensors that are counted. On a GPU the first two are measured, as memory that is not free.
+ESTIMATES = {
+    "driver": Estimate(
+        "torch's total_memory beside nvidia-smi's total: RTX 5090 32,117 of 32,607 MiB, A100 40 GB 40,339 of 40,960, "
+        "A100 80 GB 79.15 GiB of 81,920 MiB, RTX 4090 23.64 GiB of 24,564 MiB",
+        870 * MIB,
+        0.0152,
+    ),
+    "context": Estimate("reports of a CUDA context with torch's kernels: 256 to 426 MiB", 426 * MIB),
+    "graph": Estimate("a decode step's buffers, by tests/tools/test_fit.py, and as much for its kernels", 256 * MIB),
+}
+MARGIN = 0.02  # of the free memory: what an allocator rounds up, and the error of the estimates
+# Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
+LOGIT_BYTES = 64
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+AUTO_CONTEXT = 4096  # tokens of one sequence, which offload="auto" leaves memory for by default
+Movable = tuple[Sequence[int], int]  # bytes of an expert of each layer, and of the embedding
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What lies in host memory."""
+
+    experts: Sequence[Sequence[int]] = ()  # of each layer; () where no layer has any
+    embedding: bool = False
+    host_bytes: int = 0
+    staging_bytes: int = 0  # of prefill's buffers, one a projection, as large as the layer with the most experts needs
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.experts))
+
+    @property
+    def freed_bytes(self) -> int:
+        """Return the bytes of the device that are free then, buffers counted."""
+        return self.host_bytes - self.staging_bytes
+
+    @classmethod
+    def of(cls, experts: Sequence[Sequence[int]], each: Sequence[int], embedding: int = 0) -> Placement:
+        """`each`: bytes of an expert of each layer; `embedding`: bytes, 0 where it stays on the device."""
+        sizes = [len(of_layer) * size for of_layer, size in zip(experts, each, strict=True)]
+        return cls(experts, embedding > 0, sum(sizes) + embedding, max(sizes))
+
+    def empty_weight(
+        self, name: str, shape: tuple[int, ...], spec: QuantSpec | None, dtype: torch.dtype, device: Any
+    ) -> Any:
+        """Return the unset parameter `name`: an nn.Parameter, where there is a spec a QuantizedWeight, and where some
+        of its experts lie in host memory an OffloadedWeight of either kind."""
+        if name == "embed_tokens" and self.embedding:
+            return empty_on_host(shape, dtype, usable_device(device))
+        experts: Sequence[int] = ()
+        if self.experts and name.endswith(QUANTIZED_PARTS["experts"]):
+            experts = self.experts[int(name.split(".")[1])]
+        first = "meta" if experts else device
+        weight = torch.empty(shape, device=first, dtype=dtype) if spec is None else spec.empty(shape, first)
+        if experts:
+            return OffloadedWeight(weight, experts, device)
+        return nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
+
+    def describe(self, config: MixtralConfig) -> str:
+        """Return how many lie in host memory."""
+        total = config.num_hidden_layers * config.num_local_experts
+        return f"{self.count} of {total} experts{' and the embedding' if self.embedding else ''} in host memory"
+
+
+RESIDENT = Placement()
+
+
+def offloaded_weights(model: nn.Module) -> Iterator[OffloadedWeight]:
+    return (module for module in model.modules() if isinstance(module, OffloadedWeight))
+
+
+def stage_in_turn(layers: Iterable[Any]) -> None:
+    """Share staging buffers among the layers' offloaded projections, in the order of their use."""
+    projections = ((layer.gate_up_proj, layer.down_proj) for layer in layers)
+    OffloadedWeight.stage_in_turn([pair for pair in projections if isinstance(pair[1], OffloadedWeight)])
+
+
+def table_bytes(config: MixtralConfig) -> int:
+    """Return the bytes of the rotary tables, fp32."""
+    return 4 * config.max_position_embeddings * config.head_dim
+
+
+def workspace_bytes(
+    config: MixtralConfig, batch: int, context: int, chunk: int = PREFILL_CHUNK, activations: str | None = None
+) -> int:
+    """Return the most bytes that `generate` holds at one time while it reads prompts, in chunks of `chunk` tokens.
+
+    A layer's experts hold their input and its norm, attention's result, the sum and its norm, the next sum and its
+    norm; for each slot its row in sorted order, the inner values and the result, since a launch plan allocates all of
+    these at first. Attention holds its input and its norm, queries, keys and values, those rotated, and the heads'.
+    With quantized activations the sorted rows and the inner values have codes, with a scale each: the former instead.
+    """
+    hidden, inner, slots = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    counters = 16 + 12 * slots  # positions; routes, their weights and order
+    each = 2 * hidden + inner
+    if activations is not None:
+        each -= hidden
+        counters += slots * (encoded_bytes(hidden) + encoded_bytes(inner))
+    row = max(7 * hidden + slots * each, 2 * hidden + 3 * heads) + config.num_local_experts
+    row += hidden if context > chunk else 0  # the chunk before it is still there
+    return batch * min(context, chunk) * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
+
+
+def running_bytes(
+    config: MixtralConfig,
+    batch: int,
+    context: int,
+    chunk: int = PREFILL_CHUNK,
+    cache_dtype: torch.dtype | None = None,
+    activations: str | None = None,
+) -> dict[str, int]:
+    """Return bytes beside the weights by what they hold, while `batch` sequences of `context` tokens are generated."""
+    return {
+        "cache": cache_bytes(config, batch, context, cache_dtype),
+        "workspace": workspace_bytes(config, batch, context, chunk, activations),
+        "logits": LOGIT_BYTES * batch * config.vocab_size,
+        "graph": ESTIMATES["graph"].most,
+    }
+
+
+def estimated_free(memory: int) -> int:
+    """Return the free bytes of a GPU of so much memory, by its driver's tool, that runs this process alone."""
+    return memory - ESTIMATES["driver"].of(memory) - ESTIMATES["context"].of(memory)
+
+
+def usable_bytes(free: int) -> int:
+    """Return the bytes that may be planned for, of the free ones."""
+    return free - math.ceil(free * MARGIN)
+
+
+def movable_bytes(
+    config: MixtralConfig, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype
+) -> Movable:
+    """Return the bytes to move: an expert of each layer, without scales and zeros; the embedding, 0 if tied."""
+    each = [0] * config.num_hidden_layers
+    for name, shape in shapes.items():
+        if name.endswith(QUANTIZED_PARTS["experts"]):
+            size = specs[name].empty((1, *shape[1:]), "meta").data.nbytes if name in specs else 0
+            each[int(name.split(".")[1])] += size or shape[1] * shape[2] * dtype.itemsize
+    return each, 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
+
+
+def select_experts(config: MixtralConfig, count: int) -> list[Sequence[int]]:
+    """Return the experts of each layer that make `count` in the whole model: the last ones. Layers differ by at most
+    one, and those with more are far apart, so that each has time to stage its experts."""
+    L, E = config.num_hidden_layers, config.num_local_experts
+    return [range(E - ((layer + 1) * count // L - layer * count // L), E) for layer in range(L)]
+
+
+def fewest(config: MixtralConfig, sizes: Movable, needed: int, available: int) -> Placement | None:
+    """Return the fewest experts of the whole model in host memory, and the embedding, with which `available` bytes
+    suffice; None where no number is enough. needed: bytes where all of it is on the device."""
+    L, most, excess = config.num_hidden_layers, config.num_local_experts - 1, needed - available
+    if excess <= 0:
+        return Placement()
+
+    def place(count: int) -> Placement:
+        return Placement.of(select_experts(config, count), *sizes)
+
+    # One more in each layer needs larger buffers, any other one does not.
+    full = bisect_left(range(most + 1), excess, key=lambda of_each: place(of_each * L).freed_bytes)
+    least = max(0, (full - 1) * L + 1)
+    count = bisect_left(range(full * L + 1), excess, least, key=lambda count: place(count).freed_bytes)
+    return place(count) if count <= L * most else None
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return the bytes that may be planned for on a CUDA device; None for another."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # makes the context, whose memory is then no longer free
+    free = free_memory(device)
+    return None if free is None else usable_bytes(free)
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """The arguments of `from_pretrained` that decide what memory is needed, and where."""
+
+    offload: int | str = 0
+    context: int | None = None
+    cache_dtype: torch.dtype | None = None
+    activations: str | None = None
+
+    def check(self) -> None:
+        if self.cache_dtype is not None:
+            check_dtype("Mixtral.from_pretrained: cache_dtype", self.cache_dtype, of_cache=True)
+
+
+def place(
+    request: MemoryRequest,
+    config: MixtralConfig,
+    ranks: Ranks | None,
+    device: torch.device,
+    needed: int,
+    sizes: Movable,
+) -> Placement:
+    """Return what lies in host memory, where `needed` bytes would be on the device without offload; ValueError where
+    that is impossible, before any allocation."""
+    offload, context = request.offload, request.context
+    caller, most = f"Mixtral.from_pretrained: offload is {offload!r}", config.num_local_experts - 1
+    if offload != "auto" and (type(offload) is not int or not 0 <= offload <= most):
+        raise ValueError(f"{caller}, needs 0 to {most} experts of each layer, or 'auto'")
+    if offload and ranks is not None:
+        raise ValueError(f"{caller}, and a mesh splits the experts over GPUs: needs 0, or no mesh")
+    if context is not None and offload != "auto":
+        raise ValueError(f"{caller}, and context is {context!r}, which only offload='auto' takes: needs None")
+    limit = config.max_position_embeddings
+    context = min(AUTO_CONTEXT, limit) if context is None else context
+    if type(context) is not int or not 1 <= context <= limit:
+        raise ValueError(f"Mixtral.from_pretrained: context is {context!r}, needs 1 to {limit}, the model's positions")
+    available, placement = available_bytes(device), Placement()
+    if offload == "auto" and available is not None:
+        running = running_bytes(config, 1, context, PREFILL_CHUNK, request.cache_dtype, request.activations)
+        found = fewest(config, sizes, needed + sum(running.values()), available)
+        placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
+    elif offload and offload != "auto":
+        placement = Placement.of(select_experts(config, int(offload) * config.num_hidden_layers), sizes[0])
+    text, host, size = placement.describe(config), host_memory(), in_decimal(placement.host_bytes)
+    if host is not None and device.type != "meta" and placement.host_bytes > host:
+        fit = host // sum(sizes[0])
+        advice = "needs more" if offload == "auto" else f"offload={fit} would do" if fit else "not even one fits"
+        raise ValueError(f"{caller}: {text} take {size}, and {in_decimal(host)} are available: {advice}")
+    if placement.count and any(size % ALIGNMENT for size in sizes[0]):
+        raise ValueError(f"{caller}: the rows of an expert are no multiple of {ALIGNMENT} bytes, needs 0")
+    if offload == "auto" and placement == Placement():
+        warnings.warn("offload='auto': all experts fit the device, so none is offloaded", stacklevel=4)
+    elif offload == "auto":
+        warnings.warn(f"offload={offload!r}: {text} ({size})", stacklevel=4)
+    return placement
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, of those that control groups, as of a container, allow."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with suppress(OSError):
+        quotas = _group_numbers("cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"], ["cpu.max"])
+        cores = min([cores, *(-(-quota // period) for quota, period in quotas if quota > 0)])
+    return max(1, cores)
+
+
+def host_memory() -> int | None:
+    """Bytes of host memory that can be pinned, those that control groups, as of a container, still allow; None where
+    the system does not say. WSL pins at most half of it."""
+    try:
+        lines = (PROC / "meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    available = sizes.get("MemAvailable")
+    if available is not None and "microsoft" in os.uname().release.lower():
+        available = min(available, sizes["MemTotal"] // 2)
+    with suppress(OSError):
+        files = ["memory.limit_in_bytes", "memory.usage_in_bytes"], ["memory.max", "memory.current"]
+        remaining = (max(0, limit - used) for limit, used in _group_numbers("memory", *files))
+        available = available and min([available, *remaining])
+    return available
+
+
+def _group_numbers(controller: str, v1: Sequence[str], v2: Sequence[str]) -> Iterator[list[int]]:
+    """Yield the numbers in these files of each limited control group of this process, of version 1 or 2."""
+    for line in (PROC / "self" / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder = CGROUPS / controllers / path.lstrip("/")
+        for each in (folder, *folder.parents):  # a container may not see the folders of its path
+            with suppress(OSError, ValueError):  # "max" is no limit
+                yield [int(n) for name in (v1 if controllers else v2) for n in (each / name).read_text().split()]

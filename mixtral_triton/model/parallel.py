@@ -1,0 +1,173 @@
+"""Tensor and expert parallelism: the ranks of a mesh, which store a part each (shard.py), and their collectives.
+
+Tokens are replicated. An all-reduce follows attention and the experts (Megatron-LM, Shoeybi et al. 2019, section 3).
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial, reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checkpoint.shard import Shape, Shard, even
+
+TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs
+LOADING_TIMEOUT = timedelta(minutes=10)  # while loading: disks differ; a dead rank is detected at once
+POLL_INTERVAL = 1.0  # seconds between checks for dead ranks
+_meshes: Counter[Shape] = Counter()  # how many were made of these ranks: each has keys of its own
+CLOSE_DELAY = 0.2  # seconds until the connections of a dead rank are closed
+
+
+class Ranks:
+    """The ranks of a DeviceMesh as one of them sees it: its Shard, its name in messages, and the collectives."""
+
+    def __init__(self, mesh: Any) -> None:
+        """Every rank of the mesh must call this. Raises ValueError unless the mesh has "tp" or "ep", and this rank."""
+        from torch.distributed.device_mesh import DeviceMesh  # a slow import
+
+        need = "needs a torch.distributed.device_mesh.DeviceMesh whose dimensions are named 'tp' or 'ep', or both"
+        names = mesh.mesh_dim_names if isinstance(mesh, DeviceMesh) else None
+        if not names or not set(names) <= {"tp", "ep"}:
+            got = f"has dimensions named {names}" if isinstance(mesh, DeviceMesh) else f"is {mesh!r:.80}"
+            raise ValueError(f"Mixtral.from_pretrained: mesh {got}, {need}")
+        if mesh.get_coordinate() is None:
+            got = f"mesh is of ranks {mesh.mesh.tolist()}"
+            raise ValueError(f"Mixtral.from_pretrained: {got}, needs {dist.get_rank()}, too")
+        ranks = sorted(mesh.mesh.flatten().tolist())
+        sizes = dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True))
+        local_ranks = {f"{name}_rank": mesh.get_local_rank(name) for name in sizes}
+        self.shard = Shard(**sizes, **local_ranks, rank=ranks.index(dist.get_rank()))
+        self.name = f"rank {self.shard.rank} of {self.shard.ranks}"
+        self.device_type: str = mesh.device_type
+        self._global = ranks
+        try:
+            self._await_ranks()
+            # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group is
+            # first, since ranks may arrive at very different times.
+            new_group = partial(dist.new_group, ranks, use_local_synchronization=True)
+            self._hosts: Any = new_group(timeout=LOADING_TIMEOUT, backend="gloo")
+            self._group: Any = new_group(timeout=TIMEOUT)
+        except RuntimeError as error:
+            raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
+
+    def _await_ranks(self) -> None:
+        """Wait until every rank is here; ConnectionError that names those that are not after LOADING_TIMEOUT. Making a
+        group waits as long as the process group's default, 30 minutes where the caller has set nothing."""
+        ranks = tuple(self._global)
+        _meshes[ranks] += 1
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"mixtral_triton/{ranks}/{_meshes[ranks]}/{rank}" for rank in ranks]
+        try:
+            store.set(keys[self.shard.rank], "here")
+            store.wait(keys, LOADING_TIMEOUT)
+        except RuntimeError as error:
+            with suppress(RuntimeError):  # the process that has the store may be gone
+                missing = " and ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+                text = f"rank {missing} did not come to load within {LOADING_TIMEOUT} (parallel.LOADING_TIMEOUT)"
+                raise ConnectionError(f"{self.name}: {text}") from error
+            raise
+
+    def local_ids(self, ids: Tensor, experts: int) -> Tensor:
+        """Convert expert ids int32 [T,K] to this rank's indices; other ranks' ids become out of range: no-ops."""
+        return ids - self.shard.ep_rank * experts if self.shard.ep > 1 else ids
+
+    def all_reduce(self, part: Tensor, in_order: bool) -> Tensor:
+        """Sum `part` over all ranks, possibly in place. in_order: rank by rank; else the order depends on the batch."""
+        if in_order:
+            return reduce(torch.add, self.gather(part))
+        self._collect(dist.all_reduce, part)
+        return part
+
+    def all_gather(self, part: Tensor, size: int) -> Tensor:
+        """Join the ranks' parts [..., n] of a last dimension of `size`, split by `even` -> [..., size]."""
+        spans = [even(size, rank, self.shard.ranks) for rank in range(self.shard.ranks)]
+        widths = [span.stop - span.start for span in spans]
+        parts = self.gather(F.pad(part, (0, max(widths) - part.shape[-1])))
+        return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Return the first rank's x on all ranks."""
+        self._collect(dist.broadcast, x, self._global[0])
+        return x
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait for the device; raise ConnectionError if another rank is gone or does not answer meanwhile. torch's
+        watchdog does not see the collectives of a replayed CUDA graph."""
+        if device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self.wait(event.query)
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Wait until `done()`, with the errors of `synchronize`."""
+        start = checked = time.monotonic()
+        while not done():
+            now = time.monotonic()
+            late = now - start > TIMEOUT.total_seconds()
+            if late or now - checked > POLL_INTERVAL:
+                missing, checked = self._closed_ranks(), time.monotonic()
+                if missing or late:
+                    raise self._error(missing, "its part of an all-reduce did not arrive")
+
+    def gather(self, part: Tensor) -> list[Tensor]:
+        """Return every rank's part; all have one shape."""
+        parts = [torch.empty_like(part) for _ in self._global]
+        self._collect(dist.all_gather, parts, part)
+        return parts
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return the host objects of all ranks."""
+        values: list[Any] = [None] * self.shard.ranks
+        self._collect(dist.all_gather_object, values, value, group=self._hosts)
+        return values
+
+    @contextmanager
+    def raise_on_any_rank(self) -> Iterator[None]:
+        """Raise a failure of one rank on all ranks as a ValueError with its reason, so that none waits for it."""
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        messages = self.all_gather_object(None if error is None else _line(error))
+        same = messages.count(messages[0]) == len(messages)
+        if error is not None and (same or not isinstance(error, (ValueError, OSError))):
+            raise error
+        failed = [f"rank {rank} of {len(messages)}: {text}" for rank, text in enumerate(messages) if text is not None]
+        if failed:
+            raise ValueError("; ".join(failed)) from error
+
+    def _collect(self, collective: Callable[..., Any], *args: Any, group: Any = None) -> None:
+        """Call one of torch's collectives; a failure is a ConnectionError that names this and the missing ranks."""
+        try:
+            collective(*args, group=group or self._group)
+        except RuntimeError as error:
+            time.sleep(CLOSE_DELAY)
+            reason = _line(error).partition(". ")[0]  # gloo appends advice
+            raise self._error(self._closed_ranks(), reason) from error
+
+    def _error(self, missing: list[int], reason: str) -> ConnectionError:
+        what = f"rank {' and '.join(map(str, missing))} is gone" if missing else "another rank does not answer"
+        return ConnectionError(f"{self.name}: {what}: {reason}")
+
+    def _closed_ranks(self) -> list[int]:
+        """Return the other ranks whose connections are closed."""
+        closed = []
+        for rank, world_rank in enumerate(self._global):
+            try:
+                if rank != self.shard.rank:
+                    dist.isend(torch.zeros(1, device="cpu"), world_rank, group=self._hosts)
+            except RuntimeError:
+                closed.append(rank)
+        return closed
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

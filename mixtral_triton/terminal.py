@@ -1,0 +1,239 @@
+"""A command's surroundings: its backend and processes, tables, progress on stderr, and one line for the error that
+ends it. Nothing here imports torch before it is used."""
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+VARIABLE = "TRITON_INTERPRET"
+PIPED = 500  # columns without a terminal and without COLUMNS
+INTERVAL = 10.0  # seconds between two states of progress where stderr is no terminal
+INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
+CRASHED = 3
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console for a command's result, as wide as the terminal, or as COLUMNS says."""
+    out = Console(stderr=stderr, highlight=False, soft_wrap=True)  # the terminal wraps what is wider
+    if not out.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
+        out.width = PIPED
+    return out
+
+
+def table_of(
+    title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], caption: str = "", text: Collection[str] = ()
+) -> Table:
+    """Return rich's table of rows, each the cells by heading and a style. Columns of `text` wrap, those of
+    names (the first) and of numbers never: the terminal wraps a line that is wider."""
+    looks: dict[str, Any] = {
+        "box": box.SIMPLE_HEAD,
+        "show_edge": False,
+        "padding": (0, 1, 0, 0),
+        "title_justify": "left",
+        "caption_justify": "left",
+    }
+    table = Table(title=Text(title), caption=Text(caption), **looks)
+    for name in rows[0][0]:
+        left = not table.columns or name in text
+        widths = map(len, name.split() if name in text else [*name.split(), *(cells[name] for cells, _ in rows)])
+        table.add_column(
+            Text(name), justify="left" if left else "right", overflow="fold", min_width=max(widths, default=1)
+        )
+    for cells, style in rows:
+        table.add_row(*map(Text.assemble, cells.values()), style=style)
+    return table
+
+
+def print_message(line: str, every_rank: bool = False) -> None:
+    """Print a line on stderr, if there is anything to say and anybody reads it. Other characters than text come from a
+    file, and a terminal would act on them: they are escaped."""
+    line = "".join(each if each.isprintable() or each in "\r\n\t" else ascii(each)[1:-1] for each in line)
+    if line and (is_first() or every_rank):
+        with suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warning_lines(command: str | None) -> Iterator[None]:
+    """Print warnings as lines of the command."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = lambda message, *rest, **options: print_message(f"mixtral-triton {command}: {message}")
+        yield
+
+
+class Bar(NamedTuple):
+    advance: Callable[[int], object]  # by so much
+    update: Callable[..., None]  # to so much, of so much, of a part of the work where it has parts
+
+
+@contextmanager
+def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
+    """Show the first process's progress on stderr by tqdm, in a log only after a while. `total` None: unknown."""
+    from tqdm import tqdm  # here, since --help shows none
+
+    hidden, seconds = sys.stderr is None or not is_first(), INTERVAL
+    if not hidden and sys.stderr.isatty():
+        seconds = 0.1
+    options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
+    options |= {"mininterval": seconds, "delay": seconds, "miniters": 1}
+    shown, shown_part = tqdm(desc=label, total=total, **options), ""
+
+    def update(done: int, total: int, part: str = "") -> None:
+        nonlocal shown, shown_part
+        if part != shown_part:
+            shown.close()  # a step of another part takes another time
+            shown, shown_part = tqdm(desc=f"{label} {part}", total=total, **options), part
+        shown.total = total
+        shown.update(done - shown.n)
+
+    try:
+        yield Bar(lambda count: shown.update(count), update)
+    finally:
+        shown.close()
+
+
+def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
+    """Return the message with the nearest of the names that it lists behind the wrong one, if one is near; behind an
+    unknown option the nearest of `options`."""
+    listed = re.search(r"'([^']+)'[^']*\b(?:one of|choose from) (?:sm_80 or later: )?(.+)", message)
+    unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+    typed, names = unknown[1] if unknown else "", [*options]
+    if listed:
+        typed, names = listed[1], re.split(r", (?:or )?", re.sub(r"[')]", "", listed[2]))
+    by_text = {name.lower(): name for name in names}
+    near = get_close_matches(typed.lower(), by_text, 1)
+    return f"{message}; did you mean {by_text[near[0]]}?" if near else message
+
+
+def exit_status(error: BaseException, command: str | None) -> int:
+    """Report what ended a command in one line on stderr -> its exit status. An error that no input explains is a crash;
+    in Python's development mode (`python -X dev`) it is raised again."""
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__  # rich turns the one into the other
+    name, text = "mixtral-triton" if command is None else f"mixtral-triton {command}", " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno and not error.filename:  # standard output cannot be written
+        with suppress(OSError, ValueError):  # Python writes what is left as it ends, and must not fail there again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return CLOSED_PIPE
+    if isinstance(error, KeyboardInterrupt):
+        start = "\r" if sys.stderr.isatty() else ""  # over the terminal's ^C
+        print_message(f"{start}{name}: interrupted", every_rank=True)
+        return INTERRUPTED
+    if isinstance(error, OSError) and error.filename:
+        text = " ".join(f"{error.filename}: {error.strerror}".split())
+    if isinstance(error, (ValueError, OSError)) or "C compiler" in text:  # Triton's launches on a GPU need one
+        print_message(f"{name}: {did_you_mean(text.removeprefix(f'{command}: '))}", every_rank=True)
+        return 2
+    if sys.flags.dev_mode or not isinstance(error, Exception):
+        raise error
+    text = f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)"
+    print_message(text, every_rank=True)
+    return CRASHED
+
+
+def compile_shown(launch: Callable[..., object], model: Any, *args: Any) -> None:
+    """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
+    if model.device.type == "cuda":  # a CPU needs no compiler
+        from .model.ahead import compile_ahead
+
+        with bar("compiling", None) as progress:
+            compile_ahead(model, lambda: launch(model, *args), progress.update)
+
+
+def check_writable(option: str, file: Path) -> None:
+    """Raise ValueError where an option's file cannot be written: before the work whose result would be lost."""
+    folder = file.absolute().parent
+    if not folder.is_dir() or file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise ValueError(f"{option} {str(file)!r} needs a file that can be written, in a folder that exists")
+
+
+def select_backend(args: argparse.Namespace, interpret: bool) -> str:
+    """Set TRITON_INTERPRET, before any kernel is imported -> a note to print; empty on a GPU, and where it was set.
+    `interpret`: without a GPU this command interprets the kernels rather than run the torch backend."""
+    requested, value = getattr(args, "interpret", False), os.environ.get(VARIABLE)
+    on_cpu = args.device is not None and args.device.startswith("cpu")
+    if requested and args.device is not None and not on_cpu:
+        raise ValueError(f"--interpret runs on the CPU, and --device is {args.device!r}: needs one of the two")
+    if interpret or requested or value is not None:
+        # Interpreted tiles are small products, for which the threads of numpy's OpenBLAS wait for each other.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if requested:
+        args.device = args.device or "cpu"
+    if value is not None:
+        from .kernels.launching.launch import INTERPRETED
+
+        if requested and not INTERPRETED:
+            raise ValueError(f"--interpret is given, and {VARIABLE}={value} is set: needs one of the two")
+        return ""
+    import torch  # after OPENBLAS_NUM_THREADS
+
+    if not requested and not on_cpu and torch.cuda.is_available():
+        return ""
+    reason = "--interpret" if requested else "--device cpu" if on_cpu else "No GPU found"
+    if not (interpret or requested):
+        return f"{reason}: plain torch, on the CPU. --interpret runs the Triton kernels, interpreted: far slower."
+    os.environ[VARIABLE] = "1"
+    return f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow."
+
+
+@contextmanager
+def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
+    """Open a DeviceMesh [ep, tp] of the processes that torchrun started; None where this is the only process.
+    ValueError unless torchrun started tp * ep of them, with a GPU or a part of the CPU for each."""
+    for name in ("tp", "ep"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, needs at least 1")
+    needed, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
+    rank = f"rank {os.environ['RANK']} of {started}: " if "RANK" in os.environ else ""
+    if needed != started:
+        sizes = f"{rank}--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}"
+        raise ValueError(f"{sizes}: torchrun --nproc-per-node {needed} -m mixtral_triton {args.command} ...")
+    if started == 1:
+        yield None
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from .checkpoint.arguments import default_device
+    from .model.parallel import TIMEOUT
+
+    kind = args.device or default_device()
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"{rank}--device is {kind!r}, needs cpu or cuda: each of several processes has its own GPU")
+    if kind == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"{rank}this machine has {torch.cuda.device_count()} GPUs, needs one a process")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+        mesh = init_device_mesh(kind, (args.ep, args.tp), mesh_dim_names=("ep", "tp"))
+    except RuntimeError as error:
+        raise ConnectionError(f"{rank}the ranks do not find each other: {error}") from error
+    try:
+        yield mesh
+    except (ValueError, FileNotFoundError) as error:  # a line for each rank names the rank
+        if str(error).startswith("rank "):
+            raise
+        raise ValueError(f"{rank}{error}") from error
+    dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints."""
+    return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", 1)) == 1

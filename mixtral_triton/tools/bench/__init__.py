@@ -1,1 +1,0 @@
-"""Benchmark each operation against its peers and its floor, on the current GPU or by what is known without one."""

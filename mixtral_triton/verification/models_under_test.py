@@ -1,0 +1,250 @@
+"""The other targets of verify: a transformers model, whose own modules are the reference, and a model on a mesh."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..checkpoint.config import SIZES, MixtralConfig
+from ..checkpoint.shard import Shard
+from ..checkpoint.tensors import parameter_shapes, qkv_rows
+from ..kernels.operation.call import call_unchecked
+from ..kernels.registry import OPS
+from ..kernels.weights.quantized import QuantizedWeight
+from ..model.layer import Layer
+from ..quantize import put
+from .layers import LayerCheck, LayerProbe, ModelUnderTest
+
+MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Take a model's modules out of training mode, and afterwards back."""
+    trains = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in trains:
+            module.training = True
+
+
+class TransformersUnderTest(ModelUnderTest):
+    """A transformers Mixtral, applied or not, which is left as it was. Its own forward is that of `apply`."""
+
+    peer, is_mixtral = "transformers' own modules", False
+
+    def __init__(self, model: Any) -> None:
+        from transformers.models.mixtral import modeling_mixtral
+
+        from ..hf import applied, check_mixtral
+
+        check_mixtral("verify", model)
+        self.modeling = modeling_mixtral
+        self.backbone: Any = next(
+            module for module in model.modules() if isinstance(module, self.modeling.MixtralModel)
+        )
+        if model.training and not applied(model):
+            raise ValueError("verify: the model is in training mode, needs inference, model.eval(), or apply(model)")
+        self.model, self.layers = model, self.backbone.layers
+        wrapped = {type(part).__name__ for layer in self.layers for part in (layer.mlp.experts, layer.mlp.gate)}
+        if "ParamWrapper" in wrapped:  # the adapted parameters exist only during its forward
+            raise ValueError("verify: model has PEFT's target_parameters, needs them merged: model.merge_and_unload()")
+        self.embed_tokens, self.norm = self.backbone.embed_tokens.weight, self.backbone.norm.weight
+        self.lm_head = model.lm_head.weight if hasattr(model, "lm_head") else None
+        self.model_head = getattr(model, "lm_head", nn.Identity())
+        self.output = "hidden" if self.lm_head is None else "logits"
+        attn, eps = self.layers[0].self_attn, self.backbone.norm.variance_epsilon
+        config = {name: getattr(attn.config, name) for name in SIZES} | {"head_dim": attn.head_dim, "rms_norm_eps": eps}
+        config["rope_theta"] = attn.config.rope_parameters["rope_theta"]
+        self.config = MixtralConfig(**config, sliding_window=getattr(attn.config, "sliding_window", None))
+
+    def check(self, block: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
+        """Compute a decoder layer with transformers' eager functions on x [B,T,H]."""
+        modeling, attn, moe, (B, T, H) = self.modeling, block.self_attn, block.mlp, x.shape
+        x = x.to(block.input_layernorm.weight.device)
+        positions, norm = torch.arange(T, device=x.device), modeling.MixtralRMSNorm.forward
+        rotary = partial(
+            modeling.MixtralRotaryEmbedding.forward, self.backbone.rotary_emb, position_ids=positions[None]
+        )
+        normed, projections = norm(block.input_layernorm, x), (attn.q_proj, attn.k_proj, attn.v_proj)
+        q, k, v = (project(normed).view(B, T, -1, attn.head_dim) for project in projections)
+        rq, rk = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotary(x))
+        hidden = (positions > positions[:, None]) | (positions <= positions[:, None] - (config.sliding_window or T))
+        mask = torch.zeros(T, T, dtype=x.dtype, device=x.device).masked_fill_(hidden, torch.finfo(x.dtype).min)
+        heads = modeling.eager_attention_forward(attn, rq, rk, v.transpose(1, 2), mask, attn.scaling)[0].flatten(2)
+        attn_output = attn.o_proj(heads)
+        h = norm(block.post_attention_layernorm, x + attn_output).view(B * T, H)
+        logits, weights, ids = modeling.MixtralTopKRouter.forward(moe.gate, h)
+        loop_over_experts = inspect.unwrap(modeling.MixtralExperts.forward)  # without the dispatch to implementations
+        y = loop_over_experts(moe.experts, h, ids, weights).view_as(x)
+        output = x + attn_output + y
+        values = reference.Values(x, normed, q, k, v, heads, attn_output, h, logits, weights, ids.int(), y, output)
+        norms = {name: getattr(block, name).weight for name in ("input_layernorm", "post_attention_layernorm")}
+        experts = {name: getattr(moe.experts, name) for name in ("gate_up_proj", "down_proj")}
+        qkv_proj = torch.cat([project.weight for project in projections])
+        layer = SimpleNamespace(**norms, qkv_proj=qkv_proj, o_proj=attn.o_proj.weight, gate=moe.gate.weight, **experts)
+        cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
+        return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
+
+    def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
+        with self.forward(self.model.config, probe) as forward:
+            return self.model_head(forward(ids)), ...
+
+    def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.backbone.config)
+
+    @contextmanager
+    def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
+        from .. import hf
+        from ..hf.attention import CACHE
+
+        def enter(index: int, layer: Any, args: Any) -> Any:
+            return probe.enter(index, args[0]), *args[1:]
+
+        def leave(index: int, layer: Any, args: Any, out: Tensor) -> Tensor:
+            return probe.leave(index, out)
+
+        def record(index: int, name: str, module: Any, args: Any, out: Any) -> None:
+            probe.record(index, name, out[0] if isinstance(out, tuple) else out)
+
+        def route(gate: Any, args: Any, out: Any) -> Any:
+            return out[0], *probe.replace_routes(*out[1:])
+
+        def forward(ids: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
+            return self.backbone(ids, use_cache=cache is not None, **{CACHE: cache}, **kwargs).last_hidden_state
+
+        with ExitStack() as stack:
+            if not hf.applied(self.model):
+                hf.apply(self.model)
+                stack.callback(hf.revert, self.model)
+            for index, layer in enumerate(self.layers):
+                stack.enter_context(layer.mlp.gate.register_forward_hook(route))
+                if not probe_layers:
+                    continue
+                stack.enter_context(layer.register_forward_pre_hook(partial(enter, index)))
+                stack.enter_context(layer.register_forward_hook(partial(leave, index)))
+                enough = probe.layers[index].x[..., 0].numel() >= MIN_TOKENS
+                for name, module in (("attn_output", layer.self_attn), ("y", layer.mlp)) if enough else ():
+                    stack.enter_context(module.register_forward_hook(partial(record, index, name)))
+            yield forward
+
+
+def eager_model(config: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
+    """transformers' model of a config with these tensors, in fp32, with none of the kernels that it may select."""
+    from transformers import MixtralForCausalLM
+    from transformers.utils import logging
+
+    settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    settings |= {"config": config, "state_dict": tensors, "dtype": torch.float32}
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one for each model
+    try:
+        return MixtralForCausalLM.from_pretrained(None, **settings).eval().to(device)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class MeshUnderTest(ModelUnderTest):
+    """A `Mixtral` on a mesh. Every rank gathers one layer at a time for torch, and runs operations on its own shard."""
+
+    def __init__(self, model: Any, cache_dtype: torch.dtype | None = None) -> None:
+        super().__init__(model, cache_dtype)
+        ranks = self.ranks = model.ranks
+        self.shards: list[Shard] = ranks.all_gather_object(ranks.shard)
+        self.shapes, self.shard = parameter_shapes(self.config), ranks.shard
+        self.layers = _GatheredLayers(self)
+        self.lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.gather("lm_head", model.lm_head)
+
+    def check(self, layer: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
+        """The whole layer in torch; the calls of operations on this rank's shard."""
+        check, shard = super().check(layer, x, config), self.shard
+        values, queries, keys = check.values, shard.queries(config), shard.keys(config)
+        heads = values.heads[..., shard.qkv_rows(config)["q"]]
+        qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
+        values = values._replace(heads=heads, **qkv)
+        local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
+        local = LayerCheck(
+            values, layer.local, shard.config(config), check.tables, check.quantized, local_ids, check.coarse
+        )
+        check.calls, check.derive = local.calls, local.derive  # type: ignore[method-assign]
+        return check
+
+    @staticmethod
+    def operation(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
+        """The runtime's function without its checks, which would reject another rank's experts on a CPU."""
+        return lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
+
+    def gather(self, name: str, weight: Any) -> Any:
+        """The whole parameter `name` (see `checkpoint.parameter_shapes`), of which this rank has `weight`."""
+        shape = self.shapes[name]
+        if tuple(weight.shape) == shape:
+            return weight
+        if isinstance(weight, Tensor):
+            return self._gather_plane(name, weight, 1)
+        whole = weight.spec.empty(shape, weight.device, _GatheredWeight)
+        codes = weight.codes
+        zeros = None if weight.zeros is None else self._gather_plane(name, weight.zeros, weight.group) - 128
+        put(whole, self._gather_plane(name, codes, 1), self._gather_plane(name, weight.scales, weight.group), zeros)
+        return whole
+
+    def _gather_plane(self, name: str, local: Tensor, group: int) -> Tensor:
+        """One tensor of a parameter, with a value for each of its columns or for each `group` of them."""
+        if name == "lm_head":  # ranks may have one row more than others
+            return self.ranks.all_gather(local.t().contiguous(), self.config.vocab_size).t().contiguous()
+        *lead, columns = self.shapes[name]
+        whole = torch.empty(*lead, columns // group, dtype=local.dtype, device=local.device)
+        if local.is_floating_point():
+            whole.fill_(float("nan"))  # where no rank has a part
+        config, all_rows = self.config, qkv_rows(self.config)
+        for shard, part in zip(self.shards, self.ranks.gather(local.contiguous()), strict=True):
+            inner, experts, rows = shard.inner(config), shard.experts(config), shard.qkv_rows(config)
+            gate = torch.arange(inner.start, inner.stop)
+            indices: dict[str, Any] = {
+                "qkv_proj": torch.cat([torch.arange(x.start, x.stop) + all_rows[key].start for key, x in rows.items()]),
+                "o_proj": (..., slice(rows["q"].start // group, rows["q"].stop // group)),
+                "gate_up_proj": (experts, torch.cat((gate, gate + config.intermediate_size))),
+                "down_proj": (experts, ..., slice(inner.start // group, inner.stop // group)),
+            }
+            whole[indices[name.rpartition(".")[2]]] = part
+        return whole
+
+
+class _GatheredWeight(QuantizedWeight):
+    """A weight whose rows have each rank's scale for its part of their columns. No kernel reads it."""
+
+    def _check(self) -> None: ...
+
+
+class _GatheredLayers:
+    """The layers, each gathered when it is read. The last one is kept."""
+
+    def __init__(self, target: MeshUnderTest) -> None:
+        self.target = target
+        self.last: dict[int, Layer] = {}
+
+    def __len__(self) -> int:
+        return len(self.target.model.layers)
+
+    def __getitem__(self, index: int) -> Layer:
+        if index not in self.last:
+            self.last.clear()  # frees its memory first
+            local = self.target.model.layers[index]  # IndexError ends an iteration
+            weights: dict[str, Any] = {}
+            for name, weight in (*local.named_parameters(recurse=False), *local.named_children()):
+                whole = self.target.gather(f"layers.{index}.{name}", weight)
+                weights[name] = nn.Parameter(whole, requires_grad=False) if isinstance(whole, Tensor) else whole
+            layer = Layer(self.target.config, weights)
+            object.__setattr__(layer, "local", local)  # not as a submodule, whose weights would be the layer's
+            self.last[index] = layer
+        return self.last[index]
