@@ -1,13 +1,7 @@
-"""Documents: links, kernels and files that they name exist, quoted code is the reference's, README's code runs. Every
-command of theirs runs and ends as it says, those for a GPU on the simulated one.
-
-What would take minutes is shortened: pytest collects one file with the command's options, `verify` takes one layer and
-few tokens, offline compilation ends before the compiler (tests/compile runs it), and benchmarks and the training, which
-have tests of their own, print their help.
-"""
+"""Documents: links, kernels and files that they name exist, quoted code is the reference's, their programs run, and the
+command line takes their commands."""
 
 import inspect
-import json
 import re
 import shlex
 import shutil
@@ -18,14 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixtral_triton import MixtralConfig
-from mixtral_triton.bench.fit import KNOWN
 from mixtral_triton.cli.commands import SMALL, parser
 from mixtral_triton.kernels.registry import OPERATIONS
-from mixtral_triton.model.cache import cache_bytes
 from tests.cli.commands import ROOT, python
 
 pytestmark = pytest.mark.compiled
@@ -198,25 +189,7 @@ def test_recipes_of_other_routers_compute_what_they_say() -> None:
     assert torch.allclose(found["shared"], shared, atol=1e-5) and not torch.allclose(deepseek, shared, atol=0.1)
 
 
-def test_what_the_page_about_generating_says_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.checkpoint.arguments.default_device", lambda: "cpu")
-    found = program_of("docs/generate.md")
-    model, ids = found["model"], found["ids"]
-    assert found["cache"].lengths.tolist() == [5] and found["two"].lengths.tolist() == [4, 2]
-    assert torch.equal(found["texts"][0], found["batch"][0]) and found["token"].item() == found["batch"][0, 4]
-    short = model(ids.new_tensor([[0, 84]]))
-    assert found["turns"].reused == [9] and torch.equal(found["text"], model.generate(found["longer"], 6))
-    assert torch.equal(found["found"].ids, found["batch"]) and found["likeliest"][0].shape == (3,)
-    assert [len(each) for each in found["scores"]] == [3, 1]
-    assert torch.allclose(found["logits"][1, :2], short[0], atol=1e-2 * short.abs().max())
-    assert cache_bytes(KNOWN["mixtral-8x7b"], 1, 1) == 128 * 1024
-
-
-def test_figures_are_drawn_or_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_path('docs/figures.py', run_name='__main__')"
-    done = python("-c", code)
-    assert done.returncode == 1 and not done.stdout
-    assert done.stderr == 'docs/figures.py needs matplotlib: pip install ".[plot]"\n'
+def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import figures
@@ -240,102 +213,30 @@ def test_recipe_for_a_kernel_runs_and_finds_a_wrong_one(tmp_path: Path) -> None:
 
 
 PROGRAMS = r"(?:TRITON_INTERPRET=1\s+)?(?:mixtral-triton|python|pytest|torchrun)\s"
-# A line of a block, or text in backticks, with options in backticks and parentheses behind it.
-LINE = re.compile(rf"^ *({PROGRAMS}[^`\n]+)$", re.MULTILINE)
-INLINE = re.compile(rf"(?<!`)`({PROGRAMS}[^`]+)`((?:\s\(?`--[^`]+`[,)]?)*)")
-# What a user puts there. The checkpoint has one layer of the small one's, and a chat template.
-PLACEHOLDERS = {"[FOLDER]": "checkpoint", "FOLDER": "checkpoint", "mistralai/Mixtral-8x7B-Instruct-v0.1": "checkpoint"}
-PLACEHOLDERS |= {"OUT": "out", "DIR": "out", "FILE": "out.png", "TEXT": "'A list'", "MODEL": "mixtral-8x7b"}
-PLACEHOLDERS |= {"GPU": "h100", "OP": "route", "<name>": "route"}
-WITHOUT_COMPILER = """
-import sys
-from mixtral_triton.tools import compile
-compile._attempt = lambda launch, arch, op, out: compile._describe(launch, arch, op, registers=1)
-from mixtral_triton.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-COLLECT = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-QUICK = ("mixtral-triton fit mixtral-8x7b --gpu h100", "mixtral-triton compile route")
-SHORTER = {"verify": "--quick --tokens 12", "generate": "--max-new-tokens 4"}
-SHORTER["chat"] = SHORTER["generate"]
+# A line of a block, or text in backticks.
+LINE = re.compile(rf"^ *({PROGRAMS}[^`\n]+)$|(?<!`)`({PROGRAMS}[^`]+)`", re.MULTILINE)
+# What a user puts there.
+PLACEHOLDERS = {"[FOLDER]": "FOLDER", "TEXT": "'A list'", "MODEL": "mixtral-8x7b", "GPU": "h100", "OP": "route"}
 
 
-def commands() -> list[str]:
-    """Return the distinct commands, with values for the placeholders."""
-    found: dict[str, None] = {}
-    for text in (path.read_text(encoding="utf-8") for path in DOCUMENTS):
-        for line in (match[1] for match in LINE.finditer(text)):
-            found[line] = None
-        for command, options in (match.groups() for match in INLINE.finditer(text)):
-            found |= dict.fromkeys([command, *(f"{command} {each}" for each in re.findall("`([^`]+)`", options))])
-    lines = (" ".join(shlex.split(line, comments=True, posix=False)) for line in found)
+def commands() -> list[list[str]]:
+    """Return the distinct commands as words, with values for the placeholders."""
     pattern = re.compile("|".join(rf"(?<![\w/-]){re.escape(name)}(?![\w/])" for name in PLACEHOLDERS))
-    distinct = {" ".join(pattern.sub(lambda match: PLACEHOLDERS[match[0]], line).split()) for line in lines}
-    # Where no folder is named it would be the small checkpoint, for a minute each.
-    return sorted({re.sub(r"-triton verify( checkpoint)?", "-triton verify checkpoint", line) for line in distinct})
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    lines = {pattern.sub(lambda match: PLACEHOLDERS[match[0]], match[1] or match[2]) for match in LINE.finditer(texts)}
+    words = sorted(shlex.split(line, comments=True) for line in lines)
+    return [line[1:] if line[0].startswith("TRITON_INTERPRET") else line for line in words]
 
 
-# test_example_runs has the examples, and a page that is written here would hide that it was old.
-ELSEWHERE = "python -m venv", "python3 -m venv", "python examples/", "python -m tests.docs.test_docs"
-COMMANDS = [line for line in commands() if not line.startswith(ELSEWHERE)]
-
-
-def test_commands_are_found() -> None:
-    needed = "tune.py expert_swiglu --sizes T=4096", "bench --plot out.png", "verify checkpoint --w", "fit mi"
-    assert len(COMMANDS) > 30 and all(any(text in line for line in COMMANDS) for text in needed)
-
-
-@pytest.fixture(scope="module")
-def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the small one's first layer, with a chat template."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tensors = load_file(SMALL / "model.safetensors")
-    kept = {name: x for name, x in tensors.items() if ".layers." not in name or ".layers.0." in name}
-    save_file(kept, folder / "model.safetensors")
-    changes = {"config.json": {"num_hidden_layers": 1}, "tokenizer.json": {}}
-    changes["tokenizer_config.json"] = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
-    for name, values in changes.items():
-        (folder / name).write_text(json.dumps(json.loads((SMALL / name).read_text()) | values))
-    return folder
-
-
-def shortened(words: list[str]) -> list[str]:
-    """Return Python's arguments, as this test runs the command; nothing where there is nothing to run."""
-    program, *rest = words
-    if program == "torchrun":
-        return ["-m", "torch.distributed.run", *rest, "--device", "cpu"]
-    if program == "mixtral-triton":
-        entry = ["-c", WITHOUT_COMPILER] if rest[0] == "compile" else ["-m", "mixtral_triton"]
-        return [*entry, *rest, *SHORTER.get(rest[0], "").split()]
-    rest = rest if program == "python" else ["-m", "pytest", *rest]
-    if rest[:2] == ["-m", "pytest"]:
-        paths = [word for word in rest[2:] if "/" in word or word == "tests"]
-        assert all((ROOT / path).exists() for path in paths)
-        options = [word for word in rest[2:] if word not in ("-n", "auto", *paths)]
-        return options and [*COLLECT, *options, "tests/ops/test_launches.py"]
-    more = ["figures"] if rest[0].endswith("figures.py") else ["--help"] if rest[0].startswith("benchmarks/") else []
-    return [*rest, *more]
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "line", [pytest.param(x, marks=[] if x.startswith(QUICK) else pytest.mark.slow) for x in COMMANDS]
-)
-def test_command_runs(line: str, one_layer: Path, tmp_path: Path) -> None:
-    for name in ("benchmarks", "docs", "examples", "kernels", "mixtral_triton", "tests", "pyproject.toml"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "checkpoint").symlink_to(one_layer)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "A list"}\n{"messages": [{"role": "user", "content": "x"}]}\n')
-    words = shlex.split(line)
-    settings = dict(word.split("=", 1) for word in words[:1] if word.startswith("TRITON_INTERPRET="))
-    command = shortened(words[len(settings) :])
-    if not command:
-        return
-    folder, collects = (ROOT, True) if "--collect-only" in command else (tmp_path, False)
-    done = python(*command, cwd=folder, GLOO_SOCKET_IFNAME="lo", **settings)
-    allowed = {0, 1} if " fit " in line else {0, 5} if collects else {0}  # 1: no format fits; 5: no test is selected
-    assert done.returncode in allowed, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert "Traceback" not in done.stderr
+def test_commands_have_arguments_that_exist() -> None:
+    """The command line's parser takes ours, and files that others name exist. Each command has tests of its own."""
+    found = commands()
+    assert len(found) > 30
+    for program, *rest in found:
+        if program == "mixtral-triton" and rest[1:] and "--help" not in rest:  # one word names a command
+            parser().parse_args(rest)
+        paths = [word for word in rest if re.fullmatch(r"(tests|benchmarks|docs|examples)/[\w/.]*", word)]
+        assert all((ROOT / path).exists() for path in paths), rest
 
 
 if __name__ == "__main__":

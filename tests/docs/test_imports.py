@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import mixtral_triton
 from mixtral_triton.kernels.registry import OPERATIONS
 from tests.cli.commands import ROOT, python
 
@@ -36,8 +35,11 @@ def test_help_and_a_typo_import_no_torch_and_the_library_no_transformers() -> No
     for words in ("--help", "generate --help", "verfy", "generate --promt x", "fit --memory x"):
         call = f"from mixtral_triton.cli import main\ntry:\n  main({words.split()})\nexcept SystemExit: {IMPORTED}"
         assert python("-c", f"import sys\n{call}").stderr.splitlines()[-1] == "", words
-    load = f"import sys, mixtral_triton as m; m.Mixtral.from_pretrained('small', 'cpu').generate([[1]], 1); {IMPORTED}"
-    assert python("-c", load).stderr == "torch\n"
+    code = "import sys, mixtral_triton as m; m.Mixtral.from_pretrained('small', 'cpu').generate([[1]], 1); "
+    loaded = python("-c", f"{code}{IMPORTED}; print(*sys.modules)")
+    assert loaded.stderr == "torch\n"
+    other = ("rich", "mixtral_triton.bench", "mixtral_triton.cli", "mixtral_triton.verif")
+    assert not [name for name in loaded.stdout.split() if name.startswith(other)]
 
 
 def imported(name: str) -> set[str]:
@@ -127,25 +129,6 @@ def test_operations_are_reached_through_ops_alone(name: str) -> None:
     assert not {alias.name for node in helpers for alias in node.names} & OPERATIONS.keys()
 
 
-def test_importing_the_model_loads_no_command() -> None:
-    """Nor does the package alone load transformers."""
-    code = "import sys; from mixtral_triton import Mixtral; print(*sys.modules)\n"
-    code += "from mixtral_triton import verify; print('transformers' in sys.modules)"
-    *loaded, transformers = python("-c", code).stdout.split()
-    assert "mixtral_triton.model.model" in loaded and transformers == "False"
-    assert not [
-        name
-        for name in loaded
-        if name.startswith(("rich", *(f"mixtral_triton.{folder}" for folder in ("bench", "cli", "verif"))))
-    ]
-
-
-@pytest.mark.parametrize("name", sorted(mixtral_triton.__all__))
-def test_no_submodule_hides_a_public_name(name: str) -> None:
-    assert not (ROOT / "mixtral_triton" / f"{name}.py").exists()
-    assert getattr(mixtral_triton, name) is not None
-
-
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_emulator_and_simulated_gpu_know_the_project_by_an_adapter_alone(path: Path) -> None:
     names = [node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
@@ -197,19 +180,6 @@ def test_sdist(built: Path) -> None:
     wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.*")}
     assert "tests/conftest.py" in wanted and wanted <= names, sorted(wanted - names)
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
-
-
-def test_installed_wheel_imports_from_anywhere(built: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path / "site")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import mixtral_triton, mixtral_triton.kernels.registry as registry\n"
-        "assert mixtral_triton.__file__.startswith(sys.path[0]), mixtral_triton.__file__\n"
-        "assert registry.__file__.startswith(sys.path[0]), registry.__file__\n"
-        "mixtral_triton.Mixtral, mixtral_triton.KVCache, mixtral_triton.verify\n"
-    )
-    done = python("-c", code, cwd=tmp_path, PYTHONPATH="")
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
