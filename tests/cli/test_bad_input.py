@@ -46,7 +46,6 @@ BAD_INPUT = {
     },
     "verify --device gpu": "'gpu' is unknown to torch: needs cuda, cuda:1, ... or cpu",
     "verify no/such/folder": "no/such/folder",
-    "generate mixtral-8x7b --prompt x": "mixtral-8x7b is a name that `mixtral-triton fit` takes",
     "verify --device cuda:99": "cuda:99",
     "verify --device cpu --tokens 4096": "needs 2 to 2048",
     "verify --device cpu --tokens 1": "needs 2 to 2048",
