@@ -272,7 +272,9 @@ def test_pickled_or_missing_weights_are_rejected(tmp_path):
     assert_refused(tmp_path, r"neither model\.safetensors nor", error=FileNotFoundError)
 
 
-IMPORTS = "from mixtral_triton.checkpoint.tensors import MixtralConfig, check, parameter_shapes, read_headers, read_weights"
+IMPORTS = (
+    "from mixtral_triton.checkpoint.tensors import MixtralConfig, check, parameter_shapes, read_headers, read_weights"
+)
 LOADED = """
 config, dtype = MixtralConfig(**eval(sys.argv[3])), getattr(torch, sys.argv[2])
 parameters = {name: torch.empty(shape, dtype=dtype) for name, shape in parameter_shapes(config).items()}
