@@ -17,7 +17,7 @@ import torch
 from rich.filesize import decimal
 from rich.text import Text
 
-from ..checkpoint.arguments import WEIGHT_FORMATS, default_dtype, weight_bytes
+from ..checkpoint.arguments import default_dtype, weight_bytes
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..checkpoint.tensors import parameter_shapes
 from ..kernels.operation.declaration import Cost
@@ -54,6 +54,8 @@ FIRST = "int4, linear int8"  # the format to try first: quicker than int4, at ab
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
+WEIGHT_FORMATS: dict[str, Any] = {STORED: None, "fp8": "fp8", "int8": "int8"}  # values of `weights`
+WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}, "int4": "int4"}
 StepFormats = tuple[str | None, str | None, str | None, str | None]  # of qkv, o, gate_up, down
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."

@@ -1,8 +1,8 @@
 """Checks of a caller's arguments: devices, memory, token ids, lengths."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -13,10 +13,6 @@ from ..kernels.launching.launch import INTERPRETED
 from ..kernels.operation.checks import FLOATS, INTS, fail, readable
 from ..kernels.weights.quantized import QuantSpec
 from .config import DTYPES, MixtralConfig
-
-# Values of `weights`, by the names that `fit` prints.
-WEIGHT_FORMATS: dict[str, Any] = {"as stored": None, "fp8": "fp8", "int8": "int8"}
-WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}, "int4": "int4"}
 
 
 def is_int(value: Any, least: int) -> bool:
@@ -138,23 +134,12 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def check_memory(device: torch.device, needed: int, bytes_of: Callable[[Any], int] | None = None) -> None:
-    """Raise ValueError, before anything is allocated, where `needed` bytes of weights exceed a CUDA `device`'s memory.
-    bytes_of: the bytes that another value of `weights` takes; None: the files are quantized, and there is no choice."""
+def check_memory(device: torch.device, needed: int) -> None:
+    """Raise ValueError, before anything is allocated, where `needed` bytes of weights exceed a CUDA device's memory."""
     free = free_memory(device)
-    if free is None or needed <= free:
-        return
-    sizes = {}
-    for weights in WEIGHT_FORMATS.values() if bytes_of is not None else ():
-        with suppress(ValueError):  # of int4, whose groups have to divide the columns
-            sizes[repr(weights)] = bytes_of(weights)  # type: ignore[misc]
-    fitting = [f"weights={weights} takes {in_decimal(size)}" for weights, size in sizes.items() if size <= free]
-    if not fitting:
-        least, size = min(sizes.items(), key=lambda item: item[1], default=(repr(None), needed))
-        least = f"no format fits, the least is {in_decimal(size)} with weights={least}"
-        fitting = [least, "needs more memory, or a mesh"]
-    found = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
-    raise ValueError(f"Mixtral.from_pretrained: {found}: {'; '.join(fitting)}")
+    if free is not None and needed > free:
+        got = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
+        raise ValueError(f"Mixtral.from_pretrained: {got}: `mixtral-triton fit` says which formats fit")
 
 
 @contextmanager

@@ -17,22 +17,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # `mistralai/Mixtral-8x7B-v0.1`, and perhaps a branch, tag or commit after an @.
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-FIT_NAME = re.compile(r"mixtral-8x(7|22)b", re.IGNORECASE)  # of the sizes that `fit` knows
 GENERATION_FILE = "generation_config.json"
-CONFIG_FILES = ["config.json", GENERATION_FILE, "quantize_config.json", "hf_quant_config.json", "adapter_config.json"]
-CONFIG_FILES += ["params.json"]
+CONFIG_FILES = ["config.json", GENERATION_FILE, "hf_quant_config.json"]
 TEXT_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
 TEXT_FILES += ["chat_template.jinja", INDEX_FILE]
-# What other layouts than transformers' hold, and what a user of them needs.
-_MISTRAL = "is of Mistral's own layout, needs transformers' layout: the hub has it, as in mistralai/Mixtral-8x7B-v0.1"
-OTHER_LAYOUTS = {
-    "adapter_config.json": "is of a LoRA adapter, needs the whole model: peft's merge_and_unload and save_pretrained "
-    "write it",
-    "params.json": _MISTRAL,
-    "consolidated*": _MISTRAL,
-    "*.gguf": "is GGUF, needs safetensors",
-}
-LFS_POINTER = b"version https://git-lfs"
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings"),
@@ -239,7 +227,7 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     """Return a local folder as a Path, or that of the cached snapshot of a name on the hub.
 
     Only files that are read are downloaded; tensors False: without those of weights and text.
-    Raises FileNotFoundError if there is none, NotADirectoryError for a file, ValueError for a folder of another layout.
+    Raises FileNotFoundError if there is none, NotADirectoryError for a file.
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"folder is a {type(folder).__name__}, needs the path of a folder, or a name on the hub")
@@ -249,14 +237,8 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     if not path.is_dir():
         if not isinstance(folder, str) or NAME.fullmatch(folder) is None:
             needs = "a local checkpoint, or a name on the hub like mistralai/Mixtral-8x7B-v0.1"
-            if FIT_NAME.fullmatch(str(folder)):
-                needs += f"; {folder} is a name that `mixtral-triton fit` takes, which reads no weights"
             raise FileNotFoundError(f"{path}: no such folder, needs {needs}")
-        path = _snapshot(folder, tensors)
-    if not any(os.path.lexists(path / name) for name in (SINGLE_FILE, INDEX_FILE)):
-        for pattern, problem in OTHER_LAYOUTS.items():
-            if files := sorted(file.name for file in path.glob(pattern)):
-                raise ValueError(f"{path}: {files[0]!r:.80} {problem}")
+        return _snapshot(folder, tensors)
     return path
 
 
@@ -296,13 +278,6 @@ def read_index(index: Path) -> dict[str, list[str]]:
             raise ValueError(f"{index}: {name!r:.80} is in {file!r:.80}, needs the plain name of a .safetensors file")
         names.setdefault(file, []).append(name)
     return names
-
-
-def refuse_lfs_pointer(file: Path) -> None:
-    """Raise ValueError for what a clone without Git LFS has in a file's place."""
-    with file.open("rb") as opened:
-        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{file}: is a pointer of Git LFS, not the file: run `git lfs pull` in its folder")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

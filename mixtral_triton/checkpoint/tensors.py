@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels.weights.offload import host_memory
 from ..kernels.weights.packing import GROUPS
 from ..kernels.weights.quantized import QuantizedWeight
-from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, read_index, refuse_lfs_pointer, shown
+from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, read_index, shown
 from .shard import UNSHARDED, Shard
 
 KeyLayout = Literal["per_expert", "fused"]
@@ -36,7 +36,6 @@ Quantizer = Callable[[Any, Tensor, Any], None]
 PICKLED = ("pytorch_model*.bin*", "*.pt", "*.pth")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # if quantized
-CONVERT = "transformers' from_pretrained and save_pretrained write them, where you trust the file"
 CHUNK_BYTES = 16 * 2**20
 NAMED = 4  # tensors that an error lists before it only counts
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -154,7 +153,7 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     """Read the headers of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
     `scheme`: how the folder is quantized; it then may hold integers and fp8 (`quantize.hub.read_headers` finds it).
-    Raises FileNotFoundError for missing files; ValueError for pickled weights, an index that disagrees with its shards
+    Raises FileNotFoundError for missing files; ValueError for an index that disagrees with its shards
     or points out of the folder, a truncated or padded file, a dtype other than F32, BF16 or F16, mixed dtypes.
     """
     path = checkpoint_folder(folder)
@@ -162,12 +161,9 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     if not os.path.lexists(path / SINGLE_FILE):  # preferred over an index, as in transformers
         if os.path.lexists(path / INDEX_FILE):
             names = read_index(path / INDEX_FILE)
-        elif pickled := sorted(shown(file.name) for pattern in PICKLED for file in path.glob(pattern)):
-            raise ValueError(
-                f"{path}: {some(pickled)}: pickle can run any code and is never read, needs safetensors: {CONVERT}"
-            )
         else:
-            raise FileNotFoundError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+            got = f"holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+            raise FileNotFoundError(f"{path}: {got}, needs what transformers' save_pretrained writes")
     tensors: dict[str, Stored] = {}
     for file, expected in names.items():
         found = _read_header(path / file, DTYPES if scheme is None else DTYPES | CODES)
@@ -373,7 +369,6 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
     """Return the tensors of a safetensors file; the library checks that they fill it exactly."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, though the checkpoint needs it")
-    refuse_lfs_pointer(file)
     found = {}
     with opened_file(file) as opened:
         for name in opened.offset_keys():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.arguments import check_dtype, default_dtype, in_decimal, is_int, usable_device
+from ..checkpoint.arguments import check_dtype, default_dtype, is_int, usable_device
 from ..checkpoint.config import MixtralConfig
 from ..kernels.operation.checks import readable
 from ..kernels.weights.quantized_cache import QuantizedCache, vector_bytes
@@ -116,10 +116,8 @@ class KVCache:
         except torch.OutOfMemoryError:  # a smaller batch may fit, and a caller may try
             raise
         except (RuntimeError, OverflowError, TypeError) as error:
-            size = in_decimal(cache_bytes(self.config, shape[0], shape[2], self.dtype))
-            got = f"batch {shape[0]} and {shape[2]} slots take {size} on {device}"
-            text = f"KVCache: {got}, which torch cannot allocate, needs a smaller batch or max_len"
-            raise ValueError(text) from error
+            got = f"batch {shape[0]} with {shape[2]} slots"
+            raise ValueError(f"KVCache: {got} is more than torch can allocate, needs a smaller batch") from error
 
     @property
     def batch(self) -> int:

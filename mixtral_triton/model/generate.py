@@ -134,7 +134,6 @@ def stream(
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")
-    dtype = select_dtype("generate", cache_dtype, model.dtype, cache)
     check_rows(model, rows, "generate: prompt")
     longest, limit = max(map(len, rows)), model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
@@ -144,6 +143,7 @@ def stream(
         model._check_cache(cache, len(rows))
         cache.check_intact()
         cache.check_length(longest + max(0, max_new_tokens - 1))
+    dtype = select_dtype("generate", cache_dtype, model.dtype, cache)
     if generator is None and temperature > 0.0 and model.device.type == "cuda":
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
         generator = torch.Generator(model.device).manual_seed(int(torch.randint(1 << 62, (), device="cpu")))
@@ -170,13 +170,14 @@ def _stream(
         with explain():
             cache = KVCache(model.config, len(rows), context, model.device, cache)
     else:
-        if not model.has_filled(cache):
+        identity = model.identity()
+        if cache.filled_by not in (None, identity) and bool(cache.lengths.any()):
             what = "the cache was filled by another model, or in another dtype"
             warnings.warn(f"generate: a text is computed from its start: {what}", RuntimeWarning, stacklevel=2)
             cache.lengths.zero_()
         kept = cache.set_back([row.tolist() for row in rows])
         texts = [row[start : len(row) - (n == 0)] for row, start in zip(rows, kept, strict=True)]
-        cache.filled_by, drawn = model.identity(), cache.drawn
+        cache.filled_by, drawn = identity, cache.drawn
         if n == 0:  # the newest token is the prompt's last
             with explain():
                 prefill(model, cache, *pad(texts, model.device))

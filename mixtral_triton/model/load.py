@@ -67,16 +67,10 @@ def load(
     if request.activations is not None:
         check_activations(request.activations, specs, shapes, target_device)
 
-    def bytes_of(specs: Mapping[str, QuantSpec]) -> int:
-        return table_bytes(config) + weight_bytes(local_shapes, specs, dtype)
-
-    def bytes_if(quantization: Any) -> int:
-        return bytes_of(shard.specs(select_specs(quantization, shapes), shapes, local_shapes))
-
-    needed, sizes = bytes_of(specs), movable_bytes(config, local_shapes, specs, dtype)
+    needed = table_bytes(config) + weight_bytes(local_shapes, specs, dtype)
+    sizes = movable_bytes(config, local_shapes, specs, dtype)
     placement = place(request, config, ranks, target_device, needed, sizes)
-    has_choice = headers.scheme is None and not placement.host_bytes
-    check_memory(target_device, needed - placement.freed_bytes, bytes_if if has_choice else None)
+    check_memory(target_device, needed - placement.freed_bytes)
     try:
         model = cls(config, target_device, dtype, deterministic, specs, ranks, placement)
     except torch.OutOfMemoryError as error:  # another process has taken what was free

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..checkpoint import tensors as checkpoint
-from ..checkpoint.arguments import check_dtype, check_ids, check_lengths, usable_device
+from ..checkpoint.arguments import check_dtype, check_ids, check_lengths
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig
 from ..checkpoint.shard import UNSHARDED
 from ..kernels.launching.launch import pdl_region
@@ -226,21 +226,19 @@ class Model(nn.Module):
             if lengths is not None:
                 check_lengths("Mixtral", lengths, B, self.device)
                 check_values("Mixtral", "lengths", lengths, 0, T)
-            if not torch.compiler.is_compiling() and not self.has_filled(cache):
+            compiling = torch.compiler.is_compiling()
+            identity = None if compiling else self.identity()
+            if not compiling and cache.filled_by not in (None, identity) and bool(cache.lengths.any()):
                 got = "keys that another model filled in, or this one in another dtype"
                 raise ValueError(f"Mixtral: argument 'cache' has {got}, needs a new cache, or lengths of 0")
             cache.reserve(T if lengths is None else lengths)
-            if not torch.compiler.is_compiling():
-                cache.filled_by = self.identity()
+            if not compiling:
+                cache.filled_by = identity
                 cache.record(input_ids, lengths)
 
     def identity(self) -> tuple[weakref.ref[Model], torch.dtype]:
         """Return what a cache keeps of the model that filled it."""
         return weakref.ref(self), self.dtype
-
-    def has_filled(self, cache: KVCache) -> bool:
-        """Whether the tokens of `cache`, if there are any, are this model's in its dtype, as far as the cache knows."""
-        return cache.filled_by in (None, self.identity()) or not bool(cache.lengths.any())
 
     def _check_cache(self, cache: KVCache, B: int) -> None:
         """Raise ValueError unless `cache` is one of this model, for B sequences."""
@@ -263,16 +261,6 @@ class Model(nn.Module):
         if mode:
             raise ValueError("Mixtral is for inference only: there is no training mode")
         return super().train(False)
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As torch's; a device that does not exist is a ValueError."""
-        try:
-            device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        except RuntimeError as error:  # of a device that torch does not know
-            raise ValueError(f"Mixtral.to: {error}") from error
-        if device is not None:
-            usable_device(str(device))
-        return super().to(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and convert; the rotary tables stay fp32, since rounded angles would change the logits, and are set

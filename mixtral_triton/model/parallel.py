@@ -4,9 +4,8 @@ Tokens are replicated. An all-reduce follows attention and the experts (Megatron
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial, reduce
 from typing import Any
@@ -16,12 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.shard import Shape, Shard, even
+from ..checkpoint.shard import Shard, even
 
 TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs
 LOADING_TIMEOUT = timedelta(minutes=10)  # while loading: disks differ; a dead rank is detected at once
 POLL_INTERVAL = 1.0  # seconds between checks for dead ranks
-_meshes: Counter[Shape] = Counter()  # how many were made of these ranks: each has keys of its own
 CLOSE_DELAY = 0.2  # seconds until the connections of a dead rank are closed
 
 
@@ -48,7 +46,6 @@ class Ranks:
         self.device_type: str = mesh.device_type
         self._global = ranks
         try:
-            self._await_ranks()
             # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group is
             # first, since ranks may arrive at very different times.
             new_group = partial(dist.new_group, ranks, use_local_synchronization=True)
@@ -56,23 +53,6 @@ class Ranks:
             self._group: Any = new_group(timeout=TIMEOUT)
         except RuntimeError as error:
             raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
-
-    def _await_ranks(self) -> None:
-        """Wait until every rank is here; ConnectionError that names those that are not after LOADING_TIMEOUT. Making a
-        group waits as long as the process group's default, 30 minutes where the caller has set nothing."""
-        ranks = tuple(self._global)
-        _meshes[ranks] += 1
-        store = dist.distributed_c10d._get_default_store()
-        keys = [f"mixtral_triton/{ranks}/{_meshes[ranks]}/{rank}" for rank in ranks]
-        try:
-            store.set(keys[self.shard.rank], "here")
-            store.wait(keys, LOADING_TIMEOUT)
-        except RuntimeError as error:
-            with suppress(RuntimeError):  # the process that has the store may be gone
-                missing = " and ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
-                text = f"rank {missing} did not come to load within {LOADING_TIMEOUT} (parallel.LOADING_TIMEOUT)"
-                raise ConnectionError(f"{self.name}: {text}") from error
-            raise
 
     def local_ids(self, ids: Tensor, experts: int) -> Tensor:
         """Convert expert ids int32 [T,K] to this rank's indices; other ranks' ids become out of range: no-ops."""

@@ -3,13 +3,9 @@
 int4 and int8: pack-quantized. fp8: float-quantized, for engines that also quantize activations, token by token.
 """
 
-import errno
 import itertools
 import json
-import os
-import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -85,8 +81,10 @@ def write(
                             tensors |= {linear.removesuffix("weight") + part: x for part, x in parts.items()}
                     else:
                         tensors[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = read(slice(None))
-            with _error_names(new / source.name):
+            try:
                 save_file(tensors, new / source.name, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk
+                raise OSError(f"{new / source.name}: {error}") from error
             total += sum(tensor.nbytes for tensor in tensors.values())
             files |= dict.fromkeys(tensors, source.name)
         _write_rest(headers.folder, new, files, total, part_specs)
@@ -108,19 +106,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
         if new:
             out.rmdir()
         raise
-
-
-@contextmanager
-def _error_names(path: Path) -> Iterator[None]:
-    """Raise OSError with the file's name for a failed write; safetensors gives only the number in its text."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        if getattr(error, "filename", None) is not None:
-            raise
-        number = re.search(r"(?:os error |Errno )(\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _read(part: Any, name: str, progress: checkpoint.Progress, index: Any) -> Tensor:
@@ -164,16 +149,8 @@ def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, s
     texts = {}
     if set(files.values()) != {checkpoint.SINGLE_FILE}:
         texts[checkpoint.INDEX_FILE] = {"metadata": {"total_size": total}, "weight_map": files}
-    root = folder.resolve()
-    # The hub's cache holds links to its blobs. Other links that leave the folder may lead to anything.
-    roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
     for file in sorted(folder.iterdir()):
-        if not file.is_file() or any(map(file.match, NOT_COPIED)):
-            continue
-        if not any(map(file.resolve().is_relative_to, roots)):
-            warnings.warn(f"quantize: {file} is a link out of the folder, and is not copied", stacklevel=3)
-            continue
-        with _error_names(out / file.name):
+        if file.is_file() and not any(map(file.match, NOT_COPIED)):
             shutil.copyfile(file, out / file.name)
     config = read_json_object(folder / "config.json")
     quantized = {name.rpartition(".")[0] for name in files if name.endswith(".weight_scale")}
@@ -182,8 +159,7 @@ def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, s
     dense = sorted(name for name in linears - quantized if name.endswith(LINEARS))
     texts["config.json"] = config | {"quantization_config": _quantization_config(specs, dense)}
     for name, value in texts.items():
-        with _error_names(out / name):
-            (out / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
+        (out / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
 def _quantization_config(specs: Mapping[str, QuantSpec], ignore: list[str]) -> dict[str, Any]:

@@ -105,29 +105,6 @@ def test_offline_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert checkpoint_folder(NAME) == repository / "snapshots" / COMMIT
 
 
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-OTHERS: dict[str, tuple[dict[str, str], str]] = {
-    "mistral": ({"params.json": "{}", "consolidated.safetensors": ""}, "Mistral's own layout, needs transformers'"),
-    "consolidated": ({"config.json": "", "consolidated.00.pth": ""}, "'consolidated.00.pth' is of Mistral's own"),
-    "lora": ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "LoRA adapter, .* merge_and_unload"),
-    "gguf": ({"a.Q4_0.gguf": ""}, "'a.Q4_0.gguf' is GGUF, needs safetensors"),
-    "lfs": ({"config.json": "", "model.safetensors": LFS}, r"model\.safetensors: is a pointer of Git LFS, .* `git lfs"),
-    "bin": ({"config.json": "", "pytorch_model.bin": ""}, "never read, needs safetensors: .*save_pretrained write"),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_other_layouts_are_refused_with_what_to_do(case: str, tmp_path: Path) -> None:
-    files, message = OTHERS[case]
-    for name, text in files.items():
-        (tmp_path / name).write_text(text or (SMALL / name).read_text() if name == "config.json" else text)
-    for call in (Mixtral.from_pretrained, verify):
-        with pytest.raises(ValueError, match=message) as caught:
-            call(tmp_path)
-        assert str(tmp_path) in str(caught.value)
-    assert str(caught.value) in error_line("generate --device cpu --prompt x", tmp_path)
-
-
 def test_no_weight_is_fetched_for_what_will_be_refused(hub: Any) -> None:
     """Another architecture; an index whose names, as patterns, would download anything."""
     index, config = hub.remote / "model.safetensors.index.json", json.loads((hub.remote / "config.json").read_text())

@@ -378,9 +378,6 @@ def test_bad_caches(options: dict[str, Any], load: Callable[..., Mixtral]) -> No
 def test_bad_loads(options: dict[str, Any], load: Callable[..., Mixtral]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         load("window", **options)
-    if options.get("device") in ("gpu", "cuda:99"):
-        with pytest.raises(ValueError, match=r"Mixtral.to: .*gpu|does not exist"):
-            load("window").to(**options)
 
 
 def test_gradients_and_training_are_refused(model: Mixtral, device: torch.device) -> None:

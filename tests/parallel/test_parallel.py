@@ -215,14 +215,6 @@ def test_what_is_bad_for_one_rank_ends_all(reason: str, ranks: Ranks, checkpoint
 
 
 @pytest.mark.slow
-def test_a_rank_that_does_not_come_to_load(ranks: Ranks, checkpoint: Checkpoint) -> None:
-    """The process group's own timeout, 30 minutes here as where the caller sets none, does not end the wait."""
-    message = "rank 3 did not come to load within 0:00:02 (parallel.LOADING"
-    for rank, said in itertools.chain(*(enumerate(ranks(work.absent, checkpoint(), tp=4)[:3]) for _ in range(2))):
-        assert said.startswith(f"rank {rank} of 4: {message}"), said
-
-
-@pytest.mark.slow
 def test_a_rank_that_does_not_come_or_is_never_done(ranks: Ranks, checkpoint: Checkpoint) -> None:
     for rank, said in enumerate(ranks(work.silent, checkpoint(), IDS, tp=4)[:3]):
         assert said.startswith(f"rank {rank} of 4: {NO_ANSWER}")

@@ -232,15 +232,6 @@ def silent(mesh: Any, folder: Path, ids: torch.Tensor) -> str:
     return "" if is_last_rank() else message(lambda: model(ids))
 
 
-def absent(mesh: Any, folder: Path) -> str:
-    """Return the error of loading a model that the last process does not load."""
-    with mock.patch.object(parallel, "LOADING_TIMEOUT", timedelta(seconds=2)):
-        if is_last_rank():  # as if it had died before
-            parallel._meshes[tuple(sorted(mesh.mesh.flatten().tolist()))] += 1
-            return ""
-        return message(lambda: Mixtral.from_pretrained(folder, "cpu", mesh=mesh))
-
-
 def stuck(mesh: Any, folder: Path) -> str:
     """Return the error that ends the wait for a GPU that is never done."""
     ranks: Any = Mixtral.from_pretrained(folder, "cpu", mesh=mesh).ranks
