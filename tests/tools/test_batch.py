@@ -4,6 +4,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,11 +22,17 @@ from mixtral_triton.cli.text_stream import Writer, read_step
 from mixtral_triton.model.offload_plan import MARGIN
 from mixtral_triton.model.sampling import Logprobs
 from mixtral_triton.model.tokenizer import load_tokenizer
-from tests.cli.commands import error_line, output, run, run_json
-from tests.tools.test_chat import start
+from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
 
 pytestmark = pytest.mark.compiled
 BATCH = "generate --device cpu --max-new-tokens 5 --deterministic --batch-size 3"
+
+
+def start(*words: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "mixtral_triton", *map(str, words)]
+    pipes: dict[str, Any] = {"stdin": -1, "stdout": -1, "stderr": -1, "text": True, "bufsize": 0}
+    return subprocess.Popen(command, env=environment, preexec_fn=heed_interrupts, **pipes)
 
 
 def write_jobs(folder: Path, count: int = 40) -> Path:

@@ -17,7 +17,7 @@ from mixtral_triton.bench.cases import BENCHED, TOKENS, Case, cases
 from mixtral_triton.bench.command import figure_of
 from mixtral_triton.bench.gpus import GPUS, LINKS
 from mixtral_triton.bench.measure import Outcome, fault, measure_row, our_call, untimed_row
-from mixtral_triton.bench.peers import PEERS, find_peer, user_peer
+from mixtral_triton.bench.peers import PEERS, user_peer
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.ops.experts.op import ExpertCase
 from mixtral_triton.kernels.registry import OPS
@@ -227,15 +227,6 @@ def test_a_case_too_large_for_a_cpu_is_not_checked() -> None:
     case = Case(OPS["expert_swiglu"], OPS["expert_swiglu"].bench_shapes[0])
     outcome = measure_row(case, H100, {"mine": PEERS["torch"]}, "there is no GPU").peers["mine"]
     assert outcome.note == "not checked: too large for a CPU (705 MB, 1 GFLOP)" and outcome.right is None
-
-
-def test_modules_are_imported_from_the_current_folder_first(folder: Path) -> None:
-    (folder / "json_for_bench.py").write_text("from operator import add\nclass Kept:\n    f = staticmethod(add)\n")
-    later = "def f(*args):\n    import mine_for_bench\n    return mine_for_bench.NUMBER\n"
-    (folder / "later_for_bench.py").write_text(later)
-    assert callable(find_peer("json_for_bench:Kept.f"))
-    args = {"x": None, "weight": None, "eps": 0.0}
-    assert find_peer("later_for_bench:f")(OPS["rms_norm"], args)(**args) == 3
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_commands_change_the_chat(chat_folder: Path) -> None:
     assert "mixtral-triton chat: generate: a text is computed from its start: other tokens are in the cache" in error
     assert found[3]["prompt_tokens"] > found[2]["prompt_tokens"] + 6
     want, _ = talk(chat_folder, ["Hi"], "--system", "Be short.", "--logprobs", "2")
-    assert want == talk(chat_folder, ["/system Be short.", "Hi"], "--logprobs", "2")[0][:0] + want
+    assert answers(want) == answers(talk(chat_folder, ["/system Be short.", "Hi"], "--logprobs", "2")[0])
     assert [len(each["top"]) for each in want[0]["logprobs"]] == [2] * len(want[0]["tokens"])
     assert talk(chat_folder, ["/system fail", "Hi"])[0][0]["error"].endswith("leave --system out")
 
@@ -278,16 +278,6 @@ def test_after_an_eos_the_next_turn_has_what_the_template_has(eos: str, chat_fol
     assert second["tokens"] == want
 
 
-def test_stop_at_the_first_token_of_the_second_answer(whole_folder: Path) -> None:
-    command = "generate --device cpu --chat --max-new-tokens 6 --prompt Hi --prompt And"
-    plain = run_json(command, whole_folder)
-    stop = load_tokenizer(whole_folder).decode(plain["tokens"][:1])
-    assert stop not in plain["messages"][1]["content"], "the first answer has it not"
-    found = run_json(command, whole_folder, "--stop", stop)
-    assert found["messages"][-1]["content"] == found["text"] == "" and found["finish_reason"] == "stop"
-    assert found["messages"][:-1] == plain["messages"][:-1] and found["tokens"] == plain["tokens"][:1]
-
-
 def test_the_prefill_rate_counts_computed_tokens_alone() -> None:
     speed, line = speed_of([0.0, 2.0, 3.0], 100, torch.device("cpu"), reused=90)
     assert speed["prefill_tokens_per_second"] == 5.0 and "prefill: 10 tokens and 90 reused, 5.0 tokens/s" in line
@@ -353,13 +343,6 @@ def test_offload_auto_plans_the_context_of_a_chat(chat_folder: Path, monkeypatch
 
 def _raise(message: str) -> None:
     raise ValueError(message)
-
-
-def start(*words: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "mixtral_triton", *map(str, words)]
-    pipes: dict[str, Any] = {"stdin": -1, "stdout": -1, "stderr": -1, "text": True, "bufsize": 0}
-    return subprocess.Popen(command, env=environment, preexec_fn=heed_interrupts, **pipes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
