@@ -154,6 +154,13 @@ def compile_shown(launch: Callable[..., object], model: Any, *args: Any) -> None
             compile_ahead(model, lambda: launch(model, *args), progress.update)
 
 
+def check_range(name: str, value: float, least: float, most: float | None = None, what: str = "") -> None:
+    """Raise ValueError where a number is below `least` or above `most`, which is `what`."""
+    if not least <= value <= (value if most is None else most):
+        need = f"at least {least}" if most is None else f"{least} to {most}{what and ', '}{what}"
+        raise ValueError(f"{name} is {value}, needs {need}")
+
+
 def check_writable(option: str, file: Path) -> None:
     """Raise ValueError where an option's file cannot be written: before the work whose result would be lost."""
     folder = file.absolute().parent
@@ -195,8 +202,7 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     """Open a DeviceMesh [ep, tp] of the processes that torchrun started; None where this is the only process.
     ValueError unless torchrun started tp * ep of them, with a GPU or a part of the CPU for each."""
     for name in ("tp", "ep"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, needs at least 1")
+        check_range(f"--{name}", getattr(args, name), 1)
     needed, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
     rank = f"rank {os.environ['RANK']} of {started}: " if "RANK" in os.environ else ""
     if needed != started:

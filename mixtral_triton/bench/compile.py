@@ -22,7 +22,6 @@ from ..kernels.operation.declaration import Op, runs_on
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..kernels.weights.packing import GROUPS
-from ..kernels.weights.quantized_cache import vector_bytes
 from ..model.ahead import Progress, build, kernel_key, on_all_cores, source_of
 from ..terminal import Table, bar, console, table_of
 from .gpus import family_note
@@ -34,8 +33,7 @@ _HARMLESS = {"sm_80": 64, "sm_90": 16, "sm_100": 64}
 CAPTION = (
     "w/s: warps and stages; regs: registers of a thread; p/SM: programs that an SM holds at once; FLOP/i: of the "
     "tensor cores, for each other instruction of the main loop; smem/tensor: clocks that shared memory and the tensor "
-    "cores take for an iteration of the main loop; i/B: thread instructions there for a byte of a cache; kernels: how "
-    "many have these figures"
+    "cores take for an iteration of the main loop; kernels: how many have these figures"
 )
 
 
@@ -82,16 +80,6 @@ class Compiled:
         return None if loop is None else loop.clocks(self.arch, self.num_warps)
 
     @property
-    def loop_instructions_per_byte(self) -> float | None:
-        """Thread instructions of a decode step's attention for a byte of keys and values that an iteration loads."""
-        if self.kernel != "attention_decode_kernel" or not self.loops:
-            return None
-        quantized = self.signature["keys.k_scales"] != "constexpr"
-        vector = vector_bytes(self.constexprs["D"], {"fp32": 4}.get(self.dtype, 2), quantized)
-        least = min(loop.tensor + loop.other for loop in self.loops)
-        return 32 * self.num_warps * least / (2 * self.constexprs["BLOCK_N"] * vector)
-
-    @property
     def programs_per_sm(self) -> int | None:
         """How many programs an SM holds at once, by registers and shared memory; None where that is not known."""
         if self.error or amd(self.arch):
@@ -116,8 +104,7 @@ class Compiled:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `compile --json` prints."""
-        names = [*vars(self), "loop_flop_per_instruction", "loop_instructions_per_byte", "loop_spills", "fault"]
-        names += ["programs_per_sm", "loop_clocks"]
+        names = [*vars(self), "loop_flop_per_instruction", "loop_spills", "fault", "programs_per_sm", "loop_clocks"]
         return {name: getattr(self, name) for name in names if name not in ("signature", "stages", "error", "loops")}
 
 
@@ -262,8 +249,6 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         line |= {name: "" if row[key] is None else f"{row[key]:,.0f}" for name, key in figures.items()}
         line["p/SM"] = str(row["programs_per_sm"] or "")
         line["smem/tensor"] = "/".join(f"{clocks:,.0f}" for clocks in row["loop_clocks"] or ())
-        per_byte = row["loop_instructions_per_byte"]
-        line["i/B"] = "" if per_byte is None else f"{per_byte:.1f}"
         lines.update([("bold red" if row["fault"] else "", *line.items())])
     shown = [(dict(cells) | {"kernels": str(count)}, style) for (style, *cells), count in lines.items()]
     caption = f"tile: BLOCK_ of {', '.join(dict.fromkeys(tiles))}, those that a kernel has; {CAPTION}"
@@ -281,8 +266,6 @@ def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
             )
         if name == "cache" and size != "int8":
             raise ValueError(f"{option} is {text!r}, needs int8, or no cache=: the cache is then in the model's dtype")
-        if name in found:
-            raise ValueError(f"{option} has {name} twice, needs each letter once")
         found[name] = int(size) if size.isdecimal() else size
     return found
 

@@ -42,7 +42,7 @@ from ..model.offload_plan import (
 )
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.layouts import read_scheme
-from ..terminal import console, table_of
+from ..terminal import check_range, console, table_of
 from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu, floor
 
 # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
@@ -141,12 +141,9 @@ class Request:
         config = known or MixtralConfig.from_pretrained(name)
         limit, layers = config.max_position_embeddings, config.num_hidden_layers
         context = limit if args.context is None else args.context
-        if layers > LAYERS_MAX:
-            raise ValueError(f"{name}: num_hidden_layers is {layers}, needs at most {LAYERS_MAX}")
-        if args.batch < 1:
-            raise ValueError(f"--batch is {args.batch}, needs at least 1")
-        if not 1 <= context <= limit:
-            raise ValueError(f"--context is {context}, needs 1 to {limit}, the model's positions")
+        check_range(f"{name}: num_hidden_layers", layers, 1, LAYERS_MAX)
+        check_range("--batch", args.batch, 1)
+        check_range("--context", context, 1, limit, "the model's positions")
         specs, stored = format_specs(config), SHORT[default_dtype(config)]
         if not known and (scheme := read_scheme(checkpoint_folder(name, tensors=False))) is not None:
             # The files alone say which tensors are quantized.
@@ -295,8 +292,7 @@ def select_gpu(args: argparse.Namespace) -> GPU | None:
     if args.memory is not None:
         if args.gpu is not None:
             raise ValueError("--gpu is given, and --memory, too: needs one of the two")
-        if not 1 <= args.memory < 2**40:
-            raise ValueError(f"--memory is {args.memory}, needs GiB, at least 1, and less than {2**40}")
+        check_range("--memory", args.memory, 1, 2**40, "in GiB")
         gpu = GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
     elif args.gpu is not None:
         gpu = find_gpu(args.gpu)

@@ -16,7 +16,7 @@ from ..checkpoint.arguments import default_dtype, in_decimal, weight_bytes
 from ..checkpoint.config import MixtralConfig
 from ..checkpoint.tensors import parameter_shapes
 from ..model.offload_plan import AUTO_CONTEXT
-from ..terminal import console, table_of
+from ..terminal import check_range, console, table_of
 from .fit import COLOURS, KNOWN, STORED, QuantSpecs, Request, free_bytes, select_gpu, verdict
 from .gpus import GPUS
 
@@ -83,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.link or args.cache_dtype:
         raise ValueError("--train takes neither --link nor --cache-dtype: needs them left out")
     rank = RANK if args.rank is None else args.rank
-    if rank < 1:
-        raise ValueError(f"--rank is {rank}, needs at least 1")
+    check_range("--rank", rank, 1)
     request = Request.of(args, MODELS)
     if request.specs.get(STORED):
         raise ValueError(f"fit --train: {request.name} is quantized already, needs a dense checkpoint")

@@ -26,10 +26,8 @@ def _torch(op: Op, args: Args) -> Function:
 
 
 def _transformers(op: Op, args: Args) -> Function:
-    if op.name != "expert_swiglu":
-        raise Unsupported("it has no such operation")
-    if any(isinstance(value, QuantizedWeight) for value in args.values()):
-        raise Unsupported("its weights are dense")
+    if op.name != "expert_swiglu" or any(isinstance(value, QuantizedWeight) for value in args.values()):
+        raise Unsupported("it has no such operation" if op.name != "expert_swiglu" else "its weights are dense")
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -60,8 +58,6 @@ def find_peer(text: str) -> Peer:
     sys.path.insert(0, os.getcwd())
     try:
         function = pkgutil.resolve_name(text if ":" in text else f"{text}:")
-        if not callable(function):
-            raise TypeError(f"it is a {type(function).__name__}, needs a function")
     except Exception as error:  # the module's own code may raise anything
         cause = f"{type(error).__name__}: {error}"
         needs = f"{', '.join(PEERS)}, or MODULE:FUNCTION, in this folder or installed"

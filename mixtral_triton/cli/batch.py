@@ -52,7 +52,6 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         check_stdin("--batch -", "a file")
         opened: Any = nullcontext(getattr(sys.stdin, "buffer", sys.stdin))
     else:
-        _check_regular("--batch", args.batch, "a file of JSON lines, or - for standard input")
         opened = args.batch.open("rb")
         if args.out is not None and args.out.exists() and args.out.samefile(args.batch):
             raise ValueError(f"--out {args.out} is the file of --batch, needs another")
@@ -73,15 +72,9 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
     ]
 
 
-def _check_regular(option: str, file: Path, need: str) -> None:
-    """Raise ValueError for a pipe or a device, which may never end."""
-    if file.exists() and not file.is_file():
-        raise ValueError(f"{option} {file} is a pipe, a device or a folder, needs {need}")
-
-
 def _read_job(number: int, line: bytes, digest: str = "") -> Job:
     try:
-        values = json.loads(line.decode(), object_pairs_hook=_distinct)
+        values = json.loads(line)
         json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # fails for half a surrogate pair, and for NaN
     except (ValueError, RecursionError) as error:
         return Job(number, None, digest, {}, f"line {number} is no JSON in UTF-8: {' '.join(str(error).split())}")
@@ -98,13 +91,6 @@ def _read_job(number: int, line: bytes, digest: str = "") -> Job:
     return Job(id, None, digest, others, f"line {number} is {line.decode():.60}, needs {need}")
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return values
-
-
 def is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
 
@@ -114,7 +100,9 @@ def read_done(file: Path | None, jobs: Sequence[Job]) -> tuple[list[dict[str, An
     written to its end. ValueError for a file with anything else."""
     if file is None:
         return [], 0
-    _check_regular("--out", file, "a regular file; without --out the results go to standard output")
+    if file.exists() and not file.is_file():  # it may never end
+        need = "a regular file; without --out the results go to standard output"
+        raise ValueError(f"--out {file} is a pipe, a device or a folder, needs {need}")
     check_writable("--out", file)
     whole, done = file.read_bytes() if file.exists() else b"", list[dict[str, Any]]()
     *lines, last = whole.split(b"\n")

@@ -87,7 +87,7 @@ class Conversation:
     def undo(self) -> str:
         """Forget the last turn -> its message."""
         if not self._turns:
-            raise ValueError("/undo has no turn to forget")
+            raise ValueError("there is no turn")
         self._turns.pop()
         message = self.messages[-2]["content"]
         del self.messages[-2:]
@@ -96,8 +96,6 @@ class Conversation:
     def retry(self, shown: str | None, most: int | None, **options: Any) -> tuple[dict[str, Any], str]:
         """Answer the last message again, as `turn`; where that fails, the answer before stays."""
         before = self.messages, [*self._turns]
-        if not self._turns:
-            raise ValueError("/retry has no turn to answer again")
         self.messages = [*self.messages]
         try:
             written, line = self.turn(self.undo(), shown, most, **options)
@@ -119,18 +117,11 @@ class Conversation:
 
     def save(self, file: Path) -> None:
         """Write the messages to a new file."""
-        try:
-            with file.open("x", encoding="utf-8") as opened:
-                opened.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        except FileExistsError:
-            raise ValueError(f"/save {file} is there already, needs a new file") from None
-        except OSError as error:
-            raise ValueError(f"/save {file}: {error.strerror}, needs a new file, in a folder that exists") from error
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
 
     def load(self, file: Path) -> None:
         """Go on from the messages that `save` wrote; ValueError for another file."""
-        if file.exists() and not file.is_file():
-            raise ValueError(f"/load {file} is no file, needs one that /save wrote")
         try:
             messages = json.loads(read_text(file, f"/load {file}"))["messages"]
             roles = [each["role"] if is_message(each) else "" for each in messages]

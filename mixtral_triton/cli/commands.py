@@ -24,6 +24,7 @@ from ..kernels.launching.arch import ARCHS
 from ..model.tokenizer import load_tokenizer
 from ..terminal import (
     bar,
+    check_range,
     compile_shown,
     did_you_mean,
     exit_status,
@@ -322,8 +323,7 @@ def _chat(args: argparse.Namespace) -> int:
     check_options(args)
     limit = MixtralConfig.from_pretrained(args.folder).max_position_embeddings
     check_system(load_tokenizer(args.folder), args.system)
-    if args.context is not None and not 1 <= args.context <= limit:
-        raise ValueError(f"--context is {args.context}, needs 1 to {limit}, the model's positions")
+    check_range("--context", limit if args.context is None else args.context, 1, limit, "the model's positions")
     chosen, auto = args.context, args.offload == "auto"
     limit = chosen or (min(AUTO_CONTEXT, limit) if auto else limit)  # tokens that loading leaves memory for
     args.context = chosen if auto else None

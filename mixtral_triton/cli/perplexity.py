@@ -14,7 +14,7 @@ import torch
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
 from ..model.score import score_padded
-from ..terminal import bar, compile_shown, console, is_first, print_message, table_of
+from ..terminal import bar, check_range, compile_shown, console, is_first, print_message, table_of
 
 WINDOW = 2048  # the most tokens of a window that is not given
 # Options that change the model's numbers.
@@ -79,12 +79,8 @@ def run(
     model's positions; load(args) returns a model."""
     window = min(limit, WINDOW) if args.window is None else args.window
     stride = max(1, window // 2) if args.stride is None else args.stride
-    for name, value, least, most, what in (
-        ("--window", window, 2, limit, "the model's positions"),
-        ("--stride", stride, 1, window - 1, "since each token has one before it in its window"),
-    ):
-        if not least <= value <= most:
-            raise ValueError(f"{name} is {value}, needs {least} to {most}, {what}")
+    check_range("--window", window, 2, limit, "the model's positions")
+    check_range("--stride", stride, 1, window - 1, "since each token has one before it in its window")
     if len(ids) < 2:
         raise ValueError("--text is one token, needs at least two: the first has nothing before it")
     spans, size, found = list(windows(len(ids), window, stride)), len(text.encode()), dict[str, Any]()

@@ -13,7 +13,7 @@ from ..model.cache import KVCache
 from ..model.generate import eos_ids
 from ..model.mixtral import Mixtral
 from ..model.sampling import Logprobs
-from ..terminal import compile_shown, print_message
+from ..terminal import check_range, compile_shown, print_message
 from .prompt import encode, print_stream, select_options, speed_of
 
 NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more
@@ -21,8 +21,7 @@ NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says m
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise ValueError for options that no model is needed to refuse."""
-    if not -(1 << 63) <= args.seed < 1 << 64:
-        raise ValueError(f"--seed is {args.seed}, needs an integer of 64 bits")
+    check_range("--seed", args.seed, -(1 << 63), (1 << 64) - 1)
     if "" in args.stop:
         raise ValueError("--stop is empty: give at least one character")
     if args.logprobs is not None and not (args.json or getattr(args, "batch", None)):

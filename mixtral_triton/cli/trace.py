@@ -1,9 +1,8 @@
-"""The command `trace`: which experts each token took, layer by layer (Jiang et al. 2024, section 5 and figure 8)."""
+"""The command `trace`: which experts each token took, layer by layer (Jiang et al. 2024, figure 8)."""
 
 import argparse
 import colorsys
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -54,22 +53,8 @@ class Trace:
         counts = F.one_hot(self.experts.long(), self.num_experts).sum((1, 2))
         return counts / self.experts[0].numel()
 
-    def repeated(self) -> tuple[list[float], list[float]]:
-        """Return by layer the part of consecutive tokens with the same first choice, and with any expert in common."""
-        now, then = self.experts[:, 1:], self.experts[:, :-1]
-        first = (now[..., 0] == then[..., 0]).double().mean(1)
-        either = (now[..., None] == then[..., None, :]).flatten(2).any(2).double().mean(1)
-        return first.tolist(), either.tolist()
-
-    def chance(self) -> tuple[float, float]:
-        """Return `repeated` of tokens that take experts at random."""
-        E, K = self.num_experts, self.experts.shape[2]
-        return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
-
     def as_dict(self) -> dict[str, Any]:
-        tensors = {"tokens": list(self.tokens), "experts": self.experts.tolist(), "share": self.share().tolist()}
-        kept, chance = (dict(zip(("first", "either"), x, strict=True)) for x in (self.repeated(), self.chance()))
-        return {**tensors, "kept": kept, "chance": chance}
+        return {"tokens": list(self.tokens), "experts": self.experts.tolist(), "share": self.share().tolist()}
 
     def style(self, expert: int) -> Style:
         red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert / self.num_experts, 0.45, 1.0))
@@ -89,17 +74,11 @@ class Trace:
         if left_out := ", ".join(str(n) for n in range(len(self.experts)) if n not in self.layers):
             yield Text(f"\nleft out: the text of layers {left_out}; see --layers", style="dim")
         yield ""
-        names, rows = (*map(str, range(self.num_experts)), "first", "any"), list[Any]()
-        for layer, (shares, *kept) in enumerate(zip(self.share().tolist(), *self.repeated(), strict=True)):
-            cells = [Text(f"{100 * share:.0f}", "bold" if share == max(shares) else "") for share in shares]
-            cells += [Text(f"{100 * part:.0f}") for part in kept]
-            rows.append(({"layer": str(layer), **dict(zip(names, cells, strict=True))}, ""))
-        even = [1 / self.num_experts] * self.num_experts
-        chance = (f"{100 * part:.3g}" for part in (*even, *self.chance()))
-        rows.append(({"layer": "chance", **dict(zip(names, chance, strict=True))}, "dim"))
-        yield table_of(
-            "% of a layer's choices by expert, and % of consecutive tokens that keep their first, or any", rows
-        )
+        rows = list[Any]()
+        for layer, shares in enumerate(self.share().tolist()):
+            cells = (Text(f"{100 * share:.0f}", "bold" if share == max(shares) else "") for share in shares)
+            rows.append(({"layer": str(layer), **dict(zip(map(str, range(self.num_experts)), cells, strict=True))}, ""))
+        yield table_of("% of a layer's choices by expert", rows)
 
 
 def trace(
@@ -134,8 +113,6 @@ def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) 
     layers = sorted({0, L // 2, L - 1}) if args.layers is None else args.layers
     if not all(0 <= layer < L for layer in layers):
         raise ValueError(f"--layers is {' '.join(map(str, layers))}, needs layers of 0..{L - 1}")
-    if len(ids) < 2:
-        raise ValueError("--prompt is one token: give at least two, since consecutive ones are compared")
     tokens = token_texts(model.tokenizer, args.prompt)
     print_message(note)
     compile_shown(launch_trace, model, len(ids))

@@ -33,7 +33,7 @@ FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
 # Bytes that Triton 3.7 spills outside main loops, where 3.6 and 3.9 spill nothing.
 OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 0
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
-MEASURED |= {"loop_instructions_per_byte", "programs_per_sm", "loop_clocks"}
+MEASURED |= {"programs_per_sm", "loop_clocks"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
 
 

@@ -79,19 +79,6 @@ def test_rotary_tables_are_made_once_and_move_along(make_hf: Any, monkeypatch: p
     assert all(x.is_meta for x in (*angles.to("meta"), *angles.to("meta").tables))
 
 
-@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hook_of_the_activation_raises_value_error(hook: str, make_hf: Any) -> None:
-    model, called = apply(make_hf()), []
-    handle = getattr(model.model.layers[1].mlp.experts.act_fn, hook)(lambda *_: called.append(1))
-    with pytest.raises(ValueError, match=r"hooks on act_fn, .* experts_implementation=\"grouped_mm\""):
-        model(IDS)
-    assert not called
-    apply(model, experts=False)(IDS)
-    assert called
-    handle.remove()
-    apply(model)(IDS)
-
-
 def test_continuous_batching_raises_value_error(make_hf: Any) -> None:
     model = apply(make_hf(attn_implementation="sdpa"))
     message = r"continuous batching \(generate_batch\).*apply\(model, attention=False\)"

@@ -165,21 +165,6 @@ def test_hooks_of_the_user_run_and_stay(make_hf: Any) -> None:
     assert len(revert(model).model._forward_pre_hooks) == 1
 
 
-def test_hooks_of_accelerate_come_and_go(make_hf: Any) -> None:
-    """Such a hook keeps the bound forward that it wraps, and leaves it behind when it is removed."""
-    accelerate = pytest.importorskip("accelerate")
-    model = make_hf()
-    want = model(IDS).logits
-    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    hooked = snapshot(model)
-    assert hf.applied(apply(model)) and torch.allclose(model(IDS).logits, want, atol=1e-4)
-    assert snapshot(revert(model)) == hooked
-    accelerate.hooks.remove_hook_from_submodules(apply(model))
-    assert not hf.applied(revert(model))
-    forwards = [m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__]
-    assert forwards and not any("mixtral_triton" in forward.__func__.__module__ for forward in forwards)
-
-
 def changed(change: Callable[[Any], Any], **sizes: Any) -> Callable[[Any], Any]:
     def build(make: Any) -> Any:
         model = make(**sizes)

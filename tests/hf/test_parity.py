@@ -1,7 +1,7 @@
 """The parity table: features of transformers' Mixtral, applied and eager, in fp32: equal tokens, values within 1e-4.
 And what a user passes or replaces after `apply`: honoured as transformers does, or refused by name.
 
-`python -m pytest tests/hf` prints the table. Several rows restate transformers' own tests of generate and outputs.
+`python -m pytest tests/hf` prints the table.
 """
 
 import copy
@@ -120,22 +120,6 @@ def embedded(model: Any) -> Results:
     return {**logits(model, LEFT, inputs_embeds=embeds), "tokens": tokens}
 
 
-def conversation(model: Any) -> Results:
-    """generate twice on one cache: the second prompt continues the first answer."""
-    cache = {CACHE: dynamic(model)}
-    first = generated(model, IDS[:1], **cache)["tokens"]
-    second = torch.cat((first, IDS[:1, :3]), 1)
-    return {"first": first, "second": generated(model, second, **cache)["tokens"]}
-
-
-def assisted(model: Any, **settings: Any) -> Results:
-    torch.manual_seed(0)
-    draft = type(model)(copy.deepcopy(model.config))
-    draft.load_state_dict(model.state_dict())
-    draft.lm_head.weight.data = draft.lm_head.weight + 0.3 * torch.randn_like(draft.lm_head.weight)
-    return generated(model, IDS[:1], assistant_model=draft.eval(), **settings)
-
-
 def flat(outputs: Any, name: str = "") -> Results:
     """The tensors of nested outputs, without caches."""
     if isinstance(outputs, Tensor):
@@ -154,19 +138,6 @@ def every_output(model: Any) -> Results:
     return flat(named)
 
 
-def generated_outputs(**settings: Any) -> Callable[[Any], Results]:
-    """All that generate returns, without padding, where hidden states mean nothing."""
-    kinds = ("attentions", "hidden_states", "scores", "logits")
-    outputs = {f"output_{kind}": True for kind in kinds} | {"return_dict_in_generate": True}
-
-    def run(model: Any) -> Results:
-        found = flat(generated(model, **outputs | settings)["tokens"])
-        assert all(any(kind in name for name in found) for kind in kinds)
-        return found
-
-    return run
-
-
 def recorded_outputs(model: Any) -> Results:
     """Whatever the head, the backbone records outputs, and each call records them once."""
     found = {}
@@ -178,12 +149,6 @@ def recorded_outputs(model: Any) -> Results:
         assert len(first.attentions) == len(second.attentions) == model.config.num_hidden_layers
         found |= flat([second.attentions, second.hidden_states], kind)
     return found
-
-
-def processed(model: Any) -> Results:
-    """Processors and criteria of generate; a sequence that has ended is padded."""
-    settings = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 2}
-    return generated(model, mask=LEFT, bad_words_ids=[[5], [7, 9]], eos_token_id=[*range(10, 24)], **settings)
 
 
 def cropped(model: Any) -> Results:
@@ -204,11 +169,9 @@ CHUNKS = [T - 6, 1, 3, 1, 1]
 TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "forward: sliding window": ({}, logits),
     "forward: no window": (NO_WINDOW, logits),
-    "forward: one token": (NO_WINDOW, lambda m: {"logits": m(IDS[:, :1]).logits}),
     "forward: one key/value head": ({"num_key_value_heads": 1}, logits),
     "forward: top 1, tied embeddings": ({"num_experts_per_tok": 1, "tie_word_embeddings": True}, logits),
     "forward: labels, router logits, auxiliary loss": ({}, outputs),
-    "forward: logits_to_keep": ({}, lambda m: {"logits": m(IDS, logits_to_keep=3).logits}),
     "forward: every output, as object and tuple": ({}, every_output),
     "forward: outputs of every head": ({}, recorded_outputs),
     "forward: gradients enabled": ({}, torch.enable_grad()(lambda m: {"logits": m(IDS).logits.detach()})),
@@ -239,16 +202,8 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "generate: left padding": ({}, partial(generated, mask=LEFT)),
     "generate: without a cache": ({}, partial(generated, mask=LEFT, use_cache=False)),
     "generate: beams": ({}, partial(generated, mask=LEFT, num_beams=3)),
-    "generate: sampling": ({}, partial(generated, mask=LEFT, do_sample=True, top_p=0.9, top_k=20)),
     "generate: static cache": (NO_WINDOW, partial(generated, mask=LEFT, cache_implementation="static")),
     "generate: static cache, window": ({}, partial(generated, mask=LEFT, cache_implementation="static")),
-    "generate: every output": ({}, generated_outputs()),
-    "generate: every output, beams, sampled": ({}, generated_outputs(do_sample=True, num_beams=2)),
-    "generate: processors, end of sequence": ({}, processed),
-    "generate: assisted": (NO_WINDOW, assisted),
-    "generate: prompt lookup": (NO_WINDOW, partial(generated, ids=IDS[:1], prompt_lookup_num_tokens=3)),
-    "generate: twice on one cache": (NO_WINDOW, conversation),
-    "generate: prefill in chunks": (NO_WINDOW, partial(generated, prefill_chunk_size=4)),
     "attention weights: left padding": ({}, partial(attn_output, mask=LEFT)),
     "attention weights: holes": ({}, partial(attn_output, mask=HOLES)),
     "attention weights: packed sequences": ({}, lambda m: attn_output(m, position_ids=RESTARTED, use_cache=False)),

@@ -220,19 +220,3 @@ def test_host_memory_is_private_and_asks_for_huge_pages(device: str, gpu: Any) -
     ranges = re.findall(r"^(\w+)-(\w+) (\S+) .*?^VmFlags: (.*?)$", mapped, re.MULTILINE | re.DOTALL)
     ((mode, flags),) = ((mode, flags) for low, high, mode, flags in ranges if int(low, 16) <= at < int(high, 16))
     assert mode == "rw-p" and "hg" in flags.split() and ("dc" in flags.split()) == (device == "cuda")
-
-
-def test_auto_counts_a_cache_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that suffices for it, to the byte, is too little for a cache of 16 bits."""
-    config, found = Mixtral.from_pretrained(SMALL, "meta").config, []
-    needs = [
-        sum(offload_plan.running_bytes(config, 1, 1024, cache_dtype=dtype).values()) for dtype in (torch.int8, None)
-    ]
-    for less, dtypes in ((0, (torch.int8, None)), (1, (torch.int8,))):
-        monkeypatch.setattr(offload_plan, "available_bytes", lambda device, less=less: 1_000_000 + needs[0] - less)
-        for dtype in dtypes:
-            request = MemoryRequest("auto", 1024, dtype)
-            args = (request, config, None, torch.device("cpu"), 1_000_000, ([20_000] * 4, 0))
-            with pytest.warns(UserWarning, match="offload='auto'"):
-                found.append(offload_plan.place(*args).count)
-    assert found[0] == 0 and found[1] > 1 and found[2] > 0

@@ -17,6 +17,7 @@ from mixtral_triton.bench.decode_step import STEP, decode_step, inputs, replayed
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.operation import plan
 from mixtral_triton.model import cuda_graph, load
+from tests.support.models import cache_of, random_model, tokens
 
 pytestmark = pytest.mark.gpu
 Repeat = Callable[[Callable[[], Any], int], torch.Tensor]
@@ -108,3 +109,22 @@ def test_experts_in_host_memory_give_the_bits_of_resident_ones(weights: str | No
         found.append((logits, model.generate(ids, 64)))
     assert model.embed_tokens.on_host and all(map(torch.equal, found[0], found[1]))
     assert all(map(torch.equal, found[0], found[2]))
+
+
+@pytest.mark.parametrize("T", (1, 3))
+def test_forward_in_a_cuda_graph(T: int) -> None:
+    model = random_model("cuda", sliding_window=5)
+    ids, held = tokens(2, T).cuda(), cache_of(model, 2)
+    model(ids, cache=held)  # compiles
+    held.lengths.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(ids, cache=held)
+    cache, chunk = cache_of(model, 2), ids.clone()
+    for step in range(4):
+        ids.copy_((chunk + step) % 23)
+        graph.replay()
+        assert torch.equal(logits, model(ids, cache=cache))
+    ids[1, 0] = 23
+    graph.replay()
+    assert logits[1].isnan().all() and logits[0].isfinite().all()

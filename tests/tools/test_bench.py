@@ -1,6 +1,5 @@
 """The benchmark: cases, peers checked against the reference, tables, with a device and without; and its plot."""
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -12,12 +11,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mixtral_triton.bench import decode_step, measure
+from mixtral_triton.bench import measure
 from mixtral_triton.bench.cases import BENCHED, TOKENS, Case, cases
 from mixtral_triton.bench.command import figure_of
 from mixtral_triton.bench.gpus import GPUS, LINKS
-from mixtral_triton.bench.measure import Outcome, fault, measure_row, our_call, untimed_row
-from mixtral_triton.bench.peers import PEERS, find_peer, user_peer
+from mixtral_triton.bench.measure import Outcome, fault, measure_row, untimed_row
+from mixtral_triton.bench.peers import PEERS, user_peer
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.ops.experts.op import ExpertCase
 from mixtral_triton.kernels.registry import OPS
@@ -37,7 +36,6 @@ def nothing(*args): pass
 def one(x): return x
 def broken(*args): raise RuntimeError("no such thing")
 def nan(*args): return swiglu(*args) * float("nan")
-NUMBER = 3
 """
 TRITON = """
 import torch, triton, triton.language as tl
@@ -86,17 +84,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def test_cases_cover_both_models_all_token_counts_and_contexts_to_32k() -> None:
-    found = cases()
-    assert {case.op.name for case in found} == set(BENCHED) == {*OPS, "decode_step"}
-    layer = [case.sizes for case in found if case.op.name == "expert_swiglu" and len(case.as_dict()) == 5]
-    for H in (4096, 6144):
-        assert tuple(sizes.T for sizes in layer if sizes.H == H) == TOKENS
-    for name, letter in (("attention", "S"), ("cached_attention", "C"), ("decode_step", "S")):
-        assert max(getattr(case.sizes, letter) for case in found if case.op.name == name) == 32768
-    assert len({(case.op.name, *sorted(case.as_dict().items())) for case in found}) == len(found)
-
-
 def test_sizes_that_are_not_given_are_those_of_8x7b() -> None:
     found = cases(["route", "expert_swiglu"], sizes=["T=64", "T=3,E=4"])
     sizes = [tuple(case.as_dict().values()) for case in found]
@@ -128,23 +115,6 @@ def test_every_peer_is_right_or_says_why_not(name: str, timed: Mock) -> None:
         assert row.ratio(peer) == (1.0 if takes else None)
     assert row.share == row.floor_s / 1e-3 and set(row.peers) == (set() if name == "decode_step" else set(PEERS))
     assert json.loads(json.dumps(row.as_dict()))["peers"].keys() == row.peers.keys()
-
-
-def test_decode_step_is_captured_after_its_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    def capture(once: Any, generator: Any, device: Any) -> Any:
-        calls.append("capture")
-        assert once() is None
-        return lambda: calls.append("replay")
-
-    monkeypatch.setattr(decode_step, "can_capture", lambda model: True)
-    monkeypatch.setattr(decode_step, "capture", capture)
-    monkeypatch.setattr(decode_step, "decode_step", lambda **args: calls.append("step") or torch.tensor(len(calls)))
-    args = {"model": argparse.Namespace(device=CPU), "cache": None, "token": None}
-    replay = our_call(small("decode_step"), args)
-    assert calls == ["step", "capture", "step"]
-    assert replay(**args) == torch.tensor(3) and calls[3:] == ["replay"]
 
 
 @pytest.mark.compiled
@@ -229,15 +199,6 @@ def test_a_case_too_large_for_a_cpu_is_not_checked() -> None:
     assert outcome.note == "not checked: too large for a CPU (705 MB, 1 GFLOP)" and outcome.right is None
 
 
-def test_modules_are_imported_from_the_current_folder_first(folder: Path) -> None:
-    (folder / "json_for_bench.py").write_text("from operator import add\nclass Kept:\n    f = staticmethod(add)\n")
-    later = "def f(*args):\n    import mine_for_bench\n    return mine_for_bench.NUMBER\n"
-    (folder / "later_for_bench.py").write_text(later)
-    assert callable(find_peer("json_for_bench:Kept.f"))
-    args = {"x": None, "weight": None, "eps": 0.0}
-    assert find_peer("later_for_bench:f")(OPS["rms_norm"], args)(**args) == 3
-
-
 @pytest.mark.parametrize(
     ("peer", "message"),
     [
@@ -246,7 +207,6 @@ def test_modules_are_imported_from_the_current_folder_first(folder: Path) -> Non
         ("torn_for_bench:f", "SyntaxError"),
         ("raises_for_bench:f", "RuntimeError: of the module"),
         ("mine_for_bench:absent", "has no attribute 'absent'"),
-        ("mine_for_bench:NUMBER", "it is a int, needs a function"),
     ],
 )
 def test_bad_peer_is_one_line(peer: str, message: str, folder: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -91,35 +90,6 @@ def test_weights_adapter_gradients_and_optimizer(family: str, format: str | None
     assert {name: wanted[name] for name in found} == found and bool(quantized) == (format is not None)
 
 
-def saved_bytes(model: Any) -> int:
-    """Count what a forward of the model saves for backward, without its parameters."""
-    kept, seen = list[Tensor](), {x.untyped_storage().data_ptr(): 0 for x in model.parameters()}
-
-    def pack(x: Tensor) -> Tensor:
-        kept.append(x)  # no other tensor takes its place meanwhile
-        seen.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss_of(model)
-    return sum(seen.values())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_saves_what_is_calculated(family: str) -> None:
-    one, two = (saved_bytes(with_lora(dense_model(family, layers))) for layers in (1, 2))
-    close = 0 if family == "Mixtral" else 0.01  # Qwen3's router saves a few numbers a token less
-    assert need(family)["layer"] == pytest.approx(two - one, rel=close, abs=0)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_with_checkpointing_inputs_and_the_loss_are_saved(family: str) -> None:
-    model = with_lora(dense_model(family))
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    labels, scale = 8 * B * T, 4
-    assert saved_bytes(model) == need(family)["inputs"] + 4 * B * T * V + labels + scale
-
-
 def product_of_a_gpu(rows: Tensor, weight: Any, ends: Tensor, transposed: bool = False) -> Tensor:
     """What `grouped_product` allocates on a GPU, on the meta device."""
     dense = weight
@@ -149,18 +119,6 @@ def test_the_backward_pass_of_experts_takes_what_is_calculated(
         training.FrozenExperts.backward(context, grad)
     specs = select_specs(format, parameter_shapes(config))
     assert training_need(config, specs, 1, tokens, RANK)["backward"] == pytest.approx(live.peak, rel=0.01)
-
-
-def test_the_logits_take_what_is_calculated() -> None:
-    x, head = torch.empty(64, 8, dtype=BF16, device="meta", requires_grad=True), torch.empty(9000, 8, device="meta")
-    with LiveBytes() as live:
-        logits = F.linear(x, head.to(BF16))
-        loss = F.cross_entropy(logits.float(), torch.empty(64, dtype=torch.int64, device="meta"))
-        del logits  # as Trainer does
-        loss.backward()
-    config = MixtralConfig(vocab_size=9000, hidden_size=8, num_attention_heads=1, num_key_value_heads=1, rope_theta=1e4)
-    found = training_need(config, {}, 1, 64, RANK)
-    assert found["logits"] == pytest.approx(live.peak - 2 * head.numel(), rel=0.01)
 
 
 @pytest.mark.parametrize("words", [500, 20000], ids=["experts are the peak", "logits are the peak"])

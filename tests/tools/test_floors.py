@@ -95,9 +95,3 @@ def test_measured_rates_replace_those_of_the_data_sheet(monkeypatch: pytest.Monk
     gpu = measure.measure_gpu(memory=1 << 12, n=16)
     assert (gpu.bandwidth, gpu.matmul, gpu.source) == (2 * 4096 / 2.0, 2 * 16**3 / 2.0, "measured")
     assert (gpu.name, gpu.mib, gpu.link) == (found.name, 3, H100.link)
-
-
-def test_a_call_s_time_is_the_median_of_triton_s_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: dict[str, Any] = {}
-    monkeypatch.setattr(measure, "do_bench", lambda call, **more: said.update(more) or call())
-    assert measure.time_call(lambda: 2.0) == 2e-3 and said == {"return_mode": "median"}

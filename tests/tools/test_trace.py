@@ -32,16 +32,6 @@ def test_figures_of_a_text_counted_by_hand() -> None:
     experts = torch.tensor([[[0, 1], [0, 2], [2, 3], [1, 0]], [[3, 2]] * 4])
     trace = Trace(("a", "b", "c", "d"), experts, 4)
     assert trace.share().tolist() == [[0.375, 0.25, 0.25, 0.125], [0, 0, 0.5, 0.5]]
-    first, either = trace.repeated()
-    assert first == pytest.approx([1 / 3, 1]) and either == pytest.approx([2 / 3, 1])
-    assert trace.chance() == pytest.approx((1 / 4, 1 - 1 / 6))
-    # The paper's table 5: 12.5 % for the first choice, around 46 % for the first or the second; and a lottery.
-    experts = torch.rand((1, 20001, 8), generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :2]
-    trace = Trace(("x",) * 20001, experts, 8)
-    first, either = trace.chance()
-    assert (first, round(either, 2)) == (0.125, 0.46)
-    assert trace.repeated()[0][0] == pytest.approx(first, abs=0.02)
-    assert trace.repeated()[1][0] == pytest.approx(either, abs=0.02)
 
 
 def test_text_on_a_terminal_names_omitted_layers() -> None:
