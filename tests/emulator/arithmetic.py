@@ -166,6 +166,14 @@ def add_halves(a: Array, b: Array) -> Array:
     return (a & high) + (b & high) | (a + b) & low
 
 
+def lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
+    out = np.zeros_like(a)
+    for row in range(8):
+        if table >> row & 1:
+            out = out | (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+    return out
+
+
 def prmt(a: Array, b: Array, selectors: Array) -> Array:
     """Select four of the eight bytes of a and b; a selector's high bit repeats the byte's sign bit."""
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
@@ -204,6 +212,7 @@ by_type({"neg": np.negative, "abs": np.abs}, 1, "s16", "s32", "s64")
 by_type({"popc": lambda a: np.bitwise_count(a).astype(np.uint32)}, 1, "b32", "b64")
 by_type({"cvta.param": lambda a: a}, 1, "u64")  # parameters lie at their generic addresses
 by_type({"prmt": prmt}, 3, "b32")
+by_type({"lop3": lop3}, 4, "b32")
 for _kind in ("s16x2", "u16x2"):
     elementwise(f"add.{_kind}", add_halves, "b32", "b32")
 for _kind in NARROW:

@@ -175,6 +175,11 @@ def add_halves(a: int, b: int) -> int:
     return (a + b) % 2**16 + ((a >> 16) + (b >> 16)) % 2**16 * 2**16
 
 
+def lop3(a: int, b: int, c: int, table: int) -> int:
+    rows = [table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1 for i in range(32)]
+    return sum(bit << i for i, bit in enumerate(rows))
+
+
 def prmt(a: int, b: int, selector: int) -> int:
     """Only sixteen bits of the selector count."""
     pool = a.to_bytes(4, "little") + b.to_bytes(4, "little")
@@ -218,6 +223,8 @@ for _begin, _length in ((0, 32), (4, 3), (31, 1), (15, 5), (0, 1)):
     for _type in "su":
         _kind = f"{_type}{_length}"
         CASES[f"bfe.{_type}32 {_begin}, {_length}"] = ["u32"], "u32", lambda a, k=_kind, by=_begin: value(a >> by, k)
+for _table in (0xEA, 0x96, 0xE8, 0x01, 0xCA, 0x78):
+    CASES[f"lop3.b32 {_table:#x}"] = ["u32"] * 3, "u32", partial(lop3, table=_table)
 for _selector in (0x7701, 0x3210, 0x7654, 0x8F19, 0x0123):
     CASES[f"prmt.b32 {_selector:#x}U"] = ["u32"] * 2, "u32", partial(prmt, selector=_selector)
 

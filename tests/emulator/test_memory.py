@@ -66,6 +66,20 @@ def test_divergent_lanes_reconverge(schedule: Any) -> None:
         assert got["%n"][lane] == steps and got["%m"][lane ^ 1] == steps
 
 
+@every_schedule
+def test_barriers_in_loops_of_different_length(schedule: Any) -> None:
+    """Each iteration passes a value to the next warp by way of two barriers; blocks differ in their iterations."""
+    lanes, turns = np.tile(np.arange(96), 5), np.repeat(np.arange(1, 6, dtype=np.uint32), 96)
+    addresses = shared_addresses(96, 4)
+    x = samples(32, 480)
+    inputs = {"%k": turns, "%x": x, "%a": addresses[lanes], "%b": addresses[(lanes + 32) % 96]}
+    body = """again: st.shared.b32 [%a], %x; bar.sync 0; ld.shared.b32 %x, [%b]; bar.sync 0;
+        sub.u32 %k, %k, 1; setp.ne.u32 %p, %k, 0; @%p bra again;"""
+    got = run(body, inputs, {"%p": 1}, threads=96, blocks=5, shared=384, schedule=schedule)["%x"]
+    want = [np.roll(values, -32 * (block + 1)) for block, values in enumerate(x.reshape(5, 96))]
+    assert (got == np.concatenate(want)).all()
+
+
 def test_lanes_that_are_done_do_not_block_a_barrier() -> None:
     body = "mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 32; @%p bra end; bra.uni wait; wait: bar.sync 0; bar.sync 0; end:"
     run(body, {}, {"%t": 32, "%p": 1}, threads=64)
