@@ -22,7 +22,6 @@ from mixtral_triton.bench.cases import Case, cases
 from mixtral_triton.bench.command import micro, sizes_text
 from mixtral_triton.bench.compile import compile_all
 from mixtral_triton.kernels.launching.arch import ARCHS
-from mixtral_triton.kernels.launching.full_tiles import full_tiles_of
 from mixtral_triton.kernels.launching.launch import Configs, Launch, LaunchConfig, override_configs, target_arch
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -47,7 +46,7 @@ class Candidate:
 def fixed_tiles(launch: Launch) -> set[str]:
     """Return the tiles that do not vary, of a quantized weight also its depth, which the layout fixes."""
     quantized = launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    return {*full_tiles_of(launch.kernel), *(("BLOCK_K",) if quantized else ())}
+    return {*getattr(launch.fn, "full_tiles", ()), *(("BLOCK_K",) if quantized else ())}
 
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
