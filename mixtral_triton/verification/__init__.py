@@ -182,10 +182,6 @@ def _verify(
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     found = [*target.measure(None, "rms_norm", "final", norm), *found]
     rows += sorted(found, key=lambda row: math.inf if row.layer is None else row.layer)
-    if not target.is_mixtral:
-        from .drop_in import compare_calls  # imports transformers
-
-        rows += compare_calls(target, ids, steps)
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
     routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
