@@ -30,7 +30,7 @@ from ..model.generate import GRAPH_MIN_TOKENS, can_capture
 from ..model.mixtral import Mixtral
 from ..quantize.hub import read_headers
 from .calls import SizedCalls
-from .format_cost import held_out, measure_activation_cost, measure_cache_cost, perplexity
+from .format_cost import held_out, measure_cost, perplexity
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .loaded import check_weights
 from .models_under_test import MeshUnderTest, TransformersUnderTest, in_evaluation
@@ -174,8 +174,8 @@ def _verify(
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
     source = folder and Source(folder)
-    cache_cost = measure_cache_cost(target, source, ids, text) if target.quantized else None
-    activation_cost = measure_activation_cost(target, source, ids, text) if target.activations else None
+    cache_cost = measure_cost(target, source, ids, text, "cache") if target.quantized else None
+    activation_cost = measure_cost(target, source, ids, text, "activations") if target.activations else None
     found, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         found += compare_in_fp32(target, expected, steps("layers in fp32", L))

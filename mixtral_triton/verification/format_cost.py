@@ -143,17 +143,10 @@ class LayerByLayer:
         return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), self.flips, routed, *scores)
 
 
-def measure_cache_cost(target: Any, source: Any, ids: Tensor, text: Tensor | None) -> QuantizationCost:
-    """The cost of 8 bits for keys and values on ids [B,T], and on `text` [N], or the held-out one of the source."""
-    cost = LayerByLayer(target, source, ids, text)
+def measure_cost(target: Any, source: Any, ids: Tensor, text: Tensor | None, part: str) -> QuantizationCost:
+    """The cost of 8 bits for `part`, "cache" (keys and values) or "activations" (of products), beside the same weights
+    without, on ids [B,T], and on `text` [N], or the held-out one of the source."""
+    cost, of_cache = LayerByLayer(target, source, ids, text), part == "cache"
     for layer in target.layers:
-        cost.compare((layer, True), (layer, False))
-    return cost.result({"cache": "int8"})
-
-
-def measure_activation_cost(target: Any, source: Any, ids: Tensor, text: Tensor | None) -> QuantizationCost:
-    """The cost of 8 bits for the activations of products, on the same weights and texts as `measure_cache_cost`."""
-    cost = LayerByLayer(target, source, ids, text)
-    for layer in target.layers:
-        cost.compare((target.reference_layer(layer), False), (layer, False))
-    return cost.result({"activations": target.activations})
+        cost.compare((layer if of_cache else target.reference_layer(layer), of_cache), (layer, False))
+    return cost.result({part: "int8" if of_cache else target.activations})
