@@ -140,8 +140,8 @@ class FamilyUnderTest:
                     stack.enter_context(mock.patch.dict(interface._global_mapping, {NAME: function}))
             whole = self.model(ids, attention_mask=valid.long(), use_cache=False)[0]
             for begin, end in pairwise((0, T // 2, T - 1, T)):
-                more: dict[str, Any] = {} if cache is None else {CACHE: cache}
-                out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **more)
+                cached: dict[str, Any] = {} if cache is None else {CACHE: cache}
+                out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **cached)
                 cache = getattr(out, CACHE)
                 chunks.append(out[0])
         return {CASES[0]: whole[valid], CASES[1]: torch.cat(chunks, 1)[valid]}

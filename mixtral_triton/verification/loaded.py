@@ -102,11 +102,11 @@ def _compare_layer(source: Source, target: ModelUnderTest, index: int | None, st
 
 def locate_weight(model: Any, name: str) -> Any:
     """Return the weight, or the part of one, that the tensor of this name fills."""
-    found, parameter = LAYER.match(name), name.removesuffix(".weight").rpartition(".")[2]
+    layer_match, parameter = LAYER.match(name), name.removesuffix(".weight").rpartition(".")[2]
     try:
-        if found is None:
+        if layer_match is None:
             return getattr(model, parameter)
-        layer, I, D = model.layers[int(found[1])], model.config.intermediate_size, model.config.head_dim
+        layer, I, D = model.layers[int(layer_match[1])], model.config.intermediate_size, model.config.head_dim
         queries, keys = model.config.num_attention_heads * D, model.config.num_key_value_heads * D
         rows = {"w1": slice(0, I), "w3": slice(I, None), "q_proj": slice(0, queries)}
         rows |= {"k_proj": slice(queries, queries + keys), "v_proj": slice(queries + keys, None)}

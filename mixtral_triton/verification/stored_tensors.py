@@ -114,13 +114,13 @@ def declared(source: Source, config: Any) -> dict[str, Any]:
     raw, generation = source.config, source.read_json("generation_config.json", optional=True)
     ropes = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
     defaults = {"rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False}
-    found = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}
-    found |= {name: None for name, value in found.items() if value == -1}
-    found["rope_theta"] = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta") is not None}
-    found["sliding_window"] = found["sliding_window"] or None
-    found["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-    found["dtype"] = str(raw.get("dtype", raw.get("torch_dtype"))).removeprefix("torch.")
-    return found | {"eos_token_id": _ids(raw.get("eos_token_id", 2), generation.get("eos_token_id"))}
+    fields = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}
+    fields |= {name: None for name, value in fields.items() if value == -1}
+    fields["rope_theta"] = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta") is not None}
+    fields["sliding_window"] = fields["sliding_window"] or None
+    fields["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    fields["dtype"] = str(raw.get("dtype", raw.get("torch_dtype"))).removeprefix("torch.")
+    return fields | {"eos_token_id": _ids(raw.get("eos_token_id", 2), generation.get("eos_token_id"))}
 
 
 def _ids(*fields: Any) -> set[int]:
