@@ -163,8 +163,8 @@ def _schema(op: Op) -> str:
     parameters = [*signature.parameters.values()]
     for argument in op.arguments:
         for part, kind in COMPOSITE_PARTS.get(argument.kind, ()):
-            more = inspect.Parameter(f"{argument.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
-            parameters.append(more.replace(annotation=kind | None))
+            field = inspect.Parameter(f"{argument.name}_{part}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+            parameters.append(field.replace(annotation=kind | None))
 
     def prototype() -> None: ...
 

@@ -233,12 +233,12 @@ def linear(
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     row_tiles = triton.cdiv(T, config.constexprs["BLOCK_M"]) if wide else min(T, 1)
     grid = (row_tiles * triton.cdiv(N, config.constexprs["BLOCK_N"]),)
-    more: dict[str, Any] = {"x_desc": None, "weight_desc": None}
+    kernel_args: dict[str, Any] = {"x_desc": None, "weight_desc": None}
     rows = w.rows_of(rows)
     if rows.scales is not None:
         tile, H = (config.constexprs["BLOCK_M"], config.constexprs["BLOCK_K"]), rows.ptr.shape[1]
-        more = {"x_desc": describe(rows.ptr, tile, arch), "weight_desc": w.descriptor(1, config, arch)}
+        kernel_args = {"x_desc": describe(rows.ptr, tile, arch), "weight_desc": w.descriptor(1, config, arch)}
     elif not wide:
-        more = {"PREFETCH": w.prefetch_bytes(H, config, grid, arch)}
-    launch(kernel, grid, config, x=rows, weight=w.args, y_ptr=y, T=T, N=N, H=H, LAYOUT=w.layout(arch), **more)
+        kernel_args = {"PREFETCH": w.prefetch_bytes(H, config, grid, arch)}
+    launch(kernel, grid, config, x=rows, weight=w.args, y_ptr=y, T=T, N=N, H=H, LAYOUT=w.layout(arch), **kernel_args)
     return y

@@ -146,10 +146,6 @@ def sort_by_expert(
     >>> order.tolist(), offsets.tolist()
     ([1, 0, 3, 2], [0, 1, 3, 4])
     """
-    return launch_sort(ids, num_experts)
-
-
-def launch_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     T, K = ids.shape
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)

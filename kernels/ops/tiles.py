@@ -191,15 +191,15 @@ def prefill_tile(table: Table[PrefillTile], rows: int, dtype: torch.dtype, arch:
 
 
 def weight_config(
-    tile: DecodeTile | PrefillTile, columns: int, depth: int, quantized: str | None = None, halves: int = 1, **more: int
+    tile: DecodeTile | PrefillTile, columns: int, depth: int, quantized: str | None, halves: int = 1, **constexprs: int
 ) -> LaunchConfig:
     """Configure a product by a tile, which covers no more of a small weight than there is.
 
-    columns    rows of the weight, of each of its `halves` (gate and up)
-    quantized  the name of the weight's format
-    more       other constexprs
+    columns     rows of the weight, of each of its `halves` (gate and up)
+    quantized   the name of the weight's format
+    constexprs  those that are not of the weight
     """
     tiles = {"BLOCK_N": power_of_2(columns, low=16, high=tile.BLOCK_N // halves)}
     free = power_of_2(depth, low=64 if quantized else 16, high=tile.BLOCK_K)
     tiles["BLOCK_K"] = tile_columns(quantized, depth) or free
-    return LaunchConfig(tiles | more, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return LaunchConfig(tiles | constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)

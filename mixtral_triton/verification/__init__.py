@@ -30,7 +30,7 @@ from ..model.generate import GRAPH_MIN_TOKENS, can_capture
 from ..model.mixtral import Mixtral
 from ..quantize.hub import read_headers
 from .calls import SizedCalls
-from .format_cost import held_out, measure_activation_cost, measure_cache_cost, perplexity
+from .format_cost import held_out, measure_cost, perplexity
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .loaded import check_weights
 from .models_under_test import MeshUnderTest, TransformersUnderTest, in_evaluation
@@ -174,18 +174,14 @@ def _verify(
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
     source = folder and Source(folder)
-    cache_cost = measure_cache_cost(target, source, ids, text) if target.quantized else None
-    activation_cost = measure_activation_cost(target, source, ids, text) if target.activations else None
-    found, expected, exact = compare_layers(target, ids, sized, steps)
+    cache_cost = measure_cost(target, source, ids, text, "cache") if target.quantized else None
+    activation_cost = measure_cost(target, source, ids, text, "activations") if target.activations else None
+    layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
-        found += compare_in_fp32(target, expected, steps("layers in fp32", L))
+        layer_rows += compare_in_fp32(target, expected, steps("layers in fp32", L))
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
-    found = [*target.measure(None, "rms_norm", "final", norm), *found]
-    rows += sorted(found, key=lambda row: math.inf if row.layer is None else row.layer)
-    if not target.is_mixtral:
-        from .drop_in import compare_calls  # imports transformers
-
-        rows += compare_calls(target, ids, steps)
+    layer_rows = [*target.measure(None, "rms_norm", "final", norm), *layer_rows]
+    rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
     routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
@@ -216,23 +212,23 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
     (B, T), ids = shape, torch.empty(shape, dtype=torch.int64, device="meta")
     gpu = target_arch(model.device), multiprocessors(model.device)
     # The first layer, and of those behind it one with experts in host memory and one without.
-    kinds = {(at > 0, bool(getattr(each.down_proj, "on_host", ()))): at for at, each in enumerate(model.layers)}
+    kinds = {(i > 0, bool(getattr(layer.down_proj, "on_host", ()))): i for i, layer in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
     copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
     targets = [target := (ModelUnderTest if model.ranks is None else MeshUnderTest)(copied, cache_dtype)]
     x = target.embed_tokens.new_empty((B, T, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
-    for each in targets:
-        calls = SizedCalls(each, (tokens or CALL_TOKENS[True]) if each is target else 0, gpu)
-        x = x.to(each.embed_tokens.dtype)
-        for index in range(len(each.layers)):
-            for call in calls(each.check(each.layers[index], x, each.config), index):
-                each.measure(index, *call)
-        config = each.shard.config(each.probe_config(T))
-        forwards = list(each.forward_calls(config, B, T))
+    for under_test in targets:
+        calls = SizedCalls(under_test, (tokens or CALL_TOKENS[True]) if under_test is target else 0, gpu)
+        x = x.to(under_test.embed_tokens.dtype)
+        for index in range(len(under_test.layers)):
+            for call in calls(under_test.check(under_test.layers[index], x, under_test.config), index):
+                under_test.measure(index, *call)
+        config = under_test.shard.config(under_test.probe_config(T))
+        forwards = list(under_test.forward_calls(config, B, T))
         keeps_routes: Any = SimpleNamespace(replace_routes=lambda *routes: routes)
-        with each.forward(config, keeps_routes) as forward:
+        with under_test.forward(config, keeps_routes) as forward:
             for _, chunk, _, cache, kwargs in forwards:
                 lengths = {name: value.to("meta") for name, value in kwargs.items()}
                 _launch(forward, ids.new_empty(chunk.shape), cache, **lengths)
@@ -296,9 +292,9 @@ def _captures_the_step(model: Any, prompts: list[Tensor], new: int, options: Any
     texts = list[Tensor]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is slower
-        for each, temperature in product((model, eager), (0.0, TEMPERATURE)):
+        for variant, temperature in product((model, eager), (0.0, TEMPERATURE)):
             generator = torch.Generator(model.device).manual_seed(1)
-            texts += each.generate(prompts, new, temperature, generator=generator, **options)
+            texts += variant.generate(prompts, new, temperature, generator=generator, **options)
     return all(map(torch.equal, texts, texts[2 * len(prompts) :]))
 
 
@@ -315,7 +311,7 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
         new = lengths[rows]
         cache = KVCache(model.config, len(new), T + 1, model.device, model.dtype)
         chunk, step = model(ids[rows, : int(new.max())], cache, new), model(ids[rows, :1], cache)
-        return [torch.cat((each[:n], last)) for each, last, n in zip(chunk, step, new.tolist(), strict=True)]
+        return [torch.cat((logits[:n], last)) for logits, last, n in zip(chunk, step, new.tolist(), strict=True)]
 
     whole, same = run(), dict[str, bool]()
     if model.device.type == "cuda":

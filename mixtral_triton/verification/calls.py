@@ -115,9 +115,9 @@ class LayerCheck:
         text = {name: part.flatten(0, 1) for name, part in text.items()}
         if op.startswith("expert"):
             text |= {"x": values.h, "ids": self.local_ids(values.ids), "weights": values.weights}
-        found = {"table": values.x.flatten(0, 1), "input_ids": index, "past": past}
+        by_argument = {"table": values.x.flatten(0, 1), "input_ids": index, "past": past}
         positions = (past[:, None] + torch.arange(T, device=device)).clamp(max=limit - 1)
-        found |= {"new": new.int(), "positions": positions}
+        by_argument |= {"new": new.int(), "positions": positions}
         empty_like = partial(torch.empty_like, device=device)
 
         def value(name: str, like: Any) -> Any:
@@ -128,8 +128,8 @@ class LayerCheck:
                 return layer
             if not (isinstance(like, Tensor) or name in WEIGHTS):
                 return like
-            if name in found:
-                return found[name]
+            if name in by_argument:
+                return by_argument[name]
             if name not in text:
                 if _key(like) not in weights or (name == "cos" and limit < T):
                     raise KeyError(name)
@@ -177,9 +177,9 @@ def forwards(config: Any) -> list[tuple[int, int, int]]:
     sizes += [(1, T + extra) for T in range(SEQUENCES, PREFILL_CHUNK + 1, SEQUENCES) for extra in (0, 1)]
     sizes += [(B, T) for B in (2, 3, 5, MANY, SEQUENCES) for T in (2, 17, SEQUENCES, 500, 900, PREFILL_CHUNK)]
     slots = {True: min(limit, CACHE_SLOTS // 4), False: min(limit, CACHE_SLOTS)}
-    found = {(B, T, slots[B > MANY]) for B, T in sizes if min(limit, PREFILL_CHUNK) >= T}
-    found |= {(B, 1, C) for B in (1, MANY, SEQUENCES) for C in (*contexts, limit)}
-    return sorted(found, key=lambda size: (size[0] * size[1], size[2]))
+    with_slots = {(B, T, slots[B > MANY]) for B, T in sizes if min(limit, PREFILL_CHUNK) >= T}
+    with_slots |= {(B, 1, C) for B in (1, MANY, SEQUENCES) for C in (*contexts, limit)}
+    return sorted(with_slots, key=lambda size: (size[0] * size[1], size[2]))
 
 
 class SizedCalls:
@@ -215,8 +215,8 @@ class SizedCalls:
         """The weights of a layer by those of its copy on the meta device."""
         outer = self.target.model if self.target.is_mixtral else self.target
         owners = SimpleNamespace(**check.tables), getattr(check.layer, "local", check.layer), outer
-        found = {name: next(x for each in owners if (x := getattr(each, name, self)) is not self) for name in self.on}
-        return {_key(self.on[name]): weight for name, weight in found.items() if weight is not None}
+        named = {name: next(x for part in owners if (x := getattr(part, name, self)) is not self) for name in self.on}
+        return {_key(self.on[name]): weight for name, weight in named.items() if weight is not None}
 
     def recorded(self, size: tuple[int, int, int], *records: list[Launch]) -> list[tuple[str, Args, list[Launch]]]:
         """The calls of a forward over a cache: of B sequences, T tokens each, C slots. `records` receive launches."""
@@ -258,8 +258,8 @@ class SizedCalls:
         calls, needed = list[Any](), defaultdict[Any, set[int]](set)
         for size in forwards(self.target.config):
             for op, args, records in self.recorded(size, *active_records()):
-                calls.append((size, op, args, N := _rows(args), found := configurations(args, records)))
-                for launch in found:
+                calls.append((size, op, args, N := _rows(args), launches := configurations(args, records)))
+                for launch in launches:
                     needed[launch].add(N)
         beyond = defaultdict[tuple[int, int], set[str]](set)  # kernels, by the rows that run and that a chunk reaches
         for launch, rows in needed.items():
@@ -272,8 +272,8 @@ class SizedCalls:
         for (most, reached), names in beyond.items():
             line = f"{most + 1} to {reached} rows of {', '.join(sorted(names))}; needs a GPU or --tokens {reached}"
             self.not_run[line] = None
-        for size, op, args, N, found in calls:
-            new = {launch for launch in found if N in needed[launch] - self.rows[launch]}
+        for size, op, args, N, launches in calls:
+            new = {launch for launch in launches if N in needed[launch] - self.rows[launch]}
             # More than the most that are needed were run for another launch.
             new -= {launch for launch in new if N == max(needed[launch]) < max(self.rows[launch], default=0)}
             if not new:
@@ -286,7 +286,7 @@ class SizedCalls:
                 call = op, case, Args() if needs else check.derive(op, args, weights, size)
             except (KeyError, ValueError) as error:
                 needs = f"values of {error}"
-            for launch in found:
+            for launch in launches:
                 self.rows[launch].add(N)
             if needs:
                 kernels = " and ".join(sorted({kernel for (kernel, *_), *_ in new}))
@@ -298,8 +298,8 @@ class SizedCalls:
 def configurations(args: Args, records: list[Launch]) -> set[Any]:
     """((kernel, warps, stages, constants), shapes of weights) of each launch of Triton's."""
     shapes = tuple(tuple(args[name].shape) for name in ("weight", "gate_up_proj") if name in args)
-    found = (each for each in records if each.grid is not None)
-    return {((x.kernel, x.num_warps, x.num_stages, tuple(sorted(x.constexprs.items()))), shapes) for x in found}
+    kernels = (record for record in records if record.grid is not None)
+    return {((x.kernel, x.num_warps, x.num_stages, tuple(sorted(x.constexprs.items()))), shapes) for x in kernels}
 
 
 def _rows(args: Args) -> int:

@@ -27,9 +27,8 @@ from transformers.models.mixtral import modeling_mixtral
 from ..hf.attention import CACHE
 from ..hf.experts import NAME, PROJECTIONS, is_experts
 from ..hf.modules import Applied
-from ..kernels.weights.quantized import QuantizedWeight
 from .report import END_RATIO, Row
-from .tolerance import FLOOR, RATIO, Fp64Reference, largest, token_floor
+from .tolerance import FLOOR, RATIO, ConvertedExperts, Fp64Reference, largest, token_floor
 
 STEPS = 3  # forwards of `compare`
 CASES = "whole text", "in chunks"  # the first without a cache
@@ -37,22 +36,11 @@ Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the mode
 Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
 
 
-class Converted:
-    """The experts of a projection, each dequantized and converted to `dtype` where it is used, to save memory."""
-
-    def __init__(self, weight: Any, dtype: torch.dtype) -> None:
-        self.weight, self.dtype = weight, dtype
-
-    def __getitem__(self, expert: Any) -> Tensor:
-        rows = self.weight[int(expert)]
-        return (rows.dequantize() if isinstance(rows, QuantizedWeight) else rows).to(self.dtype)
-
-
 def eager_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """The module's own forward in x's dtype, without transformers' dispatch to an implementation."""
     same = copy.copy(module)
     vars(same).update(_parameters={}, _modules={k: v for k, v in module._modules.items() if k not in PROJECTIONS})
-    vars(same).update({name: Converted(getattr(module, name), x.dtype) for name in PROJECTIONS})
+    vars(same).update({name: ConvertedExperts(getattr(module, name), x.dtype) for name in PROJECTIONS})
     kind = module.original if isinstance(module, Applied) else type(module)
     return inspect.unwrap(kind.forward)(same, x, ids, weights.to(x.dtype))
 
@@ -152,8 +140,8 @@ class FamilyUnderTest:
                     stack.enter_context(mock.patch.dict(interface._global_mapping, {NAME: function}))
             whole = self.model(ids, attention_mask=valid.long(), use_cache=False)[0]
             for begin, end in pairwise((0, T // 2, T - 1, T)):
-                more: dict[str, Any] = {} if cache is None else {CACHE: cache}
-                out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **more)
+                cached: dict[str, Any] = {} if cache is None else {CACHE: cache}
+                out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **cached)
                 cache = getattr(out, CACHE)
                 chunks.append(out[0])
         return {CASES[0]: whole[valid], CASES[1]: torch.cat(chunks, 1)[valid]}

@@ -95,11 +95,11 @@ def held_out(folder: Any, config: Any) -> Tensor | None:
 def quantized_formats(model: Any) -> dict[str, str]:
     """The formats of a model's quantized parts, by their names in QUANTIZED_PARTS."""
     formats = {name: getattr(weight, "format", "dense") for name, weight in model.named_weights().items()}
-    found = {}
+    by_part = {}
     for part, names in QUANTIZED_PARTS.items():
         if kinds := {format for name, format in formats.items() if name.endswith(names)} - {"dense"}:
-            found[part] = " and ".join(sorted(kinds))
-    return found
+            by_part[part] = " and ".join(sorted(kinds))
+    return by_part
 
 
 class LayerByLayer:
@@ -113,7 +113,7 @@ class LayerByLayer:
         text = held_out(source.folder, target.config) if text is None and source is not None else text
         self.windows = [] if text is None else list(_windows(text.to(ids.device), target.config))
         inputs = [ids, *(window[None] for window, _ in self.windows)]
-        self.texts = [[F.embedding(each, target.embed_tokens).double() for each in inputs]] * 2
+        self.texts = [[F.embedding(tokens, target.embed_tokens).double() for tokens in inputs]] * 2
 
     def empty(self, index: int | None, like: dict[str, Any]) -> Any:
         """Unset tensors for what the files hold for a layer, or None, of the shapes of these weights by name."""
@@ -127,7 +127,7 @@ class LayerByLayer:
         routes, config, tables = [], self.target.config, self.target.tables
         for side, (layer, quantized) in enumerate(sides):
             values = [fp64_block(layer, config, tables, x, quantized=quantized) for x in self.texts[side]]
-            self.texts[side] = [each.output for each in values]
+            self.texts[side] = [layer_values.output for layer_values in values]
             routes.append(values[0].ids.sort(-1).values)
         self.flips += int((routes[0] != routes[1]).any(-1).sum())
 
@@ -143,17 +143,10 @@ class LayerByLayer:
         return QuantizationCost(formats, float(cosines.mean()), float(cosines.min()), self.flips, routed, *scores)
 
 
-def measure_cache_cost(target: Any, source: Any, ids: Tensor, text: Tensor | None) -> QuantizationCost:
-    """The cost of 8 bits for keys and values on ids [B,T], and on `text` [N], or the held-out one of the source."""
-    cost = LayerByLayer(target, source, ids, text)
+def measure_cost(target: Any, source: Any, ids: Tensor, text: Tensor | None, part: str) -> QuantizationCost:
+    """The cost of 8 bits for `part`, "cache" (keys and values) or "activations" (of products), beside the same weights
+    without, on ids [B,T], and on `text` [N], or the held-out one of the source."""
+    cost, of_cache = LayerByLayer(target, source, ids, text), part == "cache"
     for layer in target.layers:
-        cost.compare((layer, True), (layer, False))
-    return cost.result({"cache": "int8"})
-
-
-def measure_activation_cost(target: Any, source: Any, ids: Tensor, text: Tensor | None) -> QuantizationCost:
-    """The cost of 8 bits for the activations of products, on the same weights and texts as `measure_cache_cost`."""
-    cost = LayerByLayer(target, source, ids, text)
-    for layer in target.layers:
-        cost.compare((target.reference_layer(layer), False), (layer, False))
-    return cost.result({"activations": target.activations})
+        cost.compare((layer if of_cache else target.reference_layer(layer), of_cache), (layer, False))
+    return cost.result({part: "int8" if of_cache else target.activations})

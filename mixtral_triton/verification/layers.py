@@ -76,7 +76,7 @@ class ModelUnderTest:
         if self.activations is None:
             return layer
         weights = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_children())}
-        return SimpleNamespace(local=layer, **{name: with_fp8_activations(each) for name, each in weights.items()})
+        return SimpleNamespace(local=layer, **{name: with_fp8_activations(weight) for name, weight in weights.items()})
 
     def check(self, layer: Any, x: Tensor, config: Any) -> LayerCheck:
         """Compute a layer with torch on x [B,T,H]."""
@@ -260,8 +260,8 @@ def compare_in_fp32(target: ModelUnderTest, expected: TextReference, step: Step)
     for index, layer in enumerate(expected.layers):
         fp32_model = ModelUnderTest(single_layer_model(target.model, target.layers[index], layer.x))
         B, T, _ = layer.x.shape
-        found = compare_layers(fp32_model, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
-        for row in found:  # all have the model's head: once is enough
+        layer_rows = compare_layers(fp32_model, torch.arange(B * T, device=layer.x.device).view(B, T))[0]
+        for row in layer_rows:  # all have the model's head: once is enough
             if row.layer is not None or index == 0:
                 rows.append(replace(row, layer=None if row.layer is None else index, case=row.case + FP32))
         fp32_model.layers[0]._parameters.clear()  # the probe's copies are cycles of references, and would keep it

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.weights.offload import OffloadedWeight
 from ..quantize import QuantizedWeight, QuantSpec
 from .format_cost import LayerByLayer, QuantizationCost, quantized_formats
 from .layers import ModelUnderTest, Step
 from .report import ROUNDED, Row, worst_rows
-from .stored_tensors import LAYER, Source, config_rows
+from .stored_tensors import LAYER, Source, config_row
 from .tolerance import largest
 
 EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
@@ -27,16 +26,16 @@ def check_weights(
     the folder) the cost of quantization, None where files have it, too. Every rank reads one layer at a time."""
     layers = [None, *range(len(target.layers))]
     if folder is None:
-        return [row for index in layers for row in _check_layer(target, index)], None
+        return [_finite_row(target, index) for index in layers], None
     source, cost, formats = Source(folder), None, quantized_formats(target.model)
     if extra := source.layers.keys() - layers:
         raise ValueError(f"verify: {source.folder} is another model's: it has a layer {extra.pop()}")
-    rows = config_rows(source, target)
+    rows = [config_row(source, target)]
     if formats and (source.quantization is None or target.model.requantized):
         cost = LayerByLayer(target, source, ids, text)
     for index in layers:
         stored: Any = None if cost is None else cost.empty(index, _weights(target, index))
-        rows += [*_check_layer(target, index), *_compare_layer(source, target, index, stored)]
+        rows += [_finite_row(target, index), *_compare_layer(source, target, index, stored)]
         if cost is not None and index is None:
             cost.stored_head = stored.lm_head if isinstance(target.lm_head, QuantizedWeight) else None
         elif cost is not None:
@@ -58,21 +57,11 @@ def _weights(target: ModelUnderTest, index: int | None) -> dict[str, Any]:
     return dict(layer.named_parameters()) | quantized
 
 
-def _check_layer(target: ModelUnderTest, index: int | None) -> list[Row]:
-    """Rows of one layer, or None: whether weights are finite, which a text does not show of tokens that it lacks."""
+def _finite_row(target: ModelUnderTest, index: int | None) -> Row:
+    """The row of a layer, or None: whether weights are finite, which a text does not show of tokens that it lacks."""
     weights = _weights(target, index).values()
     finite = (_dense(weight[expert]).isfinite().all() for weight in weights for expert in _experts(weight))
-    rows = [Row.exact(index, "weights", "finite", all(finite))]
-    if tables := [weight for weight in weights if isinstance(weight, OffloadedWeight)]:
-        rows.append(Row.exact(index, "weights", "addresses of experts", all(map(_is_addressed, tables))))
-    return rows
-
-
-def _is_addressed(weight: OffloadedWeight) -> bool:
-    """Whether the table has the address of each expert's rows, without the loader's own `rows`."""
-    stored = {True: iter(weight.host), False: iter(weight.resident)}
-    rows = (next(stored[expert in weight.on_host]) for expert in range(len(weight)))
-    return weight.data.tolist() == [each.data_ptr() for each in rows]
+    return Row.exact(index, "weights", "finite", all(finite))
 
 
 def _experts(weight: Any) -> Iterable[Any]:
@@ -113,11 +102,11 @@ def _compare_layer(source: Source, target: ModelUnderTest, index: int | None, st
 
 def locate_weight(model: Any, name: str) -> Any:
     """Return the weight, or the part of one, that the tensor of this name fills."""
-    found, parameter = LAYER.match(name), name.removesuffix(".weight").rpartition(".")[2]
+    layer_match, parameter = LAYER.match(name), name.removesuffix(".weight").rpartition(".")[2]
     try:
-        if found is None:
+        if layer_match is None:
             return getattr(model, parameter)
-        layer, I, D = model.layers[int(found[1])], model.config.intermediate_size, model.config.head_dim
+        layer, I, D = model.layers[int(layer_match[1])], model.config.intermediate_size, model.config.head_dim
         queries, keys = model.config.num_attention_heads * D, model.config.num_key_value_heads * D
         rows = {"w1": slice(0, I), "w3": slice(I, None), "q_proj": slice(0, queries)}
         rows |= {"k_proj": slice(queries, queries + keys), "v_proj": slice(queries + keys, None)}

@@ -70,9 +70,9 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
 def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -> list[str]:
     """A line for each kind of row that `target`, a ModelUnderTest, could have and `rows` do not, with what would run
     it. half: its weights have 16 bits."""
-    found, mixtral, quantized = {(row.op, row.case) for row in rows}, target.is_mixtral, target.quantized
+    op_cases, mixtral, quantized = {(row.op, row.case) for row in rows}, target.is_mixtral, target.quantized
     activations = target.activations is not None
-    ops, cases = {op for op, _ in found}, {case for _, case in found}
+    ops, cases = {op for op, _ in op_cases}, {case for _, case in op_cases}
     alone, fp32 = any(case.startswith("experts,") for case in cases), any(case.endswith(FP32) for case in cases)
     kinds = (  # the line, whether what was verified could have such rows, and whether it has
         ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", True, kernels),
@@ -85,7 +85,7 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -
         ("experts alone in each layer; needs 24 tokens of text", True, alone),
         ("generate; needs a Mixtral, and positions for new tokens", True, "generate" in ops),
         ("captured and repeated steps, staging, launch plans; needs a GPU", mixtral, REPEATED in cases),
-        ("deterministic mode; needs --deterministic", mixtral, ("generate", BITS) in found),
+        ("deterministic mode; needs --deterministic", mixtral, ("generate", BITS) in op_cases),
     )
     uncalled = [f"{op}; needs a case in LayerCheck.calls (verification/calls.py)" for op in OPS if op not in ops]
     return uncalled + [line for line, possible, ran in kinds if possible and not ran]

@@ -1,10 +1,9 @@
 """A second reader of a checkpoint folder, config.json and every layout of the hub, without code of those it checks.
 
-N rows, K columns (the depth of the sum), G groups of columns that share a scale, P positions, D head size
+N rows, K columns (the depth of the sum), G groups of columns that share a scale
 """
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -115,13 +114,13 @@ def declared(source: Source, config: Any) -> dict[str, Any]:
     raw, generation = source.config, source.read_json("generation_config.json", optional=True)
     ropes = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
     defaults = {"rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False}
-    found = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}
-    found |= {name: None for name, value in found.items() if value == -1}
-    found["rope_theta"] = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta") is not None}
-    found["sliding_window"] = found["sliding_window"] or None
-    found["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-    found["dtype"] = str(raw.get("dtype", raw.get("torch_dtype"))).removeprefix("torch.")
-    return found | {"eos_token_id": _ids(raw.get("eos_token_id", 2), generation.get("eos_token_id"))}
+    fields = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}
+    fields |= {name: None for name, value in fields.items() if value == -1}
+    fields["rope_theta"] = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta") is not None}
+    fields["sliding_window"] = fields["sliding_window"] or None
+    fields["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    fields["dtype"] = str(raw.get("dtype", raw.get("torch_dtype"))).removeprefix("torch.")
+    return fields | {"eos_token_id": _ids(raw.get("eos_token_id", 2), generation.get("eos_token_id"))}
 
 
 def _ids(*fields: Any) -> set[int]:
@@ -129,27 +128,14 @@ def _ids(*fields: Any) -> set[int]:
     return {token for token in ids if token not in (None, -1)}
 
 
-def config_rows(source: Source, target: Any) -> list[Row]:
-    """Rows of what the model uses against config.json: the fields of its config, and its rotary tables."""
-    raw, model = declared(source, target.config), target.model
+def config_row(source: Source, target: Any) -> Row:
+    """The row of the fields of the model's config against config.json."""
+    raw = declared(source, target.config)
     used = {name: [getattr(target.config, name)] for name in raw}
     used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
     used["eos_token_id"] = [_ids(target.config.eos_token_id)]
-    used["tie_word_embeddings"].append(model.lm_head is model.embed_tokens)
+    used["tie_word_embeddings"].append(target.model.lm_head is target.model.embed_tokens)
     differing = ((name, x) for name in used for x in used[name] if x != raw[name])
     name, x = next(differing, ("values", None))
     note = "" if name == "values" else f"the model has {x!r}, declared is {raw[name]!r}"
-    return [Row.exact(None, "config", name, not note, note), *_rotary_rows(model, raw)]
-
-
-def _rotary_rows(model: Any, raw: dict[str, Any]) -> list[Row]:
-    """cos and sin of every position against fp64; the limit allows angles and log(theta) in fp32."""
-    P, D, theta = raw["max_position_embeddings"], raw["head_dim"], max(raw["rope_theta"], default=math.nan)
-    positions, tables = torch.arange(P, device=model.device), torch.stack((model.cos, model.sin))
-    if tuple(tables.shape) != (2, P, D // 2):
-        return [Row.exact(None, "config", "rotary tables", False)]
-    angles = positions.double()[:, None] * theta ** -(torch.arange(0, D, 2, device=model.device) / D).double()
-    errors = (tables.double() - torch.stack((angles.cos(), angles.sin()))).abs().amax(0)
-    limits = angles * (4 + abs(math.log(theta))) * 2.0**-24 + 2.0**-22
-    worst = (errors / limits).argmax()  # a NaN, if there is one
-    return [Row(None, "config", "rotary tables", float(errors.flatten()[worst]), float(limits.flatten()[worst]))]
+    return Row.exact(None, "config", name, not note, note)

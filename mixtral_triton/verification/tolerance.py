@@ -119,20 +119,22 @@ def to_fp64(value: Any) -> Any:
 
 
 @dataclass
-class Fp64Experts:
-    """The experts of a projection, each converted to fp64 where it is used, to save memory."""
+class ConvertedExperts:
+    """The experts of a projection, each dequantized and converted to `dtype` where it is used, to save memory."""
 
     weight: Any
+    dtype: torch.dtype = torch.float64
 
     def __len__(self) -> int:
         return len(self.weight)
 
-    def __getitem__(self, expert: int) -> Tensor:
-        return to_fp64(self.weight[expert])
+    def __getitem__(self, expert: Any) -> Any:
+        rows = to_fp64(self.weight[int(expert)])
+        return rows.to(self.dtype) if isinstance(rows, Tensor) else rows
 
 
 def _fp64_results(op: Op, args: Args) -> list[Tensor]:
-    convert = dict.fromkeys(("gate_up_proj", "down_proj"), Fp64Experts)
+    convert = dict.fromkeys(("gate_up_proj", "down_proj"), ConvertedExperts)
     return _results(op, op.call_reference, {key: convert.get(key, to_fp64)(value) for key, value in args.items()})
 
 
@@ -166,7 +168,7 @@ def fp64_block(
         return torch.cat([attend(*each) for each in zip(*(x.split(1) for x in qkv), strict=True)])
 
     def convert(weight: Any) -> Any:
-        return Fp64Experts(weight) if len(weight.shape) == 3 else to_fp64(weight)
+        return ConvertedExperts(weight) if len(weight.shape) == 3 else to_fp64(weight)
 
     return reference.block(layer, config, x, attend_each, ids, convert)
 

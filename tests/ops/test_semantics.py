@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import ops
+from mixtral_triton.kernels.ops.cache_args import rope_tables
 from mixtral_triton.kernels.ops.linear import SKINNY_M
 from tests.support.calls import randn
 
@@ -165,6 +166,17 @@ def test_padding_of_a_chunk_does_not_reach_other_rows(new: int, dtype: torch.dty
     bounds = (torch.full((2,), n, dtype=torch.int32, device=device) for n in (13, new))
     got = ops.cached_attention(q, k, v[:, :, :1], *ring, *bounds, window=1)[:, :new]
     check_close(got, v[:, :new, :1].expand_as(got), rtol=2**-8)  # with a window of 1 a token attends to itself
+
+
+@pytest.mark.parametrize("theta", (1e4, 1e6))
+def test_rotary_tables_are_within_fp32_of_the_angles(theta: float, device: torch.device) -> None:
+    """Of every position, beyond those that bf16 holds exactly."""
+    P, D = 4200, 32
+    frequencies = theta ** -(torch.arange(0, D, 2).double() / D)
+    angles = torch.arange(P).double()[:, None] * frequencies
+    limits = angles * (4 + math.log(theta)) * 2.0**-24 + 2.0**-22  # angles and log(theta) in fp32
+    for table, want in zip(rope_tables(theta, P, D, device), (angles.cos(), angles.sin()), strict=True):
+        assert table.dtype == torch.float32 and ((table.double().cpu() - want).abs() <= limits).all()
 
 
 @pytest.mark.parametrize("positions", (torch.int32, torch.int64))

@@ -20,7 +20,6 @@ from torch import Tensor
 from mixtral_triton import Mixtral, MixtralConfig, quantize, reference, verification, verify
 from mixtral_triton.cli.commands import SMALL, parse_weights
 from mixtral_triton.kernels.launching.launch import INTERPRETED
-from mixtral_triton.model import model
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.verification import held_out, layers, perplexity
 from mixtral_triton.verification import models_under_test as models
@@ -56,15 +55,6 @@ def read_config(patch: Patch, **changes: Any) -> None:
     patch.setattr(MixtralConfig, "from_pretrained", lambda folder: replace(read(folder), **changes))
 
 
-def change_tables(patch: Patch, positions: torch.dtype = torch.float32, theta: float | None = None) -> None:
-    def tables(base: float, P: int, D: int, device: Any) -> tuple[Tensor, Tensor]:
-        angles = torch.arange(P).to(positions).float()[:, None]
-        angles = angles * (1.0 / (theta or base) ** (torch.arange(0, D, 2).float() / D))
-        return angles.cos().to(device), angles.sin().to(device)
-
-    patch.setattr(model, "rope_tables", tables)
-
-
 # Written down before any was tried: what is injected, and the case of the first wrong row.
 CONFIG_FAULTS: dict[str, tuple[Inject, str]] = {
     "theta 1e4": (partial(read_config, rope_theta=1e4), "rope_theta"),
@@ -74,8 +64,6 @@ CONFIG_FAULTS: dict[str, tuple[Inject, str]] = {
     "top_k 1": (partial(read_config, num_experts_per_tok=1), "num_experts_per_tok"),
     "8 heads for 4": (partial(read_config, **HEADS), "num_attention_heads"),
     "another dtype": (partial(read_config, dtype="float16"), "dtype"),
-    "theta 1e4 in the tables": (partial(change_tables, theta=1e4), "rotary tables"),
-    "positions in bf16 in the tables": (partial(change_tables, positions=torch.bfloat16), "rotary tables"),
 }
 
 

@@ -161,8 +161,8 @@ def _step_inputs(case: CachedCase, dtype: torch.dtype, device: Any, generator: A
 def step_cost(case: CachedCase, dtype: torch.dtype) -> Cost:
     """Count attention's work, the new key and value read beside the cache and written into it, and the angles."""
     B, Hq, Hkv, D = case.B, case.Hq, case.Hkv, case.D
-    rest, moved = cost(replace(case, fresh=False), dtype), 2 * B * Hkv * D * dtype.itemsize + B * D * 4
-    return Cost(flops=rest.flops + 3 * B * (Hq + Hkv) * D, bytes=rest.bytes + moved)
+    cached, moved = cost(replace(case, fresh=False), dtype), 2 * B * Hkv * D * dtype.itemsize + B * D * 4
+    return Cost(flops=cached.flops + 3 * B * (Hq + Hkv) * D, bytes=cached.bytes + moved)
 
 
 _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral

@@ -29,7 +29,7 @@ from ...weights.composites import Matrix
 from ...weights.formats import CODE_PRODUCTS, QUANT_NAMES, matrix_bytes, multiplies_codes
 from ...weights.weight_args import Weight
 from ..norm import FusedNorm, NormWeight
-from ..sort import expected_distinct_experts, gather_by_expert, launch_sort, sample_ids
+from ..sort import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..tiles import power_of_2
 from . import kernels
 from .tiles import ExpertSizes, configs
@@ -292,7 +292,7 @@ def _launch_prefill(
         gathered, order, offsets = gather_by_expert(x, ids, E, gather)
         x = Rows.of(gathered)
     else:
-        order, offsets = launch_sort(ids, E)
+        order, offsets = sort_by_expert.op.run(ids, E)
     groups = Groups(order, offsets, E)
     if gate_up.multiplies_codes:
         in_order = tma(arch)  # pointers find a token's codes, which are written once

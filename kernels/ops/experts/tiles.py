@@ -138,8 +138,8 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
             block_m, short_m = main_rows(block_m, short_m), 0
             least = block_m if sizes.deterministic else least_rows(quantized, arch)
             block_m = power_of_2(slots, low=least, high=block_m)
-        more = {"BLOCK_M": block_m, "SHORT_M": short_m, "GROUP_M": tile.GROUP_M}
-        return weight_config(tile, columns, depth, quantized, halves, **more)
+        constexprs = {"BLOCK_M": block_m, "SHORT_M": short_m, "GROUP_M": tile.GROUP_M}
+        return weight_config(tile, columns, depth, quantized, halves, **constexprs)
 
     kernels = {
         "experts_up_kernel": config(sizes.I, sizes.H, sizes.gate_up, halves=2),
@@ -151,10 +151,10 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
 
 
 def _decode_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    def config(columns: int, depth: int, quantized: str | None, halves: int = 1, **more: int) -> LaunchConfig:
+    def config(columns: int, depth: int, quantized: str | None, halves: int = 1, **constexprs: int) -> LaunchConfig:
         tile = decode_tile(QUANTIZED_DECODE if quantized else DECODE, sizes.T, dtype, arch)
-        more |= {"BLOCK_T": tile.BLOCK_T, "BLOCK_S": power_of_2(min(tile.rows * sizes.K, DECODE_SLOTS))}
-        return weight_config(tile, columns, depth, quantized, halves, **more)
+        constexprs |= {"BLOCK_T": tile.BLOCK_T, "BLOCK_S": power_of_2(min(tile.rows * sizes.K, DECODE_SLOTS))}
+        return weight_config(tile, columns, depth, quantized, halves, **constexprs)
 
     span = sizes.I if sizes.down else -(-sizes.I // SPLIT_K)
     return {
