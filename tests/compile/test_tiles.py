@@ -150,16 +150,3 @@ def test_decode_tiles_read_few_rows_of_a_weight_twice(arch: str) -> None:
         assert reread(tile.rows, tile.BLOCK_T, 1.0) <= MOST_REREAD and reread(tile.rows, tile.BLOCK_T, 0.0) < 1e-3
         # With twice as many tokens a row, which is what uniform routing would allow, it would be too many.
         assert tile.BLOCK_T == 64 or reread(2 * tile.BLOCK_T, tile.BLOCK_T, 1.0) > MOST_REREAD
-
-
-def test_x_is_gathered_where_tma_reads_it() -> None:
-    """Elsewhere a sort without x: by pointers, of quantized weights, on GPUs without TMA, and in fp32."""
-    layer = {"H": 4096, "I": 14336, "E": 8, "K": 2, "by_pointers": False, "deterministic": False, "norm": False}
-    sizes, bf16 = experts.ExpertSizes(512, **layer, gate_up=None, down=None), torch.bfloat16
-    gathered = [(arch, sizes, bf16) for arch in ("sm_90", "sm_100")]
-    others = replace(sizes, by_pointers=True), replace(sizes, gate_up="int8", down="int8")
-    sorted_alone = [("sm_90", other, bf16) for other in others]
-    sorted_alone += [("sm_80", sizes, bf16), ("gfx942", sizes, bf16), ("sm_90", sizes, torch.float32)]
-    for arch, sizes, dtype in (*gathered, *sorted_alone):
-        gathers = "gather_by_expert_kernel" in experts.configs(sizes, dtype, arch)
-        assert gathers == ((arch, sizes, dtype) in gathered), (arch, sizes, dtype)

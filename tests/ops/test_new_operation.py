@@ -77,19 +77,6 @@ def gated_silu(a: Annotated[Tensor, "T N*Z"], b: Planes, squared: bool = False) 
 '''
 GATES = ("ops/test_registry.py", "ops/test_operators.py", "ops/test_strides.py")
 COMPILED = ("ops/test_plan.py", "compile/test_offline.py", "compile/test_jit.py")
-CODE = """
-import torch
-from mixtral_triton import Mixtral, ops, verify
-from mixtral_triton.cli import SMALL, main
-a, b = torch.randn(3, 20), torch.randn(3, 5, 4)
-squared = torch.compile(lambda a, b: ops.gated_silu(a, b, squared=True), fullgraph=True, backend="eager")
-y, negative = squared(a, b)  # compiled first, where nothing about the operation is cached yet
-assert torch.equal(y, (torch.nn.functional.silu(a).view(3, 5, 4) * b) ** 2) and torch.equal(negative, -y)
-assert torch.equal(ops.gated_silu.unchecked(a, b=b)[0], torch.nn.functional.silu(a).view(3, 5, 4) * b)
-assert any(line.startswith("gated_silu; needs a case") for line in verify(Mixtral.from_pretrained(SMALL)).not_run)
-assert main(["compile", "gated_silu", "--arch", "sm_90"]) == 0
-assert main(["bench", "gated_silu", "--gpu", "h100", "--sizes", "T=64,N=128,Z=2"]) == 0
-"""
 
 
 def rename_rows(code: str) -> str:
@@ -123,9 +110,3 @@ def test_toy_operation_passes_the_tests_of_every_operation(copy: Path) -> None:
     out = run(copy, *options, "-k", "gated_silu", *files)
     passed = int(out.rpartition(" passed")[0].split()[-1])
     assert passed >= (10 if INTERPRETED else 20), out
-
-
-@pytest.mark.slow
-@pytest.mark.compiled
-def test_toy_operation_in_verify_and_the_command_line(copy: Path) -> None:
-    run(copy, "-c", rename_rows(CODE))

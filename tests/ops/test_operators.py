@@ -237,14 +237,6 @@ def test_value_out_of_range_raises_value_error(place: tuple[str, str], kind: Any
         check_rejected(name, make_inputs(name) | {argument: kind(value)}, argument, str(int(value[0, 0])))
 
 
-@pytest.mark.parametrize("change", (lambda x: x.to(META), lambda x: x.clone().requires_grad_(), Subclass))
-@pytest.mark.parametrize(("argument", "value"), [("window", 4.0), ("scale", "text"), ("causal", 3), ("lengths", [3])])
-def test_wrong_type_raises_value_error_where_torch_dispatches(argument: str, value: Any, change: Any) -> None:
-    args = make_inputs("attention") | {"starts": None, "lengths": None}
-    changed = {key: change(args[key]) for key in "qkv"}
-    check_rejected("attention", args | changed | {argument: value}, argument, re.escape(str(value)) + "|list")
-
-
 UNSUITABLE: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: None, "None"),
     (lambda x: [1.0], "list"),

@@ -148,15 +148,6 @@ def test_attention_raises_value_error_for_the_layout_of_sdpa(device: torch.devic
         torch.ops.mixtral_triton.attention(q.to("meta"), k.to("meta"), k.to("meta"))
 
 
-@pytest.mark.parametrize(("T", "S", "window"), [(3, 9, None), (3, 9, 2), (40, 9, None)])
-def test_lengths_beyond_the_keys(T: int, S: int, window: int | None, device: torch.device) -> None:
-    """A CPU raises ValueError; otherwise queries are at lengths - T + t, with S keys."""
-    try:
-        check_attention((1, T, S, 2, 1, 16), device, window=window, lengths=[12])
-    except ValueError as error:
-        assert "lengths" in str(error)
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("new", (1, 11, 13))
 def test_padding_of_a_chunk_does_not_reach_other_rows(new: int, dtype: torch.dtype, device: torch.device) -> None:

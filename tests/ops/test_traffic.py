@@ -18,7 +18,6 @@ from mixtral_triton.kernels.launching.launch import LaunchConfig, describe, laun
 from mixtral_triton.kernels.ops import linear
 from mixtral_triton.kernels.ops.experts import op as experts
 from mixtral_triton.kernels.ops.experts.tiles import DECODE, SPLIT_K
-from mixtral_triton.kernels.ops.sort import sample_ids
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import Sizes, inputs, selected_configs, with_offload
 from tests.support.faults import module_with_fault
@@ -120,16 +119,6 @@ def test_decode_reads_only_selected_experts_once(T: int, kind: str, within: Any)
     check_weights_read_once({**SMALL, "T": T}, routing(kind, T), within, f"T {T}, {kind}")
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("T", [24, 3])
-def test_decode_reads_each_of_many_experts_once(T: int, within: Any) -> None:
-    """With more slots than 64 tokens of Mixtral have, and with fewer than experts."""
-    sizes = {**SMALL, "E": 32, "K": 8, "T": T}
-    check_weights_read_once(
-        sizes, sample_ids(T, 32, 8, "cpu", torch.Generator().manual_seed(T)), within, f"T {T}, E 32"
-    )
-
-
 def check_weights_read_once(sizes: Sizes, ids: Tensor, within: Any, case: str) -> None:
     traffic = count("expert_swiglu", sizes, ids=ids)
     selected = ids.unique().tolist()
@@ -139,14 +128,6 @@ def check_weights_read_once(sizes: Sizes, ids: Tensor, within: Any, case: str) -
     for kernel, weight in WEIGHTS.items():
         touched = traffic[f"experts_{kernel}_decode_kernel"].arguments[weight].touched.reshape(sizes["E"], -1)
         assert touched.any(1).nonzero()[0].tolist() == selected and touched[selected].all()
-
-
-@pytest.mark.parametrize("name", ["expert_swiglu", "experts_add_rms_norm"])
-def test_combine_moves_each_byte_once(name: str) -> None:
-    combine = count(name, {**TINY, "T": 64})["experts_combine_kernel"].arguments
-    norm = ("norm.residual", "norm.total") if name == "experts_add_rms_norm" else ()
-    moved = [combine[x] for x in ("y", "out", *norm)]
-    assert all(each.loaded + each.stored == each.distinct for each in moved)
 
 
 def issued(traffic: Traffic, name: str, sizes: Sizes) -> float:
@@ -295,14 +276,6 @@ def test_bytes_from_l2_of_few_rows(T: int, within: Any, monkeypatch: pytest.Monk
     for x, (kernel, weight) in zip(("x", "h"), WEIGHTS.items(), strict=True):
         ratio = from_l2(traffic, weight, x, f"experts_{kernel}_decode_kernel")
         within(f"experts' {kernel}, bytes from L2 a weight byte, T {T}", ratio, L2_BYTES_MAX[T])
-
-
-@pytest.mark.parametrize("T", [1, 16])
-def test_bytes_from_l2_of_the_gate(T: int, within: Any) -> None:
-    traffic = count("rms_norm_gate_route", {"T": T, "H": 512, "E": 8, "K": 2})["gate_route_kernel"].arguments
-    operands = ("gate", "norm.weight"), ("x", "norm.residual")
-    weights, rows = (sum(traffic[name].crossed for name in names) for names in operands)
-    within(f"gate and norm, bytes from L2 a weight byte, T {T}", 1 + rows / weights, L2_BYTES_MAX[T])
 
 
 CLAMPED = (
