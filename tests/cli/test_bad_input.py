@@ -88,7 +88,7 @@ BAD_INPUT = {
     "bench decode_step --sizes offload=8": "offload of --sizes is 8, needs 0 to 7",
     "bench route --sizes T=3,E=8,K=9": "K of --sizes is 9, needs 0 to 8",
     **{f"bench linear --gpu h100 --sizes T={T},H={T},N=64": "--sizes is 'T=99999" for T in ("9" * 10, "9" * 30)},
-    "bench sort_by_expert --dtype float16": "sort_by_expert has int32, int64",
+    "bench sort_by_expert --dtype float16": "is .float16., needs one of int32, int64",
     "bench --plot roofline.txt": r"\.png",
     "bench --plot no/such/folder/a.png": "no/such/folder",
     f"compile append --arch sm_90 --out {SMALL / 'config.json'}": "config.json: File exists",
