@@ -161,6 +161,13 @@ def check_range(name: str, value: float, least: float, most: float | None = None
         raise ValueError(f"{name} is {value}, needs {need}")
 
 
+def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for the first of the names that is not known."""
+    every = [*known]
+    if unknown := [name for name in names if name not in every]:
+        raise ValueError(f"{what} is {unknown[0]!r}, needs one of {', '.join(every)}")
+
+
 def check_writable(option: str, file: Path) -> None:
     """Raise ValueError where an option's file cannot be written: before the work whose result would be lost."""
     folder = file.absolute().parent

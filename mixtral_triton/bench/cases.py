@@ -11,6 +11,7 @@ import torch
 from ..kernels.operation.checks import dtype_name
 from ..kernels.operation.declaration import Cost, Op, as_dict
 from ..kernels.registry import OPS
+from ..terminal import check_known, check_range
 from .compile import parse_sizes
 from .decode_step import STEP, costs
 
@@ -61,21 +62,19 @@ class Case:
 def cases(names: Sequence[str] = (), sizes: Sequence[str] = (), dtype: torch.dtype | None = None) -> list[Case]:
     """Return the distinct cases of the operations `names` (empty: all) at Mixtral's sizes. sizes: a case each in their
     place ("T=32,H=1024"), the others as in 8x7B. ValueError for a name, sizes or a dtype that there is not."""
-    if unknown := [name for name in names if name not in BENCHED]:
-        raise ValueError(f"argument 'OP' is {unknown[0]!r}, needs one of {', '.join(BENCHED)}")
+    check_known("argument 'OP'", names, BENCHED)
     if sizes and not names:
         raise ValueError("--sizes goes with the operations it is for")
     found = []
     for op in (BENCHED[name] for name in names or BENCHED):
-        if names and dtype is not None and dtype not in op.dtypes:
-            known = ", ".join(map(dtype_name, op.dtypes))
-            raise ValueError(f"--dtype is {dtype_name(dtype)!r}, and {op.name} has {known}: leave --dtype out")
+        if names and dtype is not None:
+            check_known(f"{op.name}: --dtype", [dtype_name(dtype)], map(dtype_name, op.dtypes))
         use = next((each for each in (dtype, torch.bfloat16) if each in op.dtypes), op.dtypes[0])
         shapes = [_read_sizes(op, text) for text in sizes] or _table(op)
         found += [Case(op, shape, use) for shape in shapes]
     for case in found if sizes else ():
-        if getattr(case.sizes, "K", 0) > getattr(case.sizes, "E", 0):
-            raise ValueError(f"--sizes has K={case.sizes.K}, needs at most E={case.sizes.E}: a token's experts differ")
+        if hasattr(case.sizes, "K"):
+            check_range("K of --sizes", case.sizes.K, 0, case.sizes.E, "which is E: a token's experts differ")
         try:
             case.op.check(**case.inputs(torch.device("meta")))
         except (RuntimeError, OverflowError, TypeError, ZeroDivisionError, LookupError):
@@ -93,8 +92,7 @@ def _table(op: Op) -> list[Any]:
 
 def _read_sizes(op: Op, text: str) -> Any:
     """Return the case of 8x7B with the sizes that a user wrote."""
-    sizes, known = parse_sizes("--sizes", text.split(",")), [field.name for field in fields(op.case)]
-    if foreign := [name for name in sizes if name not in known]:
-        raise ValueError(f"--sizes has {foreign[0]}, and {op.name} has {', '.join(known)}")
+    sizes = parse_sizes("--sizes", text.split(","))
+    check_known(f"{op.name}: a name of --sizes", sizes, (field.name for field in fields(op.case)))
     flags = {name: bool(size) for name, size in sizes.items() if isinstance(getattr(op.bench_shapes[0], name), bool)}
     return replace(op.bench_shapes[0], **sizes | flags)

@@ -23,7 +23,7 @@ from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..kernels.weights.packing import GROUPS
 from ..model.ahead import Progress, build, kernel_key, on_all_cores, source_of
-from ..terminal import Table, bar, console, table_of
+from ..terminal import Table, bar, check_known, console, table_of
 from .gpus import family_note
 from .sass import Loop, main_loops
 
@@ -140,9 +140,7 @@ def collect(
     found: dict[str, tuple[str, Launch]] = {}
     at = at or {}
     for op in ops:
-        names = {field.name for field in fields(op.case)}
-        if unknown := [name for name in at if name not in names]:
-            raise ValueError(f"--at has {unknown[0]}, and {op.name} has {', '.join(sorted(names))}")
+        check_known(f"{op.name}: a name of --at", at, (field.name for field in fields(op.case)))
         changes = [dict(zip(at, values, strict=True)) for values in product(*at.values())]
         shapes = [replace(shape, **change) for shape in op.bench_shapes for change in changes if runs_on(shape, arch)]
         for dtype, sizes in product(op.dtypes, dict.fromkeys(shapes)):
@@ -207,14 +205,12 @@ def compile_ops(
     """Compile the kernels of operations, by name, over their bench shapes, each once: a second model's widths make no
     other kernel. `out`: a folder for the files, created if missing. kernel: this one alone. at: as in `collect`.
     ValueError for an unknown name or `arch`."""
-    if unknown := [name for name in ops if name not in OPS]:
-        raise ValueError(f"compile: argument 'OP' is {unknown[0]!r}, needs one of {', '.join(OPS)}")
+    check_known("argument 'OP'", ops, OPS)
     found = collect([op for name, op in OPS.items() if name in ops], arch, widths=False, at=at)
     if kernel is not None:
-        names = dict.fromkeys(launch.kernel for _, launch in found.values())
-        found = {key: each for key, each in found.items() if each[1].kernel in (kernel, f"{kernel}_kernel")}
-        if not found:
-            raise ValueError(f"--kernel is {kernel!r}, needs one of {', '.join(names)}")
+        name = f"{kernel.removesuffix('_kernel')}_kernel"
+        check_known("--kernel", [name], dict.fromkeys(launch.kernel for _, launch in found.values()))
+        found = {key: each for key, each in found.items() if each[1].kernel == name}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     kernels = compile_all(found.values(), arch, progress, out)

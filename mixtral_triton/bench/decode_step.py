@@ -16,6 +16,7 @@ from ..model.cache import KVCache
 from ..model.generate import can_capture, capture
 from ..model.mixtral import Mixtral
 from ..model.offload_plan import Placement, select_experts
+from ..terminal import check_range
 from .fit import step_costs
 
 STEPS_MOST = 4096  # positions beyond S that repeated steps may reach
@@ -48,9 +49,8 @@ def config(case: StepCase) -> MixtralConfig:
 
 def hosted(case: StepCase) -> list[Any]:
     """Return the experts of each layer in host memory."""
-    count, most = case.offload or 0, case.L * (case.E - 1)
-    if count > most:
-        raise ValueError(f"--sizes has offload={count}, needs at most {most}: one expert of each layer stays")
+    count = case.offload or 0
+    check_range("offload of --sizes", count, 0, case.L * (case.E - 1), "since one expert of each layer stays")
     return select_experts(config(case), count)
 
 

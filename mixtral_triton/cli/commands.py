@@ -261,8 +261,7 @@ def _verify(args: argparse.Namespace) -> int:
         if text is not None:
             ids = encode(model.tokenizer, text, model.config.vocab_size)
             prompt = torch.tensor([ids], device=model.device)
-            if args.tokens is not None and prompt.shape[1] < args.tokens:
-                raise ValueError(f"--prompt has {prompt.shape[1]} tokens, fewer than --tokens {args.tokens}")
+            check_range("--tokens", args.tokens or 0, 0, prompt.shape[1], "the tokens of --prompt")
         text_ids = default_text(prompt, model.config, model.device, args.tokens)[:, : args.tokens]
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         print_message(note)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels.launching.launch import launch_context
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
-from ..terminal import bar, compile_shown, print_message, table_of
+from ..terminal import bar, check_range, compile_shown, print_message, table_of
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -111,8 +111,8 @@ def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) 
     """Run the command on the prompt's tokens -> exit status. `note` precedes the work."""
     ids, L = torch.tensor(prompt, device=model.device), model.config.num_hidden_layers
     layers = sorted({0, L // 2, L - 1}) if args.layers is None else args.layers
-    if not all(0 <= layer < L for layer in layers):
-        raise ValueError(f"--layers is {' '.join(map(str, layers))}, needs layers of 0..{L - 1}")
+    for layer in layers:
+        check_range("--layers", layer, 0, L - 1)
     tokens = token_texts(model.tokenizer, args.prompt)
     print_message(note)
     compile_shown(launch_trace, model, len(ids))

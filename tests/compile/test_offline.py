@@ -222,9 +222,9 @@ def test_one_kernel_at_other_sizes() -> None:
     assert {row["constexprs"]["H"] for row in rows} <= {256, 512}
     found = [launch.constexprs.get("H") for _, launch in collect([OPS["linear"]], "sm_90", at=at).values()]
     assert {256, 512} <= {*found}
-    with pytest.raises(ValueError, match="--kernel is 'linear_encode', needs one of linear_decode_kernel,"):
+    with pytest.raises(ValueError, match="--kernel is 'linear_encode_kernel', needs one of linear_decode_kernel,"):
         compile_ops(["linear"], "sm_90", kernel="linear_encode")
-    with pytest.raises(ValueError, match="--at has S, and linear has H, N, T, deterministic, weight"):
+    with pytest.raises(ValueError, match="linear: a name of --at is 'S', needs one of T, H, N"):
         compile_ops(["linear"], "sm_90", at={"S": [3]})
 
 

@@ -4,7 +4,6 @@ And what a user passes or replaces after `apply`: honoured as transformers does,
 `python -m pytest tests/hf` prints the table.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixtral_triton import apply, hf
+from mixtral_triton import apply
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
@@ -138,19 +137,6 @@ def every_output(model: Any) -> Results:
     return flat(named)
 
 
-def recorded_outputs(model: Any) -> Results:
-    """Whatever the head, the backbone records outputs, and each call records them once."""
-    found = {}
-    for kind in ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"):
-        torch.manual_seed(0)
-        other = getattr(transformers, f"Mixtral{kind}")(copy.deepcopy(model.config)).eval()
-        other = apply(other) if hf.applied(model) else other
-        first, second = (other(IDS, output_attentions=True, output_hidden_states=True) for _ in range(2))
-        assert len(first.attentions) == len(second.attentions) == model.config.num_hidden_layers
-        found |= flat([second.attentions, second.hidden_states], kind)
-    return found
-
-
 def cropped(model: Any) -> Results:
     cache = dynamic(model)
     kwargs = {CACHE: cache, "use_cache": True}
@@ -173,7 +159,6 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "forward: top 1, tied embeddings": ({"num_experts_per_tok": 1, "tie_word_embeddings": True}, logits),
     "forward: labels, router logits, auxiliary loss": ({}, outputs),
     "forward: every output, as object and tuple": ({}, every_output),
-    "forward: outputs of every head": ({}, recorded_outputs),
     "forward: gradients enabled": ({}, torch.enable_grad()(lambda m: {"logits": m(IDS).logits.detach()})),
     "forward: inputs_embeds, and generate": ({}, embedded),
     "rope: yarn": (rope("yarn"), logits),

@@ -173,15 +173,6 @@ def test_from_pretrained_reads_the_file(tmp_path):
     assert again == (config, config)
 
 
-@pytest.mark.parametrize("window", [None, 9])
-def test_reads_what_transformers_writes(tmp_path, window):
-    fields = without("model_type", "architectures", "rope_theta") | {"rope_parameters": ROPE, "eos_token_id": [2, 7]}
-    hf = pytest.importorskip("transformers").MixtralConfig(**fields, sliding_window=window)
-    hf.save_pretrained(tmp_path)
-    for config in (MixtralConfig.from_pretrained(tmp_path), MixtralConfig.from_dict(hf.to_dict())):
-        assert (config.rope_theta, config.sliding_window, config.eos_token_id) == (5e5, window, (2, 7))
-
-
 NORMALIZED = {
     "sliding_window": [(0, None), (-1, None), (1, 1)],
     "head_dim": [(10, 10), (None, 4)],
@@ -289,17 +280,6 @@ def test_what_is_no_config_is_refused(tmp_path: Path, given: Any, error: Any, me
     folder = tmp_path if isinstance(given, bytes) else tmp_path / given if isinstance(given, str) else given
     with pytest.raises(error, match=message):
         MixtralConfig.from_pretrained(folder)
-
-
-ACTIVATIONS = [({"activations": each}, "activations is .*, needs None or 'fp8'") for each in ("int8", "", 8, True)]
-LOADS = [({"dtype": "bf16"}, "dtype is 'bf16', needs torch"), *ACTIVATIONS]
-
-
-@pytest.mark.parametrize(("options", "message"), LOADS)
-def test_wrong_options_of_loading_are_refused(options: dict[str, Any], message: str) -> None:
-    assert Mixtral.from_pretrained(SMALL, "meta", "torch.float16").dtype == torch.float16
-    with pytest.raises(ValueError, match=message):
-        Mixtral.from_pretrained(SMALL, "meta", **{"weights": "fp8"} | options)
 
 
 def test_a_batch_encoding_is_generated_from() -> None:

@@ -351,7 +351,8 @@ def test_lengths_set_by_hand_are_seen(inference: bool, load: Callable[..., Mixtr
             model(tokens(1, 2, device=device), cache=cache)
 
 
-BAD_LOADS = [{"mesh": "tp"}, {"dtype": torch.float64}, {"dtype": "int8"}]
+BAD_LOADS: list[dict[str, Any]] = [{"mesh": "tp"}, {"dtype": torch.float64}, {"dtype": "int8"}]
+BAD_LOADS += [{"activations": wrong} for wrong in ("int8", 8, True)]
 BAD_DEVICES = [{"device": device} for device in ("gpu", "cuda:99", "", 1.5)]
 NO_NUMBERS = (0, "2", 1.5, True, None)
 BAD_CACHES: list[dict[str, Any]] = [{name: value} for name in ("batch", "max_len") for value in NO_NUMBERS]

@@ -56,12 +56,6 @@ def test_options_of_generate_reach_the_draw(options: dict[str, Any], device: tor
     assert torch.equal(model.generate(ids, 8, 4.0, generator=seeded(device), **options), model.generate(ids, 8))
 
 
-def test_the_last_token_of_a_prompt_is_penalized(device: torch.device) -> None:
-    model, ids = random_model(device, tie_word_embeddings=True), torch.arange(V, device=device)[:, None]
-    next_ids = (model.generate(ids, 1, repetition_penalty=penalty)[:, 1:] for penalty in (1.0, 1e9))
-    assert [bool((each == ids).any()) for each in next_ids] == [True, False]
-
-
 def race_error(logits: Tensor, sampled_ids: Tensor, draw: Any, *options: Any) -> float:
     """How far the tokens `sampled_ids` [N] are from winning the exponential race of logits [N,V]: 0 for a winner, 1 for
     a token that does not take part (Holtzman et al. 2020; min-p: Nguyen et al. 2024)."""

@@ -177,19 +177,6 @@ def test_the_chat_says_so_before_its_positions_end(chat_folder: Path) -> None:
     assert "the chat template fails with ValueError" in error_line(CHAT, chat_folder)
 
 
-def test_a_cache_without_a_window_grows_with_the_chat(chat_folder: Path, appended: list[int]) -> None:
-    change(chat_folder / "config.json", sliding_window=None)
-    for options in ((), ("--cache-dtype", "int8")):
-        appended.clear()
-        found, _ = talk(chat_folder, TURNS[:5], "--dtype", "float32", "--logprobs", "0", *options)
-        assert sum(appended) == found[-1]["prompt_tokens"] + len(found[-1]["tokens"]) - 1
-        dtype = torch.int8 if options else None
-        assert answers(found) == answers_from_scratch(chat_folder, TURNS[:5], cache_dtype=dtype)
-    stop = found[0]["text"][2:5]
-    shorter, _ = talk(chat_folder, TURNS[:5], "--cache-dtype", "int8", "--stop", stop)
-    assert shorter[0]["text"] == found[0]["text"].partition(stop)[0] and shorter[1]["reused"] > 5
-
-
 def test_commands_say_what_they_did_and_a_saved_chat_goes_on(chat_folder: Path, tmp_path: Path) -> None:
     saved, wrong = tmp_path / "saved.json", tmp_path / "wrong.json"
     wrong.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
