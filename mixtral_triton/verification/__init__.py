@@ -182,6 +182,10 @@ def _verify(
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     layer_rows = [*target.measure(None, "rms_norm", "final", norm), *layer_rows]
     rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
+    if not target.is_mixtral:
+        from .drop_in import compare_calls  # imports transformers
+
+        rows += compare_calls(target, ids, steps)
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
     routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)

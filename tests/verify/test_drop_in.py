@@ -1,4 +1,4 @@
-"""verify of a transformers model finds faults of the drop-in, whole and in chunks. Masks: tests/hf/test_parity.py."""
+"""verify of a transformers model finds faults of the drop-in in padded, packed and cached calls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface
 
-from mixtral_triton import hf, verify
+from mixtral_triton import hf, ops, verify
 from mixtral_triton.hf import attention, modules
 from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.verification import drop_in
+from mixtral_triton.verification.models_under_test import TransformersUnderTest
 from tests.support.faults import DTYPES, Inject
 
 IDS = torch.randint(1, 48, (2, 15), generator=torch.Generator().manual_seed(0))
@@ -30,32 +32,77 @@ def mask_by(change: Change) -> Inject:
     return lambda patch: patch.setitem(AttentionMaskInterface._global_mapping, attention.NAME, make)
 
 
-def attend(change: Change) -> Inject:
-    """change(q, k, v, mask, window): other arguments of attention where the mask is causal, and no interval."""
+def static_by(change: Change) -> Inject:
+    return mask_by(lambda kwargs: change(kwargs) if isinstance(kwargs["q_offset"], Tensor) else {})
+
+
+def mask_without(place: int) -> Inject:
+    """The mask without one of the arguments of the backbone's forward."""
+    make = modules.causal_mask
+    faulty = lambda *args: make(*args[:place], None, *args[place + 1 :])  # noqa: E731
+    return lambda patch: patch.setattr(modules, "causal_mask", faulty)
+
+
+def kind_of(key_mask: Tensor | None) -> str:
+    if key_mask is None:
+        return "none"
+    return "packed" if key_mask.dtype == torch.int64 else "interval" if key_mask.shape[2] else "causal"
+
+
+def attend(kind: str, change: Change) -> Inject:
+    """change(q, k, v, mask, window): other arguments of attention, for one kind of mask."""
     function = modules.attention
 
     def faulty(module: Any, q: Tensor, k: Tensor, v: Tensor, key_mask: Any, sliding_window: Any, **kwargs: Any) -> Any:
         args = q, k, v, key_mask, sliding_window
-        is_causal = key_mask is not None and key_mask.dtype != torch.int64 and not key_mask.shape[2]
-        q, k, v, key_mask, window = change(*args) if is_causal else args
+        q, k, v, key_mask, window = change(*args) if kind_of(key_mask) == kind else args
         return function(module, q, k, v, key_mask, sliding_window=window, **kwargs)
 
     return lambda patch: patch.setattr(modules, "attention", faulty)
 
 
+def late_bounds(found: Any, function: Any, batch: int, tokens: int, *_: Any) -> Any:
+    return found[0], found[1] + (found[1] % tokens != 0)
+
+
+def first_bounds(found: Any, function: Any, batch: int, tokens: int, *_: Any) -> Any:
+    first = found[1][found[1] < tokens]
+    return found[0], torch.cat([*(first + row * tokens for row in range(batch)), found[1][-1:]])
+
+
 rotary = modules.TritonRotaryEmbedding.forward
 rotary_from_zero = lambda module, x, position_ids: rotary(module, x, position_ids - position_ids[:, :1])  # noqa: E731
 no_window = lambda q, k, v, key_mask, window: (q, k, v, key_mask[:, :1], None)  # noqa: E731
+first_end = lambda tokens: torch.tensor([[0], [tokens - 1]], dtype=torch.int32)  # noqa: E731
+first_row = lambda q, k, v, key_mask, window: (q, k, v, 0 * key_mask + key_mask[:1], window)  # noqa: E731
+first_query = lambda q, k, v, key_mask, window: (q, k, v, key_mask - first_end(q.shape[2]), window)  # noqa: E731
 first_keys = lambda q, k, v, mask, window: keys_in(slice(q.shape[2]), q, k, v, mask, window)  # noqa: E731
 new_keys = lambda q, k, v, mask, window: keys_in(slice(-q.shape[2], None), q, k, v, mask, window)  # noqa: E731
+to_the_last_key = lambda q, k, v, mask, window: (q, k, v, mask[:, :, ::2] if mask.shape[2] > 2 else mask, window)  # noqa: E731
+cached = lambda k: {"attention_mask": None} if k["kv_length"] > k["q_length"] else {}  # noqa: E731
+last_slot = lambda k: {"q_offset": k["q_offset"] * 0 + k["kv_length"] - k["q_length"]}  # noqa: E731
 
 
 def keys_in(part: slice, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, window: Any) -> Any:
     return q, k[:, :, part], v[:, :, part], key_mask[..., part], window
 
 
-def in_half(outputs: Any, *_: Any) -> Any:
-    return outputs[0], outputs[1].half(), outputs[2]
+def shift_attentions(found: Any, module: Any, q: Tensor, k: Tensor, *_: Any) -> Any:
+    out, weights = found
+    return out, weights if weights is None or q.shape[2] == k.shape[2] else weights.roll(-1, -1)
+
+
+def without_cache(patch: pytest.MonkeyPatch) -> None:
+    function = modules.with_mask
+    patch.setattr(modules, "with_mask", lambda *args: function(*args[:2], args[2] | {"use_cache": False}))
+
+
+def in_half(found: Any, *_: Any) -> Any:
+    return found[0], found[1].half(), found[2]
+
+
+def probabilities(found: Any, *_: Any) -> Any:
+    return found[0].softmax(-1), *found[1:]
 
 
 # The operation and the case of the first wrong row, and the faults, written before any was tried. The model of a fault
@@ -64,12 +111,46 @@ FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
     ("layer", "routes, whole text"): {
         "routing weights of another dtype": result(modules.TritonRouter, "forward", in_half)
     },
-    ("layer", "attention, whole text"): {"no window": attend(no_window)},
+    ("layer", "attention, whole text"): {"no window": attend("causal", no_window)},
     ("layer", "attention, in chunks"): {
-        "at a cache's first keys": attend(first_keys),
-        "new keys only": attend(new_keys),
+        "at a cache's first keys": attend("causal", first_keys),
+        "new keys only": attend("causal", new_keys),
         "positions from 0": lambda patch: patch.setattr(modules.TritonRotaryEmbedding, "forward", rotary_from_zero),
         "offset of a window's keys ignored": mask_by(lambda _: {"kv_offset": 0}),
+    },
+    ("call", "no mask, no cache"): {
+        "router probabilities for logits": result(modules.TritonRouter, "forward", probabilities)
+    },
+    ("call", "no mask, dynamic cache"): {
+        "attentions over a cache shifted": result(modules, "attention", shift_attentions)
+    },
+    ("call", "no mask, static cache"): {
+        "unwritten slots seen": static_by(last_slot),
+        "offset - 1": static_by(lambda k: {"q_offset": k["q_offset"] - 1}),
+        "first query's interval for all": attend("interval", first_query),
+        "offset 0": static_by(lambda k: {"q_offset": k["q_offset"] * 0}),
+    },
+    ("call", "packed, no cache"): {
+        "boundaries ignored": result(attention, "sequence_bounds", lambda *_: (True, None)),
+        "boundaries one token late": result(attention, "sequence_bounds", late_bounds),
+        "first row's boundaries for all": result(attention, "sequence_bounds", first_bounds),
+        "positions forgotten": mask_without(3),
+        "no window": attend("packed", no_window),
+        "first row's positions for all": result(modules, "token_tables", lambda x, *_: (*x[:2], 0 * x[2] + x[2][:1])),
+    },
+    ("call", "packed, the model's cache"): {"packed beside a cache": without_cache},
+    ("call", "left padding, no cache"): {
+        "padding ignored": result(attention, "first_key", lambda *_: (True, None)),
+        "one token of padding seen": result(attention, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
+        "first row's padding for all": attend("interval", first_row),
+        "no window beside padding": attend("interval", no_window),
+        "mask forgotten": mask_without(2),
+    },
+    ("call", "left padding, dynamic cache"): {"padding of a cache ignored": mask_by(cached)},
+    ("call", "left padding, static cache"): {"padding ignored": static_by(lambda _: {"attention_mask": None})},
+    ("call", "right padding, no cache"): {"read at the last key": attend("interval", to_the_last_key)},
+    ("call", "a hole, no cache"): {
+        "a hole is an interval": result(attention, "first_key", lambda out, *_: (True, out[1]))
     },
 }
 
@@ -82,6 +163,42 @@ def test_fault_in_the_drop_in(case: Any, fault: str, make_hf: Any, monkeypatch: 
         model = make_hf(sliding_window=4 if "window" in fault else None).to(dtype)
         first = next(iter(verify(model, IDS).wrong), None)
         assert first is not None and (first.op, first.case) == case, (dtype, first)
+
+
+@torch.no_grad()
+def wrong_calls(model: Any, monkeypatch: pytest.MonkeyPatch, change: Change) -> list[bool]:
+    """Whether each call's row is wrong where `change` has altered the applied model."""
+    apply, steps = hf.apply, lambda *part: lambda: None
+    with monkeypatch.context() as patch:
+        patch.setattr(drop_in.hf, "apply", lambda model: (apply(model), change(model)))
+        return [not row.ok for row in drop_in.compare_calls(TransformersUnderTest(model), IDS, steps)]
+
+
+def test_an_applied_model_that_is_3_percent_wrong_fails(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for factor, wrong in ((1.03, True), (1.003, False)):
+        scale = lambda module, args, out, factor=factor: out * factor  # noqa: E731
+        change = lambda model, scale=scale: model.lm_head.register_forward_hook(scale)  # noqa: E731
+        assert set(wrong_calls(make_hf(), monkeypatch, change)) == {wrong}
+
+
+ROUTERS: dict[str, Change] = {
+    "weights that do not sum to 1": lambda logits, weights, ids: (logits, weights * 1.1, ids),
+    "ids of other experts": lambda logits, weights, ids: (logits, weights, (ids + 1) % logits.shape[-1]),
+}
+
+
+@pytest.mark.parametrize("fault", ROUTERS)
+def test_a_router_with_right_logits_and_wrong_routes_fails(fault: str, make_hf: Any, monkeypatch: Any) -> None:
+    hook = lambda module, args, out: ROUTERS[fault](*out)  # noqa: E731
+    change = lambda model: [layer.mlp.gate.register_forward_hook(hook) for layer in model.model.layers]  # noqa: E731
+    assert all(wrong_calls(make_hf(), monkeypatch, change))
+
+
+@pytest.mark.slow
+def test_eps_of_the_norms_is_seen_in_16_bits(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = lambda module, x: ops.rms_norm(x, module.weight, 1e-6)  # noqa: E731
+    monkeypatch.setattr(modules.TritonRMSNorm, "forward", norm)
+    assert {row.op for row in verify(make_hf().bfloat16(), IDS).wrong} == {"call"}
 
 
 @pytest.mark.parametrize("parameters", [["mlp.experts.gate_up_proj"], ["mlp.gate.weight"], None], ids=str)

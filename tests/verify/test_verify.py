@@ -65,7 +65,7 @@ def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_h
     state, steps = {name: x.clone() for name, x in model.state_dict().items()}, dict[str, list[int]]()
     report = verify(model, IDS[:, :10], lambda done, total, part: steps.setdefault(part, [total]).append(done))
     assert report.ok and "transformers' own modules" in str(report), str(report)
-    assert all(done == list(range(total + 1)) for total, *done in steps.values())
+    assert all(done == list(range(total + 1)) for total, *done in steps.values()) and "calls of transformers" in steps
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in state.items())
     check_complete(report, model.config.num_hidden_layers)
     assert not hf.applied(model)
