@@ -9,22 +9,23 @@ import pytest
 
 from mixtral_triton.kernels.weights import formats
 
-KERNELS = Path(formats.__file__).parent
+KERNELS = Path(formats.__file__).parents[1]
 # Names, and the files that may have them.
 WEIGHTS = "|".join((*formats.FORMATS, "W8A8"))
 NAMES = {
-    rf"(?<!torch\.)(?<!tl\.)\b({WEIGHTS})\b": {"int4.py", "int8.py", "fp8.py", "fp8_rows.py", "quantized_cache.py"},
-    r"QuantizedCache|quantized_cache": {"quantized_cache.py"},
-    r"[Oo]ffload|OFFLOADED|on_host|\bstaged\b": {"offload.py"},
+    rf"(?<!torch\.)(?<!tl\.)\b({WEIGHTS})\b": {
+        *(f"weights/{name}.py" for name in ("int4", "int8", "fp8", "fp8_rows", "quantized_cache"))
+    },
+    r"QuantizedCache|quantized_cache": {"weights/quantized_cache.py"},
+    r"[Oo]ffload|OFFLOADED|on_host|\bstaged\b": {"weights/offload.py"},
 }
-REGISTRY = {"formats.py", "composites.py"}
+REGISTRY = {"weights/formats.py", "weights/composites.py"}
 EXCEPTIONS = {
-    "linear.py": "its cases name the formats that tests and benchmarks draw",
-    "experts/op.py": "the same",
-    "attention/op.py": "its cases name the cache's format",
-    "rope.py": "the same",
-    "tiles.py": "a GPU's measurement is named after its file",
-    "interpret.py": "the interpreter's conversions to e4m3 are put right",
+    "ops/linear.py": "its cases name the formats that tests and benchmarks draw",
+    "ops/experts/op.py": "the same",
+    "ops/attention/op.py": "its cases name the cache's format",
+    "ops/rope.py": "the same",
+    "ops/tiles.py": "a GPU's measurement is named after its file",
 }
 
 
@@ -51,4 +52,4 @@ def test_a_format_is_named_in_its_file_and_in_the_registry_alone() -> None:
 )
 def test_a_name_in_another_file_is_found(line: str) -> None:
     files = sources()
-    assert [*misplaced({"sort.py": f"{files['sort.py']}\n{line}\n"})] == [f"sort.py: {line}"]
+    assert [*misplaced({"ops/sort.py": f"{files['ops/sort.py']}\n{line}\n"})] == [f"ops/sort.py: {line}"]
