@@ -68,9 +68,6 @@ LOAD_HINTS = {
     "load_in_4bit": "weights='int4'",
     "load_in_8bit": "weights='int8'",
     "revision": "the folder as 'NAME@REVISION'",
-    "attn_implementation": "nothing: there is one implementation",
-    "trust_remote_code": "nothing: no code of a checkpoint runs",
-    "low_cpu_mem_usage": "nothing: weights are read row by row",
 }
 
 

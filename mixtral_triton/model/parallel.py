@@ -19,8 +19,7 @@ from ..checkpoint.shard import Shard, even
 
 TIMEOUT = timedelta(seconds=30)  # of collectives while the model runs
 LOADING_TIMEOUT = timedelta(minutes=10)  # while loading: disks differ; a dead rank is detected at once
-POLL_INTERVAL = 1.0  # seconds between checks for dead ranks
-CLOSE_DELAY = 0.2  # seconds until the connections of a dead rank are closed
+NO_ANSWER = "another rank is gone or does not answer"
 
 
 class Ranks:
@@ -78,23 +77,14 @@ class Ranks:
         return x
 
     def synchronize(self, device: torch.device) -> None:
-        """Wait for the device; raise ConnectionError if another rank is gone or does not answer meanwhile. torch's
-        watchdog does not see the collectives of a replayed CUDA graph."""
+        """Wait for the device; raise ConnectionError after TIMEOUT. torch's watchdog does not see the collectives of a
+        replayed CUDA graph."""
         if device.type == "cuda":
-            event = torch.cuda.Event()
+            event, start = torch.cuda.Event(), time.monotonic()
             event.record()
-            self.wait(event.query)
-
-    def wait(self, done: Callable[[], bool]) -> None:
-        """Wait until `done()`, with the errors of `synchronize`."""
-        start = checked = time.monotonic()
-        while not done():
-            now = time.monotonic()
-            late = now - start > TIMEOUT.total_seconds()
-            if late or now - checked > POLL_INTERVAL:
-                missing, checked = self._closed_ranks(), time.monotonic()
-                if missing or late:
-                    raise self._error(missing, "its part of an all-reduce did not arrive")
+            while not event.query():
+                if time.monotonic() - start > TIMEOUT.total_seconds():
+                    raise ConnectionError(f"{self.name}: {NO_ANSWER}: its part of an all-reduce did not arrive")
 
     def gather(self, part: Tensor) -> list[Tensor]:
         """Return every rank's part; all have one shape."""
@@ -125,28 +115,12 @@ class Ranks:
             raise ValueError("; ".join(failed)) from error
 
     def _collect(self, collective: Callable[..., Any], *args: Any, group: Any = None) -> None:
-        """Call one of torch's collectives; a failure is a ConnectionError that names this and the missing ranks."""
+        """Call one of torch's collectives; a failure is a ConnectionError that names this rank."""
         try:
             collective(*args, group=group or self._group)
         except RuntimeError as error:
-            time.sleep(CLOSE_DELAY)
             reason = _line(error).partition(". ")[0]  # gloo appends advice
-            raise self._error(self._closed_ranks(), reason) from error
-
-    def _error(self, missing: list[int], reason: str) -> ConnectionError:
-        what = f"rank {' and '.join(map(str, missing))} is gone" if missing else "another rank does not answer"
-        return ConnectionError(f"{self.name}: {what}: {reason}")
-
-    def _closed_ranks(self) -> list[int]:
-        """Return the other ranks whose connections are closed."""
-        closed = []
-        for rank, world_rank in enumerate(self._global):
-            try:
-                if rank != self.shard.rank:
-                    dist.isend(torch.zeros(1, device="cpu"), world_rank, group=self._hosts)
-            except RuntimeError:
-                closed.append(rank)
-        return closed
+            raise ConnectionError(f"{self.name}: {NO_ANSWER}: {reason}") from error
 
 
 def _line(error: Exception) -> str:

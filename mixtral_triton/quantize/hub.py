@@ -82,8 +82,6 @@ def plan_load(
         if not quantizable or codes is None or codes.dtype in FLOATS:
             dense[name], need[name] = target, target.shape
             continue
-        if any(scheme.matches(linear.name, pattern) for pattern in scheme.dense):
-            raise ValueError(f"{folder}: {linear.name} is quantized, but the config declares it dense")
         by_parameter[target.parameter].append(linear)
         need |= _needed(folder, linear)
     if config.tie_word_embeddings and checkpoint.HEAD in headers.tensors:

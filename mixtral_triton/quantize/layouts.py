@@ -6,11 +6,9 @@ eight values of 4 bits or four of 8, the first in the lowest bits.
 """
 
 import itertools
-import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +45,11 @@ PACKED: Rules = {"num_bits": (4, 8), "type": (None, "int"), "symmetric": FLAG, *
 PACKED |= {"strategy": ("group", "channel")}
 RULES = {"pack-quantized": PACKED}
 RULES |= dict.fromkeys(("float-quantized", "int-quantized", "naive-quantized"), EIGHT_BITS)
-FP8: Rules = {"weight_block_size": BLOCK, "ignored_layers": NAMES, "modules_to_not_convert": NAMES}
-MODELOPT: Rules = {"quant_algo": ("FP8",), "exclude_modules": NAMES, "ignore": NAMES}
+FP8: Rules = {"weight_block_size": BLOCK}
+MODELOPT: Rules = {"quant_algo": ("FP8",)}
 GPTQ: Rules = {"is_marlin_format": (None, False), "checkpoint_format": ("gptq", "gptq_v2"), "bits": (4, 8)}
 GPTQ |= {"sym": FLAG, "group_size": GROUP}
 AWQ: Rules = {"version": (None, "gemm", "GEMM"), "bits": (4,), "zero_point": (None, True), "group_size": GROUP}
-AWQ |= {"modules_to_not_convert": NAMES}
 
 
 @dataclass(frozen=True)
@@ -197,17 +194,15 @@ COLUMN_SCALES = Plane("scales", FLOATS, transposed=True)
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint is quantized. The tensors show which linears are."""
+    """How a checkpoint is quantized. The tensors, not the config's lists of exceptions, show which linears are."""
 
     name: str  # of the format, for messages
     # Layouts by patterns of the linears' names; the first is also that of all others.
     groups: Sequence[tuple[Sequence[str], HubLayout]]
-    dense: Sequence[str] = ()  # patterns of the linears that the config declares dense
-    matches: Callable[[str, str], bool] = operator.eq  # of (name, pattern)
 
     def layout(self, name: str) -> HubLayout:
         """Return the layout of the linear of this name on disk."""
-        found = (layout for patterns, layout in self.groups if any(self.matches(name, each) for each in patterns))
+        found = (layout for patterns, layout in self.groups if any(_matches_regex(name, each) for each in patterns))
         return next(found, self.groups[0][1])
 
 
@@ -253,16 +248,15 @@ def _compressed_tensors(config: Config) -> Scheme:
     for each in groups.values():
         weights, format = each.get("weights"), str(each.get("format") or config.get("format"))
         check_value("config_groups", groups, "groups with weights", isinstance(weights, Mapping))
-        _check({**config, **each, "format": format}, {"format": tuple(RULES), "ignore": NAMES, "targets": NAMES})
+        _check({**config, **each, "format": format}, {"format": tuple(RULES), "targets": NAMES})
         _check(weights, RULES[format])
         found.append((each.get("targets") or (), _group_layout(format, weights)))
         formats[format] = None
     # A class of modules is the last choice, for linears that no name matches.
     found.sort(key=lambda item: "Linear" not in item[0])
-    dense = config.get("ignore") or ()
-    for pattern in itertools.chain(dense, *(targets for targets, _ in found)):
+    for pattern in itertools.chain(*(targets for targets, _ in found)):
         _matches_regex("", pattern)  # raises ValueError
-    return Scheme(f"compressed-tensors, {' and '.join(formats)}", found, dense, _matches_regex)
+    return Scheme(f"compressed-tensors, {' and '.join(formats)}", found)
 
 
 def _group_layout(format: str, weights: Config) -> HubLayout:
@@ -294,22 +288,21 @@ def _matches_regex(name: str, pattern: str) -> bool:
     try:
         return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else name == pattern
     except re.error as error:
-        got = f"ignore or targets has the pattern {pattern!r:.80}"
+        got = f"targets has the pattern {pattern!r:.80}"
         raise ValueError(f"{got}, needs a regular expression: {error}") from None
 
 
 def _fp8(config: Config) -> Scheme:
     """AutoFP8 has a scale per tensor; DeepSeek's and transformers' checkpoints have one per block."""
     _check(config, FP8)
-    dense, block = config.get("ignored_layers") or config.get("modules_to_not_convert"), config.get("weight_block_size")
+    block = config.get("weight_block_size")
     name, scale = ("fp8", "weight_scale") if block is None else ("fp8 in blocks", "weight_scale_inv")
-    return Scheme(name, [((), _eight_bits("fp8", scale, block))], dense or ())
+    return Scheme(name, [((), _eight_bits("fp8", scale, block))])
 
 
 def _modelopt(config: Config) -> Scheme:
     _check(config, MODELOPT)
-    dense = config.get("exclude_modules") or config.get("ignore") or ()
-    return Scheme("modelopt FP8", [((), _eight_bits("fp8"))], dense, fnmatchcase)
+    return Scheme("modelopt FP8", [((), _eight_bits("fp8"))])
 
 
 def _gptq(config: Config) -> Scheme:
@@ -327,7 +320,7 @@ def _awq(config: Config) -> Scheme:
     _check(config, AWQ)
     codes, zeros = (Plane(name, I32, rows=8, transposed=True, ordered=True) for name in ("qweight", "qzeros"))
     layout = HubLayout("int4", codes, COLUMN_SCALES, zeros, config["group_size"], symmetric=False, extras=("bias",))
-    return Scheme("awq", [((), layout)], config.get("modules_to_not_convert") or (), operator.contains)
+    return Scheme("awq", [((), layout)])
 
 
 READERS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "modelopt": _modelopt, "gptq": _gptq, "awq": _awq}
