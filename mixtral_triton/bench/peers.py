@@ -58,6 +58,8 @@ def find_peer(text: str) -> Peer:
     sys.path.insert(0, os.getcwd())
     try:
         function = pkgutil.resolve_name(text if ":" in text else f"{text}:")
+        if not callable(function):
+            raise TypeError(f"it is a {type(function).__name__}, needs a function")
     except Exception as error:  # the module's own code may raise anything
         cause = f"{type(error).__name__}: {error}"
         needs = f"{', '.join(PEERS)}, or MODULE:FUNCTION, in this folder or installed"
