@@ -128,7 +128,7 @@ class ForwardContext:
             self.cache_lengths = self.positions[:, 0]
         else:
             self.cache_lengths = cache.lengths.resolve_neg()
-            self.positions = cache.lengths[:, None]
+            self.positions = self.cache_lengths[:, None]
             if self.decodes:  # here, and not in each layer: what it overwrites is out of the window
                 self.note_append()
             else:
