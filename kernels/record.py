@@ -22,7 +22,7 @@ _FREE = {*MEMORY, "_unsafe_view", "lift_fresh"}
 def _share_storage(x: torch.Tensor, out: Any) -> bool:
     """Return whether the results of an operation that may return views of x do: `reshape`, `contiguous` and `to` arrive
     whole within an operation and in inference mode, and may have copied."""
-    storages = {each.untyped_storage()._cdata for each in (x, *(out if isinstance(out, (list, tuple)) else (out,)))}
+    storages = {tensor.untyped_storage()._cdata for tensor in (x, *(out if isinstance(out, (list, tuple)) else (out,)))}
     return len(storages) == 1  # their addresses on the meta device are 0
 
 

@@ -64,13 +64,13 @@ def by_position(run: Callable[..., Any]) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
         return run(*args[:count], **dict(zip(names[count:], args[count:], strict=False)), **kwargs)
 
-    parameters = (each.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in signature.parameters.values())
+    parameters = (x.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for x in signature.parameters.values())
     function.__signature__ = signature.replace(parameters=[*parameters])  # type: ignore[attr-defined]
     return function
 
 
 def _positional(signature: inspect.Signature) -> int:
-    return sum(each.kind is not inspect.Parameter.KEYWORD_ONLY for each in signature.parameters.values())
+    return sum(x.kind is not inspect.Parameter.KEYWORD_ONLY for x in signature.parameters.values())
 
 
 def row_letter(run: Callable[..., Any]) -> str:

@@ -214,9 +214,9 @@ def _make_plan(
     results = out if isinstance(out, tuple) else () if out is None else (out,)
     steps: list[_Step] = []
     try:
-        for each in launches:
-            places = tuple(locate(each.args.get(p.name, p.default)) for p in each.fn.params)
-            steps.append((each.kernel, each.grid, _make_pick(places)))
+        for record in launches:
+            places = tuple(locate(record.args.get(p.name, p.default)) for p in record.fn.params)
+            steps.append((record.kernel, record.grid, _make_pick(places)))
         outputs = [locate(x) for x in results]
     except KeyError:
         return None

@@ -105,15 +105,15 @@ class OffloadedWeight(QuantizedWeight):
         self.shape, self.on_host = torch.Size(like.shape), tuple(sorted(on_host))
         self.format, self.group = getattr(like, "format", "dense"), getattr(like, "group", 0)
         stored = like.data
-        E, *rest = stored.shape
+        E, *shape = stored.shape
         if len({*self.on_host}) < len(self.on_host) or not {*self.on_host} <= {*range(E)}:
             raise ValueError(f"OffloadedWeight: on_host is {list(on_host)!r:.80}, needs distinct experts of 0..{E - 1}")
         if E and (size := stored[0].nbytes) % ALIGNMENT:
             raise ValueError(f"OffloadedWeight: an expert's rows take {size} bytes, needs a multiple of {ALIGNMENT}")
-        self.resident = torch.empty((E - len(self.on_host), *rest), dtype=stored.dtype, device=device)
-        self.host = _pinned((len(self.on_host), *rest), stored.dtype, self.resident.device)
+        self.resident = torch.empty((E - len(self.on_host), *shape), dtype=stored.dtype, device=device)
+        self.host = _pinned((len(self.on_host), *shape), stored.dtype, self.resident.device)
         self.register_buffer("data", self._table())
-        self._on_host = torch.tensor([each in self.on_host for each in range(E)], device=device).long()
+        self._on_host = torch.tensor([expert in self.on_host for expert in range(E)], device=device).long()
         self._staging = _Staging(self.host.nbytes)
         self._next_weight: Callable[[], OffloadedWeight | None] = lambda: None
         for name in ("scales", "zeros"):
@@ -177,14 +177,14 @@ class OffloadedWeight(QuantizedWeight):
         """Return an expert by number, to read, on the device; by a tuple or a slice of one expert, memory to write."""
         if index == ():
             return self
-        first, *rest = index if isinstance(index, tuple) else (index,)
+        first, *inner = index if isinstance(index, tuple) else (index,)
         experts = range(len(self))[first] if type(first) in (int, slice) else ()  # IndexError as a tensor's
         if not isinstance(experts, int) and len(experts) != 1:
             raise ValueError(f"OffloadedWeight: index is {index!r:.80}, needs a number or a slice that is one expert")
         rows = self.rows(experts if isinstance(experts, int) else experts[0])
         if isinstance(first, slice):
-            rows, rest = rows[None], [slice(None), *rest]
-        data = rows[tuple(rest)]
+            rows, inner = rows[None], [slice(None), *inner]
+        data = rows[tuple(inner)]
         data = data.to(self.device) if isinstance(index, int) else data
         if self.format == "dense":
             return data

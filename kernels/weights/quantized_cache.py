@@ -93,7 +93,7 @@ class QuantizedCache:
             return f"of codes {list(codes.shape)} and scales {list(scales.shape)}, needs a scale for each vector"
         D = codes.shape[-1]
         pairs = zip(codes.shape[:-1], codes.stride()[:-1], scales.stride(), strict=True)
-        if codes.stride(-1) != 1 or any(size > 1 and stride != D * one for size, stride, one in pairs):
+        if codes.stride(-1) != 1 or any(size > 1 and stride != D * of_scale for size, stride, of_scale in pairs):
             got = f"of strides {codes.stride()} and {scales.stride()}"
             return f"{got}, needs those of the codes to be {D} times larger"
         return None

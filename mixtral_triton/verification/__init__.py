@@ -86,12 +86,8 @@ def verify(
         folder = checkpoint_folder(target)
         target = Mixtral.from_pretrained(folder)
     elif not isinstance(target, nn.Module):
-        if isinstance(getattr(target, "model", None), nn.Module):  # a pipeline: the error names the model inside
-            from ..hf import check_mixtral
-
-            check_mixtral("verify", target)
-        got = type(target).__name__
-        raise ValueError(f"verify: target is a {got}, needs a Mixtral, a checkpoint folder or transformers' Mixtral")
+        needs = "a Mixtral, a checkpoint folder or a model of transformers"
+        raise ValueError(f"verify: target is a {type(target).__name__}, needs {needs}")
     elif folder is not None:
         folder = checkpoint_folder(folder)
         MixtralConfig.from_pretrained(folder)  # an error names what is wrong in the files
