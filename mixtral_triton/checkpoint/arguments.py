@@ -178,6 +178,12 @@ def check_lengths(op: str, lengths: Any, B: int | None, device: torch.device | N
         raise fail(op, "lengths", _describe(lengths), f"an int32 or int64 tensor [{'B' if B is None else B}]{on}")
 
 
+def check_positions(what: str, tokens: int, config: MixtralConfig) -> None:
+    """Raise ValueError, which begins with `what`, where a sequence of `tokens` exceeds the model's positions."""
+    if tokens > config.max_position_embeddings:
+        raise ValueError(f"{what} go beyond max_position_embeddings, {config.max_position_embeddings}")
+
+
 def _is_dense(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
 

@@ -72,9 +72,6 @@ Fixed = dict[str, tuple[tuple[Any, ...], str]]
 FIXED: Fixed = {
     "model_type": (("mixtral",), "in transformers, mixtral_triton.register() serves other families"),
     "hidden_act": (("silu",), "Mixtral's experts are SwiGLU"),
-    "attention_dropout": ((0, None), "dropout belongs to training, this runtime is for inference"),
-    "attention_bias": ((False, None), "Mixtral's projections have no bias"),
-    "mlp_bias": ((False, None), "Mixtral's experts have no bias"),
     "partial_rotary_factor": ((1, None), "Mixtral rotates full heads"),
 }
 FIXED_ROPE: Fixed = dict.fromkeys(("rope_type", "type"), (("default",), "scaled rotary embeddings are not supported"))
@@ -163,8 +160,6 @@ class MixtralConfig:
         inference (router_jitter_noise, use_cache, ...) are ignored; those that would need other code are refused.
         """
         with error_prefix(source):
-            if not isinstance(values, Mapping):
-                raise ValueError(f"the value is a {type(values).__name__}, needs a JSON object")
             _check_fixed("", values, FIXED)  # the family first: another one has other sizes
             if missing := [name for name in ("model_type", *SIZES) if name not in values]:
                 raise ValueError(f"{', '.join(missing)} is missing and has no safe default")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint.arguments import free_memory
+from ..checkpoint.arguments import check_positions, free_memory
 from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
 from ..model.offload_plan import running_bytes, usable_bytes
 from ..terminal import bar, check_writable, is_first, print_message
@@ -235,9 +235,8 @@ def _encode(writer: Writer, job: Job) -> tuple[list[int], list[int]]:
         ids = writer.encode(job.prompt)
     else:
         ids = writer.encode(render(writer.tokenizer, job.prompt), template=True)
-    n, limit = writer.new_tokens, writer.model.config.max_position_embeddings
-    if len(ids) + n > limit:
-        raise ValueError(f"a prompt of {len(ids)} tokens and {n} new ones go beyond max_position_embeddings, {limit}")
+    n = writer.new_tokens
+    check_positions(f"a prompt of {len(ids)} tokens and {n} new ones", len(ids) + n, writer.model.config)
     return ids, ids[-1:] if isinstance(job.prompt, str) else []
 
 

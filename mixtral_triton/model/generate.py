@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint.arguments import (
     GENERATE_HINTS,
     check_ids,
+    check_positions,
     check_vocabulary,
     drop_padding,
     explain_out_of_memory,
@@ -135,10 +136,9 @@ def stream(
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")
     check_rows(model, rows, "generate: prompt")
-    longest, limit = max(map(len, rows)), model.config.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        got = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
-        raise ValueError(f"generate: {got} go beyond max_position_embeddings, {limit}")
+    longest = max(map(len, rows))
+    got = f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones"
+    check_positions(got, longest + max_new_tokens, model.config)
     if cache is not None:
         model._check_cache(cache, len(rows))
         cache.check_intact()

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..checkpoint import tensors as checkpoint
-from ..checkpoint.arguments import check_dtype, check_ids, check_lengths
+from ..checkpoint.arguments import check_dtype, check_ids, check_lengths, check_positions
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig
 from ..checkpoint.shard import UNSHARDED
 from ..kernels.launching.launch import pdl_region
@@ -216,11 +216,11 @@ class Model(nn.Module):
             reject_transforms("Mixtral", (input_ids, *self.parameters()))
         check_dtype("Mixtral: dtype", self.dtype)  # the model may have been converted
         check_ids(input_ids, self.config.vocab_size, self.device)
-        (B, T), limit = input_ids.shape, self.config.max_position_embeddings
+        B, T = input_ids.shape
         if cache is None and lengths is not None:
             raise ValueError("Mixtral: argument 'lengths' is given without a cache, needs a cache")
-        if cache is None and limit < T:
-            raise ValueError(f"Mixtral: {T} tokens go beyond max_position_embeddings, {limit}")
+        if cache is None:
+            check_positions(f"Mixtral: {T} tokens", T, self.config)
         if cache is not None:
             self._check_cache(cache, B)
             if lengths is not None:

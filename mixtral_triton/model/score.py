@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.arguments import explain_out_of_memory
+from ..checkpoint.arguments import check_positions, explain_out_of_memory
 from .cache import KVCache, select_dtype
 from .generate import check_rows, pad, run_chunks, to_rows
 from .model import Model
@@ -30,9 +30,8 @@ def score(
     rows = to_rows(model, texts, argument="score: texts")
     check_rows(model, rows, "score: text")
     ids, lengths = pad(rows, model.device)
-    limit, dtype = model.config.max_position_embeddings, select_dtype("score", cache_dtype, model.dtype)
-    if ids.shape[1] > limit:
-        raise ValueError(f"score: a text of {ids.shape[1]} tokens is beyond max_position_embeddings, {limit}")
+    dtype = select_dtype("score", cache_dtype, model.dtype)
+    check_positions(f"score: the {ids.shape[1]} tokens of a text", ids.shape[1], model.config)
     with explain_out_of_memory("score", model.device, len(rows), ids.shape[1]):
         return score_padded(model, rows, ids, lengths, dtype)
 

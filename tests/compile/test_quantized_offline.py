@@ -14,7 +14,6 @@ from mixtral_triton.bench.compile import compile_launch
 from mixtral_triton.bench.sass import main_loops
 from mixtral_triton.kernels.launching.arch import ARCHS
 from mixtral_triton.kernels.launching.launch import Launch
-from mixtral_triton.kernels.ops import linear
 from mixtral_triton.kernels.ops.attention.op import rope_append_attention
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
@@ -196,15 +195,6 @@ def test_sums_of_codes_are_promoted_every_128_columns(
     assert sass.count("WARPGROUP.DEPBAR") == 1 or not promoted
 
 
-def test_codes_of_activations_are_stored_in_16_bytes() -> None:
-    """Of x and of h. As pairs of two halves of a unit each two codes would be a store."""
-    launches = [each for each in launches_of(OPS["expert_swiglu"], "sm_90") if each.kernel == "quantize_rows_kernel"]
-    assert len({launch.constexprs["TOP_K"] for launch in launches}) == 2
-    for launch in launches:
-        ptx = compile_launch(launch, "sm_90").stages["ptx"].read_text()
-        assert set(re.findall(r"st\.global\.(\S+)", ptx)) == {"v4.b32", "b32"}, "codes, and the row's scale"
-
-
 FLOP_PER_INSTRUCTION = {"sm_80": 1100, "int4": 2300, "int8": 3400, "fp8": 3400}  # of sm_90 by the format
 
 
@@ -220,17 +210,3 @@ def test_prefill_does_little_beside_its_dots(format: Format, arch: str, covers: 
         assert figure >= least, (launch.kernel, figure)
         case = f"{launch.kernel}, {format_name(format)}, {arch}"
         covers("main loops", f"{case}: {figure:,.0f} FLOP per other instruction (bound {least:,})")
-
-
-# Thread instructions that a byte of a dense weight may cost, of which an H200 has 6.0 to spare and a B200 4.4.
-A_BYTE = 2.5
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("T", [1, 9, 16, 32, 64])
-def test_masks_of_dense_weights_cost_few_instructions(T: int, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
-    monkeypatch.setattr(linear, "use_skinny_kernel", lambda *sizes: True)
-    for launch in launches(("dense", 0, False), T, "sm_90"):
-        figure = instructions_a_byte(launch, "sm_90")
-        assert "decode" in launch.kernel and figure <= A_BYTE, (launch.kernel, figure)
-        covers("main loops", f"{launch.kernel}, T {T}: {figure:.2f} thread instructions a byte (bound {A_BYTE})")

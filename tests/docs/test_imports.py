@@ -4,7 +4,6 @@ beside Hugging Face's `kernels`, and mypy sees every argument of an operation, c
 import ast
 import re
 import shutil
-import tarfile
 import zipfile
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -165,21 +164,6 @@ def test_wheel(built: Path) -> None:
     assert "mixtral_triton/kernels/ops/attention/op.py" in kernels
     assert kernels | package | small | {"mixtral_triton/py.typed"} <= names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
-
-
-def test_sdist(built: Path) -> None:
-    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
-        names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {
-        "kernels/registry.py",
-        "mixtral_triton/model/model.py",
-        "mixtral_triton/small/model.safetensors",
-        "LICENSE",
-    } <= names
-    folders = ("tests", "tests/support/stub", "benchmarks", "docs", "docs/figures", "examples")
-    wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.*")}
-    assert "tests/conftest.py" in wanted and wanted <= names, sorted(wanted - names)
-    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
 @pytest.mark.slow

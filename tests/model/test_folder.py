@@ -226,8 +226,6 @@ WRONG = {  # values that are wrong by themselves
     "bos_token_id": ("<s>",),
     "pad_token_id": (True,),
     "dtype": ("int8",),
-    "attention_bias": (True,),
-    "mlp_bias": (True,),
     "partial_rotary_factor": (0.5,),
     "rope_scaling": ("yarn",),
 }
@@ -243,7 +241,6 @@ REJECTED = [
     ({"torch_dtype": 16}, "dtype is 16"),
     ({"model_type": "mistral"}, "model_type is 'mistral', needs 'mixtral'"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', needs 'silu'"),
-    ({"attention_dropout": 0.1}, r"attention_dropout is 0\.1, .* training"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.type is 'linear'"),
     ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has factor"),
     ({"rope_parameters": ROPE | {"rope_type": "yarn"}}, r"rope_parameters\.rope_type is 'yarn'"),

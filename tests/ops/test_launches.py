@@ -1,5 +1,5 @@
 """What a layer costs beside its arithmetic, of three layers minus two: device kernels at Mixtral 8x7B's sizes, recorded
-on meta tensors; Python calls of the host between launches; torch's operations on the torch backend."""
+on meta tensors; Python calls of the host between launches."""
 
 import cProfile
 import inspect
@@ -14,12 +14,11 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.kernels import reference
-from mixtral_triton.kernels.operation import call, plan
+from mixtral_triton.kernels.operation import plan
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.quantize import select_specs
@@ -139,46 +138,8 @@ def test_missing_plans_are_caught(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert calls.total() > 2 * CALLS_MAX and any(name[1] == "configs" for name in calls)
 
 
-OPERATIONS_MAX = 95  # of torch, in a decode layer; transformers' eager layer has 153
-MASKS = {"masked_fill", "masked_fill_", "where", "bitwise_and", "bitwise_not", "logical_and"}
-
-
-class OperationCounter(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func._opname] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count_operations(T: int, past: int, layers: int) -> Counter[str]:
-    """torch's operations in a forward of T tokens behind `past` tokens."""
-    model = random_model(num_hidden_layers=layers, **WIDER_SIZES)
-    cache = cache_of(model, 1, 512)
-    if past:
-        model(torch.zeros(1, past, dtype=torch.int64), cache=cache)
-    counter = OperationCounter()
-    counter.counts = Counter()
-    # The model runs as it does where nothing watches torch's operations.
-    with mock.patch.object(call, "untraced", lambda: True), counter:
-        model(torch.zeros(1, T, dtype=torch.int64), cache=cache)
-    return counter.counts
-
-
 def without_short_cuts() -> Any:
     return mock.patch.object(reference, "_common_value", lambda values: None)
-
-
-@pytest.mark.compiled
-def test_operations_of_a_decode_layer(covers: Any) -> None:
-    """One token takes no sort but the route's, no mask and no positions. The first chunk of several has no mask."""
-    chunk = of_a_layer(partial(count_operations, 70, 0))
-    assert not MASKS - {"where"} & set(chunk)  # the sort by expert places ids out of range
-    found = of_a_layer(partial(count_operations, 1, 30))
-    covers("host", f"a decode layer on the torch backend: {found.total()} operations of torch")
-    assert found.total() <= OPERATIONS_MAX, found
-    assert found["sort"] == 1 and not found["arange"] and not MASKS & set(found), found
-    with without_short_cuts():  # injected fault
-        found = of_a_layer(partial(count_operations, 1, 30))
-    assert found.total() > OPERATIONS_MAX and MASKS & set(found)
 
 
 @pytest.mark.compiled

@@ -149,20 +149,6 @@ def test_compile(name: str, sizes: Any, dynamic: bool, device: torch.device) -> 
     assert same(compiled(args), call(args))
 
 
-NUMBERS = [("route", "top_k", 4), ("gate_route", "top_k", 4), ("sort_by_expert", "num_experts", 6)]
-NUMBERS += [("attention", "window", 4)]
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(("name", "argument", "least"), NUMBERS, ids=[case[0] for case in NUMBERS])
-def test_compile_with_a_dynamic_number(name: str, argument: str, least: int) -> None:
-    """The compiler passes a symbol where an argument was another number before."""
-    args = make_inputs(name)
-    call = torch.compile(lambda number: public(name)(**args | {argument: number}), fullgraph=True, backend="aot_eager")
-    for number in range(least, least + 3):
-        assert same(as_tuple(call(number)), as_tuple(public(name)(**args | {argument: number})))
-
-
 @pytest.mark.compiled
 @pytest.mark.parametrize(("name", "sizes"), GRAPHS, ids=str)
 def test_export(name: str, sizes: Any, device: torch.device) -> None:

@@ -95,16 +95,6 @@ def test_value_out_of_range(name: str, sizes: Sizes, argument: str, dtype: Any, 
                 assert got[row].isfinite().all()
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize(("past", "new", "limit"), [(3, 2, 4), (5, 0, 4), (4, 0, 4), (2, 2, 4), (0, 1, 4)])
-def test_sequence_beyond_the_limit_is_nan(past: int, new: int, limit: int, gpu_rules: None) -> None:
-    args = inputs("embed_rms_norm", EMBED)
-    args |= {"past": torch.tensor([0, past, 1]), "new": torch.tensor([2, new, 1]), "limit": limit}
-    for x in call("embed_rms_norm", args):
-        assert bool(x[1].isnan().any()) == bool(x[1].isnan().all()) == (past + new > limit)
-        assert x[[0, 2]].isfinite().all()
-
-
 def test_new_token_beyond_the_tables_is_nan_and_padding_is_not() -> None:
     """On the torch backend, too, where the sequences differ in length and where they do not."""
     args = inputs("rope_append_attention", vars(OPS["rope_append_attention"].test_shapes[0]) | {"B": 3})

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixtral_triton.kernels import reference
-from mixtral_triton.kernels.launching.launch import LaunchConfig, describe, launch, override_configs
+from mixtral_triton.kernels.launching.launch import LaunchConfig, launch, override_configs
 from mixtral_triton.kernels.ops import linear
 from mixtral_triton.kernels.ops.experts import op as experts
 from mixtral_triton.kernels.ops.experts.tiles import DECODE, SPLIT_K
@@ -64,20 +64,6 @@ def test_unmasked_lanes_and_distinct_addresses_are_counted() -> None:
     assert y[0].tolist() == [0, 0, 1, 1, 8, 9, 10, 11, 0, 0, 1, 1]
     with pytest.raises(triton.runtime.errors.InterpreterError, match="spread_kernel: a load or store reaches outside"):
         spread(torch.ones(2), torch.zeros(16), 8)
-
-
-@triton.jit
-def described_kernel(x_desc, y_ptr):
-    offs_m, offs_n = tl.arange(0, 4), tl.arange(0, 16)
-    tl.store(y_ptr + offs_m[:, None] * 16 + offs_n[None, :], x_desc.load([4, 16]))
-
-
-def test_part_of_a_tile_outside_a_descriptor_is_not_counted() -> None:
-    x, y = torch.arange(6 * 32).view(6, 32).half(), torch.ones(4, 16).half()
-    with count_traffic() as traffic:
-        launch(described_kernel, (1,), LaunchConfig({}, 1), x_desc=describe(x, (4, 16), "sm_90"), y_ptr=y)
-    assert traffic.moved("x") == 2 * 16 * 2 and traffic.moved("y") == 4 * 16 * 2
-    assert torch.equal(y[:2], x[4:, 16:]) and not y[2:].any()
 
 
 def count(name: str, sizes: Sizes, **changes: Any) -> Traffic:
