@@ -226,8 +226,7 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     from .model.parallel import TIMEOUT
 
     kind = args.device or default_device()
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"{rank}--device is {kind!r}, needs cpu or cuda: each of several processes has its own GPU")
+    check_known(f"{rank}--device", [kind], ("cpu", "cuda"))  # each process has its own GPU
     if kind == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():

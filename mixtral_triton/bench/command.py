@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..kernels.operation.declaration import runs_on
 from ..kernels.registry import OPS
-from ..terminal import bar, check_writable, console, table_of
+from ..terminal import bar, check_known, check_writable, console, table_of
 from . import measure
 from .cases import cases
 from .gpus import GPU, family_note, find_gpu
@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
     # Without a GPU nothing is timed, so only what was asked for is checked.
     peers = {name: find_peer(name) for name in args.peer or (PEERS if timed else ())}
     if args.plot is not None:
-        if args.plot.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--plot {str(args.plot)!r} needs a name that ends in .png, .svg or .pdf")
+        check_known("the end of --plot", [args.plot.suffix], (".png", ".svg", ".pdf"))
         check_writable("--plot", args.plot)
         if find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install matplotlib")

@@ -46,8 +46,8 @@ def start(*args: str, code: str = "", text: bool = True, **environment: str) -> 
 def test_interpret_runs_the_kernels_on_the_cpu(name: str) -> None:
     """A GPU at hand is not used."""
     fake = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n"
-    report = "import atexit\nfrom mixtral_triton.kernels.launching import launch\n"
-    report += "atexit.register(lambda: print(launch.INTERPRETED))"
+    module = "mixtral_triton.kernels.launching.launch"
+    report = f"import atexit, sys\natexit.register(lambda: print(sys.modules['{module}'].INTERPRETED))"
     more = ("--max-new-tokens", "1") if name == "generate" else ("--layers", "0")
     done = start(name, "--interpret", "--prompt", "A b", *more, code=fake + report)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr

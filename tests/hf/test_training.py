@@ -167,18 +167,6 @@ def test_experts_that_train_are_refused(module: Any) -> None:
     assert 'experts_implementation="grouped_mm"' in str(found.value)
 
 
-@once
-def test_other_derivatives_stay_refused(module: Any) -> None:
-    x, ids, weights = routed()
-    (grad,) = torch.autograd.grad(module(x, ids, weights).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-    with pytest.raises((ValueError, RuntimeError)):
-        torch.func.vmap(lambda row: module(row[None], ids[:1], weights[:1]))(x)
-    with pytest.raises((ValueError, RuntimeError)):
-        torch.func.jvp(lambda each: module(each, ids, weights), (x.detach(),), (x.detach(),))
-
-
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {},
     "padding on the left": {"attention_mask": MASK},

@@ -87,24 +87,6 @@ def test_errors_of_the_hub_are_one_line(kind: str, hub: Any, monkeypatch: pytest
     assert error_line(f"generate --prompt x {NAME}@v9").endswith("two lines")
 
 
-def test_offline_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the library itself, which reads HF_HUB_OFFLINE when it is imported."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    for call in (Mixtral.from_pretrained, MixtralConfig.from_pretrained, verify):
-        with pytest.raises(FileNotFoundError, match=f"{NAME}: .* hub says LocalEntryNotFoundError: "):
-            call(NAME)
-    repository = tmp_path / f"models--{NAME.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    shutil.copytree(SMALL, repository / "snapshots" / COMMIT)
-    files = [file for file in SMALL.iterdir() if file.is_file()]
-    trees = {file.name: {"size": file.stat().st_size, "blob_id": "0" * 40} for file in files}
-    (repository / "trees").mkdir()
-    (repository / "trees" / f"{COMMIT}.json").write_text(json.dumps(trees))
-    assert checkpoint_folder(NAME) == repository / "snapshots" / COMMIT
-
-
 def test_no_weight_is_fetched_for_what_will_be_refused(hub: Any) -> None:
     """Another architecture; an index whose names, as patterns, would download anything."""
     index, config = hub.remote / "model.safetensors.index.json", json.loads((hub.remote / "config.json").read_text())

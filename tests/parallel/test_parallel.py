@@ -334,7 +334,7 @@ INVALID = [
     (("--tp", "2"), {"WORLD_SIZE": "3", "RANK": "1"}, "rank 1 of 3: --tp 2 times --ep 1 needs 2 processes"),
     ((), {"WORLD_SIZE": "2", "RANK": "0"}, "rank 0 of 2: --tp 1 times --ep 1 needs 1 processes"),
     (("--ep", "0"), {}, "--ep is 0, needs at least 1"),
-    (("--tp", "2", "--device", "cuda:1"), {"WORLD_SIZE": "2", "RANK": "1"}, "--device is 'cuda:1', needs cpu or cuda"),
+    (("--tp", "2", "--device", "cuda:1"), {"WORLD_SIZE": "2", "RANK": "1"}, "--device is 'cuda:1', needs one of cpu"),
 ]
 
 

@@ -11,7 +11,6 @@ import torch
 
 from mixtral_triton import Mixtral
 from mixtral_triton.checkpoint.config import SMALL
-from mixtral_triton.cli import perplexity
 from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import error_line, output, run, run_json
 
@@ -105,13 +104,3 @@ def test_verify_measures_a_given_text(folder: Path, text: Path) -> None:
     found = run_json(command, folder, "--text", text, status=1)["quantization"]
     assert 0 < abs(found["perplexity"] / found["stored_perplexity"] - 1) < 0.2
     assert "no perplexity, which `verify --text FILE` gives" in " ".join(output(command, folder, status=1).split())
-
-
-def test_windows_count_each_token_once() -> None:
-    for tokens, window, stride in ((10, 4, 2), (10, 4, 3), (3, 10, 5), (11, 4, 1), (2, 2, 1)):
-        counted, starts = list[int](), list[int]()
-        for start, first, end in perplexity.windows(tokens, window, stride):
-            counted += range(first, end)
-            starts.append(start)
-            assert start < first and end - start <= window
-        assert counted == [*range(1, tokens)]

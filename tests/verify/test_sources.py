@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixtral_triton import Mixtral, MixtralConfig, quantize, reference, verification, verify
-from mixtral_triton.cli.commands import SMALL, parse_weights
+from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import QuantizedWeight, layouts
 from mixtral_triton.verification import held_out, layers, perplexity
@@ -28,7 +28,6 @@ from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.loaded import check_weights
 from mixtral_triton.verification.stored_tensors import decode
 from mixtral_triton.verification.tolerance import token_floor
-from tests.cli.commands import run_json
 from tests.support import hub
 from tests.support.faults import Inject, Patch, all_dtypes, one_at_a_time
 from tests.support.models import check_loaded, random_model
@@ -333,10 +332,3 @@ def test_a_wrong_scale_of_one_group_is_found(format: str, factor: float, tiny: P
 
     monkeypatch.setattr(quantize, "encode", change_scale)
     assert [row.ok for row in check_loaded(tiny, load(tiny, weights=format))] == [True, True, False]
-
-
-def test_weights_option(tiny: Path) -> None:
-    assert parse_weights("int4") == "int4" and parse_weights("experts=int4,linear=int8") == BOTH
-    found = run_json("verify --device cpu --weights experts=int4,linear=int8", tiny, status=1)
-    assert found["quantization"]["formats"] == BOTH and all(row["ok"] for row in found["rows"])
-    assert "perplexity" in found["quantization"]
