@@ -229,7 +229,7 @@ def test_nan_and_groups_that_do_not_divide_raise_value_error(tmp_path: Path) -> 
     assert load("int8", tmp_path).layers[0].down_proj.group == 100
 
 
-IMPORTS = "from mixtral_triton.mixtral import Mixtral"
+IMPORTS = "from mixtral_triton import Mixtral"
 LOADED = """
 model = Mixtral.from_pretrained(sys.argv[1], device="cpu", weights=sys.argv[2] if sys.argv[2:] else None)
 size = sum(at.nbytes for at in model.named_weights().values())
