@@ -72,6 +72,8 @@ Fixed = dict[str, tuple[tuple[Any, ...], str]]
 FIXED: Fixed = {
     "model_type": (("mixtral",), "in transformers, mixtral_triton.register() serves other families"),
     "hidden_act": (("silu",), "Mixtral's experts are SwiGLU"),
+    "attention_bias": ((False, None), "Mixtral's projections have no bias"),
+    "mlp_bias": ((False, None), "Mixtral's experts have no bias"),
     "partial_rotary_factor": ((1, None), "Mixtral rotates full heads"),
 }
 FIXED_ROPE: Fixed = dict.fromkeys(("rope_type", "type"), (("default",), "scaled rotary embeddings are not supported"))

@@ -133,6 +133,12 @@ def template(text: str) -> Harm:
     return holds("chat_template.jinja", text.encode())
 
 
+def targeting(pattern: str) -> Harm:
+    kind = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    groups = {"group_0": {"targets": [f"re:{pattern}"], "weights": kind, "format": "int-quantized"}}
+    return values(CONFIG, quantization_config={"quant_method": "compressed-tensors", "config_groups": groups})
+
+
 # What is wrong in the folder, the command, and a part of its one line. tests/model has what else can be wrong.
 HARM: list[tuple[Harm, str, str]] = [
     (holds(MODEL, (SMALL / MODEL).read_bytes()[: 10**6]), VERIFY, MODEL),
@@ -157,6 +163,8 @@ WORD = {"model": {"type": "WordLevel", "vocab": {"x": 5000}, "unk_token": "x"}, 
 for _command in (GENERATE, f"{VERIFY} --prompt x", f"{TRACE} x"):
     _harm = values(TOKENIZER, post_processor=None, pre_tokenizer=None, **WORD)
     HARM.append((_harm, _command, "the tokenizer makes token 5000 of 'x', needs at least one, of 0..2047, the model's"))
+for _pattern in ("(a+)+$", "(a|a)*b", ".*" * 9 + "x"):
+    HARM.append((targeting(_pattern), GENERATE, "a pattern of targets is 're:"))
 
 
 @pytest.mark.parametrize(("harm", "command", "message"), HARM)

@@ -223,6 +223,7 @@ REJECTED = [
     ({"torch_dtype": 16}, "dtype is 16"),
     ({"model_type": "mistral"}, "model_type is 'mistral', needs 'mixtral'"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', needs 'silu'"),
+    ({"attention_bias": True}, "attention_bias is True, needs False"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.type is 'linear'"),
     ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has factor"),
     ({"rope_parameters": ROPE | {"rope_type": "yarn"}}, r"rope_parameters\.rope_type is 'yarn'"),
