@@ -338,7 +338,7 @@ UNKNOWN = [(["route"], "sm_70", "'sm_70'.*sm_90"), (["rope", "rout"], "sm_90", "
 
 @pytest.mark.parametrize(("names", "arch", "message"), UNKNOWN)
 def test_unknown_architecture_or_operation_raises_value_error(names: Any, arch: str, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"compile: .*{message}"):
+    with pytest.raises(ValueError, match=message):
         compile_ops(names, arch)
 
 
