@@ -34,11 +34,12 @@ def fused(operation: Any, *tensors: Any) -> Any:
     its checks unless a tracer, derivatives or autocast may change its arguments, or a tensor is a lazy negation."""
     if torch.is_grad_enabled():
         return None if is_recorded(*tensors) else operation
+    if not untraced() or torch._C._is_any_autocast_enabled() or transformed():
+        return operation
     for x in tensors:  # a loop: a generator would take a call for each tensor
         if isinstance(x, Tensor) and x.is_neg():
             return operation
-    needed = not untraced() or torch._C._is_any_autocast_enabled() or transformed()
-    return operation if needed else operation.unchecked
+    return operation.unchecked
 
 
 def is_experts(module: nn.Module) -> bool:
