@@ -156,8 +156,6 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = N
     """Compile the kernel of one recorded launch for `arch`, and keep its files in the folder `out`. ValueError for an
     unknown `arch`, or where this process interprets; the compiler raises whatever its passes do."""
     kernel, file = build(launch, arch), None
-    if isinstance(kernel, Exception):
-        raise kernel
     stages = {Path(path).suffix[1:]: Path(path) for path in kernel.metadata_group.values()}
     if out is not None:
         name = f"{launch.kernel}.{arch}.{kernel_key(launch, source_of(launch, arch))}"
@@ -172,9 +170,9 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = N
 def _attempt(launch: Launch, arch: str, op: str, out: Path | None) -> Compiled:
     try:
         return compile_launch(launch, arch, op, out)
-    except OSError:
+    except OSError:  # a full disk, for example, is no fault of the kernel
         raise
-    except Exception as error:
+    except Exception as error:  # the compiler raises whatever its passes do
         cause: BaseException = error
         while cause.__cause__ is not None:  # Triton wraps an error once for each function that it is inlined into
             cause = cause.__cause__

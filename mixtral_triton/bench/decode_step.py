@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.config import MixtralConfig
 from ..kernels.operation.declaration import Cost, Op
+from ..kernels.weights.offload import OffloadedWeight
 from ..model.cache import KVCache
 from ..model.generate import can_capture, capture
 from ..model.mixtral import Mixtral
@@ -59,7 +60,7 @@ def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = Non
     away = hosted(case)
     model = Mixtral(config(case), device, dtype, placement=Placement(away, any(away)))
     for weight in model.named_weights().values():
-        experts = map(weight.rows, range(len(weight))) if hasattr(weight, "rows") else [weight]  # where each lies
+        experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else [weight]
         for part in experts:
             part.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
     cache = KVCache(model.config, case.B, case.S, device, torch.int8 if case.cache else dtype)

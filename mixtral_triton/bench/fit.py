@@ -113,11 +113,8 @@ class MemoryPlan:
     verdict: str  # of `verdict`
     longest_context: int  # tokens a sequence that it holds without being tight, at most the model's positions; 0: none
     gpus_needed: int | None
-    hosted: dict[str, Any] | None  # how experts in host memory make it fit: see `Request.place`
+    offload: dict[str, Any] | None  # how experts in host memory make it fit: see `Request.place`
     tokens_per_second_bound: float | None  # at most, of all sequences; None: it does not fit, or rates are unknown
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"offload" if name == "hosted" else name: value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -278,10 +275,10 @@ def run(args: argparse.Namespace) -> int:
     if gpu is None:
         return _run_all_gpus(request, args)
     plans = [request.memory_plan(format, gpu) for format in request.specs]
-    fits = any(plan.verdict != "no" or plan.hosted for plan in plans)
+    fits = any(plan.verdict != "no" or plan.offload for plan in plans)
     if args.json:
         found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}}
-        print(json.dumps(request.as_dict() | found | {"formats": [plan.as_dict() for plan in plans]}))
+        print(json.dumps(request.as_dict() | found | {"formats": [vars(plan) for plan in plans]}))
     else:
         _print(request, gpu, plans)
     return 0 if fits else 1
@@ -327,7 +324,7 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
         cells |= {"gpus": str(plan.gpus_needed or "-"), "tokens/s": _speed(plan.tokens_per_second_bound)}
         rows.append((cells | {"verdict": plan.verdict}, COLOURS[plan.verdict]))
     out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, caption))
-    hosted = {plan.format: (plan.hosted, plan.tokens_per_second_bound) for plan in plans if plan.hosted}
+    hosted = {plan.format: (plan.offload, plan.tokens_per_second_bound) for plan in plans if plan.offload}
     for format, (found, bound) in hosted.items():
         speed = f"at most {_speed(bound)} tokens/s" if bound else "no bound, the GPU's rates are unknown"
         line = f"{request.label(format)}, {found['text']}: {speed} ({decimal(found['host_bytes'])}, {found['link']})"
@@ -352,7 +349,7 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         found = []
         for gpu, plans in rows.items():
             needed = {plan.format: plan.gpus_needed for plan in plans}
-            hosted = {plan.format: plan.hosted for plan in plans if plan.hosted}
+            hosted = {plan.format: plan.offload for plan in plans if plan.offload}
             bounds = {plan.format: plan.tokens_per_second_bound for plan in plans}
             sizes = {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}
             found.append(sizes | {"gpus_needed": needed, "offload": hosted, "tokens_per_second_bound": bounds})
@@ -363,8 +360,8 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         cells = {"gpu": gpu.name}
         for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
             cell, speed = str(plan.gpus_needed or "-"), _speed(plan.tokens_per_second_bound)
-            if plan.hosted or plan.verdict == "tight":
-                cell += f" ({plan.hosted['experts'] if plan.hosted else 'tight'}: {speed})"
+            if plan.offload or plan.verdict == "tight":
+                cell += f" ({plan.offload['experts'] if plan.offload else 'tight'}: {speed})"
             cells[request.label(plan.format)] = f"{cell}: {speed}" if plan.verdict == "fits" else cell
         lines.append((cells | {"MiB": f"{gpu.mib:,}", "link": gpu.link}, ""))
     table = table_of("How many GPUs hold it, by format", lines, f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"])

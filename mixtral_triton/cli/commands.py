@@ -47,8 +47,8 @@ ACTIVATIONS = "prefill products of fp8 weights quantize their activations, too; 
 TORCHRUN = "with torchrun; default: 1"
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
 PROMPT = "text to run, or - to read standard input"
-# Modules whose `run` is the command; the others are functions below.
 OF_LOADING = "deterministic", "offload", "context", "cache_dtype", "activations"  # keywords of from_pretrained
+# Modules whose `run` is the command; the others are functions below.
 TOOLS = {"bench": "bench.command", "fit": "bench.fit", "compile": "bench.compile"}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -69,15 +69,9 @@ def kernel_key(launch: Launch, source: ASTSource, widths: bool = True) -> str:
 
 
 def build(launch: Launch, arch: str) -> Any:
-    """Compile the kernel of a recorded launch into Triton's cache -> what `triton.compile` returns, or the error of a
-    pass. ValueError for an unknown `arch`, or where this process interprets."""
-    source = source_of(launch, arch)
-    try:
-        return triton.compile(source, target=target_of(arch), options=options_of(launch))
-    except OSError:  # a full disk, for example, is no fault of the kernel
-        raise
-    except Exception as error:  # the compiler raises whatever its passes do
-        return error
+    """Compile the kernel of a recorded launch into Triton's cache -> what `triton.compile` returns. ValueError for an
+    unknown `arch`, or where this process interprets; the compiler raises whatever its passes do."""
+    return triton.compile(source_of(launch, arch), target=target_of(arch), options=options_of(launch))
 
 
 def on_all_cores(
@@ -97,12 +91,22 @@ def on_all_cores(
 
 
 def compile_launches(launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None) -> list[Any]:
-    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores -> as `build`."""
+    """Compile the kernels of recorded launches into Triton's cache, each once, on all cores -> of each what `build`
+    returns, or the error of the compiler."""
+
+    def attempt(launch: Launch) -> Any:
+        try:
+            return build(launch, arch)
+        except OSError:  # a full disk, for example, is no fault of the kernel
+            raise
+        except Exception as error:
+            return error
+
     distinct = {}
     for launch in launches:  # what is known of its integers, and a dependent launch, make another kernel of it, too
         source = source_of(launch, arch)
         distinct[kernel_key(launch, source), repr(source.attrs), launch.dependent] = launch
-    return on_all_cores(partial(build, arch=arch), distinct.values(), progress)
+    return on_all_cores(attempt, distinct.values(), progress)
 
 
 def with_layers(model: Mixtral, indices: Sequence[int]) -> Any:

@@ -144,6 +144,10 @@ class KVCache:
             reached = 0 if isinstance(new, torch.Tensor) else self._min_length() + new
         self.check_length(reached)
 
+    def has_keys_of_another(self, identity: tuple[weakref.ref[Any], torch.dtype]) -> bool:
+        """Return whether tokens here are not those of the model of this `Model.identity`, as far as the cache knows."""
+        return self.filled_by not in (None, identity) and bool(self.lengths.any())
+
     def check_intact(self) -> None:
         """Raise ValueError where a forward failed after it had overwritten keys of the ring that its tokens see."""
         self.note_failure()

@@ -171,7 +171,7 @@ def _stream(
             cache = KVCache(model.config, len(rows), context, model.device, cache)
     else:
         identity = model.identity()
-        if cache.filled_by not in (None, identity) and bool(cache.lengths.any()):
+        if cache.has_keys_of_another(identity):
             what = "the cache was filled by another model, or in another dtype"
             warnings.warn(f"generate: a text is computed from its start: {what}", RuntimeWarning, stacklevel=2)
             cache.lengths.zero_()

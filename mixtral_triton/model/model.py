@@ -226,13 +226,12 @@ class Model(nn.Module):
             if lengths is not None:
                 check_lengths("Mixtral", lengths, B, self.device)
                 check_values("Mixtral", "lengths", lengths, 0, T)
-            compiling = torch.compiler.is_compiling()
-            identity = None if compiling else self.identity()
-            if not compiling and cache.filled_by not in (None, identity) and bool(cache.lengths.any()):
+            identity = None if torch.compiler.is_compiling() else self.identity()
+            if identity is not None and cache.has_keys_of_another(identity):
                 got = "keys that another model filled in, or this one in another dtype"
                 raise ValueError(f"Mixtral: argument 'cache' has {got}, needs a new cache, or lengths of 0")
             cache.reserve(T if lengths is None else lengths)
-            if not compiling:
+            if identity is not None:
                 cache.filled_by = identity
                 cache.record(input_ids, lengths)
 
