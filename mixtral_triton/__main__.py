@@ -1,3 +1,3 @@
-from .cli.commands import main
+from .cli.commands import run_and_exit
 
-raise SystemExit(main())
+run_and_exit()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -223,6 +224,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
     except BaseException as error:
         return exit_status(error, args.command)
+
+
+def run_and_exit() -> NoReturn:
+    """Run one command and end the process. After an error one of several ranks ends at once: a thread of a collective
+    that failed may still run, and ends the process by a signal when the interpreter shuts down."""
+    status = main()
+    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:

@@ -151,8 +151,9 @@ PREFILL_CODES: Table = {
     "sm_100": _PREFILL_CODES_HOPPER,
     "gfx942": (
         AttentionTile(256, 16, 16, 4, 1, T=16),
+        AttentionTile(128, 16, 16, 8, 1, heads="odd"),
         AttentionTile(128, 64, 16, 8, 1),
-        AttentionTile(256, 32, 16, 4, 1, heads="padded"),
+        AttentionTile(256, 64, 16, 4, 1, heads="padded"),
         AttentionTile(256, 64, 16, 8, 1),
     ),
     "gfx942 fp32": (AttentionTile(256, 16, 16, 8, 1),),
