@@ -19,7 +19,7 @@ from ..launching.launch import INTERPRETED, in_pdl_region, launch_context
 from ..weights.composites import COMPOSITE_PARTS, COMPOSITES, Cache, compose, first_part
 from . import plan
 from .checks import Argument, check_values
-from .declaration import Cost, Op, SignatureError, by_position, streaming_cost
+from .declaration import Cost, Op, by_position, compile_binder, streaming_cost
 from .inputs import random_inputs
 from .plan import call_key
 from .row_by_row import sequential
@@ -243,50 +243,21 @@ def operation(
     return decorate
 
 
-def _order_arguments(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
-    """Return a function that puts the arguments of a call in the order of `run`, defaults filled in. A compiler follows
-    it, and does not follow inspect.Signature where the traced caller has mutated a dict."""
-    # Read before a compiler reads them: it cannot trace a cached_property's lock (Python < 3.12).
-    parameters, required = tuple(zip(op.names, op.defaults, strict=True)), inspect.Parameter.empty
-    positional, by_name, names = op.positional, ", ".join(op.names[op.positional :]), op.names
-    least = sum(default is required for default in op.defaults)  # they come first
-
-    def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        if positional < len(args) <= len(parameters):
-            got = f"{op.public_name}: {len(args)} arguments are given by position"
-            raise SignatureError(f"{got}, needs at most {positional}, and by name: {by_name}")
-        given = len(args) + len(kwargs)
-        if least <= given <= len(names) and tuple(kwargs) == names[len(args) : given]:  # as in a model
-            return (*args, *kwargs.values())
-        values, used = list(args), 0
-        for name, default in parameters[len(args) :]:
-            if name in kwargs:
-                used += 1
-            elif default is required:
-                break
-            values.append(kwargs.get(name, default))
-        if len(values) != len(parameters) or used != len(kwargs):
-            return op.bind(*args, **kwargs)  # SignatureError: a name is unknown, missing or given twice
-        return tuple(values)
-
-    return order
-
-
 def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the operation as two functions: checked, and unchecked.
 
     Both skip torch's dispatcher, which would cost more host time than a decode step's kernels take, unless a trace, a
     dispatch mode or (checked) a gradient needs to see the operator.
     """
-    operator, order, positional, defaults = _register(op), _order_arguments(op), op.positional, op.defaults
+    operator, bind = _register(op), compile_binder(op.public_name, op.signature.parameters.values())
+    arguments = op.arguments  # here: a compiler cannot trace the lock of a cached_property (Python < 3.12)
 
     def dispatch(args: tuple[Any, ...]) -> Any:
         quantized = any(isinstance(x, COMPOSITES) for x in args)
-        return operator(*(flatten_args(op.arguments, (*args, *defaults[len(args) :])) if quantized else args))
+        return operator(*(flatten_args(arguments, args) if quantized else args))
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) > positional:
-            args = order(args, kwargs)
+        args = bind(*args, **kwargs)
         if untraced() and transformed():
             reject_transforms(f"mixtral_triton.ops.{op.name}", args)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
@@ -298,8 +269,7 @@ def _entry_points(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return dispatch(args)
 
     def unchecked(*args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) > positional:
-            args = order(args, kwargs)
+        args = bind(*args, **kwargs)
         return call_unchecked(op, args) if untraced() else dispatch(args)
 
     return checked, unchecked

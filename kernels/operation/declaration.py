@@ -55,22 +55,31 @@ def read_annotations(run: Callable[..., Any]) -> tuple[tuple[Argument, ...], tup
 
 def by_position(run: Callable[..., Any]) -> Callable[..., Any]:
     """Return `run` with its keyword-only arguments also by position, as torch's operators and plans give them."""
-    signature = inspect.signature(run)
-    names, count = tuple(signature.parameters), _positional(signature)
-    if count == len(names):
-        return run
+    parameters = inspect.signature(run).parameters.values()
+    by_name = tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+    count = len(parameters) - len(by_name)
 
     @wraps(run)
     def function(*args: Any, **kwargs: Any) -> Any:
-        return run(*args[:count], **dict(zip(names[count:], args[count:], strict=False)), **kwargs)
+        return run(*args[:count], **dict(zip(by_name, args[count:], strict=False)), **kwargs)
 
-    parameters = (x.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for x in signature.parameters.values())
-    function.__signature__ = signature.replace(parameters=[*parameters])  # type: ignore[attr-defined]
-    return function
+    return function if by_name else run
 
 
-def _positional(signature: inspect.Signature) -> int:
-    return sum(x.kind is not inspect.Parameter.KEYWORD_ONLY for x in signature.parameters.values())
+def compile_binder(name: str, parameters: Iterable[inspect.Parameter]) -> Callable[..., tuple[Any, ...]]:
+    """Return a function of these parameters that returns its arguments in their order, defaults filled in, or raises a
+    SignatureError, which names `name`. Python itself binds them: quickly, and as a compiler follows."""
+    plain = inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in parameters])
+    bind = eval(f"lambda {str(plain)[1:-1]}: ({', '.join(plain.parameters)},)")
+    bind.__qualname__ = name
+
+    def bind_arguments(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        try:
+            return bind(*args, **kwargs)  # type: ignore[no-any-return]
+        except TypeError as error:
+            raise SignatureError(f"{name}: {error}") from None
+
+    return bind_arguments
 
 
 def row_letter(run: Callable[..., Any]) -> str:
@@ -159,16 +168,6 @@ class Op:
         return tuple(self.signature.parameters)
 
     @cached_property
-    def positional(self) -> int:
-        """How many arguments a public call may give by position."""
-        return _positional(inspect.signature(inspect.unwrap(self.run)))
-
-    @cached_property
-    def defaults(self) -> tuple[Any, ...]:
-        """The default of each argument in `names`; `inspect.Parameter.empty` for a required one."""
-        return tuple(parameter.default for parameter in self.signature.parameters.values())
-
-    @cached_property
     def deterministic_index(self) -> int | None:
         """The position of the argument `deterministic`, or None."""
         return self.names.index("deterministic") if "deterministic" in self.names else None
@@ -185,14 +184,11 @@ class Op:
     def public_name(self) -> str:
         return self.error_name or self.name
 
-    def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Return the arguments of a call in the order of `run`, defaults filled in."""
-        try:
-            bound = self.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise SignatureError(f"{self.public_name}: {error}") from None
-        bound.apply_defaults()
-        return bound.args
+    @cached_property
+    def bind(self) -> Callable[..., tuple[Any, ...]]:
+        """A function that returns the arguments of a call, all of which may be by position, in the order of `run`."""
+        parameters = self.signature.parameters.values()
+        return compile_binder(self.public_name, (x.replace(kind=x.POSITIONAL_OR_KEYWORD) for x in parameters))
 
     def bind_by_name(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return dict(zip(self.names, self.bind(*args, **kwargs), strict=True))
@@ -239,8 +235,8 @@ class Op:
         parameters: list[inspect.Parameter] = []
         for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
             kind = argument.kind if composite is None or argument.kind not in COMPOSITE_PARTS else composite
-            if composite is None and len(parameters) >= self.positional:
-                parameter = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            if composite is not None:
+                parameter = parameter.replace(kind=parameter.POSITIONAL_OR_KEYWORD)
             parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))
         return inspect.Signature(parameters, return_annotation=returned)
 

@@ -57,8 +57,9 @@ def test_registered(name: str, device: torch.device, monkeypatch: pytest.MonkeyP
     versions = {key: x._version for key, x in written.items() if isinstance(x, Tensor)}
     operator(**written)
     assert {key for key in versions if written[key]._version > versions[key]} == set(OPS[name].mutates)
-    args = {key: parameter.default for key, parameter in signature(public(name)).parameters.items()} | args
-    by_name = [*args][OPS[name].positional :]
+    parameters = signature(public(name)).parameters
+    args = {key: parameter.default for key, parameter in parameters.items()} | args
+    by_name = [key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
 
     def by_position(**args: Any) -> Any:
         return public(name)(*(args[key] for key in args if key not in by_name), **{key: args[key] for key in by_name})
