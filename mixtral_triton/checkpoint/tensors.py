@@ -190,7 +190,7 @@ def stored_dtype(headers: Headers) -> torch.dtype:
 
 
 def total_bytes(headers: Headers) -> int:
-    """Return the bytes of all stored tensors, to which `progress` of `read_weights` adds up."""
+    """Return the bytes of all stored tensors, to which `progress` of a loader adds up."""
     return sum(stored.nbytes for stored in headers.tensors.values())
 
 
@@ -200,7 +200,7 @@ def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> 
     tensors, found = headers.tensors, destinations(headers, config, shard)
     need = {name: target.shape for name, target in found.items()}
     if config.tie_word_embeddings and HEAD in tensors:
-        need[HEAD] = need[EMBEDDING]  # allowed if equal to the embedding, which `read_weights` checks
+        need[HEAD] = need[EMBEDDING]  # allowed if equal to the embedding: `check_tied_head`
     compare(str(headers.folder), "the config", need, {name: stored.shape for name, stored in tensors.items()})
     return found
 
@@ -219,36 +219,16 @@ def ignore_progress(size: int) -> None:
     """Show nothing."""
 
 
-def read_weights(
-    headers: Headers,
-    found: Mapping[str, Destination],
-    config: MixtralConfig,
-    parameters: Mapping[str, Any],
-    progress: Progress = ignore_progress,
-    shard: Shard = UNSHARDED,
-    quantizer: Quantizer | None = None,
-) -> None:
-    """Fill `parameters` (those of `parameter_shapes`, any float dtype and device) by the table that `check` returned.
-
-    `config` is the unsharded model's. Only what the shard keeps is read, except rows that get one scale. `quantizer`
-    fills a QuantizedWeight among the parameters from a few rows at a time. Parameters on the meta device stay unset.
-    `progress` gets the number of bytes just loaded. Raises only ValueError or OSError, for values not finite in the
-    parameter's dtype and for a differing tied head.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    compare("parameters", "the config", parameter_shapes(config, shard), shapes)
-    fill(headers.tensors, found, parameters, progress, quantizer)
-    check_tied_head(headers, config, parameters["embed_tokens"].device, progress, shard)
-
-
 def fill(
     tensors: Mapping[str, Stored],
     destinations: Mapping[str, Destination],
     parameters: Mapping[str, Any],
     progress: Progress,
-    quantizer: Quantizer | None = None,
+    quantizer: Quantizer,
 ) -> None:
-    """Read each tensor that has a target into its parameter, file by file."""
+    """Read each tensor that has a target into its parameter, file by file. `quantizer` fills a QuantizedWeight among
+    them from a few rows at a time. Raises only ValueError or OSError, also for values that are not finite in the
+    parameter's dtype. Parameters on the meta device stay unset. `progress` gets the number of bytes just read."""
     # Inside a caller's `with torch.device("meta")`, safetensors would return meta tensors: hence the second context.
     with torch.no_grad(), torch.device("cpu"):
         for file, items in itertools.groupby(tensors.items(), lambda item: item[1].file):
@@ -261,7 +241,13 @@ def fill(
 
 
 def _fill(
-    part: Any, name: str, stored: Stored, target: Destination, destination: Any, progress: Progress, quantizer: Any
+    part: Any,
+    name: str,
+    stored: Stored,
+    target: Destination,
+    destination: Any,
+    progress: Progress,
+    quantizer: Quantizer,
 ) -> None:
     """Read one tensor in chunks."""
     kept, columns, K = target.kept, None, stored.shape[-1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +15,7 @@ from ..checkpoint.config import MixtralConfig, checkpoint_folder
 from ..checkpoint.shard import UNSHARDED
 from ..kernels.launching.arch import check_multiplies_fp8
 from ..kernels.launching.launch import target_arch
-from ..quantize import Formats, QuantSpec, hub, quantize_into, select_specs
+from ..quantize import Formats, QuantSpec, hub
 from .model import Model
 from .offload_plan import MemoryRequest, movable_bytes, place, table_bytes
 from .parallel import Ranks
@@ -43,27 +42,18 @@ def load(
     config = MixtralConfig.from_pretrained(folder)
     headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard
     shard.check(config)
-    # The check and the plan come first: a broken config could ask for any number of parameters.
-    fill: Callable[..., None]
-    requantized: frozenset[str] = frozenset()
-    if headers.scheme is None:
-        fill = partial(
-            checkpoint.read_weights, headers, checkpoint.check(headers, config, shard), quantizer=quantize_into
-        )
-        specs = select_specs(quantization, checkpoint.parameter_shapes(config))
-    else:
-        plan = hub.plan_load(headers, config, shard, quantization)
-        fill, specs = partial(hub.read_quantized_weights, headers, plan), plan.specs
-        anew = (each.name for each in plan.linears if each.target.parameter in plan.requantized)
-        if requantized := frozenset(f"{name}.weight" for name in anew):
-            text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantization!r})"
-            warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
+    # The plan, with its checks, comes first: a broken config could ask for any number of parameters.
+    plan = hub.plan_load(headers, config, shard, quantization)
+    anew = (each.name for each in plan.linears if each.target.parameter in plan.requantized)
+    if requantized := frozenset(f"{name}.weight" for name in anew):
+        text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantization!r})"
+        warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
     dtype = dtype or checkpoint.stored_dtype(headers)
     target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None and target_device.type not in (need := ranks.device_type, "meta"):
         raise ValueError(f"Mixtral.from_pretrained: device is {target_device}, needs the mesh's type, {need}")
     shapes, local_shapes = checkpoint.parameter_shapes(config), checkpoint.parameter_shapes(config, shard)
-    specs = shard.specs(specs, shapes, local_shapes)
+    specs = shard.specs(plan.specs, shapes, local_shapes)
     if request.activations is not None:
         check_activations(request.activations, specs, shapes, target_device)
 
@@ -76,7 +66,7 @@ def load(
     except torch.OutOfMemoryError as error:  # another process has taken what was free
         raise ValueError(f"{folder}: no memory is left on {target_device} for the weights: {error}") from error
     model.requantized, model.activations, model.folder = requantized, request.activations, folder
-    fill(config, model.named_weights(), progress or checkpoint.ignore_progress, shard)
+    hub.read_weights(headers, plan, config, model.named_weights(), progress or checkpoint.ignore_progress, shard)
     return model
 
 

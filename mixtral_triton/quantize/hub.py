@@ -1,5 +1,5 @@
-"""Read quantized checkpoints of the hub: each linear's codes, scales and zeros exactly into its QuantizedWeight, or,
-where a caller asks for other formats, its values.
+"""Read checkpoints: dense tensors, perhaps quantized meanwhile, and those that are quantized already: each linear's
+codes, scales and zeros exactly into its QuantizedWeight, or, where a caller asks for other formats, its values.
 
 As in `checkpoint/tensors.py`, names and shapes on disk are checked in full before data are read.
 """
@@ -42,11 +42,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Where the tensors of a quantized checkpoint go."""
+    """Where the tensors of a checkpoint go."""
 
     linears: list[Linear]
     specs: dict[str, QuantSpec]  # of the model's parameters
-    dense: dict[str, Destination]  # of tensors that are not quantized
+    dense: dict[str, Destination]  # of tensors that are not quantized in the files
     unused: set[str]  # tensors
     requantized: frozenset[str]  # parameters whose linears are dequantized, and quantized anew where they have a spec
 
@@ -60,19 +60,22 @@ def read_headers(folder: checkpoint.Folder) -> Headers:
 def plan_load(
     headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED, quantization: Formats = None
 ) -> LoadPlan:
-    """Return the plan of a quantized folder; ValueError unless names, dtypes and shapes are those of its layouts.
+    """Return the plan of a folder; ValueError unless names, dtypes and shapes are those of the config and the layouts.
 
     quantization: None, where every parameter is read exactly, or refused; else the formats of what is quantized anew,
     and of the others, those that no QuantizedWeight holds exactly become dense.
     """
     scheme, folder = headers.scheme, headers.folder
+    if scheme is None:
+        dense = checkpoint.check(headers, config, shard)
+        return LoadPlan([], select_specs(quantization, checkpoint.parameter_shapes(config)), dense, set(), frozenset())
     unused = {name for name in headers.tensors if name.rpartition(".")[2] in UNUSED}
     by_linear: dict[str, dict[str, Stored]] = defaultdict(dict)
     for name in headers.tensors.keys() - unused:
         prefix, _, part = name.rpartition(".")
         by_linear[prefix][part] = headers.tensors[name]
     by_parameter: dict[str, list[Linear]] = defaultdict(list)
-    dense: dict[str, Destination] = {}
+    dense = {}
     need: dict[str, Any] = {}
     for name, target in checkpoint.destinations(headers, config, shard).items():
         prefix = name.removesuffix(".weight")
@@ -136,7 +139,7 @@ def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Destination])
     return specs[0]
 
 
-def read_quantized_weights(
+def read_weights(
     headers: Headers,
     plan: LoadPlan,
     config: MixtralConfig,
@@ -144,9 +147,9 @@ def read_quantized_weights(
     progress: checkpoint.Progress = checkpoint.ignore_progress,
     shard: Shard = UNSHARDED,
 ) -> None:
-    """Fill the parameters of a model that has the specs of `plan`, from what the shard keeps. Raises as
-    `checkpoint.read_weights` does, and ValueError for a NaN or infinite scale or fp8 code, and for values a layout
-    rejects (act-order, if not dequantized). One warning names unused tensors."""
+    """Fill the parameters of a model that has the specs of `plan`, from what the shard keeps. `config` is the unsharded
+    model's. Raises as `checkpoint.fill` does, and ValueError for a differing tied head, for a NaN or infinite scale or
+    fp8 code, and for values a layout rejects (act-order, if not dequantized). One warning names unused tensors."""
     if plan.unused:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plan.unused}))
         text = f"{len(plan.unused)} scales of activations or caches ({kinds}) are not used: both stay in 16 bits here"

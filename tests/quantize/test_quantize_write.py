@@ -302,7 +302,7 @@ def test_what_is_not_named_stays_as_stored(tmp_path: Path) -> None:
 
 def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
     from mixtral_triton.checkpoint.shard import Shard
-    from mixtral_triton.quantize.hub import read_quantized_weights
+    from mixtral_triton.quantize.hub import read_weights
 
     hub.write(tmp_path, *ACT_ORDER)
     whole = load(tmp_path, weights="int8")
@@ -314,7 +314,7 @@ def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
         specs = shard.specs(found.specs, shapes, local)
         weights: dict[str, Any] = {name: torch.empty(shape) for name, shape in local.items()}
         weights |= {name: spec.empty(local[name], "cpu") for name, spec in specs.items()}
-        read_quantized_weights(headers, found, config, weights, shard=shard)
+        read_weights(headers, found, config, weights, shard=shard)
         parts.append(weights["layers.0.down_proj"].dequantize())
     assert torch.equal(torch.cat(parts, dim=-1), whole.layers[0].down_proj.dequantize())
 
