@@ -141,8 +141,6 @@ class MixtralConfig:
         the field, what it got and what is needed.
         """
         path = checkpoint_folder(folder, tensors=False) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a checkpoint folder needs its config.json")
         config = cls.from_dict(read_json_object(path), source=str(path))
         file = path.parent / GENERATION_FILE
         stored = read_json_object(file).get("eos_token_id") if file.is_file() else None
@@ -207,16 +205,14 @@ def _read_theta(values: Mapping[str, Any]) -> float:
         rope = values.get(name) or {}
         check_value(name, rope, "an object or null", isinstance(rope, Mapping))
         _check_fixed(f"{name}.", rope, FIXED_ROPE)
-        if unknown := sorted(shown(key) for key in rope if key not in ROPE_KEYS and rope[key] is not None):
-            raise ValueError(f"{name} has {', '.join(unknown[:4])}, needs no key but {', '.join(sorted(ROPE_KEYS))}")
+        unknown = [key for key in rope if key not in ROPE_KEYS and rope[key] is not None]
+        check_value(f"a key of {name}", unknown[:1], f"one of {', '.join(sorted(ROPE_KEYS))}", not unknown)
         thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
     thetas = {name: theta for name, theta in thetas.items() if theta is not None}
     for name, theta in thetas.items():
         check_value(name, theta, _NUMBER.need, _is_positive(theta))
-    if not thetas:
-        raise ValueError("rope_theta is missing, in rope_parameters too, and has no safe default")
-    if len(set(thetas.values())) > 1:
-        raise ValueError(" and ".join(f"{name} = {theta}" for name, theta in thetas.items()) + " disagree")
+    # In no place, or in two that differ; it has no safe default.
+    check_value("rope_theta", thetas, "one number, there or in rope_parameters", len({*thetas.values()}) == 1)
     return next(iter(thetas.values()))
 
 
@@ -224,15 +220,13 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     """Return a local folder as a Path, or that of the cached snapshot of a name on the hub.
 
     Only files that are read are downloaded; tensors False: without those of weights and text.
-    Raises FileNotFoundError if there is none, NotADirectoryError for a file.
+    Raises FileNotFoundError if there is none.
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"folder is a {type(folder).__name__}, needs the path of a folder, or a name on the hub")
     path = SMALL if folder == SMALL.name and not os.path.lexists(folder) else Path(folder)
-    if path.is_file():
-        raise NotADirectoryError(f"{path}: is a file, needs the folder that holds config.json")
     if not path.is_dir():
-        if not isinstance(folder, str) or NAME.fullmatch(folder) is None:
+        if not isinstance(folder, str) or NAME.fullmatch(folder) is None or path.is_file():
             needs = "a local checkpoint, or a name on the hub like mistralai/Mixtral-8x7B-v0.1"
             raise FileNotFoundError(f"{path}: no such folder, needs {needs}")
         return _snapshot(folder, tensors)
@@ -264,15 +258,14 @@ def _snapshot(name: str, tensors: bool) -> Path:
 
 def read_index(index: Path) -> dict[str, list[str]]:
     """Return the names of the tensors in each file of `weight_map` (tensor name -> plain name of a file here)."""
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map is missing, needs an object of tensor name to file name")
+    weight_map: Any = read_json_object(index).get("weight_map")
+    check_value(f"{index}: weight_map", weight_map, "an object of file names", isinstance(weight_map, dict))
     names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         # Checks the name, not a link's target: the hub's cache links to ../../blobs.
         plain = isinstance(file, str) and Path(file).name == file and not {*"*?["} & {*file}  # no pattern
-        if not plain or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r:.80} is in {file!r:.80}, needs the plain name of a .safetensors file")
+        need = "the plain name of a .safetensors file"
+        check_value(f"{index}: the file of {name!r:.80}", file, need, plain and file.endswith(".safetensors"))
         names.setdefault(file, []).append(name)
     return names
 
@@ -283,9 +276,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, needs an object")
-    return value
+    check_value(f"{path}: the value", value, "a JSON object", isinstance(value, dict))
+    return value  # type: ignore[no-any-return]
 
 
 def shown(value: object, most: int = 80) -> str:

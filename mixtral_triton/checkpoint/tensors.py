@@ -158,20 +158,15 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     """
     path = checkpoint_folder(folder)
     names: dict[str, list[str]] = {SINGLE_FILE: []}
-    if not os.path.lexists(path / SINGLE_FILE):  # preferred over an index, as in transformers
-        if os.path.lexists(path / INDEX_FILE):
-            names = read_index(path / INDEX_FILE)
-        else:
-            got = f"holds neither {SINGLE_FILE} nor {INDEX_FILE}"
-            raise FileNotFoundError(f"{path}: {got}, needs what transformers' save_pretrained writes")
+    # A single file is preferred over an index, as in transformers.
+    if not os.path.lexists(path / SINGLE_FILE) and os.path.lexists(path / INDEX_FILE):
+        names = read_index(path / INDEX_FILE)
     tensors: dict[str, Stored] = {}
     for file, expected in names.items():
         found = _read_header(path / file, DTYPES if scheme is None else DTYPES | CODES)
         if expected:
             compare(str(path / file), INDEX_FILE, dict.fromkeys(expected), dict.fromkeys(found))
         tensors |= found
-    if not tensors:
-        raise ValueError(f"{path}: the checkpoint holds no tensor")
     if scheme is None:
         one_dtype(path, tensors)
     return Headers(path, tensors, scheme)
@@ -179,9 +174,9 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
 
 def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
     """Raise ValueError unless all tensors are stored in the same dtype."""
-    usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]
-    if odd := [f"{shown(name)} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual]:
-        raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual}, but {some(odd)}")
+    usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)
+    if odd := [f"{shown(name)} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual[0][0]]:
+        raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual[0][0]}, but {some(odd)}")
 
 
 def stored_dtype(headers: Headers) -> torch.dtype:
@@ -354,7 +349,7 @@ def some(names: list[str]) -> str:
 def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
     """Return the tensors of a safetensors file; the library checks that they fill it exactly."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, though the checkpoint needs it")
+        raise FileNotFoundError(f"{file}: no such file, needs what transformers' save_pretrained writes")
     found = {}
     with opened_file(file) as opened:
         for name in opened.offset_keys():

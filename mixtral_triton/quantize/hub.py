@@ -179,9 +179,6 @@ def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -
         return (file.get_slice(name)[index] if index else file.get_tensor(name)).to(weight.device)
 
     with error_prefix(f"{linear.parts[layout.codes.name].file}: {linear.name}"):
-        if exact and layout.group not in (None, -1) and (columns.start % layout.group or columns.stop % layout.group):
-            count = columns.stop - columns.start
-            raise ValueError(f"a mesh leaves a rank {count} of its {K} columns: groups of {layout.group} cannot be cut")
         groups = layout.check(read, N, K, linear.parts, exact)
         for piece, kept_rows in checkpoint.cut(rows, max(1, PIECE // K)):
             codes, scales, zeros = layout.rows(read, piece, columns if exact else slice(0, K), K)

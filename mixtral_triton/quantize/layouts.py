@@ -118,8 +118,7 @@ class HubLayout:
     def group_columns(self, K: int) -> int:
         """Return the columns of a group, K where a row has one scale."""
         size = K if self.group is None or self.group == -1 else self.group
-        if K % size:
-            raise ValueError(f"groups of {size} do not divide {K} columns")
+        check_value("the group size", size, f"a divisor of {K} columns", K % size == 0)
         return size
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
@@ -134,28 +133,27 @@ class HubLayout:
     def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
         """Return the QuantizedWeight's spec; ValueError where none has these bits or groups."""
         group = self.group_columns(K)
-        if self.format not in BITS:
-            raise ValueError(f"bits is {self.bits}, needs 4; {ANEW}")
-        if group != K and group not in GROUPS:
-            raise ValueError(f"the group size is {group}, needs 32, 64, 128 or a scale per row; {ANEW}")
+        check_value("bits", self.bits, f"4; {ANEW}", self.format in BITS)
+        need = f"32, 64, 128 or a scale per row; {ANEW}"
+        check_value("the group size", group, need, group == K or group in GROUPS)
         return QuantSpec(self.format, group, scales, not self.symmetric)
 
     def check(self, read: Read, N: int, K: int, parts: Collection[str], exact: bool = True) -> Tensor:
         """Return the group of each column. ValueError where one of the `extras` among the linear's parts changes its
         values, or, if `exact`, the groups of its columns."""
         extras = {name: read(name) for name in self.extras if name in parts}
-        if "weight_shape" in extras and (shape := extras["weight_shape"].tolist()) != [N, K]:
-            raise ValueError(f"weight_shape is {shape}, needs the config's {[N, K]}")
+        shape = extras["weight_shape"].tolist() if "weight_shape" in extras else [N, K]
+        check_value("weight_shape", shape, f"the config's {[N, K]}", shape == [N, K])
         if "bias" in extras and extras["bias"].any():
             raise ValueError("the bias is not 0, and Mixtral has none")
         indices = extras.get("g_idx", extras.get("weight_g_idx"))
-        groups = torch.arange(K) // self.group_columns(K)
+        groups = torch.arange(K) // (size := self.group_columns(K))
         if indices is None or torch.equal(indices := indices.long().cpu(), groups):
             return groups
         if exact:
             raise ValueError(f"the weight is in act-order (g_idx scatters the groups), needs desc_act false; {ANEW}")
-        if indices.min() < 0 or indices.max() > groups[-1]:
-            raise ValueError(f"g_idx is from {indices.min()} to {indices.max()}, needs groups in 0..{groups[-1]}")
+        least, most = torch.stack(torch.aminmax(indices)).tolist()
+        check_value("g_idx", [least, most], f"groups in 0..{K // size - 1}", least >= 0 and most < K // size)
         return indices
 
     def rows(self, read: Read, rows: slice, columns: slice, K: int) -> Rows:

@@ -143,7 +143,7 @@ def targeting(pattern: str) -> Harm:
 HARM: list[tuple[Harm, str, str]] = [
     (holds(MODEL, (SMALL / MODEL).read_bytes()[: 10**6]), VERIFY, MODEL),
     (holds(CONFIG, b"{"), VERIFY, CONFIG),
-    (holds(GENERATION, b"[1]"), GENERATE, "generation_config.json: holds a JSON list, needs an object"),
+    (holds(GENERATION, b"[1]"), GENERATE, "generation_config.json: the value is [1], needs a JSON object"),
     (holds(GENERATION, b"\xff"), GENERATE, "generation_config.json: not readable as JSON"),
     (holds(TOKENIZER, b"version https://git-lfs.github.com/spec/v1"), GENERATE, UNREADABLE),
     (values(TOKENIZER, model={"type": "BPE", "vocab": {"a": 0}, "merges": ["bad"]}), GENERATE, UNREADABLE),

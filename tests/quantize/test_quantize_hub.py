@@ -152,7 +152,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "marlin": (hub.gptq_config(checkpoint_format="marlin"), "checkpoint_format is 'marlin', needs gptq or gptq_v2"),
     "is marlin": (hub.gptq_config(is_marlin_format=True), "is_marlin_format is True, needs False"),
     "group": (hub.gptq_config(group_size="all"), "group_size is 'all', needs a positive integer"),
-    "group 48": (hub.pack_config(group=48), "groups of 48 do not divide 128 columns"),
+    "group 48": (hub.pack_config(group=48), "the group size is 48, needs a divisor of 128 columns"),
     "group 0": (hub.pack_config(group=0), "group_size is 0, needs"),
     "nvfp4": (PACKED | {"format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized', needs pack-quantized or"),
     "ct 3 bits": (group(PACKED, num_bits=3), "num_bits is 3, needs 4 or 8"),
@@ -245,7 +245,7 @@ def test_other_groups_codes_and_files_raise_value_error(tmp_path: Path, monkeypa
     monkeypatch.setattr(hub, "EXPERT", {"w1": (96, 128), "w3": (96, 128), "w2": (128, 96)})
     monkeypatch.setattr(hub, "SIZES", hub.SIZES | {"intermediate_size": 96})
     hub.write(tmp_path, hub.compressed(group=32), hub.pack_config(group=64))
-    assert_refused(tmp_path, r"w2: groups of 64 do not divide 96 columns")
+    assert_refused(tmp_path, r"w2: the group size is 64, needs a divisor of 96 columns")
 
 
 DROPPED = object()
