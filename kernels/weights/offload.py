@@ -92,7 +92,7 @@ class OffloadedWeight(QuantizedWeight):
     on_host   the experts in host memory, ascending
     scales, zeros  as in QuantizedWeight, on the device; None where the weight is dense (format "dense")
 
-    It cannot be moved, converted, copied, pickled, exported or part of a state_dict: its addresses would be another's.
+    It cannot be moved, converted, copied, pickled, exported or part of a state_dict.
     """
 
     scales: Any
@@ -166,7 +166,7 @@ class OffloadedWeight(QuantizedWeight):
     def layout(self) -> str:
         """The id that the custom operator passes in place of the weight."""
         if torch.compiler.is_exporting():
-            raise ValueError("Mixtral: offloaded experts cannot be exported: load them without offload")
+            self._refuse()
         return f"{OFFLOADED}{id(self)}"
 
     @classmethod
@@ -234,24 +234,22 @@ class OffloadedWeight(QuantizedWeight):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedWeight:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if probe.device != self.device or (self.format == "dense" and probe.dtype != self.dtype):
-            raise ValueError("Mixtral: offloaded experts cannot be moved or converted: load them with device=, dtype=")
+            self._refuse()
         return self
 
-    def _refuse_state(self, *args: Any) -> None:
-        got = "a state_dict would hold addresses of offloaded experts, not their rows"
+    def _refuse(self, *args: Any) -> Any:
+        """Raise ValueError: a copy, or a state, would hold the addresses of rows that are this object's."""
+        got = "offloaded experts cannot be moved, converted, copied, pickled, exported or part of a state_dict"
         raise ValueError(f"Mixtral: {got}: needs a model without offload, or the checkpoint that they came from")
 
-    _save_to_state_dict = _load_from_state_dict = _refuse_state  # type: ignore[assignment]
+    _save_to_state_dict = _load_from_state_dict = __reduce_ex__ = _refuse  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedWeight:
         table = memo.get(id(self.data))
         if table is None or not table.is_meta:
-            raise ValueError("Mixtral: offloaded experts cannot be copied: load the checkpoint again")
+            self._refuse()
         like: Any = partial(torch.empty, dtype=self.dtype) if self.format == "dense" else self.spec.empty
         return OffloadedWeight(like(self.shape, device="meta"), self.on_host, "meta")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ValueError("Mixtral: offloaded experts cannot be pickled: save the checkpoint that they came from")
 
 
 def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:

@@ -277,7 +277,7 @@ class Model(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         """Load a state_dict's own part, which comes first: offloaded experts refuse before anything has changed."""
         for weight in offloaded_weights(self):
-            weight._refuse_state()
+            weight._refuse()
         super()._load_from_state_dict(*args)
         if self.cos.is_meta:  # assign=True has moved the parameters
             self._set_tables(self.device)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.arguments import check_dtype, default_dtype, free_memory, in_decimal, usable_device
+from ..checkpoint.arguments import check_dtype, default_dtype, free_memory, in_decimal, is_int, usable_device
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig
-from ..kernels.launching.kernel_args import ALIGNMENT
 from ..kernels.weights.fp8 import encoded_bytes
 from ..kernels.weights.offload import OffloadedWeight, empty_on_host
 from ..quantize import QUANTIZED_PARTS, QuantSpec
@@ -27,29 +26,7 @@ from .parallel import Ranks
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes of a GPU by estimate: a share of the memory that its driver's tool prints, at most `most`."""
-
-    source: str
-    most: int
-    share: float = 1.0
-
-    def of(self, memory: int) -> int:
-        return min(self.most, math.ceil(self.share * memory))
-
-
-# What a GPU holds beside the tensors that are counted. On a GPU the first two are measured, as memory that is not free.
-ESTIMATES = {
-    "driver": Estimate(
-        "torch's total_memory beside nvidia-smi's total: RTX 5090 32,117 of 32,607 MiB, A100 40 GB 40,339 of 40,960, "
-        "A100 80 GB 79.15 GiB of 81,920 MiB, RTX 4090 23.64 GiB of 24,564 MiB",
-        870 * MIB,
-        0.0152,
-    ),
-    "context": Estimate("reports of a CUDA context with torch's kernels: 256 to 426 MiB", 426 * MIB),
-    "graph": Estimate("a decode step's buffers, by tests/tools/test_fit.py, and as much for its kernels", 256 * MIB),
-}
+GRAPH_BYTES = 256 * MIB  # by estimate: a decode step's buffers, by tests/tools/test_fit.py, and as much for its kernels
 MARGIN = 0.02  # of the free memory: what an allocator rounds up, and the error of the estimates
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
 LOGIT_BYTES = 64
@@ -157,13 +134,18 @@ def running_bytes(
         "cache": cache_bytes(config, batch, context, cache_dtype),
         "workspace": workspace_bytes(config, batch, context, chunk, activations),
         "logits": LOGIT_BYTES * batch * config.vocab_size,
-        "graph": ESTIMATES["graph"].most,
+        "graph": GRAPH_BYTES,
     }
 
 
 def estimated_free(memory: int) -> int:
-    """Return the free bytes of a GPU of so much memory, by its driver's tool, that runs this process alone."""
-    return memory - ESTIMATES["driver"].of(memory) - ESTIMATES["context"].of(memory)
+    """Return the free bytes of a GPU of so much memory, by its driver's tool, that runs this process alone.
+
+    The driver's part: torch's total_memory beside nvidia-smi's total is 32,117 of 32,607 MiB for an RTX 5090, 40,339 of
+    40,960 for an A100 40 GB, 79.15 GiB of 81,920 MiB for an A100 80 GB, 23.64 GiB of 24,564 MiB for an RTX 4090. The
+    context's: reports of one with torch's kernels have 256 to 426 MiB.
+    """
+    return memory - min(870 * MIB, math.ceil(0.0152 * memory)) - 426 * MIB
 
 
 def usable_bytes(free: int) -> int:
@@ -240,17 +222,16 @@ def place(
     """Return what lies in host memory, where `needed` bytes would be on the device without offload; ValueError where
     that is impossible, before any allocation."""
     offload, context = request.offload, request.context
-    caller, most = f"Mixtral.from_pretrained: offload is {offload!r}", config.num_local_experts - 1
-    if offload != "auto" and (type(offload) is not int or not 0 <= offload <= most):
-        raise ValueError(f"{caller}, needs 0 to {most} experts of each layer, or 'auto'")
-    if offload and ranks is not None:
-        raise ValueError(f"{caller}, and a mesh splits the experts over GPUs: needs 0, or no mesh")
-    if context is not None and offload != "auto":
-        raise ValueError(f"{caller}, and context is {context!r}, which only offload='auto' takes: needs None")
+    caller, most = "Mixtral.from_pretrained", 0 if ranks is not None else config.num_local_experts - 1
+    if (offload != "auto" or ranks is not None) and (type(offload) is not int or not 0 <= offload <= most):
+        need = f"0 to {most} experts of each layer, or 'auto'" if ranks is None else "0: a mesh splits the experts"
+        raise ValueError(f"{caller}: offload is {offload!r}, needs {need}")
     limit = config.max_position_embeddings
-    context = min(AUTO_CONTEXT, limit) if context is None else context
-    if type(context) is not int or not 1 <= context <= limit:
-        raise ValueError(f"Mixtral.from_pretrained: context is {context!r}, needs 1 to {limit}, the model's positions")
+    if context is None:
+        context = min(AUTO_CONTEXT, limit)
+    elif offload != "auto" or not is_int(context, 1) or context > limit:
+        need = f"1 to {limit}, the model's positions, with offload='auto', or None"
+        raise ValueError(f"{caller}: context is {context!r}, needs {need}")
     available, placement = available_bytes(device), Placement()
     if offload == "auto" and available is not None:
         running = running_bytes(config, 1, context, PREFILL_CHUNK, request.cache_dtype, request.activations)
@@ -260,11 +241,8 @@ def place(
         placement = Placement.of(select_experts(config, int(offload) * config.num_hidden_layers), sizes[0])
     text, host, size = placement.describe(config), host_memory(), in_decimal(placement.host_bytes)
     if host is not None and device.type != "meta" and placement.host_bytes > host:
-        fit = host // sum(sizes[0])
-        advice = "needs more" if offload == "auto" else f"offload={fit} would do" if fit else "not even one fits"
-        raise ValueError(f"{caller}: {text} take {size}, and {in_decimal(host)} are available: {advice}")
-    if placement.count and any(size % ALIGNMENT for size in sizes[0]):
-        raise ValueError(f"{caller}: the rows of an expert are no multiple of {ALIGNMENT} bytes, needs 0")
+        got = f"offload is {offload!r}, {text} take {size}"
+        raise ValueError(f"{caller}: {got}, needs as much host memory: {in_decimal(host)} are available")
     if offload == "auto" and placement == Placement():
         warnings.warn("offload='auto': all experts fit the device, so none is offloaded", stacklevel=4)
     elif offload == "auto":
@@ -276,8 +254,7 @@ def usable_cores() -> int:
     """Return how many cores this process may use, of those that control groups, as of a container, allow."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with suppress(OSError):
-        quotas = _group_numbers("cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"], ["cpu.max"])
-        cores = min([cores, *(-(-quota // period) for quota, period in quotas if quota > 0)])
+        cores = min([cores, *(-(-quota // period) for quota, period in _group_numbers("cpu.max"))])
     return max(1, cores)
 
 
@@ -293,19 +270,15 @@ def host_memory() -> int | None:
     if available is not None and "microsoft" in os.uname().release.lower():
         available = min(available, sizes["MemTotal"] // 2)
     with suppress(OSError):
-        files = ["memory.limit_in_bytes", "memory.usage_in_bytes"], ["memory.max", "memory.current"]
-        remaining = (max(0, limit - used) for limit, used in _group_numbers("memory", *files))
+        remaining = (max(0, limit - used) for limit, used in _group_numbers("memory.max", "memory.current"))
         available = available and min([available, *remaining])
     return available
 
 
-def _group_numbers(controller: str, v1: Sequence[str], v2: Sequence[str]) -> Iterator[list[int]]:
-    """Yield the numbers in these files of each limited control group of this process, of version 1 or 2."""
-    for line in (PROC / "self" / "cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        folder = CGROUPS / controllers / path.lstrip("/")
-        for each in (folder, *folder.parents):  # a container may not see the folders of its path
-            with suppress(OSError, ValueError):  # "max" is no limit
-                yield [int(n) for name in (v1 if controllers else v2) for n in (each / name).read_text().split()]
+def _group_numbers(*files: str) -> Iterator[list[int]]:
+    """Yield the numbers in these files of each control group (version 2) of this process that has a limit there."""
+    path = (PROC / "self" / "cgroup").read_text().rpartition("0::/")[2].strip()
+    folder = CGROUPS / path
+    for each in (folder, *folder.parents):  # a container may not see the folders of its path
+        with suppress(OSError, ValueError):  # "max" is no limit
+            yield [int(n) for name in files for n in (each / name).read_text().split()]

@@ -60,7 +60,7 @@ BAD_INPUT = {
     f"{PROMPT} --interpret --device cuda": "mixtral-triton generate: --interpret runs",
     f"{PROMPT} --top-p 0": "top_p",
     f"{PROMPT} --stop ''": "--stop is empty",
-    f"{PROMPT} --context 64": "context is 64, which only offload='auto' takes: needs None",
+    f"{PROMPT} --context 64": "context is 64, needs 1 to 1024, the model's positions, with offload='auto', or None",
     f"{PROMPT} --device cpu --offload 9": "needs 0 to 7",
     f"{PROMPT} --offload x": "number of experts, or auto",
     f"{TRACE} ''": "--prompt is empty",

@@ -76,7 +76,7 @@ def test_wrong_count_or_context_raises_value_error(options: dict[str, Any], mess
 def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatch) -> None:
     per_expert = 4 * 3 * 128 * 256 * 2
     monkeypatch.setattr(offload_plan, "host_memory", lambda: 2 * per_expert)
-    with pytest.raises(ValueError, match=r"12 of 32 experts in host memory take .* available: offload=2 would do"):
+    with pytest.raises(ValueError, match=r"12 of 32 experts in host memory take .* available"):
         Mixtral.from_pretrained(SMALL, "cpu", offload=3)
     assert Mixtral.from_pretrained(SMALL, "cpu", offload=2).layers[0].down_proj.on_host == (6, 7)
 
@@ -86,8 +86,7 @@ GROUPS = [
     ("0::/", {"memory.max": "max", "memory.current": "9"}, 8192),
     ("0::/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
     ("0::/a/b", {"a/memory.max": "5000", "a/memory.current": "6000"}, 0),
-    ("4:memory:/a", {"memory/memory.limit_in_bytes": "5000", "memory/memory.usage_in_bytes": "1"}, 4999),
-    ("3:cpuset:/", {"memory.max": "x"}, 8192),
+    ("3:cpuset:/a\n0::/", {"memory.max": "x"}, 8192),
 ]
 
 
@@ -111,8 +110,6 @@ def test_host_memory_is_what_the_container_has_left(case: Any, tmp_path: Path, m
 CORES = [
     ("0::/", {"cpu.max": "max 100000"}, 8),
     ("0::/a/b", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, 3),
-    ("4:cpu,cpuacct:/", {"cpu,cpuacct/cpu.cfs_quota_us": "200000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 2),
-    ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
     ("0::/", {"cpu.max": "1000 100000"}, 1),
     ("0::/", {}, 4),
 ]
@@ -189,15 +186,11 @@ def test_offloaded_model_cannot_be_moved_copied_or_saved(weights: str | None, tm
     casts = [model.half] if weights is None else []  # codes stay as they are
     export = partial(torch.export.export, model, (IDS,))  # a program would hold the table without the rows
     copies = partial(copy.deepcopy, model), partial(pickle.dumps, model)
-    for fault in (partial(model.to, "meta"), *copies, export, *casts):
-        with pytest.raises(ValueError, match="offloaded experts cannot be"):
-            fault()
-    for fault in (
-        model.state_dict,
-        partial(save_model, model, str(tmp_path / "model.safetensors")),
-        partial(model.load_state_dict, {name: x * 0 for name, x in resident.state_dict().items()}, strict=False),
-    ):
-        with pytest.raises(ValueError, match="addresses of offloaded experts, not their rows: needs a model without"):
+    state = {name: x * 0 for name, x in resident.state_dict().items()}
+    states = model.state_dict, partial(save_model, model, str(tmp_path / "model.safetensors"))
+    states += (partial(model.load_state_dict, state, strict=False),)
+    for fault in (partial(model.to, "meta"), *copies, export, *casts, *states):
+        with pytest.raises(ValueError, match=r"offloaded experts cannot be .* part of a state_dict: needs a model"):
             fault()
     assert torch.equal(model(IDS), resident(IDS))
     weights = [each for each in model.modules() if isinstance(each, OffloadedWeight)]

@@ -21,7 +21,7 @@ from mixtral_triton.cli.commands import SMALL, parser
 from mixtral_triton.model.cache import cache_bytes
 from mixtral_triton.model.generate import prefill, sample
 from mixtral_triton.model.offload_plan import (
-    ESTIMATES,
+    GRAPH_BYTES,
     LOGIT_BYTES,
     MARGIN,
     estimated_free,
@@ -138,7 +138,7 @@ def test_the_workspace_of_quantized_activations(batch: int, context: int, chunk:
 @pytest.mark.parametrize("weights", [None, "int4"])
 @pytest.mark.parametrize("batch", [1, 8, 64, 128, 256])
 def test_a_decode_step_takes_less_than_half_of_what_is_estimated_for_a_graph(batch: int, weights: Any) -> None:
-    assert most_alive(replace(SMALLER, num_hidden_layers=2), batch, 1, weights) < ESTIMATES["graph"].most / 2
+    assert most_alive(replace(SMALLER, num_hidden_layers=2), batch, 1, weights) < GRAPH_BYTES / 2
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
