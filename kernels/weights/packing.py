@@ -13,6 +13,7 @@ them right.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 GROUPS = (128, 64, 32)  # columns that may share a scale, besides a full row
 
 
-class Format:
+class Format(ABC):
     """What a stored format is. A leaf has a file of its own, with its values on the device; formats.py lists them."""
 
     name: ClassVar[str]
@@ -72,18 +73,18 @@ class Format:
             elements = torch.stack((elements & 15, elements >> 4), dim=-1).flatten(-2)
         return elements.transpose(-1, -2).flatten(-3)[..., :K]
 
+    @abstractmethod
     def values(self, codes: Tensor, zeros: Any = None) -> Tensor:
         """Return code - zero in fp32. codes uint8; zeros broadcast to them, None: the format's."""
-        raise NotImplementedError
 
     def encode(self, parts: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize finite fp32 parts [..., group] -> codes uint8 of that shape, scales [..., 1]."""
         scales = usable_scales(parts.abs().amax(-1, keepdim=True) / self.largest)
         return self.codes(parts / scales), scales
 
+    @abstractmethod
     def codes(self, values: Tensor) -> Tensor:
         """Return the nearest codes uint8 of values at scale 1."""
-        raise NotImplementedError
 
     def elements(self, data: Tensor) -> Tensor:
         """Return the rows of a weight as kernels read them."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .formats import BITS, FORMATS, multiplies_codes
 from .packing import GROUPS, Format
 
+SCALES = torch.float32, torch.bfloat16, torch.float16  # dtypes
+
 
 class QuantizedWeight(nn.Module):
     """Stored: a weight [E, N, K] or [N, K]: value = (code - zero) * scale, in fp32.
@@ -46,22 +48,18 @@ class QuantizedWeight(nn.Module):
         *lead, K = self.shape
         if self.format not in FORMATS:
             raise ValueError(f"QuantizedWeight: format is {self.format!r}, needs one of {', '.join(BITS)}")
-        if self.group < 1 or K % self.group or (self.group != K and self.group not in GROUPS):
-            raise ValueError(f"QuantizedWeight: group is {self.group}, needs 32, 64 or 128 that divide {K}, or {K}")
-        if self.kind.multiplies_codes and self.group != K:
-            raise ValueError(f"QuantizedWeight: group is {self.group}, {self.format} needs {K}: one scale a row")
-        groups = (*lead, K // self.group)
-        shapes = {"data": (*lead, self.kind.row_elements(K, self.group)), "scales": groups, "zeros": groups}
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"QuantizedWeight: {name} has shape {list(tensor.shape)}, needs {list(shape)}")
-        if self.data.dtype != torch.int16 or not self.scales.is_floating_point():
-            dtypes = f"{self.data.dtype} and {self.scales.dtype}"
-            raise ValueError(f"QuantizedWeight: data and scales are {dtypes}, need int16 and floats")
-        if self.zeros is not None and not (self.kind.has_zeros and self.zeros.dtype == torch.bfloat16):
-            needs = f"bfloat16, and {' or '.join(name for name in FORMATS if FORMATS[name].has_zeros)}"
-            raise ValueError(f"QuantizedWeight: zeros of {self.format} are {self.zeros.dtype}, need {needs}")
+        groups = () if self.kind.multiplies_codes else GROUPS
+        if self.group != K and not (self.group in groups and K % self.group == 0):
+            needs = f"{' or '.join(map(str, groups))} that divide {K}, or {K}" if groups else f"{K}: one scale a row"
+            raise ValueError(f"QuantizedWeight: group is {self.group}, {self.format} needs {needs}")
+        scales, elements = (*lead, K // self.group), (*lead, self.kind.row_elements(K, self.group))
+        zeros = (torch.bfloat16,) if self.kind.has_zeros else ()
+        needed = {"data": (elements, (torch.int16,)), "scales": (scales, SCALES), "zeros": (scales, zeros)}
+        for name, (shape, dtypes) in needed.items():
+            x = getattr(self, name)
+            if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes):
+                got, needs = f"{x.dtype} {list(x.shape)}", f"{' or '.join(map(str, dtypes)) or None} {list(shape)}"
+                raise ValueError(f"QuantizedWeight: {name} of {self.format} are {got}, need {needs}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedWeight:
         """Move and never convert: a rounded scale would change the weight."""

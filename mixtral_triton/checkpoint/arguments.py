@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -27,14 +27,13 @@ def default_device() -> str:
 
 def usable_device(device: torch.device | str | None) -> torch.device:
     """Return the device; None means `default_device()`. Raise ValueError if it does not exist."""
-    try:
+    usable, count = None, torch.cuda.device_count()
+    with suppress(RuntimeError, TypeError):  # what torch does not know
         usable = torch.device(default_device() if device is None else device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {device!r} is unknown to torch: needs cuda, cuda:1, ... or cpu") from error
-    if usable.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"device {device!r} is not supported: needs cpu, cuda (CUDA or ROCm) or meta")
-    if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} does not exist: this machine has {torch.cuda.device_count()} GPUs")
+    known = usable is not None and usable.type in ("cpu", "cuda", "meta")
+    if usable is None or not known or (usable.type == "cuda" and (usable.index or 0) >= count):
+        need = f"cpu, meta, or cuda, cuda:1, ... (CUDA or ROCm) of {count} GPUs"
+        raise ValueError(f"device {device!r} does not exist here: needs {need}")
     return usable
 
 
@@ -90,7 +89,7 @@ def drop_padding(rows: Sequence[Tensor], mask: Any) -> list[Tensor]:
         if fits:
             kept.append(row[ones[0] : ones[-1] + 1])
     if not fits:
-        raise ValueError(f"generate: attention_mask is {_describe(mask)}, needs {need}")
+        raise ValueError(f"generate: attention_mask is {describe(mask)}, needs {need}")
     return kept
 
 
@@ -153,12 +152,9 @@ def explain_out_of_memory(caller: str, device: torch.device, batch: int, context
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
     """Raise ValueError unless input_ids is int64 [B,T], not empty, on `device`, and on a CPU within the vocabulary."""
-    if not _is_dense(input_ids) or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
-        raise fail("Mixtral", "input_ids", _describe(input_ids), "an int64 tensor [B, T]")
-    if 0 in input_ids.shape:
-        raise fail("Mixtral", "input_ids", f"empty, {list(input_ids.shape)}", "at least one token")
-    if input_ids.device != device:
-        raise fail("Mixtral", "input_ids", f"on {input_ids.device}", f"the model's device, {device}")
+    fits = _is_dense(input_ids) and input_ids.dtype == torch.int64 and input_ids.dim() == 2 and 0 not in input_ids.shape
+    if not fits or input_ids.device != device:
+        raise fail("Mixtral", "input_ids", describe(input_ids), f"an int64 tensor [B, T], not empty, on {device}")
     if readable(input_ids):
         check_vocabulary(input_ids, vocab_size)
 
@@ -175,7 +171,7 @@ def check_lengths(op: str, lengths: Any, B: int | None, device: torch.device | N
     fits = _is_dense(lengths) and lengths.dtype in INTS and lengths.dim() == 1
     if not (fits and B in (None, len(lengths)) and device in (None, lengths.device)):
         on = "" if device is None else f" on {device}"
-        raise fail(op, "lengths", _describe(lengths), f"an int32 or int64 tensor [{'B' if B is None else B}]{on}")
+        raise fail(op, "lengths", describe(lengths), f"an int32 or int64 tensor [{'B' if B is None else B}]{on}")
 
 
 def check_positions(what: str, tokens: int, config: MixtralConfig) -> None:
@@ -188,7 +184,8 @@ def _is_dense(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
 
 
-def _describe(x: Any) -> str:
+def describe(x: Any) -> str:
+    """Return dtype, shape and device of a tensor, else the class, for a message."""
     if not isinstance(x, Tensor):
         return "None" if x is None else f"a {type(x).__name__}"
     layout = f"{list(x.shape)} on {x.device}" if _is_dense(x) else "of a nested or sparse layout"

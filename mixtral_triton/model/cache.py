@@ -38,11 +38,9 @@ def cache_bytes(config: MixtralConfig, batch: int, max_len: int, dtype: torch.dt
 
 def select_dtype(caller: str, cache_dtype: Any, model_dtype: torch.dtype, cache: KVCache | None = None) -> torch.dtype:
     """Return the dtype of a cache that a caller asks for, or of the one that it has; ValueError for another."""
-    if cache_dtype not in (None, model_dtype, torch.int8):
-        need = f"None, {model_dtype}, the model's, or torch.int8"
-        raise ValueError(f"{caller}: cache_dtype is {cache_dtype!r}, needs {need}")
-    if cache is not None and cache_dtype not in (None, cache.dtype):
-        raise ValueError(f"{caller}: cache_dtype is {cache_dtype}, needs None or the cache's, {cache.dtype}")
+    allowed = (None, model_dtype, torch.int8) if cache is None else (None, cache.dtype)
+    if cache_dtype not in allowed:
+        raise ValueError(f"{caller}: cache_dtype is {cache_dtype!r}, needs {' or '.join(map(str, allowed))}")
     return cache_dtype or model_dtype
 
 

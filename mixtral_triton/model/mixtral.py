@@ -69,11 +69,10 @@ class Mixtral(Model):
                        own columns
         """
         reject_unknown("Mixtral.from_pretrained", unknown, LOAD_HINTS)
-        if activations not in (None, "fp8"):
-            raise ValueError(f"Mixtral.from_pretrained: activations is {activations!r}, needs None or 'fp8'")
-        if activations is not None and mesh is not None:
-            got = f"activations is {activations!r}, and there is a mesh"
-            raise ValueError(f"Mixtral.from_pretrained: {got}: needs None")
+        allowed = (None, "fp8") if mesh is None else (None,)
+        if activations not in allowed:
+            need = "None or, without a mesh, 'fp8'"
+            raise ValueError(f"Mixtral.from_pretrained: activations is {activations!r}, needs {need}")
         if not isinstance(deterministic, bool):
             raise ValueError(f"Mixtral.from_pretrained: deterministic is {deterministic!r}, needs True or False")
         request = MemoryRequest(offload, context, cache_dtype, activations)

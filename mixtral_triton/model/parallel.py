@@ -29,14 +29,10 @@ class Ranks:
         """Every rank of the mesh must call this. Raises ValueError unless the mesh has "tp" or "ep", and this rank."""
         from torch.distributed.device_mesh import DeviceMesh  # a slow import
 
-        need = "needs a torch.distributed.device_mesh.DeviceMesh whose dimensions are named 'tp' or 'ep', or both"
+        need = "a torch.distributed.device_mesh.DeviceMesh with this rank, of dimensions named 'tp' or 'ep', or both"
         names = mesh.mesh_dim_names if isinstance(mesh, DeviceMesh) else None
-        if not names or not set(names) <= {"tp", "ep"}:
-            got = f"has dimensions named {names}" if isinstance(mesh, DeviceMesh) else f"is {mesh!r:.80}"
-            raise ValueError(f"Mixtral.from_pretrained: mesh {got}, {need}")
-        if mesh.get_coordinate() is None:
-            got = f"mesh is of ranks {mesh.mesh.tolist()}"
-            raise ValueError(f"Mixtral.from_pretrained: {got}, needs {dist.get_rank()}, too")
+        if not names or not set(names) <= {"tp", "ep"} or mesh.get_coordinate() is None:
+            raise ValueError(f"Mixtral.from_pretrained: mesh is {mesh!r:.200}, needs {need}")
         ranks = sorted(mesh.mesh.flatten().tolist())
         sizes = dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True))
         local_ranks = {f"{name}_rank": mesh.get_local_rank(name) for name in sizes}

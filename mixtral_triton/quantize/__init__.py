@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.arguments import describe
 from ..checkpoint.config import error_prefix
 from ..kernels.operation.checks import FLOATS
 from ..kernels.weights.formats import BITS, FORMATS
@@ -61,15 +62,10 @@ def quantize(tensor: Tensor, format: str, group: int | None = None) -> Quantized
     or 32, the largest that divides K. int8 and fp8: an fp32 scale per row, whose largest value maps to the format's.
     ValueError for another format, a group that does not divide K, NaN and infinity.
     """
-    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.dim() not in (2, 3):
-        got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"quantize: argument 'tensor' is {got}, needs fp32, bf16 or fp16 [N, K] or [E, N, K]")
-    if tensor.layout != torch.strided or tensor.is_meta:
-        got = f"on the {tensor.device.type} device with layout {tensor.layout}"
-        raise ValueError(f"quantize: argument 'tensor' is {got}, needs numbers, strided")
-    if 0 in tensor.shape or not torch.isfinite(tensor).all():
-        what = "empty" if 0 in tensor.shape else "not finite everywhere"
-        raise ValueError(f"quantize: argument 'tensor' is {what}, needs at least one number, and none NaN or infinite")
+    right = isinstance(tensor, Tensor) and tensor.dtype in FLOATS and tensor.dim() in (2, 3) and 0 not in tensor.shape
+    if not right or tensor.layout != torch.strided or tensor.is_meta or not torch.isfinite(tensor).all():
+        need = "finite numbers in fp32, bf16 or fp16, strided, [N, K] or [E, N, K]"
+        raise ValueError(f"quantize: argument 'tensor' is {describe(tensor)}, needs {need}")
     weight = QuantSpec.default_for(format, tensor.shape[-1], group).empty(tuple(tensor.shape), tensor.device)
     quantize_into(weight, tensor)
     return weight

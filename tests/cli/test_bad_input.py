@@ -39,7 +39,7 @@ BAD_INPUT = {
         f"verify --weights {text}": "--weights"
         for text in ("experts=int4,experts=int8", "experts=", "experts=int4,", "=")
     },
-    "verify --device gpu": "'gpu' is unknown to torch: needs cuda, cuda:1, ... or cpu",
+    "verify --device gpu": "'gpu' does not exist here: needs cpu, meta, or cuda, cuda:1, ...",
     "verify no/such/folder": "no/such/folder",
     "verify --device cuda:99": "cuda:99",
     "verify --device cpu --tokens 4096": "needs 2 to 2048",

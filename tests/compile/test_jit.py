@@ -341,7 +341,7 @@ def test_injected_fault_launch_on_the_wrong_gpu(gpu: Any, monkeypatch: pytest.Mo
 def test_tensors_of_two_gpus_raise_value_error(gpu: Any) -> None:
     with pytest.raises(ValueError, match="argument 'weight' is on cuda:1, needs to be on cuda:0"):
         ops.rms_norm(torch.ones(2, 16).to("cuda:0"), torch.ones(16).to(OTHER), 1e-5)
-    with pytest.raises(ValueError, match="'input_ids' is on cuda:0, needs the model's device, cuda:1"):
+    with pytest.raises(ValueError, match=r"'input_ids' is .* on cuda:0, needs .* on cuda:1"):
         build(OTHER)(IDS.to("cuda:0"))
 
 

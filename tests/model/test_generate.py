@@ -270,7 +270,7 @@ def test_a_cache_goes_on_and_computes_new_tokens_alone(
         held = sum(cache.lengths.tolist())
         texts = [torch.cat((text, tokens(3 + b, seed=turn, device=device))) for b, text in enumerate(got.ids)]
         counts.clear()
-    with pytest.raises(ValueError, match=r"cache_dtype is torch.*needs None or the cache's"):
+    with pytest.raises(ValueError, match=rf"cache_dtype is torch.*needs None or {cache.dtype}"):
         model.generate(texts, 1, cache=cache, cache_dtype=torch.int8 if dtype != torch.int8 else model.dtype)
 
 

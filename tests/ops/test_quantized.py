@@ -154,12 +154,12 @@ def test_kernel_quantizes_the_tokens_of_slots_in_the_order_of_experts() -> None:
 
 WRONG: dict[str, dict[str, object]] = {
     "format is 'int3'": {"format": "int3"},
-    "32, 64 or 128 that divide 128": {"group": 48},
+    "128 or 64 or 32 that divide 128": {"group": 48},
     "group is 16": {"group": 16},
-    "data has shape": {"data": torch.zeros(3, 5, 7, dtype=torch.int16)},
-    "int16": {"data": torch.zeros(3, 5, 32, dtype=torch.int32)},
-    "scales has shape": {"scales": torch.zeros(3, 5, 3)},
-    "bfloat16": {"zeros": torch.zeros(3, 5, 4)},
+    r"data of int4 are .*int16 \[3, 5, 7\]": {"data": torch.zeros(3, 5, 7, dtype=torch.int16)},
+    "need torch.int16": {"data": torch.zeros(3, 5, 32, dtype=torch.int32)},
+    "scales of int4 are": {"scales": torch.zeros(3, 5, 3)},
+    "need torch.bfloat16": {"zeros": torch.zeros(3, 5, 4)},
 }
 
 

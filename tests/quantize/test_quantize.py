@@ -107,14 +107,13 @@ NO_WEIGHTS = (torch.int8, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
         ((normal(4, 96), "int4", 48), "group is 48, int4 needs groups of 128 or 64 or 32 that"),
         ((normal(4, 96), "int8", 32), "group is 32, int8 needs groups of 96 that divide 96 columns"),
         ((normal(4, 96), "int3"), "format is 'int3', needs one of int4, int8, fp8"),
-        ((normal(96), "int8"), r"'tensor' is torch\.float32 \[96\], needs fp32, bf16 or fp16 \[N, K\]"),
+        ((normal(96), "int8"), r"'tensor' is torch\.float32 \[96\] on cpu, needs finite numbers in fp32"),
         ((normal(4, 96), ["int8"]), r"format is \['int8'\], needs one of int4, int8, fp8"),
         *(((torch.ones(4, 96).to(dtype), "int8"), f"'tensor' is {dtype}") for dtype in NO_WEIGHTS),
-        (([1.0], "int8"), "'tensor' is list"),
-        ((torch.ones(0, 96), "int8"), "'tensor' is empty"),
-        ((torch.ones(4, 96, device="meta"), "int8"), "'tensor' is on the meta device"),
-        ((torch.full((4, 96), torch.nan), "int8"), "not finite everywhere"),
-        ((torch.full((4, 96), torch.inf), "fp8"), "not finite everywhere"),
+        (([1.0], "int8"), "'tensor' is a list"),
+        ((torch.ones(0, 96), "int8"), r"'tensor' is .*\[0, 96\] on cpu, needs finite"),
+        ((torch.ones(4, 96, device="meta"), "int8"), "'tensor' is .* on meta, needs finite"),
+        *(((torch.full((4, 96), value), "int8"), "needs finite numbers") for value in (torch.nan, torch.inf)),
     ],
 )
 def test_wrong_argument_raises_value_error(args: Any, message: str) -> None:
@@ -379,7 +378,7 @@ def test_activations_need_a_gpu_that_multiplies_fp8(arch: str) -> None:
 
 
 def test_activations_on_a_mesh_are_refused() -> None:
-    with pytest.raises(ValueError, match="activations is 'fp8', and there is a mesh: needs None"):
+    with pytest.raises(ValueError, match="activations is 'fp8', needs None or, without a mesh"):
         Mixtral.from_pretrained(SMALL, "meta", weights="fp8", activations="fp8", mesh=object())
 
 
