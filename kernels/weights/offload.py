@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -221,14 +221,15 @@ class OffloadedWeight(QuantizedWeight):
         return table
 
     @staticmethod
-    def stage_in_turn(layers: Sequence[Sequence[OffloadedWeight]]) -> None:
-        """Share a buffer, as large as the largest needs, among a projection's weights. When one is staged, the copy of
-        the next, of the other projection, begins, so that a kernel reads one buffer while the other is filled."""
-        for weights in zip(*layers, strict=True):
-            staging = _Staging(max(weight.host.nbytes for weight in weights))
-            for weight in weights:
+    def stage_in_turn(weights: Sequence[OffloadedWeight]) -> None:
+        """Share a buffer, as large as the largest needs, among the weights of each of a layer's two projections, given
+        in the order of their use. When one is staged, the copy of the next begins, so that a kernel reads one buffer
+        while the other is filled."""
+        for of_projection in (weights[::2], weights[1::2]):
+            staging = _Staging(max((weight.host.nbytes for weight in of_projection), default=0))
+            for weight in of_projection:
                 weight._staging = staging
-        for weight, next_weight in pairwise(chain.from_iterable(layers)):
+        for weight, next_weight in pairwise(weights):
             weight._next_weight = weakref.ref(next_weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedWeight:

@@ -37,7 +37,8 @@ def load(
     dtype = named_dtype(dtype)
     if dtype is not None:
         check_dtype("Mixtral.from_pretrained: dtype", dtype)
-    request.check()
+    if request.cache_dtype is not None:
+        check_dtype("Mixtral.from_pretrained: cache_dtype", request.cache_dtype, of_cache=True)
     folder = checkpoint_folder(folder)
     config = MixtralConfig.from_pretrained(folder)
     headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard

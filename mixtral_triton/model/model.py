@@ -25,10 +25,10 @@ from ..kernels.launching.launch import pdl_region
 from ..kernels.operation.call import reject_transforms, transformed, untraced
 from ..kernels.operation.checks import check_values
 from ..kernels.ops.cache_args import rope_tables
-from ..quantize import QuantizedWeight, QuantSpec
+from ..quantize import OffloadedWeight, QuantizedWeight, QuantSpec
 from .cache import KVCache
 from .layer import ForwardContext, Layer, WeightTensor
-from .offload_plan import RESIDENT, Placement, offloaded_weights, stage_in_turn
+from .offload_plan import RESIDENT, Placement, offloaded_weights
 from .parallel import Ranks
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Model(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
         self.layers = nn.ModuleList(Layer(config, parameters) for parameters in layers)  # type: ignore[assignment]
-        stage_in_turn(self.layers)
+        OffloadedWeight.stage_in_turn(list(offloaded_weights(self)))
         self._set_tables(device)
         super().train(False)
 

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.arguments import check_dtype, default_dtype, free_memory, in_decimal, is_int, usable_device
+from ..checkpoint.arguments import default_dtype, free_memory, in_decimal, is_int, usable_device
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig
 from ..kernels.weights.fp8 import encoded_bytes
 from ..kernels.weights.offload import OffloadedWeight, empty_on_host
@@ -86,12 +86,6 @@ RESIDENT = Placement()
 
 def offloaded_weights(model: nn.Module) -> Iterator[OffloadedWeight]:
     return (module for module in model.modules() if isinstance(module, OffloadedWeight))
-
-
-def stage_in_turn(layers: Iterable[Any]) -> None:
-    """Share staging buffers among the layers' offloaded projections, in the order of their use."""
-    projections = ((layer.gate_up_proj, layer.down_proj) for layer in layers)
-    OffloadedWeight.stage_in_turn([pair for pair in projections if isinstance(pair[1], OffloadedWeight)])
 
 
 def table_bytes(config: MixtralConfig) -> int:
@@ -205,10 +199,6 @@ class MemoryRequest:
     context: int | None = None
     cache_dtype: torch.dtype | None = None
     activations: str | None = None
-
-    def check(self) -> None:
-        if self.cache_dtype is not None:
-            check_dtype("Mixtral.from_pretrained: cache_dtype", self.cache_dtype, of_cache=True)
 
 
 def place(

@@ -123,7 +123,12 @@ def test_injected_fault_in_the_order_of_copies(fault: str, gpu: Any, monkeypatch
     """No wait, or one buffer: the next layer's rows arrive where this layer's kernel reads."""
     if fault == "one buffer":
         stage = OffloadedWeight.stage_in_turn
-        by_projection = lambda layers: [stage([[each] for each in weights]) for weights in zip(*layers, strict=True)]  # noqa: E731
+
+        def by_projection(weights: Any) -> None:
+            stage(weights)
+            for weight, next_weight in zip(weights, weights[2:], strict=False):
+                weight._next_weight = weakref.ref(next_weight)
+
         monkeypatch.setattr(OffloadedWeight, "stage_in_turn", by_projection)
     else:
         monkeypatch.setattr(Stream, fault, lambda *args: None)

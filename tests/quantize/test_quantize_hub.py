@@ -209,7 +209,7 @@ TENSORS: dict[str, tuple[str, str, Tensor | None, str]] = {
     "act-order ct": ("ct int4 64 False", "weight_g_idx", SHUFFLED, f"{W1}: the weight is in act-order"),
     "zero of 16": ("gptq 128 1", "qzeros", zeros(1, 32) - 1, f"{W1}: a stored zero is 15: some readers"),
     "not symmetric": ("gptq symmetric", "qzeros", zeros(1, 32), f"{W1}: a zero is not 8, but the config says"),
-    "bias": ("awq 128", "bias", ones(256), f"{W1}: the bias is not 0"),
+    "bias": ("awq 128", "bias", ones(256), f"{W1}: the largest bias is 1.0, needs 0"),
     "NaN": ("ct fp8 channel", "weight", nan_codes(0x7F), f"{W1}: a weight is NaN .*damaged"),
     "-NaN": ("autofp8", "weight", nan_codes(0xFF), f"{W1}: a weight is NaN .*damaged"),
     "NaN scale": ("ct fp8 channel", "weight_scale", ones(256, 1, dtype=BF16, value=np.nan), BAD_SCALE),
