@@ -217,10 +217,6 @@ def check_values(op: str, name: str, value: Tensor, low: int, high: int) -> None
     """Raise ValueError where a readable tensor holds a value outside low..high."""
     if value.numel() == 0 or not readable(value):
         return
-    if value.numel() <= 64:  # where a step per element is quicker than two operators
-        values = value.flatten().tolist()
-        least, greatest = min(values), max(values)
-    else:
-        least, greatest = (int(v) for v in torch.aminmax(value))
+    least, greatest = (int(v) for v in torch.aminmax(value))
     if least < low or greatest > high:
         raise fail(op, name, f"from {least} to {greatest}", f"values in {low}..{high}")

@@ -87,16 +87,13 @@ class QuantizedCache:
     def fault(self) -> str | None:
         """Return what a kernel could not read, or None."""
         codes, scales = self.tensors
-        if codes.dtype != torch.int8 or scales.dtype != torch.float32:
-            return f"of {codes.dtype} codes and {scales.dtype} scales, needs int8 and float32"
-        if scales.shape != codes.shape[:-1] or scales.device != codes.device:
-            return f"of codes {list(codes.shape)} and scales {list(scales.shape)}, needs a scale for each vector"
-        D = codes.shape[-1]
-        pairs = zip(codes.shape[:-1], codes.stride()[:-1], scales.stride(), strict=True)
-        if codes.stride(-1) != 1 or any(size > 1 and stride != D * of_scale for size, stride, of_scale in pairs):
-            got = f"of strides {codes.stride()} and {scales.stride()}"
-            return f"{got}, needs those of the codes to be {D} times larger"
-        return None
+        right = scales.shape == codes.shape[:-1] and scales.device == codes.device and codes.stride(-1) == 1
+        places = zip(codes.shape, codes.stride(), scales.stride(), strict=False)
+        right = right and all(size <= 1 or stride == codes.shape[-1] * of_scale for size, stride, of_scale in places)
+        if right and codes.dtype == torch.int8 and scales.dtype == torch.float32:
+            return None
+        got = " and ".join(f"{x.dtype} {list(x.shape)} of strides {x.stride()} on {x.device}" for x in self.tensors)
+        return f"of {got}, needs int8 codes, and for each vector a float32 scale, of the codes' strides / D"
 
     def dequantize(self) -> Tensor:
         """Return the exact keys or values in fp32 [B, Hkv, C, D]."""

@@ -153,7 +153,9 @@ class Model(nn.Module):
         eps = self.config.rms_norm_eps
         # Layers do not ask for a lazy negation: a caller's tensors lose it here.
         lengths = None if lengths is None else lengths.resolve_neg()
-        context = self.context(B, T, cache, None if lengths is None else lengths.to(torch.int32).contiguous())
+        num_new = None if lengths is None else lengths.to(torch.int32).contiguous()
+        options = self.ranks, self.deterministic, self.quantizes_activations(B * T)
+        context = ForwardContext(self.config, self.cos, self.sin, *options, B, T, cache, num_new)
         new = context.num_new if lengths is None else lengths
         bounds = () if cache is None else (context.cache_lengths, new, cache.max_len)
         norm = self.layers[0].input_layernorm
@@ -174,11 +176,6 @@ class Model(nn.Module):
         if cache is not None:
             cache.advance(context.num_new, T if lengths is None else 0)
         return out
-
-    def context(self, B: int, T: int, cache: KVCache | None, num_new: Tensor | None) -> ForwardContext:
-        """Return what the layers of one forward share."""
-        options = self.ranks, self.deterministic, self.quantizes_activations(B * T)
-        return ForwardContext(self.config, self.cos, self.sin, *options, B, T, cache, num_new)
 
     def find_change(self) -> str | None:
         """Return where a caller's code runs in the layers; None where each is exactly as this class made it.
