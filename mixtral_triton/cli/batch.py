@@ -21,8 +21,8 @@ from ..checkpoint.arguments import check_positions, free_memory
 from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
 from ..model.offload_plan import running_bytes, usable_bytes
 from ..terminal import bar, check_writable, is_first, print_message
-from .prompt import Decoder, check_stdin, cut_at_stop, render
-from .text_stream import Writer
+from .prompt import check_stdin, render
+from .text_stream import Text, Writer
 
 BATCH = 32  # the most sequences of a batch without --batch-size
 CPU_BATCH = 8
@@ -208,23 +208,12 @@ def _answers(
 
 def write_batch(writer: Writer, rows: Sequence[list[int]], afters: Sequence[list[int]]) -> list[dict[str, Any]]:
     """Continue texts together -> what is written of each. Those that stop early wait for the others."""
-    entries: list[list[dict[str, Any]]] = [[] for _ in rows]
-    texts, ended = [""] * len(rows), [False] * len(rows)
-    decoders = [Decoder(writer.tokenizer, after) for after in afters]
+    texts, running = [Text(writer, after) for after in afters], set(range(len(rows)))
     for step in writer.stream(rows, writer.new_tokens):
-        for b, entry in enumerate(step):
-            if not ended[b]:
-                entries[b].append(entry)
-                texts[b], stopped = cut_at_stop(decoders[b].add(entry["token"]), writer.args.stop)
-                ended[b] = stopped or entry["token"] in writer.eos
-        if all(ended):
+        running -= {b for b in running if texts[b].add(step[b])}
+        if not running:
             break
-    written = []
-    for text, of_text, stopped in zip(texts, entries, ended, strict=True):
-        found: dict[str, Any] = {"text": text, "tokens": [entry["token"] for entry in of_text]}
-        found["finish_reason"] = "stop" if stopped else "length"
-        written.append(found | ({"logprobs": of_text} if writer.args.logprobs is not None else {}))
-    return written
+    return [text.as_dict() for text in texts]
 
 
 def _encode(writer: Writer, job: Job) -> tuple[list[int], list[int]]:

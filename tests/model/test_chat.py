@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.cli.commands import SMALL
-from mixtral_triton.cli.prompt import Decoder, decode, encode, print_stream, read_text
+from mixtral_triton.cli.prompt import Decoder, decode, encode, read_text
+from mixtral_triton.cli.text_stream import Writer
 from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import error_line, output, run, run_json
 
@@ -246,17 +247,20 @@ def test_no_part_of_a_stop_string_is_shown(case: str, shown: str | None, capsys:
     parts, stop, want, count = STOPPED[case]
     times: list[str] = []
 
-    def tokens() -> Any:
+    def steps() -> Any:
         for number in range(len(parts)):
             times.append(capsys.readouterr().out)
-            yield number
+            yield [{"token": number}]
 
     # A tokenizer whose tokens are the parts of a text, of which some are half a character.
     words = SimpleNamespace(decode=lambda ids, **_: b"".join(parts[id] for id in ids).decode(errors="replace"))
-    found, text, _, reason = print_stream(tokens(), words, shown, [], len(parts), stop)
-    assert reason == ("stop" if len(found) < len(parts) or case in ENDS_LAST else "length")
+    options = SimpleNamespace(stop=stop, logprobs=None)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    writer: Any = SimpleNamespace(tokenizer=words, eos=(), args=options, model=model)
+    found, _ = Writer.print_text(writer, steps(), 1, shown, [], len(parts))
+    assert found["finish_reason"] == ("stop" if count < len(parts) or case in ENDS_LAST else "length")
     times.append(capsys.readouterr().out)
-    assert found == list(range(count)) and text == want
+    assert found["tokens"] == list(range(count)) and found["text"] == want
     assert "".join(times) == ("" if shown is None else f"> {want}\n")
     for so_far in accumulate(times[:-1]):
         assert f"> {want}".startswith(so_far), "nothing is printed that is not of the text"
