@@ -17,7 +17,7 @@ from ..kernels.registry import OPS
 from ..terminal import bar, check_known, check_writable, console, table_of
 from . import measure
 from .cases import cases
-from .gpus import GPU, family_note, find_gpu
+from .gpus import GPU, parse_gpu
 from .measure import Outcome, Row
 from .peers import PEERS, find_peer
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     selected = cases(args.ops, args.sizes, getattr(torch, args.dtype) if args.dtype else None)
     if any(name not in PEERS for name in args.peer) and (len(args.ops) != 1 or args.ops[0] not in OPS):
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
-    gpu, timed = find_gpu(args.gpu or "h100"), args.gpu is None and torch.cuda.is_available()
+    gpu, timed = parse_gpu(args.gpu or "h100"), args.gpu is None and torch.cuda.is_available()
     # Without a GPU nothing is timed, so only what was asked for is checked.
     peers = {name: find_peer(name) for name in args.peer or (PEERS if timed else ())}
     if args.plot is not None:
@@ -44,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
     selected = selected if args.sizes else [case for case in selected if runs_on(case.sizes, gpu.arch)]
     rates = f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"
     out.print(f"{gpu.name} ({gpu.arch}), {gpu.source}: {rates}")
-    out.print(family_note(gpu.arch), end="")
     if args.json:
         about = {name: getattr(gpu, name) for name in ("name", "source", "bandwidth", "matmul", "arch")}
         print(json.dumps({"kind": "gpu", **about, "torch": torch.__version__}), flush=True)

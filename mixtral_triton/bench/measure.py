@@ -19,7 +19,7 @@ from ..terminal import print_message
 from ..verification.tolerance import Tolerance
 from .cases import Case
 from .decode_step import STEP, replayed_step
-from .gpus import GPU, MIB, data_sheet, floor
+from .gpus import GPU, MIB, find_gpu, floor
 from .peers import Args, Function, Peer, Unsupported
 
 Call = Callable[[], Any]
@@ -51,7 +51,7 @@ def measure_gpu(memory: int = 1 << 30, n: int = 8192) -> GPU:
     bandwidth = max(2 * memory / time_call(lambda: copy.copy_(source)), memory / time_call(source.amax))
     a, b, out = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
     matmul = 2 * n**3 / time_call(lambda: torch.mm(a, b, out=out))
-    gpu, mib = data_sheet(properties.name) or GPU("", ""), properties.total_memory // MIB
+    gpu, mib = find_gpu(properties.name) or GPU("", ""), properties.total_memory // MIB
     gpu = replace(gpu, name=properties.name, mib=mib, arch=target_arch(DEVICE))
     return replace(gpu, bandwidth=bandwidth, matmul=matmul, source="measured")
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from .. import __version__
-from ..bench.gpus import LINKS
 from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from ..kernels.launching.arch import ARCHS
 from ..model.tokenizer import load_tokenizer
@@ -189,11 +188,9 @@ def parser() -> argparse.ArgumentParser:
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
     option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
-    option("--link", choices=LINKS, metavar="NAME", help="to host memory: pcie4x16, ...; default: the GPU's")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
     option("--train", action="store_true", help="what LoRA over frozen experts takes; also takes qwen3-30b-a3b")
-    option("--rank", type=int, metavar="R", help="of LoRA on the q and v projections, with --train; default: 16")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
     text = f"{', '.join(ARCHS)}; repeatable"

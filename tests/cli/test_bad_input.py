@@ -19,7 +19,6 @@ from tests.cli.commands import error_line
 
 pytestmark = pytest.mark.compiled
 PROMPT, TRACE, TEXT = "generate --prompt x", "trace --device cpu --prompt", "verify --device cpu --prompt 'a text'"
-H100, RTX4090 = "fit --gpu h100", "fit --gpu rtx4090"
 # The command, and a pattern of its one line.
 BAD_INPUT = {
     "verify --nonsense": r"--nonsense.* \(see mixtral-triton --help\)",
@@ -67,13 +66,12 @@ BAD_INPUT = {
     f"{TRACE} x --layers 4": "--layers is 4, needs 0 to 3",
     "fit --gpu abacus": "abacus.*H100 80GB.*MI300X",
     "fit --gpu v100": "v100.*sm_80 or later",
-    f"{H100} --memory 5": "--gpu is given, and --memory",
+    "fit --gpu h100 --memory 5": "--gpu is given, and --memory",
     "fit --memory 0": "--memory is 0",
     "fit --memory inf": "--memory is inf",
     "fit --batch 0": "--batch is 0",
     "fit --context 32769": "--context is 32769.*32768",
     "fit mixtral-9x9": "mixtral-9x9: no such folder, needs one, a name on the hub, or mixtral-8x7b or",
-    f"{RTX4090} --link pcie9x16": "--link.*pcie9x16.*pcie4x16",
     "quantize small no/such/out --weights int8 --device meta": "device is 'meta', which holds no numbers",
     f"quantize small {SMALL} --weights int4": f"{SMALL} is there already and not an empty folder$",
     "bench --sizes T=3": "--sizes",
