@@ -89,20 +89,16 @@ def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
         seconds = 0.1
     options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
     options |= {"mininterval": seconds, "delay": seconds, "miniters": 1}
-    shown, shown_part = tqdm(desc=label, total=total, **options), ""
+    with tqdm(desc=label, total=total, **options) as shown:
 
-    def update(done: int, total: int, part: str = "") -> None:
-        nonlocal shown, shown_part
-        if part != shown_part:
-            shown.close()  # a step of another part takes another time
-            shown, shown_part = tqdm(desc=f"{label} {part}", total=total, **options), part
-        shown.total = total
-        shown.update(done - shown.n)
+        def update(done: int, total: int, part: str = "") -> None:
+            if done < shown.n:
+                shown.reset()  # a step of another part takes another time
+            shown.total = total
+            shown.set_description_str(f"{label} {part}", refresh=False)
+            shown.update(done - shown.n)
 
-    try:
-        yield Bar(lambda count: shown.update(count), update)
-    finally:
-        shown.close()
+        yield Bar(shown.update, update)
 
 
 def did_you_mean(message: str, options: Iterable[str] = ()) -> str:

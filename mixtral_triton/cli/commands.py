@@ -165,8 +165,7 @@ def parser() -> argparse.ArgumentParser:
     option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
     option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
 
-    option = command("trace", "which experts each token of a prompt took, by layer", model + memory + prompt)
-    option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
+    command("trace", "which experts each token of a prompt took, by layer", model + memory + prompt)
 
     option = command("quantize", "write a checkpoint with quantized experts, as compressed-tensors has it", "--device")
     option("folder", help=f"{FOLDER}, not quantized")

@@ -63,7 +63,6 @@ BAD_INPUT = {
     f"{PROMPT} --device cpu --offload 9": "needs 0 to 7",
     f"{PROMPT} --offload x": "number of experts, or auto",
     f"{TRACE} ''": "--prompt is empty",
-    f"{TRACE} x --layers 4": "--layers is 4, needs 0 to 3",
     "fit --gpu abacus": "abacus.*H100 80GB.*MI300X",
     "fit --gpu v100": "v100.*sm_80 or later",
     "fit --gpu h100 --memory 5": "--gpu is given, and --memory",
