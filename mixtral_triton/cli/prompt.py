@@ -15,16 +15,17 @@ from ..checkpoint.config import GENERATION_FILE, shown
 PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /dev/zero has no end
 
 
-def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
-    """Return the texts of `--prompt TEXT`, `--prompt -` (standard input) and `--prompt-file FILE` (a Path). One newline
-    at the end of an input or a file is not part of the text. ValueError where there is none, or an empty one."""
+def read_prompt(prompts: Sequence[str | Path]) -> str:
+    """Return the text of `--prompt TEXT`, `--prompt -` (standard input) or `--prompt-file FILE` (a Path), without one
+    newline at the end of an input or a file. ValueError unless one is given, which is not empty."""
+    if len(prompts) > 1:
+        raise ValueError("--prompt is given more than once: needs one text; `chat` answers several turns")
     if not prompts:
         raise ValueError("--prompt is missing: give a text, - to read standard input, or --prompt-file FILE")
-    names = {prompt: f"--prompt-file {prompt}" if isinstance(prompt, Path) else "--prompt -" for prompt in prompts}
-    return [
-        read_text(each, names[each], strip=True) if isinstance(each, Path) or each == "-" else _check(each, "--prompt")
-        for each in prompts
-    ]
+    (prompt,) = prompts
+    if isinstance(prompt, Path):
+        return read_text(prompt, f"--prompt-file {prompt}", strip=True)
+    return read_text(prompt, "--prompt -", strip=True) if prompt == "-" else _check(prompt, "--prompt")
 
 
 def read_text(source: str | Path, name: str, strip: bool = False) -> str:

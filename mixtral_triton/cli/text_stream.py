@@ -67,11 +67,11 @@ class Writer:
         self.notes = []
         compile_shown(launch_text, self.model, T, slots - T, self.args.cache_dtype, B, min(held, T - 1))
 
-    def write(self, ids: list[int], shown: str | None) -> tuple[dict[str, Any], str]:
-        """Continue a prompt, which is printed as `shown` (None: not) -> as `print_text`."""
+    def write(self, ids: list[int], shown: str | None, after: list[int]) -> tuple[dict[str, Any], str]:
+        """Continue a prompt -> as `print_text`."""
         steps = self.stream([ids], self.new_tokens)
         self.begin(1, len(ids), len(ids) + self.new_tokens)
-        return self.print_text(steps, len(ids), shown, ids[-1:], self.new_tokens)
+        return self.print_text(steps, len(ids), shown, after, self.new_tokens)
 
     def print_text(
         self,
