@@ -20,8 +20,6 @@ from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
 from ..terminal import bar, compile_shown, print_message, table_of
 
-SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-
 
 class RouteRecorder(TorchDispatchMode):
     """Collects the expert ids [T,K] of every layer's gate; calls `progress` after each."""
@@ -66,9 +64,8 @@ class Trace:
             text = Text.assemble((f"\nlayer {layer}\n", "bold"))
             for token, expert in zip(self.tokens, first, strict=True):
                 word = token.rstrip("\n")
-                mark = f"[{expert}]" if options.ascii_only else str(expert).translate(SUPERSCRIPTS)
-                no_word = (r"\n" if options.ascii_only else "⏎") if token else "~"  # "~": part of the one before
-                text.append(word or no_word, self.style(expert)).append(mark, "dim").append(token[len(word) :])
+                no_word = r"\n" if token else "~"  # "~": part of the one before
+                text.append(word or no_word, self.style(expert)).append(f"[{expert}]", "dim").append(token[len(word) :])
             yield text
         yield ""
         rows = list[Any]()
