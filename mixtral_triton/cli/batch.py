@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -17,9 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint.arguments import check_positions, free_memory
+from ..checkpoint.arguments import check_positions
 from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
-from ..model.offload_plan import running_bytes, usable_bytes
 from ..terminal import bar, check_writable, is_first, print_message
 from .prompt import check_stdin, render
 from .text_stream import Text, Writer
@@ -166,22 +164,21 @@ def _answers(
     """Yield the results of these jobs in their order. Where memory runs out, the batches become smaller and stay so."""
     auto = CPU_BATCH if writer.model.device.type == "cpu" else BATCH
     size = auto if args.batch_size == "auto" else args.batch_size
-    waiting = deque(indices)
+    waiting = [*indices]
     while waiting:
-        window = [waiting.popleft() for _ in range(min(WINDOW * size, len(waiting)))]
+        window, waiting = waiting[: WINDOW * size], waiting[WINDOW * size :]
         rows, results = dict[int, Any](), dict[int, Any]()
         for index in window:
             try:
                 rows[index] = _encode(writer, jobs[index])
             except ValueError as error:
                 results[index] = {"error": " ".join(str(error).split())}
-        lengths = {index: len(ids) for index, (ids, _) in rows.items()}
-        batches = deque(_batches(writer, lengths, size))
-        for batch in batches:
-            longest = max(lengths[index] for index in batch)
+        pending = sorted(rows, key=lambda index: len(rows[index][0]))  # sequences of a batch have similar lengths
+        for batch in (pending[start : start + size] for start in range(0, len(pending), size)):
+            longest = len(rows[batch[-1]][0])
             writer.begin(len(batch), longest, longest + writer.new_tokens)
-        while batches:
-            batch, failure = batches.popleft(), ""
+        while pending:
+            batch, failure = pending[:size], ""
             try:
                 results |= zip(batch, write_batch(writer, *zip(*(rows[i] for i in batch), strict=True)), strict=True)
             except (ValueError, RuntimeError) as error:
@@ -189,16 +186,15 @@ def _answers(
                 if not out_of_memory or writer.model.ranks is not None:  # other ranks would go on with the whole batch
                     raise
                 failure = " ".join(str(error).split())
-            if failure:  # here, where the error no longer holds what the batch allocated
-                if writer.model.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                if len(batch) == 1:
-                    results[batch[0]] = {"error": failure}
-                else:
-                    size = (len(batch) + 1) // 2
-                    print_message(f"no memory is left for {len(batch)} sequences: at most {size} from here on")
-                    rest = {index for each in (batch, *batches) for index in each}
-                    batches = deque(_batches(writer, {i: n for i, n in lengths.items() if i in rest}, size))
+            if failure and writer.model.device.type == "cuda":
+                torch.cuda.empty_cache()  # here, where the error no longer holds what the batch allocated
+            if failure and len(batch) > 1:
+                size = (len(batch) + 1) // 2
+                print_message(f"no memory is left for {len(batch)} sequences: at most {size} from here on")
+                continue
+            if failure:
+                results[batch[0]] = {"error": failure}
+            pending = pending[len(batch) :]
             while window and window[0] in results:
                 index = window.pop(0)
                 yield index, results[index]
@@ -227,18 +223,3 @@ def _encode(writer: Writer, job: Job) -> tuple[list[int], list[int]]:
     n = writer.new_tokens
     check_positions(f"a prompt of {len(ids)} tokens and {n} new ones", len(ids) + n, writer.model.config)
     return ids, ids[-1:] if isinstance(job.prompt, str) else []
-
-
-def _batches(writer: Writer, lengths: dict[int, int], size: int) -> Iterator[list[int]]:
-    """Yield the jobs of each batch, the shortest first: at most `size`, and no more than a GPU's free memory is for."""
-    model, batch = writer.model, list[int]()
-    for index in sorted(lengths, key=lambda index: lengths[index]):
-        free, length = free_memory(model.device), lengths[index] + writer.new_tokens
-        sizes = len(batch) + 1, length, model.prefill_chunk, writer.dtype, model.activations
-        need = running_bytes(model.config, *sizes)
-        if batch and (len(batch) == size or (free is not None and sum(need.values()) > usable_bytes(free))):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
             text = 'JSON lines with a "prompt" or "messages": print one with a "text" for each'
             option("--batch", type=parse_source, metavar="FILE", help=f"{text}; - reads standard input")
             option("--out", type=Path, metavar="FILE", help="of --batch: write there; results of the same job are kept")
-            text = "prompts of --batch at a time; auto, the default: up to 32 that fit"
+            text = "prompts of --batch at a time, fewer where no memory is left; auto, the default: 32, CPU: 8"
             option("--batch-size", type=count_or_auto("prompts", 1), default="auto", metavar="N|auto", help=text)
 
     option = command("perplexity", "how well the model predicts a text", model + mesh + memory + "--interpret")
