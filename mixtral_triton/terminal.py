@@ -131,6 +131,8 @@ def exit_status(error: BaseException, command: str | None) -> int:
         return INTERRUPTED
     if isinstance(error, OSError) and error.filename:
         text = " ".join(f"{error.filename}: {error.strerror}".split())
+    if "RANK" in os.environ and not text.startswith("rank "):  # each of torchrun's processes prints its line
+        text = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', 1)}: {text.removeprefix(f'{command}: ')}"
     if isinstance(error, (ValueError, OSError)) or "C compiler" in text:  # Triton's launches on a GPU need one
         print_message(f"{name}: {did_you_mean(text.removeprefix(f'{command}: '))}", every_rank=True)
         return 2
@@ -207,9 +209,8 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     for name in ("tp", "ep"):
         check_range(f"--{name}", getattr(args, name), 1)
     needed, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
-    rank = f"rank {os.environ['RANK']} of {started}: " if "RANK" in os.environ else ""
     if needed != started:
-        sizes = f"{rank}--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}"
+        sizes = f"--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}"
         raise ValueError(f"{sizes}: torchrun --nproc-per-node {needed} -m mixtral_triton {args.command} ...")
     if started == 1:
         yield None
@@ -222,23 +223,18 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     from .model.parallel import TIMEOUT
 
     kind = args.device or default_device()
-    check_known(f"{rank}--device", [kind], ("cpu", "cuda"))  # each process has its own GPU
+    check_known("--device", [kind], ("cpu", "cuda"))  # each process has its own GPU
     if kind == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"{rank}this machine has {torch.cuda.device_count()} GPUs, needs one a process")
+            raise ValueError(f"this machine has {torch.cuda.device_count()} GPUs, needs one a process")
         torch.cuda.set_device(local)
     try:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
         mesh = init_device_mesh(kind, (args.ep, args.tp), mesh_dim_names=("ep", "tp"))
     except RuntimeError as error:
-        raise ConnectionError(f"{rank}the ranks do not find each other: {error}") from error
-    try:
-        yield mesh
-    except (ValueError, FileNotFoundError) as error:  # a line for each rank names the rank
-        if str(error).startswith("rank "):
-            raise
-        raise ValueError(f"{rank}{error}") from error
+        raise ConnectionError(f"the ranks do not find each other: {error}") from error
+    yield mesh
     dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
 
 
