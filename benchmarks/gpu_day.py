@@ -56,7 +56,7 @@ def commands(arch: str, simulated: bool = False) -> Commands:
     tests = f"{python} -m pytest -m gpu -p no:cacheprovider --maxfail 3 {'--first' if simulated else '-n 4'}"
     found: Commands = {  # nothing is timed while another core compiles
         "compile": (80, f"{PYTHON} -m mixtral_triton compile expert_swiglu --arch {arch}"),
-        "tune": (150, f"{python} benchmarks/tune.py expert_swiglu --json{tuned}"),
+        "tune": (150, f"{python} benchmarks/tune.py expert_swiglu{tuned}"),
         "bench experts": (40, bench("expert_swiglu", layer)),
         **{f"test {file.stem}": (60, f"{tests} {file.relative_to(ROOT)}") for file in files},
         "bench decode": (60, bench("decode_step")),

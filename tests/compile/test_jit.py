@@ -162,7 +162,7 @@ COMMANDS |= {
     "chat": ("--max-new-tokens", "40", "--context", "900"),
     "generate, nine windows": ("--batch", "-", "--batch-size", "2"),
 }
-COMMANDS["generate, a second turn"] = (*COMMANDS["generate"], "--chat", "--prompt", "y " * 150, "--cache-dtype", "int8")
+COMMANDS["chat, over a ring"] = ("--max-new-tokens", "7", "--cache-dtype", "int8")
 
 
 @pytest.mark.slow
