@@ -161,7 +161,7 @@ class Request:
         placement, hosted, bound = fewest(config, sizes, need["total"], limit), None, None
         if placement is not None and excess > 0:
             hosted = {**vars(placement), "experts": placement.count, "link": gpu.link}
-            hosted |= {"of": config.num_hidden_layers * config.num_local_experts, "text": placement.describe(config)}
+            hosted |= {"of": config.num_hidden_layers * config.num_local_experts}
             hosted |= {"device_bytes": need["total"] - placement.freed_bytes}
         if placement is not None and gpu.bandwidth:
             counts = [*map(len, placement.experts)]
@@ -294,24 +294,20 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     free = free_bytes(gpu)
     held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
     out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
-    caption = (
-        f"used: of what is free; it fits with {100 * MARGIN:.0f} % of it to spare. longest: tokens a sequence that"
-    )
-    caption += f" fit. gpus: how many hold it. {BOUND} {FORMAT_NOTE} {SEVERAL}"
+    caption = f"used: of what is free; it fits with {100 * MARGIN:.0f} % of it to spare. longest: tokens a sequence "
+    caption += "that fit. gpus: how many hold it. offload: experts in host memory, and the embedding with them. "
     rows = []
     for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
         cells |= {"gpus": str(plan.gpus_needed or "-"), "tokens/s": _speed(plan.tokens_per_second_bound)}
-        rows.append((cells | {"verdict": plan.verdict}, COLOURS[plan.verdict]))
-    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, caption))
-    for plan in plans:
+        word = plan.verdict
         if found := plan.offload:
-            bound = plan.tokens_per_second_bound
-            speed = f"at most {_speed(bound)} tokens/s" if bound else "no bound, the GPU's rates are unknown"
-            line = f"{request.label(plan.format)}, {found['text']}: {speed}"
-            out.print(Text(f"{line} ({decimal(found['host_bytes'])}, {gpu.link})"))
+            word = f"offload {found['experts']} of {found['of']}, {decimal(found['host_bytes'])}"
+        rows.append((cells | {"verdict": word}, COLOURS[plan.verdict]))
+    notes = f"{caption}{BOUND} {FORMAT_NOTE} {SEVERAL}"
+    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, notes, text=["verdict"]))
     fitting = [plan.format for plan in plans if plan.verdict == "fits"]
     hosted = [plan.format for plan in plans if plan.offload]
     named = sorted(fitting or hosted, key=lambda format: format != FIRST)

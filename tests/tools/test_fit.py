@@ -185,7 +185,7 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "80")
     text = output("fit --gpu h100")
     assert "FITS: int4, linear int8; fp8; int8; int4\n" in text
-    assert row(text, "bf16")[:2] == ["93.4", "GB"] and row(text, "bf16")[-4:] == ["-", "2", "15", "no"]
+    assert row(text, "bf16")[:2] == ["93.4", "GB"] and row(text, "bf16")[-4:-1] == ["15", "offload", "47"]
     for label, size in (("fp8", "48.3"), ("int8", "48.3"), ("int4", "26.5"), ("int4, linear int8", "25.0")):
         assert row(text, label)[0] == size and [*row(text, label)[-4:-2], row(text, label)[-1]] == [
             "32,768",
@@ -195,11 +195,8 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyP
     assert text.endswith("Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8\n")
     assert output("fit --memory 1", status=1).endswith("\nNO FORMAT FITS\n")
     text = output("fit mixtral-8x7b --gpu rtx4090")
-    assert {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
-    assert (
-        row(text, "int4, linear int8")[-3:] == ["2", "20", "no"]
-        and "\nFITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\n" in text
-    )
+    assert row(text, "int4, linear int8")[-4:-1] == ["20", "offload", "62"]
+    assert "\nFITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\n" in text
 
 
 def test_json_is_exact() -> None:
@@ -312,11 +309,7 @@ def test_offloading_is_the_command_to_run() -> None:
     text = output("fit mixtral-8x7b --gpu rtx4090 --context 4096")
     command = "mixtral-triton generate FOLDER --weights experts=int4,linear=int8 --offload auto\n"
     assert text.endswith(f"FITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\nTry first: {command}")
-    placed = "18 of 256 experts and the embedding in host memory"
-    text = " ".join(text.split())
-    assert re.search(rf"int4, linear int8, {re.escape(placed)}: at most \d+ tokens/s ", text)
     arguments = parser().parse_args(command.split()[1:])
     assert (arguments.weights, arguments.offload) == (FORMATS["int4, linear int8"], "auto")
     text = output("fit --memory 24 --context 8192")
     assert text.endswith(f"{command[:-1]} --context 8192\n")
-    assert "in host memory: no bound" in " ".join(text.split())
