@@ -50,9 +50,9 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         check_stdin("--batch -", "a file")
         opened: Any = nullcontext(getattr(sys.stdin, "buffer", sys.stdin))
     else:
-        opened = args.batch.open("rb")
         if args.out is not None and args.out.exists() and args.out.samefile(args.batch):
             raise ValueError(f"--out {args.out} is the file of --batch, needs another")
+        opened = args.batch.open("rb")
     with opened as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:

@@ -19,6 +19,7 @@ from tests.cli.commands import error_line
 
 pytestmark = pytest.mark.compiled
 PROMPT, TRACE, TEXT = "generate --prompt x", "trace --device cpu --prompt", "verify --device cpu --prompt 'a text'"
+JOBS, PERPLEXITY = SMALL / "config.json", f"perplexity --device cpu --text {SMALL / 'config.json'}"
 # The command, and a pattern of its one line.
 BAD_INPUT = {
     "verify --nonsense": r"--nonsense.* \(see mixtral-triton --help\)",
@@ -63,6 +64,14 @@ BAD_INPUT = {
     f"{PROMPT} --device cpu --offload 9": "needs 0 to 7",
     f"{PROMPT} --offload x": "number of experts, or auto",
     f"{TRACE} ''": "--prompt is empty",
+    f"generate --batch {JOBS} --out {JOBS}": "is the file of --batch, needs another",
+    f"generate --batch {JOBS} --prompt x": "needs neither --prompt",
+    "generate --batch no/such/file": "No such file",
+    f"generate --batch {JOBS} --batch-size 0": "needs a number of prompts, or auto",
+    f"{PERPLEXITY} --window 1": "--window is 1, needs 2 to 1024, the model's positions",
+    f"{PERPLEXITY} --window 2000": "--window is 2000",
+    f"{PERPLEXITY} --window 10 --stride 10": "--stride is 10, needs 1 to 9, since each token has one before it",
+    f"{PERPLEXITY} --stride 0": "--stride is 0",
     "fit --gpu abacus": "abacus.*H100 80GB.*MI300X",
     "fit --gpu v100": "v100.*sm_80 or later",
     "fit --gpu h100 --memory 5": "--gpu is given, and --memory",

@@ -205,21 +205,6 @@ def test_jobs_come_from_standard_input(chat_folder: Path, monkeypatch: pytest.Mo
     assert "--batch - reads standard input, which is closed" in error_line(BATCH, chat_folder, "--batch", "-")
 
 
-WRONG: dict[str, tuple[str, ...]] = {
-    "is the file of --batch, needs another": ("--batch", "{jobs}", "--out", "{jobs}"),
-    "needs neither --prompt": ("--batch", "{jobs}", "--prompt", "x"),
-    "No such file": ("--batch", "no/such/file"),
-    "needs a number of prompts, or auto": ("--batch", "{jobs}", "--batch-size", "0"),
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_batch_is_one_line(message: str, chat_folder: Path) -> None:
-    files = {"jobs": write_jobs(chat_folder)}
-    command = BATCH.replace(" --batch-size 3", "") if "--batch-size" in WRONG[message] else BATCH
-    assert message in error_line(command, chat_folder, *(word.format(**files) for word in WRONG[message]))
-
-
 def test_lines_that_no_job_is_in() -> None:
     lines = [
         b"[1]",
