@@ -109,7 +109,7 @@ def tune_table(title: str, candidates: Sequence[Candidate], best: int) -> Table:
         cells |= {name: str(value) for name, value in each.settings.items()}
         cells |= {"time, us": micro(each.outcome.seconds), "note": each.outcome.note or ""}
         rows.append((cells, "dim" if each.outcome.note else ""))
-    return table_of(title, rows, text=["note"])
+    return table_of(title, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

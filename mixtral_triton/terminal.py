@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,11 +32,9 @@ def console(stderr: bool = False) -> Console:
     return out
 
 
-def table_of(
-    title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], caption: str = "", text: Collection[str] = ()
-) -> Table:
-    """Return rich's table of rows, each the cells by heading and a style. Columns of `text` wrap, those of
-    names (the first) and of numbers never: the terminal wraps a line that is wider."""
+def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], caption: str = "") -> Table:
+    """Return rich's table of rows, each the cells by heading and a style. Cells of a table that is wider than the
+    terminal are folded."""
     looks: dict[str, Any] = {
         "box": box.SIMPLE_HEAD,
         "show_edge": False,
@@ -46,11 +44,9 @@ def table_of(
     }
     table = Table(title=Text(title), caption=Text(caption), **looks)
     for name in rows[0][0]:
-        left = not table.columns or name in text
-        widths = map(len, name.split() if name in text else [*name.split(), *(cells[name] for cells, _ in rows)])
-        table.add_column(
-            Text(name), justify="left" if left else "right", overflow="fold", min_width=max(widths, default=1)
-        )
+        whole = name.split() if table.columns else [cells[name] for cells, _ in rows]  # names of rows are not folded
+        justify: Any = "right" if table.columns else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold", min_width=max(map(len, whole), default=1))
     for cells, style in rows:
         table.add_row(*map(Text.assemble, cells.values()), style=style)
     return table

@@ -109,7 +109,7 @@ def op_table(rows: Sequence[Row]) -> Group:
     shown = [name for name in cells[0] if any(each[name] for each in cells)]
     styles = ("bold red" if row.ours.right is False else "" for row in rows)
     lines = [({name: each[name] for name in shown}, style) for each, style in zip(cells, styles, strict=True)]
-    table = table_of(title, lines, text=["bound"])
+    table = table_of(title, lines)
     return Group(table, *map(Text, notes))
 
 

@@ -245,7 +245,7 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         lines.update([("bold red" if row["fault"] else "", *line.items())])
     shown = [(dict(cells) | {"kernels": str(count)}, style) for (style, *cells), count in lines.items()]
     caption = f"tile: BLOCK_ of {', '.join(dict.fromkeys(tiles))}, those that a kernel has; {CAPTION}"
-    return table_of(f"Compiled for {arch}", shown, caption, text=["dtype", "tile", "weight"])
+    return table_of(f"Compiled for {arch}", shown, caption)
 
 
 def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:

@@ -307,7 +307,7 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
             word = f"offload {found['experts']} of {found['of']}, {decimal(found['host_bytes'])}"
         rows.append((cells | {"verdict": word}, COLOURS[plan.verdict]))
     notes = f"{caption}{BOUND} {FORMAT_NOTE} {SEVERAL}"
-    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, notes, text=["verdict"]))
+    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, notes))
     fitting = [plan.format for plan in plans if plan.verdict == "fits"]
     hosted = [plan.format for plan in plans if plan.offload]
     named = sorted(fitting or hosted, key=lambda format: format != FIRST)
@@ -338,6 +338,6 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
             more = f" ({plan.offload['experts']}: {speed})" if plan.offload else f": {speed}" if speed else ""
             cells[request.label(plan.format)] = cell + more
         lines.append((cells | {"MiB": f"{gpu.mib:,}", "link": gpu.link}, ""))
-    table = table_of("How many GPUs hold it, by format", lines, f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"])
+    table = table_of("How many GPUs hold it, by format", lines, f"{CELLS} {FORMAT_NOTE} {SEVERAL}")
     console().print(Text(str(request)), table, sep="\n")
     return 0
