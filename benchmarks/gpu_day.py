@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--only NAME ...] [--budget-s 600] [--dry]
 
-OUT holds the output of each command and the summary, gpu_day.md and gpu_day.json. A command that exceeds its limit is
-killed, and its output so far is kept. The same command again runs what is not done.
+OUT holds the output of each command and the summary, gpu_day.json. A command that exceeds its limit is killed, and its
+output so far is kept.
 """
 
 import json
@@ -24,21 +24,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
 from mixtral_triton.bench.cases import BENCHED, Case
+from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.cli import commands as cli
 from mixtral_triton.kernels.launching.launch import target_arch
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 600.0
 PYTHON = shlex.quote(sys.executable)
 LAYER = "T={},H=4096,I=14336,E=8,K=2"
+# vLLM's own benchmark, of four layers of 8x7B with random weights.
+SIZES: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "vocab_size": 32000}
+SIZES |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": None}
+IN_VLLM = f"{PYTHON} -m vllm.entrypoints.cli.main bench latency --load-format dummy --skip-tokenizer-init"
+IN_VLLM += f" --disable-detokenize --batch-size 32 --model {shlex.quote(str(SMALL))}"
+IN_VLLM += f" --hf-overrides {shlex.quote(json.dumps(SIZES))}"
 GPU_TESTS = re.compile(r"mark\.gpu|def test_[^)]*device: torch\.device")  # in files with tests for a GPU
 Commands = dict[str, tuple[float, str]]  # the limit in seconds and the command, by name
 
 
-def commands(arch: str, simulated: bool = False, breaks: str = "") -> Commands:
-    """Return the commands in order of importance. `simulated`: on a simulated GPU, where the kernel `breaks` fails."""
-    python = PYTHON
-    if simulated:
-        python += f" -m tests.support.stub --arch {arch} --executes" + (breaks and f" --breaks {breaks}")
+def commands(arch: str, simulated: bool = False) -> Commands:
+    """Return the commands in order of importance. `simulated`: on a simulated GPU."""
+    python = f"{PYTHON} -m tests.support.stub --arch {arch} --executes" if simulated else PYTHON
     layer = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
     tuned = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 24, 48, 512, 2048))
     tuned += f" --sizes {LAYER.format(2048)},gate_up=fp8_w8a8,down=fp8_w8a8"
@@ -51,7 +56,7 @@ def commands(arch: str, simulated: bool = False, breaks: str = "") -> Commands:
     tests = f"{python} -m pytest -m gpu -p no:cacheprovider --maxfail 3 {'--first' if simulated else '-n 4'}"
     found: Commands = {  # nothing is timed while another core compiles
         "compile": (80, f"{PYTHON} -m mixtral_triton compile expert_swiglu --arch {arch}"),
-        "tune": (150, f"{python} benchmarks/tune.py expert_swiglu --json{tuned}"),
+        "tune": (150, f"{python} benchmarks/tune.py expert_swiglu{tuned}"),
         "bench experts": (40, bench("expert_swiglu", layer)),
         **{f"test {file.stem}": (60, f"{tests} {file.relative_to(ROOT)}") for file in files},
         "bench decode": (60, bench("decode_step")),
@@ -63,7 +68,7 @@ def commands(arch: str, simulated: bool = False, breaks: str = "") -> Commands:
         return {name: (600, text) for name, (_, text) in found.items() if name not in ("compile", "tune")}
     if find_spec("vllm"):
         for ours in ("", " --quantization mixtral_triton"):
-            found[f"vLLM{ours}"] = (120, f"{PYTHON} benchmarks/in_vllm.py{ours}")
+            found[f"vLLM{ours}"] = (120, IN_VLLM + ours)
     if torch.cuda.device_count() > 1:
         ranks = "-m torch.distributed.run --nproc-per-node 2"
         found["two GPUs"] = (60, f"{PYTHON} {ranks} -m mixtral_triton verify --tp 2")
@@ -95,22 +100,19 @@ def run(name: str, command: str, out: Path, limit_s: float) -> tuple[str, float]
 
 
 def day(selected: Commands, out: Path, budget_s: float) -> dict[str, Any]:
-    """Run what is not done of the commands within `budget_s`, write the summary after each, and return it."""
+    """Run the commands within `budget_s`, write the summary after each, and return how each ended."""
     out.mkdir(parents=True, exist_ok=True)
-    file, start = out / "gpu_day.json", time.monotonic()
-    setup = f"torch {torch.__version__}, {subprocess.getoutput('nvidia-smi -L || rocm-smi --showproductname')}"
-    done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    start, done = time.monotonic(), dict[str, Any]()
+    gpus = subprocess.getoutput("nvidia-smi -L || rocm-smi --showproductname")
     for name, (limit_s, command) in selected.items():
         remaining_s = budget_s - (time.monotonic() - start)
-        if done.get(name, {}).get("status") != "done" and remaining_s >= 1:
-            status, seconds = run(name, command, out, min(limit_s, remaining_s))
-            done[name] = {"status": status, "seconds": round(seconds, 1), "command": command}
-            print(f"{name}: {status} after {seconds:.0f} s", flush=True)
-        done.setdefault(name, {"status": "not started", "seconds": 0.0, "command": command})
-        rows = "".join(f"| {name} | {each['status']} | {each['seconds']} |\n" for name, each in done.items())
-        (out / "gpu_day.md").write_text(f"{setup}\n\n| command | status | s |\n| - | - | - |\n{rows}")
-        file.write_text(json.dumps(done, indent=1))
-    return {name: done[name] for name in selected}
+        started = remaining_s >= 1
+        status, seconds = run(name, command, out, min(limit_s, remaining_s)) if started else ("not started", 0.0)
+        done[name] = {"status": status, "seconds": round(seconds, 1), "command": command}
+        print(f"{name}: {status} after {seconds:.0f} s", flush=True)
+        summary = {"torch": torch.__version__, "gpus": gpus, "commands": done}
+        (out / "gpu_day.json").write_text(json.dumps(summary, indent=1))
+    return done
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,20 +123,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only", nargs="+", default=[], metavar="NAME", help="commands whose names begin so; none: all"
     )
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help=f"seconds in all; none: {BUDGET_S:.0f}")
-    parser.add_argument("--dry", nargs="?", const="", metavar="KERNEL", help="on a simulated GPU, where KERNEL breaks")
+    parser.add_argument("--dry", action="store_true", help="on a simulated GPU")
     parser.add_argument("--arch", choices=("sm_90", "gfx942"), default="sm_90", help="of the simulated GPU")
     args = parser.parse_args(argv)
-    simulated = args.dry is not None
-    if not simulated and not torch.cuda.is_available():
+    if not args.dry and not torch.cuda.is_available():
         parser.error("there is no GPU: nothing was measured")
-    every = commands(args.arch if simulated else target_arch(torch.device("cuda")), simulated, args.dry or "")
+    every = commands(args.arch if args.dry else target_arch(torch.device("cuda")), args.dry)
     if unknown := [only for only in args.only if not any(name.startswith(only) for name in every)]:
         parser.error(f"--only is {unknown[0]!r}, needs the beginning of one of {', '.join(every)}")
     selected = {name: each for name, each in every.items() if name.startswith(tuple(args.only or ("",)))}
-    gpu = f"dry-{args.arch}" if simulated else torch.cuda.get_device_name().lower()
+    gpu = f"dry-{args.arch}" if args.dry else torch.cuda.get_device_name().lower()
     out = args.out or ROOT / "benchmarks" / "results" / re.sub(r"\W+", "-", gpu)
     done = day(selected, out, args.budget_s)
-    print(f"results: {out / 'gpu_day.md'}")
+    print(f"results: {out / 'gpu_day.json'}")
     return int(any(each["status"].startswith("failed") for each in done.values()))
 
 

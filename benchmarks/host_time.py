@@ -110,7 +110,7 @@ def main() -> None:
         return
     lines = [({name: x if isinstance(x, str) else f"{x:.2f}" for name, x in row.items()}, "") for row in rows]
     title = ", ".join(f"{name} {value}" for name, value in about.items())
-    console().print(table_of(title, lines, text=["limits"]))
+    console().print(table_of(title, lines))
 
 
 if __name__ == "__main__":

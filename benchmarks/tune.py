@@ -1,13 +1,12 @@
 """Time a kernel's launch configuration and its neighbours, one step away each, on the GPU there is.
 
-    python benchmarks/tune.py OP [--sizes T=64,...] [--kernel NAME] [--arch ARCH] [--json]
+    python benchmarks/tune.py OP [--sizes T=64,...] [--kernel NAME] [--arch ARCH]
 
 Those that spill or do not fit are left out. With --arch nothing is timed: they are compiled for that architecture. To
 climb on, make the fastest the table's row (CONTRIBUTING.md) and run it again.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -110,7 +109,7 @@ def tune_table(title: str, candidates: Sequence[Candidate], best: int) -> Table:
         cells |= {name: str(value) for name, value in each.settings.items()}
         cells |= {"time, us": micro(each.outcome.seconds), "note": each.outcome.note or ""}
         rows.append((cells, "dim" if each.outcome.note else ""))
-    return table_of(title, rows, text=["note"])
+    return table_of(title, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,7 +118,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", action="append", help="T=N,..., the others are 8x7B's; repeatable; default: T=1")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="this kernel alone; repeatable")
     parser.add_argument("--arch", choices=ARCHS, metavar="ARCH", help="time nothing, compile for it")
-    parser.add_argument("--json", action="store_true", help="print JSON lines")
     args = parser.parse_args(argv)
     if not args.arch and not torch.cuda.is_available():
         parser.error("there is no GPU to time anything: needs --arch")
@@ -129,13 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.kernel and kernel.removesuffix("_kernel") not in args.kernel:
                 continue
             candidates, best = tune(case, kernel, arch, timer)
-            about = {"op": case.op.name, "sizes": case.as_dict(), "dtype": case.dtype_name, "arch": arch}
-            if args.json:
-                each = [{**vars(one.config), **one.outcome.as_dict()} for one in candidates]
-                print(json.dumps({**about, "kernel": kernel, "best": best, "candidates": each}), flush=True)
-            else:
-                title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
-                console().print(tune_table(title, candidates, best))
+            title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
+            console().print(tune_table(title, candidates, best))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,11 +32,9 @@ def console(stderr: bool = False) -> Console:
     return out
 
 
-def table_of(
-    title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], caption: str = "", text: Collection[str] = ()
-) -> Table:
-    """Return rich's table of rows, each the cells by heading and a style. Columns of `text` wrap, those of
-    names (the first) and of numbers never: the terminal wraps a line that is wider."""
+def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], caption: str = "") -> Table:
+    """Return rich's table of rows, each the cells by heading and a style. Cells of a table that is wider than the
+    terminal are folded."""
     looks: dict[str, Any] = {
         "box": box.SIMPLE_HEAD,
         "show_edge": False,
@@ -46,11 +44,9 @@ def table_of(
     }
     table = Table(title=Text(title), caption=Text(caption), **looks)
     for name in rows[0][0]:
-        left = not table.columns or name in text
-        widths = map(len, name.split() if name in text else [*name.split(), *(cells[name] for cells, _ in rows)])
-        table.add_column(
-            Text(name), justify="left" if left else "right", overflow="fold", min_width=max(widths, default=1)
-        )
+        whole = name.split() if table.columns else [cells[name] for cells, _ in rows]  # names of rows are not folded
+        justify: Any = "right" if table.columns else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold", min_width=max(map(len, whole), default=1))
     for cells, style in rows:
         table.add_row(*map(Text.assemble, cells.values()), style=style)
     return table
@@ -89,20 +85,16 @@ def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
         seconds = 0.1
     options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
     options |= {"mininterval": seconds, "delay": seconds, "miniters": 1}
-    shown, shown_part = tqdm(desc=label, total=total, **options), ""
+    with tqdm(desc=label, total=total, **options) as shown:
 
-    def update(done: int, total: int, part: str = "") -> None:
-        nonlocal shown, shown_part
-        if part != shown_part:
-            shown.close()  # a step of another part takes another time
-            shown, shown_part = tqdm(desc=f"{label} {part}", total=total, **options), part
-        shown.total = total
-        shown.update(done - shown.n)
+        def update(done: int, total: int, part: str = "") -> None:
+            if done < shown.n:
+                shown.reset()  # a step of another part takes another time
+            shown.total = total
+            shown.set_description_str(f"{label} {part}", refresh=False)
+            shown.update(done - shown.n)
 
-    try:
-        yield Bar(lambda count: shown.update(count), update)
-    finally:
-        shown.close()
+        yield Bar(shown.update, update)
 
 
 def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
@@ -135,6 +127,8 @@ def exit_status(error: BaseException, command: str | None) -> int:
         return INTERRUPTED
     if isinstance(error, OSError) and error.filename:
         text = " ".join(f"{error.filename}: {error.strerror}".split())
+    if "RANK" in os.environ and not text.startswith("rank "):  # each of torchrun's processes prints its line
+        text = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', 1)}: {text.removeprefix(f'{command}: ')}"
     if isinstance(error, (ValueError, OSError)) or "C compiler" in text:  # Triton's launches on a GPU need one
         print_message(f"{name}: {did_you_mean(text.removeprefix(f'{command}: '))}", every_rank=True)
         return 2
@@ -211,9 +205,8 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     for name in ("tp", "ep"):
         check_range(f"--{name}", getattr(args, name), 1)
     needed, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
-    rank = f"rank {os.environ['RANK']} of {started}: " if "RANK" in os.environ else ""
     if needed != started:
-        sizes = f"{rank}--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}"
+        sizes = f"--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}"
         raise ValueError(f"{sizes}: torchrun --nproc-per-node {needed} -m mixtral_triton {args.command} ...")
     if started == 1:
         yield None
@@ -226,23 +219,18 @@ def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
     from .model.parallel import TIMEOUT
 
     kind = args.device or default_device()
-    check_known(f"{rank}--device", [kind], ("cpu", "cuda"))  # each process has its own GPU
+    check_known("--device", [kind], ("cpu", "cuda"))  # each process has its own GPU
     if kind == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"{rank}this machine has {torch.cuda.device_count()} GPUs, needs one a process")
+            raise ValueError(f"this machine has {torch.cuda.device_count()} GPUs, needs one a process")
         torch.cuda.set_device(local)
     try:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
         mesh = init_device_mesh(kind, (args.ep, args.tp), mesh_dim_names=("ep", "tp"))
     except RuntimeError as error:
-        raise ConnectionError(f"{rank}the ranks do not find each other: {error}") from error
-    try:
-        yield mesh
-    except (ValueError, FileNotFoundError) as error:  # a line for each rank names the rank
-        if str(error).startswith("rank "):
-            raise
-        raise ValueError(f"{rank}{error}") from error
+        raise ConnectionError(f"the ranks do not find each other: {error}") from error
+    yield mesh
     dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
 
 

@@ -24,7 +24,6 @@ from ..kernels.registry import OPS
 from ..kernels.weights.packing import GROUPS
 from ..model.ahead import Progress, build, kernel_key, on_all_cores, source_of
 from ..terminal import Table, bar, check_known, console, table_of
-from .gpus import family_note
 from .sass import Loop, main_loops
 
 _WARPS, _THREADS, _REGISTERS = 64, 32, 65536  # of an SM: warps at most, threads of each, registers
@@ -246,7 +245,7 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         lines.update([("bold red" if row["fault"] else "", *line.items())])
     shown = [(dict(cells) | {"kernels": str(count)}, style) for (style, *cells), count in lines.items()]
     caption = f"tile: BLOCK_ of {', '.join(dict.fromkeys(tiles))}, those that a kernel has; {CAPTION}"
-    return table_of(f"Compiled for {arch}", shown, caption, text=["dtype", "tile", "weight"])
+    return table_of(f"Compiled for {arch}", shown, caption)
 
 
 def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
@@ -285,7 +284,6 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print("\n".join(map(json.dumps, rows)))
             continue
-        out.print(family_note(arch), end="")
         out.print(resources_table(arch, rows))
         for row in faults:
             kernel = f"{row['op']}, {row['kernel']}, {row['dtype']}"

@@ -32,7 +32,6 @@ from ..kernels.weights.formats import BITS
 from ..model.offload_plan import (
     AUTO_CONTEXT,
     MARGIN,
-    Placement,
     estimated_free,
     fewest,
     movable_bytes,
@@ -43,7 +42,7 @@ from ..model.offload_plan import (
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.layouts import read_scheme
 from ..terminal import check_range, console, table_of
-from .gpus import GPU, GPUS, MIB, data_sheet, find_gpu, floor
+from .gpus import GPU, GPUS, MIB, find_gpu, floor, parse_gpu
 
 # mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
 SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
@@ -62,7 +61,7 @@ FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention an
 BOUND = "tokens/s: of all sequences together at most, by bytes over the data sheet's bandwidth and the link."
 CELLS = f"1: 131: one GPU, at most 131 tokens/s. 2 (62: 16): two, or one with 62 of all experts in host memory. {BOUND}"
 SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
-COLOURS = {"no": "red", "tight": "yellow", "fits": "green"}
+COLOURS = {"no": "red", "fits": "green"}
 
 
 def format_specs(config: MixtralConfig) -> dict[str, QuantSpecs]:
@@ -97,23 +96,23 @@ def free_bytes(gpu: GPU) -> int:
     return gpu.free or estimated_free(gpu.bytes)
 
 
-def verdict(total: int, free: int) -> str:
-    """Return "fits", "tight", by less than MARGIN of the free bytes, or "no"."""
-    return "fits" if total <= usable_bytes(free) else "tight" if total <= free else "no"
+def usable_on(gpu: GPU) -> int:
+    """The bytes of a GPU that may be planned for, of those that are free."""
+    return usable_bytes(free_bytes(gpu))
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One format on one GPU. gpus_needed: the least number of such GPUs that hold it without being tight, with weights
-    and cache in even parts, the embedding and the rest on each; None: there is no room for these."""
+    """One format on one GPU. gpus_needed: the least number of such GPUs that hold it, with weights and cache in even
+    parts, the embedding and the rest on each; None: there is no room for these."""
 
     format: str
     weights: Any  # its value in WEIGHT_FORMATS
     bytes: dict[str, int]  # `memory_need`
-    verdict: str  # of `verdict`
-    longest_context: int  # tokens a sequence that it holds without being tight, at most the model's positions; 0: none
+    verdict: str  # "fits" or "no"
+    longest_context: int  # tokens a sequence that it holds, at most the model's positions; 0: none
     gpus_needed: int | None
-    offload: dict[str, Any] | None  # how experts in host memory make it fit: see `Request.place`
+    offload: dict[str, Any] | None  # how experts in host memory make it fit
     tokens_per_second_bound: float | None  # at most, of all sequences; None: it does not fit, or rates are unknown
 
 
@@ -147,53 +146,39 @@ class Request:
             specs, stored = {STORED: hub.plan_load(hub.read_headers(name), config).specs}, scheme.name
         return cls(name, config, specs, stored, args.batch, context, args.cache_dtype)
 
+    def need(self, format: str, context: int) -> dict[str, int]:
+        return memory_need(self.config, self.specs[format], self.batch, context, self.cache)
+
     def memory_plan(self, format: str, gpu: GPU) -> MemoryPlan:
-        config, free, specs = self.config, free_bytes(gpu), self.specs[format]
-        limit = usable_bytes(free)
-        need = memory_need(config, specs, self.batch, self.context, self.cache)
-        longest = bisect_right(
-            range(config.max_position_embeddings + 1),
-            limit,
-            key=lambda S: memory_need(config, specs, self.batch, S, self.cache)["total"],
-        )
-        word = verdict(need["total"], free)
-        embedding = config.vocab_size * config.hidden_size * default_dtype(config).itemsize
-        shared = need["weights"] + need["cache"] - embedding
-        available = limit - (need["total"] - shared)
+        config, limit, need = self.config, usable_on(gpu), self.need(format, self.context)
+        dtype, specs, excess = default_dtype(config), self.specs[format], need["total"] - limit
+        contexts = range(1, config.max_position_embeddings + 1)
+        longest = bisect_right(contexts, limit, key=lambda context: self.need(format, context)["total"])
+        shared = need["weights"] + need["cache"] - config.vocab_size * config.hidden_size * dtype.itemsize
+        available = shared - excess
         gpus_needed = -(-shared // available) if available > 0 else None
-        found = self.place(format, need["total"], limit) if word == "no" else None
-        bound = self.speed_bound(format, gpu, found) if word != "no" or found else None
-        hosted = None if found is None else self.describe(format, gpu, found, need["total"])
-        weights = WEIGHT_FORMATS[format]
-        return MemoryPlan(format, weights, need, word, max(0, longest - 1), gpus_needed, hosted, bound)
+        sizes = movable_bytes(config, parameter_shapes(config), specs, dtype)
+        placement, hosted, bound = fewest(config, sizes, need["total"], limit), None, None
+        if placement is not None and excess > 0:
+            hosted = {**vars(placement), "experts": placement.count, "link": gpu.link}
+            hosted |= {"of": config.num_hidden_layers * config.num_local_experts}
+            hosted |= {"device_bytes": need["total"] - placement.freed_bytes}
+        if placement is not None and gpu.bandwidth:
+            counts = [*map(len, placement.experts)]
+            costs = step_costs(config, self.batch, self.context, dtype, specs, self.cache, counts)
+            bound = self.batch / floor(costs, gpu)[0]
+        verdict = "fits" if excess <= 0 else "no"
+        return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, gpus_needed, hosted, bound)
 
-    def place(self, format: str, need: int, limit: int) -> Placement | None:
-        """Return the fewest experts in host memory with which `limit` bytes hold the rest; None: not any."""
-        shapes, dtype = parameter_shapes(self.config), default_dtype(self.config)
-        return fewest(self.config, movable_bytes(self.config, shapes, self.specs[format], dtype), need, limit)
-
-    def describe(self, format: str, gpu: GPU, found: Placement, need: int) -> dict[str, Any]:
-        """Return what `--json` prints of experts in host memory: how many, of how many, and the device_bytes of all."""
-        context = "" if self.context == AUTO_CONTEXT else f" --context {self.context}"
-        total = self.config.num_hidden_layers * self.config.num_local_experts
-        hosted = {**vars(found), "experts": found.count, "of": total, "link": gpu.link}
-        hosted |= {"device_bytes": need - found.freed_bytes, "text": found.describe(self.config)}
-        return hosted | {"command": f"{self.command(format)} --offload auto{context}"}
-
-    def speed_bound(self, format: str, gpu: GPU, found: Placement | None) -> float | None:
-        """Return the tokens/s of decode steps at their floor: at the data sheet's full rates, with uniform routing."""
-        if not gpu.bandwidth:
-            return None
-        hosted, dtype = [*map(len, found.experts)] if found else [], default_dtype(self.config)
-        costs = step_costs(self.config, self.batch, self.context, dtype, self.specs[format], self.cache, hosted)
-        return self.batch / floor(costs, gpu)[0]
-
-    def command(self, format: str) -> str:
+    def command(self, format: str, offload: bool) -> str:
+        """Return the command that generates text in this format."""
         folder, weights = "FOLDER" if self.name.lower() in KNOWN else self.name, WEIGHT_FORMATS[format]
         command = f"mixtral-triton generate {folder}"
         if weights:
             text = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
             command += f" --weights {text}"
+        if offload:
+            command += " --offload auto" + ("" if self.context == AUTO_CONTEXT else f" --context {self.context}")
         return command if self.cache is None else f"{command} --cache-dtype {self.cache}"
 
     def label(self, format: str) -> str:
@@ -269,13 +254,11 @@ def _stored_bytes(format: str | None, elements: int, dtype: torch.dtype) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no format fits, with experts in host memory neither."""
-    if args.rank is not None:
-        raise ValueError(f"--rank is {args.rank}, and --train is not given: needs both")
     request, gpu = Request.of(args), select_gpu(args)
     if gpu is None:
         return _run_all_gpus(request, args)
     plans = [request.memory_plan(format, gpu) for format in request.specs]
-    fits = any(plan.verdict != "no" or plan.offload for plan in plans)
+    fits = any(plan.verdict == "fits" or plan.offload for plan in plans)
     if args.json:
         found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}}
         print(json.dumps(request.as_dict() | found | {"formats": [vars(plan) for plan in plans]}))
@@ -290,17 +273,14 @@ def select_gpu(args: argparse.Namespace) -> GPU | None:
         if args.gpu is not None:
             raise ValueError("--gpu is given, and --memory, too: needs one of the two")
         check_range("--memory", args.memory, 1, 2**40, "in GiB")
-        gpu = GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
-    elif args.gpu is not None:
-        gpu = find_gpu(args.gpu)
-    elif torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        gpu = data_sheet(properties.name) or GPU("", "")
-        free = torch.cuda.mem_get_info(0)[0]
-        gpu = replace(gpu, name=properties.name, mib=properties.total_memory // MIB, free=free)
-    else:
+        return GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
+    if args.gpu is not None:
+        return parse_gpu(args.gpu)
+    if not torch.cuda.is_available():
         return None
-    return replace(gpu, link=args.link or gpu.link)
+    properties = torch.cuda.get_device_properties(0)
+    gpu, free = find_gpu(properties.name) or GPU("", ""), torch.cuda.mem_get_info(0)[0]
+    return replace(gpu, name=properties.name, mib=properties.total_memory // MIB, free=free)
 
 
 def _speed(bound: float | None) -> str:
@@ -314,37 +294,32 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     free = free_bytes(gpu)
     held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
     out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
-    caption = f"used: of what is free. longest: tokens a sequence, and gpus: how many, with {MARGIN:.0%} of it to spare"
-    caption = f"{caption.replace('%', ' %')}; tight: less to spare. {BOUND} {FORMAT_NOTE} {SEVERAL}"
+    caption = f"used: of what is free; it fits with {100 * MARGIN:.0f} % of it to spare. longest: tokens a sequence "
+    caption += "that fit. gpus: how many hold it. offload: experts in host memory, and the embedding with them. "
     rows = []
     for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
         cells |= {"gpus": str(plan.gpus_needed or "-"), "tokens/s": _speed(plan.tokens_per_second_bound)}
-        rows.append((cells | {"verdict": plan.verdict}, COLOURS[plan.verdict]))
-    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, caption))
-    hosted = {plan.format: (plan.offload, plan.tokens_per_second_bound) for plan in plans if plan.offload}
-    for format, (found, bound) in hosted.items():
-        speed = f"at most {_speed(bound)} tokens/s" if bound else "no bound, the GPU's rates are unknown"
-        line = f"{request.label(format)}, {found['text']}: {speed} ({decimal(found['host_bytes'])}, {found['link']})"
-        out.print(Text(line))
-    fitting = [plan.format for plan in plans if plan.verdict != "no"]
-    named = map(request.label, sorted(fitting or hosted, key=lambda format: format != FIRST))
+        word = plan.verdict
+        if found := plan.offload:
+            word = f"offload {found['experts']} of {found['of']}, {decimal(found['host_bytes'])}"
+        rows.append((cells | {"verdict": word}, COLOURS[plan.verdict]))
+    notes = f"{caption}{BOUND} {FORMAT_NOTE} {SEVERAL}"
+    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, notes))
+    fitting = [plan.format for plan in plans if plan.verdict == "fits"]
+    hosted = [plan.format for plan in plans if plan.offload]
+    named = sorted(fitting or hosted, key=lambda format: format != FIRST)
     verdict = "FITS: " if fitting else "FITS WITH OFFLOAD: " if hosted else "NO FORMAT FITS"
-    out.print(Text(verdict + "; ".join(named), style="bold green" if fitting or hosted else "bold red"))
-    if FIRST in fitting:
-        line = f"Try first: {request.command(FIRST)} (`mixtral-triton verify` with --weights prints what it costs)"
-        out.print(Text(line), soft_wrap=True)
-    elif hosted and not fitting:
-        best, _ = max(hosted.values(), key=lambda each: (each[1] or 0, -each[0]["host_bytes"]))
-        out.print(Text(f"With experts in host memory: {best['command']}"), soft_wrap=True)
+    out.print(Text(verdict + "; ".join(map(request.label, named)), style="bold green" if named else "bold red"))
+    if named:
+        out.print(Text(f"Try first: {request.command(named[0], not fitting)}"), soft_wrap=True)
 
 
 def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
     """Print how many of each listed GPU hold each format, and what one holds with experts in host memory."""
-    gpus = (replace(gpu, link=args.link or gpu.link) for gpu in GPUS.values())
-    rows = {gpu: [request.memory_plan(format, gpu) for format in request.specs] for gpu in gpus}
+    rows = {gpu: [request.memory_plan(format, gpu) for format in request.specs] for gpu in GPUS.values()}
     if args.json:
         found = []
         for gpu, plans in rows.items():
@@ -360,10 +335,9 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
         cells = {"gpu": gpu.name}
         for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
             cell, speed = str(plan.gpus_needed or "-"), _speed(plan.tokens_per_second_bound)
-            if plan.offload or plan.verdict == "tight":
-                cell += f" ({plan.offload['experts'] if plan.offload else 'tight'}: {speed})"
-            cells[request.label(plan.format)] = f"{cell}: {speed}" if plan.verdict == "fits" else cell
+            more = f" ({plan.offload['experts']}: {speed})" if plan.offload else f": {speed}" if speed else ""
+            cells[request.label(plan.format)] = cell + more
         lines.append((cells | {"MiB": f"{gpu.mib:,}", "link": gpu.link}, ""))
-    table = table_of("How many GPUs hold it, by format", lines, f"{CELLS} {FORMAT_NOTE} {SEVERAL}", text=["link"])
+    table = table_of("How many GPUs hold it, by format", lines, f"{CELLS} {FORMAT_NOTE} {SEVERAL}")
     console().print(Text(str(request)), table, sep="\n")
     return 0

@@ -7,28 +7,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..kernels.launching.arch import family
-
 if TYPE_CHECKING:
     from ..kernels.operation.declaration import Cost
 
 MIB = 2**20
-# Bytes/s from host memory to a GPU, by the specifications of PCI Express 3, 4 and 5 (8, 16 and 32 GT/s a lane, 128 of
+# Bytes/s from host memory to a GPU, by the specifications of PCI Express 4 and 5 (16 lanes of 16 and 32 GT/s, 128 of
 # 130 bits) and by GH200's data sheet.
-LINKS = {f"pcie{n}x{lanes}": lanes * 2**n * 1e9 / 8 * 128 / 130 for n in (3, 4, 5) for lanes in (4, 8, 16)}
-LINKS["nvlink-c2c"] = 450e9
-_PCIE4, _PCIE5, _C2C = "pcie4x16", "pcie5x16", "nvlink-c2c"
-_H100 = ("H100-80", "H100 80GB HBM3", "H100 SXM", "H100 PCIe")
-_A100 = ("A100-80", "A100-SXM4-80GB", "A100 80GB PCIe")
-_A100_40, _A100_40GB = r"A100-(SXM4|PCIE)-40GB", ("A100-SXM4-40GB", "A100-PCIE-40GB")
-# The driver's name and the aliases. The Max-Q edition of RTX PRO 6000 has lower clocks.
-_ADA = r"RTX 6000 Ada", ("RTX 6000 Ada Generation",)
-_PRO = r"RTX PRO 6000 Blackwell (Workstation|Server)", ("RTX PRO 6000 Blackwell",)
+LINKS = {"pcie4x16": 256e9 / 8 * 128 / 130, "pcie5x16": 512e9 / 8 * 128 / 130, "nvlink-c2c": 450e9}
+_PCIE4, _PCIE5, _C2C = LINKS
+# Names beside that of the data sheet: the driver's, and others for the same memory and rates.
+_A100_40 = "A100-SXM4-40GB", "A100-PCIE-40GB"
+_H100 = "H100-80", "H100 80GB HBM3", "H100 SXM"
+_PRO = "RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell Server Edition"
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU by the names that people write; the rates are those of the SXM model."""
+    """A GPU by the driver's name and those that people write."""
 
     key: str
     name: str
@@ -36,7 +31,6 @@ class GPU:
     arch: str = ""
     bandwidth: float = 0.0  # bytes/s of device memory; 0: unknown
     matmul: float = 0.0  # FLOP/s of dense bf16 matrix products
-    driver: str = ""  # matches the driver's name of the GPU that has exactly these rates
     aliases: tuple[str, ...] = ()
     link: str = _PCIE4  # to host memory, by its data sheet: one of LINKS
     source: str = "data sheet"  # of bandwidth and matmul; or "measured"
@@ -58,28 +52,28 @@ class GPU:
 # of what is printed with sparsity; its white papers of GA102, Ada, RTX Blackwell and RTX PRO Blackwell; AMD's sheet
 # of MI300X.
 _TABLE = (
-    GPU("rtx4080", "RTX 4080", 16376, "sm_89", 0.717e12, 97.5e12, r"RTX 4080$", (), _PCIE4),
-    GPU("a10", "A10", 23028, "sm_86", 0.6e12, 125e12, r"\bA10$", (), _PCIE4),
-    GPU("a10g", "A10G", 23028, "sm_86", 0.6e12, 70e12, r"\bA10G$", (), _PCIE4),
-    GPU("l4", "L4", 23034, "sm_89", 0.3e12, 121e12, r"\bL4$", (), _PCIE4),
-    GPU("rtx4090", "RTX 4090", 24564, "sm_89", 1.008e12, 165e12, r"RTX 4090$", (), _PCIE4),
-    GPU("a30", "A30", 24576, "sm_80", 0.933e12, 165e12, r"\bA30$", (), _PCIE4),
-    GPU("rtx3090", "RTX 3090", 24576, "sm_86", 0.936e12, 71e12, r"RTX 3090$", (), _PCIE4),
-    GPU("rtx5090", "RTX 5090", 32607, "sm_120", 1.792e12, 209.5e12, r"RTX 5090$", (), _PCIE5),
-    GPU("a100-40", "A100 40GB", 40960, "sm_80", 1.555e12, 312e12, _A100_40, _A100_40GB, _PCIE4),
-    GPU("a40", "A40", 46068, "sm_86", 0.696e12, 149.7e12, r"\bA40$", (), _PCIE4),
-    GPU("l40s", "L40S", 46068, "sm_89", 0.864e12, 362.05e12, r"\bL40S$", (), _PCIE4),
-    GPU("a6000", "A6000", 49140, "sm_86", 0.768e12, 154.8e12, r"RTX A6000$", (), _PCIE4),
-    GPU("rtx6000ada", "RTX 6000 Ada", 49140, "sm_89", 0.96e12, 364.2e12, *_ADA, _PCIE4),
-    GPU("h100", "H100 80GB", 81559, "sm_90", 3.35e12, 989e12, r"H100 80GB HBM3", _H100, _PCIE5),
-    GPU("a100", "A100 80GB", 81920, "sm_80", 2.039e12, 312e12, r"A100-SXM4?-80GB", _A100, _PCIE4),
-    GPU("h100nvl", "H100 NVL", 95830, "sm_90", 3.9e12, 835.5e12, r"H100 NVL$", (), _PCIE5),
-    GPU("gh200", "GH200", 97871, "sm_90", 4.0e12, 990e12, r"GH200 480GB", ("GH200 480GB",), _C2C),
-    GPU("rtxpro6000", "RTX PRO 6000", 97887, "sm_120", 1.792e12, 503.8e12, *_PRO, _PCIE5),
-    GPU("h200", "H200", 143771, "sm_90", 4.8e12, 989e12, r"H200$", ("H200 NVL",), _PCIE5),
-    GPU("b200", "B200", 183359, "sm_100", 8.0e12, 2250e12, r"\bB200$", (), _PCIE5),
-    GPU("mi300x", "MI300X", 196592, "gfx942", 5.3e12, 1307e12, r"MI300X", (), _PCIE5),
-    GPU("b300", "B300", 275040, "sm_103", 8.0e12, 2250e12, r"\bB300 SXM", ("B300 SXM6 AC",), _PCIE5),
+    GPU("rtx4080", "RTX 4080", 16376, "sm_89", 0.717e12, 97.5e12, (), _PCIE4),
+    GPU("a10", "A10", 23028, "sm_86", 0.6e12, 125e12, (), _PCIE4),
+    GPU("a10g", "A10G", 23028, "sm_86", 0.6e12, 70e12, (), _PCIE4),
+    GPU("l4", "L4", 23034, "sm_89", 0.3e12, 121e12, (), _PCIE4),
+    GPU("rtx4090", "RTX 4090", 24564, "sm_89", 1.008e12, 165e12, (), _PCIE4),
+    GPU("a30", "A30", 24576, "sm_80", 0.933e12, 165e12, (), _PCIE4),
+    GPU("rtx3090", "RTX 3090", 24576, "sm_86", 0.936e12, 71e12, (), _PCIE4),
+    GPU("rtx5090", "RTX 5090", 32607, "sm_120", 1.792e12, 209.5e12, (), _PCIE5),
+    GPU("a100-40", "A100 40GB", 40960, "sm_80", 1.555e12, 312e12, _A100_40, _PCIE4),
+    GPU("a40", "A40", 46068, "sm_86", 0.696e12, 149.7e12, (), _PCIE4),
+    GPU("l40s", "L40S", 46068, "sm_89", 0.864e12, 362.05e12, (), _PCIE4),
+    GPU("a6000", "A6000", 49140, "sm_86", 0.768e12, 154.8e12, (), _PCIE4),
+    GPU("rtx6000ada", "RTX 6000 Ada", 49140, "sm_89", 0.96e12, 364.2e12, ("RTX 6000 Ada Generation",), _PCIE4),
+    GPU("h100", "H100 80GB", 81559, "sm_90", 3.35e12, 989e12, _H100, _PCIE5),
+    GPU("a100", "A100 80GB", 81920, "sm_80", 2.039e12, 312e12, ("A100-SXM4-80GB",), _PCIE4),
+    GPU("h100nvl", "H100 NVL", 95830, "sm_90", 3.9e12, 835.5e12, (), _PCIE5),
+    GPU("gh200", "GH200", 97871, "sm_90", 4.0e12, 990e12, ("GH200 480GB",), _C2C),
+    GPU("rtxpro6000", "RTX PRO 6000", 97887, "sm_120", 1.792e12, 503.8e12, _PRO, _PCIE5),
+    GPU("h200", "H200", 143771, "sm_90", 4.8e12, 989e12, (), _PCIE5),
+    GPU("b200", "B200", 183359, "sm_100", 8.0e12, 2250e12, (), _PCIE5),
+    GPU("mi300x", "MI300X", 196592, "gfx942", 5.3e12, 1307e12, (), _PCIE5),
+    GPU("b300", "B300", 275040, "sm_103", 8.0e12, 2250e12, ("B300 SXM6 AC",), _PCIE5),
 )
 GPUS = {gpu.key: gpu for gpu in _TABLE}
 
@@ -99,23 +93,16 @@ def floor(costs: Iterable[Cost], gpu: GPU) -> tuple[float, str]:
     return sum(by_limit.values()), max(by_limit, key=by_limit.__getitem__)
 
 
-def family_note(arch: str) -> str:
-    """Return a line where `arch` uses the launch configurations of another architecture; else nothing."""
-    line = f"{arch} has no table of launch configurations: it uses those of {family(arch)}\n"
-    return "" if family(arch) == arch else line
+def find_gpu(name: str) -> GPU | None:
+    """Return the GPU of this name, in any case and spacing; None where no entry has its memory and rates."""
+    return next((gpu for gpu in GPUS.values() if _normalize(name) in gpu.names), None)
 
 
-def find_gpu(name: str) -> GPU:
-    """Return the GPU of this name, in any case and spacing; ValueError that lists all of them for another name."""
-    for gpu in GPUS.values():
-        if _normalize(name) in gpu.names:
-            return gpu
-    raise ValueError(f"--gpu is {name!r}, needs one of sm_80 or later: {', '.join(gpu.name for gpu in _TABLE)}")
-
-
-def data_sheet(device_name: str) -> GPU | None:
-    """Return the GPU of the table that the driver calls `device_name`; None where memory or clocks differ."""
-    return next((gpu for gpu in GPUS.values() if re.search(gpu.driver, device_name)), None)
+def parse_gpu(name: str) -> GPU:
+    """Return the GPU of `--gpu`; ValueError that lists all of them for another name."""
+    if (gpu := find_gpu(name)) is None:
+        raise ValueError(f"--gpu is {name!r}, needs one of sm_80 or later: {', '.join(gpu.name for gpu in _TABLE)}")
+    return gpu
 
 
 def _normalize(name: str) -> str:

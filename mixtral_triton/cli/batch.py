@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint.arguments import check_positions, free_memory
+from ..checkpoint.arguments import check_positions
 from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
-from ..model.offload_plan import running_bytes, usable_bytes
 from ..terminal import bar, check_writable, is_first, print_message
-from .prompt import Decoder, check_stdin, cut_at_stop, render
-from .text_stream import Writer
+from .prompt import check_stdin, render
+from .text_stream import Text, Writer
 
 BATCH = 32  # the most sequences of a batch without --batch-size
 CPU_BATCH = 8
@@ -52,9 +50,9 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         check_stdin("--batch -", "a file")
         opened: Any = nullcontext(getattr(sys.stdin, "buffer", sys.stdin))
     else:
-        opened = args.batch.open("rb")
         if args.out is not None and args.out.exists() and args.out.samefile(args.batch):
             raise ValueError(f"--out {args.out} is the file of --batch, needs another")
+        opened = args.batch.open("rb")
     with opened as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -166,22 +164,21 @@ def _answers(
     """Yield the results of these jobs in their order. Where memory runs out, the batches become smaller and stay so."""
     auto = CPU_BATCH if writer.model.device.type == "cpu" else BATCH
     size = auto if args.batch_size == "auto" else args.batch_size
-    waiting = deque(indices)
+    waiting = [*indices]
     while waiting:
-        window = [waiting.popleft() for _ in range(min(WINDOW * size, len(waiting)))]
+        window, waiting = waiting[: WINDOW * size], waiting[WINDOW * size :]
         rows, results = dict[int, Any](), dict[int, Any]()
         for index in window:
             try:
                 rows[index] = _encode(writer, jobs[index])
             except ValueError as error:
                 results[index] = {"error": " ".join(str(error).split())}
-        lengths = {index: len(ids) for index, (ids, _) in rows.items()}
-        batches = deque(_batches(writer, lengths, size))
-        for batch in batches:
-            longest = max(lengths[index] for index in batch)
+        pending = sorted(rows, key=lambda index: len(rows[index][0]))  # sequences of a batch have similar lengths
+        for batch in (pending[start : start + size] for start in range(0, len(pending), size)):
+            longest = len(rows[batch[-1]][0])
             writer.begin(len(batch), longest, longest + writer.new_tokens)
-        while batches:
-            batch, failure = batches.popleft(), ""
+        while pending:
+            batch, failure = pending[:size], ""
             try:
                 results |= zip(batch, write_batch(writer, *zip(*(rows[i] for i in batch), strict=True)), strict=True)
             except (ValueError, RuntimeError) as error:
@@ -189,16 +186,15 @@ def _answers(
                 if not out_of_memory or writer.model.ranks is not None:  # other ranks would go on with the whole batch
                     raise
                 failure = " ".join(str(error).split())
-            if failure:  # here, where the error no longer holds what the batch allocated
-                if writer.model.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                if len(batch) == 1:
-                    results[batch[0]] = {"error": failure}
-                else:
-                    size = (len(batch) + 1) // 2
-                    print_message(f"no memory is left for {len(batch)} sequences: at most {size} from here on")
-                    rest = {index for each in (batch, *batches) for index in each}
-                    batches = deque(_batches(writer, {i: n for i, n in lengths.items() if i in rest}, size))
+            if failure and writer.model.device.type == "cuda":
+                torch.cuda.empty_cache()  # here, where the error no longer holds what the batch allocated
+            if failure and len(batch) > 1:
+                size = (len(batch) + 1) // 2
+                print_message(f"no memory is left for {len(batch)} sequences: at most {size} from here on")
+                continue
+            if failure:
+                results[batch[0]] = {"error": failure}
+            pending = pending[len(batch) :]
             while window and window[0] in results:
                 index = window.pop(0)
                 yield index, results[index]
@@ -208,23 +204,12 @@ def _answers(
 
 def write_batch(writer: Writer, rows: Sequence[list[int]], afters: Sequence[list[int]]) -> list[dict[str, Any]]:
     """Continue texts together -> what is written of each. Those that stop early wait for the others."""
-    entries: list[list[dict[str, Any]]] = [[] for _ in rows]
-    texts, ended = [""] * len(rows), [False] * len(rows)
-    decoders = [Decoder(writer.tokenizer, after) for after in afters]
+    texts, running = [Text(writer, after) for after in afters], set(range(len(rows)))
     for step in writer.stream(rows, writer.new_tokens):
-        for b, entry in enumerate(step):
-            if not ended[b]:
-                entries[b].append(entry)
-                texts[b], stopped = cut_at_stop(decoders[b].add(entry["token"]), writer.args.stop)
-                ended[b] = stopped or entry["token"] in writer.eos
-        if all(ended):
+        running -= {b for b in running if texts[b].add(step[b])}
+        if not running:
             break
-    written = []
-    for text, of_text, stopped in zip(texts, entries, ended, strict=True):
-        found: dict[str, Any] = {"text": text, "tokens": [entry["token"] for entry in of_text]}
-        found["finish_reason"] = "stop" if stopped else "length"
-        written.append(found | ({"logprobs": of_text} if writer.args.logprobs is not None else {}))
-    return written
+    return [text.as_dict() for text in texts]
 
 
 def _encode(writer: Writer, job: Job) -> tuple[list[int], list[int]]:
@@ -238,18 +223,3 @@ def _encode(writer: Writer, job: Job) -> tuple[list[int], list[int]]:
     n = writer.new_tokens
     check_positions(f"a prompt of {len(ids)} tokens and {n} new ones", len(ids) + n, writer.model.config)
     return ids, ids[-1:] if isinstance(job.prompt, str) else []
-
-
-def _batches(writer: Writer, lengths: dict[int, int], size: int) -> Iterator[list[int]]:
-    """Yield the jobs of each batch, the shortest first: at most `size`, and no more than a GPU's free memory is for."""
-    model, batch = writer.model, list[int]()
-    for index in sorted(lengths, key=lambda index: lengths[index]):
-        free, length = free_memory(model.device), lengths[index] + writer.new_tokens
-        sizes = len(batch) + 1, length, model.prefill_chunk, writer.dtype, model.activations
-        need = running_bytes(model.config, *sizes)
-        if batch and (len(batch) == size or (free is not None and sum(need.values()) > usable_bytes(free))):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

@@ -1,4 +1,4 @@
-"""The command `chat`, and the turns of `generate --chat`: a conversation that one cache serves."""
+"""The command `chat`: a conversation that one cache serves."""
 
 from __future__ import annotations
 
@@ -35,31 +35,28 @@ def system_message(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def check_system(tokenizer: Any, text: str | None, message: str = "x") -> None:
+def check_system(tokenizer: Any, text: str | None) -> None:
     """Raise ValueError where the template fails with the system message `text`, or with none."""
-    render(tokenizer, [*system_message(text), {"role": "user", "content": message}])
+    render(tokenizer, [*system_message(text), {"role": "user", "content": "x"}])
 
 
 class Conversation:
-    """Messages, and the cache and the tokens of what the model has read and written of them.
-
-    prompt  the template's text of the last turn
-    limit   the most tokens, at which an answer ends
-    """
+    """Messages, and the cache and the tokens of what the model has read and written of them. limit: the most tokens, at
+    which an answer ends."""
 
     def __init__(self, writer: Writer, system: str | None, limit: int) -> None:
-        self.writer, self.limit, self.prompt = writer, limit, ""
+        self.writer, self.limit = writer, limit
         self.messages = system_message(system)
         self.cache: KVCache | None = None
         self._turns: list[tuple[str, list[int]]] = []  # the text and the tokens up to the end of each answer
         self._reused = 0  # tokens of the last turn's text that were in the cache
 
-    def turn(self, text: str, shown: str | None, most: int | None, **options: Any) -> tuple[dict[str, Any], str]:
-        """Answer a message by at most so many tokens (None: what the limit leaves) -> as `Writer.print_text`. One that
-        fails, or that Ctrl-C ends before a token, is forgotten."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        self.prompt = render(self.writer.tokenizer, messages)
-        ids = self._encode(self.prompt)
+    def turn(self, text: str, shown: str | None) -> tuple[dict[str, Any], str]:
+        """Answer a message -> as `Writer.print_text`. One that fails, or that Ctrl-C ends before a token, is
+        forgotten."""
+        messages, most = [*self.messages, {"role": "user", "content": text}], self.writer.limit
+        prompt = render(self.writer.tokenizer, messages)
+        ids = self._encode(prompt)
         n = self.limit - len(ids) if most is None else min(most, self.limit - len(ids))
         if n < (1 if most is None else min(1, most)):
             got = f"this turn makes the chat {len(ids):,} tokens long, and fewer than {self.limit:,} are possible"
@@ -67,7 +64,7 @@ class Conversation:
         try:
             self._compile(ids)
             steps = self._steps(ids, n)
-            written, line = self.writer.print_text(steps, len(ids), shown, [], n, lambda: self._reused, **options)
+            written, line = self.writer.print_text(steps, len(ids), shown, [], n, lambda: self._reused, True)
         finally:
             try:
                 if self.cache is not None:
@@ -77,7 +74,7 @@ class Conversation:
         if (tokens := written["tokens"]) or not n:
             self.messages = [*messages, {"role": "assistant", "content": written["text"]}]
             kept = tokens[:-1] if tokens and tokens[-1] in self.writer.eos else tokens
-            self._turns.append((self.prompt + decode(self.writer.tokenizer, ids[-1:], kept, special=True), ids + kept))
+            self._turns.append((prompt + decode(self.writer.tokenizer, ids[-1:], kept, special=True), ids + kept))
         written["left"] = left = self.limit - len(ids) - len(tokens)
         line += f"; {left:,} of {self.limit:,} tokens are left"
         if left < written["computed"] + len(tokens):  # of another turn like this
@@ -93,12 +90,12 @@ class Conversation:
         del self.messages[-2:]
         return message
 
-    def retry(self, shown: str | None, most: int | None, **options: Any) -> tuple[dict[str, Any], str]:
+    def retry(self, shown: str | None) -> tuple[dict[str, Any], str]:
         """Answer the last message again, as `turn`; where that fails, the answer before stays."""
         before = self.messages, [*self._turns]
         self.messages = [*self.messages]
         try:
-            written, line = self.turn(self.undo(), shown, most, **options)
+            written, line = self.turn(self.undo(), shown)
         except BaseException:
             self.messages, self._turns = before
             raise
@@ -236,15 +233,15 @@ def run(args: argparse.Namespace, chat: Conversation) -> int:
 
 def _answer(args: argparse.Namespace, chat: Conversation, line: str) -> tuple[dict[str, Any], str]:
     """Answer a line, a turn or a command -> what `--json` prints, and what else is shown on stderr."""
-    options: Any = {"shown": None if args.json else "", "most": chat.writer.limit, "interruptible": True}
+    shown = None if args.json else ""
     name, _, text = line.partition(" ") if line.startswith("/") else ("", "", line)
     text = text if not name else text.strip()
     if not name and not text.strip():
         return {"message": ""}, ""
     if not name:
-        return chat.turn(text, **options)
+        return chat.turn(text, shown)
     if name == "/retry":
-        return chat.retry(**options)
+        return chat.retry(shown)
     message = _command(chat, name, text)
     return {"message": message}, message
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from .. import __version__
-from ..bench.gpus import LINKS
 from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from ..kernels.launching.arch import ARCHS
 from ..model.tokenizer import load_tokenizer
@@ -35,7 +34,7 @@ from ..terminal import (
     select_backend,
     warning_lines,
 )
-from .prompt import encode, read_prompts, read_text
+from .prompt import encode, read_prompt, read_text, render
 
 if TYPE_CHECKING:
     from ..model.mixtral import Mixtral
@@ -152,13 +151,11 @@ def parser() -> argparse.ArgumentParser:
         if name == "chat":
             option("--context", type=int, metavar="S", help="tokens of the chat; default: the model's positions")
         else:
-            option("--prompt", **shared["--prompt"] | {"help": f"{PROMPT}; repeated: turns of a chat"})
-            text = "use the checkpoint's chat template, and answer each --prompt in turn"
-            option("--chat", action="store_true", help=text)
+            option("--chat", action="store_true", help="answer the prompt in the checkpoint's chat template")
             text = 'JSON lines with a "prompt" or "messages": print one with a "text" for each'
             option("--batch", type=parse_source, metavar="FILE", help=f"{text}; - reads standard input")
             option("--out", type=Path, metavar="FILE", help="of --batch: write there; results of the same job are kept")
-            text = "prompts of --batch at a time; auto, the default: up to 32 that fit"
+            text = "prompts of --batch at a time, fewer where no memory is left; auto, the default: 32, CPU: 8"
             option("--batch-size", type=count_or_auto("prompts", 1), default="auto", metavar="N|auto", help=text)
 
     option = command("perplexity", "how well the model predicts a text", model + mesh + memory + "--interpret")
@@ -166,8 +163,7 @@ def parser() -> argparse.ArgumentParser:
     option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
     option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
 
-    option = command("trace", "which experts each token of a prompt took, by layer", model + memory + prompt)
-    option("--layers", type=int, nargs="+", metavar="N", help="to print; default: first, middle and last")
+    command("trace", "which experts each token of a prompt took, by layer", model + memory + prompt)
 
     option = command("quantize", "write a checkpoint with quantized experts, as compressed-tensors has it", "--device")
     option("folder", help=f"{FOLDER}, not quantized")
@@ -189,11 +185,9 @@ def parser() -> argparse.ArgumentParser:
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
     option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
-    option("--link", choices=LINKS, metavar="NAME", help="to host memory: pcie4x16, ...; default: the GPU's")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
     option("--train", action="store_true", help="what LoRA over frozen experts takes; also takes qwen3-30b-a3b")
-    option("--rank", type=int, metavar="R", help="of LoRA on the q and v projections, with --train; default: 16")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
     text = f"{', '.join(ARCHS)}; repeatable"
@@ -264,7 +258,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     from ..verification import default_text, launch_all, verify
 
-    text = None if args.prompt is None else read_prompts([args.prompt])[0]
+    text = None if args.prompt is None else read_prompt([args.prompt])
     measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
@@ -293,7 +287,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from . import batch
-    from .chat import Conversation, check_system
+    from .chat import system_message
     from .text_stream import Writer, check_options
 
     check_options(args)
@@ -302,25 +296,22 @@ def _generate(args: argparse.Namespace) -> int:
         done, size = batch.read_done(args.out, jobs)
         with open_mesh(args) as mesh:
             return batch.run(args, Writer(args, _load(args, mesh), note), jobs, done, size)
-    texts = read_prompts(args.prompt)
-    if not args.chat and (len(texts) > 1 or args.system is not None):
-        raise ValueError("--system and more than one --prompt, the turns of a chat, need --chat")
-    if args.chat:  # before the weights are read
-        check_system(load_tokenizer(args.folder), args.system, texts[0])
+    text = prompt = read_prompt(args.prompt)
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is a message of a chat: needs --chat")
+    messages = [*system_message(args.system), {"role": "user", "content": text}]
+    if args.chat:
+        prompt = render(load_tokenizer(args.folder), messages)
     with open_mesh(args) as mesh:
         writer, quiet = Writer(args, _load(args, mesh), note), args.json or not is_first()
-        limit = writer.model.config.max_position_embeddings
-        chat = Conversation(writer, args.system, limit) if args.chat else None
-        for text in texts:
-            if chat is None:  # a continuation follows the prompt on its line, an answer stands alone
-                found, line = writer.write(writer.encode(text), None if quiet else text)
-            else:
-                shown = f"> {text}\n" if len(texts) > 1 else ""
-                found, line = chat.turn(text, None if quiet else shown, writer.new_tokens)
-            print_message("" if quiet else line)
+        ids = writer.encode(prompt, template=args.chat)
+        # A continuation follows the prompt on its line, an answer stands alone.
+        shown, after = ("", []) if args.chat else (text, ids[-1:])
+        found, line = writer.write(ids, None if quiet else shown, after)
+        print_message("" if quiet else line)
         if is_first() and args.json:
-            more = {} if chat is None else {"prompt": chat.prompt, "messages": chat.messages}
-            print(json.dumps({"prompt": text, **found, **more}))
+            answer = {"role": "assistant", "content": found["text"]}
+            print(json.dumps({"prompt": prompt, **found, **({"messages": [*messages, answer]} if args.chat else {})}))
         return 0
 
 
@@ -356,10 +347,8 @@ def _trace(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from .trace import run
 
-    texts = read_prompts(args.prompt)
-    if len(texts) > 1:
-        raise ValueError("--prompt is given more than once: trace takes one text")
-    model, args.prompt = _load(args), texts[0]
+    text = read_prompt(args.prompt)
+    model, args.prompt = _load(args), text
     return run(args, model, encode(model.tokenizer, args.prompt, model.config.vocab_size), note)
 
 

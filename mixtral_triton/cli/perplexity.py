@@ -59,14 +59,6 @@ def measure(
     return {"tokens": tokens, "nats": mean, "perplexity": math.exp(min(mean, 700)), "bits_per_byte": bits}
 
 
-def describe(options: dict[str, Any]) -> str:
-    """Name the options that change a model: experts int4, linear int8, cache int8."""
-    weights = options.pop("weights", None) or {}
-    parts = weights if isinstance(weights, dict) else {"experts": weights}
-    parts = {**parts, **{name.removesuffix("_dtype"): value for name, value in options.items()}}  # not the caller's
-    return ", ".join(f"{name} {value}" for name, value in parts.items()) or "as stored"
-
-
 def run(
     args: argparse.Namespace,
     text: str,
@@ -85,7 +77,7 @@ def run(
         raise ValueError("--text is one token, needs at least two: the first has nothing before it")
     spans, size, found = list(windows(len(ids), window, stride)), len(text.encode()), dict[str, Any]()
     changes = {name: getattr(args, name) for name in STORED if getattr(args, name) != STORED[name]}
-    models, model = {describe(dict(changes)): args}, None
+    model, models = None, {"with these options": args} if changes else {}
     models["as stored"] = argparse.Namespace(**vars(args) | STORED)
     print_message(note)
     for number, (name, options) in enumerate(models.items()):

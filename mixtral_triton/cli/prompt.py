@@ -1,32 +1,31 @@
-"""Text of the command line: prompts, a checkpoint's tokenizer, chat template and sampling, which are transformers', and
-the stream of a text; no import of torch or transformers before they are used."""
+"""Text of the command line: prompts, a checkpoint's tokenizer, chat template and sampling, which are transformers'. No
+import of torch or transformers before they are used."""
 
 import io
 import os
 import sys
-import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..checkpoint.config import GENERATION_FILE, shown
-from ..terminal import bar
 
 PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /dev/zero has no end
 
 
-def read_prompts(prompts: Sequence[str | Path]) -> list[str]:
-    """Return the texts of `--prompt TEXT`, `--prompt -` (standard input) and `--prompt-file FILE` (a Path). One newline
-    at the end of an input or a file is not part of the text. ValueError where there is none, or an empty one."""
+def read_prompt(prompts: Sequence[str | Path]) -> str:
+    """Return the text of `--prompt TEXT`, `--prompt -` (standard input) or `--prompt-file FILE` (a Path), without one
+    newline at the end of an input or a file. ValueError unless one is given, which is not empty."""
+    if len(prompts) > 1:
+        raise ValueError("--prompt is given more than once: needs one text; `chat` answers several turns")
     if not prompts:
         raise ValueError("--prompt is missing: give a text, - to read standard input, or --prompt-file FILE")
-    names = {prompt: f"--prompt-file {prompt}" if isinstance(prompt, Path) else "--prompt -" for prompt in prompts}
-    return [
-        read_text(each, names[each], strip=True) if isinstance(each, Path) or each == "-" else _check(each, "--prompt")
-        for each in prompts
-    ]
+    (prompt,) = prompts
+    if isinstance(prompt, Path):
+        return read_text(prompt, f"--prompt-file {prompt}", strip=True)
+    return read_text(prompt, "--prompt -", strip=True) if prompt == "-" else _check(prompt, "--prompt")
 
 
 def read_text(source: str | Path, name: str, strip: bool = False) -> str:
@@ -170,58 +169,3 @@ class Decoder:
         if end and not end.endswith("\ufffd"):
             self.before, self.tail, self.text = self.tail, [], text
         return text
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """Return the text before the first of the texts `stop`, and whether there is one."""
-    ends = [text.index(each) for each in stop if each in text]
-    return text[: min(ends, default=len(text))], bool(ends)
-
-
-class Written(NamedTuple):
-    tokens: list[int]
-    text: str  # of these, up to a stop string
-    times: list[float]  # of the start, and of each token
-    finish_reason: str  # "stop": an EOS or a stop string, "length", or "interrupted"
-
-
-def print_stream(
-    tokens: Iterator[int],
-    tokenizer: Any,
-    prefix: str | None,
-    after: list[int],
-    total: int,
-    stop: Sequence[str] = (),
-    eos: Collection[int] = (),
-    interruptible: bool = False,
-) -> Written:
-    """Return the tokens of one sequence, and their text behind the tokens `after` and up to `stop`, which is printed
-    behind `prefix` as it comes (None: it is not). interruptible: Ctrl-C ends the text."""
-    found, times, printed, text, reason = list[int](), [time.perf_counter()], 0, "", "length"
-    decoder = Decoder(tokenizer, after)
-    print(prefix or "", end="", flush=True)
-    try:
-        with nullcontext() if prefix is not None else bar("generating", total) as progress:
-            for token in tokens:
-                found.append(token)
-                times.append(time.perf_counter())
-                text, ended = cut_at_stop(decoder.add(token), stop)
-                if progress is not None:
-                    progress.advance(1)
-                if ended or token in eos:
-                    reason = "stop"
-                if ended:
-                    break
-                # What may become a stop string, or is half a character, is not printed until it cannot be more.
-                held = max((n for each in stop for n in range(len(each)) if text.endswith(each[:n])), default=0)
-                part = "" if prefix is None else text[: len(text) - held].rstrip("\ufffd")
-                print(part[printed:], end="", flush=True)
-                printed = max(printed, len(part))
-        print("" if prefix is None else text[printed:], end="")
-    except KeyboardInterrupt:
-        if not interruptible:
-            raise
-        reason, text = "interrupted", decode(tokenizer, after, found)  # the last token may not be in it
-    finally:
-        print(end="" if prefix is None else "\n", flush=True)
-    return Written(found, text, times, reason)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from ..model.cache import KVCache
 from ..model.generate import eos_ids
 from ..model.mixtral import Mixtral
 from ..model.sampling import Logprobs
-from ..terminal import check_range, compile_shown, print_message
-from .prompt import encode, print_stream, select_options, speed_of
+from ..terminal import bar, check_range, compile_shown, print_message
+from .prompt import Decoder, encode, select_options, speed_of
 
 NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more
 
@@ -65,11 +67,11 @@ class Writer:
         self.notes = []
         compile_shown(launch_text, self.model, T, slots - T, self.args.cache_dtype, B, min(held, T - 1))
 
-    def write(self, ids: list[int], shown: str | None) -> tuple[dict[str, Any], str]:
-        """Continue a prompt, which is printed as `shown` (None: not) -> as `print_text`."""
+    def write(self, ids: list[int], shown: str | None, after: list[int]) -> tuple[dict[str, Any], str]:
+        """Continue a prompt -> as `print_text`."""
         steps = self.stream([ids], self.new_tokens)
         self.begin(1, len(ids), len(ids) + self.new_tokens)
-        return self.print_text(steps, len(ids), shown, ids[-1:], self.new_tokens)
+        return self.print_text(steps, len(ids), shown, after, self.new_tokens)
 
     def print_text(
         self,
@@ -81,21 +83,71 @@ class Writer:
         reused: Callable[[], int] = lambda: 0,
         interruptible: bool = False,
     ) -> tuple[dict[str, Any], str]:
-        """Print the steps of a text as they come -> what `--json` prints of it, and the line of its speed. length: of
-        the prompt; reused: how many of its tokens a cache held. The other arguments are those of `print_stream`."""
-        entries = list[dict[str, Any]]()
+        """Print at most n steps of a text as they come, behind `shown` (None: they are not printed) -> what `--json`
+        prints of it, and the line of its speed.
 
-        def tokens() -> Iterator[int]:
-            for (entry,) in steps:
-                entries.append(entry)
-                yield entry["token"]
+        length         of the prompt
+        after          the tokens before the text, as in `Decoder`
+        reused         how many of the prompt's tokens a cache held
+        interruptible  Ctrl-C ends the text
+        """
+        text, times, printed = Text(self, after), [time.perf_counter()], 0
+        print(shown or "", end="", flush=True)
+        try:
+            with nullcontext() if shown is not None else bar("generating", n) as progress:
+                for (entry,) in steps:
+                    times.append(time.perf_counter())
+                    ended = text.add(entry)
+                    if progress is not None:
+                        progress.advance(1)
+                    if ended:
+                        break
+                    part = "" if shown is None else text.final_part()
+                    print(part[printed:], end="", flush=True)
+                    printed = max(printed, len(part))
+            print("" if shown is None else text.text[printed:], end="")
+        except KeyboardInterrupt:
+            if not interruptible:
+                raise
+            text.finish_reason = "interrupted"
+        finally:
+            print(end="" if shown is None else "\n", flush=True)
+        speed, line = speed_of(times, length, self.model.device, reused() if text.entries else 0)
+        return text.as_dict() | speed, f"{line}; finish_reason: {text.finish_reason}"
 
-        found = print_stream(tokens(), self.tokenizer, shown, after, n, self.args.stop, self.eos, interruptible)
-        speed, line = speed_of(found.times, length, self.model.device, reused() if entries else 0)
-        end = {"finish_reason": found.finish_reason}
-        logprobs = {"logprobs": entries[: len(found.tokens)]} if "logprob" in (entries or [{}])[0] else {}
-        line = f"{line}; finish_reason: {found.finish_reason}"
-        return {"text": found.text, "tokens": found.tokens, **end, **logprobs, **speed}, line
+
+class Text:
+    """A text as its tokens come, behind the tokens `after`, up to an EOS or a text of --stop.
+
+    text           that of the tokens, without the stop string
+    finish_reason  "stop": an EOS or a stop string, "length", or "interrupted"
+    """
+
+    def __init__(self, writer: Writer, after: list[int]) -> None:
+        self.args, self.eos, self.decoder = writer.args, writer.eos, Decoder(writer.tokenizer, after)
+        self.entries, self.text, self.finish_reason = list[dict[str, Any]](), "", "length"
+
+    def add(self, entry: dict[str, Any]) -> bool:
+        """Add what `--json` prints of a token -> whether the text ends with it."""
+        self.entries.append(entry)
+        whole = self.decoder.add(entry["token"])
+        ends = [whole.index(stop) for stop in self.args.stop if stop in whole]
+        self.text = whole[: min(ends, default=len(whole))]
+        if ends or entry["token"] in self.eos:
+            self.finish_reason = "stop"
+        return self.finish_reason == "stop"
+
+    def final_part(self) -> str:
+        """Return the text without what may become a stop string, and without half a character."""
+        text = self.text
+        held = max((n for stop in self.args.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        return text[: len(text) - held].rstrip("\ufffd")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        tokens = [entry["token"] for entry in self.entries]
+        found = {"text": self.text, "tokens": tokens, "finish_reason": self.finish_reason}
+        return found | ({} if self.args.logprobs is None else {"logprobs": self.entries})
 
 
 def read_step(step: Any) -> list[dict[str, Any]]:

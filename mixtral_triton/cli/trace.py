@@ -4,7 +4,7 @@ import argparse
 import colorsys
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -18,9 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels.launching.launch import launch_context
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
-from ..terminal import bar, check_range, compile_shown, print_message, table_of
-
-SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+from ..terminal import bar, compile_shown, print_message, table_of
 
 
 class RouteRecorder(TorchDispatchMode):
@@ -41,12 +39,11 @@ class RouteRecorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Trace:
-    """The routes of a text, which print as the text of `layers`, coloured and numbered by first choice, and a table."""
+    """The routes of a text, which print as each layer's text, coloured and numbered by first choice, and a table."""
 
     tokens: tuple[str, ...]  # the text of each of T
     experts: torch.Tensor  # int [L,T,K], a token's first choice first
     num_experts: int
-    layers: Sequence[int] = ()
 
     def share(self) -> torch.Tensor:
         """[L,E]: each expert's part of a layer's choices."""
@@ -63,16 +60,13 @@ class Trace:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         experts = ((f" {expert} ", self.style(expert)) for expert in range(self.num_experts))
         yield Text.assemble("first choice: ", *(part for expert in experts for part in (expert, " ")))
-        for layer in self.layers:
+        for layer, first in enumerate(self.experts[:, :, 0].tolist()):
             text = Text.assemble((f"\nlayer {layer}\n", "bold"))
-            for token, expert in zip(self.tokens, self.experts[layer, :, 0].tolist(), strict=True):
+            for token, expert in zip(self.tokens, first, strict=True):
                 word = token.rstrip("\n")
-                mark = f"[{expert}]" if options.ascii_only else str(expert).translate(SUPERSCRIPTS)
-                no_word = (r"\n" if options.ascii_only else "⏎") if token else "~"  # "~": part of the one before
-                text.append(word or no_word, self.style(expert)).append(mark, "dim").append(token[len(word) :])
+                no_word = r"\n" if token else "~"  # "~": part of the one before
+                text.append(word or no_word, self.style(expert)).append(f"[{expert}]", "dim").append(token[len(word) :])
             yield text
-        if left_out := ", ".join(str(n) for n in range(len(self.experts)) if n not in self.layers):
-            yield Text(f"\nleft out: the text of layers {left_out}; see --layers", style="dim")
         yield ""
         rows = list[Any]()
         for layer, shares in enumerate(self.share().tolist()):
@@ -109,15 +103,12 @@ def launch_trace(model: Mixtral, tokens: int) -> None:
 
 def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) -> int:
     """Run the command on the prompt's tokens -> exit status. `note` precedes the work."""
-    ids, L = torch.tensor(prompt, device=model.device), model.config.num_hidden_layers
-    layers = sorted({0, L // 2, L - 1}) if args.layers is None else args.layers
-    for layer in layers:
-        check_range("--layers", layer, 0, L - 1)
+    ids = torch.tensor(prompt, device=model.device)
     tokens = token_texts(model.tokenizer, args.prompt)
     print_message(note)
     compile_shown(launch_trace, model, len(ids))
-    with bar("tracing", L) as progress:
-        found = replace(trace(model, ids, tokens, progress.advance), layers=layers)
+    with bar("tracing", model.config.num_hidden_layers) as progress:
+        found = trace(model, ids, tokens, progress.advance)
     if args.json:
         print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **found.as_dict()}))
     else:

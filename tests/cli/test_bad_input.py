@@ -19,7 +19,7 @@ from tests.cli.commands import error_line
 
 pytestmark = pytest.mark.compiled
 PROMPT, TRACE, TEXT = "generate --prompt x", "trace --device cpu --prompt", "verify --device cpu --prompt 'a text'"
-H100, RTX4090 = "fit --gpu h100", "fit --gpu rtx4090"
+JOBS, PERPLEXITY = SMALL / "config.json", f"perplexity --device cpu --text {SMALL / 'config.json'}"
 # The command, and a pattern of its one line.
 BAD_INPUT = {
     "verify --nonsense": r"--nonsense.* \(see mixtral-triton --help\)",
@@ -51,8 +51,8 @@ BAD_INPUT = {
     f"generate --prompt-file {SMALL / 'tokenizer.bin'}": "No such file",
     "generate --prompt-file 'a\nb'": "a b: No such file",
     "generate '--a\nb'": "unrecognized arguments: --a b",
-    "generate --prompt a --prompt b": "need --chat",
-    "generate --prompt a --system b": "need --chat",
+    "generate --prompt a --prompt b": "--prompt is given more than once",
+    "generate --prompt a --system b": "--system is a message of a chat: needs --chat",
     f"{PROMPT} --max-new-tokens 5000": "max_position_embeddings",
     f"{PROMPT} --max-new-tokens -1": "max_new_tokens",
     f"{PROMPT} --seed {1 << 64}": "--seed",
@@ -64,16 +64,22 @@ BAD_INPUT = {
     f"{PROMPT} --device cpu --offload 9": "needs 0 to 7",
     f"{PROMPT} --offload x": "number of experts, or auto",
     f"{TRACE} ''": "--prompt is empty",
-    f"{TRACE} x --layers 4": "--layers is 4, needs 0 to 3",
+    f"generate --batch {JOBS} --out {JOBS}": "is the file of --batch, needs another",
+    f"generate --batch {JOBS} --prompt x": "needs neither --prompt",
+    "generate --batch no/such/file": "No such file",
+    f"generate --batch {JOBS} --batch-size 0": "needs a number of prompts, or auto",
+    f"{PERPLEXITY} --window 1": "--window is 1, needs 2 to 1024, the model's positions",
+    f"{PERPLEXITY} --window 2000": "--window is 2000",
+    f"{PERPLEXITY} --window 10 --stride 10": "--stride is 10, needs 1 to 9, since each token has one before it",
+    f"{PERPLEXITY} --stride 0": "--stride is 0",
     "fit --gpu abacus": "abacus.*H100 80GB.*MI300X",
     "fit --gpu v100": "v100.*sm_80 or later",
-    f"{H100} --memory 5": "--gpu is given, and --memory",
+    "fit --gpu h100 --memory 5": "--gpu is given, and --memory",
     "fit --memory 0": "--memory is 0",
     "fit --memory inf": "--memory is inf",
     "fit --batch 0": "--batch is 0",
     "fit --context 32769": "--context is 32769.*32768",
     "fit mixtral-9x9": "mixtral-9x9: no such folder, needs one, a name on the hub, or mixtral-8x7b or",
-    f"{RTX4090} --link pcie9x16": "--link.*pcie9x16.*pcie4x16",
     "quantize small no/such/out --weights int8 --device meta": "device is 'meta', which holds no numbers",
     f"quantize small {SMALL} --weights int4": f"{SMALL} is there already and not an empty folder$",
     "bench --sizes T=3": "--sizes",

@@ -48,7 +48,7 @@ def test_interpret_runs_the_kernels_on_the_cpu(name: str) -> None:
     fake = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n"
     module = "mixtral_triton.kernels.launching.launch"
     report = f"import atexit, sys\natexit.register(lambda: print(sys.modules['{module}'].INTERPRETED))"
-    more = ("--max-new-tokens", "1") if name == "generate" else ("--layers", "0")
+    more = ("--max-new-tokens", "1") if name == "generate" else ()
     done = start(name, "--interpret", "--prompt", "A b", *more, code=fake + report)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr
     assert "--interpret: the Triton kernels run interpreted" in done.stderr

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_triton.bench.gpus import GPUS, family_note
+from mixtral_triton.bench.gpus import GPUS
 from mixtral_triton.kernels.launching import arch as arch_module
 from mixtral_triton.kernels.launching.arch import ARCHS, family, has_less_shared_memory, max_multiprocessors, tma
 from mixtral_triton.kernels.launching.launch import launch_context, override_configs, target_arch, tma_can_read
@@ -47,10 +47,9 @@ def launch_configs(arch: str, of_family: str) -> list[Any]:
 def test_known_gpu_uses_its_family_s_launch_configs_without_a_warning(arch: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        of_family, note = family(arch), family_note(arch)
+        of_family = family(arch)
         same = "sm_86" if has_less_shared_memory(arch) else of_family
         assert launch_configs(arch, same) == launch_configs(same, arch) and family(of_family) == of_family
-    assert (note == "") == (arch == of_family) and (not note or (arch in note and of_family in note))
     reads_by_tma = tma_can_read(torch.empty(4, 64, dtype=torch.bfloat16), arch)
     assert reads_by_tma == tma(arch) == (of_family in ("sm_90", "sm_100"))
 

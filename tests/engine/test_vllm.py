@@ -177,19 +177,6 @@ def test_interpreted_kernels_give_the_same_tokens(options: Any) -> None:
     assert_same(found, (want["ids"], want["logprobs"]))
 
 
-@needs_vllm
-@pytest.mark.slow
-def test_the_benchmark_times_both_experts() -> None:
-    for options in ([], ["--quantization", NAME, "--weights", "int4"]):
-        command = [sys.executable, "benchmarks/in_vllm.py", "--small", "--layers", "1", *options]
-        run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **VARIABLES}, cwd=ROOT)
-        assert run.returncode == 0, run.stdout + run.stderr
-        figures = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
-        assert figures.pop("kind") == "check" and figures.pop("layers") == 1
-        assert figures.pop("check") == f"in vLLM, experts of {'mixtral_triton int4' if options else 'vLLM bf16'}"
-        assert len(figures) == 3 and figures["prefill of 48 tokens, tokens/s"] > 0
-
-
 def load_plugin(monkeypatch: pytest.MonkeyPatch, vllm: ModuleType | None = None) -> Any:
     """Return the plugin as vLLM imports it, or a copy of it beside this module `vllm`."""
     if vllm is None:

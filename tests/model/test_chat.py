@@ -15,17 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mixtral_triton import Mixtral, MixtralConfig
 from mixtral_triton.cli.commands import SMALL
-from mixtral_triton.cli.prompt import Decoder, decode, encode, print_stream, read_text
+from mixtral_triton.cli.prompt import Decoder, decode, encode, read_text
+from mixtral_triton.cli.text_stream import Writer
 from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled
-# What the first and the present template of Mixtral-8x7B-Instruct-v0.1 render: the first has no system message.
-OLD = (
-    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
-    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
-)
+# What the present template of Mixtral-8x7B-Instruct-v0.1 renders.
 PRESENT = """{%- if messages[0].role == "system" %}{%- set system, turns = messages[0].content, messages[1:] %}
 {%- else %}{%- set turns = messages %}{%- endif %}
 
@@ -39,8 +35,6 @@ PRESENT = """{%- if messages[0].role == "system" %}{%- set system, turns = messa
     {%- endif %}
 {%- endfor %}
 """
-TURNS = [{"role": "user", "content": "What is a <window>?"}, {"role": "assistant", "content": "A view."}]
-TURNS += [{"role": "user", "content": "Überall?"}]
 ANSWER = "generate --device cpu --max-new-tokens 5"
 SYSTEM = [{"role": "system", "content": "Be short."}]
 
@@ -54,22 +48,19 @@ def set_template(folder: Path, template: Any, place: str = "config") -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def test_command_answers_each_turn_of_a_chat(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_answers_in_the_chat_template(folder: Path) -> None:
     set_template(folder, PRESENT)
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(folder), Mixtral.from_pretrained(folder, "cpu")
-    monkeypatch.setattr("sys.stdin", io.StringIO("What is a window?"))
-    (folder / "second.txt").write_text("And a door?\n")
-    found = run_json(f"{ANSWER} --chat --prompt - --prompt-file", folder / "second.txt", folder)
-    messages: list[dict[str, str]] = []
-    for text in ("What is a window?", "And a door?"):
-        messages.append({"role": "user", "content": text})
-        ids = tokenizer.apply_chat_template(messages, return_dict=False, return_tensors="pt")
-        tokens = model.generate(ids, max_new_tokens=5)[0, ids.shape[1] :]
-        messages.append({"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)})
+    (folder / "prompt.txt").write_text("And a door?\n")
+    found = run_json(f"{ANSWER} --chat --system 'Be short.' --prompt-file", folder / "prompt.txt", folder)
+    messages = [*SYSTEM, {"role": "user", "content": "And a door?"}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=False, return_tensors="pt")
+    tokens = model.generate(ids, max_new_tokens=5)[0, ids.shape[1] :]
+    messages.append({"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)})
     assert found["tokens"] == tokens.tolist() and found["messages"] == messages
     assert found["prompt"] == tokenizer.decode(ids[0]) and found["prompt_tokens"] == ids.shape[1]
     assert found["prefill_tokens_per_second"] > 0 < found["decode_tokens_per_second"] and found["peak_bytes"] > 1e7
-    _, out, error = run(f"{ANSWER} --chat --prompt x --system 'Be short.'", folder)
+    _, out, error = run(f"{ANSWER} --chat --prompt x", folder)
     assert "[INST]" not in out and error.count("tokens/s") == 2 and "peak of memory" in error
 
 
@@ -246,17 +237,20 @@ def test_no_part_of_a_stop_string_is_shown(case: str, shown: str | None, capsys:
     parts, stop, want, count = STOPPED[case]
     times: list[str] = []
 
-    def tokens() -> Any:
+    def steps() -> Any:
         for number in range(len(parts)):
             times.append(capsys.readouterr().out)
-            yield number
+            yield [{"token": number}]
 
     # A tokenizer whose tokens are the parts of a text, of which some are half a character.
     words = SimpleNamespace(decode=lambda ids, **_: b"".join(parts[id] for id in ids).decode(errors="replace"))
-    found, text, _, reason = print_stream(tokens(), words, shown, [], len(parts), stop)
-    assert reason == ("stop" if len(found) < len(parts) or case in ENDS_LAST else "length")
+    options = SimpleNamespace(stop=stop, logprobs=None)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    writer: Any = SimpleNamespace(tokenizer=words, eos=(), args=options, model=model)
+    found, _ = Writer.print_text(writer, steps(), 1, shown, [], len(parts))
+    assert found["finish_reason"] == ("stop" if count < len(parts) or case in ENDS_LAST else "length")
     times.append(capsys.readouterr().out)
-    assert found == list(range(count)) and text == want
+    assert found["tokens"] == list(range(count)) and found["text"] == want
     assert "".join(times) == ("" if shown is None else f"> {want}\n")
     for so_far in accumulate(times[:-1]):
         assert f"> {want}".startswith(so_far), "nothing is printed that is not of the text"

@@ -14,7 +14,7 @@ from safetensors.torch import save_model
 
 from mixtral_triton import Mixtral, verify
 from mixtral_triton.bench import fit
-from mixtral_triton.bench.gpus import find_gpu
+from mixtral_triton.bench.gpus import parse_gpu
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.record import record_launches
@@ -164,7 +164,7 @@ def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
 def test_auto_takes_what_fit_says(name: str, format: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the GPU has as much free memory as the table says, once its context exists."""
     monkeypatch.setattr(offload_plan, "host_memory", lambda: None)  # that of this machine may not suffice
-    gpu_of_fit, config, synchronized = find_gpu(name), fit.KNOWN["mixtral-8x7b"], list[Any]()
+    gpu_of_fit, config, synchronized = parse_gpu(name), fit.KNOWN["mixtral-8x7b"], list[Any]()
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
     free = lambda device: offload_plan.estimated_free(gpu_of_fit.bytes) if synchronized else gpu_of_fit.bytes  # noqa: E731
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free(device), gpu_of_fit.bytes))

@@ -339,4 +339,4 @@ INVALID = [
 def test_invalid_processes(options: Any, environment: Any, message: str, monkeypatch: Any) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert message in error_line("generate --prompt x", *options)
+    assert message in error_line("generate", *options, *(() if "--prompt" in options else ("--prompt", "x")))

@@ -16,10 +16,8 @@ import pytest
 import torch
 
 from mixtral_triton import Mixtral
-from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.cli import batch
 from mixtral_triton.cli.text_stream import Writer, read_step
-from mixtral_triton.model.offload_plan import MARGIN
 from mixtral_triton.model.sampling import Logprobs
 from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
@@ -207,23 +205,6 @@ def test_jobs_come_from_standard_input(chat_folder: Path, monkeypatch: pytest.Mo
     assert "--batch - reads standard input, which is closed" in error_line(BATCH, chat_folder, "--batch", "-")
 
 
-WRONG: dict[str, tuple[str, ...]] = {
-    "line 1 is not of this job": ("--batch", "{jobs}", "--out", "{other}"),
-    "is the file of --batch, needs another": ("--batch", "{jobs}", "--out", "{jobs}"),
-    "needs neither --prompt": ("--batch", "{jobs}", "--prompt", "x"),
-    "No such file": ("--batch", "no/such/file"),
-    "needs a number of prompts, or auto": ("--batch", "{jobs}", "--batch-size", "0"),
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_batch_is_one_line(message: str, chat_folder: Path) -> None:
-    (chat_folder / "other.jsonl").write_text('{"id": "b0", "text": ""}\n')
-    files = {"jobs": write_jobs(chat_folder), "other": chat_folder / "other.jsonl"}
-    command = BATCH.replace(" --batch-size 3", "") if "--batch-size" in WRONG[message] else BATCH
-    assert message in error_line(command, chat_folder, *(word.format(**files) for word in WRONG[message]))
-
-
 def test_lines_that_no_job_is_in() -> None:
     lines = [
         b"[1]",
@@ -237,17 +218,6 @@ def test_lines_that_no_job_is_in() -> None:
     lines += [b'{"messages": [{"role": "user"}]}', b'{"prompt": "\\ud800"}', b"\xff", b"[" * 100_000, b"{}"]
     for line in lines:
         assert batch._read_job(3, line).error.startswith("line 3 "), line
-
-
-def test_a_batch_is_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Mixtral.from_pretrained(SMALL, "cpu")
-    writer: Any = mock.Mock(model=model, dtype=model.dtype, new_tokens=5)
-    lengths = dict(enumerate([9, 30, 3, 500, 4, 900]))
-    assert list(batch._batches(writer, lengths, 4)) == [[2, 4, 0, 1], [3, 5]]
-    need = batch.running_bytes(model.config, 2, 35, model.prefill_chunk, model.dtype)
-    free = need["graph"] / (1 - MARGIN) + 1.1 * (sum(need.values()) - need["graph"])
-    monkeypatch.setattr(batch, "free_memory", lambda device: int(free))
-    assert list(batch._batches(writer, lengths, 4)) == [[2, 4], [0, 1], [3], [5]]
 
 
 @pytest.mark.parametrize("tokens", [5, 6])

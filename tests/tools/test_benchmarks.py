@@ -1,4 +1,4 @@
-"""The GPU day: stand-ins for its commands run, fail, resume or exceed a limit; the real ones use a simulated GPU. And
+"""The GPU day: stand-ins for its commands run, fail or exceed a limit; the real ones use a simulated GPU. And
 `pytest benchmarks/` collects its cases, and without a GPU runs them with the torch backend and says so."""
 
 import json
@@ -34,19 +34,11 @@ def is_alive(pid: int) -> bool:
     return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
-def test_a_summary_of_what_ran_and_what_a_second_run_continues(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    selected = {
-        "a": python("print('seen')"),
-        "b": python("exit(3)"),
-        "c": python(f"open({str(log)!r}, 'a').write('n')"),
-    }
-    found = day(selected, tmp_path, budget_s=60)
-    assert [each["status"] for each in found.values()] == ["done", "failed: 3", "done"]
-    assert (tmp_path / "a.out").read_text() == "seen\n" and "| b | failed: 3 |" in (tmp_path / "gpu_day.md").read_text()
-    assert json.loads((tmp_path / "gpu_day.json").read_text()) == found
-    day(selected, tmp_path, budget_s=60)
-    assert log.read_text() == "n", "what was done is not repeated"
+def test_a_summary_of_what_ran(tmp_path: Path) -> None:
+    found = day({"a": python("exit(3)"), "b": python("print('seen')")}, tmp_path, budget_s=60)
+    assert [each["status"] for each in found.values()] == ["failed: 3", "done"]
+    assert (tmp_path / "b.out").read_text() == "seen\n"
+    assert json.loads((tmp_path / "gpu_day.json").read_text())["commands"] == found
     assert day({"late": python("print(1)")}, tmp_path, budget_s=0)["late"]["status"] == "not started"
 
 
@@ -77,20 +69,15 @@ def test_commands_cover_every_operation_and_begin_with_the_tuner(arch: str) -> N
             parser().parse_args(words[3:])
         assert "pytest" not in words or (ROOT / words[-1]).is_file()
     assert found["tune"][1].count("--sizes") == 6 and found["tune"][1].count("--kernel") == 4
-    simulated = commands(arch, simulated=True, breaks="append_kernel")
-    assert all("--executes --breaks append_kernel" in text for name, (_, text) in simulated.items() if name != "host")
+    simulated = commands(arch, simulated=True)
+    assert all("tests.support.stub --arch" in text for name, (_, text) in simulated.items() if name != "host")
 
 
 @pytest.mark.slow
-def test_a_kernel_that_breaks_the_simulated_gpu_ends_only_its_commands(tmp_path: Path) -> None:
-    only = ["bench append", "bench attention", "bench decode offloaded", "host"]
-    options = ["--dry", "append_kernel", "--only", *only, "--out", tmp_path, "--budget-s", 2000]
-    assert start("benchmarks/gpu_day.py", *options).returncode == 1
-    found = json.loads((tmp_path / "gpu_day.json").read_text())
-    assert {name: each["status"] for name, each in found.items() if each["status"] != "done"} == {
-        "bench append": "failed: 1"
-    }
-    assert "illegal memory access" in (tmp_path / "bench_append.out").read_text()
+def test_commands_run_on_a_simulated_gpu(tmp_path: Path) -> None:
+    only = ["bench append", "bench decode offloaded", "host"]
+    done = start("benchmarks/gpu_day.py", "--dry", "--only", *only, "--out", tmp_path, "--budget-s", 2000)
+    assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads((tmp_path / "bench_decode_offloaded.out").read_text().splitlines()[-1])
     assert row["time_us"] and row["sizes"]["offload"] == 2 and row["host_bytes"] > 0
     assert len(json.loads((tmp_path / "host.out").read_text())["rows"]) == 3

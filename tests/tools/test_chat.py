@@ -80,10 +80,6 @@ def test_ten_turns_compute_new_tokens_alone_and_write_the_text_of_a_chat_from_sc
     assert sum(appended) == sum(turn["computed"] + len(turn["tokens"]) - 1 for turn in found)
     assert sum(appended) == found[-1]["prompt_tokens"] + len(found[-1]["tokens"]) - 1, "each token once"
     assert answers(found) == answers_from_scratch(whole_folder, TURNS, temperature=50.0)
-    prompts = [part for turn in TURNS for part in ("--prompt", turn)]
-    scratch = run_json(CHAT.replace("chat", "generate --chat"), whole_folder, *options, *prompts)
-    texts = [message["content"] for message in scratch["messages"] if message["role"] == "assistant"]
-    assert texts == [turn["text"] for turn in found] and scratch["reused"] == found[-1]["reused"]
 
 
 def test_a_turn_that_fails_inside_the_model_does_not_end_the_chat(chat_folder: Path, monkeypatch: Any) -> None:

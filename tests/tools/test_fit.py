@@ -14,7 +14,7 @@ import torch
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.bench.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
 from mixtral_triton.bench.fit import WEIGHT_FORMATS as FORMATS
-from mixtral_triton.bench.gpus import GPU, GPUS, LINKS, MIB, find_gpu
+from mixtral_triton.bench.gpus import GPU, GPUS, LINKS, MIB, parse_gpu
 from mixtral_triton.checkpoint.arguments import check_memory
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.cli.commands import SMALL, parser
@@ -162,31 +162,18 @@ def test_the_longest_text_fits_and_one_token_more_does_not(format: str, batch: i
     assert {plan(ring, specs, mib, batch, 100).longest_context for mib in (20_000, 150_000)} == {0, 32768}
 
 
-def test_tight_is_within_two_percent_and_counts_another_gpu() -> None:
+def test_what_fits_leaves_two_percent_and_another_gpu_is_counted() -> None:
     """Of the free memory. Several share weights and cache, but for the embedding."""
-    need, sizes = memory_need(SMALLER, INT4, 1, 4096)["total"], range(20_000, 40_000)
-    mib = [
-        bisect_left(sizes, times * need, key=lambda mib: estimated_free(mib * MIB)) for times in (1, 1 / (1 - MARGIN))
-    ]
-    found = [plan(SMALLER, INT4, sizes[i], 1, 4096) for i in (mib[0] - 1, mib[0], mib[1] - 1, mib[1] + 1)]
-    assert [one.verdict for one in found] == ["no", "tight", "tight", "fits"]
-    assert [one.gpus_needed for one in found] == [2, 2, 2, 1]
+    need = memory_need(SMALLER, INT4, 1, 4096)["total"]
+    least = bisect_left(range(40_000), need / (1 - MARGIN), key=lambda mib: estimated_free(mib * MIB))
+    found = [plan(SMALLER, INT4, mib, 1, 4096) for mib in (least - 1, least + 1)]
+    assert [(one.verdict, one.gpus_needed) for one in found] == [("no", 2), ("fits", 1)]
     need = memory_need(SMALLER, {}, 1, 100)
     embedding = 2 * SMALLER.vocab_size * SMALLER.hidden_size
-    shared, least = need["weights"] - embedding + need["cache"], plan(SMALLER, {}, 8000, 1, 100).gpus_needed
-    each = [need["total"] - shared + shared / n for n in (least or 0, (least or 0) - 1)]
-    assert (
-        each[0] <= (1 - MARGIN) * estimated_free(8000 * MIB) < each[1]
-        and plan(SMALLER, INT4, 800, 1, 1).gpus_needed is None
-    )
-
-
-def test_find_gpu_by_name() -> None:
-    sizes = {"h100": 81559, "H100 80GB HBM3": 81559, "rtx 5090": 32607, "NVIDIA GeForce RTX 4090": 24564}
-    sizes |= {"A100": 81920, "a100-sxm4-40gb": 40960, "6000 ada": 49140, "AMD Instinct MI300X": 196592}
-    assert {name: find_gpu(name).bytes for name in sizes} == {name: mib * 2**20 for name, mib in sizes.items()}
-    names = [name for gpu in GPUS.values() for name in gpu.names]
-    assert len(names) == len(set(names))
+    shared, count = need["weights"] - embedding + need["cache"], plan(SMALLER, {}, 8000, 1, 100).gpus_needed
+    each = [need["total"] - shared + shared / n for n in (count or 0, (count or 0) - 1)]
+    assert each[0] <= (1 - MARGIN) * estimated_free(8000 * MIB) < each[1]
+    assert plan(SMALLER, INT4, 800, 1, 1).gpus_needed is None
 
 
 def row(text: str, label: str) -> list[str]:
@@ -198,21 +185,18 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "80")
     text = output("fit --gpu h100")
     assert "FITS: int4, linear int8; fp8; int8; int4\n" in text
-    assert row(text, "bf16")[:2] == ["93.4", "GB"] and row(text, "bf16")[-4:] == ["-", "2", "15", "no"]
+    assert row(text, "bf16")[:2] == ["93.4", "GB"] and row(text, "bf16")[-4:-1] == ["15", "offload", "47"]
     for label, size in (("fp8", "48.3"), ("int8", "48.3"), ("int4", "26.5"), ("int4, linear int8", "25.0")):
         assert row(text, label)[0] == size and [*row(text, label)[-4:-2], row(text, label)[-1]] == [
             "32,768",
             "1",
             "fits",
         ]
-    assert "Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8 (" in text
+    assert text.endswith("Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8\n")
     assert output("fit --memory 1", status=1).endswith("\nNO FORMAT FITS\n")
     text = output("fit mixtral-8x7b --gpu rtx4090")
-    assert {row(text, label)[-1] for label in ("bf16", "fp8", "int8", "int4")} == {"no"}
-    assert (
-        row(text, "int4, linear int8")[-3:] == ["2", "20", "no"]
-        and "\nFITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\n" in text
-    )
+    assert row(text, "int4, linear int8")[-4:-1] == ["20", "offload", "62"]
+    assert "\nFITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\n" in text
 
 
 def test_json_is_exact() -> None:
@@ -311,10 +295,11 @@ def test_experts_in_host_memory(gpu: str, format: str) -> None:
     of_layer = -(-experts // 32)
     assert (offload["host_bytes"], offload["staging_bytes"]) == (experts * each + embedding, of_layer * each)
     # No quicker than the link at its full rate: 2 of 8 experts a token and layer, chosen uniformly. Nor than memory.
-    link_s, memory_s = experts * each / 4 / LINKS[offload["link"]], (256 - experts) * each / 4 / find_gpu(gpu).bandwidth
+    link_s = experts * each / 4 / LINKS[offload["link"]]
+    memory_s = (256 - experts) * each / 4 / parse_gpu(gpu).bandwidth
     assert max(link_s, memory_s) < 1 / one["tokens_per_second_bound"] < 1.2 * (link_s + memory_s) + 0.003
     # The fewest: one less does not fit.
-    limit, total = (1 - MARGIN) * estimated_free(find_gpu(gpu).bytes), one["bytes"]["total"]
+    limit, total = (1 - MARGIN) * estimated_free(parse_gpu(gpu).bytes), one["bytes"]["total"]
     device_bytes = total - offload["host_bytes"] + offload["staging_bytes"]
     assert device_bytes == offload["device_bytes"] <= limit
     assert total - embedding - (experts - 1) * each + -(-(experts - 1) // 32) * each > limit
@@ -323,24 +308,8 @@ def test_experts_in_host_memory(gpu: str, format: str) -> None:
 def test_offloading_is_the_command_to_run() -> None:
     text = output("fit mixtral-8x7b --gpu rtx4090 --context 4096")
     command = "mixtral-triton generate FOLDER --weights experts=int4,linear=int8 --offload auto\n"
-    assert text.endswith(
-        f"FITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\nWith experts in host memory: {command}"
-    )
-    placed = "18 of 256 experts and the embedding in host memory"
-    text = " ".join(text.split())
-    assert re.search(rf"int4, linear int8, {re.escape(placed)}: at most \d+ tokens/s ", text)
+    assert text.endswith(f"FITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\nTry first: {command}")
     arguments = parser().parse_args(command.split()[1:])
     assert (arguments.weights, arguments.offload) == (FORMATS["int4, linear int8"], "auto")
     text = output("fit --memory 24 --context 8192")
     assert text.endswith(f"{command[:-1]} --context 8192\n")
-    assert "in host memory: no bound" in " ".join(text.split())
-
-
-def test_the_link_limits_offloaded_experts() -> None:
-    def bounds(*args: str) -> dict[str, Any]:
-        found = run_json("fit --gpu rtx4090 --context 4096", *args)["formats"]
-        assert all((one["tokens_per_second_bound"] is None) == (one["offload"] is None) for one in found)
-        return {one["format"]: one["tokens_per_second_bound"] for one in found if one["offload"]}
-
-    slow, fast = (bounds("--link", link)["int4"] for link in ("pcie3x8", "pcie5x16"))
-    assert 3 * slow < fast

@@ -9,7 +9,7 @@ import torch
 
 from mixtral_triton.bench import decode_step, measure
 from mixtral_triton.bench.fit import KNOWN, step_costs
-from mixtral_triton.bench.gpus import GPUS, LINKS, data_sheet, floor
+from mixtral_triton.bench.gpus import GPUS, LINKS, find_gpu, floor
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.kernels.operation.declaration import Cost
 from mixtral_triton.kernels.registry import OPS
@@ -71,18 +71,22 @@ def test_bytes_of_a_step_are_those_of_weights_cache_and_little_else(B: int, weig
     assert sum(cost.host_bytes + cost.bytes for cost in hosted) == sum(cost.bytes for cost in costs)
 
 
-def test_data_sheet_by_the_driver_s_name() -> None:
+def test_a_gpu_is_found_by_the_driver_s_name_and_by_those_that_people_write() -> None:
     names = {"H100 80GB HBM3": "h100", "H200": "h200", "A100-SXM4-80GB": "a100", "B200": "b200", "A10": "a10"}
     names |= {"B300 SXM6 AC": "b300", "L40S": "l40s", "GeForce RTX 5090": "rtx5090"}
     names |= {"A10G": "a10g", "L4": "l4", "A30": "a30", "A40": "a40", "RTX A6000": "a6000", "H100 NVL": "h100nvl"}
     names |= {"A100-SXM4-40GB": "a100-40", "A100-PCIE-40GB": "a100-40", "GH200 480GB": "gh200"}
     names |= {"RTX 6000 Ada Generation": "rtx6000ada", "RTX PRO 6000 Blackwell Server Edition": "rtxpro6000"}
-    assert {name: data_sheet(f"NVIDIA {name}") for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
-    assert all(gpu.driver and gpu.bandwidth and gpu.matmul for gpu in GPUS.values())
+    names = {f"NVIDIA {name}": gpu for name, gpu in names.items()} | {"AMD Instinct MI300X": "mi300x"}
+    names |= {"h100": "h100", "rtx 5090": "rtx5090", "A100": "a100", "6000 ada": "rtx6000ada"}
+    assert {name: find_gpu(name) for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
+    assert all(gpu.bandwidth and gpu.matmul for gpu in GPUS.values())
+    every = [name for gpu in GPUS.values() for name in gpu.names]
+    assert len(every) == len(set(every))
     # The same chip with other memory or clocks.
     unknown = ["H100 PCIe", "A100-SXM4-64GB", "H200 NVL", "GB200", "L40", "GeForce RTX 5090 Laptop GPU", "GB300"]
-    unknown += ["RTX 6000", "RTX PRO 6000 Blackwell Max-Q Workstation Edition", "GH200 144G HBM3e"]
-    assert not [name for name in unknown if data_sheet(f"NVIDIA {name}")]
+    unknown += ["RTX 6000", "RTX PRO 6000 Blackwell Max-Q Workstation Edition", "GH200 144G HBM3e", "A100 80GB PCIe"]
+    assert not [name for name in unknown if find_gpu(f"NVIDIA {name}")]
 
 
 def test_measured_rates_replace_those_of_the_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
