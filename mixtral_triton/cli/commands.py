@@ -105,7 +105,6 @@ def parser() -> argparse.ArgumentParser:
         "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
         "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
         "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
-        "--text": {"type": parse_source, "metavar": "FILE", "help": "a text in UTF-8, or - for standard input"},
         "--prompt": {"action": "append", "default": [], "metavar": "TEXT", "help": PROMPT},
         "--prompt-file": {"dest": "prompt", "action": "append", "type": Path, "metavar": "FILE", "help": "text to run"},
         "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
@@ -123,7 +122,6 @@ def parser() -> argparse.ArgumentParser:
 
     option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + memory)
     option("--prompt", help="text to run; default: fixed pseudo-random tokens")
-    option("--text", **shared["--text"] | {"help": "measure the perplexity that quantizing costs on this text"})
     option("--tokens", type=int, metavar="N", help="of the text, default: 66, and of the longest call: 144, GPU: 8192")
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
     option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
@@ -162,7 +160,8 @@ def parser() -> argparse.ArgumentParser:
             option("--batch-size", type=count_or_auto("prompts", 1), default="auto", metavar="N|auto", help=text)
 
     option = command("perplexity", "how well the model predicts a text", model + mesh + memory + "--interpret")
-    option("--text", required=True, **shared["--text"])
+    text = "a text in UTF-8, or - for standard input"
+    option("--text", required=True, type=parse_source, metavar="FILE", help=text)
     option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
     option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
 
@@ -265,7 +264,6 @@ def _verify(args: argparse.Namespace) -> int:
     from ..verification import default_text, launch_all, verify
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
-    measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
         prompt = None
@@ -278,9 +276,6 @@ def _verify(args: argparse.Namespace) -> int:
         print_message(note)
         compile_shown(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
-        if measured is not None:
-            ids = encode(model.tokenizer, measured, model.config.vocab_size)
-            options["text"] = torch.tensor(ids, device=model.device)
         with bar("verifying", None) as progress:
             report = verify(model, text_ids, progress.update, quick=quick, **options)
         if is_first() and args.json:

@@ -30,15 +30,13 @@ from ..model.generate import GRAPH_MIN_TOKENS, can_capture
 from ..model.mixtral import Mixtral
 from ..quantize.hub import read_headers
 from .calls import SizedCalls
-from .format_cost import held_out, measure_cost, perplexity
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .loaded import check_weights
 from .models_under_test import MeshUnderTest, TransformersUnderTest, in_evaluation
 from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
-from .stored_tensors import Source
 from .tolerance import Fp64Reference, largest, to_fp64, token_floor
 
-__all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
+__all__ = ["Report", "Row", "verify"]
 
 TEXT_TOKENS = 66  # by default
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
@@ -58,7 +56,6 @@ def verify(
     quick: bool = False,
     tokens: int | None = None,
     cache_dtype: torch.dtype | None = None,
-    text: Tensor | None = None,
 ) -> Report:
     """Compare `target` with torch, or a transformers model with transformers' own modules -> Report.
 
@@ -66,11 +63,10 @@ def verify(
     or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
     One in training mode is compared in evaluation mode, and back in training mode afterwards.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
-    folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
+    folder: the checkpoint of a Mixtral, to compare its tensors with.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
-    cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
-    text: int64 [N], whose perplexity the cost of quantizing has; None: the folder's held-out text, if there is one.
+    cache_dtype torch.int8: keys and values in 8 bits, in the reference, too.
     A model with activations="fp8" quantizes them here in forwards of any number of rows, as the reference does, so that
     one reference serves all of them; the operations that `generate` calls are those of its own rule.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
@@ -100,7 +96,7 @@ def verify(
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         under_test = kind(target, **options)
         with in_evaluation(target):
-            return _verify(under_test, input_ids, progress, folder, quick, tokens, text)
+            return _verify(under_test, input_ids, progress, folder, quick, tokens)
 
 
 def _has_names(model: Any) -> bool:
@@ -126,7 +122,7 @@ def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tok
         rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
     backend = "Triton, interpreted" if INTERPRETED else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(ids.device)}" if on_gpu else backend
-    about = dtype_name(model.dtype), "transformers' own modules", None, target.not_run
+    about = dtype_name(model.dtype), "transformers' own modules", target.not_run
     return Report(tuple(rows), 0, 0, backend, *about)
 
 
@@ -147,9 +143,7 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
     return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
 
 
-def _verify(
-    target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any, text: Any
-) -> Report:
+def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
     fp32 = target.is_mixtral and _is_compared_in_fp32(target.model, quick, target.quantized)
@@ -168,10 +162,7 @@ def _verify(
 
     kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
-    rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
-    source = folder and Source(folder)
-    cache_cost = measure_cost(target, source, ids, text, "cache") if target.quantized else None
-    activation_cost = measure_cost(target, source, ids, text, "activations") if target.activations else None
+    rows = check_weights(target, folder, steps("weights", L if folder is not None else 0))
     layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         layer_rows += compare_in_fp32(target, expected, steps("layers in fp32", L))
@@ -199,8 +190,7 @@ def _verify(
     backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
     kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
     routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
-    about = backend, dtype_name(dtype), target.peer, cost
-    return Report(tuple(rows), routes.flips, routed, *about, not_run, cache_cost, activation_cost)
+    return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, not_run)
 
 
 def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:

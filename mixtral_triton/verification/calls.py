@@ -23,7 +23,7 @@ from ..kernels.weights.weight_args import Weight
 from ..model.ahead import on_meta
 from ..model.cache import KVCache, cache_shape
 from ..model.mixtral import Mixtral
-from .tolerance import Args, fp64_block
+from .tolerance import Args, ConvertedExperts, to_fp64
 
 Call = tuple[str, str, Args]  # operation, case, arguments
 
@@ -144,9 +144,19 @@ class LayerCheck:
         return {name: value(name, like) for name, like in recorded.items()}
 
     def fp64(self, x: Tensor) -> reference.Values:
-        """Compute the layer on x fp64 [nB,T,H], in fp64 with torch's routes."""
+        """Compute the layer on x fp64 [nB,T,H], in fp64 with torch's routes, one matrix, expert and sequence at a
+        time."""
         ids = self.values.ids.repeat(len(x) // len(self.values.x), 1)
-        return fp64_block(self.layer, self.config, self.tables, x, ids, self.quantized)
+        tables = {name: table.double() for name, table in self.tables.items()}
+        attend = reference.uncached_attention(self.config.sliding_window, **tables, quantized=self.quantized)
+
+        def attend_each(*qkv: Tensor) -> Tensor:
+            return torch.cat([attend(*each) for each in zip(*(part.split(1) for part in qkv), strict=True)])
+
+        def convert(weight: Any) -> Any:
+            return ConvertedExperts(weight) if len(weight.shape) == 3 else to_fp64(weight)
+
+        return reference.block(self.layer, self.config, x, attend_each, ids, convert)
 
 
 class CallRecorder(TorchDispatchMode):

@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..kernels.registry import OPS
-from .format_cost import QuantizationCost
 from .tolerance import share_of_limit
 
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
@@ -108,10 +107,7 @@ class Report:
     backend: str
     dtype: str
     peer: str = TORCH
-    quantization: QuantizationCost | None = None  # while loading; the rows compare with the dequantized weights
     not_run: tuple[str, ...] = ()  # what this report says nothing about
-    cache: QuantizationCost | None = None  # of keys and values in 8 bits; the rows have such a cache, too
-    activations: QuantizationCost | None = None  # of those of products in 8 bits, which the rows have, too
 
     @property
     def compared(self) -> bool:
@@ -160,7 +156,6 @@ class Report:
             table.add_row(op, case, f"{worst.error:.1e}", f"{worst.limit:.1e}", layer, count)
         yield table
         yield Text(f"routes that differ end to end: {self.flips} of {self.routed}")
-        yield from (Text(str(cost)) for cost in (self.quantization, self.cache, self.activations) if cost is not None)
         for row in self.wrong:
             error = row.note or f"error {row.error:.2e}, limit {row.limit:.2e}"
             yield Text(f"{row.where}: {error}", style="red")

@@ -22,6 +22,7 @@ import transformers
 from mixtral_triton import SMALL, Mixtral, ops
 from mixtral_triton.quantize import QuantizedWeight, quantize
 from tests.cli.commands import ROOT
+from tests.support.models import HELD_OUT
 
 pytestmark = pytest.mark.compiled
 NAME, NEW = "mixtral_triton", 8
@@ -29,7 +30,6 @@ needs_vllm = pytest.mark.usefixtures("vllm")
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-HELD_OUT = json.loads((SMALL / "heldout.json").read_text())["ids"]
 # More sequences than run at a time, the longest beyond the window, most in several chunks.
 PROMPTS = [HELD_OUT[100 * n : 100 * n + length] for n, length in enumerate((1, 3, 8, 31, 32, 33, 70, 100))]
 Tokens = tuple[list[list[int]], list[list[float]]]  # new ids and their log probabilities

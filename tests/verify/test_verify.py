@@ -17,7 +17,6 @@ from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from mixtral_triton.model.layer import Layer
 from mixtral_triton.quantize import quantize_into, select_specs
-from mixtral_triton.verification import perplexity
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.report import BITS, Report, Row
 from mixtral_triton.verification.tolerance import Tolerance
@@ -257,17 +256,10 @@ def fp8_model(activations: str | None = "fp8", dtype: torch.dtype = torch.bfloat
 @once
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_of_8_bits_are_compared_with_such_a_reference(dtype: torch.dtype) -> None:
-    report = verify(fp8_model(dtype=dtype), IDS, quick=True, text=IDS[0])
+    report = verify(fp8_model(dtype=dtype), IDS, quick=True)
     assert not report.wrong, str(report)
-    cost = report.activations
-    assert cost is not None and cost.formats == {"activations": "fp8"} and cost.cosine < 1
-    without = perplexity(fp8_model(None, dtype), IDS[0])
-    assert cost.stored_perplexity == pytest.approx(without, rel=1e-4 if dtype == torch.float32 else 1e-2)
-    assert abs(cost.perplexity / without - 1) > 2e-4 and report.as_dict()["activations"]["cosine"] == cost.cosine
-    assert "Quantized: activations fp8. Cost against activations that are not" in " ".join(str(report).split())
     assert any("layers of activations in 16 bits" in line for line in report.not_run)
     plain = verify(fp8_model(None, dtype), IDS, quick=True)
-    assert plain.activations is None and plain.as_dict()["activations"] is None
     assert not any("activations" in line for line in plain.not_run)
 
 
