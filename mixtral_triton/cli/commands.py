@@ -261,7 +261,7 @@ def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     import torch
 
-    from ..verification import default_text, launch_all, verify
+    from ..verification import default_text, launch_calls, verify
 
     text = None if args.prompt is None else read_prompts([args.prompt])[0]
     with open_mesh(args) as mesh:
@@ -274,7 +274,7 @@ def _verify(args: argparse.Namespace) -> int:
         text_ids = default_text(prompt, model.config, model.device, args.tokens)[:, : args.tokens]
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         print_message(note)
-        compile_shown(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
+        compile_shown(launch_calls, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
         with bar("verifying", None) as progress:
             report = verify(model, text_ids, progress.update, quick=quick, **options)

@@ -9,10 +9,9 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count, product
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 from .. import reference
 from ..checkpoint.arguments import check_ids, check_vocabulary
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
-from ..kernels.launching.launch import INTERPRETED, launch_context, multiprocessors, target_arch
+from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
 from ..kernels.operation.checks import dtype_name
 from ..kernels.registry import OPS
-from ..model.ahead import launch_text, on_meta
+from ..model.ahead import on_meta
 from ..model.cache import KVCache
 from ..model.generate import GRAPH_MIN_TOKENS, can_capture
 from ..model.mixtral import Mixtral
@@ -199,16 +198,16 @@ def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
     return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
 
 
-def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int | None, cache_dtype: Any) -> None:
-    """Launch on the meta device what `verify` launches on the model's GPU for a text [B,T], with the same options."""
-    (B, T), ids = shape, torch.empty(shape, dtype=torch.int64, device="meta")
+def launch_calls(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int | None, cache_dtype: Any) -> None:
+    """Launch on the meta device the operations that `verify` calls on the model's GPU for a text [B,T], with the same
+    options. Most of its kernels are among them, and few are those of its forwards alone."""
     gpu = target_arch(model.device), multiprocessors(model.device)
     # The first layer, and of those behind it one with experts in host memory and one without.
     kinds = {(i > 0, bool(getattr(layer.down_proj, "on_host", ()))): i for i, layer in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
     copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
     targets = [target := (ModelUnderTest if model.ranks is None else MeshUnderTest)(copied, cache_dtype)]
-    x = target.embed_tokens.new_empty((B, T, model.config.hidden_size))
+    x = target.embed_tokens.new_empty((*shape, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
     for under_test in targets:
@@ -217,50 +216,16 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
         for index in range(len(under_test.layers)):
             for call in calls(under_test.check(under_test.layers[index], x, under_test.config), index):
                 under_test.measure(index, *call)
-        config = under_test.shard.config(under_test.probe_config(T))
-        forwards = list(under_test.forward_calls(config, B, T))
-        keeps_routes: Any = SimpleNamespace(replace_routes=lambda *routes: routes)
-        with under_test.forward(config, keeps_routes) as forward:
-            for _, chunk, _, cache, kwargs in forwards:
-                lengths = {name: value.to("meta") for name, value in kwargs.items()}
-                _launch(forward, ids.new_empty(chunk.shape), cache, **lengths)
-    with target.forward(copied.config, keeps_routes) as forward:
-        _launch(forward, ids, target.make_cache(copied.config, B, T), lengths=ids[:, 0].int())
-    generating, prompts = _with_prompts(copied, ids)
-    captures = model.device.type == "cuda" and model.find_change() is None
-    for no_pdl in (False, True)[: 1 + captures]:  # the eager step's launches do not depend on each other
-        with launch_context(no_pdl=no_pdl):
-            new = _new_tokens(model, prompts, captures)
-            launch_text(generating, len(prompts[0]), new, batch=len(prompts), **target.generate_options)
-    repeated = KVCache(copied.config, BATCH, REPEATED_TOKENS + 1, "meta", copied.dtype)
-    for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1):
-        _launch(copied, ids.new_empty((BATCH, new)), repeated)
-
-
-def _launch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    with suppress(Exception):  # `verify` reports it
-        forward(*args, **kwargs)
-
-
-def _with_prompts(model: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
-    """Return a copy of the model with another chunk, and prompts from ids [B,T], one longer, one shorter."""
-    model, T = copy.copy(model), ids.shape[1]
-    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 8)]]
-    model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)
-    return model, prompts
-
-
-def _new_tokens(model: Any, prompts: list[Tensor], captures: bool) -> int:
-    """Return how many tokens follow the prompts: where the step is captured, enough for that."""
-    most = NEW_TOKENS + GRAPH_MIN_TOKENS * captures
-    return min(most, model.config.max_position_embeddings - len(prompts[0]))
 
 
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
     """Rows for greedy tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a
     right token may be below the greatest is set by the errors of `baseline` [B,T,V] and of `exact` fp64 [2B,T,V]."""
-    model, prompts = _with_prompts(target.model, ids)
-    new = _new_tokens(model, prompts, captures := can_capture(model))
+    model, T = copy.copy(target.model), ids.shape[1]
+    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 8)]]
+    model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)  # the longer prompt takes two chunks
+    most = NEW_TOKENS + GRAPH_MIN_TOKENS * (captures := can_capture(model))
+    new = min(most, model.config.max_position_embeddings - len(prompts[0]))
     logits, perturbed = exact.chunk(2)
     limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
     if target.coarse:
