@@ -121,8 +121,8 @@ def parser() -> argparse.ArgumentParser:
         return sub.add_argument
 
     option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + memory)
-    option("--prompt", help="text to run; default: fixed pseudo-random tokens")
-    option("--tokens", type=int, metavar="N", help="of the text, default: 66, and of the longest call: 144, GPU: 8192")
+    text = "of the fixed pseudo-random text, default: 66, and of the longest call: 144, GPU: 8192"
+    option("--tokens", type=int, metavar="N", help=text)
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
     option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
 
@@ -259,25 +259,16 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
 
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
-    import torch
+    from ..verification import launch_calls, verify
 
-    from ..verification import default_text, launch_calls, verify
-
-    text = None if args.prompt is None else read_prompts([args.prompt])[0]
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
-        prompt = None
-        if text is not None:
-            ids = encode(model.tokenizer, text, model.config.vocab_size)
-            prompt = torch.tensor([ids], device=model.device)
-            check_range("--tokens", args.tokens or 0, 0, prompt.shape[1], "the tokens of --prompt")
-        text_ids = default_text(prompt, model.config, model.device, args.tokens)[:, : args.tokens]
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         print_message(note)
-        compile_shown(launch_calls, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
+        compile_shown(launch_calls, model, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
         with bar("verifying", None) as progress:
-            report = verify(model, text_ids, progress.update, quick=quick, **options)
+            report = verify(model, None, progress.update, quick=quick, **options)
         if is_first() and args.json:
             print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
         elif is_first():

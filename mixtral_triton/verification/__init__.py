@@ -198,16 +198,17 @@ def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
     return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
 
 
-def launch_calls(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int | None, cache_dtype: Any) -> None:
-    """Launch on the meta device the operations that `verify` calls on the model's GPU for a text [B,T], with the same
-    options. Most of its kernels are among them, and few are those of its forwards alone."""
+def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: Any) -> None:
+    """Launch on the meta device the operations that `verify` calls on the model's GPU with the same options, and the
+    text that it has by default. Most of its kernels are among them, and few are those of its forwards alone."""
     gpu = target_arch(model.device), multiprocessors(model.device)
     # The first layer, and of those behind it one with experts in host memory and one without.
     kinds = {(i > 0, bool(getattr(layer.down_proj, "on_host", ()))): i for i, layer in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
     copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
     targets = [target := (ModelUnderTest if model.ranks is None else MeshUnderTest)(copied, cache_dtype)]
-    x = target.embed_tokens.new_empty((*shape, model.config.hidden_size))
+    text = default_text(None, model.config, model.device, tokens)
+    x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
     for under_test in targets:
