@@ -105,17 +105,11 @@ def _faults_of_weights(model: Any) -> Iterator[str]:
     """What is wrong with the parameters, which need a dtype of the operations, each whole on one device."""
     config, quantizer = getattr(model.config, "quantization_config", None), getattr(model, "hf_quantizer", None)
     if getattr(model, "is_quantized", False) or quantizer is not None or config is not None:
-        loader, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
-        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-        if method == "bitsandbytes":  # a member of an enumeration of strings is equal to its string, too
-            loader, reads = f'{loader}(folder, weights="int4")', " on the folder in bf16"
         plain = "load it without quantization_config (bf16, fp16 or fp32)"
-        yield f"model is quantized; {plain}, or the folder with {loader}{reads}"
+        yield f"model is quantized; {plain}, or the folder with mixtral_triton.Mixtral.from_pretrained"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         yield "model has a tensor-parallel plan; load it without tp_plan, or with a device_map"
     for name, parameter in model.named_parameters():
-        if type(parameter.data).__name__ == "DTensor":
-            yield f"parameter {name} is sharded (a DTensor); load it whole, or with a device_map"
         if type(parameter) not in call.PLAIN_TYPES or parameter.dtype not in FLOATS:
             got = f"{parameter.dtype} in a {type(parameter).__name__}"
             yield f"parameter {name} is {got}, needs a plain fp32, bf16 or fp16 parameter"

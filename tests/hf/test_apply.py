@@ -186,7 +186,6 @@ def quantized_by(config: Any) -> Callable[[Any], None]:
     return lambda m: setattr(m.config, "quantization_config", config)
 
 
-WITH_WEIGHTS = r'from_pretrained\(folder, weights="int4"\) on the folder in bf16'
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}  # until transformers dequantizes such a model
 FAST_NORM = type("FastNorm", (modeling.MixtralRMSNorm,), {})
 PARAMS_4BIT = type("Params4bit", (nn.Parameter,), {})  # as in bitsandbytes
@@ -204,8 +203,10 @@ REJECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "4 bits": (changed(set_weight(lambda x: PARAMS_4BIT(torch.zeros(512, 1)))), "torch.float32 in a Params4bit"),
     "quantizer": (changed(lambda m: setattr(m, "hf_quantizer", object())), "quantization_config.*from_pretrained"),
     "config": (changed(quantized_by(FP8)), "quantization_config.*from_pretrained"),
-    "bitsandbytes": (changed(quantized_by({"quant_method": "bitsandbytes"})), WITH_WEIGHTS),
-    "its config": (changed(quantized_by(transformers.BitsAndBytesConfig(load_in_8bit=True))), WITH_WEIGHTS),
+    "bitsandbytes": (
+        changed(quantized_by(transformers.BitsAndBytesConfig(load_in_8bit=True))),
+        "quantization_config.*from_pretrained",
+    ),
     "fp64": (changed(lambda m: m.double()), "torch.float64"),
     "tensor parallel": (changed(lambda m: setattr(m, "_tp_size", 2)), "tensor-parallel plan; load it without tp_plan"),
     "expert parallel": (changed(lambda m: setattr(experts(m), "_is_expert_parallel", True)), "is split over ranks"),
