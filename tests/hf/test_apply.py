@@ -118,7 +118,7 @@ def test_each_part_alone(part: str, make_hf: Any, calls: set[str]) -> None:
 
 
 def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding on either side, packed sequences, windows and every kind of cache call none of transformers' masks."""
+    """Padding on either side, windows and every kind of cache call none of transformers' masks."""
     from mixtral_triton.hf import attention
 
     def refuse(**kwargs: Any) -> None:
@@ -127,15 +127,13 @@ def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.M
     monkeypatch.setattr(attention, "sdpa_mask", refuse)
     for name in ("eager", "sdpa"):
         monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, name, refuse)
-    packed = torch.cat((torch.arange(5), torch.arange(9))).expand(2, 14)
     for window in (6, None):
         model = apply(make_hf(sliding_window=window))
         for mask in (None, LEFT, LEFT.flip(1), torch.ones_like(IDS)):
             model(IDS, attention_mask=mask)
         for cache in ("dynamic", "static"):
             model.generate(IDS, attention_mask=LEFT, max_new_tokens=8, cache_implementation=cache, do_sample=False)
-        model(IDS, position_ids=packed, use_cache=False)
-        model(IDS, use_cache=False)
+        model(IDS, position_ids=torch.arange(14)[None], use_cache=False)
 
 
 def test_saved_files_are_the_same(make_hf: Any, tmp_path: Path, parity: Any) -> None:
