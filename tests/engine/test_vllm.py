@@ -190,10 +190,10 @@ def test_the_benchmark_times_both_experts() -> None:
         assert len(figures) == 3 and figures["prefill of 48 tokens, tokens/s"] > 0
 
 
-def load_plugin(monkeypatch: pytest.MonkeyPatch, vllm: ModuleType | None = None) -> Any:
-    """Return the plugin as vLLM imports it, or a copy of it beside this module `vllm`."""
-    if vllm is None:
-        return importlib.import_module("mixtral_triton.vllm")
+def load_plugin(monkeypatch: pytest.MonkeyPatch, version: str = "0") -> Any:
+    """Return a copy of the plugin beside a module `vllm` of this version, which as 0.20 has none of the classes."""
+    vllm: Any = ModuleType("vllm")
+    vllm.__version__ = version
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     spec = importlib.util.spec_from_file_location("mixtral_triton.other_vllm", ROOT / "mixtral_triton/vllm.py")
     assert spec is not None and spec.loader is not None
@@ -204,9 +204,7 @@ def load_plugin(monkeypatch: pytest.MonkeyPatch, vllm: ModuleType | None = None)
 
 @pytest.mark.parametrize("version", ("0.20.2", "0.30.0", "0.34.0rc1.dev2+g1234567", "1.31.0"))
 def test_other_versions_of_vllm_are_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    vllm = ModuleType("vllm")  # as 0.20, it has none of the classes
-    vllm.__version__ = version  # type: ignore[attr-defined]
-    plugin = load_plugin(monkeypatch, vllm)
+    plugin = load_plugin(monkeypatch, version)
     with pytest.warns(UserWarning, match=rf"needs vLLM 0\.31, 0\.32, 0\.33, got {re.escape(version)}: not registered"):
         plugin.register()
 
@@ -214,10 +212,21 @@ def test_other_versions_of_vllm_are_refused_by_name(version: str, monkeypatch: p
 def test_the_plugin_is_an_entry_point_for_the_versions_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert f'[project.entry-points."vllm.general_plugins"]\n{NAME} = "mixtral_triton.vllm:register"' in text
-    vllm = ModuleType("vllm")
-    vllm.__version__ = "0"  # type: ignore[attr-defined]
-    versions = load_plugin(monkeypatch, vllm).VERSIONS
+    versions = load_plugin(monkeypatch).VERSIONS
     assert f'"vllm>={versions[0]},<0.{int(versions[-1].split(".")[1]) + 1}"' in text
+
+
+@pytest.mark.parametrize(
+    "options", [{"deterministic": 1}, {"route": "yes"}, {"weights": "int3"}, {"other": True}, ["int4"], "int4"], ids=str
+)
+def test_options_of_another_type_are_refused(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 equals True, and is none: it would switch nothing on."""
+    plugin, config = load_plugin(monkeypatch), SimpleNamespace(additional_config={NAME: options})
+    monkeypatch.setattr(plugin, "get_current_vllm_config", lambda: config, raising=False)
+    with pytest.raises(ValueError, match=r"vLLM's additional_config.* is .*, needs a dict of weights: None"):
+        plugin.read_options()
+    config.additional_config[NAME] = {"deterministic": True, "weights": "int4"}
+    assert plugin.read_options() == {"weights": "int4", "route": False, "deterministic": True}
 
 
 @contextmanager
