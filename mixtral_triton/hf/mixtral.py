@@ -4,9 +4,7 @@ The modules of the instance become instances of subclasses, which know the class
 its config do not use this package, as the config stays.
 """
 
-import warnings
 from collections.abc import Iterator
-from functools import cache
 from itertools import chain
 from types import MethodType
 from typing import Any, TypeVar
@@ -15,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.config import check_value
-from ..kernels.launching.launch import INTERPRETED
 from ..kernels.operation import call
 from ..kernels.operation.checks import FLOATS
 from .experts import check_experts
@@ -33,7 +30,7 @@ def apply(
     experts. The last of several calls decides. Parameters, their names, hooks, the config and every other instance
     stay. transformers' `set_attn_implementation` and `set_experts_implementation` select other implementations, and
     these by the name "mixtral_triton". `output_attentions` computes the weights in torch, for that call alone.
-    On a CPU the operations run in plain torch, after one warning, or interpreted (TRITON_INTERPRET=1).
+    On a CPU the operations run in plain torch, or interpreted (TRITON_INTERPRET=1).
     Where gradients are recorded, attention, norms, router and rotary embedding are transformers' own, and the experts,
     which have to be frozen, this package's with a backward pass. A block of another class, a quantized or sharded
     weight, hooks on `act_fn` and continuous batching are ValueErrors.
@@ -48,8 +45,6 @@ def apply(
     for fault in chain(_faults_of_weights(model), _faults_of_modules(model, blocks, attention)):
         raise ValueError(f"apply: {fault}")
     revert(model)
-    if blocks and not INTERPRETED and model.device.type == "cpu":
-        _warn_of_cpu()
     parts = Parts(attention or None, experts or None, rope)
     changing: tuple[Any, ...] = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()
     for module in model.modules():
@@ -58,12 +53,6 @@ def apply(
             _set_class(module, applied_class(kind))
             module.__dict__[PARTS_ATTRIBUTE] = parts
     return model
-
-
-@cache
-def _warn_of_cpu() -> None:
-    text = "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the kernels: far slower"
-    warnings.warn(f"apply: {text}", stacklevel=3)
 
 
 def revert(model: Model) -> Model:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mixtral_triton import apply, hf, revert
-from mixtral_triton.hf import mixtral
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.mixtral import modeling_mixtral as modeling  # noqa: E402
@@ -58,22 +56,6 @@ def test_apply_changes_one_instance_and_revert_restores_it(make_hf: Any) -> None
     assert isinstance(model.model.norm, modeling.MixtralRMSNorm)
     assert revert(model) is model and snapshot(model) == before
     assert (snapshot(other), snapshot_library()) == unchanged
-
-
-def test_on_a_cpu_apply_warns_that_torch_does_the_work(make_hf: Any) -> None:
-    """Once a process, wherever the calls are."""
-    model = make_hf()
-    mixtral._warn_of_cpu.cache_clear()
-    with pytest.warns(
-        UserWarning, match="apply: on the CPU plain torch runs the operations; TRITON_INTERPRET=1"
-    ) as found:
-        apply(model)
-    assert found[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        apply(model)
-        mixtral._warn_of_cpu.cache_clear()
-        apply(model, attention=False, experts=False, rms_norm=False, rope=False)
 
 
 def test_the_last_apply_decides(make_hf: Any, calls: set[str]) -> None:
