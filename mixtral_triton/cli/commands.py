@@ -104,7 +104,6 @@ def parser() -> argparse.ArgumentParser:
         "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
         "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
         "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
-        "--text": {"type": parse_source, "metavar": "FILE", "help": "a text in UTF-8, or - for standard input"},
         "--prompt": {"action": "append", "default": [], "metavar": "TEXT", "help": PROMPT},
         "--prompt-file": {"dest": "prompt", "action": "append", "type": Path, "metavar": "FILE", "help": "text to run"},
         "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
@@ -121,9 +120,8 @@ def parser() -> argparse.ArgumentParser:
         return sub.add_argument
 
     option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + memory)
-    option("--prompt", help="text to run; default: fixed pseudo-random tokens")
-    option("--text", **shared["--text"] | {"help": "measure the perplexity that quantizing costs on this text"})
-    option("--tokens", type=int, metavar="N", help="of the text, default: 66, and of the longest call: 144, GPU: 8192")
+    text = "of the fixed pseudo-random text, default: 66, and of the longest call: 144, GPU: 8192"
+    option("--tokens", type=int, metavar="N", help=text)
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
     option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
 
@@ -159,7 +157,8 @@ def parser() -> argparse.ArgumentParser:
             option("--batch-size", type=count_or_auto("prompts", 1), default="auto", metavar="N|auto", help=text)
 
     option = command("perplexity", "how well the model predicts a text", model + mesh + memory + "--interpret")
-    option("--text", required=True, **shared["--text"])
+    text = "a text in UTF-8, or - for standard input"
+    option("--text", required=True, type=parse_source, metavar="FILE", help=text)
     option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
     option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
 
@@ -254,29 +253,16 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
 
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
-    import torch
+    from ..verification import launch_calls, verify
 
-    from ..verification import default_text, launch_all, verify
-
-    text = None if args.prompt is None else read_prompt([args.prompt])
-    measured = None if args.text is None else read_text(args.text, f"--text {args.text}")
     with open_mesh(args) as mesh:
         model = _load(args, mesh)
-        prompt = None
-        if text is not None:
-            ids = encode(model.tokenizer, text, model.config.vocab_size)
-            prompt = torch.tensor([ids], device=model.device)
-            check_range("--tokens", args.tokens or 0, 0, prompt.shape[1], "the tokens of --prompt")
-        text_ids = default_text(prompt, model.config, model.device, args.tokens)[:, : args.tokens]
         quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
         print_message(note)
-        compile_shown(launch_all, model, text_ids.shape, quick, args.tokens, args.cache_dtype)
+        compile_shown(launch_calls, model, quick, args.tokens, args.cache_dtype)
         options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
-        if measured is not None:
-            ids = encode(model.tokenizer, measured, model.config.vocab_size)
-            options["text"] = torch.tensor(ids, device=model.device)
         with bar("verifying", None) as progress:
-            report = verify(model, text_ids, progress.update, quick=quick, **options)
+            report = verify(model, None, progress.update, quick=quick, **options)
         if is_first() and args.json:
             print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
         elif is_first():

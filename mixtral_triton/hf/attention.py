@@ -3,16 +3,13 @@
 A mask of this file is int32 [B, 1 or 2, C, S]: 2 where keys have left the window, which the layer knows. C = 0: causal,
 every key valid, the last query at the last key. C = 2: the first valid key, and the key after the last query. C = 3:
 between the two the key after the text, where padding follows it. Its values are equal along S, and take no memory.
-int64 [1, 1 or 2, 1, N + 1], on the host: the bounds of N packed sequences among all tokens. Otherwise transformers'
-dense bool [B, 1, T, S]: padding with holes, other patterns, and what a tracer cannot read. transformers' models use a
-mask of four dimensions as it is.
+Otherwise transformers' dense bool [B, 1, T, S]: padding with holes, packed sequences, other patterns, and what a tracer
+cannot read. transformers' models use a mask of four dimensions as it is.
 
 B batch, T query tokens, Hq query heads, Hkv key/value heads, D head size, S keys
 """
 
 import inspect
-from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +36,6 @@ INDICES = "indices", "block_indices"  # where no dense mask has these
 ADDED |= dict.fromkeys(INDICES, "keys that an index chooses")
 # The functions that transformers' causal masks are made of.
 CAUSAL = {"causal_mask_function", "sliding_window_overlay", "and_masks"}
-CAUSAL |= {"packed_sequence_mask_function", "remap_positions_for_packed_sequence"}
 # The keyword of a forward's cache, which transformers 5.24 renamed.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
@@ -82,12 +78,12 @@ def attention(
     if `output_attentions`.
 
     attention_mask: of `interval_mask`, or the user's 4-D mask; None: causal from the first key on, as in torch.
-    Packed sequences run one after the other. A dense mask goes to torch's attention. The weights are those of
-    transformers' eager attention, and the result does not depend on them. ValueError by `check_attention`.
+    A dense mask goes to torch's attention. The weights are those of transformers' eager attention, and the result does
+    not depend on them. ValueError by `check_attention`.
     """
-    attend, mask, weights, (B, H, T, D) = fused(ops.attention, query, key, value), attention_mask, None, query.shape
+    attend, mask, weights, (_, H, T, D) = fused(ops.attention, query, key, value), attention_mask, None, query.shape
     interval = is_interval(mask)
-    dense = mask is not None and not interval and not is_bounds(mask)
+    dense = mask is not None and not interval
     check_attention(module, query, value, dense, 0.0 if attend is None else dropout, kwargs)
     window = sliding_window if mask is None or dense else mask_window(module, mask, key, sliding_window)
     if output_attentions:
@@ -118,11 +114,6 @@ def attention(
             behind = torch.arange(1 - T, 1, device=q.device) + rows[:, 2:] > rows[:, 1:2]
             return torch.where(behind[..., None, None], padding, text)[..., :columns], weights
         mask = visible(mask, query, key, window)
-    if sequences := packed_sequences(mask, B * T):
-        flat = [x.flatten(0, 1)[None] for x in (q, k, v)]
-        parts = ([x[:, begin:end] for x in flat] for begin, end in sequences)
-        outs = [attend(*qkv, window=window, scale=scaling) for qkv in parts]
-        return torch.cat(outs, dim=1).view(B, T, H, D)[..., :columns], weights
     mask = check_dense(mask, query, key)
     out = sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0]
     return out[..., :columns], weights
@@ -131,7 +122,7 @@ def attention(
 def mask_window(module: Any, mask: Any, key: Tensor, sliding_window: int | None) -> int | None:
     """Return the window of a layer whose mask is one of this file: the mask says whether there is one, and the layer,
     or its config, how long it is. ValueError for keys of another length than an interval's mask."""
-    if mask.dtype == torch.int32 and mask.shape[-1] != key.shape[2]:
+    if mask.shape[-1] != key.shape[2]:
         got, need = f"{key.shape[2]} keys", f"{mask.shape[-1]}, as its mask says"
         raise ValueError(
             f"mixtral_triton: {type(module).__name__} has {got}, needs {need}; or another attn_implementation"
@@ -187,14 +178,12 @@ def causal_mask(config: Any, tokens: Tensor, mask: Any, position_ids: Any, cache
 
 def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -> Tensor:
     """What `AttentionMaskInterface` calls, once a forward. Queries are at q_offset + t, keys at kv_offset + j. The host
-    reads `attention_mask` bool [B, N] and packed positions, as for transformers' own masks: one synchronization per
-    forward, and none without them."""
+    reads `attention_mask` bool [B, N], as for transformers' own masks: one synchronization a forward, none without."""
     q_offset, kv_offset, device = call.get("q_offset", 0), call.get("kv_offset", 0), call["device"]
     attention_mask, local_size = call.get("attention_mask"), call.get("local_size")
-    # transformers forbids the skip for packed sequences, which it looks for where there is neither padding mask nor
-    # cache, for patterns that are not causal alone, and for static caches, which are causal all the same.
+    # transformers forbids the skip for patterns that are not causal alone, as of packed sequences, and for static
+    # caches, which are causal all the same.
     other = not call.get("allow_is_causal_skip", True) and q_length != 1
-    packed = other and attention_mask is None and kv_length == q_length
     chunked = local_size is not None and local_size == getattr(call.get("config"), "attention_chunk_size", None)
     indexed = getattr(call.get("config"), "index_topk", None)  # which the model writes into a dense mask
     plain = not (call.get("use_vmap") or chunked or indexed or "allow_is_bidirectional_skip" in call)
@@ -202,10 +191,6 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     layers = 1 if local_size is None else 2
     first: Tensor | None = None
     last: Tensor | None = None
-    if packed and plain:
-        plain, bounds = sequence_bounds(call["mask_function"], batch_size, q_length, device)
-        if bounds is not None:
-            return bounds[None, None, None].expand(1, layers, 1, -1)
     if attention_mask is not None:
         static = isinstance(q_offset, Tensor)
         need, past = (q_length, "") if static else (q_offset + q_length, f" ({q_offset} past, {q_length} new)")
@@ -239,20 +224,6 @@ def is_causal_pattern(function: Any) -> bool:
     return own and all(is_causal_pattern(part) for part in parts if callable(part))
 
 
-def sequence_bounds(
-    mask_function: Callable[..., Tensor], batch_size: int, q_length: int, device: torch.device | str
-) -> tuple[bool, Tensor | None]:
-    """Whether the host can read where packed sequences begin, and their bounds; None: each row is one sequence."""
-    b, t = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)
-    # A token begins a sequence if it does not see the token before it. With a window of one, each is a sequence.
-    begins = ~mask_function(b, 0, t, (t - 1).clamp(min=0)).expand(batch_size, q_length)
-    if is_tracing(begins) or begins.is_meta:
-        return False, None
-    bounds = (begins | (t == 0)).flatten().nonzero().flatten().cpu()
-    end = bounds.new_tensor([batch_size * q_length])
-    return True, None if len(bounds) == batch_size else torch.cat((bounds, end))
-
-
 def first_key(valid: Tensor) -> tuple[bool, Tensor | None]:
     """bool [B, N] -> whether each row is one run of True, and where it starts, int64 [B]; None: all are True."""
     if valid.all():
@@ -266,23 +237,10 @@ def is_interval(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dtype == torch.int32
 
 
-def is_bounds(mask: Any) -> bool:
-    """Whether `interval_mask` made it of packed sequences."""
-    return isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.shape[:1] == mask.shape[2:3] == (1,)
-
-
-def packed_sequences(mask: Any, tokens: int) -> list[tuple[int, int]] | None:
-    """Return (begin, end) of each packed sequence among all `tokens`; None for another mask."""
-    if not is_bounds(mask):
-        return None
-    bounds = mask[0, 0, 0].tolist()
-    return list(pairwise(bounds)) if bounds[0] == 0 and bounds[-1] == tokens else None
-
-
 def visible(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """bool [B or 1,1,T,S]: which keys each query sees by a mask of this file; the user's 4-D mask by `check_dense`. No
     mask at all is causal from the first key on, as it is in torch's attention."""
-    (B, _, T, _), S = query.shape, key.shape[2]
+    T, S = query.shape[2], key.shape[2]
     j, i = torch.arange(S, device=query.device), torch.arange(T, device=query.device)[:, None]
     if is_interval(mask) and mask.shape[2]:
         starts, *text_ends, ends = mask[:, :1, :, :1].split(1, 2)
@@ -292,9 +250,4 @@ def visible(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor
     if mask is None or is_interval(mask):
         i = i + (S - T if mask is not None or T == 1 else 0)
         return ((j <= i) & (j > i - (window or S)))[None, None]
-    bounds = packed_sequences(mask, B * T)
-    if bounds is None:
-        return check_dense(mask, query, key)
-    sizes = torch.tensor([end - begin for begin, end in bounds], device=query.device)
-    row = torch.repeat_interleave(sizes).view(B, 1, T)
-    return (row[..., None] == row[..., None, :]) & (j <= i) & (j > i - (window or S))
+    return check_dense(mask, query, key)

@@ -4,9 +4,7 @@ The modules of the instance become instances of subclasses, which know the class
 its config do not use this package, as the config stays.
 """
 
-import warnings
 from collections.abc import Iterator
-from functools import cache
 from itertools import chain
 from types import MethodType
 from typing import Any, TypeVar
@@ -15,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.config import check_value
-from ..kernels.launching.launch import INTERPRETED
 from ..kernels.operation import call
 from ..kernels.operation.checks import FLOATS
 from .experts import check_experts
@@ -33,7 +30,7 @@ def apply(
     experts. The last of several calls decides. Parameters, their names, hooks, the config and every other instance
     stay. transformers' `set_attn_implementation` and `set_experts_implementation` select other implementations, and
     these by the name "mixtral_triton". `output_attentions` computes the weights in torch, for that call alone.
-    On a CPU the operations run in plain torch, after one warning, or interpreted (TRITON_INTERPRET=1).
+    On a CPU the operations run in plain torch, or interpreted (TRITON_INTERPRET=1).
     Where gradients are recorded, attention, norms, router and rotary embedding are transformers' own, and the experts,
     which have to be frozen, this package's with a backward pass. A block of another class, a quantized or sharded
     weight, hooks on `act_fn` and continuous batching are ValueErrors.
@@ -48,8 +45,6 @@ def apply(
     for fault in chain(_faults_of_weights(model), _faults_of_modules(model, blocks, attention)):
         raise ValueError(f"apply: {fault}")
     revert(model)
-    if blocks and not INTERPRETED and model.device.type == "cpu":
-        _warn_of_cpu()
     parts = Parts(attention or None, experts or None, rope)
     changing: tuple[Any, ...] = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()
     for module in model.modules():
@@ -58,12 +53,6 @@ def apply(
             _set_class(module, applied_class(kind))
             module.__dict__[PARTS_ATTRIBUTE] = parts
     return model
-
-
-@cache
-def _warn_of_cpu() -> None:
-    text = "on the CPU plain torch runs the operations; TRITON_INTERPRET=1 interprets the kernels: far slower"
-    warnings.warn(f"apply: {text}", stacklevel=3)
 
 
 def revert(model: Model) -> Model:
@@ -105,17 +94,11 @@ def _faults_of_weights(model: Any) -> Iterator[str]:
     """What is wrong with the parameters, which need a dtype of the operations, each whole on one device."""
     config, quantizer = getattr(model.config, "quantization_config", None), getattr(model, "hf_quantizer", None)
     if getattr(model, "is_quantized", False) or quantizer is not None or config is not None:
-        loader, reads = "mixtral_triton.Mixtral.from_pretrained", ", which reads the quantized weights exactly"
-        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-        if method == "bitsandbytes":  # a member of an enumeration of strings is equal to its string, too
-            loader, reads = f'{loader}(folder, weights="int4")', " on the folder in bf16"
         plain = "load it without quantization_config (bf16, fp16 or fp32)"
-        yield f"model is quantized; {plain}, or the folder with {loader}{reads}"
+        yield f"model is quantized; {plain}, or the folder with mixtral_triton.Mixtral.from_pretrained"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         yield "model has a tensor-parallel plan; load it without tp_plan, or with a device_map"
     for name, parameter in model.named_parameters():
-        if type(parameter.data).__name__ == "DTensor":
-            yield f"parameter {name} is sharded (a DTensor); load it whole, or with a device_map"
         if type(parameter) not in call.PLAIN_TYPES or parameter.dtype not in FLOATS:
             got = f"{parameter.dtype} in a {type(parameter).__name__}"
             yield f"parameter {name} is {got}, needs a plain fp32, bf16 or fp16 parameter"

@@ -48,7 +48,7 @@ def load(
     anew = (each.name for each in plan.linears if each.target.parameter in plan.requantized)
     if requantized := frozenset(f"{name}.weight" for name in anew):
         text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantization!r})"
-        warnings.warn(f"{folder}: {text}; `verify` tells what that costs", stacklevel=3)
+        warnings.warn(f"{folder}: {text}; `mixtral-triton perplexity` measures what that costs", stacklevel=3)
     dtype = dtype or checkpoint.stored_dtype(headers)
     target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None and target_device.type not in (need := ranks.device_type, "meta"):

@@ -9,10 +9,9 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count, product
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,23 +21,22 @@ from torch import Tensor, nn
 from .. import reference
 from ..checkpoint.arguments import check_ids, check_vocabulary
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
-from ..kernels.launching.launch import INTERPRETED, launch_context, multiprocessors, target_arch
+from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
 from ..kernels.operation.checks import dtype_name
-from ..model.ahead import launch_text, on_meta
+from ..kernels.registry import OPS
+from ..model.ahead import on_meta
 from ..model.cache import KVCache
 from ..model.generate import GRAPH_MIN_TOKENS, can_capture
 from ..model.mixtral import Mixtral
 from ..quantize.hub import read_headers
 from .calls import SizedCalls
-from .format_cost import held_out, measure_cost, perplexity
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .loaded import check_weights
 from .models_under_test import MeshUnderTest, TransformersUnderTest, in_evaluation
-from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
-from .stored_tensors import Source
+from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, worst_rows
 from .tolerance import Fp64Reference, largest, to_fp64, token_floor
 
-__all__ = ["Report", "Row", "held_out", "perplexity", "verify"]
+__all__ = ["Report", "Row", "verify"]
 
 TEXT_TOKENS = 66  # by default
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
@@ -58,7 +56,6 @@ def verify(
     quick: bool = False,
     tokens: int | None = None,
     cache_dtype: torch.dtype | None = None,
-    text: Tensor | None = None,
 ) -> Report:
     """Compare `target` with torch, or a transformers model with transformers' own modules -> Report.
 
@@ -66,11 +63,10 @@ def verify(
     or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
     One in training mode is compared in evaluation mode, and back in training mode afterwards.
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
-    folder: the checkpoint of a Mixtral, to compare its tensors with, and to report the cost of quantizing them.
+    folder: the checkpoint of a Mixtral, to compare its tensors with.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
-    cache_dtype torch.int8: keys and values in 8 bits, in the reference, too; the report has their cost apart.
-    text: int64 [N], whose perplexity the cost of quantizing has; None: the folder's held-out text, if there is one.
+    cache_dtype torch.int8: keys and values in 8 bits, in the reference, too.
     A model with activations="fp8" quantizes them here in forwards of any number of rows, as the reference does, so that
     one reference serves all of them; the operations that `generate` calls are those of its own rule.
     On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
@@ -100,7 +96,7 @@ def verify(
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         under_test = kind(target, **options)
         with in_evaluation(target):
-            return _verify(under_test, input_ids, progress, folder, quick, tokens, text)
+            return _verify(under_test, input_ids, progress, folder, quick, tokens)
 
 
 def _has_names(model: Any) -> bool:
@@ -126,7 +122,7 @@ def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tok
         rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
     backend = "Triton, interpreted" if INTERPRETED else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(ids.device)}" if on_gpu else backend
-    about = dtype_name(model.dtype), "transformers' own modules", None, target.not_run
+    about = dtype_name(model.dtype), "transformers' own modules", target.not_run
     return Report(tuple(rows), 0, 0, backend, *about)
 
 
@@ -147,9 +143,7 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
     return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
 
 
-def _verify(
-    target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any, text: Any
-) -> Report:
+def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
     fp32 = target.is_mixtral and _is_compared_in_fp32(target.model, quick, target.quantized)
@@ -168,10 +162,7 @@ def _verify(
 
     kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
-    rows, cost = check_weights(target, folder, ids, steps("weights", L if folder is not None else 0), text)
-    source = folder and Source(folder)
-    cache_cost = measure_cost(target, source, ids, text, "cache") if target.quantized else None
-    activation_cost = measure_cost(target, source, ids, text, "activations") if target.activations else None
+    rows = check_weights(target, folder, steps("weights", L if folder is not None else 0))
     layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
         layer_rows += compare_in_fp32(target, expected, steps("layers in fp32", L))
@@ -197,26 +188,27 @@ def _verify(
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
-    kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
-    routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
-    about = backend, dtype_name(dtype), target.peer, cost
-    return Report(tuple(rows), routes.flips, routed, *about, not_run, cache_cost, activation_cost)
+    needs = "needs a case in LayerCheck.calls (verification/calls.py)"
+    uncalled = (f"{op}; {needs}" for op in OPS if op not in {row.op for row in rows})
+    about = backend, dtype_name(dtype), target.peer, (*sized.not_run, *uncalled)
+    return Report(tuple(rows), routes.flips, config.num_hidden_layers * ids.numel(), *about)
 
 
 def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
     return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
 
 
-def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int | None, cache_dtype: Any) -> None:
-    """Launch on the meta device what `verify` launches on the model's GPU for a text [B,T], with the same options."""
-    (B, T), ids = shape, torch.empty(shape, dtype=torch.int64, device="meta")
+def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: Any) -> None:
+    """Launch on the meta device the operations that `verify` calls on the model's GPU with the same options, and the
+    text that it has by default. Most of its kernels are among them, and few are those of its forwards alone."""
     gpu = target_arch(model.device), multiprocessors(model.device)
     # The first layer, and of those behind it one with experts in host memory and one without.
     kinds = {(i > 0, bool(getattr(layer.down_proj, "on_host", ()))): i for i, layer in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
     copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
     targets = [target := (ModelUnderTest if model.ranks is None else MeshUnderTest)(copied, cache_dtype)]
-    x = target.embed_tokens.new_empty((B, T, model.config.hidden_size))
+    text = default_text(None, model.config, model.device, tokens)
+    x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
     for under_test in targets:
@@ -225,50 +217,16 @@ def launch_all(model: Mixtral, shape: tuple[int, int], quick: bool, tokens: int 
         for index in range(len(under_test.layers)):
             for call in calls(under_test.check(under_test.layers[index], x, under_test.config), index):
                 under_test.measure(index, *call)
-        config = under_test.shard.config(under_test.probe_config(T))
-        forwards = list(under_test.forward_calls(config, B, T))
-        keeps_routes: Any = SimpleNamespace(replace_routes=lambda *routes: routes)
-        with under_test.forward(config, keeps_routes) as forward:
-            for _, chunk, _, cache, kwargs in forwards:
-                lengths = {name: value.to("meta") for name, value in kwargs.items()}
-                _launch(forward, ids.new_empty(chunk.shape), cache, **lengths)
-    with target.forward(copied.config, keeps_routes) as forward:
-        _launch(forward, ids, target.make_cache(copied.config, B, T), lengths=ids[:, 0].int())
-    generating, prompts = _with_prompts(copied, ids)
-    captures = model.device.type == "cuda" and model.find_change() is None
-    for no_pdl in (False, True)[: 1 + captures]:  # the eager step's launches do not depend on each other
-        with launch_context(no_pdl=no_pdl):
-            new = _new_tokens(model, prompts, captures)
-            launch_text(generating, len(prompts[0]), new, batch=len(prompts), **target.generate_options)
-    repeated = KVCache(copied.config, BATCH, REPEATED_TOKENS + 1, "meta", copied.dtype)
-    for new in (min(REPEATED_TOKENS, model.config.max_position_embeddings), 1):
-        _launch(copied, ids.new_empty((BATCH, new)), repeated)
-
-
-def _launch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    with suppress(Exception):  # `verify` reports it
-        forward(*args, **kwargs)
-
-
-def _with_prompts(model: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
-    """Return a copy of the model with another chunk, and prompts from ids [B,T], one longer, one shorter."""
-    model, T = copy.copy(model), ids.shape[1]
-    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 8)]]
-    model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)
-    return model, prompts
-
-
-def _new_tokens(model: Any, prompts: list[Tensor], captures: bool) -> int:
-    """Return how many tokens follow the prompts: where the step is captured, enough for that."""
-    most = NEW_TOKENS + GRAPH_MIN_TOKENS * captures
-    return min(most, model.config.max_position_embeddings - len(prompts[0]))
 
 
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
     """Rows for greedy tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a
     right token may be below the greatest is set by the errors of `baseline` [B,T,V] and of `exact` fp64 [2B,T,V]."""
-    model, prompts = _with_prompts(target.model, ids)
-    new = _new_tokens(model, prompts, captures := can_capture(model))
+    model, T = copy.copy(target.model), ids.shape[1]
+    prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 8)]]
+    model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)  # the longer prompt takes two chunks
+    most = NEW_TOKENS + GRAPH_MIN_TOKENS * (captures := can_capture(model))
+    new = min(most, model.config.max_position_embeddings - len(prompts[0]))
     logits, perturbed = exact.chunk(2)
     limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
     if target.coarse:

@@ -23,7 +23,7 @@ from ..kernels.weights.weight_args import Weight
 from ..model.ahead import on_meta
 from ..model.cache import KVCache, cache_shape
 from ..model.mixtral import Mixtral
-from .tolerance import Args, fp64_block
+from .tolerance import Args, ConvertedExperts, to_fp64
 
 Call = tuple[str, str, Args]  # operation, case, arguments
 
@@ -144,9 +144,19 @@ class LayerCheck:
         return {name: value(name, like) for name, like in recorded.items()}
 
     def fp64(self, x: Tensor) -> reference.Values:
-        """Compute the layer on x fp64 [nB,T,H], in fp64 with torch's routes."""
+        """Compute the layer on x fp64 [nB,T,H], in fp64 with torch's routes, one matrix, expert and sequence at a
+        time."""
         ids = self.values.ids.repeat(len(x) // len(self.values.x), 1)
-        return fp64_block(self.layer, self.config, self.tables, x, ids, self.quantized)
+        tables = {name: table.double() for name, table in self.tables.items()}
+        attend = reference.uncached_attention(self.config.sliding_window, **tables, quantized=self.quantized)
+
+        def attend_each(*qkv: Tensor) -> Tensor:
+            return torch.cat([attend(*each) for each in zip(*(part.split(1) for part in qkv), strict=True)])
+
+        def convert(weight: Any) -> Any:
+            return ConvertedExperts(weight) if len(weight.shape) == 3 else to_fp64(weight)
+
+        return reference.block(self.layer, self.config, x, attend_each, ids, convert)
 
 
 class CallRecorder(TorchDispatchMode):
@@ -261,17 +271,10 @@ class SizedCalls:
                 calls.append((size, op, args, N := _rows(args), launches := configurations(args, records)))
                 for launch in launches:
                     needed[launch].add(N)
-        beyond = defaultdict[tuple[int, int], set[str]](set)  # kernels, by the rows that run and that a chunk reaches
         for launch, rows in needed.items():
-            most, reached = (max((n for n in rows if n <= m), default=0) for m in (self.limit, PREFILL_CHUNK))
-            most = min(most, reached)
-            if 0 < most < reached:
-                beyond[most, reached].add(launch[0][0])
+            most = max((n for n in rows if n <= min(self.limit, PREFILL_CHUNK)), default=0)
             tiled = any(name in ("BLOCK_T", "BLOCK_M") for name, _ in launch[0][3])
             needed[launch] = rows & {min(rows), most, *((EDGE, 2 * EDGE) if tiled else ())}
-        for (most, reached), names in beyond.items():
-            line = f"{most + 1} to {reached} rows of {', '.join(sorted(names))}; needs a GPU or --tokens {reached}"
-            self.not_run[line] = None
         for size, op, args, N, launches in calls:
             new = {launch for launch in launches if N in needed[launch] - self.rows[launch]}
             # More than the most that are needed were run for another launch.

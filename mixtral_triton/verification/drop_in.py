@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, MixtralForCausalLM, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .. import hf
 from ..hf.attention import CACHE
 from .layers import Step
-from .models_under_test import TransformersUnderTest, eager_model
+from .models_under_test import TransformersUnderTest
 from .report import Row
 from .tolerance import largest
 
@@ -31,7 +31,7 @@ def compare_calls(target: TransformersUnderTest, ids: Tensor, steps: Callable[[s
 
     Both are fp32 copies of the target, which stays as it is, with few layers, experts and rows: a call hands each layer
     the same masks, errors are far below the limit, and eps shows. A window is half as long as the text."""
-    pair = [eager_model(*_small_copy(target), ids.device) for _ in range(2)]
+    pair = [_small_copy(target).to(ids.device) for _ in range(2)]
     hf.apply(pair[1])
     t, b, T = torch.arange(TOKENS, device=ids.device), torch.arange(2, device=ids.device)[:, None], TOKENS
     text, masks = ids.flatten()[(b * T + t) % ids.numel()], dict[str, Any].fromkeys(("no mask", "packed"))
@@ -53,8 +53,8 @@ def compare_calls(target: TransformersUnderTest, ids: Tensor, steps: Callable[[s
     return rows
 
 
-def _small_copy(target: TransformersUnderTest) -> tuple[Any, dict[str, Tensor]]:
-    """The config and the tensors in fp32 of the target's first layers, with a part of their experts."""
+def _small_copy(target: TransformersUnderTest) -> Any:
+    """An eager model in fp32 of the target's first layers, with a part of their experts."""
     config, tensors = copy.deepcopy(target.backbone.config), dict[str, Tensor]()
     config.update(dict.fromkeys(("eos_token_id", "pad_token_id")) | {"tie_word_embeddings": False})
     config.num_hidden_layers, config.vocab_size = min(LAYERS, len(target.layers)), len(target.embed_tokens)
@@ -77,7 +77,11 @@ def _small_copy(target: TransformersUnderTest) -> tuple[Any, dict[str, Tensor]]:
         tensors[f"{place}mlp.experts.gate_up_proj"] = halves.flatten(1, 2)
         tensors[f"{place}mlp.experts.down_proj"] = experts.down_proj[:E, :, :I]
     fp32 = {name: x.detach().float().contiguous() for name, x in tensors.items()}
-    return config, {name if "experts" in name else f"{name}.weight": x for name, x in fp32.items()}
+    settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay
+        model = MixtralForCausalLM._from_config(config, dtype=torch.float32, **settings).eval()
+    model.load_state_dict({name if "experts" in name else f"{name}.weight": x for name, x in fp32.items()})
+    return model
 
 
 def _run_both(pair: list[Any], call: Callable[[Any], dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -161,11 +161,10 @@ class ModelUnderTest:
         model._modules, model.config = {**model._modules, "layers": nn.ModuleList(layers)}, config
         yield model
 
-    def head(self, x: Tensor, convert: Callable[[Any], Any] = lambda weight: weight, lm_head: Any = None) -> Tensor:
+    def head(self, x: Tensor, convert: Callable[[Any], Any] = lambda weight: weight) -> Tensor:
         """The final norm and the head in torch on x [...,H]; `convert` is applied to the weights."""
         h = reference.rms_norm(x, convert(self.norm), self.config.rms_norm_eps)
-        lm_head = self.lm_head if lm_head is None else lm_head
-        return h if lm_head is None else reference.linear(h, convert(lm_head))
+        return h if self.lm_head is None else reference.linear(h, convert(self.lm_head))
 
 
 def single_layer_model(model: Any, layer: Any, x: Tensor) -> Any:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..quantize import QuantizedWeight, QuantSpec
-from .format_cost import LayerByLayer, QuantizationCost, quantized_formats
 from .layers import ModelUnderTest, Step
 from .report import ROUNDED, Row, worst_rows
 from .stored_tensors import LAYER, Source, config_row
@@ -19,31 +18,20 @@ EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
 ROUNDING = {"int4": (7.0, 1.01 * 2**-8), "int8": (127.0, 1e-6), "fp8": (448.0, 1e-6)}
 
 
-def check_weights(
-    target: ModelUnderTest, folder: Any, ids: Tensor, step: Step, text: Tensor | None = None
-) -> tuple[list[Row], QuantizationCost | None]:
-    """The rows of all weights, without a folder whether they are finite, and on ids [B,T] and `text` [N] (None: that of
-    the folder) the cost of quantization, None where files have it, too. Every rank reads one layer at a time."""
+def check_weights(target: ModelUnderTest, folder: Any, step: Step) -> list[Row]:
+    """The rows of all weights, without a folder whether they are finite. Every rank reads one layer at a time."""
     layers = [None, *range(len(target.layers))]
     if folder is None:
-        return [_finite_row(target, index) for index in layers], None
-    source, cost, formats = Source(folder), None, quantized_formats(target.model)
+        return [_finite_row(target, index) for index in layers]
+    source = Source(folder)
     if extra := source.layers.keys() - layers:
         raise ValueError(f"verify: {source.folder} is another model's: it has a layer {extra.pop()}")
     rows = [config_row(source, target)]
-    if formats and (source.quantization is None or target.model.requantized):
-        cost = LayerByLayer(target, source, ids, text)
     for index in layers:
-        stored: Any = None if cost is None else cost.empty(index, _weights(target, index))
-        rows += [_finite_row(target, index), *_compare_layer(source, target, index, stored)]
-        if cost is not None and index is None:
-            cost.stored_head = stored.lm_head if isinstance(target.lm_head, QuantizedWeight) else None
-        elif cost is not None:
-            cost.compare((target.layers[index], False), (stored.layers[index], False))
-        stored = None  # before the next layer is allocated
+        rows += [_finite_row(target, index), *_compare_layer(source, target, index)]
         if index is not None:
             step()
-    return rows, None if cost is None else cost.result(formats)
+    return rows
 
 
 def _weights(target: ModelUnderTest, index: int | None) -> dict[str, Any]:
@@ -73,21 +61,18 @@ def _dense(weight: Any) -> Tensor:
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight  # type: ignore[no-any-return]
 
 
-def _compare_layer(source: Source, target: ModelUnderTest, index: int | None, stored: Any) -> list[Row]:
-    """The rows of one layer, or of None, against the files, whose tensors are put into `stored`, too. A part that no
-    tensor or more than one fills is an infinite difference. ValueError for another model's folder."""
+def _compare_layer(source: Source, target: ModelUnderTest, index: int | None) -> list[Row]:
+    """The rows of one layer, or of None, against the files. A part that no tensor or more than one fills is an infinite
+    difference. ValueError for another model's folder."""
     missing, rows = sum(weight.shape.numel() for weight in _weights(target, index).values()), list[Row]()
     for name, files in source.layers[index].items():
         weight, tied = locate_weight(target, name), name == "lm_head.weight" and target.lm_head is target.embed_tokens
-        copy = None if stored is None or tied else locate_weight(stored, name)
         missing -= 0 if tied else weight.shape.numel()  # a tied head may be stored, too
         for expert in _experts(weight):
             loaded, from_file = weight[expert], source.read(files, weight.device, expert)
             shape = list(from_file.shape) if expert is ... else files[name].get_slice(name).get_shape()
             if list(weight.shape) != shape:
                 raise ValueError(f"verify: {source.folder} is another model's: {name} has shape {shape} there")
-            if copy is not None:
-                copy[expert] = from_file
             if isinstance(loaded, QuantizedWeight) and (len(files) == 1 or name in target.model.requantized):
                 result = "quantized", _rounding_error(loaded, from_file), ROUNDING[loaded.format][1]
             else:

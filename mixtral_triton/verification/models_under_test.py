@@ -139,22 +139,6 @@ class TransformersUnderTest(ModelUnderTest):
             yield forward
 
 
-def eager_model(config: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
-    """transformers' model of a config with these tensors, in fp32, with none of the kernels that it may select."""
-    from transformers import MixtralForCausalLM
-    from transformers.utils import logging
-
-    settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    settings |= {"config": config, "state_dict": tensors, "dtype": torch.float32}
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # one for each model
-    try:
-        return MixtralForCausalLM.from_pretrained(None, **settings).eval().to(device)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 class MeshUnderTest(ModelUnderTest):
     """A `Mixtral` on a mesh. Every rank gathers one layer at a time for torch, and runs operations on its own shard."""
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..kernels.operation.declaration import Op
 from ..kernels.registry import OPS
 from ..kernels.weights.fp8 import W8A8
@@ -155,22 +154,6 @@ def _error(got: Tensor, exact: Tensor) -> float:
         return 0.0 if torch.equal(got, exact) else math.inf
     error = largest(got.double() - exact.double()) / max(largest(exact.double()), 1e-30)
     return math.inf if math.isnan(error) else error
-
-
-def fp64_block(
-    layer: Any, config: Any, tables: Args, x: Tensor, ids: Tensor | None = None, quantized: bool = False
-) -> reference.Values:
-    """`reference.block` on x [B,T,H] in fp64, one matrix, expert and sequence at a time. quantized: an 8-bit cache."""
-    tables = {name: to_fp64(tables[name]) for name in ("cos", "sin")}
-    attend = reference.uncached_attention(config.sliding_window, **tables, quantized=quantized)
-
-    def attend_each(*qkv: Tensor) -> Tensor:
-        return torch.cat([attend(*each) for each in zip(*(x.split(1) for x in qkv), strict=True)])
-
-    def convert(weight: Any) -> Any:
-        return ConvertedExperts(weight) if len(weight.shape) == 3 else to_fp64(weight)
-
-    return reference.block(layer, config, x, attend_each, ids, convert)
 
 
 def with_perturbed_input(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import transformers
 from mixtral_triton import SMALL, Mixtral, ops
 from mixtral_triton.quantize import QuantizedWeight, quantize
 from tests.cli.commands import ROOT
+from tests.support.models import HELD_OUT
 
 pytestmark = pytest.mark.compiled
 NAME, NEW = "mixtral_triton", 8
@@ -29,7 +30,6 @@ needs_vllm = pytest.mark.usefixtures("vllm")
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-HELD_OUT = json.loads((SMALL / "heldout.json").read_text())["ids"]
 # More sequences than run at a time, the longest beyond the window, most in several chunks.
 PROMPTS = [HELD_OUT[100 * n : 100 * n + length] for n, length in enumerate((1, 3, 8, 31, 32, 33, 70, 100))]
 Tokens = tuple[list[list[int]], list[list[float]]]  # new ids and their log probabilities
@@ -177,10 +177,10 @@ def test_interpreted_kernels_give_the_same_tokens(options: Any) -> None:
     assert_same(found, (want["ids"], want["logprobs"]))
 
 
-def load_plugin(monkeypatch: pytest.MonkeyPatch, vllm: ModuleType | None = None) -> Any:
-    """Return the plugin as vLLM imports it, or a copy of it beside this module `vllm`."""
-    if vllm is None:
-        return importlib.import_module("mixtral_triton.vllm")
+def load_plugin(monkeypatch: pytest.MonkeyPatch, version: str = "0") -> Any:
+    """Return a copy of the plugin beside a module `vllm` of this version, which as 0.20 has none of the classes."""
+    vllm: Any = ModuleType("vllm")
+    vllm.__version__ = version
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     spec = importlib.util.spec_from_file_location("mixtral_triton.other_vllm", ROOT / "mixtral_triton/vllm.py")
     assert spec is not None and spec.loader is not None
@@ -191,9 +191,7 @@ def load_plugin(monkeypatch: pytest.MonkeyPatch, vllm: ModuleType | None = None)
 
 @pytest.mark.parametrize("version", ("0.20.2", "0.30.0", "0.34.0rc1.dev2+g1234567", "1.31.0"))
 def test_other_versions_of_vllm_are_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    vllm = ModuleType("vllm")  # as 0.20, it has none of the classes
-    vllm.__version__ = version  # type: ignore[attr-defined]
-    plugin = load_plugin(monkeypatch, vllm)
+    plugin = load_plugin(monkeypatch, version)
     with pytest.warns(UserWarning, match=rf"needs vLLM 0\.31, 0\.32, 0\.33, got {re.escape(version)}: not registered"):
         plugin.register()
 
@@ -201,10 +199,21 @@ def test_other_versions_of_vllm_are_refused_by_name(version: str, monkeypatch: p
 def test_the_plugin_is_an_entry_point_for_the_versions_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert f'[project.entry-points."vllm.general_plugins"]\n{NAME} = "mixtral_triton.vllm:register"' in text
-    vllm = ModuleType("vllm")
-    vllm.__version__ = "0"  # type: ignore[attr-defined]
-    versions = load_plugin(monkeypatch, vllm).VERSIONS
+    versions = load_plugin(monkeypatch).VERSIONS
     assert f'"vllm>={versions[0]},<0.{int(versions[-1].split(".")[1]) + 1}"' in text
+
+
+@pytest.mark.parametrize(
+    "options", [{"deterministic": 1}, {"route": "yes"}, {"weights": "int3"}, {"other": True}, ["int4"], "int4"], ids=str
+)
+def test_options_of_another_type_are_refused(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 equals True, and is none: it would switch nothing on."""
+    plugin, config = load_plugin(monkeypatch), SimpleNamespace(additional_config={NAME: options})
+    monkeypatch.setattr(plugin, "get_current_vllm_config", lambda: config, raising=False)
+    with pytest.raises(ValueError, match=r"vLLM's additional_config.* is .*, needs a dict of weights: None"):
+        plugin.read_options()
+    config.additional_config[NAME] = {"deterministic": True, "weights": "int4"}
+    assert plugin.read_options() == {"weights": "int4", "route": False, "deterministic": True}
 
 
 @contextmanager

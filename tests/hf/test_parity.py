@@ -24,6 +24,7 @@ T, NEW = (9, 3) if INTERPRETED else (14, 8)
 IDS = torch.randint(1, 48, (2, T), generator=torch.Generator().manual_seed(0))
 LEFT = torch.ones_like(IDS)
 LEFT[1, : T // 2] = 0
+RIGHT = (torch.arange(T) < T - 4)[None].long()  # of one text; every token sees one of its keys
 HOLES = LEFT.clone()
 HOLES[0, 4:6] = 0
 COUNTED = (LEFT.cumsum(-1) - 1).clamp(min=0)
@@ -151,6 +152,7 @@ def rope(kind: str) -> dict[str, Any]:
 
 NO_WINDOW = {"sliding_window": None}
 CHUNKS = [T - 6, 1, 3, 1, 1]
+LOOKUP = {"prompt_lookup_num_tokens": 2}
 # The feature -> changes of the model's sizes, and what to compare.
 TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "forward: sliding window": ({}, logits),
@@ -185,6 +187,10 @@ TABLE: dict[str, tuple[dict[str, Any], Callable[[Any], Results]]] = {
     "cache: static sliding window, left padding": ({}, in_chunks(static, LEFT)),
     "cache: cut back": (NO_WINDOW, cropped),
     "generate: left padding": ({}, partial(generated, mask=LEFT)),
+    "generate: right padding": (NO_WINDOW, partial(generated, ids=IDS[1:], mask=RIGHT)),
+    "generate: right padding, window": ({}, partial(generated, ids=IDS[1:], mask=RIGHT)),
+    "generate: right padding, lookup": (NO_WINDOW, partial(generated, ids=IDS[1:], mask=RIGHT, **LOOKUP)),
+    "generate: right padding, window, lookup": ({}, partial(generated, ids=IDS[1:], mask=RIGHT, **LOOKUP)),
     "generate: without a cache": ({}, partial(generated, mask=LEFT, use_cache=False)),
     "generate: beams": ({}, partial(generated, mask=LEFT, num_beams=3)),
     "generate: static cache": (NO_WINDOW, partial(generated, mask=LEFT, cache_implementation="static")),
@@ -255,16 +261,6 @@ def test_padding_on_the_right_sees_the_text_alone(cache: Any, window: Any, mask:
         found.append(each()(ROWS, attention_mask=mask, past_key_values=held).logits)
     want, got = found
     assert (got - want)[defined].abs().max() <= 1e-4 * want.abs().max() and not bool(mask[defined].all())
-
-
-@pytest.mark.parametrize("lookup", [{}, {"prompt_lookup_num_tokens": 2}])
-@pytest.mark.parametrize(("window", "row"), [(None, 1), (6, 2)])
-@pytest.mark.compiled
-def test_generate_of_a_right_padded_prompt(window: int | None, row: int, lookup: dict[str, int], make_hf: Any) -> None:
-    model, ids = make_hf(sliding_window=window), ROWS[row, None]
-    kwargs = {"attention_mask": TO_THE_RIGHT[row, None], "max_new_tokens": 8, "do_sample": False} | lookup
-    want = model.generate(ids, **kwargs)
-    assert torch.equal(apply(model).generate(ids, **kwargs), want)
 
 
 REPLACED: dict[str, Callable[[Any], None]] = {

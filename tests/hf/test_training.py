@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
 
-from mixtral_triton import ExpertsConfig, apply, hf, register
+from mixtral_triton import apply, hf, register
 from mixtral_triton.hf import training
 from mixtral_triton.hf.experts import NAME, PROJECTIONS
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import quantize
 from mixtral_triton.verification.families import eager_experts
-from tests.support.families import NAMED, build, experts_of, marked_families
+from tests.support.families import NAMED, build, experts_of, marked_families, with_int4_experts
 
 register()
 once = pytest.mark.skipif(INTERPRETED, reason="about gradients of whole models: run once")
@@ -53,25 +52,14 @@ def largest_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     return max(float((got[name] - x).abs().max() / x.abs().max()) for name, x in want.items())
 
 
-def pair_of(family: str, folder: Path) -> tuple[Any, Any]:
-    """A model with int4 experts by name, and an eager one with their dequantized values."""
-    model = build(family)
-    model.save_pretrained(folder)
-    settings: Any = {"quantization_config": ExpertsConfig("int4"), "attn_implementation": NAME}
-    quantized = AutoModelForCausalLM.from_pretrained(folder, **settings)
-    for ours, theirs in zip(experts_of(model).values(), experts_of(quantized).values(), strict=True):
-        for key in PROJECTIONS:
-            getattr(ours, key).data = getattr(theirs, key).dequantize()
-    return quantized, model
-
-
 @once
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", [*NAMED[1:], "mixtral"])
 def test_lora_gradients_are_those_of_the_dequantized_eager_model(family: str, tmp_path: Path, covers: Any) -> None:
     if family not in marked_families():
         pytest.skip("this transformers keeps its experts in another way")
-    quantized, dense = pair_of(family, tmp_path)
+    dense = build(family)
+    quantized = with_int4_experts(dense, tmp_path)
     want = gradients(with_lora(dense))
     error = largest_error(gradients(with_lora(quantized)), want)
     assert error <= 1e-5

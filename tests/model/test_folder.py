@@ -20,10 +20,9 @@ from mixtral_triton.checkpoint import arguments
 from mixtral_triton.checkpoint.config import SIZES, checkpoint_folder
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.quantize.write import write
-from mixtral_triton.verification import held_out, perplexity
 from tests.cli.commands import error_line, output
 from tests.quantize.test_quantize_write import sharded
-from tests.support.models import random_model
+from tests.support.models import HELD_OUT, perplexity, random_model
 
 pytestmark = pytest.mark.compiled
 NAME, COMMIT = "someone/Mixtral-small", "0123456789" * 4
@@ -115,13 +114,13 @@ def test_the_small_model_is_balanced_and_has_learnt_english(model: Mixtral) -> N
     assert shares.shape == (4, 8) and shares.min() >= 0.03
     torch.testing.assert_close(shares.sum(1), torch.ones(4), rtol=0, atol=1e-2)
     tokenizer = Tokenizer.from_file(TOKENIZER)
-    config, text = model.config, held_out(SMALL, model.config)
-    assert text is not None and len(text) > 4000
+    config, text = model.config, torch.tensor(HELD_OUT)
+    assert len(text) > 4000
     ends = (text == config.eos_token_id).nonzero().flatten()  # of whole documents, each from <s> to </s>
     assert text[0] == config.bos_token_id and ends[-1] == len(text) - 1
     assert (text[ends[:-1] + 1] == config.bos_token_id).all() and len(ends) == (text == config.bos_token_id).sum()
     assert "breaking out of the normal flow of control" in " ".join(tokenizer.decode(text.tolist()).split())
-    loss = math.log(perplexity(model, text))
+    loss = math.log(perplexity(model))
     assert loss < 0.6 * math.log(config.vocab_size)
     assert abs(loss - LOG["held_out_loss"]) < 0.4  # a part of what the log is about, read in longer windows
     prompt = torch.tensor([[config.bos_token_id, *tokenizer.encode("The function", add_special_tokens=False).ids]])

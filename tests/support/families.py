@@ -9,7 +9,8 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mixtral_triton.hf.experts import is_experts
+from mixtral_triton import ExpertsConfig
+from mixtral_triton.hf.experts import NAME, PROJECTIONS, is_experts
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -101,6 +102,21 @@ def build(family: str, **changes: Any) -> Any:
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_experts(module)}
+
+
+def with_int4_experts(model: Any, folder: Path, attention: str = NAME) -> Any:
+    """Load the model, saved in the folder, with int4 experts, and give the model itself their dequantized values."""
+    model.save_pretrained(folder)
+    settings: Any = {"quantization_config": ExpertsConfig("int4"), "attn_implementation": attention}
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
+    for ours, theirs in zip(experts_of(model).values(), experts_of(quantized).values(), strict=True):
+        for key in PROJECTIONS:
+            dense, weight = getattr(ours, key), getattr(theirs, key)
+            assert weight.format == "int4" and weight.shape == dense.shape
+            error = float((weight.dequantize() - dense).norm() / dense.norm())
+            assert 0.01 < error < 0.15, (key, error)
+            dense.data = weight.dequantize()
+    return quantized
 
 
 def marked_families() -> list[str]:

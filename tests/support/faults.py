@@ -25,10 +25,6 @@ SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size
 SIZES |= {"num_key_value_heads": 2, "sliding_window": 7}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
-bf16_then_others = pytest.mark.parametrize(
-    "dtype",
-    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16))],
-)
 
 
 def small_model(dtype: torch.dtype = torch.float32, **sizes: Any) -> Mixtral:

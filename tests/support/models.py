@@ -1,5 +1,6 @@
 """Random models, small and of awkward sizes, for every test that needs one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig
+from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.kernels.weights.offload import OffloadedWeight
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
@@ -80,5 +82,16 @@ def seeded(device: torch.device, seed: int = 0) -> torch.Generator:
 
 def check_loaded(folder: Path, model: Mixtral) -> list[Row]:
     """verify's rows of the loaded tensors against the files of the folder."""
-    rows, _ = check_weights(ModelUnderTest(model), folder, torch.zeros((1, 1), dtype=torch.int64), lambda: None)
+    rows = check_weights(ModelUnderTest(model), folder, lambda: None)
     return [row for row in rows if row.case in ("as stored", "quantized")]
+
+
+# The tokens of a text that the small checkpoint was not trained on.
+HELD_OUT: list[int] = json.loads((SMALL / "heldout.json").read_text())["ids"]
+
+
+def perplexity(model: Mixtral, ids: list[int] = HELD_OUT, cache_dtype: torch.dtype | None = None) -> float:
+    """exp of the mean loss of a text, whose windows are as long as the model's positions."""
+    length = model.config.max_position_embeddings
+    texts = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
+    return float(torch.cat(model.score(texts, cache_dtype=cache_dtype)).double().mean().neg().exp())

@@ -13,6 +13,7 @@ from mixtral_triton import Mixtral
 from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import output, run, run_json
+from tests.support.models import HELD_OUT
 
 pytestmark = pytest.mark.compiled
 COMMAND = "perplexity --device cpu"
@@ -21,8 +22,8 @@ COMMAND = "perplexity --device cpu"
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """A text of some 1,200 tokens, with characters of several bytes."""
-    ids = json.loads((SMALL / "heldout.json").read_text())["ids"][1:1200]
-    (tmp_path / "text.txt").write_text(load_tokenizer(SMALL).decode(ids, skip_special_tokens=True) + " Überall.\n")
+    decoded = load_tokenizer(SMALL).decode(HELD_OUT[1:1200], skip_special_tokens=True)
+    (tmp_path / "text.txt").write_text(f"{decoded} Überall.\n")
     return tmp_path / "text.txt"
 
 
@@ -74,14 +75,3 @@ def test_a_format_is_beside_the_baseline(text: Path, monkeypatch: pytest.MonkeyP
 
 def _raise(message: str) -> None:
     raise ValueError(message)
-
-
-@pytest.mark.slow
-def test_verify_measures_a_given_text(folder: Path, text: Path) -> None:
-    (folder / "heldout.json").unlink()
-    command = "verify --device cpu --weights int4 --quick --tokens 8"
-    assert run_json(command, folder, status=1)["quantization"]["perplexity"] is None  # 1: no kernel ran
-    text.write_text(text.read_text()[:300])
-    found = run_json(command, folder, "--text", text, status=1)["quantization"]
-    assert 0 < abs(found["perplexity"] / found["stored_perplexity"] - 1) < 0.2
-    assert "no perplexity, which `verify --text FILE` gives" in " ".join(output(command, folder, status=1).split())

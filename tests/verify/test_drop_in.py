@@ -46,7 +46,7 @@ def mask_without(place: int) -> Inject:
 def kind_of(key_mask: Tensor | None) -> str:
     if key_mask is None:
         return "none"
-    return "packed" if key_mask.dtype == torch.int64 else "interval" if key_mask.shape[2] else "causal"
+    return "dense" if key_mask.dtype == torch.bool else "interval" if key_mask.shape[2] else "causal"
 
 
 def attend(kind: str, change: Change) -> Inject:
@@ -59,15 +59,6 @@ def attend(kind: str, change: Change) -> Inject:
         return function(module, q, k, v, key_mask, sliding_window=window, **kwargs)
 
     return lambda patch: patch.setattr(modules, "attention", faulty)
-
-
-def late_bounds(found: Any, function: Any, batch: int, tokens: int, *_: Any) -> Any:
-    return found[0], found[1] + (found[1] % tokens != 0)
-
-
-def first_bounds(found: Any, function: Any, batch: int, tokens: int, *_: Any) -> Any:
-    first = found[1][found[1] < tokens]
-    return found[0], torch.cat([*(first + row * tokens for row in range(batch)), found[1][-1:]])
 
 
 rotary = modules.TritonRotaryEmbedding.forward
@@ -131,11 +122,8 @@ FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
         "offset 0": static_by(lambda k: {"q_offset": k["q_offset"] * 0}),
     },
     ("call", "packed, no cache"): {
-        "boundaries ignored": result(attention, "sequence_bounds", lambda *_: (True, None)),
-        "boundaries one token late": result(attention, "sequence_bounds", late_bounds),
-        "first row's boundaries for all": result(attention, "sequence_bounds", first_bounds),
+        "boundaries ignored": lambda patch: patch.setattr(attention, "is_causal_pattern", lambda function: True),
         "positions forgotten": mask_without(3),
-        "no window": attend("packed", no_window),
         "first row's positions for all": result(modules, "token_tables", lambda x, *_: (*x[:2], 0 * x[2] + x[2][:1])),
     },
     ("call", "packed, the model's cache"): {"packed beside a cache": without_cache},

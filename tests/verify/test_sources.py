@@ -1,9 +1,7 @@
-"""What verify takes from the files by its own reader: config.json and every layout, with injected faults; held-out
-texts, their perplexity, and the cost of quantization."""
+"""What verify takes from the files by its own reader: config.json and every layout, with injected faults; what is in
+memory at a time."""
 
 import json
-import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,18 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mixtral_triton import Mixtral, MixtralConfig, quantize, reference, verification, verify
-from mixtral_triton.cli.commands import SMALL
+from mixtral_triton import Mixtral, MixtralConfig, quantize, verification, verify
 from mixtral_triton.kernels.launching.launch import INTERPRETED
-from mixtral_triton.quantize import QuantizedWeight, layouts
-from mixtral_triton.verification import held_out, layers, perplexity
+from mixtral_triton.quantize import layouts
+from mixtral_triton.verification import layers
 from mixtral_triton.verification import models_under_test as models
-from mixtral_triton.verification.format_cost import LOGIT_ROWS
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
-from mixtral_triton.verification.loaded import check_weights
 from mixtral_triton.verification.stored_tensors import decode
 from mixtral_triton.verification.tolerance import token_floor
 from tests.support import hub
@@ -163,7 +157,7 @@ def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
     ranks = SimpleNamespace(model=target.model, config=target.config, gather=lambda name, weight: weight.detach() + 0)
     target.layers = models._GatheredLayers(ranks)  # type: ignore[arg-type]
     with torch.no_grad():
-        report = verification._verify(target, IDS[:, :4], None, None, True, None, None)
+        report = verification._verify(target, IDS[:, :4], None, None, True, None)
     assert not report.wrong and len(gathered) >= 6
 
 
@@ -193,136 +187,17 @@ def test_every_limit_behind_a_cache_of_8_bits_allows_another_code() -> None:
     assert logits and all(row.limit >= least for row in logits)
 
 
-TEXT = torch.randint(23, (31,), generator=torch.Generator().manual_seed(0))
-BATCH = torch.randint(2048, (2, 9), generator=torch.Generator().manual_seed(0))
-BOTH = {"experts": "int4", "linear": "int8"}
-
-
-def perplexity_by_loop(model: Mixtral, ids: torch.Tensor, context: int) -> float:
-    """Token i from the tokens of its window before it, in numpy's fp64."""
-    losses = []
-    for i in range(1, len(ids)):
-        start = (i - 1) // context * context
-        logits = reference.forward(model, ids[None, start:i])[0, -1].double().numpy()
-        losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[ids[i]])
-    return math.exp(sum(losses) / len(losses))
-
-
-@pytest.mark.parametrize(("context", "tokens"), [(8, 31), (7, 31), (1, 31), (30, 31), (64, 31), (5, 2)])
-def test_perplexity_equals_a_loop_over_tokens(context: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In windows of WINDOW_TOKENS tokens, and of the model's positions where they are fewer."""
-    model, ids = random_model(max_position_embeddings=context), TEXT[:tokens]
-    expected = perplexity_by_loop(model, ids, context)
-    assert math.isclose(perplexity(model, ids), expected, rel_tol=1e-5)
-    monkeypatch.setattr("mixtral_triton.verification.format_cost.WINDOW_TOKENS", context)
-    assert math.isclose(perplexity(random_model(), ids), expected, rel_tol=1e-5)
-
-
-def test_perplexity_of_extreme_logits_few_of_which_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = random_model(max_position_embeddings=1024), list[int]()
-    head = model.head
-    monkeypatch.setattr(model, "head", lambda h: sizes.append(len(h)) or head(h))
-    for factor, expected in ((1e6, math.inf), (0.0, 23)):  # no overflow, and uniform
-        model.lm_head.data.mul_(factor)
-        assert perplexity(model, TEXT.repeat(33)[:1001]) == pytest.approx(expected, rel=1e-12)
-    assert sum(sizes) == 2 * 1000 and max(sizes) == LOGIT_ROWS
-
-
-BAD_TEXTS = [(TEXT[None], r"ids' is \[1, 31\]"), (TEXT[:1], "at least two"), ([1, 2], "list")]
-BAD_TEXTS += [(TEXT.float(), "int64"), (TEXT + 1, "holds token 23")]
-
-
-@pytest.mark.parametrize(("ids", "message"), BAD_TEXTS)
-def test_bad_text_raises_value_error(ids: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        perplexity(random_model(), ids)
-
-
-def test_held_out_text(tmp_path: Path) -> None:
-    config = random_model().config
-    assert held_out(tmp_path, config) is None
-    (tmp_path / "heldout.json").write_text('{"ids": [0, 22, 3]}')
-    found = held_out(tmp_path, config)
-    assert found is not None and found.dtype == torch.int64 and found.tolist() == [0, 22, 3]
-    for ids in (None, [], [1], [1, 23], [-1, 2], [1, 2.0], [True, 1], "12", {"0": 1}):
-        (tmp_path / "heldout.json").write_text(json.dumps({"ids": ids}))
-        with pytest.raises(ValueError, match=r"heldout\.json: ids needs to be a list"):
-            held_out(tmp_path, config)
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A checkpoint of one layer that is not quantized, with a held-out text."""
-    hub.write(tmp_path, hub.awq(), None, only="none of them")
-    (tmp_path / "heldout.json").write_text(json.dumps({"ids": list(range(40))}))
-    return tmp_path
-
-
-def load_fp64(folder: Path, weights: Any) -> Any:
-    model = load(folder, weights=weights)
-    for module in (model, *model.layers):
-        for name, weight in list(module.named_children()):
-            if isinstance(weight, QuantizedWeight):
-                delattr(module, name)
-                setattr(module, name, torch.nn.Parameter(weight.dequantize(), requires_grad=False))
-    return model.double()
-
-
-def routes(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The experts of every layer and token, [L, B*T, E] as a mask."""
-    found, x = [], model.embed_tokens[ids]
-    attend = reference.uncached_attention(model.config.sliding_window, model.cos, model.sin)
-    for layer in model.layers:
-        values = reference.block(layer, model.config, x, attend)
-        found.append(F.one_hot(values.ids.long(), model.config.num_local_experts).sum(1))
-        x = values.output
-    return torch.stack(found)
-
-
-@pytest.mark.parametrize(("formats", "window"), [(BOTH, 2048), ("int4", 25)], ids=str)
-def test_cost_equals_that_of_whole_models(formats: Any, window: int, tmp_path: Path, monkeypatch: Any) -> None:
-    """With a text of one window, and of several, the last one shorter."""
-    monkeypatch.setattr("mixtral_triton.verification.format_cost.WINDOW_TOKENS", window)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(SMALL / name, tmp_path / name)
-    text = json.loads((SMALL / "heldout.json").read_text())["ids"][:60]
-    (tmp_path / "heldout.json").write_text(json.dumps({"ids": text}))
-    model, steps = load(tmp_path, weights=formats), []
-    with torch.no_grad():
-        cost = check_weights(ModelUnderTest(model), tmp_path, BATCH, lambda: steps.append(1))[1]
-        ours, theirs = load_fp64(tmp_path, formats), load_fp64(tmp_path, None)
-        cosines = F.cosine_similarity(*(reference.forward(one, BATCH).double() for one in (ours, theirs)), dim=-1)
-        flips = int((routes(ours, BATCH) != routes(theirs, BATCH)).any(-1).sum())
-        scores = [perplexity(one, torch.tensor(text)) for one in (ours, theirs)]
-    assert cost is not None and len(steps) == 4 and f"as stored {scores[1]:.3f}" in str(cost)
-    assert cost.formats == (formats if isinstance(formats, dict) else {"experts": formats})
-    assert (cost.cosine, cost.min_cosine) == pytest.approx((float(cosines.mean()), float(cosines.min())), abs=1e-6)
-    assert (cost.flips, cost.routed) == (flips, 4 * 18) and 0 < cost.min_cosine < cost.cosine < 1
-    assert (cost.perplexity, cost.stored_perplexity) == pytest.approx(scores, rel=1e-5)
-    assert cost.perplexity != cost.stored_perplexity
-
-
-def test_cost_without_quantization_text_or_folder(tiny: Path) -> None:
-    assert verify(load(tiny), BATCH[:1, :3] % 40, folder=tiny).quantization is None
-    model = load(tiny, weights="int8")
-    report = verify(model, BATCH[:1, :3] % 40)
-    assert report.quantization is None and report.as_dict()["quantization"] is None and "Quantized" not in str(report)
-    (tiny / "heldout.json").unlink()
-    cost = check_weights(ModelUnderTest(model), tiny, BATCH % 40, lambda: None)[1]
-    assert cost is not None and cost.perplexity is None and "no perplexity, which `verify" in str(cost)
-
-
 @pytest.mark.parametrize("name", ["linear", "expert_swiglu", "experts_add_rms_norm"])
-def test_fault_smaller_than_the_cost_of_int4(name: str, tiny: Path, inject_fault: Callable[[str], None]) -> None:
+def test_fault_smaller_than_the_cost_of_int4(name: str, dense: Path, inject_fault: Callable[[str], None]) -> None:
     inject_fault(name)
-    model = load(tiny, dtype=torch.float32, weights={"experts": "int4", "linear": "int4"})
-    assert {row.op for row in verify(model, BATCH[:1, :4] % 40).wrong} == {name}
+    model = load(dense, dtype=torch.float32, weights={"experts": "int4", "linear": "int4"})
+    assert {row.op for row in verify(model, IDS[:, :4]).wrong} == {name}
 
 
 @pytest.mark.parametrize(("format", "factor"), [("int4", 1.1), ("int8", 1.002), ("fp8", 1.01)])
-def test_a_wrong_scale_of_one_group_is_found(format: str, factor: float, tiny: Path, monkeypatch: Patch) -> None:
+def test_a_wrong_scale_of_one_group_is_found(format: str, factor: float, dense: Path, monkeypatch: Patch) -> None:
     encode = quantize.encode
-    rows = check_loaded(tiny, load(tiny, weights=format))
+    rows = check_loaded(dense, load(dense, weights=format))
     assert [(row.case, row.ok) for row in rows] == [("as stored", True), ("as stored", True), ("quantized", True)]
 
     def change_scale(*args: Any) -> Any:
@@ -331,4 +206,4 @@ def test_a_wrong_scale_of_one_group_is_found(format: str, factor: float, tiny: P
         return codes, scales
 
     monkeypatch.setattr(quantize, "encode", change_scale)
-    assert [row.ok for row in check_loaded(tiny, load(tiny, weights=format))] == [True, True, False]
+    assert [row.ok for row in check_loaded(dense, load(dense, weights=format))] == [True, True, False]
