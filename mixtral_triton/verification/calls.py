@@ -271,10 +271,17 @@ class SizedCalls:
                 calls.append((size, op, args, N := _rows(args), launches := configurations(args, records)))
                 for launch in launches:
                     needed[launch].add(N)
+        beyond = defaultdict[tuple[int, int], set[str]](set)  # kernels, by the rows that run and that a chunk reaches
         for launch, rows in needed.items():
-            most = max((n for n in rows if n <= min(self.limit, PREFILL_CHUNK)), default=0)
+            most, reached = (max((n for n in rows if n <= m), default=0) for m in (self.limit, PREFILL_CHUNK))
+            most = min(most, reached)
+            if 0 < most < reached:
+                beyond[most, reached].add(launch[0][0])
             tiled = any(name in ("BLOCK_T", "BLOCK_M") for name, _ in launch[0][3])
             needed[launch] = rows & {min(rows), most, *((EDGE, 2 * EDGE) if tiled else ())}
+        for (most, reached), names in beyond.items():
+            line = f"{most + 1} to {reached} rows of {', '.join(sorted(names))}; needs a GPU or --tokens {reached}"
+            self.not_run[line] = None
         for size, op, args, N, launches in calls:
             new = {launch for launch in launches if N in needed[launch] - self.rows[launch]}
             # More than the most that are needed were run for another launch.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -94,6 +95,7 @@ def test_a_launch_that_is_not_reached_is_seen(monkeypatch: pytest.MonkeyPatch) -
     not_run = left_out(limit=256, sizes=[])[1]
     assert any(line.startswith("experts_add_rms_norm (") and "experts_up_kernel" in line for line in not_run), not_run
     assert all("needs a GPU or --tokens" in line for line in not_run)
+    assert any(re.match(r"257 to 2048 rows of append_kernel, .*--tokens 2048$", line) for line in not_run)
     attention = Layer.attention
 
     def with_another_call(layer: Layer, *args: Any) -> Any:
