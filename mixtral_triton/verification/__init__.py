@@ -23,7 +23,6 @@ from ..checkpoint.arguments import check_ids, check_vocabulary
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
 from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
 from ..kernels.operation.checks import dtype_name
-from ..kernels.registry import OPS
 from ..model.ahead import on_meta
 from ..model.cache import KVCache
 from ..model.generate import GRAPH_MIN_TOKENS, can_capture
@@ -33,7 +32,7 @@ from .calls import SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .loaded import check_weights
 from .models_under_test import MeshUnderTest, TransformersUnderTest, in_evaluation
-from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, worst_rows
+from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
 from .tolerance import Fp64Reference, largest, to_fp64, token_floor
 
 __all__ = ["Report", "Row", "verify"]
@@ -188,10 +187,9 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
         rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
-    needs = "needs a case in LayerCheck.calls (verification/calls.py)"
-    uncalled = (f"{op}; {needs}" for op in OPS if op not in {row.op for row in rows})
-    about = backend, dtype_name(dtype), target.peer, (*sized.not_run, *uncalled)
-    return Report(tuple(rows), routes.flips, config.num_hidden_layers * ids.numel(), *about)
+    kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
+    routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
+    return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, not_run)
 
 
 def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:

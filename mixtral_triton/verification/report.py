@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from ..kernels.registry import OPS
 from .tolerance import share_of_limit
 
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
@@ -65,6 +66,30 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
     return [max(same, key=lambda row: (row.share, row.note)) for same in groups.values()]
 
 
+def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -> list[str]:
+    """A line for each kind of row that `target`, a ModelUnderTest, could have and `rows` do not, with what would run
+    it. half: its weights have 16 bits."""
+    op_cases, mixtral, quantized = {(row.op, row.case) for row in rows}, target.is_mixtral, target.quantized
+    activations = target.activations is not None
+    ops, cases = {op for op, _ in op_cases}, {case for _, case in op_cases}
+    alone, fp32 = any(case.startswith("experts,") for case in cases), any(case.endswith(FP32) for case in cases)
+    kinds = (  # the line, whether what was verified could have such rows, and whether it has
+        ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", True, kernels),
+        ("config.json and tensors; needs folder=, the checkpoint", mixtral, "config" in ops),
+        ("digits of the files that the model's dtype has not; needs no --dtype", mixtral, ROUNDED not in cases),
+        ("layers in fp32; needs a Mixtral on one device, no --quick or --cache-dtype", half, fp32),
+        ("caches of 8 bits; needs --cache-dtype int8", mixtral, quantized),
+        ("caches of the model's dtype; needs no --cache-dtype", mixtral, not quantized),
+        ("layers of activations in 16 bits, as in forwards of few rows; needs no --activations", activations, False),
+        ("experts alone in each layer; needs 24 tokens of text", True, alone),
+        ("generate; needs a Mixtral, and positions for new tokens", True, "generate" in ops),
+        ("captured and repeated steps, staging, launch plans; needs a GPU", mixtral, REPEATED in cases),
+        ("deterministic mode; needs --deterministic", mixtral, ("generate", BITS) in op_cases),
+    )
+    uncalled = [f"{op}; needs a case in LayerCheck.calls (verification/calls.py)" for op in OPS if op not in ops]
+    return uncalled + [line for line, possible, ran in kinds if possible and not ran]
+
+
 def _for_json(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """The fields with null for a number that JSON does not have, and beside it, as "NAME_text", "inf" or "nan"."""
     odd = {key: str(x) for key, x in fields if isinstance(x, float) and not math.isfinite(x)}
@@ -82,7 +107,7 @@ class Report:
     backend: str
     dtype: str
     peer: str = TORCH
-    not_run: tuple[str, ...] = ()  # operations and kernels that this report says nothing about
+    not_run: tuple[str, ...] = ()  # what this report says nothing about
 
     @property
     def compared(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixtral_triton import Mixtral, apply, hf, verification, verify
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.kernels.launching.launch import INTERPRETED
-from mixtral_triton.kernels.registry import OPS, dispatched
+from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from mixtral_triton.model.layer import Layer
 from mixtral_triton.quantize import quantize_into, select_specs
@@ -168,11 +168,19 @@ def test_other_and_applied_transformers_models(make_hf: Any) -> None:
 
 
 @once
-def test_an_operation_that_no_layer_calls_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not verify(small_model(), IDS[:, :4]).not_run
-    monkeypatch.setitem(OPS, "another", OPS["route"])
-    report = verify(small_model(), IDS[:, :4])
-    assert "not run: another; needs a case in LayerCheck.calls" in str(report) and len(report.not_run) == 1
+def test_report_names_every_kind_of_row_that_did_not_run(make_hf: Any) -> None:
+    def not_run(report: Report) -> set[str]:
+        found = report.as_dict()["not_run"]
+        assert all(f"not run: {line}"[:60] in str(report) for line in found)
+        return {line.split()[0] for line in found}
+
+    always = {"kernels;", "config.json", "captured", "deterministic", "caches"}
+    assert not_run(verify(small_model(), IDS[:, :4])) == always
+    assert not_run(verify(small_model(torch.bfloat16), IDS[:, :4], quick=True)) == {*always, "layers"}
+    of_int8 = verify(small_model(), cache_dtype=torch.int8).not_run
+    assert "caches of the model's dtype; needs no --cache-dtype" in of_int8
+    assert not_run(verify(make_hf(), IDS[:, :10])) == {"kernels;", "experts", "generate;"}
+    assert not_run(verify(make_hf().bfloat16(), IDS[:, :15])) == {"kernels;", "layers", "generate;"}
 
 
 @once
@@ -250,6 +258,9 @@ def fp8_model(activations: str | None = "fp8", dtype: torch.dtype = torch.bfloat
 def test_activations_of_8_bits_are_compared_with_such_a_reference(dtype: torch.dtype) -> None:
     report = verify(fp8_model(dtype=dtype), IDS, quick=True)
     assert not report.wrong, str(report)
+    assert any("layers of activations in 16 bits" in line for line in report.not_run)
+    plain = verify(fp8_model(None, dtype), IDS, quick=True)
+    assert not any("activations" in line for line in plain.not_run)
 
 
 @pytest.mark.exhaustive
