@@ -17,6 +17,7 @@ from .decode_step import STEP, costs
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 BENCHED: dict[str, Op] = {**OPS, STEP.name: STEP}
+CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Case:
         if "new" in args:
             args["new"] = torch.full_like(args["new"], self.sizes.T)  # no sequence is padded
         return args
+
+    def too_large_for_cpu(self) -> str | None:
+        cost = self.op.cost(self.sizes, self.dtype)
+        text = f"too large for a CPU ({cost.bytes / 1e6:,.0f} MB, {cost.flops / 1e9:,.0f} GFLOP)"
+        return text if cost.flops > CPU_FLOPS or cost.bytes + cost.host_bytes > CPU_BYTES else None
 
     def costs(self, args: dict[str, Any] | None = None) -> list[Cost]:
         """Return the compulsory work of each operation, of a decode step several, which run one after the other; for

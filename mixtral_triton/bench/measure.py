@@ -15,6 +15,7 @@ from ..kernels.launching.launch import target_arch
 from ..kernels.operation.declaration import Cost, Op
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS, dispatched
+from ..terminal import print_message
 from ..verification.tolerance import Tolerance
 from .cases import Case
 from .decode_step import STEP, replayed_step
@@ -24,6 +25,8 @@ from .peers import Args, Function, Peer
 Call = Callable[[], Any]
 Timer = Callable[[Call], float]
 DEVICE = torch.device("cuda")
+NOT_CHECKED = "not checked"
+NO_DRIVER = "0 active drivers"  # in Triton's error of a launch on a machine without a GPU
 
 
 def time_call(call: Call) -> float:
@@ -106,8 +109,8 @@ def fault(op: Op, args: Args, function: Function) -> str | None:
     return None if error <= limit else f"wrong: an error of {error:.1e}, where {limit:.1e} would be right"
 
 
-def attempt(build: Callable[[], Function], op: Op, args: Args, timer: Timer | None) -> Outcome:
-    """Build a function, check it, then time it where there is a `timer`. A failure becomes the note."""
+def attempt(build: Callable[[], Function], op: Op, args: Args, timer: Timer | str) -> Outcome:
+    """Build a function, check it, then time it, unless `timer` is a reason not to. A failure becomes the note."""
     right = True if op.name in OPS else None
     try:
         with warnings.catch_warnings():
@@ -115,8 +118,8 @@ def attempt(build: Callable[[], Function], op: Op, args: Args, timer: Timer | No
             function = build()
             if wrong := right and fault(op, args, function):
                 return Outcome(note=wrong, right=False)
-            if timer is None:
-                return Outcome(note="right, not timed", right=right)
+            if isinstance(timer, str):
+                return Outcome(note=f"right, not timed: {timer}", right=right)
             return Outcome(timer(partial(function, **args)), right=right)
     except Exception as error:  # another library may raise anything
         return failure(error)
@@ -125,8 +128,14 @@ def attempt(build: Callable[[], Function], op: Op, args: Args, timer: Timer | No
 def failure(error: Exception) -> Outcome:
     if isinstance(error, (NotImplementedError, torch.OutOfMemoryError)):
         return Outcome(note=str(error) if isinstance(error, NotImplementedError) else "out of memory")
+    if NO_DRIVER in str(error):
+        return Outcome(note=f"{NOT_CHECKED}: its Triton kernels need a GPU, or TRITON_INTERPRET=1")
+    return Outcome(note=f"fails: {summary(error)}", right=False)
+
+
+def summary(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return Outcome(note=f"fails: {type(error).__name__}: {lines[0][:160]}", right=False)
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def untimed_row(case: Case, gpu: GPU, args: Args | None = None) -> Row:
@@ -138,28 +147,36 @@ def untimed_row(case: Case, gpu: GPU, args: Args | None = None) -> Row:
 
 
 @torch.no_grad()
-def measure_row(case: Case, gpu: GPU, peers: Mapping[str, Peer], timer: Timer | None) -> Row:
-    """Time `case` and its peers on the current GPU; without a `timer` check the peers on a CPU."""
-    peers = {} if case.op is STEP else peers
-    if timer is None and not peers:
+def measure_row(case: Case, gpu: GPU, peers: Mapping[str, Peer], timer: Timer | str) -> Row:
+    """Time `case` and its peers on the current GPU. Where `timer` is a reason not to, check the peers on a CPU."""
+    timed, peers = not isinstance(timer, str), {} if case.op is STEP else peers
+    if not timed and not peers:
         return untimed_row(case, gpu)
-    args = case.inputs(DEVICE if timer else torch.device("cpu"))
-    row = untimed_row(case, gpu, args if timer else None)
-    if timer:
+    if not timed and (large := case.too_large_for_cpu()):
+        return replace(untimed_row(case, gpu), peers={name: Outcome(note=f"{NOT_CHECKED}: {large}") for name in peers})
+    args = case.inputs(DEVICE if timed else torch.device("cpu"))
+    row = untimed_row(case, gpu, args if timed else None)
+    if timed:
         row = replace(row, ours=attempt(lambda: our_call(case, args), case.op, args, timer))
     found = {}
     for name, peer in peers.items():
         found[name] = attempt(partial(peer, case.op, args), case.op, args, timer)
-        if timer:  # some peers fill a GPU
+        if timed:  # some peers fill a GPU
             gc.collect()
             torch.cuda.empty_cache()
     return replace(row, peers=found)
 
 
-def measure_rows(cases: Sequence[Case], gpu: GPU, peers: Mapping[str, Peer], timer: Timer | None) -> Iterator[Row]:
-    """Yield a row per case."""
+def measure_rows(cases: Sequence[Case], gpu: GPU, peers: Mapping[str, Peer], timer: Timer | str) -> Iterator[Row]:
+    """Yield a row per case, up to a case that leaves the GPU in an error."""
     for case in cases:
         try:
             yield measure_row(case, gpu, peers, timer)
         except Exception as error:  # before anything was timed: the next case may work
             yield replace(untimed_row(case, gpu), ours=failure(error))
+        try:
+            if not isinstance(timer, str):
+                torch.get_device_module(DEVICE).synchronize(DEVICE)
+        except RuntimeError as error:
+            print_message(f"mixtral-triton bench: {DEVICE} is lost to this process: {summary(error)}")
+            return

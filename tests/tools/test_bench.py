@@ -17,9 +17,10 @@ from mixtral_triton.bench.command import figure_of
 from mixtral_triton.bench.gpus import GPUS, LINKS
 from mixtral_triton.bench.measure import Outcome, fault, measure_row, untimed_row
 from mixtral_triton.bench.peers import PEERS, user_peer
+from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.ops.experts.op import ExpertCase
 from mixtral_triton.kernels.registry import OPS
-from tests.cli.commands import error_line, output, run_json
+from tests.cli.commands import error_line, output, run, run_json
 
 CPU, H100 = torch.device("cpu"), GPUS["h100"]
 BENCH = "bench expert_swiglu --sizes T=7,H=32,I=24,E=4,K=2"
@@ -35,6 +36,24 @@ def nothing(*args): pass
 def one(x): return x
 def broken(*args): raise RuntimeError("no such thing")
 def nan(*args): return swiglu(*args) * float("nan")
+"""
+
+TRITON = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def norm_kernel(x_ptr, weight_ptr, y_ptr, eps, times, H: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) * H + offs, mask=offs < H, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / H + eps) * tl.load(weight_ptr + offs, mask=offs < H).to(tl.float32)
+    tl.store(y_ptr + tl.program_id(0) * H + offs, y * times, mask=offs < H)
+
+def norm(x, weight, eps, times=1.0):
+    y = torch.empty_like(x)
+    norm_kernel[(len(x),)](x, weight, y, eps, times, H=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    return y
+
+def double(x, weight, eps): return norm(x, weight, eps, 2.0)
 """
 
 
@@ -154,6 +173,18 @@ def test_wrong_peers_have_notes_and_exit_1(folder: Path) -> None:
         assert peers[name]["right"] is False and peers[name]["time_us"] is None and note in peers[name]["note"]
 
 
+@without_gpu
+def test_triton_peers_are_checked_where_their_kernels_are_interpreted(folder: Path) -> None:
+    (folder / "kernel_for_bench.py").write_text(TRITON)
+    outcomes = {"norm": (0, True, "right, not timed"), "double": (1, False, "wrong: an error of")}
+    for name, (status, right, note) in outcomes.items():
+        if not INTERPRETED:  # a process that compiles has no driver to launch by
+            status, right, note = 0, None, "not checked: its Triton kernels need a GPU, or TRITON_INTERPRET=1"
+        line = f"bench rms_norm --sizes T=3,H=80 --dtype float32 --peer kernel_for_bench:{name}"
+        (found,) = run_json(line, status=status)[1]["peers"].values()
+        assert found["right"] is right and found["time_us"] is None and found["note"].startswith(note)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_a_peer_gets_the_arguments_in_the_operation_s_order(name: str) -> None:
     op = OPS[name]
@@ -161,6 +192,12 @@ def test_a_peer_gets_the_arguments_in_the_operation_s_order(name: str) -> None:
     names = [argument.name for argument in getattr(torch.ops.mixtral_triton, name).default._schema.arguments]
     mine = user_peer(lambda *values: op.call_reference(**dict(zip(names, values, strict=False))), op, args)
     assert fault(op, args, mine) is None
+
+
+def test_a_case_too_large_for_a_cpu_is_not_checked() -> None:
+    case = Case(OPS["expert_swiglu"], OPS["expert_swiglu"].bench_shapes[0])
+    outcome = measure_row(case, H100, {"mine": PEERS["torch"]}, "there is no GPU").peers["mine"]
+    assert outcome.note == "not checked: too large for a CPU (705 MB, 1 GFLOP)" and outcome.right is None
 
 
 @pytest.mark.parametrize(
@@ -177,11 +214,6 @@ def test_bad_peer_is_one_line(peer: str, message: str, folder: Path) -> None:
     assert message in error_line("bench expert_swiglu --peer", peer)
 
 
-@without_gpu
-def test_a_peer_on_a_cpu_needs_sizes() -> None:
-    assert "needs --sizes of which a CPU computes" in error_line("bench expert_swiglu --peer torch")
-
-
 @pytest.mark.parametrize(
     ("error", "note", "status"),
     [(torch.OutOfMemoryError(), "out of memory", 0), (ValueError("no tile\nor"), "fails: ValueError: no tile", 1)],
@@ -191,6 +223,18 @@ def test_a_case_that_cannot_start_has_its_row(
 ) -> None:
     monkeypatch.setattr(measure, "untimed_row", Mock(side_effect=[error, untimed_row(small("route"), H100)]))
     assert run_json("bench route --sizes T=1", status=status)[1]["note"] == note
+
+
+@pytest.mark.compiled
+def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(measure, "measure_gpu", lambda: H100)
+    gpu.driver.breaks = "rms_norm_kernel"
+    sizes = "".join(f" --sizes T={T},H=16" for T in (1, 2, 3))
+    status, out, error = run(f"bench rms_norm --json{sizes}", "--peer", "torch")
+    lines = list(map(json.loads, out.splitlines()))
+    assert status == 1 and [line["kind"] for line in lines] == ["gpu", "row"]
+    assert "illegal memory access" in lines[1]["note"] and "cuda:0 is lost to this process" in error
 
 
 @pytest.mark.compiled
