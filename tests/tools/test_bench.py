@@ -15,8 +15,8 @@ from mixtral_triton.bench import measure
 from mixtral_triton.bench.cases import BENCHED, TOKENS, Case, cases
 from mixtral_triton.bench.command import figure_of
 from mixtral_triton.bench.gpus import GPUS, LINKS
-from mixtral_triton.bench.measure import Outcome, fault, measure_row, untimed_row
-from mixtral_triton.bench.peers import PEERS, user_peer
+from mixtral_triton.bench.measure import Outcome, measure_row, untimed_row
+from mixtral_triton.bench.peers import PEERS
 from mixtral_triton.kernels.ops.experts.op import ExpertCase
 from mixtral_triton.kernels.registry import OPS
 from tests.cli.commands import error_line, output, run_json
@@ -154,15 +154,6 @@ def test_wrong_peers_have_notes_and_exit_1(folder: Path) -> None:
         assert peers[name]["right"] is False and peers[name]["time_us"] is None and note in peers[name]["note"]
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_a_peer_gets_the_arguments_in_the_operation_s_order(name: str) -> None:
-    op = OPS[name]
-    args = Case(op, op.test_shapes[0], torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]).inputs(CPU)
-    names = [argument.name for argument in getattr(torch.ops.mixtral_triton, name).default._schema.arguments]
-    mine = user_peer(lambda *values: op.call_reference(**dict(zip(names, values, strict=False))), op, args)
-    assert fault(op, args, mine) is None
-
-
 @pytest.mark.parametrize(
     ("peer", "message"),
     [
@@ -191,6 +182,15 @@ def test_a_case_that_cannot_start_has_its_row(
 ) -> None:
     monkeypatch.setattr(measure, "untimed_row", Mock(side_effect=[error, untimed_row(small("route"), H100)]))
     assert run_json("bench route --sizes T=1", status=status)[1]["note"] == note
+
+
+@pytest.mark.compiled
+def test_cases_behind_one_that_breaks_the_gpu_fail(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(measure, "measure_gpu", lambda: H100)
+    gpu.driver.breaks = "rms_norm_kernel"
+    _, *rows = run_json("bench rms_norm --sizes T=1,H=16 --sizes T=2,H=16 --peer torch", status=1)
+    assert ["illegal memory access" in row["note"] for row in rows] == [True, True]
 
 
 @pytest.mark.compiled
