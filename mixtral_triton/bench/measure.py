@@ -19,7 +19,7 @@ from ..verification.tolerance import Tolerance
 from .cases import Case
 from .decode_step import STEP, replayed_step
 from .gpus import GPU, MIB, find_gpu, floor
-from .peers import Args, Function, Peer
+from .peers import Args, Function, Peer, Unsupported
 
 Call = Callable[[], Any]
 Timer = Callable[[Call], float]
@@ -123,8 +123,8 @@ def attempt(build: Callable[[], Function], op: Op, args: Args, timer: Timer | No
 
 
 def failure(error: Exception) -> Outcome:
-    if isinstance(error, (NotImplementedError, torch.OutOfMemoryError)):
-        return Outcome(note=str(error) if isinstance(error, NotImplementedError) else "out of memory")
+    if isinstance(error, (Unsupported, torch.OutOfMemoryError)):
+        return Outcome(note=str(error) if isinstance(error, Unsupported) else "out of memory")
     lines = str(error).strip().splitlines() or [""]
     return Outcome(note=f"fails: {type(error).__name__}: {lines[0][:160]}", right=False)
 
