@@ -78,10 +78,7 @@ class Conversation:
             whole = prompt + decode(self.writer.tokenizer, ids[-1:], answer, special=True)
             self._turns = [*turns, (whole, ids + answer)]
         written["left"] = left = self.limit - len(ids) - len(tokens)
-        line += f"; {left:,} of {self.limit:,} tokens are left"
-        if left < written["computed"] + len(tokens):  # of another turn like this
-            line += ": /reset begins a new chat"
-        return written, line
+        return written, f"{line}; {left:,} of {self.limit:,} tokens are left"
 
     def last_message(self) -> str:
         """Return the message of the last turn; ValueError where there is none."""
