@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
 from mixtral_triton.bench.cases import BENCHED, Case
-from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.cli import commands as cli
 from mixtral_triton.kernels.launching.launch import target_arch
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 600.0
 PYTHON = shlex.quote(sys.executable)
 LAYER = "T={},H=4096,I=14336,E=8,K=2"
-# vLLM's own benchmark, of four layers of 8x7B with random weights.
-SIZES: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "vocab_size": 32000}
-SIZES |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": None}
-IN_VLLM = f"{PYTHON} -m vllm.entrypoints.cli.main bench latency --load-format dummy --skip-tokenizer-init"
-IN_VLLM += f" --disable-detokenize --batch-size 32 --model {shlex.quote(str(SMALL))}"
-IN_VLLM += f" --hf-overrides {shlex.quote(json.dumps(SIZES))}"
 GPU_TESTS = re.compile(r"mark\.gpu|def test_[^)]*device: torch\.device")  # in files with tests for a GPU
 Commands = dict[str, tuple[float, str]]  # the limit in seconds and the command, by name
 
@@ -66,9 +58,6 @@ def commands(arch: str, simulated: bool = False) -> Commands:
     }
     if simulated:
         return {name: (600, text) for name, (_, text) in found.items() if name not in ("compile", "tune")}
-    if find_spec("vllm"):
-        for ours in ("", " --quantization mixtral_triton"):
-            found[f"vLLM{ours}"] = (120, IN_VLLM + ours)
     if torch.cuda.device_count() > 1:
         ranks = "-m torch.distributed.run --nproc-per-node 2"
         found["two GPUs"] = (60, f"{PYTHON} {ranks} -m mixtral_triton verify --tp 2")

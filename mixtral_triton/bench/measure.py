@@ -20,7 +20,7 @@ from ..verification.tolerance import Tolerance
 from .cases import Case
 from .decode_step import STEP, replayed_step
 from .gpus import GPU, MIB, find_gpu, floor
-from .peers import Args, Function, Peer
+from .peers import Args, Function, Peer, Unsupported
 
 Call = Callable[[], Any]
 Timer = Callable[[Call], float]
@@ -126,8 +126,8 @@ def attempt(build: Callable[[], Function], op: Op, args: Args, timer: Timer | st
 
 
 def failure(error: Exception) -> Outcome:
-    if isinstance(error, (NotImplementedError, torch.OutOfMemoryError)):
-        return Outcome(note=str(error) if isinstance(error, NotImplementedError) else "out of memory")
+    if isinstance(error, (Unsupported, torch.OutOfMemoryError)):
+        return Outcome(note=str(error) if isinstance(error, Unsupported) else "out of memory")
     if NO_DRIVER in str(error):
         return Outcome(note=f"{NOT_CHECKED}: its Triton kernels need a GPU, or TRITON_INTERPRET=1")
     return Outcome(note=f"fails: {summary(error)}", right=False)

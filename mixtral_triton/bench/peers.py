@@ -14,7 +14,11 @@ from ..kernels.weights.quantized import QuantizedWeight
 
 Args = dict[str, Any]
 Function = Callable[..., Any]  # of the operation's arguments by name
-Peer = Callable[[Op, Args], Function]  # prepares what need not be timed; raises NotImplementedError
+Peer = Callable[[Op, Args], Function]  # prepares what need not be timed; raises Unsupported
+
+
+class Unsupported(Exception):
+    """The peer cannot do this case."""
 
 
 def _torch(op: Op, args: Args) -> Function:
@@ -23,7 +27,7 @@ def _torch(op: Op, args: Args) -> Function:
 
 def _transformers(op: Op, args: Args) -> Function:
     if op.name != "expert_swiglu" or any(isinstance(value, QuantizedWeight) for value in args.values()):
-        raise NotImplementedError("it has no such operation" if op.name != "expert_swiglu" else "its weights are dense")
+        raise Unsupported("it has no such operation" if op.name != "expert_swiglu" else "its weights are dense")
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 

@@ -51,12 +51,13 @@ class Conversation:
         self._turns: list[tuple[str, list[int]]] = []  # the text and the tokens up to the end of each answer
         self._reused = 0  # tokens of the last turn's text that were in the cache
 
-    def turn(self, text: str, shown: str | None) -> tuple[dict[str, Any], str]:
-        """Answer a message -> as `Writer.print_text`. One that fails, or that Ctrl-C ends before a token, is
-        forgotten."""
-        messages, most = [*self.messages, {"role": "user", "content": text}], self.writer.limit
+    def turn(self, text: str, shown: str | None, again: bool = False) -> tuple[dict[str, Any], str]:
+        """Answer a message, with `again` in place of the last turn -> as `Writer.print_text`. One that fails, or that
+        Ctrl-C ends before a token, changes nothing."""
+        kept, turns = (self.messages[:-2], self._turns[:-1]) if again else (self.messages, self._turns)
+        messages, most = [*kept, {"role": "user", "content": text}], self.writer.limit
         prompt = render(self.writer.tokenizer, messages)
-        ids = self._encode(prompt)
+        ids = self._encode(prompt, turns)
         n = self.limit - len(ids) if most is None else min(most, self.limit - len(ids))
         if n < (1 if most is None else min(1, most)):
             got = f"this turn makes the chat {len(ids):,} tokens long, and fewer than {self.limit:,} are possible"
@@ -73,39 +74,25 @@ class Conversation:
                 self.cache.lengths.zero_()  # type: ignore[union-attr]
         if (tokens := written["tokens"]) or not n:
             self.messages = [*messages, {"role": "assistant", "content": written["text"]}]
-            kept = tokens[:-1] if tokens and tokens[-1] in self.writer.eos else tokens
-            self._turns.append((prompt + decode(self.writer.tokenizer, ids[-1:], kept, special=True), ids + kept))
+            answer = tokens[:-1] if tokens and tokens[-1] in self.writer.eos else tokens
+            whole = prompt + decode(self.writer.tokenizer, ids[-1:], answer, special=True)
+            self._turns = [*turns, (whole, ids + answer)]
         written["left"] = left = self.limit - len(ids) - len(tokens)
-        line += f"; {left:,} of {self.limit:,} tokens are left"
-        if left < written["computed"] + len(tokens):  # of another turn like this
-            line += ": /reset begins a new chat"
-        return written, line
+        return written, f"{line}; {left:,} of {self.limit:,} tokens are left"
 
-    def undo(self) -> str:
-        """Forget the last turn -> its message."""
+    def last_message(self) -> str:
+        """Return the message of the last turn; ValueError where there is none."""
         if not self._turns:
             raise ValueError("there is no turn")
-        self._turns.pop()
-        message = self.messages[-2]["content"]
-        del self.messages[-2:]
-        return message
+        return self.messages[-2]["content"]
 
-    def retry(self, shown: str | None) -> tuple[dict[str, Any], str]:
-        """Answer the last message again, as `turn`; where that fails, the answer before stays."""
-        before = self.messages, [*self._turns]
-        self.messages = [*self.messages]
-        try:
-            written, line = self.turn(self.undo(), shown)
-        except BaseException:
-            self.messages, self._turns = before
-            raise
-        if not written["tokens"]:
-            self.messages, self._turns = before
-        return written, line
+    def undo(self) -> None:
+        """Forget the last turn."""
+        self.messages, self._turns = self.messages[:-2], self._turns[:-1]
 
     def reset(self) -> None:
         self.messages = [each for each in self.messages if each["role"] == "system"]
-        self._turns.clear()
+        self._turns = []
 
     def set_system(self, text: str) -> None:
         """Change the system message; ValueError where the template has none."""
@@ -129,10 +116,11 @@ class Conversation:
             raise ValueError(f"/load {file} needs a file that /save wrote: messages of a user and an assistant in turn")
         self.messages, self._turns = messages, [("", [])] * (len(pairs) // 2)
 
-    def _encode(self, text: str) -> list[int]:
-        """Return the tokens of the chat's text. Those of an answer stay as they were written, although a tokenizer may
-        have others for its text, unless the template changes the text before its end."""
-        before, ids = self._turns[-1] if self._turns else ("", [])
+    def _encode(self, text: str, turns: list[tuple[str, list[int]]]) -> list[int]:
+        """Return the tokens of the chat's text, which begins with these turns. Those of an answer stay as they were
+        written, although a tokenizer may have others for its text, unless the template changes the text before its
+        end."""
+        before, ids = turns[-1] if turns else ("", [])
         if not text.startswith(before) or text == before:
             before, ids = "", []
         return ids + self.writer.encode(text[len(before) :], template=True)
@@ -241,7 +229,7 @@ def _answer(args: argparse.Namespace, chat: Conversation, line: str) -> tuple[di
     if not name:
         return chat.turn(text, shown)
     if name == "/retry":
-        return chat.retry(shown)
+        return chat.turn(chat.last_message(), shown, again=True)
     message = _command(chat, name, text)
     return {"message": message}, message
 
@@ -255,7 +243,9 @@ def _command(chat: Conversation, name: str, text: str) -> str:
         chat.reset()
         return "all turns are forgotten"
     if name == "/undo":
-        return f"forgotten: {chat.undo():.60}"
+        message = chat.last_message()
+        chat.undo()
+        return f"forgotten: {message:.60}"
     if name in ("/save", "/load"):
         if not text:
             raise ValueError(f"{name} needs a file")

@@ -64,12 +64,12 @@ class Parser(argparse.ArgumentParser):
 
 def parse_weights(text: str) -> str | dict[str, str]:
     """Read `--weights` for `Mixtral.from_pretrained`: a format, or a format for each part of the model."""
-    pairs = [part.partition("=") for part in (text if "=" in text else f"experts={text}").split(",")]
-    formats = {name: format for name, _, format in pairs}
-    for names, known in ((formats, ("experts", "linear")), (formats.values(), FORMATS)):
-        if wrong := [name for name in names if name not in known] or [text] * (len(formats) < len(pairs)):
-            form = f"one of {', '.join(known)}, in a form like int4, or experts=int4,linear=int8"
-            raise argparse.ArgumentTypeError(f"{wrong[0]!r} needs {form}")
+    parts = (text if "=" in text else f"experts={text}").split(",")
+    formats = {name: format for name, _, format in (part.partition("=") for part in parts)}
+    known = formats.keys() <= {"experts", "linear"} and {*formats.values()} <= {*FORMATS}
+    if not known or len(formats) < len(parts):
+        form = f"one of {', '.join(FORMATS)}, in a form like int4, or experts=int4,linear=int8"
+        raise argparse.ArgumentTypeError(f"{text!r} needs {form}")
     return formats if "=" in text else text
 
 

@@ -33,11 +33,9 @@ BAD_INPUT = {
     "generate --prompt x --- a": "unrecognized arguments: ---",
     "fit --gpu rtx4900": "did you mean RTX 4090\\?",
     "verify --weights int3": "--weights.*'int3' needs one of int4, int8, fp8, in a form like int4, or experts=int4,",
-    "verify --weights experts=int3": "'int3' needs one of int4, int8, fp8",
-    "verify --weights expert=int4": "'expert' needs one of experts, linear, .* did you mean experts\\?",
     **{
-        f"verify --weights {text}": "--weights"
-        for text in ("experts=int4,experts=int8", "experts=", "experts=int4,", "=")
+        f"verify --weights {text}": f"--weights: '{text}' needs one of int4, int8, fp8"
+        for text in ("experts=int3", "expert=int4", "experts=int4,experts=int8", "experts=int4,", "=")
     },
     "verify --device gpu": "'gpu' does not exist here: needs cpu, meta, or cuda, cuda:1, ...",
     "verify no/such/folder": "no/such/folder",

@@ -169,14 +169,12 @@ def test_an_unexpected_error_is_a_crash_of_one_line(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-@pytest.mark.parametrize("name", ["generate", "trace"])
-def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(name: str, encoding: str) -> None:
+def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(encoding: str) -> None:
     where = {"PYTHONIOENCODING": encoding, "TRITON_INTERPRET": "0"}
-    done = start(name, "--device", "cpu", "--prompt", "The café → 日本\nfor statement", text=False, **where)
-    progress = (b"tracing: ", b"prefill: ")  # the first: of a slow machine
-    assert done.returncode == 0 and all(line.startswith(progress) for line in done.stderr.splitlines()), done.stderr
+    done = start("generate", "--device", "cpu", "--prompt", "The café → 日本\nfor statement", text=False, **where)
+    assert done.returncode == 0 and all(line.startswith(b"prefill: ") for line in done.stderr.splitlines()), done.stderr
     assert "é" in done.stdout.decode("latin-1") if encoding == "latin-1" else done.stdout.isascii()
-    assert (b"<s>[5]The[4] ca[" if name == "trace" else b"The caf") in done.stdout
+    assert b"The caf" in done.stdout
 
 
 def test_version_and_help_without_a_command() -> None:

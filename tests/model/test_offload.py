@@ -173,7 +173,8 @@ def test_auto_takes_what_fit_says(name: str, format: str, gpu: Any, monkeypatch:
     need = fit.memory_need(config, specs, 1, 4096)
     sizes = offload_plan.movable_bytes(config, shapes, specs, torch.bfloat16)
     args = (MemoryRequest("auto"), config, None, torch.device("cuda"), need["weights"] + need["tables"], sizes)
-    with pytest.warns(UserWarning, match=re.escape(f"offload='auto': {offload['text']} (")):
+    said = f"offload='auto': {offload['experts']} of {offload['of']} experts and the embedding in host memory ("
+    with pytest.warns(UserWarning, match=re.escape(said)):
         found = offload_plan.place(*args)
     names = ("count", "embedding", "host_bytes", "staging_bytes")
     assert [getattr(found, name) for name in names] == [offload[name] for name in ("experts", *names[1:])]

@@ -15,8 +15,8 @@ from mixtral_triton.bench import measure
 from mixtral_triton.bench.cases import BENCHED, TOKENS, Case, cases
 from mixtral_triton.bench.command import figure_of
 from mixtral_triton.bench.gpus import GPUS, LINKS
-from mixtral_triton.bench.measure import Outcome, fault, measure_row, untimed_row
-from mixtral_triton.bench.peers import PEERS, user_peer
+from mixtral_triton.bench.measure import Outcome, measure_row, untimed_row
+from mixtral_triton.bench.peers import PEERS
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.ops.experts.op import ExpertCase
 from mixtral_triton.kernels.registry import OPS
@@ -183,15 +183,6 @@ def test_triton_peers_are_checked_where_their_kernels_are_interpreted(folder: Pa
         line = f"bench rms_norm --sizes T=3,H=80 --dtype float32 --peer kernel_for_bench:{name}"
         (found,) = run_json(line, status=status)[1]["peers"].values()
         assert found["right"] is right and found["time_us"] is None and found["note"].startswith(note)
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_a_peer_gets_the_arguments_in_the_operation_s_order(name: str) -> None:
-    op = OPS[name]
-    args = Case(op, op.test_shapes[0], torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]).inputs(CPU)
-    names = [argument.name for argument in getattr(torch.ops.mixtral_triton, name).default._schema.arguments]
-    mine = user_peer(lambda *values: op.call_reference(**dict(zip(names, values, strict=False))), op, args)
-    assert fault(op, args, mine) is None
 
 
 def test_a_case_too_large_for_a_cpu_is_not_checked() -> None:
