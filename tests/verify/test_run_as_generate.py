@@ -93,7 +93,7 @@ def test_a_launch_that_is_not_reached_is_seen(monkeypatch: pytest.MonkeyPatch) -
     """With a limit of tokens, which the report names, and with a call whose arguments have no values."""
     not_run = left_out(limit=256, sizes=[])[1]
     assert any(line.startswith("experts_add_rms_norm (") and "experts_up_kernel" in line for line in not_run), not_run
-    assert all("needs a GPU or --tokens" in line for line in not_run)
+    assert all("needs a GPU" in line for line in not_run)
     attention = Layer.attention
 
     def with_another_call(layer: Layer, *args: Any) -> Any:
