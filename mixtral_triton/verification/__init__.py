@@ -1,7 +1,6 @@
 """verify: the runtime against torch on the user's own weights: operations, layers, logits and loaded tensors.
 
-B batch, T tokens of a text or window, N = B T rows, H hidden, E experts, K experts per token, V vocabulary, C slots of
-a cache, n new tokens
+B batch, T tokens of a text, V vocabulary, n new tokens
 """
 
 import copy
