@@ -280,6 +280,6 @@ def test_activations_that_only_one_side_quantizes_are_wrong(fault: str, monkeypa
 @pytest.mark.slow
 def test_kernels_of_fp8_activations_are_compared() -> None:
     """With the rule of `generate`: many rows take the codes' kernels, few those of 16 bits."""
-    report = verify(fp8_model(), IDS[:, :12], quick=True, tokens=70)
+    report = verify(fp8_model(), IDS[:, :12], quick=True)
     assert not report.wrong, str(report)
-    assert not any("quantize_rows_kernel; needs a GPU or --tokens 70" in line for line in report.not_run)
+    assert ("experts_add_rms_norm", "5 x 17 tokens") in {(row.op, row.case) for row in report.rows}
