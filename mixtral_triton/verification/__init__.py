@@ -36,8 +36,8 @@ from .tolerance import Fp64Reference, largest, to_fp64, token_floor
 
 __all__ = ["Report", "Row", "verify"]
 
-TEXT_TOKENS = 33  # of each sequence by default
-CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call: without a GPU, and on one
+TEXT_TOKENS = 66  # by default
+CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
 BATCH, REPEATED_TOKENS = 33, 4  # sequences, and tokens of a chunk, that are computed again
 NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 TEMPERATURE = 0.8  # of the sampled text whose captured step is compared with the eager one
@@ -52,6 +52,7 @@ def verify(
     *,
     folder: str | os.PathLike[str] | None = None,
     quick: bool = False,
+    tokens: int | None = None,
     cache_dtype: torch.dtype | None = None,
 ) -> Report:
     """Compare `target` with torch, or a transformers model with transformers' own modules -> Report.
@@ -62,6 +63,7 @@ def verify(
     input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
+    tokens: of the pseudo-random text, and of the longest call of an operation.
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too.
     A model with activations="fp8" quantizes them here in forwards of any number of rows, as the reference does, so that
     one reference serves all of them; the operations that `generate` calls are those of its own rule.
@@ -86,13 +88,13 @@ def verify(
         read_headers(folder)
     ranks = getattr(target, "ranks", None)
     if is_transformers and _has_names(target):
-        return _verify_family(target, input_ids, progress)
+        return _verify_family(target, input_ids, progress, tokens)
     options = {} if is_transformers else {"cache_dtype": cache_dtype}
     kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
     with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
         under_test = kind(target, **options)
         with in_evaluation(target):
-            return _verify(under_test, input_ids, progress, folder, quick)
+            return _verify(under_test, input_ids, progress, folder, quick, tokens)
 
 
 def _has_names(model: Any) -> bool:
@@ -107,11 +109,11 @@ def _has_names(model: Any) -> bool:
     return NAME in names and not applied(model)
 
 
-def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress) -> Report:
+def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tokens: int | None) -> Report:
     from .families import STEPS, FamilyUnderTest
 
     config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
-    ids, done = default_text(input_ids, config, model.device), count(1)
+    ids, done = default_text(input_ids, config, model.device, tokens), count(1)
     on_gpu = ids.device.type == "cuda"
     target, step = FamilyUnderTest(model), progress or (lambda *_: None)
     with torch.no_grad(), in_evaluation(model):
@@ -122,8 +124,8 @@ def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress) -> 
     return Report(tuple(rows), 0, 0, backend, *about)
 
 
-def default_text(ids: Tensor | None, config: Any, device: torch.device) -> Tensor:
-    """`ids` int64 [B,T], checked; None: two sequences of a fixed pseudo-random text."""
+def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:
+    """`ids` int64 [B,T], checked; None: two sequences of a fixed pseudo-random text of `tokens` tokens."""
     if device.type == "meta":
         raise ValueError("verify: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
     limit = config.max_position_embeddings
@@ -133,13 +135,15 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device) -> Tenso
         if (length := ids.shape[1]) > limit:
             raise ValueError(f"verify: input_ids has {length} tokens, needs at most {limit}, the model's positions")
         return ids
-    length, generator = min(TEXT_TOKENS, limit), torch.Generator().manual_seed(0)
+    needs = f"2 to {2 * limit}, in two sequences of {limit} positions"
+    check_value("verify: tokens", tokens, needs, tokens is None or 2 <= tokens <= 2 * limit)
+    length, generator = min((tokens or TEXT_TOKENS) // 2, limit), torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
 
 
-def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool) -> Report:
+def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
-    ids, on_gpu = default_text(input_ids, config, device), device.type == "cuda"
+    ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
     fp32 = target.is_mixtral and _is_compared_in_fp32(target.model, quick, target.quantized)
     L = config.num_hidden_layers
 
@@ -154,8 +158,8 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
         step()
         return step
 
-    kernels, gpu = INTERPRETED or on_gpu, (target_arch(device), multiprocessors(device))
-    sized = SizedCalls(target, CALL_TOKENS[on_gpu] if kernels else 0, gpu)
+    kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
+    sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows = check_weights(target, folder, steps("weights", L if folder is not None else 0))
     layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
     if fp32:
@@ -191,7 +195,7 @@ def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
     return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
 
 
-def launch_calls(model: Mixtral, quick: bool, cache_dtype: Any) -> None:
+def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: Any) -> None:
     """Launch on the meta device the operations that `verify` calls on the model's GPU with the same options, and the
     text that it has by default. Most of its kernels are among them, and few are those of its forwards alone."""
     gpu = target_arch(model.device), multiprocessors(model.device)
@@ -200,12 +204,12 @@ def launch_calls(model: Mixtral, quick: bool, cache_dtype: Any) -> None:
     copied = on_meta(model, sorted(kinds.values()))
     copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
     targets = [target := (ModelUnderTest if model.ranks is None else MeshUnderTest)(copied, cache_dtype)]
-    text = default_text(None, model.config, model.device)
+    text = default_text(None, model.config, model.device, tokens)
     x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
     for under_test in targets:
-        calls = SizedCalls(under_test, CALL_TOKENS[True] if under_test is target else 0, gpu)
+        calls = SizedCalls(under_test, (tokens or CALL_TOKENS[True]) if under_test is target else 0, gpu)
         x = x.to(under_test.embed_tokens.dtype)
         for index in range(len(under_test.layers)):
             for call in calls(under_test.check(under_test.layers[index], x, under_test.config), index):

@@ -291,7 +291,7 @@ class SizedCalls:
             slots = f", {size[2]} slots" if size[2] > CACHE_SLOTS else ""
             case = f"{self._prefix(op, args)}{size[0]} x {size[1]} tokens{slots}"
             tokens = size[0] * size[1] if op != "linear" else N
-            needs = "a GPU" if self.limit < tokens else ""
+            needs = f"a GPU or --tokens {tokens}" if self.limit < tokens else ""
             try:
                 call = op, case, Args() if needs else check.derive(op, args, weights, size)
             except (KeyError, ValueError) as error:

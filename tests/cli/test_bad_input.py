@@ -40,6 +40,7 @@ BAD_INPUT = {
     "verify --device gpu": "'gpu' does not exist here: needs cpu, meta, or cuda, cuda:1, ...",
     "verify no/such/folder": "no/such/folder",
     "verify --device cuda:99": "cuda:99",
+    "verify --device cpu --tokens 4096": "needs 2 to 2048",
     **{f"{name} --device meta": "meta" for name in ("verify", "generate --prompt x", "trace --prompt x")},
     "generate": "--prompt",
     "generate --prompt ''": "--prompt is empty",

@@ -144,7 +144,7 @@ def test_most_kernels_of_verify_are_compiled_ahead(case: str, gpu: Any) -> None:
 
     def ahead(quick: bool) -> set[Any]:
         with torch.no_grad(), record_launches("sm_90", 132) as records:
-            launch_calls(model, quick, cache_dtype)
+            launch_calls(model, quick, None, cache_dtype)
         return {kernel_of(each) for each in records if each.fn is not None}
 
     with mock.patch.object(launch, "_launch_compiled", record):

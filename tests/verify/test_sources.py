@@ -157,7 +157,7 @@ def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
     ranks = SimpleNamespace(model=target.model, config=target.config, gather=lambda name, weight: weight.detach() + 0)
     target.layers = models._GatheredLayers(ranks)  # type: ignore[arg-type]
     with torch.no_grad():
-        report = verification._verify(target, IDS[:, :4], None, None, True)
+        report = verification._verify(target, IDS[:, :4], None, None, True, None)
     assert not report.wrong and len(gathered) >= 6
 
 
