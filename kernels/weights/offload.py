@@ -279,11 +279,6 @@ def host_memory(parameter: Any) -> Any:
     return torch.frombuffer(memory, dtype=parameter.dtype).view(parameter.shape)
 
 
-def find_weight(table: Tensor) -> OffloadedWeight | None:
-    """Return the weight that this table of addresses belongs to; None for another tensor."""
-    return next((weight for weight in _weights.values() if weight.data is table), None)
-
-
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return unset host memory of exactly this size, which a CUDA device can read; on the meta device none.
 
