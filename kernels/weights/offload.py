@@ -151,6 +151,7 @@ class OffloadedWeight(QuantizedWeight):
 
     @property
     def stored_rows(self) -> Tensor:
+        """Such rows as the addresses lead to, as kernels read them."""
         return self.host if self.format == "dense" else self.kind.elements(self.host)
 
     @property
