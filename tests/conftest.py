@@ -28,8 +28,8 @@ from mixtral_triton.kernels.launching import launch
 from mixtral_triton.kernels.launching.interpret import interpreting
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.operation import call
-from mixtral_triton.kernels.weights.offload import OffloadedWeight, find_weight
-from tests.support.calls import memory_of, replace_tensors, tensors_of_launch
+from mixtral_triton.kernels.weights.offload import OffloadedWeight
+from tests.support.calls import find_weight, memory_of, replace_tensors, tensors_of_launch
 from tests.support.traffic import active_addresses
 
 pytest_plugins = ["tests.support.selection"]

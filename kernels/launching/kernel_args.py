@@ -63,8 +63,3 @@ def flatten(args: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{path}", part) for path, part in flatten(value._asdict()))
         else:
             yield name, value
-
-
-def operand_name(path: str) -> str:
-    """Return the path of an argument without its ending: of x_ptr, x.ptr and x_desc, "x"."""
-    return path.removesuffix("ptr").removesuffix("desc").rstrip("._")

@@ -46,13 +46,7 @@ def call_checked(op: Op, args: tuple[Any, ...]) -> Any:
     if in_pdl_region():
         with launch_context(pdl=False):
             return call_checked(op, args)
-    try:
-        key = call_key(args)
-    except RuntimeError:  # a sparse tensor has no strides, and the check says so
-        op.check(*args)
-        raise
-    _check(op, args, key)
-    out = call_unchecked(op, args, key)
+    out = call_unchecked(op, args, _check(op, args))
     if isinstance(out, tuple):
         return tuple(x.contiguous() for x in out)
     return out if out is None else out.contiguous()
@@ -73,12 +67,14 @@ def call_unchecked(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = 
     return op.call_reference(*args)
 
 
-def _check(op: Op, args: tuple[Any, ...], call: tuple[Any, ...]) -> None:
-    key = (op.run, *call)
+def _check(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Check the positional arguments, and return their call key."""
     try:
-        bounds = _checked.get(key)
-    except TypeError:  # an unhashable argument, which the full check rejects
-        bounds = None
+        call = call_key(args)
+        bounds = _checked.get(key := (op.run, *call))
+    except (RuntimeError, TypeError):  # a sparse tensor has no strides, a list no hash, and the full check says so
+        op.check(*args)
+        raise
     if bounds is None:
         bounds = tuple((op.names.index(name), low, high) for name, low, high in op.bounds(op.bind_by_name(*args)))
         if len(_checked) >= _CHECKED_MAX:
@@ -89,6 +85,7 @@ def _check(op: Op, args: tuple[Any, ...], call: tuple[Any, ...]) -> None:
     if op.ranges is not None:
         for name, values, low, high in op.ranges(op.bind_by_name(*args)):
             check_values(op.public_name, name, values, low, high)
+    return call
 
 
 def untraced() -> bool:

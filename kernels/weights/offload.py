@@ -151,6 +151,7 @@ class OffloadedWeight(QuantizedWeight):
 
     @property
     def stored_rows(self) -> Tensor:
+        """Such rows as the addresses lead to, as kernels read them."""
         return self.host if self.format == "dense" else self.kind.elements(self.host)
 
     @property
@@ -277,11 +278,6 @@ def host_memory(parameter: Any) -> Any:
         return parameter
     memory = (ctypes.c_char * parameter.nbytes).from_address(parameter.data_ptr())
     return torch.frombuffer(memory, dtype=parameter.dtype).view(parameter.shape)
-
-
-def find_weight(table: Tensor) -> OffloadedWeight | None:
-    """Return the weight that this table of addresses belongs to; None for another tensor."""
-    return next((weight for weight in _weights.values() if weight.data is table), None)
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

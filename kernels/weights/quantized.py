@@ -95,15 +95,6 @@ class QuantizedWeight(nn.Module):
             return self.kind.elements(tensors[0]), *tensors[1:]
         return tensors
 
-    @property
-    def stored_rows(self) -> Tensor:
-        """The rows that `data` is, or leads to where it is a table of addresses."""
-        return self.tensors[0]  # type: ignore[no-any-return]
-
-    def data_for_many_rows(self) -> Tensor:
-        """Return the data for a kernel that reads a tile once for each tile of x."""
-        return self.tensors[0]  # type: ignore[no-any-return]
-
     value_dtype: torch.dtype | None = None  # which must be that of x; None: of any
     first_part = "data"  # which takes the argument's place in torch's operator
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import namedtuple
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -68,7 +68,7 @@ class Weight:
     format: str = "dense"
     group: int = 0
     fields: int = 1
-    stored: QuantizedWeight | None = None
+    stored: Any = None
 
     @classmethod
     def of(cls, weight: Tensor | QuantizedWeight) -> Weight:
@@ -77,7 +77,7 @@ class Weight:
             return cls(data, data)
         data, *parts = weight.tensors
         data = dense_rows(data)
-        rows = weight.stored_rows if data.dtype == torch.int64 else data
+        rows: Any = weight.stored_rows if data.dtype == torch.int64 else data  # or of a table of addresses
         scales, zeros = (None if part is None else part.contiguous() for part in parts)
         if weight.name is None:
             return cls(data, rows, stored=weight)
@@ -103,7 +103,7 @@ class Weight:
     @property
     def args_for_many_rows(self) -> WeightArgs:
         """Return `args` for a kernel that reads a tile once for each tile of x."""
-        return self.args._replace(ptr=self.stored.data_for_many_rows()) if self.stored and self.is_table else self.args
+        return self.args._replace(ptr=self.stored.data_for_many_rows()) if self.is_table else self.args
 
     def rows_of(self, x: Rows, groups: Groups | None = None, top_k: int = 0) -> Rows:
         """Return x as products take it: as it is, or its codes. groups, top_k: see `quantize_rows`."""

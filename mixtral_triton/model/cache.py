@@ -12,7 +12,7 @@ import torch
 
 from ..checkpoint.arguments import check_dtype, default_dtype, is_int, usable_device
 from ..checkpoint.config import MixtralConfig
-from ..kernels.operation.checks import readable
+from ..kernels.operation.checks import check_values, readable
 from ..kernels.weights.quantized_cache import QuantizedCache, vector_bytes
 
 Slots = torch.Tensor | QuantizedCache  # of one layer, keys or values [B, Hkv, C, D]
@@ -134,9 +134,8 @@ class KVCache:
         if torch.compiler.is_compiling():
             return
         self.check_intact()
+        check_values("KVCache", "lengths", self.lengths, 0, self.max_len)
         if readable(self.lengths):
-            if int(self.lengths.min()) < 0:
-                raise ValueError(f"KVCache: lengths holds {int(self.lengths.min())}, needs numbers of at least 0")
             reached = int((self.lengths.long() + new).max())
         else:
             reached = 0 if isinstance(new, torch.Tensor) else self._min_length() + new

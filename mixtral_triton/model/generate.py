@@ -20,6 +20,7 @@ from ..checkpoint.arguments import (
     check_ids,
     check_positions,
     check_vocabulary,
+    describe,
     drop_padding,
     explain_out_of_memory,
     is_int,
@@ -315,9 +316,9 @@ def run_chunks(model: Model, cache: KVCache, ids: Tensor, lengths: Tensor) -> It
 def to_rows(model: Model, ids: Any, mask: Any = None, argument: str = "generate: input_ids") -> list[Any]:
     """Return the rows of ids [B,T] or of a list, a list of integers as int64 [T] on the model's device; what else is no
     tensor stays as it is, for `check_rows`. mask: as in `drop_padding`."""
-    if not isinstance(ids, (list, tuple)) and not (isinstance(ids, Tensor) and ids.dim()):
-        got = "one number" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-        raise ValueError(f"{argument} is {got}, needs a tensor [B, T] or a list of texts [T]")
+    right = isinstance(ids, (list, tuple)) or (isinstance(ids, Tensor) and ids.dim() > 0)
+    if not right or len(ids) == 0:
+        raise ValueError(f"{argument} is {describe(ids)}, needs a tensor [B, T] or a list of texts [T], at least one")
 
     def is_ids(row: Any) -> bool:
         return isinstance(row, (list, tuple)) and all(is_int(token, 0) and token < 1 << 63 for token in row)
@@ -327,13 +328,10 @@ def to_rows(model: Model, ids: Any, mask: Any = None, argument: str = "generate:
 
 
 def check_rows(model: Model, rows: Sequence[Tensor], what: str) -> None:
-    """Raise ValueError, which begins with `what`, unless there are rows [T], each with tokens of the vocabulary."""
-    if not rows:
-        raise ValueError(f"{what}: there is none, needs at least one")
+    """Raise ValueError, which begins with `what`, unless these are rows [T], each with tokens of the vocabulary."""
     for number, row in enumerate(rows):
         if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
-            got = f"of shape {list(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
-            raise ValueError(f"{what} {number} is {got}, needs int64 [T] or a list of token ids, not empty")
+            raise ValueError(f"{what} {number} is {describe(row)}, needs int64 [T] or a list of token ids, not empty")
         check_ids(row[None], model.config.vocab_size, model.device)
     if not readable(rows[0]):
         check_vocabulary(torch.cat([*rows]), model.config.vocab_size)  # the only synchronization of a prompt on a GPU

@@ -233,10 +233,8 @@ def place(
     if host is not None and device.type != "meta" and placement.host_bytes > host:
         got = f"offload is {offload!r}, {text} take {size}"
         raise ValueError(f"{caller}: {got}, needs as much host memory: {in_decimal(host)} are available")
-    if offload == "auto" and placement == Placement():
-        warnings.warn("offload='auto': all experts fit the device, so none is offloaded", stacklevel=4)
-    elif offload == "auto":
-        warnings.warn(f"offload={offload!r}: {text} ({size})", stacklevel=4)
+    if offload == "auto":
+        warnings.warn(f"offload='auto': {text} ({size})", stacklevel=4)
     return placement
 
 

@@ -157,7 +157,7 @@ class HubLayout:
         return indices
 
     def rows(self, read: Read, rows: slice, columns: slice, K: int) -> Rows:
-        """Return rows of these columns, which no group exceeds."""
+        """Return rows of these columns: whole groups, or a part of a row that is one group."""
         groups = divided(columns, self.group_columns(K))
         codes, scales = self.codes.read(read, rows, columns).view(torch.uint8), self.scales.read(read, rows, groups)
         if self.format == "int8" and self.codes.columns > 1:  # int32 elements hold code + 128

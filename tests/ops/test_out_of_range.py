@@ -204,7 +204,7 @@ def test_negative_cache_lengths_raise_value_error_on_a_cpu() -> None:
     model = build(None)
     held = cache_of(model, 2)
     held.lengths[1] = -1
-    with pytest.raises(ValueError, match="KVCache: lengths holds -1"):
+    with pytest.raises(ValueError, match="KVCache: argument 'lengths' is from -1 to 0, needs"):
         model(tokens(2, 1), cache=held)
 
 

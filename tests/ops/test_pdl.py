@@ -16,14 +16,13 @@ import torch
 from mixtral_triton import ops
 from mixtral_triton.bench.compile import Compiled, collect, compile_launch
 from mixtral_triton.kernels.launching.arch import ARCHS
-from mixtral_triton.kernels.launching.kernel_args import operand_name
 from mixtral_triton.kernels.launching.launch import Launch, pdl_region
 from mixtral_triton.kernels.ops import linear, router
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from tests.emulator.parser import Address, parse
 from tests.emulator.values import destinations
-from tests.support.calls import inputs
+from tests.support.calls import inputs, operand_name
 from tests.support.faults import module_with_fault
 from tests.support.models import cache_of, random_model
 

@@ -17,6 +17,7 @@ from mixtral_triton.kernels.launching.kernel_args import flatten
 from mixtral_triton.kernels.launching.launch import LaunchConfig, override_configs
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.weights import offload
 from mixtral_triton.kernels.weights.offload import OffloadedWeight
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
@@ -137,3 +138,13 @@ def offloaded(weight: Any, on_host: Any) -> OffloadedWeight:
 def with_offload(args: Args, on_host: Any) -> Args:
     """Arguments of `expert_swiglu` whose weights have these experts in host memory."""
     return args | {name: offloaded(args[name], on_host) for name in ("gate_up_proj", "down_proj")}
+
+
+def find_weight(table: torch.Tensor) -> Any:
+    """Return the OffloadedWeight that this table of addresses belongs to; None for another tensor."""
+    return next((weight for weight in offload._weights.values() if weight.data is table), None)
+
+
+def operand_name(path: str) -> str:
+    """Return the path of an argument without its ending: of x_ptr, x.ptr and x_desc, "x"."""
+    return path.removesuffix("ptr").removesuffix("desc").rstrip("._")

@@ -15,9 +15,7 @@ import torch
 
 from mixtral_triton.kernels.launching import launch as launching
 from mixtral_triton.kernels.launching.interpret import interpreting
-from mixtral_triton.kernels.launching.kernel_args import operand_name
-from mixtral_triton.kernels.weights.offload import find_weight
-from tests.support.calls import memory_of, replace_tensors, tensors_of_launch
+from tests.support.calls import find_weight, memory_of, operand_name, replace_tensors, tensors_of_launch
 
 
 def active_addresses(pointers: Any, mask: Any) -> np.ndarray:

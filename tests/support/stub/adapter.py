@@ -15,6 +15,7 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights import offload
 from mixtral_triton.kernels.weights.weight_args import Layout as Layout
 from mixtral_triton.model import cuda_graph
+from tests.support.calls import find_weight
 
 OPERATORS = "mixtral_triton"  # the namespace of the project's operators, which have no kernel for simulated tensors
 forget_launches = plan.clear  # remembered launches are of one driver
@@ -28,7 +29,7 @@ def call_operator(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def memories_of(table: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return where the experts lie whose addresses a table holds: those on the device, and in host memory or a copy."""
-    weight = offload.find_weight(table)
+    weight = find_weight(table)
     return getattr(table, "memories", ()) if weight is None else (weight.resident, weight.host)
 
 
