@@ -293,8 +293,8 @@ def test_what_is_not_named_stays_as_stored(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         model = load(tmp_path, weights="int8")
     assert [str(each.message) for each in caught] == [
-        f"{tmp_path}: awq is dequantized and quantized anew (weights='int8'); `mixtral-triton perplexity` measures what "
-        "that costs"
+        f"{tmp_path}: awq is dequantized and quantized anew (weights='int8'); `mixtral-triton perplexity` measures "
+        "what that costs"
     ]
     exact = expected(model.config, meaning, "per_expert")["layers.0.qkv_proj"]
     assert torch.equal(model.layers[0].qkv_proj.dequantize(), exact)
