@@ -157,15 +157,20 @@ def test_known_models() -> None:
 def test_the_exit_status_and_the_formats() -> None:
     text = output("fit qwen3-30b-a3b --train --memory 24", status=1)
     assert "Calculated, not measured" in text and [line.split()[-1:] for line in text.splitlines()].count(["-"]) == 4
-    assert [each["format"] for each in run_json("fit small --train")["formats"]] == ["as stored", "fp8", "int8", "int4"]
+    assert [each["format"] for each in run_json("fit small --train --memory 8")["formats"]] == [
+        "as stored",
+        "fp8",
+        "int8",
+        "int4",
+    ]
 
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
-    assert "--train is given, and --cache-dtype, too" in error_line("fit --train --cache-dtype int8")
-    assert "--batch is 0" in error_line("fit qwen3-30b-a3b --train --batch 0")
+    assert "--train is given, and --cache-dtype, too" in error_line("fit --train --gpu h100 --cache-dtype int8")
+    assert "--batch is 0" in error_line("fit qwen3-30b-a3b --train --gpu h100 --batch 0")
     hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
-    assert "is quantized already, needs a dense checkpoint" in error_line("fit --train", tmp_path)
-    assert "or qwen3-30b-a3b" in error_line("fit qwen3 --train") and "qwen3" not in " ".join(KNOWN)
+    assert "is quantized already, needs a dense checkpoint" in error_line("fit --train --gpu h100", tmp_path)
+    assert "or qwen3-30b-a3b" in error_line("fit qwen3 --train --gpu h100") and "qwen3" not in " ".join(KNOWN)
 
 
 def test_the_tables_are_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
