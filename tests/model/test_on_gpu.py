@@ -100,13 +100,15 @@ def test_a_capture_that_fails_on_the_caller_s_stream_leaves_torch_usable() -> No
 def test_experts_in_host_memory_give_the_bits_of_resident_ones(weights: str | None) -> None:
     """Chunks, whose experts are copied beside the kernels, again and again; and a captured decode step. With "auto" the
     embedding is there, too."""
-    ids, found = torch.arange(3, 203, device="cuda")[None], []
+    found, simulated = [], "stub" in torch.cuda.get_device_name()  # which is slow
+    ids, repeats, new = (torch.arange(3, 83), 1, 4) if simulated else (torch.arange(3, 203), 50, 64)
+    ids = ids.to("cuda")[None]
     for offload in (0, 3, "auto"):
         with mock.patch.object(offload_plan, "available_bytes", return_value=1):
             model = Mixtral.from_pretrained(SMALL, "cuda", weights=weights, offload=offload)
         logits = model(ids)
-        assert all(torch.equal(model(ids), logits) for _ in range(50))
-        found.append((logits, model.generate(ids, 64)))
+        assert all(torch.equal(model(ids), logits) for _ in range(repeats))
+        found.append((logits, model.generate(ids, new)))
     assert model.embed_tokens.on_host and all(map(torch.equal, found[0], found[1]))
     assert all(map(torch.equal, found[0], found[2]))
 
