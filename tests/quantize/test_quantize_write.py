@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtral_triton import Mixtral, verify
 from mixtral_triton.checkpoint.tensors import parameter_shapes, total_bytes
@@ -56,41 +56,6 @@ def test_written_checkpoint_loads_exactly(tmp_path: Path, format: Any, source: s
             at.name for at in folder.iterdir() if at.is_file() and at.name != "README.md"
         }
         assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (SMALL / "tokenizer.json").read_bytes()
-
-
-def written_config(library: Any, out: Path, format: Any) -> Any:
-    write(SMALL, out, format, "cpu")
-    written = json.loads((out / "config.json").read_text())["quantization_config"]
-    return library.QuantizationConfig.model_validate(written)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_library_of_compressed_tensors_reads_it(tmp_path: Path, format: str) -> None:
-    library = pytest.importorskip("compressed_tensors.quantization")
-    from compressed_tensors.compressors import BaseCompressor
-
-    config = written_config(library, tmp_path / "out", format)
-    assert set(config.ignore) >= {"lm_head", "model.layers.0.block_sparse_moe.gate", "model.layers.3.self_attn.q_proj"}
-    assert not [name for name in config.ignore if "experts" in name]
-    parts, dense = load_file(tmp_path / "out" / "model.safetensors"), small_tensors()
-    assert all(torch.equal(parts[name], dense[name]) for name in dense if "experts" not in name)
-    linear = {name.removeprefix(f"{W1}."): tensor for name, tensor in parts.items() if name.startswith(f"{W1}.")}
-    linear["weight_scale"] = linear["weight_scale"].float()  # it computes in the scale's dtype
-    scheme = config.config_groups["group_0"]
-    theirs = BaseCompressor.get_value_from_registry(config.format).decompress(linear, scheme)["weight"]
-    assert torch.equal(theirs.float(), quantize(dense[f"{W1}.weight"], format).dequantize())
-
-
-@pytest.mark.parametrize("linear", ["int8", "fp8"])
-def test_library_of_compressed_tensors_finds_the_formats(tmp_path: Path, linear: str) -> None:
-    library = pytest.importorskip("compressed_tensors.quantization")
-    from compressed_tensors.utils import is_match
-
-    config, module = written_config(library, tmp_path / "out", {"experts": "int4", "linear": linear}), nn.Linear(1, 1)
-    assert config.format == ("pack-quantized" if linear == "int8" else "mixed-precision")
-    for name, bits in {W1: 4, "model.layers.3.self_attn.q_proj": 8, "lm_head": 8}.items():
-        groups = [each for each in config.config_groups.values() if is_match(name, module, each.targets)]
-        assert [each.weights.num_bits for each in groups] == [bits] and name not in config.ignore
 
 
 def tied(folder: Path, stored: bool) -> Path:
