@@ -65,17 +65,6 @@ def test_ragged_prompts_are_as_each_alone(window: int | None, make: Make, device
         assert torch.equal(got, argmax_loop(model, prompt[None], NEW)[0])
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("chunk", (1, 4, 7, 12))
-@pytest.mark.parametrize("window", (5, None))
-def test_prompt_in_several_chunks(window: int | None, chunk: int, make: Make, device: Any) -> None:
-    """Chunks of the prompts' own length too: then a sequence has no token in the last ones."""
-    model, prompts = make(sliding_window=window), [tokens(T, seed=T, device=device) for T in (12, 1, 8)]
-    want = model.generate(prompts, max_new_tokens=2)
-    model.prefill_chunk = chunk
-    assert all(torch.equal(*pair) for pair in zip(model.generate(prompts, max_new_tokens=2), want, strict=True))
-
-
 def check_eos(model: Mixtral, ids: Tensor, stops: set[int], **options: Any) -> None:
     T, plain = ids.shape[1], argmax_loop(model, ids, NEW).tolist()
     padded = model.generate(ids, max_new_tokens=NEW, **options).tolist()
