@@ -42,7 +42,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "one layer, theta 1e4": {"num_hidden_layers": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "short": {"max_position_embeddings": SHORT},
     "short, no window": {"max_position_embeddings": SHORT, "sliding_window": None},
-    "far": {"num_hidden_layers": 1, "head_dim": 128, "max_position_embeddings": 32768},
 }
 Make = Callable[[str], tuple[Path, Any]]
 BUILT: dict[str, tuple[Path, Any]] = {}
@@ -92,18 +91,6 @@ def test_equals_transformers(name: str, make: Make, load: Callable[..., Mixtral]
     close(model(ids), want, 1e-4)
     close(reference.forward(model, ids), want, 1e-4)
     assert torch.equal(model.generate(ids[:, :10], max_new_tokens=NEW).cpu(), greedy)
-
-
-@pytest.mark.usefixtures("unguarded")
-@pytest.mark.parametrize("start", (1000, 30000))
-def test_equals_transformers_at_far_positions(start: int, make: Make, load: Any, device: Any) -> None:
-    """One layer: only the first W tokens see what the cache held (zeros) before `start`."""
-    model, ids = load("far"), tokens(1, 20, device=device)
-    with torch.no_grad():
-        want = make("far")[1](ids.cpu(), position_ids=torch.arange(start, start + 20)[None]).logits
-    cache = cache_of(model, 1)
-    cache.lengths.fill_(start)
-    close(model(ids, cache=cache)[:, W:], want[:, W:], 1e-4)
 
 
 CHUNKS = {"1": (1,), "W-1": (W - 1,), "W": (W,), "W+1": (W + 1,), "3W": (3 * W,), "mixed": (2, 1, 9, 1, 1, 6, 20)}
@@ -336,19 +323,6 @@ def test_unsuitable_lengths_set_by_hand_raise_value_error(value: Any, model: Mix
     cache.lengths = value
     with pytest.raises(ValueError, match=r"^(KVCache: argument 'lengths'|Mixtral: argument 'cache') .*, needs "):
         model(tokens(2, 9, device=device), cache=cache)
-
-
-@pytest.mark.parametrize("inference", (False, True))
-def test_lengths_set_by_hand_are_seen(inference: bool, load: Callable[..., Mixtral], device: torch.device) -> None:
-    model = load("short")
-    with torch.inference_mode(inference):
-        cache = cache_of(model, 1)
-        model(tokens(1, 2, device=device), cache=cache)
-        cache.lengths.fill_(SHORT - 1)
-        if device.type == "cuda":
-            return check_rows(model(tokens(1, 2, device=device), cache=cache), [True])
-        with pytest.raises(ValueError, match=f"{SHORT}"):
-            model(tokens(1, 2, device=device), cache=cache)
 
 
 BAD_LOADS: list[dict[str, Any]] = [{"mesh": "tp"}, {"dtype": torch.float64}, {"dtype": "int8"}]
