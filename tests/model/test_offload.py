@@ -27,14 +27,6 @@ pytestmark = pytest.mark.compiled
 IDS = torch.arange(3, 20)[None]
 
 
-@pytest.mark.parametrize("weights", [None, "int4", "int8", "fp8"])
-def test_same_logits_and_text(weights: str | None) -> None:
-    with torch.device("meta"):  # a caller's default device
-        model = Mixtral.from_pretrained(SMALL, "cpu", weights=weights, offload=2)
-    resident = Mixtral.from_pretrained(SMALL, "cpu", weights=weights)
-    assert torch.equal(model(IDS), resident(IDS)) and torch.equal(model.generate(IDS, 8), resident.generate(IDS, 8))
-
-
 def test_a_table_has_the_address_of_each_expert_s_rows() -> None:
     stacked, model = (Mixtral.from_pretrained(SMALL, "cpu", offload=count) for count in (0, 2))
     for layer, want in zip(model.layers, stacked.layers, strict=True):
@@ -165,10 +157,11 @@ def test_auto_takes_what_fit_says(name: str, format: str, gpu: Any, monkeypatch:
     assert [getattr(found, name) for name in names] == [offload[name] for name in ("experts", *names[1:])]
 
 
-@pytest.mark.parametrize("weights", [None, "int4"])
+@pytest.mark.parametrize("weights", [None, "int4", "int8", "fp8"])
 def test_offloaded_model_cannot_be_moved_copied_or_saved(weights: str | None, tmp_path: Path) -> None:
     """Saving it would lose the experts; loading it would point the tables into another model's memory."""
-    model, resident = (Mixtral.from_pretrained(SMALL, "cpu", weights=weights, offload=count) for count in (2, 0))
+    with torch.device("meta"):  # a caller's default device
+        model, resident = (Mixtral.from_pretrained(SMALL, "cpu", weights=weights, offload=count) for count in (2, 0))
     casts = [model.half] if weights is None else []  # codes stay as they are
     export = partial(torch.export.export, model, (IDS,))  # a program would hold the table without the rows
     copies = partial(copy.deepcopy, model), partial(pickle.dumps, model)
