@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixtral_triton import Mixtral, verify
-from mixtral_triton.checkpoint.tensors import parameter_shapes, total_bytes
+from mixtral_triton.checkpoint.tensors import total_bytes
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.quantize import QuantizedWeight, quantize
-from mixtral_triton.quantize.hub import plan_load, read_headers
+from mixtral_triton.quantize.hub import read_headers
 from mixtral_triton.quantize.write import write
 from tests.cli.commands import python, run_json
 from tests.model.test_weights import expected, save
@@ -264,25 +264,6 @@ def test_what_is_not_named_stays_as_stored(tmp_path: Path) -> None:
     exact = expected(model.config, meaning, "per_expert")["layers.0.qkv_proj"]
     assert torch.equal(model.layers[0].qkv_proj.dequantize(), exact)
     assert model.layers[0].down_proj.format == "int8"
-
-
-def test_a_rank_quantizes_what_one_process_does(tmp_path: Path) -> None:
-    from mixtral_triton.checkpoint.shard import Shard
-    from mixtral_triton.quantize.hub import read_weights
-
-    hub.write(tmp_path, *ACT_ORDER)
-    whole = load(tmp_path, weights="int8")
-    config, headers, parts = whole.config, read_headers(tmp_path), []
-    for rank in range(2):
-        shard = Shard(tp=2, tp_rank=rank, rank=rank)
-        shapes, local = parameter_shapes(config), parameter_shapes(config, shard)
-        found = plan_load(headers, config, shard, "int8")
-        specs = shard.specs(found.specs, shapes, local)
-        weights: dict[str, Any] = {name: torch.empty(shape) for name, shape in local.items()}
-        weights |= {name: spec.empty(local[name], "cpu") for name, spec in specs.items()}
-        read_weights(headers, found, config, weights, shard=shard)
-        parts.append(weights["layers.0.down_proj"].dequantize())
-    assert torch.equal(torch.cat(parts, dim=-1), whole.layers[0].down_proj.dequantize())
 
 
 def test_group_out_of_range_raises_value_error(tmp_path: Path) -> None:
