@@ -279,11 +279,12 @@ def test_loading_checks_memory_before_it_allocates(gpu: Any, monkeypatch: pytest
     specs = select_specs("int4", parameter_shapes(config))
     need = memory_need(config, specs, 1, 1)
     free = need["weights"] + need["tables"]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 8, 2 * free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 13)
     with pytest.raises(ValueError, match=r"the weights take .* MB, and cuda has .* free: `mixtral-triton fit`"):
-        Mixtral.from_pretrained(SMALL, device="cuda")
+        Mixtral.from_pretrained(SMALL, device="cuda", weights="int4")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12)  # torch keeps 8 bytes of a deleted model
     assert Mixtral.from_pretrained(SMALL, device="cuda", weights="int4").layers[0].down_proj.format == "int4"
 
 
