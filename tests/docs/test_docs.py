@@ -58,13 +58,11 @@ def test_named_kernels_exist_and_quoted_code_is_in_the_reference() -> None:
     assert len(quoted) > 7 and set(quoted) <= reference
 
 
-def test_readme_is_short_and_its_commands_are_those_of_the_command_line() -> None:
+def test_readme_is_short_and_begins_with_verify() -> None:
     first, second = re.findall(r"```bash\n(.*?)```", README, re.S)[:2]
     assert len(README.splitlines()) <= 120
     assert "mixtral-triton verify\n" in first
     assert "pytest" in second and "TRITON_INTERPRET=1" in second
-    lines = re.findall(r"^mixtral-triton (.*)$", README, re.MULTILINE)
-    assert len([parser().parse_args(shlex.split(line, comments=True)) for line in lines]) == 5
 
 
 def run_program(how: str, program: Path, *args: Any) -> str:
