@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mixtral_triton.cli import prompt
 from mixtral_triton.cli.commands import SMALL
 from tests.cli.commands import error_line
+from tests.tools.conftest import change
 
 pytestmark = pytest.mark.compiled
 PROMPT, TRACE = "generate --prompt x", "trace --device cpu --prompt"
@@ -99,10 +100,6 @@ def test_bad_input_is_one_line_on_stderr(command: str, recwarn: Any, monkeypatch
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     line = error_line(command)
     assert re.search(BAD_INPUT[command], line) and not recwarn.list, line
-
-
-def change(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.fixture

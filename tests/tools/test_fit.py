@@ -192,9 +192,7 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyP
         ]
     assert text.endswith("Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8\n")
     assert output("fit --memory 1", status=1).endswith("\nNO FORMAT FITS\n")
-    text = output("fit mixtral-8x7b --gpu rtx4090")
-    assert row(text, "int4, linear int8")[-4:-1] == ["20", "offload", "62"]
-    assert "\nFITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\n" in text
+    assert row(output("fit --gpu rtx4090"), "int4, linear int8")[-4:-1] == ["20", "offload", "62"]
 
 
 def test_json_is_exact() -> None:
