@@ -42,6 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "one layer, theta 1e4": {"num_hidden_layers": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "short": {"max_position_embeddings": SHORT},
     "short, no window": {"max_position_embeddings": SHORT, "sliding_window": None},
+    "far": {"num_hidden_layers": 1, "head_dim": 128, "max_position_embeddings": 32768},
 }
 Make = Callable[[str], tuple[Path, Any]]
 BUILT: dict[str, tuple[Path, Any]] = {}
@@ -91,6 +92,18 @@ def test_equals_transformers(name: str, make: Make, load: Callable[..., Mixtral]
     close(model(ids), want, 1e-4)
     close(reference.forward(model, ids), want, 1e-4)
     assert torch.equal(model.generate(ids[:, :10], max_new_tokens=NEW).cpu(), greedy)
+
+
+@pytest.mark.usefixtures("unguarded")
+@pytest.mark.parametrize("start", (1000, 30000))
+def test_equals_transformers_at_far_positions(start: int, make: Make, load: Any, device: Any) -> None:
+    """One layer: only the first W tokens see what the cache held (zeros) before `start`."""
+    model, ids = load("far"), tokens(1, 20, device=device)
+    with torch.no_grad():
+        want = make("far")[1](ids.cpu(), position_ids=torch.arange(start, start + 20)[None]).logits
+    cache = cache_of(model, 1)
+    cache.lengths.fill_(start)
+    close(model(ids, cache=cache)[:, W:], want[:, W:], 1e-4)
 
 
 CHUNKS = {"1": (1,), "W-1": (W - 1,), "W": (W,), "W+1": (W + 1,), "3W": (3 * W,), "mixed": (2, 1, 9, 1, 1, 6, 20)}
