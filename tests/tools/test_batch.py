@@ -83,10 +83,10 @@ def test_an_interrupted_batch_is_continued(chat_folder: Path, appended: list[int
     written = out.read_text()
     assert whole.startswith(written) and 12 <= len(written.splitlines()) < 40
     out.write_text(whole[: len(written) + 40])  # half a line more
-    of_all = sum(appended)
+    total = sum(appended)
     appended.clear()
     assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == ""
-    assert out.read_text() == whole and 0 < sum(appended) < of_all
+    assert out.read_text() == whole and 0 < sum(appended) < total
     appended.clear()
     assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == "" and not appended
 
