@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from mixtral_triton import MixtralConfig
+from mixtral_triton import MixtralConfig, reference
 from mixtral_triton.cli.commands import SMALL, parser
 from mixtral_triton.kernels.registry import OPERATIONS
 from tests.cli.commands import ROOT, python
@@ -58,13 +57,11 @@ def test_named_kernels_exist_and_quoted_code_is_in_the_reference() -> None:
     assert len(quoted) > 7 and set(quoted) <= reference
 
 
-def test_readme_is_short_and_its_commands_are_those_of_the_command_line() -> None:
+def test_readme_is_short_and_begins_with_verify() -> None:
     first, second = re.findall(r"```bash\n(.*?)```", README, re.S)[:2]
     assert len(README.splitlines()) <= 120
     assert "mixtral-triton verify\n" in first
     assert "pytest" in second and "TRITON_INTERPRET=1" in second
-    lines = re.findall(r"^mixtral-triton (.*)$", README, re.MULTILINE)
-    assert len([parser().parse_args(shlex.split(line, comments=True)) for line in lines]) == 5
 
 
 def run_program(how: str, program: Path, *args: Any) -> str:
@@ -163,15 +160,6 @@ def test_ops_page_is_that_of_the_docstrings() -> None:
     assert OPS_PAGE.read_text(encoding="utf-8") == ops_page(), need
 
 
-def experts_by_loop(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    out = torch.zeros_like(x)
-    for token, (experts, of_token) in enumerate(zip(ids.tolist(), weights, strict=True)):
-        for expert, weight in zip(experts, of_token, strict=True):
-            gate, up = (gate_up_proj[expert] @ x[token]).chunk(2)
-            out[token] += weight * (down_proj[expert] @ (F.silu(gate) * up))
-    return out
-
-
 def test_recipes_of_other_routers_compute_what_they_say() -> None:
     """DeepSeek-V3's gate (arXiv 2412.19437, equations 12 to 16), OLMoE's, and a shared expert beside routed ones."""
     torch.manual_seed(0)
@@ -181,10 +169,10 @@ def test_recipes_of_other_routers_compute_what_they_say() -> None:
     assert not torch.equal(found["ids"], scores.topk(K).indices)  # the bias decides
     chosen = torch.stack([(row + bias).argsort(descending=True)[:K] for row in scores])
     weights = torch.stack([row[ids] / row[ids].sum() for row, ids in zip(scores, chosen, strict=True)])
-    deepseek = experts_by_loop(x, *experts, chosen, 2.5 * weights)
+    deepseek = reference.expert_swiglu(x, *experts, chosen, 2.5 * weights)
     assert torch.allclose(found["deepseek"], deepseek, atol=1e-5)
     weights, chosen = (x @ gate.T).softmax(-1).sort(-1, descending=True)
-    olmoe = experts_by_loop(x, *experts, chosen[:, :K], weights[:, :K])
+    olmoe = reference.expert_swiglu(x, *experts, chosen[:, :K], weights[:, :K])
     assert torch.allclose(found["olmoe"], olmoe, atol=1e-5) and (weights[:, :K].sum(-1) < 0.999).all()
     gate, up = (x @ found["shared_gate_up"].T).chunk(2, -1)
     shared = deepseek + F.silu(gate) * up @ found["shared_down"].T

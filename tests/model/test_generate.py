@@ -65,17 +65,6 @@ def test_ragged_prompts_are_as_each_alone(window: int | None, make: Make, device
         assert torch.equal(got, argmax_loop(model, prompt[None], NEW)[0])
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("chunk", (1, 4, 7, 12))
-@pytest.mark.parametrize("window", (5, None))
-def test_prompt_in_several_chunks(window: int | None, chunk: int, make: Make, device: Any) -> None:
-    """Chunks of the prompts' own length too: then a sequence has no token in the last ones."""
-    model, prompts = make(sliding_window=window), [tokens(T, seed=T, device=device) for T in (12, 1, 8)]
-    want = model.generate(prompts, max_new_tokens=2)
-    model.prefill_chunk = chunk
-    assert all(torch.equal(*pair) for pair in zip(model.generate(prompts, max_new_tokens=2), want, strict=True))
-
-
 def check_eos(model: Mixtral, ids: Tensor, stops: set[int], **options: Any) -> None:
     T, plain = ids.shape[1], argmax_loop(model, ids, NEW).tolist()
     padded = model.generate(ids, max_new_tokens=NEW, **options).tolist()
@@ -329,7 +318,7 @@ def test_score_is_the_log_softmax_of_each_text(chunk: int, make: Make, device: t
 
 
 @pytest.mark.compiled
-def test_penalty_and_log_probabilities_equal_those_of_transformers() -> None:
+def test_penalty_equals_that_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     original = transformers.AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32).eval()
     model = Mixtral.from_pretrained(SMALL, "cpu", torch.float32)
@@ -345,12 +334,3 @@ def test_penalty_and_log_probabilities_equal_those_of_transformers() -> None:
         assert model.generate([ids], 40, repetition_penalty=penalty)[0].tolist() == want
         found.add(tuple(want))
     assert len(found) == 5, "each penalty has its own text"
-    logprobs = original(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    assert torch.allclose(model.score([ids])[0], logprobs, atol=1e-4)
-    got = model.generate(ids[None], 8, logprobs=3)
-    want = original.generate(
-        ids[None], max_new_tokens=8, do_sample=False, pad_token_id=1, output_logits=True, return_dict_in_generate=True
-    )
-    top, top_ids = torch.stack(want.logits, 1).log_softmax(-1).topk(3)
-    assert torch.equal(got.ids, want.sequences) and torch.equal(got.top_ids, top_ids)
-    assert torch.allclose(got.top_logprobs, top, atol=1e-4) and torch.equal(got.logprobs, got.top_logprobs[..., 0])

@@ -338,19 +338,6 @@ def test_unsuitable_lengths_set_by_hand_raise_value_error(value: Any, model: Mix
         model(tokens(2, 9, device=device), cache=cache)
 
 
-@pytest.mark.parametrize("inference", (False, True))
-def test_lengths_set_by_hand_are_seen(inference: bool, load: Callable[..., Mixtral], device: torch.device) -> None:
-    model = load("short")
-    with torch.inference_mode(inference):
-        cache = cache_of(model, 1)
-        model(tokens(1, 2, device=device), cache=cache)
-        cache.lengths.fill_(SHORT - 1)
-        if device.type == "cuda":
-            return check_rows(model(tokens(1, 2, device=device), cache=cache), [True])
-        with pytest.raises(ValueError, match=f"{SHORT}"):
-            model(tokens(1, 2, device=device), cache=cache)
-
-
 BAD_LOADS: list[dict[str, Any]] = [{"mesh": "tp"}, {"dtype": torch.float64}, {"dtype": "int8"}]
 BAD_LOADS += [{"activations": wrong} for wrong in ("int8", 8, True)]
 BAD_DEVICES = [{"device": device} for device in ("gpu", "cuda:99", "", 1.5)]

@@ -15,7 +15,6 @@ from mixtral_triton.checkpoint import tensors as checkpoint
 from mixtral_triton.checkpoint.config import MixtralConfig
 from mixtral_triton.checkpoint.tensors import check, parameter_shapes, read_headers, stored_dtype, table, total_bytes
 from mixtral_triton.quantize import hub
-from tests.support.memory import anonymous_peak, needs_proc
 
 pytestmark = pytest.mark.compiled
 COUNTS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 3}
@@ -268,35 +267,3 @@ def test_pickled_or_missing_weights_are_rejected(tmp_path):
     assert_refused(tmp_path / "nowhere", "nowhere: no such folder", error=FileNotFoundError)
     torch.save({}, tmp_path / "pytorch_model.bin")
     assert_refused(tmp_path, r"model\.safetensors: no such file, needs what transf", error=FileNotFoundError)
-
-
-IMPORTS = """
-from mixtral_triton.checkpoint.tensors import MixtralConfig, parameter_shapes
-from mixtral_triton.quantize.hub import plan_load, read_headers, read_weights
-"""
-LOADED = """
-config, dtype = MixtralConfig(**eval(sys.argv[3])), getattr(torch, sys.argv[2])
-parameters = {name: torch.empty(shape, dtype=dtype) for name, shape in parameter_shapes(config).items()}
-read_weights(headers := read_headers(sys.argv[1]), plan_load(headers, config), config, parameters)
-size = sum(parameter.nbytes for parameter in parameters.values())
-"""
-
-
-@pytest.mark.exhaustive
-@needs_proc
-@pytest.mark.parametrize(
-    ("layout", "wanted", "sizes"),
-    [
-        ("fused", "bfloat16", {"vocab_size": 2000, "intermediate_size": 4096}),
-        ("per_expert", "float32", {"vocab_size": 2000, "intermediate_size": 2048}),
-        ("per_expert", "bfloat16", {"vocab_size": 70_000, "intermediate_size": 64, "tie_word_embeddings": True}),
-    ],
-    ids=["fused", "cast", "one large tensor"],
-)
-def test_peak_memory_is_the_size_of_the_weights(tmp_path, layout, wanted, sizes):
-    fields = {"hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8, "num_local_experts": 4}
-    fields |= {"num_key_value_heads": 2, "rope_theta": 1e6} | sizes
-    config = MixtralConfig(**fields)
-    ones = {name: torch.ones(target.shape, dtype=torch.bfloat16) for name, target in table(config, layout).items()}
-    peak, size = anonymous_peak(IMPORTS, LOADED, str(save(tmp_path, ones)), wanted, repr(fields))
-    assert size > 140e6 and peak <= 1.15 * size, f"{peak / size:.3f} x the weights"

@@ -153,6 +153,15 @@ def test_checkpoints_of_the_hub(layout: str, ranks: Ranks, tmp_path: Path) -> No
         assert all(read <= 1.05 * kept for read, kept in ranks(work.read_and_kept, tmp_path, **mesh))
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized anew")
+def test_a_rank_quantizes_anew_what_one_process_does(ranks: Ranks, tmp_path: Path) -> None:
+    hub.write(tmp_path, hub.gptq(64, reorder=True), hub.gptq_config(64, desc_act=True))
+    ids, options = IDS % hub.SIZES["vocab_size"], {"dtype": torch.float32, "weights": "int8"}
+    want = Mixtral.from_pretrained(tmp_path, "cpu", **options)(ids)
+    for (got,) in ranks(work.logits, tmp_path, [ids], tp=2, **options):
+        close(got, want)
+
+
 def test_a_group_is_never_cut(ranks: Ranks, checkpoint: Checkpoint) -> None:
     said = ranks(work.refusal, checkpoint("wide"), weights="int4", tp=4)  # 256 columns in groups of 128
     assert set(said) == {f"Mixtral.from_pretrained: {CUT}"}

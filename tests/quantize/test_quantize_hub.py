@@ -17,10 +17,8 @@ from torch import Tensor
 from mixtral_triton import Mixtral
 from mixtral_triton.checkpoint import tensors as checkpoint
 from mixtral_triton.checkpoint.tensors import total_bytes
-from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.quantize import QuantizedWeight
 from mixtral_triton.quantize.hub import read_headers
-from tests.cli.commands import run
 from tests.model.test_weights import expected, save
 from tests.support import hub
 
@@ -95,31 +93,11 @@ def test_progress_adds_up_and_only_unused_scales_cause_a_warning(tmp_path: Path,
     assert all("3 scales of activations or caches (input_scale, k_scale, kv_scale)" in str(w.message) for w in caught)
 
 
-def test_command_line_prints_the_warning_in_a_line(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes((SMALL / "tokenizer.json").read_bytes())
-    hub.write(tmp_path, *hub.LAYOUTS["autofp8"], **{f"{W1}.input_scale": torch.ones(1)})
-    status, _, error = run("trace --device cpu --prompt ! --json", tmp_path)
-    assert status == 0 and error.startswith(
-        f"mixtral-triton trace: {tmp_path}: 1 scales of activations or caches (input_scale) are"
-    )
-
-
 def test_meta_reads_headers_only(tmp_path: Path) -> None:
     hub.write(tmp_path, *hub.LAYOUTS["ct int4 128 True"], **{f"{W1}.weight_shape": torch.zeros(2, dtype=torch.int64)})
     model = Mixtral.from_pretrained(tmp_path, device="meta")
     assert all(at.device.type == "meta" for at in model.named_weights().values())
     assert model.layers[0].down_proj.shape == (2, 128, 256)
-
-
-def test_tied_head_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "SIZES", hub.SIZES | {"tie_word_embeddings": True})
-    embedding = hub.dense()["model.embed_tokens.weight"]
-    for head in (None, embedding):
-        meaning = hub.write(tmp_path, *hub.LAYOUTS["awq 64"], **{"lm_head.weight": head})
-        assert differs(tmp_path, meaning) == []
-    hub.write(tmp_path, *hub.LAYOUTS["awq 64"], **{"lm_head.weight": embedding + 1})
-    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        load(tmp_path)
 
 
 # Unsupported checkpoints raise a ValueError of one line that names the format and an alternative.

