@@ -227,8 +227,8 @@ def operation(
 
     def decorate(run: Callable[P, R]) -> Operation[P, R]:
         draw, count = random_inputs(run, inputs), streaming_cost(run, flops) if cost is None else cost
-        fields["inputs"] = lambda each, *args, **kwargs: draw(op.case_of(each), *args, **kwargs)
-        fields["cost"] = lambda each, dtype: count(op.case_of(each), dtype)
+        fields["inputs"] = lambda sizes, *args, **kwargs: draw(op.case_of(sizes), *args, **kwargs)
+        fields["cost"] = lambda sizes, dtype: count(op.case_of(sizes), dtype)
         op: Op = Op(name=name or run.__name__, run=by_position(run), case=case, **fields)
         checked, unchecked = _entry_points(op)
         for function in (checked, unchecked):

@@ -178,9 +178,9 @@ def _append_newest_key(
     if scales is not None:
         k, k_scale = quantized_vectors(k)
         v, v_scale = quantized_vectors(v)
-        one = tl.arange(0, 1)
-        tl.store(scales[0] + one, k_scale, mask=one < tl.where(active, 1, 0))
-        tl.store(scales[1] + one, v_scale, mask=one < tl.where(active, 1, 0))
+        offs_scale = tl.arange(0, 1)
+        tl.store(scales[0] + offs_scale, k_scale, mask=offs_scale < tl.where(active, 1, 0))
+        tl.store(scales[1] + offs_scale, v_scale, mask=offs_scale < tl.where(active, 1, 0))
         scale *= k_scale
     tl.store(caches[0] + offs_d, k.to(caches[0].dtype.element_ty), mask=mask)
     tl.store(caches[1] + offs_d, v.to(caches[1].dtype.element_ty), mask=mask)
