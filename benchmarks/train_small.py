@@ -91,7 +91,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 def encoded(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
     """Return the tokens of all documents, one after the other, <s> before each and </s> behind it."""
     eos = tokenizer.token_to_id("</s>")
-    return [token for found in tokenizer.encode_batch(documents) for token in (*found.ids, eos)]
+    return [token for encoding in tokenizer.encode_batch(documents) for token in (*encoding.ids, eos)]
 
 
 def save_text(tokenizer: Tokenizer, folder: Path) -> None:
