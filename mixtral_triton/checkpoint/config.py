@@ -145,10 +145,10 @@ class MixtralConfig:
         file = path.parent / GENERATION_FILE
         stored = read_json_object(file).get("eos_token_id") if file.is_file() else None
         name = f"{file}: eos_token_id"
-        found = _check_field(name, stored, FIELDS["eos_token_id"]), config.eos_token_id
-        added, ids = ([] if each is None else each if isinstance(each, tuple) else [each] for each in found)
+        values = _check_field(name, stored, FIELDS["eos_token_id"]), config.eos_token_id
+        added, ids = ([] if value is None else value if isinstance(value, tuple) else [value] for value in values)
         need = f"ids below vocab_size = {config.vocab_size}"
-        check_value(name, found[0], need, max(added, default=0) < config.vocab_size)
+        check_value(name, values[0], need, max(added, default=0) < config.vocab_size)
         new = [token for token in dict.fromkeys(added) if token not in ids]
         return replace(config, eos_token_id=(*ids, *new)) if new else config
 

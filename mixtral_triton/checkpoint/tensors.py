@@ -88,10 +88,10 @@ def parameter_shapes(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[st
     """Return name and shape of each parameter of the model, or of a rank's part. A tied head has no `lm_head`."""
     shapes: dict[str, Shape] = {}
     for target in table(config, "fused", shard).values():
-        rows, *rest = (sum(map(_length, runs)) for runs in target.kept)
+        rows, *sizes = (sum(map(_length, runs)) for runs in target.kept)
         if target.parameter in shapes:  # the second or third projection of qkv_proj
             rows += shapes[target.parameter][0]
-        shapes[target.parameter] = (rows, *rest)
+        shapes[target.parameter] = (rows, *sizes)
     return shapes
 
 
@@ -163,10 +163,10 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
         names = read_index(path / INDEX_FILE)
     tensors: dict[str, Stored] = {}
     for file, expected in names.items():
-        found = _read_header(path / file, DTYPES if scheme is None else DTYPES | CODES)
+        header = _read_header(path / file, DTYPES if scheme is None else DTYPES | CODES)
         if expected:
-            compare(str(path / file), INDEX_FILE, dict.fromkeys(expected), dict.fromkeys(found))
-        tensors |= found
+            compare(str(path / file), INDEX_FILE, dict.fromkeys(expected), dict.fromkeys(header))
+        tensors |= header
     if scheme is None:
         one_dtype(path, tensors)
     return Headers(path, tensors, scheme)
@@ -192,12 +192,12 @@ def total_bytes(headers: Headers) -> int:
 def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
     """Return the table of the layout that the names show; ValueError names missing, unknown and misshapen tensors.
     It is cheap for any config: run it before allocating."""
-    tensors, found = headers.tensors, destinations(headers, config, shard)
-    need = {name: target.shape for name, target in found.items()}
+    tensors, targets = headers.tensors, destinations(headers, config, shard)
+    need = {name: target.shape for name, target in targets.items()}
     if config.tie_word_embeddings and HEAD in tensors:
         need[HEAD] = need[EMBEDDING]  # allowed if equal to the embedding: `check_tied_head`
     compare(str(headers.folder), "the config", need, {name: stored.shape for name, stored in tensors.items()})
-    return found
+    return targets
 
 
 def destinations(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
@@ -350,11 +350,11 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
     """Return the tensors of a safetensors file; the library checks that they fill it exactly."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, needs what transformers' save_pretrained writes")
-    found = {}
+    header = {}
     with opened_file(file) as opened:
         for name in opened.offset_keys():
             part = opened.get_slice(name)
             if (dtype := part.get_dtype()) not in dtypes:
                 raise ValueError(f"{file}: {name!r:.80} is stored as {dtype!r:.80}, needs one of {', '.join(dtypes)}")
-            found[name] = Stored(file, dtype, tuple(part.get_shape()))
-    return found
+            header[name] = Stored(file, dtype, tuple(part.get_shape()))
+    return header
