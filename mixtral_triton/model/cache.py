@@ -217,7 +217,7 @@ class KVCache:
         if self.texts is None or self.replayed:
             return None
         drawn = torch.stack(self.drawn, dim=1).tolist() if self.drawn else [[]] * len(lengths)
-        texts = [(text + more)[:length] for text, more, length in zip(self.texts, drawn, lengths, strict=True)]
+        texts = [(text + ids)[:length] for text, ids, length in zip(self.texts, drawn, lengths, strict=True)]
         return texts if [*map(len, texts)] == lengths else None  # else a caller wrote a larger length
 
     def set_back(self, texts: list[list[int]]) -> list[int]:
