@@ -150,13 +150,13 @@ class LayerCheck:
         tables = {name: table.double() for name, table in self.tables.items()}
         attend = reference.uncached_attention(self.config.sliding_window, **tables, quantized=self.quantized)
 
-        def attend_each(*qkv: Tensor) -> Tensor:
-            return torch.cat([attend(*each) for each in zip(*(part.split(1) for part in qkv), strict=True)])
+        def attend_sequences(*qkv: Tensor) -> Tensor:
+            return torch.cat([attend(*sequence) for sequence in zip(*(part.split(1) for part in qkv), strict=True)])
 
         def convert(weight: Any) -> Any:
             return ConvertedExperts(weight) if len(weight.shape) == 3 else to_fp64(weight)
 
-        return reference.block(self.layer, self.config, x, attend_each, ids, convert)
+        return reference.block(self.layer, self.config, x, attend_sequences, ids, convert)
 
 
 class CallRecorder(TorchDispatchMode):
