@@ -280,6 +280,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value  # type: ignore[no-any-return]
 
 
-def shown(value: object, most: int = 80) -> str:
+def escape(value: object, most: int = 80) -> str:
     """Return what a file says, for a message: no character that a terminal would act on, and at most so many."""
     return ascii(str(value))[1:-1][:most]

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels.weights.offload import host_memory
 from ..kernels.weights.packing import GROUPS
 from ..kernels.weights.quantized import QuantizedWeight
-from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, read_index, shown
+from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, escape, read_index
 from .shard import UNSHARDED, Shard
 
 KeyLayout = Literal["per_expert", "fused"]
@@ -175,8 +175,8 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
 def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
     """Raise ValueError unless all tensors are stored in the same dtype."""
     usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)
-    if odd := [f"{shown(name)} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual[0][0]]:
-        raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual[0][0]}, but {some(odd)}")
+    if odd := [f"{escape(name)} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual[0][0]]:
+        raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual[0][0]}, but {summarize(odd)}")
 
 
 def stored_dtype(headers: Headers) -> torch.dtype:
@@ -333,15 +333,15 @@ def opened_file(file: Path) -> Iterator[Any]:
 def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
     """Raise ValueError unless `got` has the names and shapes of `need`."""
     names = {"missing": need.keys() - got.keys(), "unknown": got.keys() - need.keys()}
-    wrong = [f"{len(named)} {what} ({some(sorted(map(shown, named)))})" for what, named in names.items() if named]
+    wrong = [f"{len(named)} {what} ({summarize(sorted(map(escape, named)))})" for what, named in names.items() if named]
     wrong = wrong or [
-        f"{shown(name)} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]
+        f"{escape(name)} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]
     ]
     if wrong:
-        raise ValueError(f"{holder}: not the tensors that {source} asks for: {some(wrong)}")
+        raise ValueError(f"{holder}: not the tensors that {source} asks for: {summarize(wrong)}")
 
 
-def some(names: list[str]) -> str:
+def summarize(names: list[str]) -> str:
     """Return the first names and the count of the others."""
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import GENERATION_FILE, shown
+from ..checkpoint.config import GENERATION_FILE, escape
 
 PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /dev/zero has no end
 
@@ -87,7 +87,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template may raise anything
-        reason = shown(f"{type(error).__name__}: {error}", 200)
+        reason = escape(f"{type(error).__name__}: {error}", 200)
         raise ValueError(f"{folder}: the chat template fails with {reason}{hint}") from error
     if system.strip() not in text:
         raise ValueError(f"{folder}: the chat template leaves the system message out{hint}")
@@ -122,7 +122,7 @@ def select_options(args: Any) -> tuple[dict[str, Any], int | None, list[str]]:
     notes = [f"{GENERATION_FILE} sets {', '.join(f'{name} {x}' for name, x in used.items())}"] if used else []
     unsupported = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING.keys()}
     changed = (name for name, value in unsupported.items() if (value != defaults[name] if name in defaults else value))
-    if ignored := shown(", ".join(changed), 400):
+    if ignored := escape(", ".join(changed), 400):
         notes.append(f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}")
     return options | {"top_k": options["top_k"] or None}, limit, notes  # 0: of all tokens
 

@@ -74,25 +74,25 @@ class Plane:
         if self.any_shape:
             x = read(self.name).reshape(-1, 1)
             return x[rows] if len(x) > 1 else x.expand(rows.stop - rows.start, 1)
-        index = divided(rows, self.rows), divided(columns, self.columns)
+        index = enclosing_blocks(rows, self.rows), enclosing_blocks(columns, self.columns)
         x = read(self.name, *(index[::-1] if self.transposed else index))
         x = x.t() if self.transposed else x
         if x.dtype != torch.int32:
             x = x.repeat_interleave(self.rows, 0) if self.rows > 1 else x
         elif self.rows > 1:
-            x = unpacked(x.t(), 32 // self.rows, self.ordered).t()
+            x = unpack(x.t(), 32 // self.rows, self.ordered).t()
         else:
-            x = unpacked(x, 32 // self.columns, self.ordered)
+            x = unpack(x, 32 // self.columns, self.ordered)
         row, column = rows.start % self.rows, columns.start % self.columns
         return x[row : row + rows.stop - rows.start, column : column + columns.stop - columns.start]
 
 
-def divided(run: slice, size: int) -> slice:
+def enclosing_blocks(run: slice, size: int) -> slice:
     """Return the blocks of `size` that hold the run."""
     return slice(run.start // size, -(-run.stop // size))
 
 
-def unpacked(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
+def unpack(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
     """Unpack int32 [..., n] -> uint8 [..., n * 32 / bits]."""
     data = x.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # a stride of 1, also of a single element
     if bits == 4:
@@ -158,7 +158,7 @@ class HubLayout:
 
     def rows(self, read: Read, rows: slice, columns: slice, K: int) -> Rows:
         """Return rows of these columns: whole groups, or a part of a row that is one group."""
-        groups = divided(columns, self.group_columns(K))
+        groups = enclosing_blocks(columns, self.group_columns(K))
         codes, scales = self.codes.read(read, rows, columns).view(torch.uint8), self.scales.read(read, rows, groups)
         if self.format == "int8" and self.codes.columns > 1:  # int32 elements hold code + 128
             codes = codes ^ 128

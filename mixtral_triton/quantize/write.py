@@ -87,7 +87,7 @@ def write(
                 raise OSError(f"{new / source.name}: {error}") from error
             total += sum(tensor.nbytes for tensor in tensors.values())
             files |= dict.fromkeys(tensors, source.name)
-        _write_rest(headers.folder, new, files, total, part_specs)
+        _write_other_files(headers.folder, new, files, total, part_specs)
     return total
 
 
@@ -144,7 +144,9 @@ def _pack(codes: Tensor, format: str) -> Tensor:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
-def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, specs: Mapping[str, QuantSpec]) -> None:
+def _write_other_files(
+    folder: Path, out: Path, files: Mapping[str, str], total: int, specs: Mapping[str, QuantSpec]
+) -> None:
     """Copy the other files, write the index if there was one, and last config.json, which makes the rest readable."""
     texts = {}
     if set(files.values()) != {checkpoint.SINGLE_FILE}:

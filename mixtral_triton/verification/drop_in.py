@@ -39,7 +39,7 @@ def compare_calls(target: TransformersUnderTest, ids: Tensor, steps: Callable[[s
     masks |= dict.fromkeys(("a hole", "4-D mask"), (t < T // 3) | (t > T // 3 + b))
     kinds = [*product(masks.items(), CACHES[:3]), (("packed", None), CACHES[3])]  # the last: one sequence a row
     calls = {f"{mask}, {cache}": partial(_outputs, text, valid, mask, cache) for (mask, valid), cache in kinds}
-    calls |= {f"generate, {cache}": partial(_generated, text, masks["left padding"], cache) for cache in CACHES[1:3]}
+    calls |= {f"generate, {cache}": partial(_generate, text, masks["left padding"], cache) for cache in CACHES[1:3]}
     rows, step = list[Row](), steps("calls of transformers", len(calls))
     for case, call in calls.items():
         notes = list[str]()
@@ -143,7 +143,7 @@ def _outputs(text: Tensor, valid: Tensor | None, mask: str, kind: str, model: An
     return results
 
 
-def _generated(text: Tensor, valid: Any, kind: str, model: Any) -> dict[str, Tensor]:
+def _generate(text: Tensor, valid: Any, kind: str, model: Any) -> dict[str, Tensor]:
     """The greedy tokens [B,n] behind the text [B,T], and their logits [B,n,V]."""
     settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "output_logits": True}
     if kind == CACHES[2]:
