@@ -111,7 +111,7 @@ class OffloadedWeight(QuantizedWeight):
         if E and (size := stored[0].nbytes) % ALIGNMENT:
             raise ValueError(f"OffloadedWeight: an expert's rows take {size} bytes, needs a multiple of {ALIGNMENT}")
         self.resident = torch.empty((E - len(self.on_host), *shape), dtype=stored.dtype, device=device)
-        self.host = _pinned_memory((len(self.on_host), *shape), stored.dtype, self.resident.device)
+        self.host = _pinned((len(self.on_host), *shape), stored.dtype, self.resident.device)
         self.register_buffer("data", self._table())
         self._on_host = torch.tensor([expert in self.on_host for expert in range(E)], device=device).long()
         self._staging = _Staging(self.host.nbytes)
@@ -259,7 +259,7 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 
     It is an ordinary tensor, which torch reads and writes as well. `on_host` marks it for `host_memory`.
     """
-    memory = _pinned_memory(shape, dtype, device)
+    memory = _pinned(shape, dtype, device)
     if device.type == "cuda":  # the interface by which torch takes addresses of a device has no bf16
         layout = {"shape": shape, "typestr": f"<i{dtype.itemsize}", "data": (memory.data_ptr(), False), "version": 2}
         owner = SimpleNamespace(__cuda_array_interface__=layout, memory=memory)
@@ -280,7 +280,7 @@ def host_memory(parameter: Any) -> Any:
     return torch.frombuffer(memory, dtype=parameter.dtype).view(parameter.shape)
 
 
-def _pinned_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return unset host memory of exactly this size, which a CUDA device can read; on the meta device none.
 
     torch's own allocator of pinned memory rounds up to powers of two.

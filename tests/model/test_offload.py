@@ -18,7 +18,7 @@ from mixtral_triton.bench.gpus import parse_gpu
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.weights.offload import OffloadedWeight, _pinned_memory
+from mixtral_triton.kernels.weights.offload import OffloadedWeight, _pinned
 from mixtral_triton.model import ahead, offload_plan
 from mixtral_triton.model.offload_plan import MemoryRequest
 from tests.support.memory import needs_proc
@@ -207,7 +207,7 @@ def test_offloaded_model_cannot_be_moved_copied_or_saved(weights: str | None, tm
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_host_memory_is_private_and_asks_for_huge_pages(device: str, gpu: Any) -> None:
     """That which is pinned stays out of child processes (`dc`): Linux would copy all of it into each."""
-    host = _pinned_memory((1 << 22,), torch.uint8, torch.device(device))
+    host = _pinned((1 << 22,), torch.uint8, torch.device(device))
     mapped, at = Path("/proc/self/smaps").read_text(), host.data_ptr()
     ranges = re.findall(r"^(\w+)-(\w+) (\S+) .*?^VmFlags: (.*?)$", mapped, re.MULTILINE | re.DOTALL)
     ((mode, flags),) = ((mode, flags) for low, high, mode, flags in ranges if int(low, 16) <= at < int(high, 16))
