@@ -46,7 +46,7 @@ def commands(arch: str, simulated: bool = False) -> Commands:
 
     files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if GPU_TESTS.search(file.read_text())]
     tests = f"{python} -m pytest -m gpu -p no:cacheprovider --maxfail 3 {'--first' if simulated else '-n 4'}"
-    found: Commands = {  # nothing is timed while another core compiles
+    by_name: Commands = {  # nothing is timed while another core compiles
         "compile": (80, f"{PYTHON} -m mixtral_triton compile expert_swiglu --arch {arch}"),
         "tune": (150, f"{python} benchmarks/tune.py expert_swiglu{tuned}"),
         "bench experts": (40, bench("expert_swiglu", layer)),
@@ -57,11 +57,11 @@ def commands(arch: str, simulated: bool = False) -> Commands:
         "host": (20, f"{PYTHON} benchmarks/host_time.py --json --rounds {1 if simulated else 40}"),
     }
     if simulated:
-        return {name: (600, text) for name, (_, text) in found.items() if name not in ("compile", "tune")}
+        return {name: (600, text) for name, (_, text) in by_name.items() if name not in ("compile", "tune")}
     if torch.cuda.device_count() > 1:
         ranks = "-m torch.distributed.run --nproc-per-node 2"
-        found["two GPUs"] = (60, f"{PYTHON} {ranks} -m mixtral_triton verify --tp 2")
-    return found
+        by_name["two GPUs"] = (60, f"{PYTHON} {ranks} -m mixtral_triton verify --tp 2")
+    return by_name
 
 
 def _smallest(name: str, options: str) -> str:
@@ -120,12 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     every = commands(args.arch if args.dry else target_arch(torch.device("cuda")), args.dry)
     if unknown := [only for only in args.only if not any(name.startswith(only) for name in every)]:
         parser.error(f"--only is {unknown[0]!r}, needs the beginning of one of {', '.join(every)}")
-    selected = {name: each for name, each in every.items() if name.startswith(tuple(args.only or ("",)))}
+    selected = {name: command for name, command in every.items() if name.startswith(tuple(args.only or ("",)))}
     gpu = f"dry-{args.arch}" if args.dry else torch.cuda.get_device_name().lower()
     out = args.out or ROOT / "benchmarks" / "results" / re.sub(r"\W+", "-", gpu)
     done = day(selected, out, args.budget_s)
     print(f"results: {out / 'gpu_day.json'}")
-    return int(any(each["status"].startswith("failed") for each in done.values()))
+    return int(any(outcome["status"].startswith("failed") for outcome in done.values()))
 
 
 if __name__ == "__main__":

@@ -96,12 +96,12 @@ def main() -> None:
                 call()
         # All run in each round, so a change of the machine's speed hits all.
         rounds = [{name: wall_seconds(call) for name, call in calls.items()} for _ in range(args.rounds)]
-    plain, rows = [one["plain"] / LAUNCHES for one in rounds], []
+    plain, rows = [times["plain"] / LAUNCHES for times in rounds], []
     for name in (name for name in calls if name != "plain"):
-        layer = [one[name] / LAYERS for one in rounds]
+        layer = [times[name] / LAYERS for times in rounds]
         row = {"layer": name, "us": 1e6 * statistics.median(layer)}
         row["plain launches"] = statistics.median(map(truediv, layer, plain))
-        row["of eager"] = statistics.median(one[name] / one["eager"] for one in rounds)
+        row["of eager"] = statistics.median(times[name] / times["eager"] for times in rounds)
         rows.append(row | {"limits": LIMITS.get(name, "")})
     about = {"triton": triton.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about["plain_launch_us"] = 1e6 * statistics.median(plain)

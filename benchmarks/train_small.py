@@ -88,10 +88,10 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def encoded(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
+def encode(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
     """Return the tokens of all documents, one after the other, <s> before each and </s> behind it."""
     eos = tokenizer.token_to_id("</s>")
-    return [token for found in tokenizer.encode_batch(documents) for token in (*found.ids, eos)]
+    return [token for encoding in tokenizer.encode_batch(documents) for token in (*encoding.ids, eos)]
 
 
 def save_text(tokenizer: Tokenizer, folder: Path) -> None:
@@ -99,7 +99,7 @@ def save_text(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     shutil.copy(SMALL / "tokenizer_config.json", folder)
     text = f"topics of help() held out of the training, Python {platform.python_version()} (PSF licence)"
-    held_out = {"text": text, "ids": encoded(tokenizer, hold_out(next(documents()))[1])}
+    held_out = {"text": text, "ids": encode(tokenizer, hold_out(next(documents()))[1])}
     (folder / "heldout.json").write_text(json.dumps(held_out) + "\n")
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     texts = split()
     tokenizer = train_tokenizer(texts[0])
-    train, held_out = (torch.tensor(encoded(tokenizer, documents)) for documents in texts)
+    train, held_out = (torch.tensor(encode(tokenizer, documents)) for documents in texts)
     model = MixtralForCausalLM(MixtralConfig.from_pretrained(SMALL))
     groups = [{"params": [p], "weight_decay": 0.1 * (p.ndim > 1)} for p in model.parameters()]  # matrices decay only
     optimizer, spans = torch.optim.AdamW(groups, betas=(0.9, 0.95)), train.unfold(0, SEQUENCE_LENGTH + 1, 1)

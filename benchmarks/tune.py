@@ -52,10 +52,10 @@ def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
     """Return the configurations one step away: a tile or the warps doubled or halved, one stage more or less."""
     varied = {name: size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in fixed}
     steps = [(name, size) for name, now in varied.items() for size in (now // 2, now * 2) if size]
-    found = [replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps]
-    found += [replace(config, num_warps=n) for n in (config.num_warps // 2, config.num_warps * 2) if n in WARPS]
-    found += [replace(config, num_stages=n) for n in (config.num_stages - 1, config.num_stages + 1) if n in STAGES]
-    return found
+    configs = [replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps]
+    configs += [replace(config, num_warps=n) for n in (config.num_warps // 2, config.num_warps * 2) if n in WARPS]
+    configs += [replace(config, num_stages=n) for n in (config.num_stages - 1, config.num_stages + 1) if n in STAGES]
+    return configs
 
 
 def kernel_configs(case: Case, arch: str, overrides: Configs | None = None) -> dict[str, tuple[Launch, LaunchConfig]]:
@@ -79,8 +79,8 @@ def compile_faults(case: Case, kernel: str, configs: Sequence[LaunchConfig], arc
         except ValueError as error:  # for example, a descriptor's tile that is no power of 2
             faults[index] = f"cannot be built: {error}"
     compiled = compile_all([("", launch) for launch in launches.values()], arch)
-    for index, found in zip(launches, compiled, strict=True):
-        faults[index] = found.fault
+    for index, binary in zip(launches, compiled, strict=True):
+        faults[index] = binary.fault
     return faults
 
 
@@ -98,17 +98,17 @@ def tune(case: Case, kernel: str, arch: str, timer: measure.Timer | None = None)
             return Candidate(config, measure.attempt(lambda: measure.our_call(case, args), case.op, args, timer))
 
     candidates = list(map(attempt, configs, compile_faults(case, kernel, configs, arch)))
-    times = [each.outcome.seconds or float("inf") for each in candidates]
+    times = [candidate.outcome.seconds or float("inf") for candidate in candidates]
     return candidates, times.index(min(times)) if min(times) < FASTER * times[0] else 0
 
 
 def tune_table(title: str, candidates: Sequence[Candidate], best: int) -> Table:
     rows = []
-    for index, each in enumerate(candidates):
+    for index, candidate in enumerate(candidates):
         cells = {"which": "now" if index == 0 else "best" if index == best else ""}
-        cells |= {name: str(value) for name, value in each.settings.items()}
-        cells |= {"time, us": micro(each.outcome.seconds), "note": each.outcome.note or ""}
-        rows.append((cells, "dim" if each.outcome.note else ""))
+        cells |= {name: str(value) for name, value in candidate.settings.items()}
+        cells |= {"time, us": micro(candidate.outcome.seconds), "note": candidate.outcome.note or ""}
+        rows.append((cells, "dim" if candidate.outcome.note else ""))
     return table_of(title, rows)
 
 

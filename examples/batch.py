@@ -18,11 +18,11 @@ model = apply(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval
 padded = tokenizer(prompts, return_tensors="pt", padding=True)
 rows = model.generate(**padded, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.pad_token_id)
 
-own = Mixtral.from_pretrained(folder, dtype=torch.float32)
-ragged = [torch.tensor(tokenizer(prompt).input_ids, device=own.device) for prompt in prompts]
-lists = own.generate(ragged, max_new_tokens=16)
+mixtral = Mixtral.from_pretrained(folder, dtype=torch.float32)
+ragged = [torch.tensor(tokenizer(prompt).input_ids, device=mixtral.device) for prompt in prompts]
+lists = mixtral.generate(ragged, max_new_tokens=16)
 
 for row, ids in zip(rows, lists, strict=True):
-    texts = [tokenizer.decode(found, skip_special_tokens=True) for found in (row, ids)]
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (row, ids)]
     print(texts[0])
     print("  the same from both:", texts[0] == texts[1])

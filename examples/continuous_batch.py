@@ -18,8 +18,8 @@ pages = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256)  # by defa
 
 
 def texts() -> list[str]:
-    found = model.generate_batch(tokenizer(prompts).input_ids, config, pages, progress_bar=False)
-    return sorted(tokenizer.decode([*out.prompt_ids, *out.generated_tokens]) for out in found.values())
+    outputs = model.generate_batch(tokenizer(prompts).input_ids, config, pages, progress_bar=False)
+    return sorted(tokenizer.decode([*out.prompt_ids, *out.generated_tokens]) for out in outputs.values())
 
 
 before = texts()

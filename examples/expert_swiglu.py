@@ -107,6 +107,6 @@ if __name__ == "__main__":
     device, (T, K, E, H, I) = "cuda" if torch.cuda.is_available() else "cpu", (20, 2, 4, 80, 48)
     x, gate_up, down = torch.randn(T, H), torch.randn(E, 2 * I, H) / H**0.5, torch.randn(E, H, I) / I**0.5
     weights, ids = torch.randn(T, E).softmax(-1).topk(K)
-    args = [each.to(device) for each in (x, gate_up, down, ids, weights / weights.sum(-1, keepdim=True))]
+    args = [tensor.to(device) for tensor in (x, gate_up, down, ids, weights / weights.sum(-1, keepdim=True))]
     error = (expert_swiglu(*args) - reference(*args)).abs().max() / reference(*args).abs().max()
     print(f"largest error beside the reference: {error:.1e} of the largest value")

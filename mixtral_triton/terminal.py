@@ -55,7 +55,7 @@ def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], c
 def print_message(line: str, every_rank: bool = False) -> None:
     """Print a line on stderr, if there is anything to say and anybody reads it. Other characters than text come from a
     file, and a terminal would act on them: they are escaped."""
-    line = "".join(each if each.isprintable() or each in "\r\n\t" else ascii(each)[1:-1] for each in line)
+    line = "".join(char if char.isprintable() or char in "\r\n\t" else ascii(char)[1:-1] for char in line)
     if line and (is_first() or every_rank):
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
@@ -66,7 +66,7 @@ def warning_lines(command: str | None) -> Iterator[None]:
     """Print warnings as lines of the command."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", RuntimeWarning)
-        warnings.showwarning = lambda message, *rest, **options: print_message(f"mixtral-triton {command}: {message}")
+        warnings.showwarning = lambda message, *args, **options: print_message(f"mixtral-triton {command}: {message}")
         yield
 
 

@@ -66,9 +66,9 @@ class ExpertsConfig(QuantizationConfig):
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> None:
         """Refuse a quantized checkpoint, which vLLM loads by its own methods."""
-        where, found = f"quantization={NAME!r}: the checkpoint's quant_method", hf_quant_cfg.get("quant_method")
+        where, method = f"quantization={NAME!r}: the checkpoint's quant_method", hf_quant_cfg.get("quant_method")
         needs = "none; `vllm serve FOLDER` without --quantization serves it, `mixtral-triton generate FOLDER` runs it"
-        check_value(where, found, needs, user_quant != NAME)
+        check_value(where, method, needs, user_quant != NAME)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
@@ -140,8 +140,10 @@ class Experts(_Experts, FusedMoEExpertsModular):
     workspace_shapes = staticmethod(lambda M, N, K, *_: ((0,), (0,), (M, K)))  # the operation allocates its own
     finalize_weight_and_reduce_impl = staticmethod(lambda: fused_moe.topk_weight_and_reduce.TopKWeightAndReduceNoOP())
 
-    def apply(self, output: Tensor, hidden_states: Tensor, w1: Any, w2: Any, **rest: Any) -> None:
-        output.copy_(self.experts(hidden_states, w1, w2, rest["topk_ids"], rest["topk_weights"], rest["expert_map"]))
+    def apply(self, output: Tensor, hidden_states: Tensor, w1: Any, w2: Any, **kwargs: Any) -> None:
+        output.copy_(
+            self.experts(hidden_states, w1, w2, kwargs["topk_ids"], kwargs["topk_weights"], kwargs["expert_map"])
+        )
 
 
 class RoutingExperts(_Experts, FusedMoEExpertsMonolithic):
@@ -150,6 +152,6 @@ class RoutingExperts(_Experts, FusedMoEExpertsMonolithic):
     _supports_routing_method = staticmethod(lambda method, *keys: method.name in ("Renormalize", "RenormalizeNaive"))
     _supports_router_logits_dtype = staticmethod(lambda dtype, method: dtype in FLOATS)
 
-    def apply(self, hidden_states: Tensor, w1: Any, w2: Any, router_logits: Tensor, **rest: Any) -> Tensor:
+    def apply(self, hidden_states: Tensor, w1: Any, w2: Any, router_logits: Tensor, **kwargs: Any) -> Tensor:
         weights, ids = ops.route.unchecked(router_logits, self.moe_config.experts_per_token)
-        return self.experts(hidden_states, w1, w2, ids, weights, rest["expert_map"])
+        return self.experts(hidden_states, w1, w2, ids, weights, kwargs["expert_map"])

@@ -125,7 +125,7 @@ def _register(op: Op) -> Any:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise ValueError(f"mixtral_triton.ops.{op.name} is for inference only: it has no backward pass")
 
-    name, mutates = f"mixtral_triton::{op.name}", _mutated(op)
+    name, mutates = f"mixtral_triton::{op.name}", _mutated_arguments(op)
     operator = torch.library.custom_op(name, function, mutates_args=mutates, schema=_schema(op))
     operator.register_fake(fake)
     if mutates:
@@ -150,7 +150,7 @@ def _count_writes(overload: Any, library: torch.library.Library) -> None:
         library.impl(overload, count, "ADInplaceOrView", with_keyset=True, allow_override=True)
 
 
-def _mutated(op: Op) -> list[str]:
+def _mutated_arguments(op: Op) -> list[str]:
     caches = (argument.name for argument in op.arguments if argument.kind == Cache and argument.name in op.mutates)
     return [*op.mutates, *(f"{name}_scales" for name in caches)]
 
@@ -166,7 +166,7 @@ def _schema(op: Op) -> str:
     def prototype() -> None: ...
 
     prototype.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return torch.library.infer_schema(prototype, mutates_args=_mutated(op))
+    return torch.library.infer_schema(prototype, mutates_args=_mutated_arguments(op))
 
 
 def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
@@ -227,8 +227,8 @@ def operation(
 
     def decorate(run: Callable[P, R]) -> Operation[P, R]:
         draw, count = random_inputs(run, inputs), streaming_cost(run, flops) if cost is None else cost
-        fields["inputs"] = lambda each, *args, **kwargs: draw(op.case_of(each), *args, **kwargs)
-        fields["cost"] = lambda each, dtype: count(op.case_of(each), dtype)
+        fields["inputs"] = lambda sizes, *args, **kwargs: draw(op.case_of(sizes), *args, **kwargs)
+        fields["cost"] = lambda sizes, dtype: count(op.case_of(sizes), dtype)
         op: Op = Op(name=name or run.__name__, run=by_position(run), case=case, **fields)
         checked, unchecked = _entry_points(op)
         for function in (checked, unchecked):

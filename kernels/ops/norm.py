@@ -51,11 +51,11 @@ def normed_rows(
     offs_h = tl.arange(0, BLOCK_H)
     scale = tl.rsqrt(tl.sum(values * values, axis=1) / H + eps)
     weight = tl.load(weight_ptr + offs_h, mask=offs_h < H, other=0.0)
-    return normed(values, scale[:, None], weight[None, :], dtype)
+    return apply_norm(values, scale[:, None], weight[None, :], dtype)
 
 
 @triton.jit
-def normed(values, scale, weight, dtype: tl.constexpr):
+def apply_norm(values, scale, weight, dtype: tl.constexpr):
     return ((values * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
 
 

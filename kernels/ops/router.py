@@ -22,7 +22,7 @@ from ..launching.pdl import pdl_wait
 from ..operation.call import operation
 from ..operation.checks import INT32, RoutingWeights, Tokens, Within
 from ..operation.inputs import shape_grid, shapes
-from .norm import FusedNorm, NormWeight, normed
+from .norm import FusedNorm, NormWeight, apply_norm
 from .tiles import power_of_2
 
 TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
@@ -115,7 +115,7 @@ def _store_and_square(total_ptr, values, offs_h, H: tl.constexpr):
 def _products(y_ptr, values, scale, gate, weight, offs_h, H: tl.constexpr):
     """Multiply columns of a row with the gate's -> [BLOCK_E]; with a norm, normalize and store them first."""
     if weight is not None:
-        y = normed(values, scale, weight, y_ptr.dtype.element_ty)
+        y = apply_norm(values, scale, weight, y_ptr.dtype.element_ty)
         tl.store(y_ptr + offs_h, y, mask=offs_h < H)
         values = y.to(tl.float32)
     return tl.sum(gate.to(tl.float32) * values[None, :], axis=1)

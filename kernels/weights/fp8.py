@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from ..launching.kernel_args import dense_rows
-from .packing import Format, moved, ptx
+from .packing import Format, ptx, unpack_field
 
 W8A8 = "fp8_w8a8"
 FP8_MAX = 448.0  # the largest value of e4m3
@@ -87,7 +87,7 @@ def with_fp8_activations(weight: Any) -> Any:
 @triton.jit
 def fp8_values(tile, field, zeros, dtype: tl.constexpr, PTX: tl.constexpr):
     if PTX:
-        return moved(tile, 8 - 8 * field, VALUES_BF16 if dtype == tl.bfloat16 else VALUES_FP16, dtype)
+        return unpack_field(tile, 8 - 8 * field, VALUES_BF16 if dtype == tl.bfloat16 else VALUES_FP16, dtype)
     else:
         code = (tile.to(tl.int32) >> (8 * field)) & 255
         # The sign to the top, the rest to where fp32 has it: its exponent is 120 too low.

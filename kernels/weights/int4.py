@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packing import GROUPS, Format, moved, paired, ptx, usable_scales
+from .packing import GROUPS, Format, apply_to_pairs, ptx, unpack_field, usable_scales
 
 # Candidates for the scale, relative to the one that clips nothing: a smaller one clips some values and rounds the
 # others less. More candidates find little more.
@@ -35,7 +35,7 @@ class Int4(Format):
         return codes.float().sub_(self.code_of_zero if zeros is None else zeros)
 
     def codes(self, values: Tensor) -> Tensor:
-        return (_rounded(values) + self.code_of_zero).to(torch.uint8)
+        return (_round(values) + self.code_of_zero).to(torch.uint8)
 
     def encode(self, parts: Tensor) -> tuple[Tensor, Tensor]:
         """As `Format.encode`, with the best of several bf16 scales: that with the least squared error."""
@@ -43,17 +43,17 @@ class Int4(Format):
         best, least = widest, torch.full_like(widest, float("inf"))
         for step in (*STEPS, None, None):
             if step is None:  # the least-squares scale of the best scale's codes
-                values = _rounded(parts / best)
+                values = _round(parts / best)
                 scales = (values * parts).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp(min=1.0)
             else:
                 scales = widest * step
             scales = usable_scales(scales.bfloat16().float())
-            error = (_rounded(parts / scales) * scales).sub_(parts).square_().sum(-1, keepdim=True)
+            error = (_round(parts / scales) * scales).sub_(parts).square_().sum(-1, keepdim=True)
             best, least = scales.where(error < least, best), error.minimum(least)
         return self.codes(parts / best), best
 
 
-def _rounded(values: Tensor) -> Tensor:
+def _round(values: Tensor) -> Tensor:
     return values.round_().clamp_(-8, 7)
 
 
@@ -62,12 +62,12 @@ def int4_values(tile, field, zeros, dtype: tl.constexpr, PTX: tl.constexpr):
     if PTX:
         BF16: tl.constexpr = dtype == tl.bfloat16
         ONE: tl.constexpr = 128 if BF16 else 1024
-        codes = moved(tile, 4 * field, CODES_BF16 if BF16 else CODES_FP16, dtype)
+        codes = unpack_field(tile, 4 * field, CODES_BF16 if BF16 else CODES_FP16, dtype)
         if zeros is None:
             zero = tl.full([1, 1], ONE + 8, tl.float32).to(dtype)
         else:
             zero = zeros if BF16 else (zeros.to(tl.float32) + (ONE - 128)).to(dtype)
-        return paired(codes, zero, MINUS_BF16 if BF16 else MINUS_FP16, dtype)
+        return apply_to_pairs(codes, zero, MINUS_BF16 if BF16 else MINUS_FP16, dtype)
     else:
         code = ((tile.to(tl.int32) >> (4 * field)) & 15).to(tl.float32)
         return (code - 8 if zeros is None else code - (zeros.to(tl.float32) - 128)).to(dtype)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packing import Format, moved, ptx
+from .packing import Format, ptx, unpack_field
 
 # $0 = result, $1 = two elements, $2 = how far to shift. lop3 with 0xEA: (a & b) | c; with 0x6A: (a & b) ^ c.
 VALUES_BF16 = ptx(
@@ -36,7 +36,7 @@ class Int8(Format):
 @triton.jit
 def int8_values(tile, field, zeros, dtype: tl.constexpr, PTX: tl.constexpr):
     if PTX:
-        return moved(tile, 8 * field, VALUES_BF16 if dtype == tl.bfloat16 else VALUES_FP16, dtype)
+        return unpack_field(tile, 8 * field, VALUES_BF16 if dtype == tl.bfloat16 else VALUES_FP16, dtype)
     else:
         code = (tile.to(tl.int32) >> (8 * field)) & 255
         return ((code ^ 128) - 128).to(tl.float32).to(dtype)

@@ -114,23 +114,23 @@ TIMES_FP16 = ptx("mov.b32 z, 0x80008000; fma.rn.f16x2 $0, $1, $2, z;")
 
 
 @triton.jit
-def moved(tile, shift, ASM: tl.constexpr, dtype: tl.constexpr):
+def unpack_field(tile, shift, ASM: tl.constexpr, dtype: tl.constexpr):
     # `shift` fills a register an element, of which the second is not looked at.
     return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [tile, shift], dtype=dtype.value, is_pure=True, pack=2)
 
 
 @triton.jit
-def paired(a, b, ASM: tl.constexpr, dtype: tl.constexpr):
+def apply_to_pairs(a, b, ASM: tl.constexpr, dtype: tl.constexpr):
     return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=dtype.value, is_pure=True, pack=2)
 
 
 @triton.jit
-def scaled(values, scales, PTX: tl.constexpr):
+def scale_values(values, scales, PTX: tl.constexpr):
     """values [rows, columns] * scales [rows, 1], rounded once; beside bf16 values a scale is rounded to bf16 before."""
     dtype: tl.constexpr = values.dtype
     if dtype == tl.bfloat16:
         scales = scales.to(dtype)
     if PTX and dtype == scales.dtype and dtype != tl.float32:
-        return paired(values, scales, TIMES_BF16 if dtype == tl.bfloat16 else TIMES_FP16, dtype)
+        return apply_to_pairs(values, scales, TIMES_BF16 if dtype == tl.bfloat16 else TIMES_FP16, dtype)
     else:
         return (values.to(tl.float32) * scales.to(tl.float32)).to(dtype)

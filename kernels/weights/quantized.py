@@ -128,14 +128,14 @@ class QuantizedWeight(nn.Module):
             got, need = f"of format, group and shape {layout!r:.80}", f"{self.layout!r}, this weight's"
             raise ValueError(f"QuantizedWeight: the state is {got}, needs {need}")
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if (state := state_dict.get(f"{prefix}_extra_state")) is not None:  # torch sets it after the tensors
             self.set_extra_state(state)
         for name, tensor in self._buffers.items():
             part = state_dict.get(f"{prefix}{name}")
             if tensor is not None and part is not None and part.dtype != tensor.dtype:  # a copy would round scales
                 raise ValueError(f"QuantizedWeight: the state's {name} are {part.dtype}, needs {tensor.dtype}")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def spec(self) -> QuantSpec:

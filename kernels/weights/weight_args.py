@@ -26,7 +26,7 @@ from ..launching.kernel_args import ALIGNMENT, Groups, Pointer, Rows, dense_rows
 from ..launching.launch import LaunchConfig, describe, tma_can_read, unpacks_by_ptx
 from ..launching.pdl import pdl_wait
 from .formats import element_type, field_values, quantize_rows
-from .packing import scaled
+from .packing import scale_values
 from .quantized import QuantizedWeight
 
 # Device: what selects code for a weight: its format ("dense" or quantized), columns that share a scale (of codes that
@@ -265,7 +265,7 @@ def row_products(
                     zeros = None if stored.zeros is None else _load_group(stored.zeros, w.rows, group, inside, K, GROUP)
                     scales = None if GROUP == K else _load_group(stored.scales, w.rows, group, inside, K, GROUP)
                 values = field_values(tile, field, zeros, LAYOUT, x.dtype)
-                values = values if GROUP == K else scaled(values, scales, LAYOUT.ptx)
+                values = values if GROUP == K else scale_values(values, scales, LAYOUT.ptx)
             else:  # loaded after x: on sm_80 the loop then has fewer instructions
                 values = weight_tile(w, k, K, BLOCK_K, LAYOUT)
             acc = add_product(acc, x, values, LAYOUT)

@@ -65,14 +65,14 @@ def cases(names: Sequence[str] = (), sizes: Sequence[str] = (), dtype: torch.dty
     check_known("argument 'OP'", names, BENCHED)
     if sizes and not names:
         raise ValueError("--sizes goes with the operations it is for")
-    found = []
+    all_cases = []
     for op in (BENCHED[name] for name in names or BENCHED):
         if names and dtype is not None:
             check_known(f"{op.name}: --dtype", [dtype_name(dtype)], map(dtype_name, op.dtypes))
-        use = next((each for each in (dtype, torch.bfloat16) if each in op.dtypes), op.dtypes[0])
+        use = next((candidate for candidate in (dtype, torch.bfloat16) if candidate in op.dtypes), op.dtypes[0])
         shapes = [_read_sizes(op, text) for text in sizes] or _table(op)
-        found += [Case(op, shape, use) for shape in shapes]
-    for case in found if sizes else ():
+        all_cases += [Case(op, shape, use) for shape in shapes]
+    for case in all_cases if sizes else ():
         if hasattr(case.sizes, "K"):
             check_range("K of --sizes", case.sizes.K, 0, case.sizes.E, "which is E: a token's experts differ")
         try:
@@ -80,7 +80,7 @@ def cases(names: Sequence[str] = (), sizes: Sequence[str] = (), dtype: torch.dty
         except (RuntimeError, OverflowError, TypeError, ZeroDivisionError, LookupError):
             text = ",".join(f"{name}={value}" for name, value in case.as_dict().items())
             raise ValueError(f"--sizes is {text!r:.80}, needs tensors that can be") from None
-    return found
+    return all_cases
 
 
 def _table(op: Op) -> list[Any]:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         out.print(f"plot: {args.plot}")
     outcomes = [row.ours for row in rows]
     outcomes += [outcome for row in rows for name, outcome in row.peers.items() if name not in PEERS]
-    return 1 if len(rows) < len(selected) or any(one.right is False for one in outcomes) else 0
+    return 1 if len(rows) < len(selected) or any(outcome.right is False for outcome in outcomes) else 0
 
 
 def sizes_text(sizes: Mapping[str, Any]) -> str:
@@ -83,9 +83,9 @@ def micro(seconds: float | None) -> str:
 def _title_and_shapes(rows: Sequence[Row]) -> tuple[str, list[str]]:
     """Return a title of the operation with the sizes that all rows share, and the text of each row's other sizes."""
     sizes, case = [row.case.as_dict() for row in rows], rows[0].case
-    shared = {name: size for name, size in sizes[0].items() if all(one.get(name) == size for one in sizes[1:])}
+    shared = {name: size for name, size in sizes[0].items() if all(dims.get(name) == size for dims in sizes[1:])}
     common = shared if len(rows) > 1 else {}
-    shapes = [sizes_text({name: size for name, size in one.items() if name not in common} or one) for one in sizes]
+    shapes = [sizes_text({name: size for name, size in dims.items() if name not in common} or dims) for dims in sizes]
     return ", ".join(filter(None, (case.op.name, case.dtype_name, sizes_text(common)))), shapes
 
 
@@ -104,9 +104,9 @@ def op_table(rows: Sequence[Row]) -> Group:
         of_row |= {"MB": number(row.cost.bytes / 1e6), "GFLOP": number(row.cost.flops / 1e9)}
         of_row["MB of host memory"] = number(row.cost.host_bytes / 1e6) if row.cost.host_bytes else ""
         cells.append({**of_row, "launches": str(len(row.launches))})
-    shown = [name for name in cells[0] if any(each[name] for each in cells)]
+    shown = [name for name in cells[0] if any(texts[name] for texts in cells)]
     styles = ("bold red" if row.ours.right is False else "" for row in rows)
-    lines = [({name: each[name] for name in shown}, style) for each, style in zip(cells, styles, strict=True)]
+    lines = [({name: texts[name] for name in shown}, style) for texts, style in zip(cells, styles, strict=True)]
     table = table_of(title, lines)
     return Group(table, *map(Text, notes))
 
@@ -123,14 +123,14 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
         title, shapes = _title_and_shapes(panel := sorted(panel, key=lambda row: row.floor_s))
         axes.barh(range(len(panel)), [1e6 * row.floor_s for row in panel], color="lightgray", label="floor")
         outcomes = [{"ours": row.ours, **row.peers} for row in panel]
-        for name in dict.fromkeys(name for each in outcomes for name in each):
-            times = [1e6 * (each.get(name, Outcome()).seconds or math.nan) for each in outcomes]
+        for name in dict.fromkeys(name for of_row in outcomes for name in of_row):
+            times = [1e6 * (of_row.get(name, Outcome()).seconds or math.nan) for of_row in outcomes]
             if not all(map(math.isnan, times)):
                 axes.plot(times, range(len(panel)), "o", ms=4, label=name)
         axes.set_yticks(range(len(panel)), shapes, fontsize=7)
         axes.set(xscale="log", xlabel="time, us")
         axes.set_title(title, fontsize=8, wrap=True)
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    timed = any(one.seconds for row in rows for one in (row.ours, *row.peers.values()))
+    timed = any(outcome.seconds for row in rows for outcome in (row.ours, *row.peers.values()))
     figure.suptitle(f"{gpu.name}, {gpu.source}" + ("" if timed else "; no time was measured, these are floors"))
     return figure

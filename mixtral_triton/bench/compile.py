@@ -113,10 +113,10 @@ def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
         text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     else:
         text = stages["amdgcn"].read_text()
-    found = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
+    counts = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
     if "cubin" in stages:
-        return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
-    return {"registers": found["vgpr_count"], "spills": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])}
+        return {"registers": counts["REG"], "spills": counts["STACK"] + counts["LOCAL"]}
+    return {"registers": counts["vgpr_count"], "spills": 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])}
 
 
 def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
@@ -131,24 +131,24 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
 
 
 def collect(
-    ops: Iterable[Op], arch: str, widths: bool = True, at: Mapping[str, Sequence[Any]] | None = None
+    ops: Iterable[Op], arch: str, widths: bool = True, choices: Mapping[str, Sequence[Any]] | None = None
 ) -> dict[str, tuple[str, Launch]]:
-    """Return the operation's name and a launch of each kernel, over bench shapes and dtypes, by `kernel_key`. `at`:
-    sizes in place of those of the shapes, one or several of a name; ValueError where an operation has none of that
-    name."""
-    found: dict[str, tuple[str, Launch]] = {}
-    at = at or {}
+    """Return the operation's name and a launch of each kernel, over bench shapes and dtypes, by `kernel_key`.
+    `choices`: sizes in place of those of the shapes, one or several of a name; ValueError where an operation has none
+    of that name."""
+    kernels: dict[str, tuple[str, Launch]] = {}
+    choices = choices or {}
     for op in ops:
-        check_known(f"{op.name}: a name of --at", at, (field.name for field in fields(op.case)))
-        changes = [dict(zip(at, values, strict=True)) for values in product(*at.values())]
+        check_known(f"{op.name}: a name of --at", choices, (field.name for field in fields(op.case)))
+        changes = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
         shapes = [replace(shape, **change) for shape in op.bench_shapes for change in changes if runs_on(shape, arch)]
         for dtype, sizes in product(op.dtypes, dict.fromkeys(shapes)):
             args = op.inputs(sizes, dtype, "meta")
             with record_launches(arch) as launches:
                 op.run(**args)
             for launch in (launch for launch in launches if launch.fn is not None):
-                found.setdefault(kernel_key(launch, source_of(launch, arch), widths), (op.name, launch))
-    return found
+                kernels.setdefault(kernel_key(launch, source_of(launch, arch), widths), (op.name, launch))
+    return kernels
 
 
 def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = None) -> Compiled:
@@ -197,24 +197,24 @@ def compile_ops(
     out: Path | None = None,
     progress: Progress = lambda *numbers: None,
     kernel: str | None = None,
-    at: Mapping[str, Sequence[Any]] | None = None,
+    choices: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Compiled]:
     """Compile the kernels of operations, by name, over their bench shapes, each once: a second model's widths make no
-    other kernel. `out`: a folder for the files, created if missing. kernel: this one alone. at: as in `collect`.
+    other kernel. `out`: a folder for the files, created if missing. kernel: this one alone. choices: as in `collect`.
     ValueError for an unknown name or `arch`."""
     check_known("argument 'OP'", ops, OPS)
-    found = collect([op for name, op in OPS.items() if name in ops], arch, widths=False, at=at)
+    launches = collect([op for name, op in OPS.items() if name in ops], arch, widths=False, choices=choices)
     if kernel is not None:
         name = f"{kernel.removesuffix('_kernel')}_kernel"
-        check_known("--kernel", [name], dict.fromkeys(launch.kernel for _, launch in found.values()))
-        found = {key: each for key, each in found.items() if each[1].kernel == name}
+        check_known("--kernel", [name], dict.fromkeys(launch.kernel for _, launch in launches.values()))
+        launches = {key: entry for key, entry in launches.items() if entry[1].kernel == name}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    kernels = compile_all(found.values(), arch, progress, out)
-    counted = [one for one in kernels if "cubin" in one.stages]
+    kernels = compile_all(launches.values(), arch, progress, out)
+    counted = [binary for binary in kernels if "cubin" in binary.stages]
     # Together, since the disassembler takes long to start.
-    for one, loops in zip(counted, main_loops([one.stages["cubin"] for one in counted], arch), strict=True):
-        vars(one)["loops"] = loops  # where the cached property looks
+    for binary, loops in zip(counted, main_loops([binary.stages["cubin"] for binary in counted], arch), strict=True):
+        vars(binary)["loops"] = loops  # where the cached property looks
     return kernels
 
 
@@ -250,7 +250,7 @@ def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
     """Return sizes and formats by name from texts such as "T=4096" and "weight=int4:128"."""
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for text in texts:
         name, _, size = text.partition("=")
         if not name or not size:
@@ -259,16 +259,16 @@ def parse_sizes(option: str, texts: Iterable[str]) -> dict[str, Any]:
             )
         if name == "cache" and size != "int8":
             raise ValueError(f"{option} is {text!r}, needs int8, or no cache=: the cache is then in the model's dtype")
-        found[name] = int(size) if size.isdecimal() else size
-    return found
+        sizes[name] = int(size) if size.isdecimal() else size
+    return sizes
 
 
 def parse_choices(option: str, texts: Iterable[str]) -> dict[str, list[Any]]:
     """Return the sizes and formats of each name, one or several: from T=1 and T=4096 {"T": [1, 4096]}."""
-    found = dict[str, list[Any]]()
+    choices = dict[str, list[Any]]()
     for name, size in (item for text in texts for item in parse_sizes(option, [text]).items()):
-        found.setdefault(name, []).append(size)
-    return found
+        choices.setdefault(name, []).append(size)
+    return choices
 
 
 def run(args: argparse.Namespace) -> int:
@@ -276,9 +276,9 @@ def run(args: argparse.Namespace) -> int:
     status, out = 0, console()
     for arch in dict.fromkeys(args.arch):
         with bar(f"compiling for {arch}", None) as progress:
-            ops, at = args.ops or list(OPS), parse_choices("--at", args.at)
-            compiled = compile_ops(ops, arch, args.out, progress.update, args.kernel, at)
-            rows = [one.as_dict() for one in compiled]
+            ops, choices = args.ops or list(OPS), parse_choices("--at", args.at)
+            compiled = compile_ops(ops, arch, args.out, progress.update, args.kernel, choices)
+            rows = [binary.as_dict() for binary in compiled]
         faults = [row for row in rows if row["fault"]]
         status |= bool(faults)
         if args.json:

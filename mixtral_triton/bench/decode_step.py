@@ -48,7 +48,7 @@ def config(case: StepCase) -> MixtralConfig:
     return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=case.S + STEPS_MOST)
 
 
-def hosted(case: StepCase) -> list[Any]:
+def experts_on_host(case: StepCase) -> list[Any]:
     """Return the experts of each layer in host memory."""
     count = case.offload or 0
     check_range("offload of --sizes", count, 0, case.L * (case.E - 1), "since one expert of each layer stays")
@@ -57,7 +57,7 @@ def hosted(case: StepCase) -> list[Any]:
 
 def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1], all of random values."""
-    away = hosted(case)
+    away = experts_on_host(case)
     model = Mixtral(config(case), device, dtype, placement=Placement(away, any(away)))
     for weight in model.named_weights().values():
         experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else [weight]
@@ -101,7 +101,7 @@ def replayed_step(args: dict[str, Any]) -> Callable[..., Tensor]:
 
 def costs(case: StepCase, dtype: torch.dtype) -> list[Cost]:
     """Return the work of each launch, with uniform routing."""
-    return step_costs(config(case), case.B, case.S, dtype, None, case.cache, [*map(len, hosted(case))])
+    return step_costs(config(case), case.B, case.S, dtype, None, case.cache, [*map(len, experts_on_host(case))])
 
 
 SMALL = StepCase(B=3, S=12, L=2, H=64, I=96, E=4, K=2, Hq=4, Hkv=2, D=16, V=100)

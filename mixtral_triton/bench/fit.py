@@ -186,9 +186,9 @@ class Request:
 
     def as_dict(self) -> dict[str, Any]:
         total, active = parameters(self.config)
-        found = {"model": self.name, "parameters": total, "active_parameters": active}
-        found |= {"batch": self.batch, "context": self.context}
-        return found | ({"cache_dtype": self.cache} if self.cache else {})
+        values = {"model": self.name, "parameters": total, "active_parameters": active}
+        values |= {"batch": self.batch, "context": self.context}
+        return values | ({"cache_dtype": self.cache} if self.cache else {})
 
     def __str__(self) -> str:
         text = "{model}: {parameters:,} parameters, {active_parameters:,} active a token; {batch} x {context:,} tokens."
@@ -260,8 +260,8 @@ def run(args: argparse.Namespace) -> int:
     plans = [request.memory_plan(format, gpu) for format in request.specs]
     fits = any(plan.verdict == "fits" or plan.offload for plan in plans)
     if args.json:
-        found = {"gpu": {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}}
-        print(json.dumps(request.as_dict() | found | {"formats": [vars(plan) for plan in plans]}))
+        about = {"gpu": {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}}
+        print(json.dumps(request.as_dict() | about | {"formats": [vars(plan) for plan in plans]}))
     else:
         _print(request, gpu, plans)
     return 0 if fits else 1
@@ -303,8 +303,8 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
         cells |= {"gpus": str(plan.gpus_needed or "-"), "tokens/s": _speed(plan.tokens_per_second_bound)}
         word = plan.verdict
-        if found := plan.offload:
-            word = f"offload {found['experts']} of {found['of']}, {decimal(found['host_bytes'])}"
+        if offload := plan.offload:
+            word = f"offload {offload['experts']} of {offload['of']}, {decimal(offload['host_bytes'])}"
         rows.append((cells | {"verdict": word}, COLOURS[plan.verdict]))
     notes = f"{caption}{BOUND} {FORMAT_NOTE} {SEVERAL}"
     out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, notes))
@@ -321,22 +321,22 @@ def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
     """Print how many of each listed GPU hold each format, and what one holds with experts in host memory."""
     rows = {gpu: [request.memory_plan(format, gpu) for format in request.specs] for gpu in GPUS.values()}
     if args.json:
-        found = []
+        entries = []
         for gpu, plans in rows.items():
             needed = {plan.format: plan.gpus_needed for plan in plans}
             hosted = {plan.format: plan.offload for plan in plans if plan.offload}
             bounds = {plan.format: plan.tokens_per_second_bound for plan in plans}
             sizes = {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}
-            found.append(sizes | {"gpus_needed": needed, "offload": hosted, "tokens_per_second_bound": bounds})
-        print(json.dumps(request.as_dict() | {"gpus": found}))
+            entries.append(sizes | {"gpus_needed": needed, "offload": hosted, "tokens_per_second_bound": bounds})
+        print(json.dumps(request.as_dict() | {"gpus": entries}))
         return 0
     lines = []
     for gpu, plans in rows.items():
         cells = {"gpu": gpu.name}
         for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
             cell, speed = str(plan.gpus_needed or "-"), _speed(plan.tokens_per_second_bound)
-            more = f" ({plan.offload['experts']}: {speed})" if plan.offload else f": {speed}" if speed else ""
-            cells[request.label(plan.format)] = cell + more
+            note = f" ({plan.offload['experts']}: {speed})" if plan.offload else f": {speed}" if speed else ""
+            cells[request.label(plan.format)] = cell + note
         lines.append((cells | {"MiB": f"{gpu.mib:,}", "link": gpu.link}, ""))
     table = table_of("How many GPUs hold it, by format", lines, f"{CELLS} {FORMAT_NOTE} {SEVERAL}")
     console().print(Text(str(request)), table, sep="\n")

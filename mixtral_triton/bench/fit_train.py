@@ -96,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
     for name in (name for name in (STORED, "fp8", "int8", "int4") if name in request.specs):
         config, specs = request.config, request.specs[name]
         need = training_need(config, specs, request.batch, context, config is QWEN3_CONFIG)
-        gpus = [each.name for each in ([gpu] if gpu else GPUS.values()) if need["total"] <= usable_on(each)]
+        gpus = [device.name for device in ([gpu] if gpu else GPUS.values()) if need["total"] <= usable_on(device)]
         rows.append({"format": name, "bytes": need, "gpus": gpus})
         cells = {"experts": request.label(name), **{part: in_decimal(size) for part, size in need.items()}}
         lines.append((cells | {"smallest GPU": [*gpus, "-"][0]}, ""))
     if args.json:
-        found: dict[str, Any] = {"model": request.name, "batch": request.batch, "context": context, "rank": RANK}
-        print(json.dumps(found | {"calculated": True, "formats": rows}))
+        about: dict[str, Any] = {"model": request.name, "batch": request.batch, "context": context, "rank": RANK}
+        print(json.dumps(about | {"calculated": True, "formats": rows}))
     else:
         title = f"{request.name}: LoRA of rank {RANK} on q and v, {request.batch} x {context:,} tokens"
         console().print(table_of(title, lines, CAPTION))

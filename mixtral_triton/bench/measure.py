@@ -158,13 +158,13 @@ def measure_row(case: Case, gpu: GPU, peers: Mapping[str, Peer], timer: Timer | 
     row = untimed_row(case, gpu, args if timed else None)
     if timed:
         row = replace(row, ours=attempt(lambda: our_call(case, args), case.op, args, timer))
-    found = {}
+    outcomes = {}
     for name, peer in peers.items():
-        found[name] = attempt(partial(peer, case.op, args), case.op, args, timer)
+        outcomes[name] = attempt(partial(peer, case.op, args), case.op, args, timer)
         if timed:  # some peers fill a GPU
             gc.collect()
             torch.cuda.empty_cache()
-    return replace(row, peers=found)
+    return replace(row, peers=outcomes)
 
 
 def measure_rows(cases: Sequence[Case], gpu: GPU, peers: Mapping[str, Peer], timer: Timer | str) -> Iterator[Row]:

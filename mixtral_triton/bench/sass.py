@@ -85,12 +85,12 @@ def _disassemble(sections: Sequence[bytes], arch: str) -> list[Code]:
 
 def _reachable(graph: list[list[int]], successors: list[int], without: int) -> set[int]:
     """Return the instructions reachable from `successors`, these included, without passing `without`."""
-    found, pending = {without}, list(successors)
+    reachable, pending = {without}, list(successors)
     while pending:
-        if (index := pending.pop()) not in found:
-            found.add(index)
+        if (index := pending.pop()) not in reachable:
+            reachable.add(index)
             pending.extend(graph[index])
-    return found - {without}
+    return reachable - {without}
 
 
 def _natural_loops(code: Code) -> list[set[int]]:
@@ -116,7 +116,7 @@ def main_loops(cubins: Sequence[Path], arch: str) -> list[tuple[Loop, ...]]:
     """Return each kernel's innermost loops that use the tensor cores; where none does, its innermost loops."""
     sections = [_sections(cubin.read_bytes()) for cubin in cubins]
     code = iter(_disassemble(list(chain.from_iterable(sections)), arch) if sections else ())
-    return [tuple(loop for _ in each for loop in _loops(next(code))) for each in sections]
+    return [tuple(loop for _ in of_cubin for loop in _loops(next(code))) for of_cubin in sections]
 
 
 def _loops(code: Code) -> Iterator[Loop]:
@@ -136,9 +136,9 @@ def _loops(code: Code) -> Iterator[Loop]:
 
 def _moved_bytes(text: str) -> int:
     """Return the bytes of shared memory that an instruction of a warp moves."""
-    if not (found := _SHARED.match(text)):
+    if not (match := _SHARED.match(text)):
         return 0
-    width = _WIDTH.search(found[2])
-    if found[1] == "LDSM":
+    width = _WIDTH.search(match[2])
+    if match[1] == "LDSM":
         return 128 * int(width[1] if width else 1)  # a matrix of 8 x 8 elements of 16 bits
     return 4 * int(width[1] if width else 32)

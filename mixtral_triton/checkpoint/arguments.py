@@ -84,7 +84,7 @@ def drop_padding(rows: Sequence[Tensor], mask: Any) -> list[Tensor]:
     kept, need = list[Tensor](), "1 for the tokens of each prompt and 0 for padding on one side, or both"
     fits = isinstance(masks, (list, tuple)) and len(masks) == len(rows)
     for row, values in zip(rows, masks if fits else (), strict=False):
-        ones = [at for at, value in enumerate(values) if value] if isinstance(values, (list, tuple)) else []
+        ones = [index for index, value in enumerate(values) if value] if isinstance(values, (list, tuple)) else []
         fits = fits and bool(ones) and len(values) == len(row) and ones[-1] - ones[0] == len(ones) - 1
         if fits:
             kept.append(row[ones[0] : ones[-1] + 1])
@@ -144,10 +144,10 @@ def explain_out_of_memory(caller: str, device: torch.device, batch: int, context
     try:
         yield
     except torch.OutOfMemoryError as error:
-        found = f"{batch} {'sequence' if batch == 1 else 'sequences'} of {context} tokens"
+        got = f"{batch} {'sequence' if batch == 1 else 'sequences'} of {context} tokens"
         needs = "fewer of them, weights of fewer bits or offload: `mixtral-triton fit` says what fits"
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{caller}: no memory is left on {device} for {found} ({reason}), needs {needs}") from error
+        raise ValueError(f"{caller}: no memory is left on {device} for {got} ({reason}), needs {needs}") from error
 
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:

@@ -145,10 +145,10 @@ class MixtralConfig:
         file = path.parent / GENERATION_FILE
         stored = read_json_object(file).get("eos_token_id") if file.is_file() else None
         name = f"{file}: eos_token_id"
-        found = _check_field(name, stored, FIELDS["eos_token_id"]), config.eos_token_id
-        added, ids = ([] if each is None else each if isinstance(each, tuple) else [each] for each in found)
+        values = _check_field(name, stored, FIELDS["eos_token_id"]), config.eos_token_id
+        added, ids = ([] if value is None else value if isinstance(value, tuple) else [value] for value in values)
         need = f"ids below vocab_size = {config.vocab_size}"
-        check_value(name, found[0], need, max(added, default=0) < config.vocab_size)
+        check_value(name, values[0], need, max(added, default=0) < config.vocab_size)
         new = [token for token in dict.fromkeys(added) if token not in ids]
         return replace(config, eos_token_id=(*ids, *new)) if new else config
 
@@ -280,6 +280,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value  # type: ignore[no-any-return]
 
 
-def shown(value: object, most: int = 80) -> str:
+def escape(value: object, most: int = 80) -> str:
     """Return what a file says, for a message: no character that a terminal would act on, and at most so many."""
     return ascii(str(value))[1:-1][:most]

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels.weights.offload import host_memory
 from ..kernels.weights.packing import GROUPS
 from ..kernels.weights.quantized import QuantizedWeight
-from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, read_index, shown
+from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, escape, read_index
 from .shard import UNSHARDED, Shard
 
 KeyLayout = Literal["per_expert", "fused"]
@@ -88,10 +88,10 @@ def parameter_shapes(config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[st
     """Return name and shape of each parameter of the model, or of a rank's part. A tied head has no `lm_head`."""
     shapes: dict[str, Shape] = {}
     for target in table(config, "fused", shard).values():
-        rows, *rest = (sum(map(_length, runs)) for runs in target.kept)
+        rows, *sizes = (sum(map(_length, runs)) for runs in target.kept)
         if target.parameter in shapes:  # the second or third projection of qkv_proj
             rows += shapes[target.parameter][0]
-        shapes[target.parameter] = (rows, *rest)
+        shapes[target.parameter] = (rows, *sizes)
     return shapes
 
 
@@ -163,10 +163,10 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
         names = read_index(path / INDEX_FILE)
     tensors: dict[str, Stored] = {}
     for file, expected in names.items():
-        found = _read_header(path / file, DTYPES if scheme is None else DTYPES | CODES)
+        header = _read_header(path / file, DTYPES if scheme is None else DTYPES | CODES)
         if expected:
-            compare(str(path / file), INDEX_FILE, dict.fromkeys(expected), dict.fromkeys(found))
-        tensors |= found
+            compare(str(path / file), INDEX_FILE, dict.fromkeys(expected), dict.fromkeys(header))
+        tensors |= header
     if scheme is None:
         one_dtype(path, tensors)
     return Headers(path, tensors, scheme)
@@ -175,8 +175,8 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
 def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
     """Raise ValueError unless all tensors are stored in the same dtype."""
     usual = Counter(stored.dtype for stored in tensors.values()).most_common(1)
-    if odd := [f"{shown(name)} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual[0][0]]:
-        raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual[0][0]}, but {some(odd)}")
+    if odd := [f"{escape(name)} is {stored.dtype}" for name, stored in tensors.items() if stored.dtype != usual[0][0]]:
+        raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual[0][0]}, but {summarize(odd)}")
 
 
 def stored_dtype(headers: Headers) -> torch.dtype:
@@ -192,12 +192,12 @@ def total_bytes(headers: Headers) -> int:
 def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
     """Return the table of the layout that the names show; ValueError names missing, unknown and misshapen tensors.
     It is cheap for any config: run it before allocating."""
-    tensors, found = headers.tensors, destinations(headers, config, shard)
-    need = {name: target.shape for name, target in found.items()}
+    tensors, targets = headers.tensors, destinations(headers, config, shard)
+    need = {name: target.shape for name, target in targets.items()}
     if config.tie_word_embeddings and HEAD in tensors:
         need[HEAD] = need[EMBEDDING]  # allowed if equal to the embedding: `check_tied_head`
     compare(str(headers.folder), "the config", need, {name: stored.shape for name, stored in tensors.items()})
-    return found
+    return targets
 
 
 def destinations(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
@@ -333,15 +333,15 @@ def opened_file(file: Path) -> Iterator[Any]:
 def compare(holder: str, source: str, need: Mapping[str, Shape | None], got: Mapping[str, Shape | None]) -> None:
     """Raise ValueError unless `got` has the names and shapes of `need`."""
     names = {"missing": need.keys() - got.keys(), "unknown": got.keys() - need.keys()}
-    wrong = [f"{len(named)} {what} ({some(sorted(map(shown, named)))})" for what, named in names.items() if named]
+    wrong = [f"{len(named)} {what} ({summarize(sorted(map(escape, named)))})" for what, named in names.items() if named]
     wrong = wrong or [
-        f"{shown(name)} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]
+        f"{escape(name)} has shape {got[name]}, not {shape}" for name, shape in need.items() if shape != got[name]
     ]
     if wrong:
-        raise ValueError(f"{holder}: not the tensors that {source} asks for: {some(wrong)}")
+        raise ValueError(f"{holder}: not the tensors that {source} asks for: {summarize(wrong)}")
 
 
-def some(names: list[str]) -> str:
+def summarize(names: list[str]) -> str:
     """Return the first names and the count of the others."""
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
@@ -350,11 +350,11 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Sto
     """Return the tensors of a safetensors file; the library checks that they fill it exactly."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, needs what transformers' save_pretrained writes")
-    found = {}
+    header = {}
     with opened_file(file) as opened:
         for name in opened.offset_keys():
             part = opened.get_slice(name)
             if (dtype := part.get_dtype()) not in dtypes:
                 raise ValueError(f"{file}: {name!r:.80} is stored as {dtype!r:.80}, needs one of {', '.join(dtypes)}")
-            found[name] = Stored(file, dtype, tuple(part.get_shape()))
-    return found
+            header[name] = Stored(file, dtype, tuple(part.get_shape()))
+    return header

@@ -38,7 +38,7 @@ class Job(NamedTuple):
     id: Any
     prompt: str | list[dict[str, str]] | None  # a text, or messages
     digest: str  # of the line, the folder and the options, by which its result is known again
-    others: dict[str, Any]  # fields that pass through
+    extra: dict[str, Any]  # fields that pass through
     error: str = ""
 
 
@@ -77,16 +77,16 @@ def _read_job(number: int, line: bytes, digest: str = "") -> Job:
     except (ValueError, RecursionError) as error:
         return Job(number, None, digest, {}, f"line {number} is no JSON in UTF-8: {' '.join(str(error).split())}")
     fields = values if isinstance(values, dict) else {}
-    others = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
+    extra = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
     id, prompt, messages = fields.get("id", number), fields.get("prompt"), fields.get("messages")
-    if taken := next((name for name in RESULT if name in others), None):
+    if taken := next((name for name in RESULT if name in extra), None):
         return Job(id, None, digest, {}, f"line {number} has a field {taken!r}, which a result has: needs another name")
     if "messages" not in fields and isinstance(prompt, str) and prompt:
-        return Job(id, prompt, digest, others)
+        return Job(id, prompt, digest, extra)
     if "prompt" not in fields and isinstance(messages, list) and messages and all(map(is_message, messages)):
-        return Job(id, messages, digest, others)
+        return Job(id, messages, digest, extra)
     need = 'an object with a "prompt", a text, or "messages", objects with a role and a content'
-    return Job(id, None, digest, others, f"line {number} is {line.decode():.60}, needs {need}")
+    return Job(id, None, digest, extra, f"line {number} is {line.decode():.60}, needs {need}")
 
 
 def is_message(value: Any) -> bool:
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
         progress = stack.enter_context(bar("generating", len(jobs)))
         failed, count = False, len(done)
         for index, result in _answers(args, writer, jobs, [*again, *range(len(done), len(jobs))]):
-            line = {"digest": jobs[index].digest, "id": jobs[index].id, **jobs[index].others, **result}
+            line = {"digest": jobs[index].digest, "id": jobs[index].id, **jobs[index].extra, **result}
             failed |= "error" in result
             count = max(count, index + 1)
             if index < len(done):
@@ -182,7 +182,7 @@ def _answers(
             try:
                 results |= zip(batch, write_batch(writer, *zip(*(rows[i] for i in batch), strict=True)), strict=True)
             except (ValueError, RuntimeError) as error:
-                out_of_memory = any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__cause__))
+                out_of_memory = any(isinstance(exc, torch.OutOfMemoryError) for exc in (error, error.__cause__))
                 if not out_of_memory or writer.model.ranks is not None:  # other ranks would go on with the whole batch
                     raise
                 failure = " ".join(str(error).split())

@@ -91,13 +91,13 @@ class Conversation:
         self.messages, self._turns = self.messages[:-2], self._turns[:-1]
 
     def reset(self) -> None:
-        self.messages = [each for each in self.messages if each["role"] == "system"]
+        self.messages = [message for message in self.messages if message["role"] == "system"]
         self._turns = []
 
     def set_system(self, text: str) -> None:
         """Change the system message; ValueError where the template has none."""
         check_system(self.writer.tokenizer, text)
-        self.messages = system_message(text) + [each for each in self.messages if each["role"] != "system"]
+        self.messages = system_message(text) + [message for message in self.messages if message["role"] != "system"]
 
     def save(self, file: Path) -> None:
         """Write the messages to a new file."""
@@ -108,7 +108,7 @@ class Conversation:
         """Go on from the messages that `save` wrote; ValueError for another file."""
         try:
             messages = json.loads(read_text(file, f"/load {file}"))["messages"]
-            roles = [each["role"] if is_message(each) else "" for each in messages]
+            roles = [message["role"] if is_message(message) else "" for message in messages]
         except (LookupError, TypeError, ValueError, RecursionError, OSError):
             messages, roles = [], [""]
         pairs = roles[1:] if roles[:1] == ["system"] else roles
@@ -201,8 +201,8 @@ def run(args: argparse.Namespace, chat: Conversation) -> int:
             text = read_line("" if args.json else "> ")
             if text.rstrip() in ENDS:
                 return 0
-            found, line = _answer(args, chat, text)
-            print(json.dumps(found), flush=True) if args.json else print_message(line)
+            answer, line = _answer(args, chat, text)
+            print(json.dumps(answer), flush=True) if args.json else print_message(line)
         except EOFError:
             return 0
         except KeyboardInterrupt:

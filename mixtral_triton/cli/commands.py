@@ -293,11 +293,11 @@ def _generate(args: argparse.Namespace) -> int:
         ids = writer.encode(prompt, template=args.chat)
         # A continuation follows the prompt on its line, an answer stands alone.
         shown, after = ("", []) if args.chat else (text, ids[-1:])
-        found, line = writer.write(ids, None if quiet else shown, after)
+        result, line = writer.write(ids, None if quiet else shown, after)
         print_message("" if quiet else line)
         if is_first() and args.json:
-            answer = {"role": "assistant", "content": found["text"]}
-            print(json.dumps({"prompt": prompt, **found, **({"messages": [*messages, answer]} if args.chat else {})}))
+            answer = {"role": "assistant", "content": result["text"]}
+            print(json.dumps({"prompt": prompt, **result, **({"messages": [*messages, answer]} if args.chat else {})}))
         return 0
 
 
@@ -311,9 +311,9 @@ def _chat(args: argparse.Namespace) -> int:
     limit = MixtralConfig.from_pretrained(args.folder).max_position_embeddings
     check_system(load_tokenizer(args.folder), args.system)
     check_range("--context", limit if args.context is None else args.context, 1, limit, "the model's positions")
-    chosen, auto = args.context, args.offload == "auto"
-    limit = chosen or (min(AUTO_CONTEXT, limit) if auto else limit)  # tokens that loading leaves memory for
-    args.context = chosen if auto else None
+    context, auto = args.context, args.offload == "auto"
+    limit = context or (min(AUTO_CONTEXT, limit) if auto else limit)  # tokens that loading leaves memory for
+    args.context = context if auto else None
     writer = Writer(args, _load(args), note)
     writer.notes.append(f"the chat has room for {limit:,} tokens")
     return run(args, Conversation(writer, args.system, limit))

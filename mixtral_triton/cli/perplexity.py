@@ -75,7 +75,7 @@ def run(
     check_range("--stride", stride, 1, window - 1, "since each token has one before it in its window")
     if len(ids) < 2:
         raise ValueError("--text is one token, needs at least two: the first has nothing before it")
-    spans, size, found = list(windows(len(ids), window, stride)), len(text.encode()), dict[str, Any]()
+    spans, size, results = list(windows(len(ids), window, stride)), len(text.encode()), dict[str, Any]()
     changes = {name: getattr(args, name) for name in STORED if getattr(args, name) != STORED[name]}
     model, models = None, {"with these options": args} if changes else {}
     models["as stored"] = argparse.Namespace(**vars(args) | STORED)
@@ -93,13 +93,13 @@ def run(
                 break
         cache_dtype = torch.int8 if options.cache_dtype else None
         compile_shown(launch_scores, model, {end - start for start, _, end in spans}, cache_dtype)
-        found[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}")
-    result, *baseline = found.values()
+        results[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}")
+    result, *baseline = results.values()
     if is_first() and args.json:
         print(json.dumps(result | ({"baseline": [*baseline, None][0]} if changes else {})))
     elif is_first():
         rows = []
-        for name, values in found.items():
+        for name, values in results.items():
             cells = {"": name}
             cells |= {title: f"{values[key]:,.{0 if key == 'tokens' else 4}f}" for key, title in COLUMNS.items()}
             if baseline:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import GENERATION_FILE, shown
+from ..checkpoint.config import GENERATION_FILE, escape
 
 PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /dev/zero has no end
 
@@ -87,7 +87,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template may raise anything
-        reason = shown(f"{type(error).__name__}: {error}", 200)
+        reason = escape(f"{type(error).__name__}: {error}", 200)
         raise ValueError(f"{folder}: the chat template fails with {reason}{hint}") from error
     if system.strip() not in text:
         raise ValueError(f"{folder}: the chat template leaves the system message out{hint}")
@@ -112,17 +112,17 @@ def select_options(args: Any) -> tuple[dict[str, Any], int | None, list[str]]:
         defaults = config._get_default_generation_params()
     explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     taken = defaults | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
-    found = {name: taken[name] for name in SAMPLING if name in taken and name not in explicit}
-    options = SAMPLING | found | explicit
+    values = {name: taken[name] for name in SAMPLING if name in taken and name not in explicit}
+    options = SAMPLING | values | explicit
     samples = options["temperature"] != 0.0
-    used = {name: x for name, x in found.items() if x != SAMPLING[name] and (samples or name == "repetition_penalty")}
+    used = {name: x for name, x in values.items() if x != SAMPLING[name] and (samples or name == "repetition_penalty")}
     limit = args.max_new_tokens
     if limit is None and (limit := stored.get("max_new_tokens")) is not None:
         used["max_new_tokens"] = limit
     notes = [f"{GENERATION_FILE} sets {', '.join(f'{name} {x}' for name, x in used.items())}"] if used else []
-    others = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING.keys()}
-    changed = (name for name, value in others.items() if (value != defaults[name] if name in defaults else value))
-    if ignored := shown(", ".join(changed), 400):
+    unsupported = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING.keys()}
+    changed = (name for name, value in unsupported.items() if (value != defaults[name] if name in defaults else value))
+    if ignored := escape(", ".join(changed), 400):
         notes.append(f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}")
     return options | {"top_k": options["top_k"] or None}, limit, notes  # 0: of all tokens
 
@@ -144,14 +144,14 @@ def speed_of(times: Sequence[float], prompt_tokens: int, device: Any, reused: in
     speed |= {"tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
     speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "peak_bytes": peak}
     first = f"prefill: {computed} tokens{f' and {reused} reused' if reused else ''}, {prefill or 0:.1f} tokens/s"
-    rest = f"decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
-    return speed, f"{first}; {rest}; peak of memory: {peak / 1e9:.2f} GB"
+    second = f"decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
+    return speed, f"{first}; {second}; peak of memory: {peak / 1e9:.2f} GB"
 
 
 def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = False) -> str:
     """Return the text of `tokens` behind the tokens `after`, without which a decoder drops a space before the first.
     special: with the text of special tokens."""
-    start, whole = (tokenizer.decode(each, skip_special_tokens=not special) for each in (after, [*after, *tokens]))
+    start, whole = (tokenizer.decode(ids, skip_special_tokens=not special) for ids in (after, [*after, *tokens]))
     return whole[len(start) :]  # type: ignore[no-any-return]
 
 

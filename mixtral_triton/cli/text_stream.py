@@ -146,8 +146,8 @@ class Text:
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         tokens = [entry["token"] for entry in self.entries]
-        found = {"text": self.text, "tokens": tokens, "finish_reason": self.finish_reason}
-        return found | ({} if self.args.logprobs is None else {"logprobs": self.entries})
+        values = {"text": self.text, "tokens": tokens, "finish_reason": self.finish_reason}
+        return values | ({} if self.args.logprobs is None else {"logprobs": self.entries})
 
 
 def read_step(step: Any) -> list[dict[str, Any]]:

@@ -108,9 +108,9 @@ def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) 
     print_message(note)
     compile_shown(launch_trace, model, len(ids))
     with bar("tracing", model.config.num_hidden_layers) as progress:
-        found = trace(model, ids, tokens, progress.advance)
+        result = trace(model, ids, tokens, progress.advance)
     if args.json:
-        print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **found.as_dict()}))
+        print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **result.as_dict()}))
     else:
-        Console(highlight=False).print(found)
+        Console(highlight=False).print(result)
     return 0

@@ -46,20 +46,20 @@ def check_attention(
     """Raise ValueError that names a layer's class and what `ops.attention` does not compute of its attention. dense:
     its mask is none of this file."""
     D = query.shape[-1]
-    found: list[str] = []  # torch's compiler does not follow a call of list[str]
+    faults: list[str] = []  # torch's compiler does not follow a call of list[str]
     for key in ADDED:
         if key in added and added[key] is not None and not (dense and key in INDICES):
-            found.append(ADDED[key])
+            faults.append(ADDED[key])
     if not getattr(module, "is_causal", True) or (added.get("is_causal") is False and not dense):
-        found.append("attention that is not causal")
+        faults.append("attention that is not causal")
     if dropout and module.training:
-        found.append(f"dropout of {dropout} in training")
+        faults.append(f"dropout of {dropout} in training")
     if max(D, value.shape[-1]) > MAX_HEAD or value.shape[-1] > D:
-        found.append(f"heads of {D} and values of {value.shape[-1]} columns")
-    if found:
+        faults.append(f"heads of {D} and values of {value.shape[-1]} columns")
+    if faults:
         layer = f" of layer {layer_idx}" if (layer_idx := getattr(module, "layer_idx", None)) is not None else ""
         needs = f'needs causal attention, at most {MAX_HEAD} columns, or another attn_implementation, as "eager"'
-        raise ValueError(f"mixtral_triton: {type(module).__name__}{layer} has {', '.join(found)}, {needs}")
+        raise ValueError(f"mixtral_triton: {type(module).__name__}{layer} has {', '.join(faults)}, {needs}")
 
 
 def attention(
@@ -220,8 +220,8 @@ def is_causal_pattern(function: Any) -> bool:
     """Whether a mask function of transformers is made of those that `CAUSAL` names, and of nothing else."""
     cells = (cell.cell_contents for cell in function.__closure__ or ())
     parts = (part for value in cells for part in (value if isinstance(value, tuple) else (value,)))
-    own = function.__module__ == masking_utils.__name__ and function.__qualname__.split(".")[0] in CAUSAL
-    return own and all(is_causal_pattern(part) for part in parts if callable(part))
+    causal = function.__module__ == masking_utils.__name__ and function.__qualname__.split(".")[0] in CAUSAL
+    return causal and all(is_causal_pattern(part) for part in parts if callable(part))
 
 
 def first_key(valid: Tensor) -> tuple[bool, Tensor | None]:

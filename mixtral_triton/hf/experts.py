@@ -49,22 +49,22 @@ def is_experts(module: nn.Module) -> bool:
 
 def check_experts(module: Any, name: str = "") -> None:
     """Raise ValueError that names `module`, a module of experts, unless `ops.expert_swiglu` computes its forward."""
-    flags, found = vars(module), None  # read here: each attribute of a module that is a module costs a call
+    flags, fault = vars(module), None  # read here: each attribute of a module that is a module costs a call
     if [*map(flags.get, DECLARED)] != NEEDED:  # as in releases of transformers that lack a flag
-        found = next((what for flag, (need, what) in DECLARED.items() if flags.get(flag, need) is not need), None)
-    if found is None and type(module)._apply_gate is not moe._default_apply_gate:
-        found = f"an activation of its own, {type(module).__name__}._apply_gate"
-    if found is None:
+        fault = next((what for flag, (need, what) in DECLARED.items() if flags.get(flag, need) is not need), None)
+    if fault is None and type(module)._apply_gate is not moe._default_apply_gate:
+        fault = f"an activation of its own, {type(module).__name__}._apply_gate"
+    if fault is None:
         act_fn: Any = flags["_modules"].get("act_fn", flags.get("act_fn"))
         if act_fn is not nn.functional.silu and (type(act_fn) not in SILU or "forward" in vars(act_fn)):
-            found = f"the activation {act_fn!r:.80}"
+            fault = f"the activation {act_fn!r:.80}"
         elif isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
-            found = "hooks on act_fn, which fused experts never call"
-    if found is None and "DTensor" in [type(x).__name__ for x in flags["_parameters"].values()]:
-        found = "a DTensor"
-    if found is not None:
+            fault = "hooks on act_fn, which fused experts never call"
+    if fault is None and "DTensor" in [type(x).__name__ for x in flags["_parameters"].values()]:
+        fault = "a DTensor"
+    if fault is not None:
         needs = 'needs SiLU experts [E, 2I, H] and [E, H, I], gate first, or experts_implementation="grouped_mm"'
-        raise ValueError(f"mixtral_triton: {name or type(module).__name__} has {found}, {needs}")
+        raise ValueError(f"mixtral_triton: {name or type(module).__name__} has {fault}, {needs}")
 
 
 def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

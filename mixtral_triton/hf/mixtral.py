@@ -109,10 +109,10 @@ def _faults_of_modules(model: Any, blocks: tuple[type[nn.Module], ...], attentio
     backbone = modeling.MixtralModel
     for name, module in model.named_modules() if blocks else ():
         needs_attention = attention and isinstance(module, modeling.MixtralDecoderLayer)
-        if needs_attention and not any(isinstance(each, modeling.MixtralAttention) for each in module.modules()):
+        if needs_attention and not any(isinstance(child, modeling.MixtralAttention) for child in module.modules()):
             got = f"{name}.self_attn is a {type(module.self_attn).__name__}, which cannot read fused attention's masks"
             yield f"{got}; needs transformers' own MixtralAttention, or attention=False"
-        base = next((each for each in (*blocks, backbone) if isinstance(module, each)), None)
+        base = next((cls for cls in (*blocks, backbone) if isinstance(module, cls)), None)
         if base is None:
             continue
         current = module.original if isinstance(module, Applied) else type(module)

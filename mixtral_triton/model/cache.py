@@ -203,13 +203,13 @@ class KVCache:
 
     def record(self, ids: torch.Tensor, new: torch.Tensor | None) -> None:
         """Note the tokens of a forward, ids [B,T] and the `new` [B] of them that exist; None: all."""
-        texts = self.held() if readable(ids) and readable(self.lengths) else None
+        texts = self.held_tokens() if readable(ids) and readable(self.lengths) else None
         if texts is not None:
             counts = [ids.shape[1]] * len(texts) if new is None else new.tolist()
             texts = [text + row[:count] for text, row, count in zip(texts, ids.tolist(), counts, strict=True)]
         self.texts, self.drawn = texts, []
 
-    def held(self) -> list[list[int]] | None:
+    def held_tokens(self) -> list[list[int]] | None:
         """Return the tokens of each sequence that are held; None where the host does not know them."""
         lengths = self.lengths.tolist()
         if not any(lengths):
@@ -217,14 +217,14 @@ class KVCache:
         if self.texts is None or self.replayed:
             return None
         drawn = torch.stack(self.drawn, dim=1).tolist() if self.drawn else [[]] * len(lengths)
-        texts = [(text + more)[:length] for text, more, length in zip(self.texts, drawn, lengths, strict=True)]
+        texts = [(text + ids)[:length] for text, ids, length in zip(self.texts, drawn, lengths, strict=True)]
         return texts if [*map(len, texts)] == lengths else None  # else a caller wrote a larger length
 
     def set_back(self, texts: list[list[int]]) -> list[int]:
         """Drop what is not the beginning of each text -> the number of tokens that stay, at most all but the last of a
         text, whose logits are wanted. Warns where none can stay: a ring has lost keys, or tokens are unknown."""
         self.note_failure()
-        held, lengths, reused, reasons = self.held(), self.lengths.tolist(), list[int](), set[str]()
+        held, lengths, reused, reasons = self.held_tokens(), self.lengths.tolist(), list[int](), set[str]()
         written = [*map(max, lengths, self.written or lengths)]
         for text, old, reached in zip(texts, held or [[]] * len(texts), written, strict=True):
             pairs = enumerate(zip(old, text[:-1], strict=False))

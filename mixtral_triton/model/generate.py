@@ -85,12 +85,12 @@ def generate(
     new, *measured = stack_steps(steps, len(rows), max_new_tokens, logprobs or 0)
     if isinstance(input_ids, Tensor):
         device = rows[0].device
-        found = [torch.cat((input_ids, new.to(device)), dim=1), *(each.to(device) for each in measured)]
+        results = [torch.cat((input_ids, new.to(device)), dim=1), *(tensor.to(device) for tensor in measured)]
     else:
         tails = [(row, b, _end_of(new[b, : len(steps)], eos)) for b, row in enumerate(rows)]
-        found = [[torch.cat((row, new[b, :end].to(row.device))) for row, b, end in tails]]  # type: ignore[list-item]
-        found += [[each[b, :end].to(row.device) for row, b, end in tails] for each in measured]  # type: ignore[misc]
-    return found[0] if logprobs is None else Logprobs(*found)
+        results = [[torch.cat((row, new[b, :end].to(row.device))) for row, b, end in tails]]  # type: ignore[list-item]
+        results += [[tensor[b, :end].to(row.device) for row, b, end in tails] for tensor in measured]  # type: ignore[misc]
+    return results[0] if logprobs is None else Logprobs(*results)
 
 
 def stream(
@@ -256,8 +256,8 @@ class Step:
         self.measured: tuple[Tensor, ...] = ()
         self.seen = torch.zeros((B, model.config.vocab_size), dtype=torch.bool, device=device)
         if logprobs is not None:
-            no_steps = Logprobs(*(each[:, 0] for each in stack_steps([], B, 1, logprobs)))
-            self.measured = tuple(each.to(device, copy=True) for each in no_steps[1:])
+            no_steps = Logprobs(*(tensor[:, 0] for tensor in stack_steps([], B, 1, logprobs)))
+            self.measured = tuple(tensor.to(device, copy=True) for tensor in no_steps[1:])
 
     def __call__(self) -> None:
         with launch_context(no_pdl=self.no_pdl):
@@ -282,7 +282,7 @@ class Step:
 
     def result(self) -> Any:
         """Return what `stream` yields, in memory of its own."""
-        token, *measured = (each.clone() for each in (self.token, *self.measured))
+        token, *measured = (tensor.clone() for tensor in (self.token, *self.measured))
         return Logprobs(token, *measured) if measured else token
 
 

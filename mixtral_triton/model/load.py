@@ -45,7 +45,7 @@ def load(
     shard.check(config)
     # The plan, with its checks, comes first: a broken config could ask for any number of parameters.
     plan = hub.plan_load(headers, config, shard, quantization)
-    anew = (each.name for each in plan.linears if each.target.parameter in plan.requantized)
+    anew = (linear.name for linear in plan.linears if linear.target.parameter in plan.requantized)
     if requantized := frozenset(f"{name}.weight" for name in anew):
         text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantization!r})"
         warnings.warn(f"{folder}: {text}; `mixtral-triton perplexity` measures what that costs", stacklevel=3)

@@ -54,9 +54,9 @@ class Placement:
         return self.host_bytes - self.staging_bytes
 
     @classmethod
-    def of(cls, experts: Sequence[Sequence[int]], each: Sequence[int], embedding: int = 0) -> Placement:
-        """`each`: bytes of an expert of each layer; `embedding`: bytes, 0 where it stays on the device."""
-        sizes = [len(of_layer) * size for of_layer, size in zip(experts, each, strict=True)]
+    def of(cls, experts: Sequence[Sequence[int]], expert_bytes: Sequence[int], embedding: int = 0) -> Placement:
+        """`expert_bytes`: of one expert of each layer; `embedding`: bytes, 0 where it stays on the device."""
+        sizes = [len(of_layer) * size for of_layer, size in zip(experts, expert_bytes, strict=True)]
         return cls(experts, embedding > 0, sum(sizes) + embedding, max(sizes))
 
     def empty_weight(
@@ -106,11 +106,11 @@ def workspace_bytes(
     hidden, inner, slots = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     counters = 16 + 12 * slots  # positions; routes, their weights and order
-    each = 2 * hidden + inner
+    per_slot = 2 * hidden + inner
     if activations is not None:
-        each -= hidden
+        per_slot -= hidden
         counters += slots * (encoded_bytes(hidden) + encoded_bytes(inner))
-    row = max(7 * hidden + slots * each, 2 * hidden + 3 * heads) + config.num_local_experts
+    row = max(7 * hidden + slots * per_slot, 2 * hidden + 3 * heads) + config.num_local_experts
     row += hidden if context > chunk else 0  # the chunk before it is still there
     return batch * min(context, chunk) * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
 
@@ -151,12 +151,12 @@ def movable_bytes(
     config: MixtralConfig, shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype
 ) -> Movable:
     """Return the bytes to move: an expert of each layer, without scales and zeros; the embedding, 0 if tied."""
-    each = [0] * config.num_hidden_layers
+    expert_bytes = [0] * config.num_hidden_layers
     for name, shape in shapes.items():
         if name.endswith(QUANTIZED_PARTS["experts"]):
             size = specs[name].empty((1, *shape[1:]), "meta").data.nbytes if name in specs else 0
-            each[int(name.split(".")[1])] += size or shape[1] * shape[2] * dtype.itemsize
-    return each, 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
+            expert_bytes[int(name.split(".")[1])] += size or shape[1] * shape[2] * dtype.itemsize
+    return expert_bytes, 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
 
 
 def select_experts(config: MixtralConfig, count: int) -> list[Sequence[int]]:
@@ -225,8 +225,8 @@ def place(
     available, placement = available_bytes(device), Placement()
     if offload == "auto" and available is not None:
         running = running_bytes(config, 1, context, PREFILL_CHUNK, request.cache_dtype, request.activations)
-        found = fewest(config, sizes, needed + sum(running.values()), available)
-        placement = found or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
+        smallest = fewest(config, sizes, needed + sum(running.values()), available)
+        placement = smallest or Placement.of(select_experts(config, most * config.num_hidden_layers), *sizes)
     elif offload and offload != "auto":
         placement = Placement.of(select_experts(config, int(offload) * config.num_hidden_layers), sizes[0])
     text, host, size = placement.describe(config), host_memory(), in_decimal(placement.host_bytes)
@@ -253,7 +253,7 @@ def host_memory() -> int | None:
         lines = (PROC / "meminfo").read_text().splitlines()
     except OSError:
         return None
-    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    sizes = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
     available = sizes.get("MemAvailable")
     if available is not None and "microsoft" in os.uname().release.lower():
         available = min(available, sizes["MemTotal"] // 2)
@@ -267,6 +267,6 @@ def _group_numbers(*files: str) -> Iterator[list[int]]:
     """Yield the numbers in these files of each control group (version 2) of this process that has a limit there."""
     path = (PROC / "self" / "cgroup").read_text().rpartition("0::/")[2].strip()
     folder = CGROUPS / path
-    for each in (folder, *folder.parents):  # a container may not see the folders of its path
+    for group in (folder, *folder.parents):  # a container may not see the folders of its path
         with suppress(OSError, ValueError):  # "max" is no limit
-            yield [int(n) for name in files for n in (each / name).read_text().split()]
+            yield [int(n) for name in files for n in (group / name).read_text().split()]

@@ -58,7 +58,7 @@ def measure(logits: Tensor, token: Tensor, ended: Tensor, N: int) -> tuple[Tenso
     """Return the log probability of token [B] by logits fp32 [B,V], the N likeliest ids and theirs [B,N]. Of equal ones
     the lowest id is first, as in argmax. Of a sequence that has `ended` [B]: 0, its token and 0."""
     logprobs, over = logits.log_softmax(-1), ended[:, None]
-    top, ids = (each[:, :N] for each in logprobs.sort(dim=-1, descending=True, stable=True))
+    top, ids = (tensor[:, :N] for tensor in logprobs.sort(dim=-1, descending=True, stable=True))
     logprob = logprobs.gather(1, token[:, None]).masked_fill(over, 0.0)[:, 0]
     return logprob, torch.where(over, token[:, None], ids), top.masked_fill(over, 0.0)
 

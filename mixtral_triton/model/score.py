@@ -41,10 +41,10 @@ def score_padded(
 ) -> list[Tensor]:
     """`score` of checked texts, padded to ids [B,T]."""
     cache = KVCache(model.config, len(rows), ids.shape[1], model.device, dtype)
-    targets, found, at_once = F.pad(ids[:, 1:], (0, 1)), [], max(1, LOGITS // model.full_config.vocab_size)
+    targets, chunk_scores, at_once = F.pad(ids[:, 1:], (0, 1)), [], max(1, LOGITS // model.full_config.vocab_size)
     for start, h, _ in run_chunks(model, cache, ids, lengths):
         chunk = h.flatten(0, 1), targets[:, start : start + h.shape[1]].flatten()
-        parts = zip(*(each.split(at_once) for each in chunk), strict=True)
+        parts = zip(*(tensor.split(at_once) for tensor in chunk), strict=True)
         losses = [F.cross_entropy(model.head(x), token, reduction="none") for x, token in parts]
-        found.append(-torch.cat(losses).view(h.shape[:2]))
-    return [scores[: len(row) - 1].clone() for scores, row in zip(torch.cat(found, dim=1), rows, strict=True)]
+        chunk_scores.append(-torch.cat(losses).view(h.shape[:2]))
+    return [scores[: len(row) - 1].clone() for scores, row in zip(torch.cat(chunk_scores, dim=1), rows, strict=True)]

@@ -86,7 +86,7 @@ def plan_load(
             dense[name], need[name] = target, target.shape
             continue
         by_parameter[target.parameter].append(linear)
-        need |= _needed(folder, linear)
+        need |= _required_shapes(folder, linear)
     if config.tie_word_embeddings and checkpoint.HEAD in headers.tensors:
         need[checkpoint.HEAD] = need[checkpoint.EMBEDDING]
     shapes = {name: stored.shape for name, stored in headers.tensors.items() if name not in unused}
@@ -108,7 +108,7 @@ def plan_load(
     return LoadPlan([*itertools.chain(*by_parameter.values())], specs, dense, unused, frozenset(requantized))
 
 
-def _needed(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
+def _required_shapes(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
     """Return the tensors that a linear needs by name, with the stored shape where it is allowed."""
     need = {}
     with error_prefix(f"{folder}: {linear.name}"):

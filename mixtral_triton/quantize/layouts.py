@@ -74,25 +74,25 @@ class Plane:
         if self.any_shape:
             x = read(self.name).reshape(-1, 1)
             return x[rows] if len(x) > 1 else x.expand(rows.stop - rows.start, 1)
-        index = divided(rows, self.rows), divided(columns, self.columns)
+        index = enclosing_blocks(rows, self.rows), enclosing_blocks(columns, self.columns)
         x = read(self.name, *(index[::-1] if self.transposed else index))
         x = x.t() if self.transposed else x
         if x.dtype != torch.int32:
             x = x.repeat_interleave(self.rows, 0) if self.rows > 1 else x
         elif self.rows > 1:
-            x = unpacked(x.t(), 32 // self.rows, self.ordered).t()
+            x = unpack(x.t(), 32 // self.rows, self.ordered).t()
         else:
-            x = unpacked(x, 32 // self.columns, self.ordered)
+            x = unpack(x, 32 // self.columns, self.ordered)
         row, column = rows.start % self.rows, columns.start % self.columns
         return x[row : row + rows.stop - rows.start, column : column + columns.stop - columns.start]
 
 
-def divided(run: slice, size: int) -> slice:
+def enclosing_blocks(run: slice, size: int) -> slice:
     """Return the blocks of `size` that hold the run."""
     return slice(run.start // size, -(-run.stop // size))
 
 
-def unpacked(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
+def unpack(x: Tensor, bits: int, ordered: bool = False) -> Tensor:
     """Unpack int32 [..., n] -> uint8 [..., n * 32 / bits]."""
     data = x.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # a stride of 1, also of a single element
     if bits == 4:
@@ -158,7 +158,7 @@ class HubLayout:
 
     def rows(self, read: Read, rows: slice, columns: slice, K: int) -> Rows:
         """Return rows of these columns: whole groups, or a part of a row that is one group."""
-        groups = divided(columns, self.group_columns(K))
+        groups = enclosing_blocks(columns, self.group_columns(K))
         codes, scales = self.codes.read(read, rows, columns).view(torch.uint8), self.scales.read(read, rows, groups)
         if self.format == "int8" and self.codes.columns > 1:  # int32 elements hold code + 128
             codes = codes ^ 128
@@ -200,8 +200,10 @@ class Scheme:
 
     def layout(self, name: str) -> HubLayout:
         """Return the layout of the linear of this name on disk."""
-        found = (layout for patterns, layout in self.groups if any(_matches_regex(name, each) for each in patterns))
-        return next(found, self.groups[0][1])
+        layouts = (
+            layout for patterns, layout in self.groups if any(_matches_regex(name, pattern) for pattern in patterns)
+        )
+        return next(layouts, self.groups[0][1])
 
 
 def read_scheme(folder: Path) -> Scheme | None:
@@ -240,25 +242,25 @@ def _compressed_tensors(config: Config) -> Scheme:
         unused = not isinstance(other, Mapping) or other.get(key) in (None, {}, "dense")
         check_value(name, other, "to be absent", unused)
     groups: Any = config.get("config_groups")
-    right = isinstance(groups, Mapping) and all(isinstance(each, Mapping) for each in groups.values())
+    right = isinstance(groups, Mapping) and all(isinstance(group, Mapping) for group in groups.values())
     check_value("config_groups", groups, "an object of groups", right and bool(groups))
-    found, formats = [], dict[str, None]()
-    for each in groups.values():
-        weights, format = each.get("weights"), str(each.get("format") or config.get("format"))
+    layouts, formats = [], dict[str, None]()
+    for group in groups.values():
+        weights, format = group.get("weights"), str(group.get("format") or config.get("format"))
         check_value("config_groups", groups, "groups with weights", isinstance(weights, Mapping))
-        _check({**config, **each, "format": format}, {"format": tuple(RULES), "targets": NAMES})
+        _check({**config, **group, "format": format}, {"format": tuple(RULES), "targets": NAMES})
         _check(weights, RULES[format])
-        found.append((each.get("targets") or (), _group_layout(format, weights)))
+        layouts.append((group.get("targets") or (), _group_layout(format, weights)))
         formats[format] = None
     # A class of modules is the last choice, for linears that no name matches.
-    found.sort(key=lambda item: "Linear" not in item[0])
-    for pattern in itertools.chain(*(targets for targets, _ in found)):
+    layouts.sort(key=lambda item: "Linear" not in item[0])
+    for pattern in itertools.chain(*(targets for targets, _ in layouts)):
         _matches_regex("", pattern)  # raises ValueError
         # The time that a match takes grows with the power of the repeats, and without bound where a group repeats.
         operators = re.sub(r"\\.|\(\?", "(", pattern) if pattern.startswith("re:") else ""
         right = len(re.findall("[*+?{|]", operators)) <= 8 and not re.search(r"\)[*+{]|([*+{].*){5}", operators)
         check_value("a pattern of targets", pattern, "at most 4 repeats, none of a group", right)
-    return Scheme(f"compressed-tensors, {' and '.join(formats)}", found)
+    return Scheme(f"compressed-tensors, {' and '.join(formats)}", layouts)
 
 
 def _group_layout(format: str, weights: Config) -> HubLayout:

@@ -59,10 +59,10 @@ def write(
     specs = select_specs(quantization, checkpoint.parameter_shapes(config), "quantize")
     part_specs: dict[str, QuantSpec] = {}
     for part, names in QUANTIZED_PARTS.items():
-        if found := {name: spec for name, spec in specs.items() if name.endswith(names)}:
-            part_specs[part] = min(found.values(), key=lambda spec: spec.group)
+        if members := {name: spec for name, spec in specs.items() if name.endswith(names)}:
+            part_specs[part] = min(members.values(), key=lambda spec: spec.group)
             if part_specs[part].format == "int4":  # compressed-tensors has one group size for all linears of a part
-                specs |= dict.fromkeys(found, part_specs[part])
+                specs |= dict.fromkeys(members, part_specs[part])
     if "experts" not in part_specs:
         raise ValueError(f"quantize: weights is {quantization!r}, needs a format of the experts")
     total, files = 0, dict[str, str]()
@@ -74,7 +74,7 @@ def write(
                     read = partial(_read, opened.get_slice(name), f"{source}: {name}", progress)
                     target = targets.get(name)  # None: a tied head
                     if target is not None and target.parameter in specs:
-                        fused = {each: to for each, to in per_expert.items() if to.parameter == target.parameter}
+                        fused = {expert: to for expert, to in per_expert.items() if to.parameter == target.parameter}
                         linears = {name: replace(target, index=())} if name in per_expert else fused
                         for linear, destination in linears.items():
                             parts = _quantize(read, destination, specs[target.parameter], target_device)
@@ -87,7 +87,7 @@ def write(
                 raise OSError(f"{new / source.name}: {error}") from error
             total += sum(tensor.nbytes for tensor in tensors.values())
             files |= dict.fromkeys(tensors, source.name)
-        _write_rest(headers.folder, new, files, total, part_specs)
+        _write_other_files(headers.folder, new, files, total, part_specs)
     return total
 
 
@@ -144,7 +144,9 @@ def _pack(codes: Tensor, format: str) -> Tensor:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
-def _write_rest(folder: Path, out: Path, files: Mapping[str, str], total: int, specs: Mapping[str, QuantSpec]) -> None:
+def _write_other_files(
+    folder: Path, out: Path, files: Mapping[str, str], total: int, specs: Mapping[str, QuantSpec]
+) -> None:
     """Copy the other files, write the index if there was one, and last config.json, which makes the rest readable."""
     texts = {}
     if set(files.values()) != {checkpoint.SINGLE_FILE}:
@@ -170,7 +172,7 @@ def _quantization_config(specs: Mapping[str, QuantSpec], ignore: list[str]) -> d
         kind = {"num_bits": bits, "type": type, "symmetric": True}
         group = spec.group if spec.format == "int4" else None
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(specs) == 1 else [each for each in TARGETS[part] if each not in ignore],
+            "targets": ["Linear"] if len(specs) == 1 else [target for target in TARGETS[part] if target not in ignore],
             "weights": {**kind, "dynamic": False, "group_size": group, "strategy": "group" if group else "channel"},
             "input_activations": {**kind, "dynamic": True, "strategy": "token"} if type == "float" else None,
             "output_activations": None,

@@ -150,13 +150,13 @@ class LayerCheck:
         tables = {name: table.double() for name, table in self.tables.items()}
         attend = reference.uncached_attention(self.config.sliding_window, **tables, quantized=self.quantized)
 
-        def attend_each(*qkv: Tensor) -> Tensor:
-            return torch.cat([attend(*each) for each in zip(*(part.split(1) for part in qkv), strict=True)])
+        def attend_sequences(*qkv: Tensor) -> Tensor:
+            return torch.cat([attend(*sequence) for sequence in zip(*(part.split(1) for part in qkv), strict=True)])
 
         def convert(weight: Any) -> Any:
             return ConvertedExperts(weight) if len(weight.shape) == 3 else to_fp64(weight)
 
-        return reference.block(self.layer, self.config, x, attend_each, ids, convert)
+        return reference.block(self.layer, self.config, x, attend_sequences, ids, convert)
 
 
 class CallRecorder(TorchDispatchMode):
@@ -228,7 +228,7 @@ class SizedCalls:
         named = {name: next(x for part in owners if (x := getattr(part, name, self)) is not self) for name in self.on}
         return {_key(self.on[name]): weight for name, weight in named.items() if weight is not None}
 
-    def recorded(self, size: tuple[int, int, int], *records: list[Launch]) -> list[tuple[str, Args, list[Launch]]]:
+    def record_calls(self, size: tuple[int, int, int], *records: list[Launch]) -> list[tuple[str, Args, list[Launch]]]:
         """The calls of a forward over a cache: of B sequences, T tokens each, C slots. `records` receive launches."""
         B, T, C = size
         cache = KVCache(self.model.config, B, C, "meta", torch.int8 if self.target.quantized else self.model.dtype)
@@ -249,7 +249,7 @@ class SizedCalls:
         done = {("linear", "lm_head, "), ("experts_add_rms_norm", "")}  # of no layer, and among its `calls`
         C = min(2 * T, self.target.config.max_position_embeddings)
         for size, case in ((B, T, C), "chunk"), ((B, 1, C), "one token"):
-            for op, recorded, _ in self.recorded(size):
+            for op, recorded, _ in self.record_calls(size):
                 if (key := (op, self._prefix(op, recorded))) in done:
                     continue
                 done.add(key)
@@ -267,7 +267,7 @@ class SizedCalls:
         weights = self.weights(check)
         calls, needed = list[Any](), defaultdict[Any, set[int]](set)
         for size in forwards(self.target.config):
-            for op, args, records in self.recorded(size, *active_records()):
+            for op, args, records in self.record_calls(size, *active_records()):
                 calls.append((size, op, args, N := _rows(args), launches := configurations(args, records)))
                 for launch in launches:
                     needed[launch].add(N)

@@ -39,7 +39,7 @@ def compare_calls(target: TransformersUnderTest, ids: Tensor, steps: Callable[[s
     masks |= dict.fromkeys(("a hole", "4-D mask"), (t < T // 3) | (t > T // 3 + b))
     kinds = [*product(masks.items(), CACHES[:3]), (("packed", None), CACHES[3])]  # the last: one sequence a row
     calls = {f"{mask}, {cache}": partial(_outputs, text, valid, mask, cache) for (mask, valid), cache in kinds}
-    calls |= {f"generate, {cache}": partial(_generated, text, masks["left padding"], cache) for cache in CACHES[1:3]}
+    calls |= {f"generate, {cache}": partial(_generate, text, masks["left padding"], cache) for cache in CACHES[1:3]}
     rows, step = list[Row](), steps("calls of transformers", len(calls))
     for case, call in calls.items():
         notes = list[str]()
@@ -87,31 +87,31 @@ def _small_copy(target: TransformersUnderTest) -> Any:
 def _run_both(pair: list[Any], call: Callable[[Any], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """What `call` returns of both models. Where the second one's routes differ it takes the first one's: they differ by
     a near tie, or else by wrong router logits, which are an output."""
-    routes, found = list[Any](), list[dict[str, Tensor]]()
+    routes, results = list[Any](), list[dict[str, Tensor]]()
 
     def route(gate: Any, args: Any, out: Any) -> Any:
-        if not found:
+        if not results:
             return routes.append(out[1:])
         weights, ids = routes.pop(0)
         differs = (out[2].sort(-1).values != ids.sort(-1).values).any(-1, keepdim=True)
-        chosen = out[0].gather(-1, out[2]).amin(-1, keepdim=True)
+        lowest = out[0].gather(-1, out[2]).amin(-1, keepdim=True)
         left_out = out[0].scatter(-1, out[2], -math.inf).amax(-1, keepdim=True)
-        differs &= left_out - chosen <= LIMIT * largest(out[0])  # other ids than those of its own logits stay wrong
+        differs &= left_out - lowest <= LIMIT * largest(out[0])  # other ids than those of its own logits stay wrong
         return out[0], weights.where(differs, out[1]), ids.where(differs, out[2])
 
     with ExitStack() as stack:
         for layer in (layer for model in pair for layer in model.model.layers):
             stack.enter_context(layer.mlp.gate.register_forward_hook(route))
         for model in pair:
-            found.append(call(model))
-    return found
+            results.append(call(model))
+    return results
 
 
 def _errors(want: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]:
     """The largest error of each output, relative to its largest value. Of generated tokens that differ, up to them."""
     if "tokens" in want:
         same = int((want["tokens"] == got["tokens"]).all(0).cumprod(0).sum())
-        want, got = ({"logits": each["logits"][:, : same + 1]} for each in (want, got))
+        want, got = ({"logits": outputs["logits"][:, : same + 1]} for outputs in (want, got))
     return {
         name: largest(got[name] - x) / max(largest(x), 1e-30) if got[name].shape == x.shape else math.inf
         for name, x in want.items()
@@ -120,7 +120,7 @@ def _errors(want: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]
 
 def _outputs(text: Tensor, valid: Tensor | None, mask: str, kind: str, model: Any) -> dict[str, Tensor]:
     """The outputs of the text [B,T], over a cache in chunks and a step, for tokens that see a key: [n,...] each."""
-    (B, T), config, found = text.shape, model.config, dict[str, Tensor]()
+    (B, T), config, results = text.shape, model.config, dict[str, Tensor]()
     caches: dict[str, Any] = {CACHES[1]: DynamicCache, CACHES[2]: partial(StaticCache, max_cache_len=T + NEW)}
     cache: Any = caches[kind](config=config) if kind in caches else None
     create: Any = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
@@ -139,11 +139,11 @@ def _outputs(text: Tensor, valid: Tensor | None, mask: str, kind: str, model: An
         sees = (dense[:, 0] == 0).any(-1).expand(B, -1)
         for name, layers in outputs.items():
             for index, x in enumerate(layers):
-                found[f"{name} {index} of tokens {begin} to {end}"] = x[sees]
-    return found
+                results[f"{name} {index} of tokens {begin} to {end}"] = x[sees]
+    return results
 
 
-def _generated(text: Tensor, valid: Any, kind: str, model: Any) -> dict[str, Tensor]:
+def _generate(text: Tensor, valid: Any, kind: str, model: Any) -> dict[str, Tensor]:
     """The greedy tokens [B,n] behind the text [B,T], and their logits [B,n,V]."""
     settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "output_logits": True}
     if kind == CACHES[2]:

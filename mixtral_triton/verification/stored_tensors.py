@@ -108,7 +108,7 @@ def unpack(words: Tensor, bits: int, columns: Sequence[int] = ()) -> Tensor:
     return torch.stack([words >> bits * field & (1 << bits) - 1 for field in fields], -1).flatten(-2)
 
 
-def declared(source: Source, config: Any) -> dict[str, Any]:
+def declared_fields(source: Source, config: Any) -> dict[str, Any]:
     """Read what a folder declares of the fields of `config`. Theta and the ids that end a text are sets, since they may
     stand in several places."""
     raw, generation = source.config, source.read_json("generation_config.json", optional=True)
@@ -130,7 +130,7 @@ def _ids(*fields: Any) -> set[int]:
 
 def config_row(source: Source, target: Any) -> Row:
     """The row of the fields of the model's config against config.json."""
-    raw = declared(source, target.config)
+    raw = declared_fields(source, target.config)
     used = {name: [getattr(target.config, name)] for name in raw}
     used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
     used["eos_token_id"] = [_ids(target.config.eos_token_id)]

@@ -85,7 +85,7 @@ class Tolerance:
         """The limits, raised to errors of a rounding and of torch on near activations: one may be small by chance."""
         limits = self.limits
         for seed in range(PERTURBED + 1):
-            near = {key: _perturbed(x, seed) for key in ACTIVATIONS if (x := self.args.get(key)) is not None}
+            near = {key: _perturb(x, seed) for key in ACTIVATIONS if (x := self.args.get(key)) is not None}
             exact = _fp64_results(self.op, self.args | near)
             got = _results(self.op, self.op.call_reference, self.args | near) if seed else self.exact
             pairs = list(zip(got, exact, strict=True))[: self.independent]
@@ -158,14 +158,14 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 def with_perturbed_input(x: Tensor) -> Tensor:
     """x [B,T,H] -> fp64 [2B,T,H]: x, then x with each value changed by TOKEN_FLOOR, to show the model's sensitivity."""
-    return torch.cat((x.double(), _perturbed(x)))
+    return torch.cat((x.double(), _perturb(x)))
 
 
-def _perturbed(x: Any, seed: int = 0) -> Any:
+def _perturb(x: Any, seed: int = 0) -> Any:
     """x in fp64, each value larger or smaller by half a rounding; with a seed, by more, and in x's dtype. Of a cache of
     8 bits it is the scale of each vector, in bf16."""
     if isinstance(x, QuantizedCache):
-        return QuantizedCache(x.codes, _perturbed(x.scales.bfloat16(), seed).to(x.scales.dtype))
+        return QuantizedCache(x.codes, _perturb(x.scales.bfloat16(), seed).to(x.scales.dtype))
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed), device="cpu").mul_(2).sub_(1)
     near = x.double() * (1 + (1 + 2 * seed) * TOKEN_FLOOR[x.dtype] * signs.to(x.device))
     return near.to(x.dtype) if seed else near

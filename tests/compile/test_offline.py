@@ -216,16 +216,16 @@ def test_decode_tiles_leave_an_sm_two_programs(T: int) -> None:
 
 
 def test_one_kernel_at_other_sizes() -> None:
-    at = {"T": [3], "H": [512, 256]}
-    rows = [one.as_dict() for one in compile_ops(["linear"], "sm_90", kernel="linear_decode", at=at)]
+    choices = {"T": [3], "H": [512, 256]}
+    rows = [one.as_dict() for one in compile_ops(["linear"], "sm_90", kernel="linear_decode", choices=choices)]
     assert rows and {row["kernel"] for row in rows} == {"linear_decode_kernel"}
     assert {row["constexprs"]["H"] for row in rows} <= {256, 512}
-    found = [launch.constexprs.get("H") for _, launch in collect([OPS["linear"]], "sm_90", at=at).values()]
+    found = [launch.constexprs.get("H") for _, launch in collect([OPS["linear"]], "sm_90", choices=choices).values()]
     assert {256, 512} <= {*found}
     with pytest.raises(ValueError, match="--kernel is 'linear_encode_kernel', needs one of linear_decode_kernel,"):
         compile_ops(["linear"], "sm_90", kernel="linear_encode")
     with pytest.raises(ValueError, match="linear: a name of --at is 'S', needs one of T, H, N"):
-        compile_ops(["linear"], "sm_90", at={"S": [3]})
+        compile_ops(["linear"], "sm_90", choices={"S": [3]})
 
 
 def test_the_gate_catches_a_spill() -> None:

@@ -97,8 +97,8 @@ def test_ptx_unpacks_every_half(format: str, name: str, monkeypatch: pytest.Monk
     """Each of the 65,536 values is the low half and the high half beside another value: no bit leaks. The piece of PTX
     and how far it shifts for each field are those of the format's values."""
     leaf = LEAVES[format]
-    monkeypatch.setattr(leaf, "moved", lambda tile, shift, ptx, dtype: (ptx.value, shift))
-    monkeypatch.setattr(leaf, "paired", lambda moved, zero, ptx, dtype: moved, raising=False)
+    monkeypatch.setattr(leaf, "unpack_field", lambda tile, shift, ptx, dtype: (ptx.value, shift))
+    monkeypatch.setattr(leaf, "apply_to_pairs", lambda moved, zero, ptx, dtype: moved, raising=False)
     triton_type = {"BF16": tl.bfloat16, "FP16": tl.float16}[name]
     neighbours = np.random.default_rng(0).permutation(HALVES)
     for number in range(formats.FORMATS[format].fields):

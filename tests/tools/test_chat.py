@@ -307,7 +307,7 @@ def test_a_cache_grows_layer_by_layer(dtype: torch.dtype, monkeypatch: pytest.Mo
     monkeypatch.setattr(KVCache, "_zeros", count)
     cache.grow(20)
     assert (cache.slots, cache.max_len, cache.keys[2].shape[2]) == (20, 20, 20) and most == [*range(6, 0, -1)]
-    assert torch.equal(model(ids[:, :1], cache=cache), want) and cache.held() == [
+    assert torch.equal(model(ids[:, :1], cache=cache), want) and cache.held_tokens() == [
         [*row, row[0]] for row in ids.tolist()
     ]
 

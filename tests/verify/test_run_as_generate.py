@@ -132,7 +132,7 @@ def test_a_lost_row_of_any_size_is_run() -> None:
     assert [*sized.calls_of_generate(meta_check(model))] and not sized.not_run
     sizes: dict[Any, list[int]] = {}
     for T in range(1, 17):
-        for _, args, records in (*sized.recorded((1, T, 4096)), *sized.recorded((T, 1, 4096))):
+        for _, args, records in (*sized.record_calls((1, T, 4096)), *sized.record_calls((T, 1, 4096))):
             for launch in configurations(args, records):
                 sizes.setdefault(launch, []).append(_rows(args))
     for loses in (lambda T: True, lambda T: T > 7, lambda T: T > 15, lambda T: T % 8 == 0):

@@ -18,7 +18,7 @@ from ...launching.kernel_args import Heads, Pointer
 from ...launching.pdl import pdl_wait
 from ...weights.composites import quantized_vectors
 from ..cache_args import POSITIONS_MAX, RotaryTables, angles, sequence_position
-from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalized, sweep, take_keys, unit_of
+from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalize, sweep, take_keys, unit_of
 
 
 class Keys(NamedTuple):
@@ -143,7 +143,7 @@ def attention_prefill_kernel(
     acc, largest, total = sweep(state, queries, fresh, span, KIND, BLOCK_N)
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
-    out = normalized(acc, total, q.ptr.dtype.element_ty, keys.k_scales is not None)
+    out = normalize(acc, total, q.ptr.dtype.element_ty, keys.k_scales is not None)
     out_row = out_ptr + ((b * T + offs_t.to(tl.int64)) * Hq + hq)[:, None] * D + offs_d[None, :]
     tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -178,9 +178,9 @@ def _append_newest_key(
     if scales is not None:
         k, k_scale = quantized_vectors(k)
         v, v_scale = quantized_vectors(v)
-        one = tl.arange(0, 1)
-        tl.store(scales[0] + one, k_scale, mask=one < tl.where(active, 1, 0))
-        tl.store(scales[1] + one, v_scale, mask=one < tl.where(active, 1, 0))
+        offs_scale = tl.arange(0, 1)
+        tl.store(scales[0] + offs_scale, k_scale, mask=offs_scale < tl.where(active, 1, 0))
+        tl.store(scales[1] + offs_scale, v_scale, mask=offs_scale < tl.where(active, 1, 0))
         scale *= k_scale
     tl.store(caches[0] + offs_d, k.to(caches[0].dtype.element_ty), mask=mask)
     tl.store(caches[1] + offs_d, v.to(caches[1].dtype.element_ty), mask=mask)
@@ -265,7 +265,7 @@ def attention_decode_kernel(
     acc, largest, total = take_keys(state, queries, stored, low, high, high, KIND, True, BLOCK_N)
     if RING:
         total = tl.where(new < 0, float("nan"), total)
-    out = normalized(acc, total, q.ptr.dtype.element_ty, keys.k_scales is not None)
+    out = normalize(acc, total, q.ptr.dtype.element_ty, keys.k_scales is not None)
     row = ((b * T + t) * Hq + hq) * SPLITS + split
     tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:

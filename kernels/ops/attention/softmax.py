@@ -130,7 +130,7 @@ def sweep(state, queries, keys, span, KIND: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
-def normalized(acc, total, dtype: tl.constexpr, CODES: tl.constexpr):
+def normalize(acc, total, dtype: tl.constexpr, CODES: tl.constexpr):
     """acc / total, by the unit that 8-bit values have in acc."""
     total = tl.where(total == 0.0, 1.0, total)
     if CODES:

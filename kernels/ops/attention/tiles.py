@@ -224,7 +224,7 @@ def _select(table: Table, sizes: AttentionSizes, dtype: torch.dtype, arch: str, 
     )
 
 
-def _overlapped(sizes: AttentionSizes, arch: str) -> bool:
+def _overlaps(sizes: AttentionSizes, arch: str) -> bool:
     """Return whether an SM should hold two short tiles: one computes its softmax while the other multiplies.
 
     That is where each SM gets at most one tall tile, or the keys are few. Else tiles of half the rows would read the
@@ -239,7 +239,7 @@ def _overlapped(sizes: AttentionSizes, arch: str) -> bool:
 
 
 def _prefill_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    overlapped = dtype != torch.float32 and not sizes.quantized and _overlapped(sizes, arch)
+    overlapped = dtype != torch.float32 and not sizes.quantized and _overlaps(sizes, arch)
     table = PREFILL_CODES if sizes.quantized else PREFILL
     tile = _select(table, sizes, dtype, arch, "overlapped" if overlapped else "")
     tiles = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": _width(sizes)}
