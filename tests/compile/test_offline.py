@@ -78,7 +78,7 @@ RING = {"C": 4096, "past": 3000, "fresh": True}
 STEP = {"B": 2, "T": 1, "Hq": 8, "Hkv": 2, "C": 4096, "window": 4096, "past": 4095}
 LONG = [sizes for sizes in OPS["attention"].bench_shapes if sizes.S == 4096]
 # D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
-HEADS = [(32, 150), (48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)]
+HEADS = [(16, 150), (32, 150), (48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (96, 65), (112, 37), (192, 65)]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Operation, sizes, architecture, dtype.
 Variant = tuple[str, dict[str, Any], str, torch.dtype]
