@@ -251,17 +251,6 @@ def test_unused_experts_may_hold_nan(T: int, row: list[int], device: torch.devic
     check_close(ops.expert_swiglu(*(a.to(device) for a in (x, gate_up, down, ids, weights))), want, 4e-6)
 
 
-@pytest.mark.parametrize("T", (9, 70))
-def test_nan_of_a_token_does_not_reach_other_tokens(T: int, device: torch.device) -> None:
-    args = [a.to(device) for a in expert_inputs(T, 3, 2)]
-    want = ops.expert_swiglu(*args)
-    args[0][4] = NAN
-    got = ops.expert_swiglu(*args)
-    assert got[4].isnan().all()
-    rest = torch.arange(T, device=device) != 4
-    check_close(got[rest], want[rest])
-
-
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 @pytest.mark.parametrize(("T", "K", "E"), [(0, 2, 3), (1, 1, 1), (50, 2, 8), (700, 3, 5), (4, 2, 100)])
 def test_sort_by_expert_is_stable(T: int, K: int, E: int, dtype: torch.dtype, device: torch.device) -> None:
