@@ -38,8 +38,6 @@ from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
 pytestmark = pytest.mark.compiled
 
 GPU_DEVICE = torch.device("cuda", 0)
-HEAD_SIZES = (16, 32, 48, 64, 72, 80, 96, 112, 128, 192, 256)
-QUERIES = (1, 16, 20, 33, 37, 65, 150)
 
 
 def launch_as_recorded(op: Op, sizes: Any, dtype: torch.dtype, gpu: Any) -> None:
@@ -80,15 +78,6 @@ def test_experts_in_host_memory(format: str | None, gpu: Any) -> None:
         assert kernels[1] == kernels[2], "compiled again for other experts"
         names, tables = ([[each[at] for each in one] for one in kernels[:2]] for at in (0, 1))
         assert names[0] == names[1] and tables == [[False, False], [True, True]]
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("D", "window"), [*((D, 0) for D in HEAD_SIZES), *((D, 40) for D in (48, 80, 112))])
-def test_attention_of_every_head_size(D: int, window: int, gpu: Any) -> None:
-    """Among them those that crash an assembler: heads narrower than their tile, and wgmma on heads of 16 and 32."""
-    for T in QUERIES if window == 0 else (37, 150):
-        sizes = {"B": 2, "T": T, "S": T, "Hq": 4, "Hkv": 2, "D": D, "window": window}
-        launch_as_recorded(OPS["attention"], sizes, torch.bfloat16, gpu)
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ RING = {"C": 4096, "past": 3000, "fresh": True}
 STEP = {"B": 2, "T": 1, "Hq": 8, "Hkv": 2, "C": 4096, "window": 4096, "past": 4095}
 LONG = [sizes for sizes in OPS["attention"].bench_shapes if sizes.S == 4096]
 # D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
-HEADS = [(32, 150), (48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (112, 37), (192, 65)]
+HEADS = [(16, 150), (32, 150), (48, 20), (48, 65), (48, 150), (72, 37), (80, 33), (96, 65), (112, 37), (192, 65)]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Operation, sizes, architecture, dtype.
 Variant = tuple[str, dict[str, Any], str, torch.dtype]
@@ -131,9 +131,10 @@ def prefill(kernel: str, arch: str = "sm_90") -> Launch:
 
 
 # More is better; vLLM's best expert tile has 5,191, Triton's attention tutorial 2,052.
-FLOP_PER_INSTRUCTION = {"experts_up_kernel": 5500, "experts_down_kernel": 5500, "attention_prefill_kernel": 2000}
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):  # it computes the places of tiles in every turn
-    FLOP_PER_INSTRUCTION |= {"experts_up_kernel": 4100, "experts_down_kernel": 4100}
+OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)  # it computes the places of tiles in every turn
+FLOP_PER_INSTRUCTION = {("attention_prefill_kernel", "sm_90"): 2000}
+for kernel in ("experts_up_kernel", "experts_down_kernel"):
+    FLOP_PER_INSTRUCTION |= {(kernel, "sm_90"): 4100 if OLDER else 5500, (kernel, "sm_80"): 2600}
 
 
 def flop_a_turn(launch: Launch) -> int:
@@ -144,14 +145,14 @@ def flop_a_turn(launch: Launch) -> int:
     return 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * (2 if "_up_" in launch.kernel else 1)
 
 
-@pytest.mark.parametrize("kernel", FLOP_PER_INSTRUCTION)
-def test_main_loops_do_little_beside_their_dots(kernel: str, covers: Any) -> None:
-    launch = prefill(kernel)
-    compiled = compile_launch(launch, "sm_90")
-    figure, least = compiled.loop_flop_per_instruction or 0.0, FLOP_PER_INSTRUCTION[kernel]
+@pytest.mark.parametrize(("kernel", "arch"), FLOP_PER_INSTRUCTION)
+def test_main_loops_do_little_beside_their_dots(kernel: str, arch: str, covers: Any) -> None:
+    launch = prefill(kernel, arch)
+    compiled = compile_launch(launch, arch)
+    figure, least = compiled.loop_flop_per_instruction or 0.0, FLOP_PER_INSTRUCTION[kernel, arch]
     assert max(loop.flops or 0 for loop in compiled.loops) * launch.num_warps == flop_a_turn(launch)
     assert figure >= least, f"{kernel}: {figure:.0f} FLOP per other instruction, needs larger tiles: {compiled.loops}"
-    covers("main loops", f"{kernel}, sm_90: {figure:,.0f} FLOP per other instruction (bound {least:,})")
+    covers("main loops", f"{kernel}, {arch}: {figure:,.0f} FLOP per other instruction (bound {least:,})")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
@@ -197,13 +198,6 @@ def test_clocks_are_none_where_instructions_do_not_show_both() -> None:
         assert compile_launch(prefill("experts_down_kernel", arch), arch).loop_clocks is None
 
 
-def test_experts_of_many_tokens_on_sm_80_do_little_beside_their_dots(covers: Any) -> None:
-    for kernel in ("experts_up_kernel", "experts_down_kernel"):
-        figure = compile_launch(prefill(kernel, "sm_80"), "sm_80").loop_flop_per_instruction or 0.0
-        covers("main loops", f"{kernel}, sm_80: {figure:,.0f} FLOP per other instruction (bound 2,600)")
-        assert figure >= 2600
-
-
 @pytest.mark.parametrize("T", [1, 4, 24, 48, 64])
 def test_decode_tiles_leave_an_sm_two_programs(T: int) -> None:
     """One alone would load nothing while it starts and ends."""
@@ -224,6 +218,8 @@ def test_one_kernel_at_other_sizes() -> None:
     assert {256, 512} <= {*found}
     with pytest.raises(ValueError, match="--kernel is 'linear_encode_kernel', needs one of linear_decode_kernel,"):
         compile_ops(["linear"], "sm_90", kernel="linear_encode")
+    with pytest.raises(ValueError, match=r"'rout'.*route"):
+        compile_ops(["rope", "rout"], "sm_90")
     with pytest.raises(ValueError, match="linear: a name of --at is 'S', needs one of T, H, N"):
         compile_ops(["linear"], "sm_90", choices={"S": [3]})
 
@@ -331,15 +327,6 @@ def test_files_and_json(tmp_path: Path, arch: str, suffixes: set[str]) -> None:
         assert file.read_bytes().startswith(b"\x7fELF")
         assert all("route_kernel" in file.with_suffix(each).read_text() for each in suffixes - {file.suffix})
     assert {row["dtype"] for row in rows} == {"fp32", "bf16", "fp16"}
-
-
-UNKNOWN = [(["route"], "sm_70", "'sm_70'.*sm_90"), (["rope", "rout"], "sm_90", "'rout'.*route")]
-
-
-@pytest.mark.parametrize(("names", "arch", "message"), UNKNOWN)
-def test_unknown_architecture_or_operation_raises_value_error(names: Any, arch: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        compile_ops(names, arch)
 
 
 def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,15 +137,6 @@ def test_races_are_detected(body: str, message: str) -> None:
     check_fault(message, body, inputs, {"%w": 32}, threads=64, arrays=[memory], shared=256, schedule=LOGGED)
 
 
-def test_warps_may_store_equal_values() -> None:
-    """Of one warp's different values at one address the last lane's stays; it must equal what other warps leave."""
-    inputs = {"%s": np.full(64, SHARED_BASE, np.uint32), "%v": np.tile(np.arange(32, dtype=np.uint32), 2)}
-    got = run(STORE + SYNC + "ld.shared.b32 %w, [%s];", inputs, {"%w": 32}, threads=64, shared=4)
-    assert (got["%w"] == 31).all()
-    inputs["%v"] = np.arange(64, dtype=np.uint32)
-    check_fault("race: warps write different values", STORE, inputs, threads=64, shared=4)
-
-
 TRY = "waitLoop: mbarrier.try_wait.parity.shared::cta.b64 %p, [%b], %z; @!%p bra waitLoop;"
 COPY = f"""mov.u32 %t, %tid.x; setp.eq.u32 %q, %t, 0; mov.b64 %m, map0; mov.u32 %z, 0;
     @%q mbarrier.init.shared::cta.b64 [%b], 1; bar.sync 0;

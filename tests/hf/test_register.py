@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from mixtral_triton import Mixtral, apply
@@ -206,20 +205,6 @@ def test_every_keyword_that_a_model_passes_to_attention_is_known() -> None:
             found |= {str(keyword.arg) for call in calls for keyword in call.keywords} - {"None"}
     assert {"s_aux", "softcap", "scaling"} <= found
     assert found <= KNOWN | {*attention.ADDED}, found - KNOWN
-
-
-@once
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen3"])
-def test_dense_models_take_the_attention(kind: str) -> None:
-    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4, "pad_token_id": 0}
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
-    model.set_attn_implementation("eager")
-    ids, mask = torch.arange(2, 14).view(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
-    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
-    want = model.generate(ids, **settings)
-    model.set_attn_implementation(NAME)
-    assert torch.equal(model.generate(ids, **settings), want)
 
 
 @once

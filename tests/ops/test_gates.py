@@ -66,21 +66,6 @@ def test_fault_is_caught(message: str, run: Callable[[], Any]) -> None:
         run()
 
 
-@triton.jit
-def bf16_kernel(a_ptr, b_ptr, y_ptr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tile = offs[:, None] * BLOCK + offs[None, :]
-    product = tl.dot(tl.load(a_ptr + tile), tl.load(b_ptr + tile))
-    tl.store(y_ptr + tile, product.to(tl.bfloat16))
-
-
-def test_bf16_dot_and_cast_round_as_hardware_does() -> None:
-    a, b = (torch.randn(16, 16, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (0, 1))
-    y = torch.empty(16, 16, dtype=torch.bfloat16)
-    launch(bf16_kernel, (1,), ONE, a_ptr=a, b_ptr=b, y_ptr=y, BLOCK=16)
-    assert torch.equal(y, (a.float() @ b.float()).bfloat16())
-
-
 def test_bf16_rounding_is_to_nearest_even() -> None:
     special = [0.0, -0.0, 1.0, 1.00390625, 1.01171875, 3.4e38, -1e-40, float("inf"), float("-inf"), float("nan")]
     values = np.concatenate([special, np.random.default_rng(0).normal(size=999)]).astype(np.float32)

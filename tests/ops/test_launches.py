@@ -10,20 +10,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
 from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops
 from mixtral_triton.checkpoint.tensors import parameter_shapes
-from mixtral_triton.kernels import reference
 from mixtral_triton.kernels.operation import plan
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.quantize import select_specs
 from tests.cli.commands import ROOT
-from tests.support.calls import copies, inputs, outputs
 from tests.support.models import WIDER_SIZES, cache_of, random_model
 
 BATCHES = (1, 4, 32, 64, 200)
@@ -136,25 +133,3 @@ def test_missing_plans_are_caught(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(plan, "call_key", lambda *args: (*call_key(*args), next(numbers)))
     calls = of_a_layer(partial(count_calls, 1))
     assert calls.total() > 2 * CALLS_MAX and any(name[1] == "configs" for name in calls)
-
-
-def without_short_cuts() -> Any:
-    return mock.patch.object(reference, "_common_value", lambda values: None)
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("B", [1, 3])
-@pytest.mark.parametrize("past", [0, 5, 15, 16, 40])
-@pytest.mark.parametrize(("T", "fresh"), [(1, 0), (1, 1), (7, 1), (20, 1), (1, None)])
-def test_short_cuts_for_equal_lengths_change_no_result(T: int, fresh: int | None, past: int, B: int) -> None:
-    name = "rope_append_attention" if fresh is None else "cached_attention"
-    op = OPS[name]
-    sizes = vars(op.test_shapes[0]) | {"B": B, "T": T, "C": 16, "past": past, "window": 16, "fresh": fresh != 0}
-    args = copies(op.bind_by_name(**inputs(name, sizes, dtype=torch.float32)))
-    args["past"], args["new"] = torch.full((B,), past, dtype=torch.int32), torch.full((B,), T, dtype=torch.int32)
-    if "cos" in args:
-        args["cos"], args["sin"] = args["cos"][: past + T], args["sin"][: past + T]
-    got = outputs(name, op.call_reference, args)
-    with without_short_cuts():
-        want = outputs(name, op.call_reference, args)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))

@@ -94,18 +94,6 @@ def test_each_token_s_row_of_the_embedding_crosses_the_link_once(T: int, covers:
     covers("traffic", f"link, embedding, T {T}: 1.00 of the bytes of the tokens' rows (bound 1.00)")
 
 
-@pytest.mark.interpreted
-def test_wrong_dtype_is_rejected_after_a_right_call() -> None:
-    """What the check remembers of the right call is not that of one whose experts have half the bytes."""
-    right, wrong = (with_offload(arguments(None, 3, dtype), ON_HOST) for dtype in (torch.float32, torch.bfloat16))
-    weights = {name: wrong[name] for name in ("gate_up_proj", "down_proj")}
-    for _ in range(2):
-        ops.expert_swiglu(**right)
-        with pytest.raises(ValueError, match="argument 'gate_up_proj' is bfloat16, needs float32"):
-            ops.expert_swiglu(**right | weights)
-    ops.expert_swiglu(**wrong)
-
-
 W = torch.ones(E, 64, 128)
 INT8, INT4 = quantize(W, "int8"), quantize(W, "int4")
 FP8 = QuantizedWeight("fp8", INT8.data, INT8.scales, None, INT8.shape, INT8.group)

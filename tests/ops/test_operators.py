@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from mixtral_triton.kernels.operation.declaration import row_letter
-from mixtral_triton.kernels.registry import OPERATIONS, OPS
+from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from tests.support.calls import as_tuple, copies, inputs, public, tensors
 
@@ -268,11 +268,3 @@ def test_backward_raises_value_error(name: str, argument: str, device: torch.dev
     assert same([x.detach() for x in out], run(public(name), args)[: len(out)])
     with pytest.raises(ValueError, match=f"{name}.*inference only"):
         sum(x.sum() for x in out).backward()
-
-
-@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.deterministic_index is not None])
-def test_deterministic_is_also_an_argument_of_unchecked_calls(name: str) -> None:
-    """A model calls operations unchecked; on the torch backend no reference has the argument."""
-    args = make_inputs(name) | {"deterministic": True}
-    got, want = (as_tuple(function(**copies(args))) for function in (OPERATIONS[name].unchecked, public(name)))
-    assert all(a.equal(b) for a, b in zip(got, want, strict=True))

@@ -246,13 +246,9 @@ def test_profiler_sees_planned_launches(gpu: Any) -> None:
     assert [x.get()["name"] for x in entered] == ["rms_norm_kernel"]
 
 
-def test_launch_goes_to_the_gpu_of_its_tensors_and_to_the_current_stream(gpu: Any) -> None:
+def test_launch_goes_to_the_current_stream(gpu: Any) -> None:
     gpu.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
     plan.run(NORM, args)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         assert launches(gpu, planned(NORM), args)[0][2] == stream.cuda_stream
-    args = tuple(to_gpu(x, GPU_1) for x in args)
-    for _ in range(2):
-        assert launches(gpu, planned(NORM), args)[0][1] == 1
-    assert torch.cuda.current_device() == 0 and count_plans() == 2

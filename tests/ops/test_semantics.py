@@ -221,29 +221,16 @@ def expected_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weigh
     return out
 
 
-def expert_inputs(T: int, E: int, K: int, H: int = 24, I: int = 20) -> list[Tensor]:
-    x, gate_up, down = randn(T, H), randn(E, 2 * I, H, seed=1), randn(E, H, I, seed=2)
-    ids = randn(T, E).argsort(-1)[:, :K].int()
-    return [x, gate_up * H**-0.5, down * I**-0.5, ids, randn(T, K, seed=3).softmax(-1)]
-
-
-PATHS = ((0, 4, 2), (1, 4, 2), (1, 8, 8), (3, 300, 2), (63, 3, 3), (64, 4, 1), (65, 4, 2), (66, 3, 3), (130, 8, 1))
-EXPERTS = [(*path, 24, 20) for path in PATHS] + [(T, 4, 2, H, I) for T in (1, 40, 65) for H, I in ((33, 17), (130, 70))]
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("T", "E", "K", "H", "I"), EXPERTS)
-def test_expert_swiglu(T: int, E: int, K: int, H: int, I: int, device: torch.device) -> None:
-    """Ids of both dtypes, for few tokens and for many."""
-    args = expert_inputs(T, E, K, H, I)
-    args[3] = args[3].to((torch.int32, torch.int64)[H % 2])
-    check_close(ops.expert_swiglu(*(a.to(device) for a in args)), expected_swiglu(*args), 4e-6)
+def expert_inputs(T: int, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    H, I = 24, 20
+    gate_up, down = randn(E, 2 * I, H, seed=1), randn(E, H, I, seed=2)
+    return randn(T, H), gate_up * H**-0.5, down * I**-0.5
 
 
 @pytest.mark.parametrize("T", (40, 65))
 def test_experts_are_added_in_fp32(T: int, device: torch.device) -> None:
     """Of four equal experts with weights 1 and 3/256, a sum in bf16 is more than a unit of 2^-8 off, all in one way."""
-    x, gate_up, down = (each.bfloat16() for each in expert_inputs(T, 1, 1)[:3])
+    x, gate_up, down = (each.bfloat16() for each in expert_inputs(T, 1))
     gate_up, down = gate_up.expand(4, -1, -1), down.expand(4, -1, -1)
     ids, weights = torch.arange(4).expand(T, 4).int(), torch.tensor([1.0, *[1 / 256] * 3]).expand(T, 4)
     want = expected_swiglu(x, gate_up, down, ids, weights)
@@ -256,23 +243,12 @@ def test_experts_are_added_in_fp32(T: int, device: torch.device) -> None:
 @pytest.mark.parametrize("row", [[3, 3], [2, 0], [1, 1]], ids=str)
 def test_unused_experts_may_hold_nan(T: int, row: list[int], device: torch.device) -> None:
     """All tokens use the experts of `row`, which may repeat one; the rest hold NaN and inf."""
-    x, gate_up, down, _, weights = expert_inputs(T, 5, 2)
-    ids = torch.tensor([row] * T)
+    x, gate_up, down = expert_inputs(T, 5)
+    ids, weights = torch.tensor([row] * T), randn(T, 2, seed=3).softmax(-1)
     for expert in set(range(5)) - set(row):
         gate_up[expert], down[expert] = NAN, (NAN, INF)[expert % 2]
     want = expected_swiglu(x, gate_up, down, ids, weights)
     check_close(ops.expert_swiglu(*(a.to(device) for a in (x, gate_up, down, ids, weights))), want, 4e-6)
-
-
-@pytest.mark.parametrize("T", (9, 70))
-def test_nan_of_a_token_does_not_reach_other_tokens(T: int, device: torch.device) -> None:
-    args = [a.to(device) for a in expert_inputs(T, 3, 2)]
-    want = ops.expert_swiglu(*args)
-    args[0][4] = NAN
-    got = ops.expert_swiglu(*args)
-    assert got[4].isnan().all()
-    rest = torch.arange(T, device=device) != 4
-    check_close(got[rest], want[rest])
 
 
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))

@@ -150,24 +150,6 @@ def test_lazily_negated_scales_of_a_quantized_weight(device: torch.device, ungua
     assert torch.equal(ops.linear(**args), want)
 
 
-def misaligned(x: Tensor) -> Tensor:
-    """The same values one element behind an address that TMA can read, among NaN."""
-    return x.new_full((x.numel() + 8,), float("nan"))[1 : 1 + x.numel()].view(x.shape).copy_(x)
-
-
-@pytest.mark.parametrize("names", ["", "q", "k", "v", "kv"])
-def test_attention_of_tensors_that_tma_cannot_read(names: str, device: torch.device) -> None:
-    """There are enough keys for the loop without a mask, and NaN before and behind those that count."""
-    generator = torch.Generator().manual_seed(0)
-    args = {name: torch.randn(1, 300, 1, 16, generator=generator).half().to(device) for name in "qkv"}
-    for name in "kv":
-        args[name][:, :3] = args[name][:, 290:] = float("nan")
-    bounds = {name: torch.tensor([n], device=device) for name, n in (("starts", 3), ("lengths", 290))}
-    want = ops.attention(**args, **bounds)
-    got = ops.attention(**{name: misaligned(x) if name in names else x for name, x in args.items()}, **bounds)
-    assert got.isfinite().all() and got.equal(want)
-
-
 def test_tma_can_read() -> None:
     x = torch.empty(4, 64, dtype=torch.bfloat16)
     assert tma_can_read(x, "sm_90") and tma_can_read(x[:, 8:40], "sm_100")
