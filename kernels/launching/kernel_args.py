@@ -3,6 +3,7 @@
 A NamedTuple of tensors, numbers and None is one parameter of a kernel. Triton specializes its integers as it does
 parameters (1, multiples of 16), and `do_not_specialize` reaches none of them: what changes from call to call, as a
 number of tokens, stays a parameter of its own. So do TMA descriptors, which Triton 3.6 and 3.7 find nowhere else.
+A kernel asks whether a NamedTuple is None only of those without a None inside, which Triton 3.6 cannot compare.
 
 B batch, T tokens or rows, H columns, D head size, E experts, N slots (token, expert)
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from ..launching.full_tiles import full_tiles
-from ..launching.kernel_args import Pointer, Rows
+from ..launching.kernel_args import Pointer, Rows, dense_rows
 from ..launching.launch import LaunchConfig, launch, select_configs
 from ..operation.call import operation
 from ..operation.checks import INTS, Range, Within, fail, readable
@@ -30,14 +30,16 @@ from .tiles import power_of_2
 class FusedNorm(NamedTuple):
     """What a kernel needs that also adds a residual to its result and normalizes the sum."""
 
-    residual: Rows  # [T, H]
+    residual: Pointer  # [T, H]
+    stride: int  # between its rows
     weight: Pointer  # [H]
     total_ptr: Pointer  # [T, H] out: the sum
     eps: float
 
     @classmethod
     def of(cls, residual: Tensor, weight: Tensor, total: Tensor, eps: float) -> FusedNorm:
-        return cls(Rows.of(residual), weight.contiguous(), total, eps)
+        residual = dense_rows(residual)
+        return cls(residual, residual.stride(0), weight.contiguous(), total, eps)
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def rms_norm_kernel(
     x_tile = tl.load(x.ptr + offs_m[:, None] * x.stride + offs_h[None, :], mask=mask, other=0.0)
     dtype: tl.constexpr = x_tile.dtype
     values = x_tile.to(tl.float32)
-    if residual is not None:
+    if total_ptr is not None:
         added = tl.load(residual.ptr + offs_m[:, None] * residual.stride + offs_h[None, :], mask=mask, other=0.0)
         # The next layer reads the rounded sum, so the norm must use it, too.
         total = (values + added.to(tl.float32)).to(dtype)

@@ -141,7 +141,7 @@ def gate_route_kernel(
     pdl_wait(PDL)
     x_row, residual, y = x.ptr + t * x.stride, None, y_ptr
     if norm is not None:
-        residual, y = norm.residual.ptr + t * norm.residual.stride, y_ptr + t * H
+        residual, y = norm.residual + t * norm.stride, y_ptr + t * H
     values, scale = _load_sum(x_row, residual, offs_h, H), 1.0
     if norm is not None:
         total = norm.total_ptr + t * H

@@ -349,7 +349,7 @@ def experts_combine_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     out = acc.to(dtype)
     if norm is not None:
-        residual_row = norm.residual.ptr + t * norm.residual.stride
+        residual_row = norm.residual + t * norm.stride
         residual = tl.load(residual_row + offs_h, mask=offs_h < H, other=0.0)
         # Rounded where the separate kernels round.
         total = (out.to(tl.float32) + residual.to(tl.float32)).to(dtype)
