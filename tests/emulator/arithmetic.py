@@ -140,8 +140,8 @@ for _kind in HALVES:
         _single = partial(_function, kind=_kind)
         elementwise(f"{_name}.{_kind}", _single, *["b16"] * _arity)
         elementwise(f"{_name}.{_kind}x2", partial(_halves, _single), *["b32"] * _arity)
-    for _name in ("num", "nan"):
-        elementwise(f"setp.{_name}.{_kind}", partial(_in_fp32, COMPARE[f"setp.{_name}"], kind=_kind), "b16", "b16")
+    for _name, _compare in COMPARE.items():
+        elementwise(f"{_name}.{_kind}", partial(_in_fp32, _compare, kind=_kind), "b16", "b16")
     elementwise(f"cvt.f32.{_kind}", partial(to_fp32, kind=_kind), "b16")
     elementwise(f"cvt.rn.{_kind}.f32", partial(from_fp32, kind=_kind), "f32")
     elementwise(f"cvt.rn.{_kind}x2.f32", partial(_cvt_pair, kind=_kind), "f32", "f32")
