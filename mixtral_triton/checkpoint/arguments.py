@@ -27,12 +27,13 @@ def default_device() -> str:
 
 def usable_device(device: torch.device | str | None) -> torch.device:
     """Return the device; None means `default_device()`. Raise ValueError if it does not exist."""
-    usable, count = None, torch.cuda.device_count()
+    usable = None
     with suppress(RuntimeError, TypeError):  # what torch does not know
         usable = torch.device(default_device() if device is None else device)
     known = usable is not None and usable.type in ("cpu", "cuda", "meta")
-    if usable is None or not known or (usable.type == "cuda" and (usable.index or 0) >= count):
-        need = f"cpu, meta, or cuda, cuda:1, ... (CUDA or ROCm) of {count} GPUs"
+    # GPUs are counted, by the driver, only where one is meant.
+    if usable is None or not known or (usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count()):
+        need = f"cpu, meta, or cuda, cuda:1, ... (CUDA or ROCm) of {torch.cuda.device_count()} GPUs"
         raise ValueError(f"device {device!r} does not exist here: needs {need}")
     return usable
 
