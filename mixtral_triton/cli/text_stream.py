@@ -129,10 +129,10 @@ class Text:
 
     def add(self, entry: dict[str, Any]) -> bool:
         """Add what `--json` prints of a token -> whether the text ends with it."""
-        self.entries.append(entry)
         whole = self.decoder.add(entry["token"])
         ends = [whole.index(stop) for stop in self.args.stop if stop in whole]
         self.text = whole[: min(ends, default=len(whole))]
+        self.entries.append(entry)  # last: Ctrl-C meanwhile leaves no token whose text is missing
         if ends or entry["token"] in self.eos:
             self.finish_reason = "stop"
         return self.finish_reason == "stop"
