@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +76,14 @@ def test_a_format_is_beside_the_baseline(text: Path, monkeypatch: pytest.MonkeyP
 
 def _raise(message: str) -> None:
     raise ValueError(message)
+
+
+@pytest.mark.slow
+def test_fp8_activations_cost_at_most_a_percent_of_perplexity(tmp_path: Path, covers: Any) -> None:
+    (tmp_path / "text.txt").write_text(load_tokenizer(SMALL).decode(HELD_OUT[:1500], skip_special_tokens=True))
+    for weights in ("fp8", "experts=fp8,linear=fp8"):
+        command = f"perplexity --device cpu --weights {weights} --text"
+        without, found = (run_json(command, tmp_path / "text.txt", *more) for more in ((), ("--activations", "fp8")))
+        cost = found["perplexity"] / without["perplexity"] - 1
+        assert 0 != cost <= 0.01 and found["baseline"] == without["baseline"]
+        covers("quantization", f"{weights}, activations fp8: {cost:+.2%} of perplexity beside fp8 weights (bound 1 %)")
