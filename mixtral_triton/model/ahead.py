@@ -1,6 +1,7 @@
 """Compile what a model launches before it does, on all cores: recorded launches, a model on the meta device."""
 
 import copy
+import gc
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -78,7 +79,9 @@ def on_all_cores(
     work: Callable[[Item], Result], items: Iterable[Item], progress: Progress = lambda *numbers: None
 ) -> list[Result]:
     """Return the results of `work`, which compiles: Triton's passes release the GIL, and ptxas is a process."""
-    pool = ThreadPoolExecutor(usable_cores())
+    pool, collects = ThreadPoolExecutor(usable_cores()), gc.isenabled()
+    # Before CPython 3.11.8 and 3.12.2, `ast.parse` fails where a collection inside it lets another thread parse.
+    gc.disable()
     with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
         try:
             futures = [pool.submit(work, item) for item in items]
@@ -87,6 +90,8 @@ def on_all_cores(
                 progress(done, len(futures))
         finally:  # after Ctrl-C or an error, only what has begun is finished
             pool.shutdown(cancel_futures=True)
+            if collects:
+                gc.enable()
     return [future.result() for future in futures]
 
 

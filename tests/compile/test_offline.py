@@ -1,6 +1,8 @@
 """Every launch, compiled for GPUs that are not here: none spills, all fit shared memory, and the gate catches both. The
 command `compile`: its rows and exit status, its progress, its worker processes and how they end."""
 
+import ast
+import gc
 import json
 import os
 import signal
@@ -338,6 +340,20 @@ def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["compile", "append", "--arch", "sm_90", "--json"]) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 6 and all(row["fault"] and row["file"] is None for row in rows)
+
+
+def test_no_collection_lets_another_thread_parse_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton does in each thread. Some releases of CPython fail then: "AST constructor recursion depth mismatch"."""
+    source = Path(ahead.__file__).read_text()
+    monkeypatch.setattr(ahead, "usable_cores", lambda: 4)
+    collections = list[str]()
+    callback = lambda phase, info: (collections.append(phase), time.sleep(0))  # noqa: E731
+    gc.callbacks.append(callback)
+    try:
+        ahead.on_all_cores(lambda _: ast.parse(source), range(100))
+    finally:
+        gc.callbacks.remove(callback)
+    assert gc.isenabled() and len(collections) <= 2
 
 
 @pytest.mark.slow
