@@ -58,9 +58,6 @@ def commands(arch: str, simulated: bool = False) -> Commands:
     }
     if simulated:
         return {name: (600, text) for name, (_, text) in by_name.items() if name not in ("compile", "tune")}
-    if torch.cuda.device_count() > 1:
-        ranks = "-m torch.distributed.run --nproc-per-node 2"
-        by_name["two GPUs"] = (60, f"{PYTHON} {ranks} -m mixtral_triton verify --tp 2")
     return by_name
 
 
