@@ -1,6 +1,6 @@
 """Measure everything that needs a GPU in about ten minutes: a list of commands, each with a time limit, and a summary.
 
-    python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--only NAME ...] [--budget-s 600] [--dry]
+    python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--only NAME ...] [--budget-s 600]
 
 OUT holds the output of each command and the summary, gpu_day.json. A command that exceeds its limit is killed, and its
 output so far is kept.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from mixtral_triton.bench.cases import BENCHED, Case
+from mixtral_triton.bench.cases import BENCHED
 from mixtral_triton.cli import commands as cli
 from mixtral_triton.kernels.launching.launch import target_arch
 
@@ -33,41 +33,28 @@ GPU_TESTS = re.compile(r"mark\.gpu|def test_[^)]*device: torch\.device")  # in f
 Commands = dict[str, tuple[float, str]]  # the limit in seconds and the command, by name
 
 
-def commands(arch: str, simulated: bool = False) -> Commands:
-    """Return the commands in order of importance. `simulated`: on a simulated GPU."""
-    python = f"{PYTHON} -m tests.support.stub --arch {arch} --executes" if simulated else PYTHON
+def commands(arch: str) -> Commands:
+    """Return the commands in order of importance."""
     layer = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
     tuned = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 24, 48, 512, 2048))
     tuned += f" --sizes {LAYER.format(2048)},gate_up=fp8_w8a8,down=fp8_w8a8"
     tuned += "".join(f" --kernel experts_{name}" for name in ("up", "down", "up_decode", "down_decode"))
 
     def bench(name: str, options: str = "") -> str:
-        return f"{python} -m mixtral_triton bench --json {name} {_smallest(name, options) if simulated else options}"
+        return f"{PYTHON} -m mixtral_triton bench --json {name} {options}"
 
     files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if GPU_TESTS.search(file.read_text())]
-    tests = f"{python} -m pytest -m gpu -p no:cacheprovider --maxfail 3 {'--first' if simulated else '-n 4'}"
-    by_name: Commands = {  # nothing is timed while another core compiles
+    tests = f"{PYTHON} -m pytest -m gpu -p no:cacheprovider --maxfail 3 -n 4"
+    return {  # nothing is timed while another core compiles
         "compile": (80, f"{PYTHON} -m mixtral_triton compile expert_swiglu --arch {arch}"),
-        "tune": (150, f"{python} benchmarks/tune.py expert_swiglu{tuned}"),
+        "tune": (150, f"{PYTHON} benchmarks/tune.py expert_swiglu{tuned}"),
         "bench experts": (40, bench("expert_swiglu", layer)),
         **{f"test {file.stem}": (60, f"{tests} {file.relative_to(ROOT)}") for file in files},
         "bench decode": (60, bench("decode_step")),
         "bench decode offloaded": (20, bench("decode_step", "--sizes offload=2")),
         **{f"bench {name}": (20, bench(name)) for name in BENCHED if name != "decode_step"},
-        "host": (20, f"{PYTHON} benchmarks/host_time.py --json --rounds {1 if simulated else 40}"),
+        "host": (20, f"{PYTHON} benchmarks/host_time.py --json"),
     }
-    if simulated:
-        return {name: (600, text) for name, (_, text) in by_name.items() if name not in ("compile", "tune")}
-    if torch.cuda.device_count() > 1:
-        ranks = "-m torch.distributed.run --nproc-per-node 2"
-        by_name["two GPUs"] = (60, f"{PYTHON} {ranks} -m mixtral_triton verify --tp 2")
-    return by_name
-
-
-def _smallest(name: str, options: str) -> str:
-    """Return options for the first sizes that the tests run, with plain torch as the only peer."""
-    sizes = Case(op := BENCHED[name], op.test_shapes[-2 if "offload" in options else 0]).as_dict()
-    return "--sizes " + ",".join(f"{letter}={size}" for letter, size in sizes.items()) + " --peer torch"
 
 
 def run(name: str, command: str, out: Path, limit_s: float) -> tuple[str, float]:
@@ -112,17 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only", nargs="+", default=[], metavar="NAME", help="commands whose names begin so; none: all"
     )
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help=f"seconds in all; none: {BUDGET_S:.0f}")
-    parser.add_argument("--dry", action="store_true", help="on a simulated GPU")
-    parser.add_argument("--arch", choices=("sm_90", "gfx942"), default="sm_90", help="of the simulated GPU")
     args = parser.parse_args(argv)
-    if not args.dry and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         parser.error("there is no GPU: nothing was measured")
-    every = commands(args.arch if args.dry else target_arch(torch.device("cuda")), args.dry)
+    every = commands(target_arch(torch.device("cuda")))
     if unknown := [only for only in args.only if not any(name.startswith(only) for name in every)]:
         parser.error(f"--only is {unknown[0]!r}, needs the beginning of one of {', '.join(every)}")
     selected = {name: command for name, command in every.items() if name.startswith(tuple(args.only or ("",)))}
-    gpu = f"dry-{args.arch}" if args.dry else torch.cuda.get_device_name().lower()
-    out = args.out or ROOT / "benchmarks" / "results" / re.sub(r"\W+", "-", gpu)
+    out = args.out or ROOT / "benchmarks" / "results" / re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
     done = day(selected, out, args.budget_s)
     print(f"results: {out / 'gpu_day.json'}")
     return int(any(outcome["status"].startswith("failed") for outcome in done.values()))

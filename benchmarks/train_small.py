@@ -14,10 +14,8 @@ from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
 from rich.progress import track
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -69,12 +67,12 @@ def hold_out(kind: list[str]) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def split() -> tuple[list[str], list[str]]:
-    """Hold out documents of each kind, and remove their paragraphs, which topics quote at length, from the others."""
+def training_texts() -> list[str]:
+    """Hold out documents of each kind, and return the others without their paragraphs, which topics quote at length."""
     train, held_out = (list(chain(*part)) for part in zip(*map(hold_out, documents()), strict=True))
     known = {" ".join(paragraph.split()) for document in held_out for paragraph in document.split("\n\n")}
     train = ["\n\n".join(p for p in document.split("\n\n") if " ".join(p.split()) not in known) for document in train]
-    return [document for document in train if document], held_out
+    return [document for document in train if document]
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -103,26 +101,15 @@ def save_text(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "heldout.json").write_text(json.dumps(held_out) + "\n")
 
 
-@torch.no_grad()
-def evaluate(model: MixtralForCausalLM, stream: torch.Tensor) -> tuple[float, list[list[float]]]:
-    """Return the mean loss per token of `stream`'s whole windows, and by layer each expert's share of the routes."""
-    windows, loss, routes = stream.unfold(0, SEQUENCE_LENGTH + 1, SEQUENCE_LENGTH), 0.0, 0
-    for batch in windows.split(BATCH_SIZE):
-        output = model(batch[:, :-1], output_router_logits=True, use_cache=False)
-        loss += F.cross_entropy(output.logits.float().mT, batch[:, 1:], reduction="sum").item()
-        routes += F.one_hot(torch.stack(output.router_logits).topk(2).indices, 8).sum((1, 2))
-    return loss / windows[:, 1:].numel(), (routes / routes.sum(-1, keepdim=True)).tolist()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     folder = parser.parse_args().out
     torch.set_num_threads(1)  # the order of the sums, and so the result, then does not hang on the number of cores
     torch.manual_seed(SEED)
-    texts = split()
-    tokenizer = train_tokenizer(texts[0])
-    train, held_out = (torch.tensor(encode(tokenizer, documents)) for documents in texts)
+    texts = training_texts()
+    tokenizer = train_tokenizer(texts)
+    train = torch.tensor(encode(tokenizer, texts))
     model = MixtralForCausalLM(MixtralConfig.from_pretrained(SMALL))
     groups = [{"params": [p], "weight_decay": 0.1 * (p.ndim > 1)} for p in model.parameters()]  # matrices decay only
     optimizer, spans = torch.optim.AdamW(groups, betas=(0.9, 0.95)), train.unfold(0, SEQUENCE_LENGTH + 1, 1)
@@ -142,17 +129,11 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    for parameter in model.eval().parameters():  # not model.to(): the frequencies of the rotary embedding stay fp32
+    for parameter in model.parameters():  # not model.to(): the frequencies of the rotary embedding stay fp32
         parameter.data = parameter.data.to(torch.bfloat16)
-    held_out_loss, shares = evaluate(model, held_out)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink()  # it says no more than config.json
-    record = {"seed": SEED, "steps": STEPS, "train_tokens": len(train), "train_loss": sum(losses[-200:]) / 200}
-    record |= {"held_out_tokens": len(held_out), "held_out_loss": held_out_loss, "expert_shares": shares}
-    record |= {library.__name__: library.__version__ for library in (torch, transformers, tokenizers)}
-    record["python"] = platform.python_version()
-    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"loss in training {record['train_loss']:.3f}, held out {held_out_loss:.3f}")
+    print(f"loss in training {sum(losses[-200:]) / 200:.3f}, of {len(train)} tokens")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
-from .cli.commands import run_and_exit
+import sys
 
-run_and_exit()
+from .cli.commands import main
+
+sys.exit(main())

@@ -1,5 +1,5 @@
-"""A command's surroundings: its backend and processes, tables, progress on stderr, and one line for the error that
-ends it. Nothing here imports torch before it is used."""
+"""A command's surroundings: its backend, tables, progress on stderr, and one line for the error that ends it. Nothing
+here imports torch before it is used."""
 
 import argparse
 import os
@@ -52,11 +52,11 @@ def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], c
     return table
 
 
-def print_message(line: str, every_rank: bool = False) -> None:
+def print_message(line: str) -> None:
     """Print a line on stderr, if there is anything to say and anybody reads it. Other characters than text come from a
     file, and a terminal would act on them: they are escaped."""
     line = "".join(char if char.isprintable() or char in "\r\n\t" else ascii(char)[1:-1] for char in line)
-    if line and (is_first() or every_rank):
+    if line:
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
 
@@ -77,10 +77,10 @@ class Bar(NamedTuple):
 
 @contextmanager
 def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
-    """Show the first process's progress on stderr by tqdm, in a log only after a while. `total` None: unknown."""
+    """Show progress on stderr by tqdm, in a log only after a while. `total` None: unknown."""
     from tqdm import tqdm  # here, since --help shows none
 
-    hidden, seconds = sys.stderr is None or not is_first(), INTERVAL
+    hidden, seconds = sys.stderr is None, INTERVAL
     if not hidden and sys.stderr.isatty():
         seconds = 0.1
     options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
@@ -123,19 +123,16 @@ def exit_status(error: BaseException, command: str | None) -> int:
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
         start = "\r" if sys.stderr.isatty() else ""  # over the terminal's ^C
-        print_message(f"{start}{name}: interrupted", every_rank=True)
+        print_message(f"{start}{name}: interrupted")
         return INTERRUPTED
     if isinstance(error, OSError) and error.filename:
         text = " ".join(f"{error.filename}: {error.strerror}".split())
-    if "RANK" in os.environ and not text.startswith("rank "):  # each of torchrun's processes prints its line
-        text = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', 1)}: {text.removeprefix(f'{command}: ')}"
     if isinstance(error, (ValueError, OSError)) or "C compiler" in text:  # Triton's launches on a GPU need one
-        print_message(f"{name}: {did_you_mean(text.removeprefix(f'{command}: '))}", every_rank=True)
+        print_message(f"{name}: {did_you_mean(text.removeprefix(f'{command}: '))}")
         return 2
     if sys.flags.dev_mode or not isinstance(error, Exception):
         raise error
-    text = f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)"
-    print_message(text, every_rank=True)
+    print_message(f"{name}: crashed: {type(error).__name__}: {text} (python -X dev -m mixtral_triton shows where)")
     return CRASHED
 
 
@@ -196,44 +193,3 @@ def select_backend(args: argparse.Namespace, interpret: bool) -> str:
         return f"{reason}: plain torch, on the CPU. --interpret runs the Triton kernels, interpreted: far slower."
     os.environ[VARIABLE] = "1"
     return f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow."
-
-
-@contextmanager
-def open_mesh(args: argparse.Namespace) -> Iterator[Any]:
-    """Open a DeviceMesh [ep, tp] of the processes that torchrun started; None where this is the only process.
-    ValueError unless torchrun started tp * ep of them, with a GPU or a part of the CPU for each."""
-    for name in ("tp", "ep"):
-        check_range(f"--{name}", getattr(args, name), 1)
-    needed, started = args.tp * args.ep, int(os.environ.get("WORLD_SIZE", 1))
-    if needed != started:
-        sizes = f"--tp {args.tp} times --ep {args.ep} needs {needed} processes, and torchrun started {started}"
-        raise ValueError(f"{sizes}: torchrun --nproc-per-node {needed} -m mixtral_triton {args.command} ...")
-    if started == 1:
-        yield None
-        return
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from .checkpoint.arguments import default_device
-    from .model.parallel import TIMEOUT
-
-    kind = args.device or default_device()
-    check_known("--device", [kind], ("cpu", "cuda"))  # each process has its own GPU
-    if kind == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"this machine has {torch.cuda.device_count()} GPUs, needs one a process")
-        torch.cuda.set_device(local)
-    try:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
-        mesh = init_device_mesh(kind, (args.ep, args.tp), mesh_dim_names=("ep", "tp"))
-    except RuntimeError as error:
-        raise ConnectionError(f"the ranks do not find each other: {error}") from error
-    yield mesh
-    dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
-
-
-def is_first() -> bool:
-    """Whether this process is the one that prints."""
-    return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", 1)) == 1

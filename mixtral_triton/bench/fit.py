@@ -30,7 +30,6 @@ from ..kernels.ops.sort import expected_distinct_experts
 from ..kernels.registry import OPS
 from ..kernels.weights.formats import BITS
 from ..model.offload_plan import (
-    AUTO_CONTEXT,
     MARGIN,
     estimated_free,
     fewest,
@@ -59,8 +58,7 @@ StepFormats = tuple[str | None, str | None, str | None, str | None]  # of qkv, o
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
 BOUND = "tokens/s: of all sequences together at most, by bytes over the data sheet's bandwidth and the link."
-CELLS = f"1: 131: one GPU, at most 131 tokens/s. 2 (62: 16): two, or one with 62 of all experts in host memory. {BOUND}"
-SEVERAL = "Several GPUs: weights and cache in even parts, the rest on each, by estimate; see docs/scaling.md."
+CELLS = "97: it fits. 20 (62): it fits with 62 of all experts in host memory, and the embedding."
 COLOURS = {"no": "red", "fits": "green"}
 
 
@@ -103,15 +101,13 @@ def usable_on(gpu: GPU) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One format on one GPU. gpus_needed: the least number of such GPUs that hold it, with weights and cache in even
-    parts, the embedding and the rest on each; None: there is no room for these."""
+    """One format on one GPU."""
 
     format: str
     weights: Any  # its value in WEIGHT_FORMATS
     bytes: dict[str, int]  # `memory_need`
     verdict: str  # "fits" or "no"
     longest_context: int  # tokens a sequence that it holds, at most the model's positions; 0: none
-    gpus_needed: int | None
     offload: dict[str, Any] | None  # how experts in host memory make it fit
     tokens_per_second_bound: float | None  # at most, of all sequences; None: it does not fit, or rates are unknown
 
@@ -154,9 +150,6 @@ class Request:
         dtype, specs, excess = default_dtype(config), self.specs[format], need["total"] - limit
         contexts = range(1, config.max_position_embeddings + 1)
         longest = bisect_right(contexts, limit, key=lambda context: self.need(format, context)["total"])
-        shared = need["weights"] + need["cache"] - config.vocab_size * config.hidden_size * dtype.itemsize
-        available = shared - excess
-        gpus_needed = -(-shared // available) if available > 0 else None
         sizes = movable_bytes(config, parameter_shapes(config), specs, dtype)
         placement, hosted, bound = fewest(config, sizes, need["total"], limit), None, None
         if placement is not None and excess > 0:
@@ -168,18 +161,7 @@ class Request:
             costs = step_costs(config, self.batch, self.context, dtype, specs, self.cache, counts)
             bound = self.batch / floor(costs, gpu)[0]
         verdict = "fits" if excess <= 0 else "no"
-        return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, gpus_needed, hosted, bound)
-
-    def command(self, format: str, offload: bool) -> str:
-        """Return the command that generates text in this format."""
-        folder, weights = "FOLDER" if self.name.lower() in KNOWN else self.name, WEIGHT_FORMATS[format]
-        command = f"mixtral-triton generate {folder}"
-        if weights:
-            text = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
-            command += f" --weights {text}"
-        if offload:
-            command += " --offload auto" + ("" if self.context == AUTO_CONTEXT else f" --context {self.context}")
-        return command if self.cache is None else f"{command} --cache-dtype {self.cache}"
+        return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, hosted, bound)
 
     def label(self, format: str) -> str:
         return self.stored if format == STORED else format
@@ -255,16 +237,20 @@ def _stored_bytes(format: str | None, elements: int, dtype: torch.dtype) -> int:
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no format fits, with experts in host memory neither."""
     request, gpu = Request.of(args), select_gpu(args)
-    if gpu is None:
-        return _run_all_gpus(request, args)
-    plans = [request.memory_plan(format, gpu) for format in request.specs]
-    fits = any(plan.verdict == "fits" or plan.offload for plan in plans)
+    gpus = [gpu] if gpu else GPUS.values()
+    plans = {each: [request.memory_plan(format, each) for format in request.specs] for each in gpus}
     if args.json:
-        about = {"gpu": {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}}
-        print(json.dumps(request.as_dict() | about | {"formats": [vars(plan) for plan in plans]}))
+        entries = list[dict[str, Any]]()
+        for each, of_gpu in plans.items():
+            sizes = {"name": each.name, "bytes": each.bytes, "free": free_bytes(each)}
+            entries.append({"gpu": sizes, "formats": [vars(plan) for plan in of_gpu]})
+        print(json.dumps(request.as_dict() | (entries[0] if gpu else {"gpus": entries})))
+    elif gpu is None:
+        _print_all(request, plans)
     else:
-        _print(request, gpu, plans)
-    return 0 if fits else 1
+        _print(request, gpu, plans[gpu])
+    fitting = (plan for of_gpu in plans.values() for plan in of_gpu if plan.verdict == "fits" or plan.offload)
+    return 0 if any(fitting) else 1
 
 
 def select_gpu(args: argparse.Namespace) -> GPU | None:
@@ -295,49 +281,32 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
     out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
     caption = f"used: of what is free; it fits with {100 * MARGIN:.0f} % of it to spare. longest: tokens a sequence "
-    caption += "that fit. gpus: how many hold it. offload: experts in host memory, and the embedding with them. "
+    caption += "that fit. offload: experts in host memory, and the embedding with them. "
     rows = []
     for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
-        cells |= {"gpus": str(plan.gpus_needed or "-"), "tokens/s": _speed(plan.tokens_per_second_bound)}
-        word = plan.verdict
+        cells["tokens/s"], word = _speed(plan.tokens_per_second_bound), plan.verdict
         if offload := plan.offload:
             word = f"offload {offload['experts']} of {offload['of']}, {decimal(offload['host_bytes'])}"
         rows.append((cells | {"verdict": word}, COLOURS[plan.verdict]))
-    notes = f"{caption}{BOUND} {FORMAT_NOTE} {SEVERAL}"
-    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, notes))
+    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, f"{caption}{BOUND} {FORMAT_NOTE}"))
     fitting = [plan.format for plan in plans if plan.verdict == "fits"]
     hosted = [plan.format for plan in plans if plan.offload]
     named = sorted(fitting or hosted, key=lambda format: format != FIRST)
     verdict = "FITS: " if fitting else "FITS WITH OFFLOAD: " if hosted else "NO FORMAT FITS"
     out.print(Text(verdict + "; ".join(map(request.label, named)), style="bold green" if named else "bold red"))
-    if named:
-        out.print(Text(f"Try first: {request.command(named[0], not fitting)}"), soft_wrap=True)
 
 
-def _run_all_gpus(request: Request, args: argparse.Namespace) -> int:
-    """Print how many of each listed GPU hold each format, and what one holds with experts in host memory."""
-    rows = {gpu: [request.memory_plan(format, gpu) for format in request.specs] for gpu in GPUS.values()}
-    if args.json:
-        entries = []
-        for gpu, plans in rows.items():
-            needed = {plan.format: plan.gpus_needed for plan in plans}
-            hosted = {plan.format: plan.offload for plan in plans if plan.offload}
-            bounds = {plan.format: plan.tokens_per_second_bound for plan in plans}
-            sizes = {"name": gpu.name, "bytes": gpu.bytes, "free": free_bytes(gpu)}
-            entries.append(sizes | {"gpus_needed": needed, "offload": hosted, "tokens_per_second_bound": bounds})
-        print(json.dumps(request.as_dict() | {"gpus": entries}))
-        return 0
-    lines = []
-    for gpu, plans in rows.items():
+def _print_all(request: Request, plans: Mapping[GPU, list[MemoryPlan]]) -> None:
+    """Print which formats each listed GPU holds, and the bounds of their tokens/s."""
+    rows = []
+    for gpu, of_gpu in plans.items():
         cells = {"gpu": gpu.name}
-        for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
-            cell, speed = str(plan.gpus_needed or "-"), _speed(plan.tokens_per_second_bound)
-            note = f" ({plan.offload['experts']}: {speed})" if plan.offload else f": {speed}" if speed else ""
-            cells[request.label(plan.format)] = cell + note
-        lines.append((cells | {"MiB": f"{gpu.mib:,}", "link": gpu.link}, ""))
-    table = table_of("How many GPUs hold it, by format", lines, f"{CELLS} {FORMAT_NOTE} {SEVERAL}")
+        for plan in sorted(of_gpu, key=lambda plan: plan.bytes["weights"]):
+            hosted = f" ({plan.offload['experts']})" if plan.offload else ""
+            cells[request.label(plan.format)] = _speed(plan.tokens_per_second_bound) + hosted
+        rows.append((cells, ""))
+    table = table_of("Tokens/s at most, by format", rows, f"{CELLS} {BOUND} {FORMAT_NOTE}")
     console().print(Text(str(request)), table, sep="\n")
-    return 0

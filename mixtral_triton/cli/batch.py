@@ -18,7 +18,7 @@ import torch
 
 from ..checkpoint.arguments import check_positions
 from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
-from ..terminal import bar, check_writable, is_first, print_message
+from ..terminal import bar, check_writable, print_message
 from .prompt import check_stdin, render
 from .text_stream import Text, Writer
 
@@ -29,7 +29,7 @@ MOST_BYTES = 1 << 30  # of the prompts
 # Fields of a result, which no line of --batch may have; and options on which no text depends but by rounding.
 RESULT = ("digest", "text", "tokens", "finish_reason", "logprobs", "error")
 FREE_OPTIONS = {"command", "json", "folder", "batch", "out", "batch_size", "prompt", "chat", "system"}
-FREE_OPTIONS |= {"device", "interpret", "tp", "ep", "offload", "context"}
+FREE_OPTIONS |= {"device", "interpret", "offload", "context"}
 
 
 class Job(NamedTuple):
@@ -124,12 +124,11 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
     """Answer the jobs that are not done or ended in an error, and write the results in the order of the jobs -> exit
     status. size: of the lines of the output file that stay."""
     again = [index for index, result in enumerate(done) if "error" in result]
-    writes = is_first()
     if done:
         print_message(f"{len(done) - len(again)} results kept{f', {len(again)} errors tried again' * bool(again)}")
     with ExitStack() as stack:
         out = sys.stdout
-        if args.out and writes:
+        if args.out:
             out = stack.enter_context(args.out.open("a", encoding="utf-8"))
             out.truncate(size)
         progress = stack.enter_context(bar("generating", len(jobs)))
@@ -140,10 +139,10 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
             count = max(count, index + 1)
             if index < len(done):
                 done[index] = line
-                if index == again[-1] and writes:
+                if index == again[-1]:
                     _replace(args.out, done)
                     out = stack.enter_context(args.out.open("a", encoding="utf-8"))
-            elif writes:
+            else:
                 print(json.dumps(line), file=out, flush=True)
             progress.update(count, len(jobs))
     return int(failed)
@@ -183,7 +182,7 @@ def _answers(
                 results |= zip(batch, write_batch(writer, *zip(*(rows[i] for i in batch), strict=True)), strict=True)
             except (ValueError, RuntimeError) as error:
                 out_of_memory = any(isinstance(exc, torch.OutOfMemoryError) for exc in (error, error.__cause__))
-                if not out_of_memory or writer.model.ranks is not None:  # other ranks would go on with the whole batch
+                if not out_of_memory:
                     raise
                 failure = " ".join(str(error).split())
             if failure and writer.model.device.type == "cuda":

@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,8 +26,6 @@ from ..terminal import (
     compile_shown,
     did_you_mean,
     exit_status,
-    is_first,
-    open_mesh,
     print_message,
     select_backend,
     warning_lines,
@@ -44,7 +40,6 @@ FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
 QUANTIZE = "int4, int8 or fp8 for the experts', or experts=int4,linear=int8: those of attention and the head, too"
 ACTIVATIONS = "prefill products of fp8 weights quantize their activations, too; default: they do not"
-TORCHRUN = "with torchrun; default: 1"
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
 PROMPT = "text to run, or - to read standard input"
 OF_LOADING = "deterministic", "offload", "context", "cache_dtype", "activations"  # keywords of from_pretrained
@@ -98,8 +93,6 @@ def parser() -> argparse.ArgumentParser:
         "--dtype": {"choices": DTYPES, "help": "default: as stored"},
         "--weights": {"type": parse_weights, "metavar": "FORMAT", "help": f"{QUANTIZE}; default: as stored"},
         "--activations": {"choices": ("fp8",), "help": ACTIVATIONS},
-        "--tp": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that split each expert; " + TORCHRUN},
-        "--ep": {"type": int, "default": 1, "metavar": "N", "help": "GPUs that share the experts; " + TORCHRUN},
         "--offload": {"type": count_or_auto("experts", 0), "default": 0, "metavar": "N|auto", "help": OFFLOAD},
         "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
         "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
@@ -109,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
         "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
     }
     model, prompt = "folder --device --dtype --weights --activations ", "--prompt --prompt-file --interpret "
-    memory, mesh = "--offload --context ", "--tp --ep --cache-dtype "
+    memory, cache = "--offload --context ", "--cache-dtype "
 
     def command(name: str, help: str, names: str = "") -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
@@ -119,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(option, **shared[option])
         return sub.add_argument
 
-    option = command("verify", "compare tensors with files, operations and layers with torch", model + mesh + memory)
+    option = command("verify", "compare tensors with files, operations and layers with torch", model + memory + cache)
     text = "of the fixed pseudo-random text, default: 66, and of the longest call: 144, GPU: 8192"
     option("--tokens", type=int, metavar="N", help=text)
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
@@ -127,10 +120,10 @@ def parser() -> argparse.ArgumentParser:
 
     stored = "default: generation_config.json's, else"
     for name, help, names in (
-        ("generate", "stream the continuation of a prompt", f"{mesh} --prompt --prompt-file"),
-        ("chat", "talk with an instruction-tuned checkpoint", "--cache-dtype"),
+        ("generate", "stream the continuation of a prompt", "--prompt --prompt-file"),
+        ("chat", "talk with an instruction-tuned checkpoint", ""),
     ):
-        option = command(name, help, f"{model} {memory} {names} --interpret")
+        option = command(name, help, f"{model} {memory} {cache} {names} --interpret")
         option("--system", metavar="TEXT", help="the system message of the chat; default: none")
         most = "what the context leaves" if name == "chat" else 64
         text = f"fewer where the text ends; {stored} {most}"
@@ -156,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
             text = "prompts of --batch at a time, fewer where no memory is left; auto, the default: 32, CPU: 8"
             option("--batch-size", type=count_or_auto("prompts", 1), default="auto", metavar="N|auto", help=text)
 
-    option = command("perplexity", "how well the model predicts a text", model + mesh + memory + "--interpret")
+    option = command("perplexity", "how well the model predicts a text", model + memory + cache + "--interpret")
     text = "a text in UTF-8, or - for standard input"
     option("--text", required=True, type=parse_source, metavar="FILE", help=text)
     option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
@@ -219,17 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_status(error, args.command)
 
 
-def run_and_exit() -> NoReturn:
-    """Run one command and end the process. After an error one of several ranks ends at once: a thread of a collective
-    that failed may still run, and ends the process by a signal when the interpreter shuts down."""
-    status = main()
-    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
+def _load(args: argparse.Namespace) -> Mixtral:
     import torch
 
     from ..checkpoint.arguments import free_memory, in_decimal, usable_device
@@ -237,15 +220,14 @@ def _load(args: argparse.Namespace, mesh: Any = None) -> Mixtral:
     from ..model.mixtral import Mixtral
     from ..quantize.hub import read_headers
 
-    device = None if mesh is not None else usable_device(args.device)  # each rank of a mesh has its own
-    if device is not None and device.type == "meta":
+    device = usable_device(args.device)
+    if device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
-    total = None if mesh is not None else total_bytes(read_headers(args.folder))
     options: dict[str, Any] = {name: getattr(args, name) for name in OF_LOADING if name in args}
-    with bar("loading", total, "B") as progress:
+    with bar("loading", total_bytes(read_headers(args.folder)), "B") as progress:
         options["progress"] = progress.advance
-        model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, mesh, **options)
+        model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, **options)
     if (free := free_memory(model.device)) is not None:
         print_message(f"mixtral-triton {args.command}: {in_decimal(free)} of {model.device} are free after loading")
     return model
@@ -255,19 +237,18 @@ def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     from ..verification import launch_calls, verify
 
-    with open_mesh(args) as mesh:
-        model = _load(args, mesh)
-        quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
-        print_message(note)
-        compile_shown(launch_calls, model, quick, args.tokens, args.cache_dtype)
-        options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
-        with bar("verifying", None) as progress:
-            report = verify(model, None, progress.update, quick=quick, **options)
-        if is_first() and args.json:
-            print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
-        elif is_first():
-            Console().print(report)
-        return int(not report.ok)
+    model = _load(args)
+    quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
+    print_message(note)
+    compile_shown(launch_calls, model, quick, args.tokens, args.cache_dtype)
+    options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
+    with bar("verifying", None) as progress:
+        report = verify(model, None, progress.update, quick=quick, **options)
+    if args.json:
+        print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
+    else:
+        Console().print(report)
+    return int(not report.ok)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -280,25 +261,24 @@ def _generate(args: argparse.Namespace) -> int:
     if args.batch is not None:
         jobs = batch.read_jobs(args)
         done, size = batch.read_done(args.out, jobs)
-        with open_mesh(args) as mesh:
-            return batch.run(args, Writer(args, _load(args, mesh), note), jobs, done, size)
+        return batch.run(args, Writer(args, _load(args), note), jobs, done, size)
     text = prompt = read_prompt(args.prompt)
     if args.system is not None and not args.chat:
         raise ValueError("--system is a message of a chat: needs --chat")
     messages = [*system_message(args.system), {"role": "user", "content": text}]
     if args.chat:
         prompt = render(load_tokenizer(args.folder), messages)
-    with open_mesh(args) as mesh:
-        writer, quiet = Writer(args, _load(args, mesh), note), args.json or not is_first()
-        ids = writer.encode(prompt, template=args.chat)
-        # A continuation follows the prompt on its line, an answer stands alone.
-        shown, after = ("", []) if args.chat else (text, ids[-1:])
-        result, line = writer.write(ids, None if quiet else shown, after)
-        print_message("" if quiet else line)
-        if is_first() and args.json:
-            answer = {"role": "assistant", "content": result["text"]}
-            print(json.dumps({"prompt": prompt, **result, **({"messages": [*messages, answer]} if args.chat else {})}))
-        return 0
+    writer = Writer(args, _load(args), note)
+    ids = writer.encode(prompt, template=args.chat)
+    # A continuation follows the prompt on its line, an answer stands alone.
+    shown, after = ("", []) if args.chat else (text, ids[-1:])
+    result, line = writer.write(ids, None if args.json else shown, after)
+    if args.json:
+        answer = {"role": "assistant", "content": result["text"]}
+        print(json.dumps({"prompt": prompt, **result, **({"messages": [*messages, answer]} if args.chat else {})}))
+    else:
+        print_message(line)
+    return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -325,8 +305,7 @@ def _perplexity(args: argparse.Namespace) -> int:
 
     text, config = read_text(args.text, f"--text {args.text}"), MixtralConfig.from_pretrained(args.folder)
     ids = encode(load_tokenizer(args.folder), text, config.vocab_size)
-    with open_mesh(args) as mesh:
-        return run(args, text, ids, config.max_position_embeddings, partial(_load, mesh=mesh), note)
+    return run(args, text, ids, config.max_position_embeddings, _load, note)
 
 
 def _trace(args: argparse.Namespace) -> int:

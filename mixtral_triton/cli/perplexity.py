@@ -14,7 +14,7 @@ import torch
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
 from ..model.score import score_padded
-from ..terminal import bar, check_range, compile_shown, console, is_first, print_message, table_of
+from ..terminal import bar, check_range, compile_shown, console, print_message, table_of
 
 WINDOW = 2048  # the most tokens of a window that is not given
 # Options that change the model's numbers.
@@ -95,9 +95,9 @@ def run(
         compile_shown(launch_scores, model, {end - start for start, _, end in spans}, cache_dtype)
         results[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}")
     result, *baseline = results.values()
-    if is_first() and args.json:
+    if args.json:
         print(json.dumps(result | ({"baseline": [*baseline, None][0]} if changes else {})))
-    elif is_first():
+    else:
         rows = []
         for name, values in results.items():
             cells = {"": name}

@@ -2,7 +2,6 @@
 import of torch or transformers before they are used."""
 
 import io
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -46,9 +45,8 @@ def read_text(source: str | Path, name: str, strip: bool = False) -> str:
 
 def check_stdin(name: str, need: str) -> None:
     """Raise ValueError where an option cannot read standard input."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or sys.stdin is None:
-        fault = "is closed" if sys.stdin is None else "several processes share"
-        raise ValueError(f"{name} reads standard input, which {fault}: needs {need}")
+    if sys.stdin is None:
+        raise ValueError(f"{name} reads standard input, which is closed: needs {need}")
 
 
 def _check(text: str, name: str) -> str:

@@ -165,7 +165,4 @@ def compile_ahead(model: Mixtral, launch: Callable[[], object], progress: Progre
         return
     with torch.no_grad(), record_launches(arch, multiprocessors(model.device)) as records:
         launch()
-    launches = [record for record in records if record.fn is not None]
-    # Each rank begins with other kernels, and finds in the cache what another has compiled.
-    first = 0 if model.ranks is None else len(launches) * model.ranks.shard.rank // model.ranks.shard.ranks
-    compile_launches(launches[first:] + launches[:first], arch, progress)
+    compile_launches((record for record in records if record.fn is not None), arch, progress)

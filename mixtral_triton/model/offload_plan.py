@@ -240,7 +240,7 @@ def place(
 
 def usable_cores() -> int:
     """Return how many cores this process may use, of those that control groups, as of a container, allow."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0))
     with suppress(OSError):
         cores = min([cores, *(-(-quota // period) for quota, period in _group_numbers("cpu.max"))])
     return max(1, cores)

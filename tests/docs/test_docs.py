@@ -111,8 +111,8 @@ def test_example_runs(how: str, checkpoint: Path) -> None:
                 how, ROOT / "examples" / name, *([checkpoint] if name not in ("qlora.py", "qwen3.py") else [])
             )
             assert all(text in out for text in texts)
-    # The tests of `bench --peer` run `my_experts.py`, those of operations `expert_swiglu.py`.
-    assert {*OUTPUT, "my_experts.py", "expert_swiglu.py", "__init__.py"} == {
+    # The tests of `bench --peer` run `my_experts.py`, those of operations `expert_swiglu.py`, of meshes `mesh.py`.
+    assert {*OUTPUT, "my_experts.py", "expert_swiglu.py", "mesh.py", "__init__.py"} == {
         path.name for path in (ROOT / "examples").glob("*.py")
     }
 

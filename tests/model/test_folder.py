@@ -1,5 +1,5 @@
 """A checkpoint's folder: names on the hub against a cache on disk, other layouts, and the one that ships with the
-package: a trained Mixtral, balanced, small, and what its training log says. Its config.json: how MixtralConfig reads
+package: a trained Mixtral, balanced and small. Its config.json: how MixtralConfig reads
 and normalizes it, and errors that name the field."""
 
 import json
@@ -19,6 +19,7 @@ from mixtral_triton import Mixtral, MixtralConfig, verify
 from mixtral_triton.checkpoint import arguments
 from mixtral_triton.checkpoint.config import SIZES, checkpoint_folder
 from mixtral_triton.cli.commands import SMALL
+from mixtral_triton.cli.trace import trace
 from mixtral_triton.quantize.write import write
 from tests.cli.commands import error_line, output
 from tests.quantize.test_quantize_write import sharded
@@ -99,7 +100,6 @@ def test_no_weight_is_fetched_for_what_will_be_refused(hub: Any) -> None:
 
 
 TOKENIZER = str(SMALL / "tokenizer.json")
-LOG = json.loads((SMALL / "training.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -109,20 +109,17 @@ def model() -> Mixtral:
 
 def test_the_small_model_is_balanced_and_has_learnt_english(model: Mixtral) -> None:
     assert (SMALL / "model.safetensors").stat().st_size < 10_000_000
-    config, shares = model.config, torch.tensor(LOG["expert_shares"])
-    assert (config.num_local_experts, config.num_experts_per_tok, config.sliding_window) == (8, 2, 64)
-    assert shares.shape == (4, 8) and shares.min() >= 0.03
-    torch.testing.assert_close(shares.sum(1), torch.ones(4), rtol=0, atol=1e-2)
-    tokenizer = Tokenizer.from_file(TOKENIZER)
     config, text = model.config, torch.tensor(HELD_OUT)
+    assert (config.num_local_experts, config.num_experts_per_tok, config.sliding_window) == (8, 2, 64)
+    shares = trace(model, text[:1024], [""] * 1024).share()
+    assert shares.shape == (4, 8) and shares.min() >= 0.03
+    tokenizer = Tokenizer.from_file(TOKENIZER)
     assert len(text) > 4000
     ends = (text == config.eos_token_id).nonzero().flatten()  # of whole documents, each from <s> to </s>
     assert text[0] == config.bos_token_id and ends[-1] == len(text) - 1
     assert (text[ends[:-1] + 1] == config.bos_token_id).all() and len(ends) == (text == config.bos_token_id).sum()
     assert "breaking out of the normal flow of control" in " ".join(tokenizer.decode(text.tolist()).split())
-    loss = math.log(perplexity(model))
-    assert loss < 0.6 * math.log(config.vocab_size)
-    assert abs(loss - LOG["held_out_loss"]) < 0.4  # a part of what the log is about, read in longer windows
+    assert math.log(perplexity(model)) < 3.5 < 0.6 * math.log(config.vocab_size)
 
 
 TINY = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "vocab_size": 48}

@@ -1,4 +1,4 @@
-"""What a simulated GPU cannot show of launches and captures; `gpu_day.py --dry` runs the first test on one."""
+"""What a simulated GPU cannot show of launches and captures."""
 
 import re
 from collections.abc import Callable

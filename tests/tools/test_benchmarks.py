@@ -1,4 +1,4 @@
-"""The GPU day: stand-ins for its commands run, fail or exceed a limit; the real ones use a simulated GPU. And
+"""The GPU day: stand-ins for its commands run, fail or exceed a limit; the bench times on a simulated GPU. And
 `pytest benchmarks/` collects its cases, and without a GPU runs them with the torch backend and says so."""
 
 import json
@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import gpu_day
 from benchmarks.gpu_day import commands, day
+from mixtral_triton.bench.cases import BENCHED, Case
 from mixtral_triton.cli.commands import parser
 from mixtral_triton.kernels.registry import OPS
 from tests.cli.commands import ROOT
@@ -69,30 +70,34 @@ def test_commands_cover_every_operation_and_begin_with_the_tuner(arch: str) -> N
             parser().parse_args(words[3:])
         assert "pytest" not in words or (ROOT / words[-1]).is_file()
     assert found["tune"][1].count("--sizes") == 6 and found["tune"][1].count("--kernel") == 4
-    simulated = commands(arch, simulated=True)
-    assert all("tests.support.stub --arch" in text for name, (_, text) in simulated.items() if name != "host")
 
 
 @pytest.mark.slow
-def test_commands_run_on_a_simulated_gpu(tmp_path: Path) -> None:
-    only = ["bench append", "bench decode offloaded", "host"]
-    done = start("benchmarks/gpu_day.py", "--dry", "--only", *only, "--out", tmp_path, "--budget-s", 2000)
+@pytest.mark.parametrize(("name", "shape"), [("append", 0), ("decode_step", -2)])
+def test_the_bench_times_on_a_simulated_gpu(name: str, shape: int) -> None:
+    sizes = Case(BENCHED[name], BENCHED[name].test_shapes[shape]).as_dict()
+    text = ",".join(f"{letter}={size}" for letter, size in sizes.items())
+    stub = ("-m", "tests.support.stub", "--executes", "-m", "mixtral_triton")
+    done = start(*stub, "bench", "--json", name, "--sizes", text, "--peer", "torch")
     assert done.returncode == 0, done.stdout + done.stderr
-    row = json.loads((tmp_path / "bench_decode_offloaded.out").read_text().splitlines()[-1])
-    assert row["time_us"] and row["sizes"]["offload"] == 2 and row["host_bytes"] > 0
-    assert len(json.loads((tmp_path / "host.out").read_text())["rows"]) == 3
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["time_us"] and row["sizes"] == sizes and (row["host_bytes"] > 0) == ("offload" in sizes)
 
 
-BAD_INPUT = {"--dry --only lunch": "lunch", "": "there is no GPU: nothing was measured"}
+@pytest.mark.slow
+def test_host_times_of_three_layers() -> None:
+    done = start("benchmarks/host_time.py", "--json", "--rounds", 1)
+    assert done.returncode == 0 and len(json.loads(done.stdout)["rows"]) == 3, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line(case: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as error:
-        gpu_day.main(case.split())
-    printed = capsys.readouterr().err
-    assert error.value.code == 2 and BAD_INPUT[case] in printed and len(printed.splitlines()) == 1
+def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for gpu, words, fault in ((True, "--only lunch", "lunch"), (False, "", "there is no GPU: nothing was measured")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)  # noqa: B023
+        monkeypatch.setattr(gpu_day, "target_arch", lambda device: "sm_90")
+        with pytest.raises(SystemExit) as error:
+            gpu_day.main(words.split())
+        printed = capsys.readouterr().err
+        assert error.value.code == 2 and fault in printed and len(printed.splitlines()) == 1
 
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
