@@ -207,7 +207,7 @@ def step_costs(
         D, Hq, Hkv = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         I = config.intermediate_size
         window = config.sliding_window or 0
-        attention = CachedCase(batch, 1, Hq, Hkv, D, context, window, context - 1, fresh=True, cache=cache)
+        attention = CachedCase(batch, 1, Hq, Hkv, D, context, window, context - 1, cache=cache)
         case = ExpertCase(batch, H, I, E, K, gate_up, down, distinct=distinct)
         experts = OPS["experts_add_rms_norm"].cost(case, dtype)
         share = distinct * away / E

@@ -4,6 +4,7 @@ import copy
 import gc
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
@@ -25,7 +26,6 @@ from ..kernels.record import record_launches
 from .cache import KVCache
 from .generate import prefill
 from .mixtral import Mixtral
-from .offload_plan import usable_cores
 
 WIDTHS = ("H", "I")  # of a model: they change no tile
 Progress = Callable[[int, int], object]
@@ -79,7 +79,7 @@ def on_all_cores(
     work: Callable[[Item], Result], items: Iterable[Item], progress: Progress = lambda *numbers: None
 ) -> list[Result]:
     """Return the results of `work`, which compiles: Triton's passes release the GIL, and ptxas is a process."""
-    pool, collects = ThreadPoolExecutor(usable_cores()), gc.isenabled()
+    pool, collects = ThreadPoolExecutor(len(os.sched_getaffinity(0))), gc.isenabled()
     # Before CPython 3.11.8 and 3.12.2, `ast.parse` fails where a collection inside it lets another thread parse.
     gc.disable()
     with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input

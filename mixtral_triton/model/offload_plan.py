@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ GRAPH_BYTES = 256 * MIB  # by estimate: a decode step's buffers, by tests/tools/
 MARGIN = 0.02  # of the free memory: what an allocator rounds up, and the error of the estimates
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
 LOGIT_BYTES = 64
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
 AUTO_CONTEXT = 4096  # tokens of one sequence, which offload="auto" leaves memory for by default
 Movable = tuple[Sequence[int], int]  # bytes of an expert of each layer, and of the embedding
 
@@ -238,35 +236,11 @@ def place(
     return placement
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use, of those that control groups, as of a container, allow."""
-    cores = len(os.sched_getaffinity(0))
-    with suppress(OSError):
-        cores = min([cores, *(-(-quota // period) for quota, period in _group_numbers("cpu.max"))])
-    return max(1, cores)
-
-
 def host_memory() -> int | None:
-    """Bytes of host memory that can be pinned, those that control groups, as of a container, still allow; None where
-    the system does not say. WSL pins at most half of it."""
+    """Return the bytes of host memory that are available; None where the system does not say."""
     try:
-        lines = (PROC / "meminfo").read_text().splitlines()
+        lines = MEMINFO.read_text().splitlines()
     except OSError:
         return None
-    sizes = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
-    available = sizes.get("MemAvailable")
-    if available is not None and "microsoft" in os.uname().release.lower():
-        available = min(available, sizes["MemTotal"] // 2)
-    with suppress(OSError):
-        remaining = (max(0, limit - used) for limit, used in _group_numbers("memory.max", "memory.current"))
-        available = available and min([available, *remaining])
-    return available
-
-
-def _group_numbers(*files: str) -> Iterator[list[int]]:
-    """Yield the numbers in these files of each control group (version 2) of this process that has a limit there."""
-    path = (PROC / "self" / "cgroup").read_text().rpartition("0::/")[2].strip()
-    folder = CGROUPS / path
-    for group in (folder, *folder.parents):  # a container may not see the folders of its path
-        with suppress(OSError, ValueError):  # "max" is no limit
-            yield [int(n) for name in files for n in (group / name).read_text().split()]
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * kilobytes[0] if kilobytes else None

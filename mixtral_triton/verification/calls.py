@@ -259,9 +259,6 @@ class SizedCalls:
                     self.not_run[f"{op}; needs values of {error}"] = None
                     continue
                 yield op, key[1] + case, args
-                if op == "cached_attention":
-                    new = {"q": args["q"][:, :1], "k": None, "v": None, "new": torch.ones_like(args["new"])}
-                    yield op, "one token", {**args, **new, "deterministic": False}
 
     def calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
         weights = self.weights(check)

@@ -76,7 +76,7 @@ def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtyp
 
 EXPERTS = {"I": 14336, "E": 8, "K": 2}
 PROMPT = {"B": 1, "T": 500, "Hq": 32, "Hkv": 8, "D": 128, "window": 0}
-RING = {"C": 4096, "past": 3000, "fresh": True}
+RING = {"C": 4096, "past": 3000}
 STEP = {"B": 2, "T": 1, "Hq": 8, "Hkv": 2, "C": 4096, "window": 4096, "past": 4095}
 LONG = [sizes for sizes in OPS["attention"].bench_shapes if sizes.S == 4096]
 # D and T. Narrower than their tile: an assembler of CUDA 12 crashes where 64 rows or 64 columns meet 128 keys.
@@ -345,7 +345,7 @@ def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_no_collection_lets_another_thread_parse_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Triton does in each thread. Some releases of CPython fail then: "AST constructor recursion depth mismatch"."""
     source = Path(ahead.__file__).read_text()
-    monkeypatch.setattr(ahead, "usable_cores", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4))
     collections = list[str]()
     callback = lambda phase, info: (collections.append(phase), time.sleep(0))  # noqa: E731
     gc.callbacks.append(callback)

@@ -277,13 +277,14 @@ def test_a_batch_encoding_is_generated_from() -> None:
 
 def test_arguments_of_transformers_name_ours() -> None:
     model, ids = random_model(), torch.tensor([[1, 2]])
-    for name, need in arguments.GENERATE_HINTS.items():
+    for name in ("do_sample", "max_length"):
         for call in (model.generate, model.stream):
-            with pytest.raises(ValueError, match=re.escape(f"generate: there is no argument {name!r}, needs {need}")):
+            needs = re.escape(f"generate: there is no argument {name!r}, needs {arguments.HINTS[name]}")
+            with pytest.raises(ValueError, match=needs):
                 call(ids, **{name: 1})
-    for name, need in arguments.LOAD_HINTS.items():
-        message = re.escape(f"Mixtral.from_pretrained: there is no argument {name!r}, needs {need}")
-        with pytest.raises(ValueError, match=message):
+    for name in ("torch_dtype", "device_map"):
+        needs = re.escape(f"Mixtral.from_pretrained: there is no argument {name!r}, needs {arguments.HINTS[name]}")
+        with pytest.raises(ValueError, match=needs):
             Mixtral.from_pretrained(SMALL, **{name: 1})
     with pytest.raises(ValueError, match="no argument 'tempreature', needs one of those that help"):
         model.generate(ids, tempreature=1)

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mixtral_triton.bench.gpus import parse_gpu
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.weights.offload import OffloadedWeight, _pinned
-from mixtral_triton.model import ahead, offload_plan
+from mixtral_triton.model import offload_plan
 from mixtral_triton.model.offload_plan import MemoryRequest
 from tests.support.memory import needs_proc
 from tests.support.models import random_model
@@ -58,51 +57,17 @@ def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatc
     assert Mixtral.from_pretrained(SMALL, "cpu", offload=2).layers[0].down_proj.on_host == (6, 7)
 
 
-# The line of the process, the files of its group, and the bytes that are left.
-GROUPS = [
-    ("0::/", {"memory.max": "max", "memory.current": "9"}, 8192),
-    ("0::/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
-    ("0::/a/b", {"a/memory.max": "5000", "a/memory.current": "6000"}, 0),
-    ("3:cpuset:/a\n0::/", {"memory.max": "x"}, 8192),
-]
+MEMINFO = [("MemTotal: 9 kB\nMemAvailable: 8 kB", 8192), ("MemTotal: 9 kB", None), (None, None)]
 
 
-def put_in_groups(line: str, files: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in for /proc and for the folders of control groups: the process's line, and the files of its group."""
-    files = {f"groups/{name}": text for name, text in files.items()}
-    for name, text in {**files, "proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB", "proc/self/cgroup": line}.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    monkeypatch.setattr(offload_plan, "PROC", folder / "proc")
-    monkeypatch.setattr(offload_plan, "CGROUPS", folder / "groups")
-
-
-@pytest.mark.parametrize("case", GROUPS, ids=str)
-def test_host_memory_is_what_the_container_has_left(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line, files, left = case
-    put_in_groups(line, files, tmp_path, monkeypatch)
-    assert offload_plan.host_memory() == left
-
-
-CORES = [
-    ("0::/", {"cpu.max": "max 100000"}, 8),
-    ("0::/a/b", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, 3),
-    ("0::/", {"cpu.max": "1000 100000"}, 1),
-    ("0::/", {}, 8),
-]
-
-
-@pytest.mark.parametrize("case", CORES, ids=str)
-def test_kernels_are_compiled_on_the_cores_that_the_container_may_use(
-    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("text", "available"), MEMINFO)
+def test_host_memory_is_what_the_system_has_available(
+    text: str | None, available: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line, files, cores = case
-    put_in_groups(line, files, tmp_path, monkeypatch)
-    monkeypatch.setattr(offload_plan.os, "sched_getaffinity", lambda process: range(8))
-    assert offload_plan.usable_cores() == cores
-    workers: list[int] = []
-    monkeypatch.setattr(ahead, "ThreadPoolExecutor", lambda count: workers.append(count) or ThreadPoolExecutor(1))
-    assert ahead.compile_launches([], "sm_90") == [] and workers == [cores]
+    if text is not None:
+        (tmp_path / "meminfo").write_text(text)
+    monkeypatch.setattr(offload_plan, "MEMINFO", tmp_path / "meminfo")
+    assert offload_plan.host_memory() == available
 
 
 def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,17 +187,16 @@ def test_prefill_loads_a_quantized_weight_once_a_row_tile(weight: str, T: int, m
 HEADS = {"Hq": 8, "Hkv": 2, "D": 128}
 
 
-RING = {"B": 2, "T": 1, "C": 512, "fresh": False}
+RING = {"B": 2, "T": 1, "C": 512}
 IN_8_BITS = RING | {"window": 0, "past": 400, "cache": "int8"}
 DECODE = [  # operation, sizes, keys read or written by each key/value head, bound
     pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 0}, 700, 1.05, id="split"),
     pytest.param("attention", {"B": 3, "T": 1, "S": 700, "window": 0, "ragged": True}, 3 * 700 - 9, 1.05, id="ragged"),
     pytest.param("attention", {"B": 1, "T": 1, "S": 700, "window": 300}, 300, 1.05, id="window"),
     pytest.param("attention", {"B": 1, "T": 3, "S": 700, "window": 300}, 302, 1.05, id="three queries"),
-    pytest.param("cached_attention", RING | {"window": 512, "past": 1000}, 512 + 511, 1.05, id="wrapped ring"),
-    pytest.param("cached_attention", RING | {"window": 0, "past": 40}, 41 + 43, 1.05, id="short cache"),
-    pytest.param("cached_attention", IN_8_BITS, 401 + 403, 0.52, id="8 bits"),
-    pytest.param("rope_append_attention", IN_8_BITS, 400 + 403 + 1, 0.52, id="8 bits, with the append"),
+    pytest.param("rope_append_attention", RING | {"window": 512, "past": 1000}, 512 + 511, 1.05, id="wrapped ring"),
+    pytest.param("rope_append_attention", RING | {"window": 0, "past": 40}, 41 + 43, 1.05, id="short cache"),
+    pytest.param("rope_append_attention", IN_8_BITS, 400 + 403 + 1, 0.52, id="8 bits"),
 ]
 
 
@@ -216,7 +215,7 @@ def test_decode_reads_keys_once_a_group(
 ONE_HEAD = {"B": 1, "Hq": 1, "Hkv": 1, "D": 128}
 
 
-CHUNK = {"T": 512, "C": 512, "window": 512, "past": 2000, "fresh": True}
+CHUNK = {"T": 512, "C": 512, "window": 512, "past": 2000}
 PREFILL = [
     pytest.param("attention", {"T": 1024, "S": 1024, "window": 0}, 1.15, id="causal"),
     pytest.param("attention", {"T": 1536, "S": 1536, "window": 512}, 1.15, id="window"),

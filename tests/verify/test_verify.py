@@ -137,8 +137,9 @@ def test_roundings_of_a_cache_of_8_bits_are_no_fault(seed: int) -> None:
     """Of one key the kernel rounds the scale and the result, torch the value, whose error is small by chance."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     k, v = (QuantizedCache.of(draw(1, 2, 2, 8)) for _ in range(2))
-    args: dict[str, Any] = {"q": draw(1, 1, 4, 8).bfloat16(), "k": None, "v": None, "k_cache": k, "v_cache": v}
-    args |= {"past": torch.tensor([0]), "new": torch.tensor([1]), "window": 2}
+    args: dict[str, Any] = {"q": draw(1, 1, 4, 8).bfloat16(), "k_cache": k, "v_cache": v, "window": 2}
+    args |= dict.fromkeys("kv", torch.zeros(1, 1, 2, 8).bfloat16())
+    args |= {"past": torch.tensor([1]), "new": torch.tensor([0])}
     error, limit = Tolerance("cached_attention", args).measure(dispatched("cached_attention", args))
     assert 2**-8 < error <= limit
 

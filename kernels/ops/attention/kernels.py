@@ -196,21 +196,22 @@ def _append_newest_key(
 @triton.jit(do_not_specialize=["T", "S", "P", "SPLITS"])
 def attention_decode_kernel(
     q,  # Heads [B, T, Hq, D]
-    keys,  # Keys; with RING the cache by its strides
+    keys,  # Keys; with `newest` the ring by its strides
     out_ptr,  # [B, T, Hq, D] out, or with SPLITS > 1 fp32 partial results [B, T, Hq, SPLITS, D]
     lse_ptr,  # [B, T, Hq, SPLITS] out, fp32: log2 of the sum of each split's exponentials
     bounds,  # Bounds
-    newest,  # Newest, or None: the ring has all keys
+    newest,  # Newest, which the ring does not have yet, or None: `keys` are no ring
     T,
     S,  # key positions, or slots of the ring
     P,  # rows of the newest key's tables
     Hq, G,
     window, scale,
     SPLITS,  # programs that share the keys; as a constexpr it would compile a kernel for each value
-    D: tl.constexpr, RING: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pdl_wait(PDL)
+    RING: tl.constexpr = newest is not None
     # All query heads of a group, of all T tokens, are rows of one tile: its keys and values are read once.
     split, hkv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = _bound(bounds.starts, b) if bounds.starts is not None else 0

@@ -137,7 +137,6 @@ def launch_decode(
         window=sizes.window,
         scale=_in_base_2(scale, D),
         D=D,
-        RING=bounds.past is not None,
         WINDOWED=sizes.window > 0,
     )
     if splits > 1:

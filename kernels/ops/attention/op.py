@@ -17,7 +17,7 @@ from ...launching.kernel_args import Heads
 from ...operation.call import operation
 from ...operation.checks import INTS, Within, fail
 from ...operation.declaration import Cost
-from ...operation.inputs import draw, shapes
+from ...operation.inputs import shapes
 from ...weights.composites import vector_bytes
 from ..cache_args import (
     CacheArgs,
@@ -60,8 +60,6 @@ def _check_attention(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any])
 
 
 def _check_cached(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    if (args["k"] is None) != (args["v"] is None):
-        raise fail(op, "v", "None" if args["v"] is None else "a tensor", "a tensor exactly where k is one")
     check_heads(op, args, sizes)
     check_caches(op, args, sizes)
 
@@ -88,7 +86,7 @@ def _truncate_keys(args: dict[str, Any]) -> dict[str, Any]:
 def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
     """Cut one sequence's chunk where its new tokens end."""
     end = int(args["new"].sum())
-    return {**args, **{name: args[name] if args[name] is None else args[name][:, :end] for name in "qkv"}}
+    return {**args, **{name: args[name][:, :end] for name in "qkv"}}
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,6 @@ class CachedCase:
     C: int
     window: int = 0
     past: int = 0  # see `cache_inputs`
-    fresh: bool = True  # the chunk's keys and values are beside the caches, not in them
     cache: str | None = None  # "int8"
     deterministic: bool = False
 
@@ -125,20 +122,17 @@ def _inputs(case: AttentionCase, dtype: torch.dtype, device: Any, generator: Any
     return {"starts": b.to(device), "lengths": (case.S - 2 * b).to(device)} if case.ragged else {}
 
 
-def _cached_inputs(case: CachedCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    shape = case.B, case.T, case.Hkv, case.D
-    k, v = (draw(shape, dtype, device, generator) if case.fresh else None for _ in range(2))
-    return {"k": k, "v": v, **cache_inputs(case, dtype, device, generator)}
+def cost(case: AttentionCase | CachedCase, dtype: torch.dtype, beside: int | None = None) -> Cost:
+    """Count q, the result, and each key and value that some query sees, once; a chunk's codes in 8 bits twice more.
 
-
-def cost(case: AttentionCase | CachedCase, dtype: torch.dtype) -> Cost:
-    """Count q, the result, and each key and value that some query sees, once; a chunk's codes in 8 bits twice more."""
+    beside  tokens whose keys are not in the caches; None: those of the chunk
+    """
     B, T, Hq, Hkv, D, window = case.B, case.T, case.Hq, case.Hkv, case.D, case.window
     if isinstance(case, AttentionCase):
         S, causal, beside, quantized = case.S, case.causal, 0, False
     else:
         S, causal, quantized = case.past + T, True, case.cache is not None
-        beside = T if case.fresh else 0  # keys that are not in the caches
+        beside = T if beside is None else beside
     keys = min(S, T + window - 1) if window else S
     seeing = min(T, S)  # queries before the first key see none
     if causal:
@@ -161,7 +155,7 @@ def _step_inputs(case: CachedCase, dtype: torch.dtype, device: Any, generator: A
 def step_cost(case: CachedCase, dtype: torch.dtype) -> Cost:
     """Count attention's work, the new key and value read beside the cache and written into it, and the angles."""
     B, Hq, Hkv, D = case.B, case.Hq, case.Hkv, case.D
-    cached, moved = cost(replace(case, fresh=False), dtype), 2 * B * Hkv * D * dtype.itemsize + B * D * 4
+    cached, moved = cost(case, dtype, beside=0), 2 * B * Hkv * D * dtype.itemsize + B * D * 4
     return Cost(flops=cached.flops + 3 * B * (Hq + Hkv) * D, bytes=cached.bytes + moved)
 
 
@@ -238,28 +232,23 @@ _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
     reference=reference.cached_attention,
     case=CachedCase,
     multiplies=True,
-    inputs=_cached_inputs,
+    inputs=cache_inputs,
     configs=configs,
     cost=cost,
     test_shapes=(
         *shapes(CachedCase, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
-        *shapes(CachedCase, "2 1 8 2 128 16 16 3, 2 1 4 2 80 16 16 77, 2 1 4 2 64 600 0 500", fresh=False),
         *shapes(CachedCase, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100", cache="int8"),
-        *shapes(CachedCase, "2 1 8 2 128 16 16 3, 2 1 4 2 16 600 0 500", fresh=False, cache="int8"),
     ),
     bench_shapes=tuple(
-        CachedCase(B, T, *_HEADS, *ring, fresh=T > 1, cache=cache)
-        for cache in (None, "int8")
-        for ring in _RINGS
-        for B, T in ((1, 1), (32, 1), (1, 1024))
+        CachedCase(1, T, *_HEADS, *ring, cache=cache) for cache in (None, "int8") for ring in _RINGS for T in (16, 1024)
     ),
     rule=_check_cached,
     truncate_sequence=_truncate_chunk,
 )
 def cached_attention(
     q: Queries,
-    k: KeyHeads | None,
-    v: KeyHeads | None,
+    k: KeyHeads,
+    v: KeyHeads,
     k_cache: Slots,
     v_cache: Slots,
     past: Past,
@@ -270,7 +259,7 @@ def cached_attention(
     """Causal attention of a chunk over the ring caches, and over its own keys and values (Mistral 7B, section 2).
 
     q                 [B, T, Hq, D], fp32, bf16 or fp16; query t is at position past[b] + t
-    k, v              [B, T, Hkv, D] of the chunk, not in the caches yet. None: the caches hold the chunk, too
+    k, v              [B, T, Hkv, D] of the chunk, not in the caches yet
     k_cache, v_cache  [B, Hkv, C, D] in q's dtype, of equal strides; position p is in slot p mod C. Or 8 bits:
                       k and v then take part quantized, as they will be read from there
     past, new         [B], int32 or int64: tokens before the chunk, and tokens of the chunk that exist. The device reads
@@ -287,8 +276,6 @@ def cached_attention(
     slots = slots_of(k_cache, v_cache)
     sizes = sizes_of(q, slots, window, deterministic)
     bounds = Bounds(None, new.contiguous(), past.contiguous())
-    if k is None or v is None:
-        return launch_decode(q, slots, bounds, sizes)
     if slots.k_scales is None:
         keys = keys_of(k, v)
     else:
