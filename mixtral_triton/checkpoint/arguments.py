@@ -46,19 +46,35 @@ def named_dtype(dtype: Any) -> Any:
     return None if name == "auto" else getattr(torch, name) if name in DTYPES else dtype
 
 
-# What does here what an argument of transformers' generate or from_pretrained does there.
-HINTS = {
+# What does here what an argument of transformers does there.
+GENERATE_HINTS = {
     "do_sample": "temperature: 0 is greedy, above 0 samples",
     "max_length": "max_new_tokens",
+    "streamer": "model.stream(...), an iterator over tokens",
+    "stopping_criteria": "model.stream(...), which a caller leaves",
+    "output_scores": "logprobs=N",
+    "output_logits": "logprobs=N",
+    "return_dict_in_generate": "logprobs=N, which returns a NamedTuple",
+    "past_key_values": "cache, a KVCache",
+    "use_cache": "cache, a KVCache that goes on; there is one in any case",
+    "pad_token_id": "nothing: a sequence is padded with its EOS",
+    "generation_config": "its fields as arguments: temperature, top_k, top_p, ...",
+    "num_return_sequences": "the prompt as often in a list",
+}
+LOAD_HINTS = {
     "torch_dtype": "dtype",
     "device_map": "device, or mesh for several GPUs, or offload for experts in host memory",
+    "quantization_config": "weights: 'int4', 'int8' or 'fp8'",
+    "load_in_4bit": "weights='int4'",
+    "load_in_8bit": "weights='int8'",
+    "revision": "the folder as 'NAME@REVISION'",
 }
 
 
-def reject_unknown(caller: str, unknown: Mapping[str, Any]) -> None:
+def reject_unknown(caller: str, unknown: Mapping[str, Any], hints: Mapping[str, str]) -> None:
     """Raise ValueError for arguments that there are not, with what does the same here."""
     for name in unknown:
-        need = HINTS.get(name, f"one of those that help({caller}) lists")
+        need = hints.get(name, f"one of those that help({caller}) lists")
         raise ValueError(f"{caller}: there is no argument {name!r}, needs {need}")
 
 

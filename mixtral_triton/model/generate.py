@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.arguments import (
+    GENERATE_HINTS,
     check_ids,
     check_positions,
     check_vocabulary,
@@ -113,7 +114,7 @@ def stream(
     """Check the arguments, those of `generate`, then return an iterator over the next tokens, int64 [B] on the model's
     device, or with `logprobs` over `Logprobs` of a step. A sequence that has ended repeats its EOS; the iterator ends
     once every sequence has. A cache is right wherever the caller stops."""
-    reject_unknown("generate", unknown)
+    reject_unknown("generate", unknown, GENERATE_HINTS)
     eos, rows = eos_ids(eos_token_id, model.config), to_rows(model, input_ids, attention_mask)
     vocabulary, penalty = model.config.vocab_size, repetition_penalty
     finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.arguments import reject_unknown
+from ..checkpoint.arguments import LOAD_HINTS, reject_unknown
 from .generate import generate, stream
 from .load import load
 from .model import Model
@@ -68,7 +68,7 @@ class Mixtral(Model):
                        products, of few rows in `generate`, stay. Not with a mesh, whose ranks would each scale their
                        own columns
         """
-        reject_unknown("Mixtral.from_pretrained", unknown)
+        reject_unknown("Mixtral.from_pretrained", unknown, LOAD_HINTS)
         allowed = (None, "fp8") if mesh is None else (None,)
         if activations not in allowed:
             need = "None or, without a mesh, 'fp8'"
