@@ -8,8 +8,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import replace
 from itertools import count, product
 from typing import Any
 
@@ -30,8 +28,8 @@ from ..quantize.hub import read_headers
 from .calls import SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .loaded import check_weights
-from .models_under_test import MeshUnderTest, TransformersUnderTest, in_evaluation
-from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
+from .models_under_test import TransformersUnderTest, in_evaluation
+from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run
 from .tolerance import Fp64Reference, largest, to_fp64, token_floor
 
 __all__ = ["Report", "Row", "verify"]
@@ -67,7 +65,7 @@ def verify(
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too.
     A model with activations="fp8" quantizes them here in forwards of any number of rows, as the reference does, so that
     one reference serves all of them; the operations that `generate` calls are those of its own rule.
-    On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
+    ValueError for a Mixtral on a mesh: its ranks compute what one process does.
     """
     is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
     check_value("verify: cache_dtype", cache_dtype, "None or torch.int8", cache_dtype in (None, torch.int8))
@@ -86,12 +84,14 @@ def verify(
         folder = checkpoint_folder(folder)
         MixtralConfig.from_pretrained(folder)  # an error names what is wrong in the files
         read_headers(folder)
-    ranks = getattr(target, "ranks", None)
+    if isinstance(target, Mixtral) and target.ranks is not None:
+        needs = "a Mixtral of one process, or its folder"
+        raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
     if is_transformers and _has_names(target):
         return _verify_family(target, input_ids, progress, tokens)
     options = {} if is_transformers else {"cache_dtype": cache_dtype}
-    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
-    with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
+    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest
+    with torch.no_grad():
         under_test = kind(target, **options)
         with in_evaluation(target):
             return _verify(under_test, input_ids, progress, folder, quick, tokens)
@@ -182,8 +182,6 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             steps("generate", 1)
             rows += check_generate(target, ids, *logits)
-    if target.ranks is not None:
-        rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
     kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
@@ -192,7 +190,7 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
 
 
 def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
-    return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
+    return not quick and model.dtype != torch.float32 and not quantized
 
 
 def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: Any) -> None:
@@ -202,8 +200,7 @@ def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: A
     # The first layer, and of those behind it one with experts in host memory and one without.
     kinds = {(i > 0, bool(getattr(layer.down_proj, "on_host", ()))): i for i, layer in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
-    copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
-    targets = [target := (ModelUnderTest if model.ranks is None else MeshUnderTest)(copied, cache_dtype)]
+    targets = [target := ModelUnderTest(copied, cache_dtype)]
     text = default_text(None, model.config, model.device, tokens)
     x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))
     if _is_compared_in_fp32(model, quick, target.quantized):
@@ -211,8 +208,8 @@ def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: A
     for under_test in targets:
         calls = SizedCalls(under_test, (tokens or CALL_TOKENS[True]) if under_test is target else 0, gpu)
         x = x.to(under_test.embed_tokens.dtype)
-        for index in range(len(under_test.layers)):
-            for call in calls(under_test.check(under_test.layers[index], x, under_test.config), index):
+        for index, layer in enumerate(under_test.layers):
+            for call in calls(under_test.check(layer, x, under_test.config), index):
                 under_test.measure(index, *call)
 
 
@@ -285,7 +282,7 @@ def _next_logits(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Te
     logits, attend = [], reference.uncached_attention(window, **target.tables, quantized=quantized)
     for text in texts:
         x = F.embedding(text[None, :-1], target.embed_tokens)
-        for index in range(len(target.layers)):  # a mesh gathers a layer when it is read: keep none
-            x = reference.block(target.reference_layer(target.layers[index]), target.config, x, attend).output
+        for layer in target.layers:
+            x = reference.block(target.reference_layer(layer), target.config, x, attend).output
         logits.append(target.head(x[0, -new:]).float())
     return torch.stack(logits), torch.stack([text[-new:] for text in texts])
