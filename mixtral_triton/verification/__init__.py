@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count, product
 from typing import Any
 
@@ -29,7 +30,7 @@ from .calls import SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .loaded import check_weights
 from .models_under_test import TransformersUnderTest, in_evaluation
-from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run
+from .report import BITS, END_RATIO, FP32, REPEATED, TORCH, Report, Row, kinds_not_run
 from .tolerance import Fp64Reference, largest, to_fp64, token_floor
 
 __all__ = ["Report", "Row", "verify"]
@@ -144,7 +145,7 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
 def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
-    fp32 = target.is_mixtral and _is_compared_in_fp32(target.model, quick, target.quantized)
+    fp32 = _is_compared_in_fp32(dtype, quick, target.quantized)
     L = config.num_hidden_layers
 
     def steps(part: str, total: int) -> Step:
@@ -162,15 +163,14 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows = check_weights(target, folder, steps("weights", L if folder is not None else 0))
     layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
-    if fp32:
+    if fp32 and not target.is_mixtral:
+        first_rows = compare_layers(target.first_layer_in_fp32(), ids)[0]
+        layer_rows += [replace(row, case=row.case + FP32) for row in first_rows]
+    elif fp32:
         layer_rows += compare_in_fp32(target, expected, steps("layers in fp32", L))
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     layer_rows = [*target.measure(None, "rms_norm", "final", norm), *layer_rows]
     rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
-    if not target.is_mixtral:
-        from .drop_in import compare_calls  # imports transformers
-
-        rows += compare_calls(target, ids, steps)
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
     routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
@@ -189,8 +189,8 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, not_run)
 
 
-def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
-    return not quick and model.dtype != torch.float32 and not quantized
+def _is_compared_in_fp32(dtype: torch.dtype, quick: bool, quantized: bool) -> bool:
+    return not quick and dtype != torch.float32 and not quantized
 
 
 def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: Any) -> None:
@@ -203,7 +203,7 @@ def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: A
     targets = [target := ModelUnderTest(copied, cache_dtype)]
     text = default_text(None, model.config, model.device, tokens)
     x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))
-    if _is_compared_in_fp32(model, quick, target.quantized):
+    if _is_compared_in_fp32(model.dtype, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
     for under_test in targets:
         calls = SizedCalls(under_test, (tokens or CALL_TOKENS[True]) if under_test is target else 0, gpu)

@@ -39,7 +39,8 @@ PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
 
 Step = Callable[[], None]  # called after each layer of each forward
-# A call of a forward: its case, the tokens of the text [R,n], False for padding [R,n], the cache, other arguments.
+# A call of a forward: its case, the tokens of the text [R,n] (see `LayerProbe.start`), False for padding [R,n], the
+# cache, other arguments.
 ForwardCall = tuple[str, Tensor, Tensor, Any, dict[str, Tensor]]
 
 
@@ -270,10 +271,11 @@ class LayerProbe:
         self.rows: list[Row] = []
 
     def start(self, case: str, tokens: Tensor | None = None, valid: Tensor | None = None) -> None:
-        """Begin a forward of `tokens` [R,n], row r of sequence r mod B (None: the text); valid: no padding."""
+        """Begin a forward of `tokens` [R,n], row r of sequence r mod B, and from T on of the next sequence (None: the
+        text); valid: no padding."""
         B, T, _ = self.layers[0].x.shape
         tokens = torch.arange(T).expand(B, T) if tokens is None else tokens
-        self.where = (torch.arange(len(tokens)) % B)[:, None].expand_as(tokens), tokens
+        self.where = (torch.arange(len(tokens))[:, None] + tokens // T) % B, tokens % T
         self.valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
         self.where_valid = tuple(index[self.valid] for index in self.where)
         self.case, self.layer = case, 0

@@ -1,9 +1,11 @@
 """The other target of verify: a transformers model, whose own modules are the reference."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..checkpoint.config import SIZES, MixtralConfig
-from .layers import LayerCheck, LayerProbe, ModelUnderTest
+from .layers import PADDING, ForwardCall, LayerCheck, LayerProbe, ModelUnderTest
 
+STATIC = "left padding, static cache"
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
 
 
@@ -59,6 +62,12 @@ class TransformersUnderTest(ModelUnderTest):
         config["rope_theta"] = attn.config.rope_parameters["rope_theta"]
         self.config = MixtralConfig(**config, sliding_window=getattr(attn.config, "sliding_window", None))
 
+    def first_layer_in_fp32(self) -> ModelUnderTest:
+        """The model with its first layer alone, in fp32, which shows what 16 bits hide: a call hands all the same."""
+        backbone = copy.copy(self.backbone)
+        backbone._modules = {**backbone._modules, "layers": nn.ModuleList(self.layers[:1])}
+        return TransformersUnderTest(copy.deepcopy(backbone).float())
+
     def check(self, block: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
         """Compute a decoder layer with transformers' eager functions on x [B,T,H]."""
         modeling, attn, moe, (B, T, H) = self.modeling, block.self_attn, block.mlp, x.shape
@@ -90,6 +99,22 @@ class TransformersUnderTest(ModelUnderTest):
     def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
         with self.forward(self.model.config, probe) as forward:
             return self.model_head(forward(ids)), ...
+
+    def forward_calls(self, config: Any, B: int, T: int) -> Iterator[ForwardCall]:
+        """Also two sequences packed in one row, and two rows of a text, the second shorter and padded on the left,
+        whole and in chunks over a static cache: the masks that the user's version of transformers makes."""
+        from transformers import StaticCache
+
+        yield from super().forward_calls(config, B, T)
+        both = torch.arange(2 * T)[None]
+        yield "packed", both, both >= 0, None, {"position_ids": both % T}
+        tokens = torch.arange(T) - torch.tensor([[0], [min(PADDING, T - 1)]])
+        valid, tokens = tokens >= 0, tokens.clamp(min=0)
+        static = StaticCache(config=self.backbone.config, max_cache_len=T + PADDING)
+        for case, cache, ends in ("left padding", None, {T}), (STATIC, static, {T // 2, T - 1, T}):
+            for begin, end in pairwise(sorted({0} | ends)):
+                part, read = slice(begin, end), {"attention_mask": valid[:, :end].long()}
+                yield case, tokens[:, part], valid[:, part], cache, read | {"position_ids": tokens[:, part]}
 
     def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
         from transformers import DynamicCache
