@@ -13,10 +13,8 @@ from itertools import count, product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
 from ..checkpoint.arguments import check_ids, check_vocabulary
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
 from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
@@ -214,8 +212,9 @@ def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: A
 
 
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
-    """Rows for greedy tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a
-    right token may be below the greatest is set by the errors of `baseline` [B,T,V] and of `exact` fp64 [2B,T,V]."""
+    """Rows for greedy tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a right token
+    may be below the greatest of the model's forward, which has rows of its own, is set by the errors of `baseline`
+    [B,T,V] and of `exact` fp64 [2B,T,V]."""
     model, T = copy.copy(target.model), ids.shape[1]
     prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 8)]]
     model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)  # the longer prompt takes two chunks
@@ -228,7 +227,11 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     options: Any = {"eos_token_id": [], **target.generate_options}
     if new < 1 or not math.isfinite(limit):  # where torch overflows, the row of the logits says so
         return []
-    next_logits, tokens = _next_logits(target, model.generate(prompts, new, **options), new)
+    texts, parts = model.generate(prompts, new, **options), list[Tensor]()
+    for text in texts:
+        cache = target.make_cache(target.config, 1, len(text))
+        parts.append(target.model(text[None, :-1], cache)[0, -new:])
+    next_logits, tokens = torch.stack(parts), torch.stack([text[-new:] for text in texts])
     shortfall = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     scale = max(largest(logits), 1e-30)
     rows = [Row(None, "generate", "greedy", shortfall / scale, limit / scale)]
@@ -274,15 +277,3 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
         parts = *(slice(row, row + 1) for row in range(T)), slice(-1, None), slice(2), slice(1, 6)
         same[BITS] = all(torch.equal(*pair) for part in parts for pair in zip(run(part), whole[part], strict=True))
     return [Row.exact(None, "generate", case, right) for case, right in same.items()]
-
-
-def _next_logits(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Tensor]:
-    """torch's logits [B,n,V] of the last `new` tokens of texts [T], each from those before it, and the tokens [B,n]."""
-    window, quantized = target.config.sliding_window, target.quantized
-    logits, attend = [], reference.uncached_attention(window, **target.tables, quantized=quantized)
-    for text in texts:
-        x = F.embedding(text[None, :-1], target.embed_tokens)
-        for layer in target.layers:
-            x = reference.block(target.reference_layer(layer), target.config, x, attend).output
-        logits.append(target.head(x[0, -new:]).float())
-    return torch.stack(logits), torch.stack([text[-new:] for text in texts])
