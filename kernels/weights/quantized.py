@@ -204,12 +204,10 @@ class QuantSpec:
             raise ValueError(f"quantize: group is {group!r}, {format} needs {needs}; {whole} take whole rows")
         return cls(format, sizes[0], FORMATS[format].scale_dtype)
 
-    def empty(
-        self, shape: tuple[int, ...], device: Any, kind: type[QuantizedWeight] = QuantizedWeight
-    ) -> QuantizedWeight:
+    def empty(self, shape: tuple[int, ...], device: Any) -> QuantizedWeight:
         """Return a weight of `shape` with unset values."""
         *lead, K = shape
         data = torch.empty(*lead, FORMATS[self.format].row_elements(K, self.group), dtype=torch.int16, device=device)
         scales = torch.empty(*lead, K // self.group, dtype=self.scales, device=device)
         zeros = torch.empty_like(scales, dtype=torch.bfloat16) if self.zeros else None
-        return kind(self.format, data, scales, zeros, tuple(shape), self.group)
+        return QuantizedWeight(self.format, data, scales, zeros, tuple(shape), self.group)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -123,14 +122,9 @@ def with_layers(model: Mixtral, indices: Sequence[int]) -> Any:
 
 
 def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
-    """Return a copy of the model with these layers on the meta device, without a caller's hooks and other ranks."""
-    model, ranks = with_layers(model, indices), model.ranks
+    """Return a copy of the model with these layers on the meta device, without a caller's hooks."""
+    model = with_layers(model, indices)
     memo: dict[int, Any] = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
-    if ranks is not None:
-        collectives: dict[str, Any] = {"all_reduce": lambda part, in_order: part}
-        collectives["all_gather"] = lambda part, size: part.new_empty((*part.shape[:-1], size))
-        collectives |= dict.fromkeys(("gather", "all_gather_object"), lambda part: [part] * ranks.shard.ranks)
-        memo[id(ranks)] = SimpleNamespace(shard=ranks.shard, local_ids=ranks.local_ids, **collectives)
     model = copy.deepcopy(model, memo)
     for module in model.modules():  # which may read values
         module._forward_hooks.clear()

@@ -54,7 +54,7 @@ class Model(nn.Module):
 
     deterministic  a sequence's bits do not depend on the rest of the batch. The price: one tile for any number of
                    tokens in every matrix product, sorted experts even for one token, and a fixed split of the keys
-    ranks          the model is one rank's part of a mesh: `config` has the rank's heads, `full_config` all of them
+    ranks          the model is one rank's part of a mesh: `config` has the rank's heads
     placement      what lies in pinned host memory and is read in place
     """
 
@@ -84,7 +84,6 @@ class Model(nn.Module):
         super().__init__()
         self.deterministic, self.ranks = deterministic, ranks
         shapes = checkpoint.parameter_shapes(config, UNSHARDED if ranks is None else ranks.shard)
-        self.full_config = config
         self.config = config = config if ranks is None else ranks.shard.config(config)
         specs = specs or {}
         layers: list[dict[str, Any]] = [{} for _ in range(config.num_hidden_layers)]

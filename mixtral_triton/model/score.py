@@ -41,7 +41,7 @@ def score_padded(
 ) -> list[Tensor]:
     """`score` of checked texts, padded to ids [B,T]."""
     cache = KVCache(model.config, len(rows), ids.shape[1], model.device, dtype)
-    targets, chunk_scores, at_once = F.pad(ids[:, 1:], (0, 1)), [], max(1, LOGITS // model.full_config.vocab_size)
+    targets, chunk_scores, at_once = F.pad(ids[:, 1:], (0, 1)), [], max(1, LOGITS // model.config.vocab_size)
     for start, h, _ in run_chunks(model, cache, ids, lengths):
         chunk = h.flatten(0, 1), targets[:, start : start + h.shape[1]].flatten()
         parts = zip(*(tensor.split(at_once) for tensor in chunk), strict=True)

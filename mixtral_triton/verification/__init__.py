@@ -8,16 +8,13 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count, product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
 from ..checkpoint.arguments import check_ids, check_vocabulary
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
 from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
@@ -30,8 +27,8 @@ from ..quantize.hub import read_headers
 from .calls import SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
 from .loaded import check_weights
-from .models_under_test import MeshUnderTest, TransformersUnderTest, in_evaluation
-from .report import BITS, END_RATIO, REPEATED, TORCH, Report, Row, kinds_not_run, worst_rows
+from .models_under_test import TransformersUnderTest, in_evaluation
+from .report import BITS, END_RATIO, FP32, REPEATED, TORCH, Report, Row, kinds_not_run
 from .tolerance import Fp64Reference, largest, to_fp64, token_floor
 
 __all__ = ["Report", "Row", "verify"]
@@ -67,7 +64,7 @@ def verify(
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too.
     A model with activations="fp8" quantizes them here in forwards of any number of rows, as the reference does, so that
     one reference serves all of them; the operations that `generate` calls are those of its own rule.
-    On a mesh every rank calls `verify` and returns the same report, with the worst row of each comparison.
+    ValueError for a Mixtral on a mesh: its ranks compute what one process does.
     """
     is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
     check_value("verify: cache_dtype", cache_dtype, "None or torch.int8", cache_dtype in (None, torch.int8))
@@ -86,12 +83,14 @@ def verify(
         folder = checkpoint_folder(folder)
         MixtralConfig.from_pretrained(folder)  # an error names what is wrong in the files
         read_headers(folder)
-    ranks = getattr(target, "ranks", None)
+    if isinstance(target, Mixtral) and target.ranks is not None:
+        needs = "a Mixtral of one process, or its folder"
+        raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
     if is_transformers and _has_names(target):
         return _verify_family(target, input_ids, progress, tokens)
     options = {} if is_transformers else {"cache_dtype": cache_dtype}
-    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest if ranks is None else MeshUnderTest
-    with torch.no_grad(), nullcontext() if ranks is None else ranks.raise_on_any_rank():
+    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest
+    with torch.no_grad():
         under_test = kind(target, **options)
         with in_evaluation(target):
             return _verify(under_test, input_ids, progress, folder, quick, tokens)
@@ -144,7 +143,7 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
 def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any) -> Report:
     config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
     ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
-    fp32 = target.is_mixtral and _is_compared_in_fp32(target.model, quick, target.quantized)
+    fp32 = _is_compared_in_fp32(dtype, quick, target.quantized)
     L = config.num_hidden_layers
 
     def steps(part: str, total: int) -> Step:
@@ -162,15 +161,14 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows = check_weights(target, folder, steps("weights", L if folder is not None else 0))
     layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
-    if fp32:
+    if fp32 and not target.is_mixtral:
+        first_rows = compare_layers(target.first_layer_in_fp32(), ids)[0]
+        layer_rows += [replace(row, case=row.case + FP32) for row in first_rows]
+    elif fp32:
         layer_rows += compare_in_fp32(target, expected, steps("layers in fp32", L))
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     layer_rows = [*target.measure(None, "rms_norm", "final", norm), *layer_rows]
     rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
-    if not target.is_mixtral:
-        from .drop_in import compare_calls  # imports transformers
-
-        rows += compare_calls(target, ids, steps)
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
     routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
@@ -182,8 +180,6 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             steps("generate", 1)
             rows += check_generate(target, ids, *logits)
-    if target.ranks is not None:
-        rows = worst_rows(row for same in target.ranks.all_gather_object(rows) for row in same)
     backend = "Triton, interpreted" if kernels else TORCH
     backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
     kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
@@ -191,8 +187,8 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
     return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, not_run)
 
 
-def _is_compared_in_fp32(model: Any, quick: bool, quantized: bool) -> bool:
-    return model.ranks is None and not quick and model.dtype != torch.float32 and not quantized
+def _is_compared_in_fp32(dtype: torch.dtype, quick: bool, quantized: bool) -> bool:
+    return not quick and dtype != torch.float32 and not quantized
 
 
 def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: Any) -> None:
@@ -202,23 +198,23 @@ def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: A
     # The first layer, and of those behind it one with experts in host memory and one without.
     kinds = {(i > 0, bool(getattr(layer.down_proj, "on_host", ()))): i for i, layer in enumerate(model.layers)}
     copied = on_meta(model, sorted(kinds.values()))
-    copied.full_config = replace(model.full_config, num_hidden_layers=len(kinds))
-    targets = [target := (ModelUnderTest if model.ranks is None else MeshUnderTest)(copied, cache_dtype)]
+    targets = [target := ModelUnderTest(copied, cache_dtype)]
     text = default_text(None, model.config, model.device, tokens)
     x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))
-    if _is_compared_in_fp32(model, quick, target.quantized):
+    if _is_compared_in_fp32(model.dtype, quick, target.quantized):
         targets.append(ModelUnderTest(single_layer_model(copied, copied.layers[0], x)))
     for under_test in targets:
         calls = SizedCalls(under_test, (tokens or CALL_TOKENS[True]) if under_test is target else 0, gpu)
         x = x.to(under_test.embed_tokens.dtype)
-        for index in range(len(under_test.layers)):
-            for call in calls(under_test.check(under_test.layers[index], x, under_test.config), index):
+        for index, layer in enumerate(under_test.layers):
+            for call in calls(under_test.check(layer, x, under_test.config), index):
                 under_test.measure(index, *call)
 
 
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
-    """Rows for greedy tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a
-    right token may be below the greatest is set by the errors of `baseline` [B,T,V] and of `exact` fp64 [2B,T,V]."""
+    """Rows for greedy tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a right token
+    may be below the greatest of the model's forward, which has rows of its own, is set by the errors of `baseline`
+    [B,T,V] and of `exact` fp64 [2B,T,V]."""
     model, T = copy.copy(target.model), ids.shape[1]
     prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 8)]]
     model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)  # the longer prompt takes two chunks
@@ -231,7 +227,11 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     options: Any = {"eos_token_id": [], **target.generate_options}
     if new < 1 or not math.isfinite(limit):  # where torch overflows, the row of the logits says so
         return []
-    next_logits, tokens = _next_logits(target, model.generate(prompts, new, **options), new)
+    texts, parts = model.generate(prompts, new, **options), list[Tensor]()
+    for text in texts:
+        cache = target.make_cache(target.config, 1, len(text))
+        parts.append(target.model(text[None, :-1], cache)[0, -new:])
+    next_logits, tokens = torch.stack(parts), torch.stack([text[-new:] for text in texts])
     shortfall = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     scale = max(largest(logits), 1e-30)
     rows = [Row(None, "generate", "greedy", shortfall / scale, limit / scale)]
@@ -277,15 +277,3 @@ def _repeated_rows(model: Any, ids: Tensor) -> list[Row]:
         parts = *(slice(row, row + 1) for row in range(T)), slice(-1, None), slice(2), slice(1, 6)
         same[BITS] = all(torch.equal(*pair) for part in parts for pair in zip(run(part), whole[part], strict=True))
     return [Row.exact(None, "generate", case, right) for case, right in same.items()]
-
-
-def _next_logits(target: Any, texts: list[Tensor], new: int) -> tuple[Tensor, Tensor]:
-    """torch's logits [B,n,V] of the last `new` tokens of texts [T], each from those before it, and the tokens [B,n]."""
-    window, quantized = target.config.sliding_window, target.quantized
-    logits, attend = [], reference.uncached_attention(window, **target.tables, quantized=quantized)
-    for text in texts:
-        x = F.embedding(text[None, :-1], target.embed_tokens)
-        for index in range(len(target.layers)):  # a mesh gathers a layer when it is read: keep none
-            x = reference.block(target.reference_layer(target.layers[index]), target.config, x, attend).output
-        logits.append(target.head(x[0, -new:]).float())
-    return torch.stack(logits), torch.stack([text[-new:] for text in texts])

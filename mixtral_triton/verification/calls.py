@@ -1,7 +1,7 @@
 """The calls of operations in one layer, on what torch computes in it, and those of `generate`, of every size."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -44,7 +44,6 @@ class LayerCheck:
     config: Any
     tables: dict[str, Tensor]  # cos and sin fp32
     quantized: bool = False  # caches have 8 bits
-    local_ids: Callable[[Tensor], Tensor] = lambda ids: ids  # routes [N,K] -> as this layer numbers its experts
     coarse: bool = False  # `ModelUnderTest.coarse`
 
     def __post_init__(self) -> None:
@@ -54,7 +53,7 @@ class LayerCheck:
         self.norm = {"weight": self.layer.post_attention_layernorm, "eps": self.config.rms_norm_eps}
 
     def calls(self, index: int) -> Iterator[Call]:
-        """The calls in layer `index` that no forward of `generate` makes, or none on a mesh."""
+        """The calls in layer `index` that no forward of `generate` makes."""
         layer, values, (B, T) = self.layer, self.values, self.token_rows.shape
         yield "rms_norm", "input", {"x": values.x, **self.norm, "weight": layer.input_layernorm}
         yield "add_rms_norm", "with residual", {"x": values.attn_output, "residual": values.x, **self.norm}
@@ -68,7 +67,7 @@ class LayerCheck:
         yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
         proj = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
-        experts = {"x": values.h, **proj, "ids": self.local_ids(values.ids), "weights": values.weights}
+        experts = {"x": values.h, **proj, "ids": values.ids, "weights": values.weights}
         norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
         yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
         gate_up, down = (Weight.of(experts[name]).name for name in ("gate_up_proj", "down_proj"))
@@ -84,7 +83,7 @@ class LayerCheck:
                 ids = ids[:1].repeat(size, 1)
                 ids[: E - K, -1] = torch.arange(K, E, device=ids.device)[:size]
             rows = torch.arange(size, device=values.x.device) % N
-            some = {"x": values.h[rows], "ids": self.local_ids(ids.int()), "weights": values.weights[rows]}
+            some = {"x": values.h[rows], "ids": ids.int(), "weights": values.weights[rows]}
             yield "expert_swiglu", f"every expert, {case}", {**experts, **some}
 
     def derive(self, op: str, recorded: Args, weights: dict[int, Any], size: tuple[int, int, int]) -> Args:
@@ -114,7 +113,7 @@ class LayerCheck:
         text = {"x": x, "residual": residual, "q": q, "k": k, "v": values.v}
         text = {name: part.flatten(0, 1) for name, part in text.items()}
         if op.startswith("expert"):
-            text |= {"x": values.h, "ids": self.local_ids(values.ids), "weights": values.weights}
+            text |= {"x": values.h, "ids": values.ids, "weights": values.weights}
         by_argument = {"table": values.x.flatten(0, 1), "input_ids": index, "past": past}
         positions = (past[:, None] + torch.arange(T, device=device)).clamp(max=limit - 1)
         by_argument |= {"new": new.int(), "positions": positions}

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
-from ..checkpoint.shard import UNSHARDED
 from ..kernels.registry import dispatched
 from ..kernels.weights.fp8 import with_fp8_activations
 from ..model.cache import KVCache
@@ -40,7 +39,8 @@ PADDING = 3  # tokens of right padding behind all chunks but the first
 WINDOW_FRACTION = 4  # a window as long as the text is reduced by this factor, so that the ring wraps around
 
 Step = Callable[[], None]  # called after each layer of each forward
-# A call of a forward: its case, the tokens of the text [R,n], False for padding [R,n], the cache, other arguments.
+# A call of a forward: its case, the tokens of the text [R,n] (see `LayerProbe.start`), False for padding [R,n], the
+# cache, other arguments.
 ForwardCall = tuple[str, Tensor, Tensor, Any, dict[str, Tensor]]
 
 
@@ -49,14 +49,11 @@ class ModelUnderTest:
 
     output, peer = "logits", TORCH  # what the model's head gives; what the model is compared with
     is_mixtral = True  # a Mixtral: its forward takes chunks of unequal length and another window, and it has `generate`
-    ranks: Any = None  # on a mesh its Ranks: an error is then no wrong row, and no layer is compared in fp32
     quantized = False  # keys and values: every forward reads them from a cache of 8 bits, and so does torch
     activations: str | None = None  # of the layers' products, in every forward: `Mixtral.activations`
-    operation = staticmethod(dispatched)  # the runtime's function for (operation, arguments)
-    shard = UNSHARDED  # the part of the weights that the model's own layers have
 
     def __init__(self, model: Any, cache_dtype: torch.dtype | None = None) -> None:
-        self.model, self.config, self.layers = model, model.full_config, model.layers
+        self.model, self.config, self.layers = model, model.config, model.layers
         self.quantized, self.generate_options = cache_dtype is torch.int8, dict[str, Any](cache_dtype=cache_dtype)
         self.activations = model.activations
         if self.activations is not None:  # one reference for forwards of any number of rows
@@ -131,15 +128,15 @@ class ModelUnderTest:
         """Pass the message of an error that the runtime raises to `record`, but not that of a lack of memory."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            if self.ranks is not None or isinstance(error, torch.OutOfMemoryError):
-                raise
             record(f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_LENGTH])
 
     def measure(self, layer: int | None, op: str, case: str, args: tolerance.Args) -> list[Row]:
         expected, rows = Tolerance(op, args), list[Row]()
         with self.catch_faults(lambda note: rows.append(Row.exact(layer, op, case, False, note))):
-            rows.append(Row(layer, op, case, *expected.measure(self.operation(op, args))))
+            rows.append(Row(layer, op, case, *expected.measure(dispatched(op, args))))
         return rows
 
     def make_cache(self, config: Any, batch: int, slots: int) -> Any:
@@ -171,7 +168,7 @@ def single_layer_model(model: Any, layer: Any, x: Tensor) -> Any:
     """`model` with only this layer, its weights in fp32, and the rows of x [B,T,H] as the embedding."""
     config = replace(model.config, num_hidden_layers=1, vocab_size=x[..., 0].numel())
     fp32_model, frozen = copy.copy(model), partial(nn.Parameter, requires_grad=False)
-    fp32_model._parameters, fp32_model._modules, fp32_model.config, fp32_model.full_config = {}, {}, config, config
+    fp32_model._parameters, fp32_model._modules, fp32_model.config = {}, {}, config
     # Not by way of fp64, in which all experts of a layer would take twice the memory.
     fp32 = {name: frozen(weight.float()) for name, weight in layer.named_parameters(recurse=False)}
     fp32 |= {name: frozen(weight.dequantize()) for name, weight in layer.named_children()}
@@ -219,8 +216,7 @@ def compare_layers(
     expected, exact = TextReference(x), with_perturbed_input(x)
     probe_expected = expected if probe_config == target.config else TextReference(x)
     step = steps("operations of the first layer", 1)
-    for index in range(len(target.layers)):
-        layer = target.layers[index]
+    for index, layer in enumerate(target.layers):
         check = target.check(layer, expected.x, target.config)
         for call in calls(check, index):
             rows += target.measure(index, *call)
@@ -232,18 +228,16 @@ def compare_layers(
         if probe_expected is not expected:
             check = target.check(layer, probe_expected.x, probe_config)
             probe_expected.advance(check, check.fp64(with_perturbed_input(check.values.x)))
-        del layer, check  # on a mesh, a layer that was gathered goes before the next one is
         step()
         if index == 0:  # it has all sizes
             step = steps("operations of other layers", len(target.layers) - 1)
-    config, logits = target.shard.config(probe_config), None
-    count = len(list(target.forward_calls(config, *ids.shape)))
+    logits, count = None, len(list(target.forward_calls(probe_config, *ids.shape)))
     probe = LayerProbe(probe_expected.layers, steps("layers of forwards", count * len(target.layers)))
     if target.is_mixtral:
         pair = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
         logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.coarse)
-    with target.forward(config, probe, probe_layers=True) as forward:
-        for case, tokens, valid, cache, kwargs in target.forward_calls(config, *ids.shape):
+    with target.forward(probe_config, probe, probe_layers=True) as forward:
+        for case, tokens, valid, cache, kwargs in target.forward_calls(probe_config, *ids.shape):
             probe.start(case, tokens, valid)
             with target.catch_faults(probe.fail):
                 out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
@@ -277,10 +271,11 @@ class LayerProbe:
         self.rows: list[Row] = []
 
     def start(self, case: str, tokens: Tensor | None = None, valid: Tensor | None = None) -> None:
-        """Begin a forward of `tokens` [R,n], row r of sequence r mod B (None: the text); valid: no padding."""
+        """Begin a forward of `tokens` [R,n], row r of sequence r mod B, and from T on of the next sequence (None: the
+        text); valid: no padding."""
         B, T, _ = self.layers[0].x.shape
         tokens = torch.arange(T).expand(B, T) if tokens is None else tokens
-        self.where = (torch.arange(len(tokens)) % B)[:, None].expand_as(tokens), tokens
+        self.where = (torch.arange(len(tokens))[:, None] + tokens // T) % B, tokens % T
         self.valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
         self.where_valid = tuple(index[self.valid] for index in self.where)
         self.case, self.layer = case, 0

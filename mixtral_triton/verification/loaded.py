@@ -19,7 +19,7 @@ ROUNDING = {"int4": (7.0, 1.01 * 2**-8), "int8": (127.0, 1e-6), "fp8": (448.0, 1
 
 
 def check_weights(target: ModelUnderTest, folder: Any, step: Step) -> list[Row]:
-    """The rows of all weights, without a folder whether they are finite. Every rank reads one layer at a time."""
+    """The rows of all weights, without a folder whether they are finite."""
     layers = [None, *range(len(target.layers))]
     if folder is None:
         return [_finite_row(target, index) for index in layers]

@@ -1,9 +1,11 @@
-"""The other targets of verify: a transformers model, whose own modules are the reference, and a model on a mesh."""
+"""The other target of verify: a transformers model, whose own modules are the reference."""
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,15 +14,9 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..checkpoint.config import SIZES, MixtralConfig
-from ..checkpoint.shard import Shard
-from ..checkpoint.tensors import parameter_shapes, qkv_rows
-from ..kernels.operation.call import call_unchecked
-from ..kernels.registry import OPS
-from ..kernels.weights.quantized import QuantizedWeight
-from ..model.layer import Layer
-from ..quantize import put
-from .layers import LayerCheck, LayerProbe, ModelUnderTest
+from .layers import PADDING, ForwardCall, LayerCheck, LayerProbe, ModelUnderTest
 
+STATIC = "left padding, static cache"
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
 
 
@@ -66,6 +62,12 @@ class TransformersUnderTest(ModelUnderTest):
         config["rope_theta"] = attn.config.rope_parameters["rope_theta"]
         self.config = MixtralConfig(**config, sliding_window=getattr(attn.config, "sliding_window", None))
 
+    def first_layer_in_fp32(self) -> ModelUnderTest:
+        """The model with its first layer alone, in fp32, which shows what 16 bits hide: a call hands all the same."""
+        backbone = copy.copy(self.backbone)
+        backbone._modules = {**backbone._modules, "layers": nn.ModuleList(self.layers[:1])}
+        return TransformersUnderTest(copy.deepcopy(backbone).float())
+
     def check(self, block: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
         """Compute a decoder layer with transformers' eager functions on x [B,T,H]."""
         modeling, attn, moe, (B, T, H) = self.modeling, block.self_attn, block.mlp, x.shape
@@ -97,6 +99,22 @@ class TransformersUnderTest(ModelUnderTest):
     def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
         with self.forward(self.model.config, probe) as forward:
             return self.model_head(forward(ids)), ...
+
+    def forward_calls(self, config: Any, B: int, T: int) -> Iterator[ForwardCall]:
+        """Also two sequences packed in one row, and two rows of a text, the second shorter and padded on the left,
+        whole and in chunks over a static cache: the masks that the user's version of transformers makes."""
+        from transformers import StaticCache
+
+        yield from super().forward_calls(config, B, T)
+        both = torch.arange(2 * T)[None]
+        yield "packed", both, both >= 0, None, {"position_ids": both % T}
+        tokens = torch.arange(T) - torch.tensor([[0], [min(PADDING, T - 1)]])
+        valid, tokens = tokens >= 0, tokens.clamp(min=0)
+        static = StaticCache(config=self.backbone.config, max_cache_len=T + PADDING)
+        for case, cache, ends in ("left padding", None, {T}), (STATIC, static, {T // 2, T - 1, T}):
+            for begin, end in pairwise(sorted({0} | ends)):
+                part, read = slice(begin, end), {"attention_mask": valid[:, :end].long()}
+                yield case, tokens[:, part], valid[:, part], cache, read | {"position_ids": tokens[:, part]}
 
     def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
         from transformers import DynamicCache
@@ -137,98 +155,3 @@ class TransformersUnderTest(ModelUnderTest):
                 for name, module in (("attn_output", layer.self_attn), ("y", layer.mlp)) if enough else ():
                     stack.enter_context(module.register_forward_hook(partial(record, index, name)))
             yield forward
-
-
-class MeshUnderTest(ModelUnderTest):
-    """A `Mixtral` on a mesh. Every rank gathers one layer at a time for torch, and runs operations on its own shard."""
-
-    def __init__(self, model: Any, cache_dtype: torch.dtype | None = None) -> None:
-        super().__init__(model, cache_dtype)
-        ranks = self.ranks = model.ranks
-        self.shards: list[Shard] = ranks.all_gather_object(ranks.shard)
-        self.shapes, self.shard = parameter_shapes(self.config), ranks.shard
-        self.layers = _GatheredLayers(self)
-        self.lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.gather("lm_head", model.lm_head)
-
-    def check(self, layer: Any, x: Tensor, config: MixtralConfig) -> LayerCheck:
-        """The whole layer in torch; the calls of operations on this rank's shard."""
-        check, shard = super().check(layer, x, config), self.shard
-        values, queries, keys = check.values, shard.queries(config), shard.keys(config)
-        heads = values.heads[..., shard.qkv_rows(config)["q"]]
-        qkv = {"q": values.q[:, :, queries], "k": values.k[:, :, keys], "v": values.v[:, :, keys]}
-        values = values._replace(heads=heads, **qkv)
-        local_ids = partial(self.ranks.local_ids, experts=len(layer.local.down_proj))
-        local = LayerCheck(
-            values, layer.local, shard.config(config), check.tables, check.quantized, local_ids, check.coarse
-        )
-        check.calls, check.derive = local.calls, local.derive  # type: ignore[method-assign]
-        return check
-
-    @staticmethod
-    def operation(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
-        """The runtime's function without its checks, which would reject another rank's experts on a CPU."""
-        return lambda **kwargs: call_unchecked(OPS[name], OPS[name].bind(**kwargs))
-
-    def gather(self, name: str, weight: Any) -> Any:
-        """The whole parameter `name` (see `checkpoint.parameter_shapes`), of which this rank has `weight`."""
-        shape = self.shapes[name]
-        if tuple(weight.shape) == shape:
-            return weight
-        if isinstance(weight, Tensor):
-            return self._gather_plane(name, weight, 1)
-        whole = weight.spec.empty(shape, weight.device, _GatheredWeight)
-        codes = weight.codes
-        zeros = None if weight.zeros is None else self._gather_plane(name, weight.zeros, weight.group) - 128
-        put(whole, self._gather_plane(name, codes, 1), self._gather_plane(name, weight.scales, weight.group), zeros)
-        return whole
-
-    def _gather_plane(self, name: str, local: Tensor, group: int) -> Tensor:
-        """One tensor of a parameter, with a value for each of its columns or for each `group` of them."""
-        if name == "lm_head":  # ranks may have one row more than others
-            return self.ranks.all_gather(local.t().contiguous(), self.config.vocab_size).t().contiguous()
-        *lead, columns = self.shapes[name]
-        whole = torch.empty(*lead, columns // group, dtype=local.dtype, device=local.device)
-        if local.is_floating_point():
-            whole.fill_(float("nan"))  # where no rank has a part
-        config, all_rows = self.config, qkv_rows(self.config)
-        for shard, part in zip(self.shards, self.ranks.gather(local.contiguous()), strict=True):
-            inner, experts, rows = shard.inner(config), shard.experts(config), shard.qkv_rows(config)
-            gate = torch.arange(inner.start, inner.stop)
-            indices: dict[str, Any] = {
-                "qkv_proj": torch.cat([torch.arange(x.start, x.stop) + all_rows[key].start for key, x in rows.items()]),
-                "o_proj": (..., slice(rows["q"].start // group, rows["q"].stop // group)),
-                "gate_up_proj": (experts, torch.cat((gate, gate + config.intermediate_size))),
-                "down_proj": (experts, ..., slice(inner.start // group, inner.stop // group)),
-            }
-            whole[indices[name.rpartition(".")[2]]] = part
-        return whole
-
-
-class _GatheredWeight(QuantizedWeight):
-    """A weight whose rows have each rank's scale for its part of their columns. No kernel reads it."""
-
-    def _check(self) -> None: ...
-
-
-class _GatheredLayers:
-    """The layers, each gathered when it is read. The last one is kept."""
-
-    def __init__(self, target: MeshUnderTest) -> None:
-        self.target = target
-        self.last: dict[int, Layer] = {}
-
-    def __len__(self) -> int:
-        return len(self.target.model.layers)
-
-    def __getitem__(self, index: int) -> Layer:
-        if index not in self.last:
-            self.last.clear()  # frees its memory first
-            local = self.target.model.layers[index]  # IndexError ends an iteration
-            weights: dict[str, Any] = {}
-            for name, weight in (*local.named_parameters(recurse=False), *local.named_children()):
-                whole = self.target.gather(f"layers.{index}.{name}", weight)
-                weights[name] = nn.Parameter(whole, requires_grad=False) if isinstance(whole, Tensor) else whole
-            layer = Layer(self.target.config, weights)
-            object.__setattr__(layer, "local", local)  # not as a submodule, whose weights would be the layer's
-            self.last[index] = layer
-        return self.last[index]

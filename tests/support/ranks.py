@@ -25,8 +25,6 @@ from mixtral_triton import KVCache, Mixtral, verify
 from mixtral_triton.checkpoint import tensors as checkpoint
 from mixtral_triton.model import parallel
 from mixtral_triton.quantize import QuantizedWeight
-from mixtral_triton.verification.models_under_test import MeshUnderTest
-from mixtral_triton.verification.report import Report
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "isend")
 SHORT_TIMEOUT = mock.patch.object(parallel, "TIMEOUT", timedelta(seconds=2))
@@ -160,9 +158,11 @@ def drawn(mesh: Any, folder: Path, ids: torch.Tensor, fault: Any = None) -> torc
     return model.generate(ids[:, :4], max_new_tokens=8, temperature=1.0)
 
 
-def everything(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> dict[str, Any]:
-    """Return what a model on the mesh computes, holds, reads and sends."""
-    model, read = load_counted(mesh, folder, **options)
+def everything(mesh: Any, folder: Path, ids: torch.Tensor, fault: Any = None) -> dict[str, Any]:
+    """Return what a model on the mesh computes, holds, reads and sends, on the last process with `fault(model)`."""
+    model, read = load_counted(mesh, folder)
+    if fault is not None and is_last_rank():
+        fault(model)
     found: dict[str, Any] = {"first": int(mesh.mesh.min()), "read": read}
     found |= {"logits": model(ids), "greedy": model.generate(ids[:, :4], max_new_tokens=8)}
     found |= {"turn": two_turns(model, ids), "scores": torch.stack(model.score(ids))}
@@ -173,7 +173,7 @@ def everything(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> di
     steps += [model(ids[:, t : t + 1], cache=cache) for t in range(6, ids.shape[1])]
     found["cached"], found["cache"] = torch.cat(steps, dim=1), sum(keys.nbytes for keys in cache.keys)
     found["bytes"] = kept_bytes(model)
-    found["alone"] = model(ids[1:])
+    found["one token"] = model(ids[:1, :1])
     return found
 
 
@@ -184,15 +184,19 @@ def kept_bytes(model: Mixtral) -> dict[str, int]:
     }
 
 
-def gathered_weights(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> tuple[Any, ...]:
-    """Return values and scales of each quantized weight, gathered from all ranks; the bytes here; the logits."""
-    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
-    assert model.ranks is not None
-    target = MeshUnderTest(model)
+def values_and_scales(model: Mixtral) -> dict[str, torch.Tensor]:
+    """Return the values of each quantized weight, and each one's scale, [2,...]."""
     quantized = {name: part for name, part in model.named_weights().items() if isinstance(part, QuantizedWeight)}
-    gathered = {name: target.gather(name, part) for name, part in quantized.items()}
-    values = {name: (weight.dequantize(), weight.scales) for name, weight in gathered.items()}
-    return values, kept_bytes(model), model(ids)
+    return {
+        name: torch.stack((weight.dequantize(), weight.scales.repeat_interleave(weight.group, -1).float()))
+        for name, weight in quantized.items()
+    }
+
+
+def quantized_parts(mesh: Any, folder: Path, ids: torch.Tensor, **options: Any) -> tuple[Any, ...]:
+    """Return this rank's shard, values and scales, bytes and logits."""
+    model: Any = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
+    return model.ranks.shard, values_and_scales(model), kept_bytes(model), model(ids)
 
 
 def read_and_kept(mesh: Any, folder: Path) -> tuple[int, int]:
@@ -276,14 +280,6 @@ def skip_broadcast(model: Mixtral) -> None:
     model.ranks.broadcast = lambda x: (broadcast(x.clone()), x)[1]  # type: ignore[method-assign,union-attr]
 
 
-def verified(mesh: Any, folder: Path, ids: torch.Tensor, fault: Any = None, **options: Any) -> Report:
-    """Return what `verify` finds after `fault(model)` has changed the weights of the last process."""
-    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh, **options)
-    if fault is not None and is_last_rank():
-        fault(model)
-    return verify(model, ids, folder=folder)
-
-
 def swap_gate_and_up(model: Mixtral) -> None:
     """Inject a loader's fault in one expert."""
     weight = model.layers[1].gate_up_proj[0]
@@ -295,6 +291,11 @@ def shift_heads(model: Mixtral) -> None:
     width = model.config.num_attention_heads * model.config.head_dim
     weight = model.layers[0].qkv_proj[:width]
     weight.copy_(weight.roll(model.config.head_dim, 0))
+
+
+def verified(mesh: Any, folder: Path) -> str:
+    model = Mixtral.from_pretrained(folder, "cpu", mesh=mesh)
+    return message(lambda: verify(model))
 
 
 def shift_experts(model: Mixtral) -> None:

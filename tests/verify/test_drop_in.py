@@ -1,6 +1,7 @@
 """verify of a transformers model finds faults of the drop-in in padded, packed and cached calls."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from transformers import AttentionMaskInterface
 from mixtral_triton import hf, ops, verify
 from mixtral_triton.hf import attention, modules
 from mixtral_triton.kernels.launching.launch import INTERPRETED
-from mixtral_triton.verification import drop_in
-from mixtral_triton.verification.models_under_test import TransformersUnderTest
+from mixtral_triton.verification.models_under_test import STATIC
+from mixtral_triton.verification.report import FP32
 from tests.support.faults import DTYPES, Inject
 
 IDS = torch.randint(1, 48, (2, 15), generator=torch.Generator().manual_seed(0))
@@ -69,7 +70,6 @@ first_row = lambda q, k, v, key_mask, window: (q, k, v, 0 * key_mask + key_mask[
 first_query = lambda q, k, v, key_mask, window: (q, k, v, key_mask - first_end(q.shape[2]), window)  # noqa: E731
 first_keys = lambda q, k, v, mask, window: keys_in(slice(q.shape[2]), q, k, v, mask, window)  # noqa: E731
 new_keys = lambda q, k, v, mask, window: keys_in(slice(-q.shape[2], None), q, k, v, mask, window)  # noqa: E731
-to_the_last_key = lambda q, k, v, mask, window: (q, k, v, mask[:, :, ::2] if mask.shape[2] > 2 else mask, window)  # noqa: E731
 cached = lambda k: {"attention_mask": None} if k["kv_length"] > k["q_length"] else {}  # noqa: E731
 last_slot = lambda k: {"q_offset": k["q_offset"] * 0 + k["kv_length"] - k["q_length"]}  # noqa: E731
 
@@ -78,95 +78,62 @@ def keys_in(part: slice, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, wind
     return q, k[:, :, part], v[:, :, part], key_mask[..., part], window
 
 
-def shift_attentions(found: Any, module: Any, q: Tensor, k: Tensor, *_: Any) -> Any:
-    out, weights = found
-    return out, weights if weights is None or q.shape[2] == k.shape[2] else weights.roll(-1, -1)
-
-
-def without_cache(patch: pytest.MonkeyPatch) -> None:
-    function = modules.with_mask
-    patch.setattr(modules, "with_mask", lambda *args: function(*args[:2], args[2] | {"use_cache": False}))
-
-
 def in_half(found: Any, *_: Any) -> Any:
     return found[0], found[1].half(), found[2]
 
 
-def probabilities(found: Any, *_: Any) -> Any:
-    return found[0].softmax(-1), *found[1:]
-
-
-# The operation and the case of the first wrong row, and the faults, written before any was tried. The model of a fault
-# with "window" in its name has one.
-FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
-    ("layer", "routes, whole text"): {
-        "routing weights of another dtype": result(modules.TritonRouter, "forward", in_half)
-    },
-    ("layer", "attention, whole text"): {"no window": attend("causal", no_window)},
-    ("layer", "attention, in chunks"): {
+# The case of the first wrong row, of a layer, and the faults. The model of a fault with "window" in its name has one.
+FAULTS: dict[str, dict[str, Inject]] = {
+    "routes, whole text": {"routing weights of another dtype": result(modules.TritonRouter, "forward", in_half)},
+    "attention, whole text": {"no window": attend("causal", no_window)},
+    "attention, in chunks": {
         "at a cache's first keys": attend("causal", first_keys),
         "new keys only": attend("causal", new_keys),
         "positions from 0": lambda patch: patch.setattr(modules.TritonRotaryEmbedding, "forward", rotary_from_zero),
         "offset of a window's keys ignored": mask_by(lambda _: {"kv_offset": 0}),
     },
-    ("call", "no mask, no cache"): {
-        "router probabilities for logits": result(modules.TritonRouter, "forward", probabilities)
-    },
-    ("call", "no mask, dynamic cache"): {
-        "attentions over a cache shifted": result(modules, "attention", shift_attentions)
-    },
-    ("call", "no mask, static cache"): {
-        "unwritten slots seen": static_by(last_slot),
-        "offset - 1": static_by(lambda k: {"q_offset": k["q_offset"] - 1}),
-        "first query's interval for all": attend("interval", first_query),
-        "offset 0": static_by(lambda k: {"q_offset": k["q_offset"] * 0}),
-    },
-    ("call", "packed, no cache"): {
+    "attention, packed": {
         "boundaries ignored": lambda patch: patch.setattr(attention, "is_causal_pattern", lambda function: True),
         "positions forgotten": mask_without(3),
-        "first row's positions for all": result(modules, "token_tables", lambda x, *_: (*x[:2], 0 * x[2] + x[2][:1])),
     },
-    ("call", "packed, the model's cache"): {"packed beside a cache": without_cache},
-    ("call", "left padding, no cache"): {
+    "attention, left padding": {
         "padding ignored": result(attention, "first_key", lambda *_: (True, None)),
         "one token of padding seen": result(attention, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
         "first row's padding for all": attend("interval", first_row),
+        "first query's interval for all": attend("interval", first_query),
         "no window beside padding": attend("interval", no_window),
-        "mask forgotten": mask_without(2),
     },
-    ("call", "left padding, dynamic cache"): {"padding of a cache ignored": mask_by(cached)},
-    ("call", "left padding, static cache"): {"padding ignored": static_by(lambda _: {"attention_mask": None})},
-    ("call", "right padding, no cache"): {"read at the last key": attend("interval", to_the_last_key)},
-    ("call", "a hole, no cache"): {
-        "a hole is an interval": result(attention, "first_key", lambda out, *_: (True, out[1]))
+    f"attention, {STATIC}": {
+        "unwritten slots seen": static_by(last_slot),
+        "offset - 1": static_by(lambda k: {"q_offset": k["q_offset"] - 1}),
+        "offset 0": static_by(lambda k: {"q_offset": k["q_offset"] * 0}),
+        "padding of a static cache ignored": static_by(lambda _: {"attention_mask": None}),
+        "padding of a cache ignored": mask_by(cached),
+        "mask forgotten": mask_without(2),
     },
 }
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("case", "fault"), [(case, fault) for case in FAULTS for fault in FAULTS[case]])
-def test_fault_in_the_drop_in(case: Any, fault: str, make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_in_the_drop_in(case: str, fault: str, make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     FAULTS[case][fault](monkeypatch)
     for dtype in DTYPES:
         model = make_hf(sliding_window=4 if "window" in fault else None).to(dtype)
         first = next(iter(verify(model, IDS).wrong), None)
-        assert first is not None and (first.op, first.case) == case, (dtype, first)
+        assert first is not None and (first.op, first.case) == ("layer", case), (dtype, first)
 
 
-@torch.no_grad()
-def wrong_calls(model: Any, monkeypatch: pytest.MonkeyPatch, change: Change) -> list[bool]:
-    """Whether each call's row is wrong where `change` has altered the applied model."""
-    apply, steps = hf.apply, lambda *part: lambda: None
-    with monkeypatch.context() as patch:
-        patch.setattr(drop_in.hf, "apply", lambda model: (apply(model), change(model)))
-        return [not row.ok for row in drop_in.compare_calls(TransformersUnderTest(model), IDS, steps)]
-
-
-def test_an_applied_model_that_is_3_percent_wrong_fails(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for factor, wrong in ((1.03, True), (1.003, False)):
-        scale = lambda module, args, out, factor=factor: out * factor  # noqa: E731
-        change = lambda model, scale=scale: model.lm_head.register_forward_hook(scale)  # noqa: E731
-        assert set(wrong_calls(make_hf(), monkeypatch, change)) == {wrong}
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("part", "dtypes"), [("self_attn", DTYPES), ("mlp", DTYPES), ("lm_head", DTYPES[:1])])
+def test_an_applied_model_that_is_3_percent_wrong_fails(part: str, dtypes: Any, make_hf: Any) -> None:
+    for dtype, factor in product(dtypes, (1.03, 1.0)):
+        scale = lambda _, args, out, f=factor: (out[0] * f, *out[1:]) if isinstance(out, tuple) else out * f  # noqa: E731
+        model = hf.apply(make_hf().to(dtype))
+        for name, module in model.named_modules():
+            if name.endswith(part):
+                module.register_forward_hook(scale)
+        assert bool(verify(model, IDS).wrong) == (factor != 1), (dtype, factor)
 
 
 ROUTERS: dict[str, Change] = {
@@ -176,17 +143,20 @@ ROUTERS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("fault", ROUTERS)
-def test_a_router_with_right_logits_and_wrong_routes_fails(fault: str, make_hf: Any, monkeypatch: Any) -> None:
-    hook = lambda module, args, out: ROUTERS[fault](*out)  # noqa: E731
-    change = lambda model: [layer.mlp.gate.register_forward_hook(hook) for layer in model.model.layers]  # noqa: E731
-    assert all(wrong_calls(make_hf(), monkeypatch, change))
+def test_a_router_with_right_logits_and_wrong_routes_fails(fault: str, make_hf: Any) -> None:
+    model = hf.apply(make_hf())
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, out: ROUTERS[fault](*out))
+    report = verify(model, IDS)
+    assert all(not row.ok for row in report.rows if row.case.startswith("routes, ")), str(report)
 
 
 @pytest.mark.slow
 def test_eps_of_the_norms_is_seen_in_16_bits(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     norm = lambda module, x: ops.rms_norm(x, module.weight, 1e-6)  # noqa: E731
     monkeypatch.setattr(modules.TritonRMSNorm, "forward", norm)
-    assert {row.op for row in verify(make_hf().bfloat16(), IDS).wrong} == {"call"}
+    wrong = verify(make_hf().bfloat16(), IDS).wrong
+    assert wrong and all(row.case.endswith(FP32) for row in wrong)
 
 
 @pytest.mark.parametrize("parameters", [["mlp.experts.gate_up_proj"], ["mlp.gate.weight"], None], ids=str)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import Mixtral, MixtralConfig, quantize, verification, verify
+from mixtral_triton import Mixtral, MixtralConfig, quantize, verify
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import layouts
 from mixtral_triton.verification import layers
-from mixtral_triton.verification import models_under_test as models
 from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
 from mixtral_triton.verification.stored_tensors import decode
 from mixtral_triton.verification.tolerance import token_floor
@@ -148,17 +146,6 @@ def test_right_layout(layout: str, tmp_path: Path) -> None:
 def test_act_order_is_decoded(off: int) -> None:
     parts, meaning = hub.gptq(32, off, reorder=True)(16, 64, np.random.default_rng(0))
     assert torch.equal(decode(parts, hub.gptq_config(32, off)), meaning)
-
-
-def test_one_gathered_layer_at_a_time(dense: Path, monkeypatch: Patch) -> None:
-    """On a mesh each layer is gathered when it is read: none is alive when the next one is."""
-    target = ModelUnderTest(random_model(num_hidden_layers=3, max_position_embeddings=4200))
-    gathered = one_at_a_time(monkeypatch, models, "Layer")
-    ranks = SimpleNamespace(model=target.model, config=target.config, gather=lambda name, weight: weight.detach() + 0)
-    target.layers = models._GatheredLayers(ranks)  # type: ignore[arg-type]
-    with torch.no_grad():
-        report = verification._verify(target, IDS[:, :4], None, None, True, None)
-    assert not report.wrong and len(gathered) >= 6
 
 
 def test_one_layer_is_in_fp32_at_a_time_and_references_keep_no_more_than_they_hold(monkeypatch: Patch) -> None:

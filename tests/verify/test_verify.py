@@ -61,7 +61,7 @@ def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_h
     state, steps = {name: x.clone() for name, x in model.state_dict().items()}, dict[str, list[int]]()
     report = verify(model, IDS[:, :10], lambda done, total, part: steps.setdefault(part, [total]).append(done))
     assert report.ok and "transformers' own modules" in str(report), str(report)
-    assert all(done == list(range(total + 1)) for total, *done in steps.values()) and "calls of transformers" in steps
+    assert all(done == list(range(total + 1)) for total, *done in steps.values())
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in state.items())
     check_complete(report, model.config.num_hidden_layers)
     assert not hf.applied(model)
@@ -179,7 +179,7 @@ def test_report_names_every_kind_of_row_that_did_not_run(make_hf: Any) -> None:
     of_int8 = verify(small_model(), cache_dtype=torch.int8).not_run
     assert "caches of the model's dtype; needs no --cache-dtype" in of_int8
     assert not_run(verify(make_hf(), IDS[:, :10])) == {"kernels;", "experts", "generate;"}
-    assert not_run(verify(make_hf().bfloat16(), IDS[:, :15])) == {"kernels;", "layers", "generate;"}
+    assert not_run(verify(make_hf().bfloat16(), IDS[:, :15])) == {"kernels;", "generate;"}
 
 
 @once
