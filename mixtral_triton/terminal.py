@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 VARIABLE = "TRITON_INTERPRET"
 PIPED = 500  # columns without a terminal and without COLUMNS
@@ -70,31 +71,23 @@ def warning_lines(command: str | None) -> Iterator[None]:
         yield
 
 
-class Bar(NamedTuple):
-    advance: Callable[[int], object]  # by so much
-    update: Callable[..., None]  # to so much, of so much, of a part of the work where it has parts
+class Bar(tqdm):
+    """Progress on stderr, in a log only after a while. `total` None: unknown."""
 
+    def __init__(self, label: str, total: int | None = None, unit: str = "it") -> None:
+        seconds = 0.1 if sys.stderr is not None and sys.stderr.isatty() else INTERVAL
+        options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False}
+        options |= {"mininterval": seconds, "delay": seconds, "miniters": 1, "disable": sys.stderr is None}
+        self.label = label
+        super().__init__(desc=label, total=total, **options)
 
-@contextmanager
-def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
-    """Show progress on stderr by tqdm, in a log only after a while. `total` None: unknown."""
-    from tqdm import tqdm  # here, since --help shows none
-
-    hidden, seconds = sys.stderr is None, INTERVAL
-    if not hidden and sys.stderr.isatty():
-        seconds = 0.1
-    options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
-    options |= {"mininterval": seconds, "delay": seconds, "miniters": 1}
-    with tqdm(desc=label, total=total, **options) as shown:
-
-        def update(done: int, total: int, part: str = "") -> None:
-            if done < shown.n:
-                shown.reset()  # a step of another part takes another time
-            shown.total = total
-            shown.set_description_str(f"{label} {part}", refresh=False)
-            shown.update(done - shown.n)
-
-        yield Bar(shown.update, update)
+    def set(self, done: int, total: int, part: str = "") -> None:
+        """Show that so much is done, of a part of the work where it has parts."""
+        if done < self.n:
+            self.reset()  # a step of another part takes another time
+        self.total = total
+        self.set_description_str(f"{self.label} {part}", refresh=False)
+        self.update(done - self.n)
 
 
 def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
@@ -141,8 +134,8 @@ def compile_shown(launch: Callable[..., object], model: Any, *args: Any) -> None
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .model.ahead import compile_ahead
 
-        with bar("compiling", None) as progress:
-            compile_ahead(model, lambda: launch(model, *args), progress.update)
+        with Bar("compiling") as progress:
+            compile_ahead(model, lambda: launch(model, *args), progress.set)
 
 
 def check_range(name: str, value: float, least: float, most: float | None = None, what: str = "") -> None:

@@ -18,7 +18,7 @@ import torch
 
 from ..checkpoint.arguments import check_positions
 from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
-from ..terminal import bar, check_writable, print_message
+from ..terminal import Bar, check_writable, print_message
 from .prompt import check_stdin, render
 from .text_stream import Text, Writer
 
@@ -131,12 +131,11 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
         if args.out:
             out = stack.enter_context(args.out.open("a", encoding="utf-8"))
             out.truncate(size)
-        progress = stack.enter_context(bar("generating", len(jobs)))
-        failed, count = False, len(done)
-        for index, result in _answers(args, writer, jobs, [*again, *range(len(done), len(jobs))]):
+        pending, failed = [*again, *range(len(done), len(jobs))], False
+        progress = stack.enter_context(Bar("generating", len(pending)))
+        for index, result in _answers(args, writer, jobs, pending):
             line = {"digest": jobs[index].digest, "id": jobs[index].id, **jobs[index].extra, **result}
             failed |= "error" in result
-            count = max(count, index + 1)
             if index < len(done):
                 done[index] = line
                 if index == again[-1]:
@@ -144,7 +143,7 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
                     out = stack.enter_context(args.out.open("a", encoding="utf-8"))
             else:
                 print(json.dumps(line), file=out, flush=True)
-            progress.update(count, len(jobs))
+            progress.update(1)
     return int(failed)
 
 

@@ -15,7 +15,7 @@ from ..model.cache import KVCache
 from ..model.generate import eos_ids
 from ..model.mixtral import Mixtral
 from ..model.sampling import Logprobs
-from ..terminal import bar, check_range, compile_shown, print_message
+from ..terminal import Bar, check_range, compile_shown, print_message
 from .prompt import Decoder, encode, select_options, speed_of
 
 NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more
@@ -94,12 +94,12 @@ class Writer:
         text, times, printed = Text(self, after), [time.perf_counter()], 0
         print(shown or "", end="", flush=True)
         try:
-            with nullcontext() if shown is not None else bar("generating", n) as progress:
+            with nullcontext() if shown is not None else Bar("generating", n) as progress:
                 for (entry,) in steps:
                     times.append(time.perf_counter())
                     ended = text.add(entry)
                     if progress is not None:
-                        progress.advance(1)
+                        progress.update(1)
                     if ended:
                         break
                     part = "" if shown is None else text.final_part()
