@@ -54,9 +54,7 @@ def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], c
 
 
 def print_message(line: str) -> None:
-    """Print a line on stderr, if there is anything to say and anybody reads it. Other characters than text come from a
-    file, and a terminal would act on them: they are escaped."""
-    line = "".join(char if char.isprintable() or char in "\r\n\t" else ascii(char)[1:-1] for char in line)
+    """Print a line on stderr, if there is anything to say and anybody reads it."""
     if line:
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
@@ -93,26 +91,23 @@ class Bar(tqdm):
 def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
     """Return the message with the nearest of the names that it lists behind the wrong one, if one is near; behind an
     unknown option the nearest of `options`."""
-    listed = re.search(r"'([^']+)'[^']*\b(?:one of|choose from) (?:sm_80 or later: )?(.+)", message)
-    unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
-    typed, names = unknown[1] if unknown else "", [*options]
-    if listed:
-        typed, names = listed[1], re.split(r", (?:or )?", re.sub(r"[')]", "", listed[2]))
-    by_text = {name.lower(): name for name in names}
-    near = get_close_matches(typed.lower(), by_text, 1)
-    return f"{message}; did you mean {by_text[near[0]]}?" if near else message
+    pattern = r"'([^']+)'[^']*\b(?:one of|choose from) (.+)|unrecognized arguments: (--[^\s=]+)"
+    if not (wrong := re.search(pattern, message)):
+        return message
+    listed = options if wrong[2] is None else (name.strip("' )") for name in wrong[2].split(","))
+    names = {name.lower(): name for name in listed}
+    near = get_close_matches((wrong[1] or wrong[3]).lower(), names, 1)
+    return f"{message}; did you mean {names[near[0]]}?" if near else message
 
 
 def exit_status(error: BaseException, command: str | None) -> int:
     """Report what ended a command in one line on stderr -> its exit status. An error that no input explains is a crash;
     in Python's development mode (`python -X dev`) it is raised again."""
-    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-        error = error.__context__  # rich turns the one into the other
     name, text = "mixtral-triton" if command is None else f"mixtral-triton {command}", " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno and not error.filename:  # standard output cannot be written
         with suppress(OSError, ValueError):  # Python writes what is left as it ends, and must not fail there again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # of which rich exits
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
         start = "\r" if sys.stderr.isatty() else ""  # over the terminal's ^C

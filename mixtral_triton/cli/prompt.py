@@ -71,7 +71,7 @@ def encode(tokenizer: Any, text: str, vocab_size: int, add_special_tokens: bool 
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer makes {made} of {text!r:.40}, needs {need}")
     marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
     if twice := {token for token, added in marked if added} & {token for token, added in marked if not added}:
-        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(twice)))
+        names = escape(", ".join(tokenizer.convert_ids_to_tokens(sorted(twice))), 200)
         warnings.warn(f"the prompt holds {names}, which the tokenizer adds, too", stacklevel=2)
     return ids
 
