@@ -19,7 +19,7 @@ import torch
 from ..checkpoint.arguments import check_positions
 from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
 from ..terminal import Bar, check_writable, print_message
-from .prompt import check_stdin, render
+from .prompt import render
 from .text_stream import Text, Writer
 
 BATCH = 32  # the most sequences of a batch without --batch-size
@@ -47,8 +47,9 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
     if args.prompt or args.chat or args.system is not None:
         raise ValueError("--batch FILE has the prompts and messages: needs neither --prompt, --chat nor --system")
     if isinstance(args.batch, str):
-        check_stdin("--batch -", "a file")
-        opened: Any = nullcontext(getattr(sys.stdin, "buffer", sys.stdin))
+        if sys.stdin is None:  # as Python has it where it is closed
+            raise ValueError("--batch - reads standard input, which is closed: needs a file")
+        opened: Any = nullcontext(sys.stdin.buffer)
     else:
         if args.out is not None and args.out.exists() and args.out.samefile(args.batch):
             raise ValueError(f"--out {args.out} is the file of --batch, needs another")

@@ -17,10 +17,8 @@ PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /de
 def read_prompt(prompts: Sequence[str | Path]) -> str:
     """Return the text of `--prompt TEXT`, `--prompt -` (standard input) or `--prompt-file FILE` (a Path), without one
     newline at the end of an input or a file. ValueError unless one is given, which is not empty."""
-    if len(prompts) > 1:
-        raise ValueError("--prompt is given more than once: needs one text; `chat` answers several turns")
-    if not prompts:
-        raise ValueError("--prompt is missing: give a text, - to read standard input, or --prompt-file FILE")
+    if len(prompts) != 1:
+        raise ValueError(f"--prompt is given {len(prompts)} times: needs one text, - (standard input) or --prompt-file")
     (prompt,) = prompts
     if isinstance(prompt, Path):
         return read_text(prompt, f"--prompt-file {prompt}", strip=True)
@@ -30,23 +28,15 @@ def read_prompt(prompts: Sequence[str | Path]) -> str:
 def read_text(source: str | Path, name: str, strip: bool = False) -> str:
     """Return the text of a file, or of standard input ("-"), as it is, without a newline at its end if `strip`. `name`
     is the option in errors. ValueError for one that is empty, too long, or no text in UTF-8."""
-    if not isinstance(source, Path):
-        check_stdin(name, "a file (--prompt-file)" if strip else "a file")
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(newline="")  # a carriage return is part of a text
+    if source == "-" and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(newline="")  # a carriage return is part of a text
+    stdin = sys.stdin or io.StringIO()  # None: it is closed
     try:
-        opened = source.open(encoding="utf-8", newline="") if isinstance(source, Path) else nullcontext(sys.stdin)
-        with opened as file:
+        with source.open(encoding="utf-8", newline="") if isinstance(source, Path) else nullcontext(stdin) as file:
             text = file.read(PROMPT_CHARACTERS + 1)
     except UnicodeError:
         text = "\udcff"  # as Python reads what is no text, in an argument
     return _check(text.removesuffix("\n").removesuffix("\r") if strip and text.endswith("\n") else text, name)
-
-
-def check_stdin(name: str, need: str) -> None:
-    """Raise ValueError where an option cannot read standard input."""
-    if sys.stdin is None:
-        raise ValueError(f"{name} reads standard input, which is closed: needs {need}")
 
 
 def _check(text: str, name: str) -> str:
