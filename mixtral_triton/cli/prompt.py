@@ -87,9 +87,9 @@ SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "mi
 HONOURED = {"max_new_tokens", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
 
 
-def select_options(args: Any) -> tuple[dict[str, Any], int | None, list[str]]:
+def select_options(args: Any) -> tuple[dict[str, Any], int | None, str]:
     """Return the options of sampling, given, in the folder's generation_config.json or default; the most new tokens, or
-    None; and notes on the file: what was taken, and the names of what changes transformers' texts and none here."""
+    None; and a note with the names of what changes transformers' texts and none here."""
     stored, defaults = dict[str, Any](), dict[str, Any]()
     if (Path(args.folder) / GENERATION_FILE).is_file():
         from transformers import GenerationConfig, logging
@@ -100,40 +100,25 @@ def select_options(args: Any) -> tuple[dict[str, Any], int | None, list[str]]:
         defaults = config._get_default_generation_params()
     explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     taken = defaults | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
-    values = {name: taken[name] for name in SAMPLING if name in taken and name not in explicit}
-    options = SAMPLING | values | explicit
-    samples = options["temperature"] != 0.0
-    used = {name: x for name, x in values.items() if x != SAMPLING[name] and (samples or name == "repetition_penalty")}
-    limit = args.max_new_tokens
-    if limit is None and (limit := stored.get("max_new_tokens")) is not None:
-        used["max_new_tokens"] = limit
-    notes = [f"{GENERATION_FILE} sets {', '.join(f'{name} {x}' for name, x in used.items())}"] if used else []
+    options = SAMPLING | {name: taken[name] for name in SAMPLING if name in taken} | explicit
+    limit = stored.get("max_new_tokens") if args.max_new_tokens is None else args.max_new_tokens
     unsupported = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING.keys()}
     changed = (name for name, value in unsupported.items() if (value != defaults[name] if name in defaults else value))
-    if ignored := escape(", ".join(changed), 400):
-        notes.append(f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}")
-    return options | {"top_k": options["top_k"] or None}, limit, notes  # 0: of all tokens
+    ignored = escape(", ".join(changed), 400)
+    note = f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}" if ignored else ""
+    return options | {"top_k": options["top_k"] or None}, limit, note  # 0: of all tokens
 
 
-def speed_of(times: Sequence[float], prompt_tokens: int, device: Any, reused: int = 0) -> tuple[dict[str, Any], str]:
-    """Return tokens per second (None without a token), and peak_bytes, which torch allocated on the GPU or the process
-    had resident; and a line that says so. times: of the start, and of each token. reused: the prompt's tokens that a
-    cache held."""
-    import resource
-
-    import torch
-
+def speed_of(times: Sequence[float], prompt_tokens: int, reused: int = 0) -> tuple[dict[str, Any], str]:
+    """Return the counts of a prompt's tokens and tokens per second, None without a token; and a line that says so.
+    times: of the start, and of each token. reused: the prompt's tokens that a cache held."""
     count, computed = len(times) - 1, prompt_tokens - reused
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
     prefill = computed / (times[1] - times[0]) if count > 0 else None
     decode = (count - 1) / (times[-1] - times[1]) if count > 1 else None
     speed: dict[str, Any] = {"prompt_tokens": prompt_tokens, "computed": computed, "reused": reused}
-    speed |= {"tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
-    speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "peak_bytes": peak}
+    speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
     first = f"prefill: {computed} tokens{f' and {reused} reused' if reused else ''}, {prefill or 0:.1f} tokens/s"
-    second = f"decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
-    return speed, f"{first}; {second}; peak of memory: {peak / 1e9:.2f} GB"
+    return speed, f"{first}; decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
 
 
 def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = False) -> str:

@@ -33,17 +33,17 @@ def check_options(args: argparse.Namespace) -> None:
 class Writer:
     """A model that continues texts with the options of a command.
 
-    notes  lines to print before the first text: `note`, and what generation_config.json sets
+    notes  lines to print before the first text: `note`, and what is ignored of generation_config.json
     limit  the most new tokens of a text: --max-new-tokens, else generation_config.json's, else None
     """
 
     def __init__(self, args: argparse.Namespace, model: Mixtral, note: str) -> None:
         self.args, self.model, self.tokenizer = args, model, model.tokenizer
         self.eos, self.dtype = eos_ids(None, model.config), args.cache_dtype or model.dtype
-        sampling, self.limit, notes = select_options(args)
+        sampling, self.limit, ignored = select_options(args)
         generator = torch.Generator(model.device).manual_seed(args.seed)
         self.options = sampling | {"generator": generator, "logprobs": args.logprobs}
-        self.notes = [*filter(None, (note, *notes))]
+        self.notes = [*filter(None, (note, ignored))]
 
     def encode(self, text: str, template: bool = False) -> list[int]:
         """Return the tokens of a prompt, or of the text of a chat template."""
@@ -112,7 +112,7 @@ class Writer:
             text.finish_reason = "interrupted"
         finally:
             print(end="" if shown is None else "\n", flush=True)
-        speed, line = speed_of(times, length, self.model.device, reused() if text.entries else 0)
+        speed, line = speed_of(times, length, reused() if text.entries else 0)
         return text.as_dict() | speed, f"{line}; finish_reason: {text.finish_reason}"
 
 
