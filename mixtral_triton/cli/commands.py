@@ -272,7 +272,9 @@ def _generate(args: argparse.Namespace) -> int:
     ids = writer.encode(prompt, template=args.chat)
     # A continuation follows the prompt on its line, an answer stands alone.
     shown, after = ("", []) if args.chat else (text, ids[-1:])
-    result, line = writer.write(ids, None if args.json else shown, after)
+    steps = writer.stream([ids], writer.new_tokens)
+    writer.begin(1, len(ids), len(ids) + writer.new_tokens)
+    result, line = writer.print_text(steps, len(ids), None if args.json else shown, after)
     if args.json:
         answer = {"role": "assistant", "content": result["text"]}
         print(json.dumps({"prompt": prompt, **result, **({"messages": [*messages, answer]} if args.chat else {})}))

@@ -126,19 +126,3 @@ def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = 
     special: with the text of special tokens."""
     start, whole = (tokenizer.decode(ids, skip_special_tokens=not special) for ids in (after, [*after, *tokens]))
     return whole[len(start) :]  # type: ignore[no-any-return]
-
-
-class Decoder:
-    """The text of tokens as they come, behind the tokens `after`. Only those are decoded again whose text may change:
-    the last ones, where they end in half a character, and as many before them."""
-
-    def __init__(self, tokenizer: Any, after: list[int]) -> None:
-        self.tokenizer, self.before, self.tail, self.text = tokenizer, after, list[int](), ""
-
-    def add(self, token: int) -> str:
-        """Return the text with one more token."""
-        self.tail.append(token)
-        text = self.text + (end := decode(self.tokenizer, self.before, self.tail))
-        if end and not end.endswith("\ufffd"):
-            self.before, self.tail, self.text = self.tail, [], text
-        return text

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mixtral_triton import Mixtral
 from mixtral_triton.cli.commands import SMALL
-from mixtral_triton.cli.prompt import Decoder, decode, encode, read_text
-from mixtral_triton.cli.text_stream import Writer
+from mixtral_triton.cli.prompt import decode, encode, read_text
+from mixtral_triton.cli.text_stream import Text, Writer
 from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import error_line, output, run, run_json
 
@@ -221,7 +221,7 @@ def test_no_part_of_a_stop_string_is_shown(case: str, shown: str | None, capsys:
     words = SimpleNamespace(decode=lambda ids, **_: b"".join(parts[id] for id in ids).decode(errors="replace"))
     options = SimpleNamespace(stop=stop, logprobs=None)
     writer: Any = SimpleNamespace(tokenizer=words, eos=(), args=options)
-    found, _ = Writer.print_text(writer, steps(), 1, shown, [], len(parts))
+    found, _ = Writer.print_text(writer, steps(), 1, shown, [])
     assert found["finish_reason"] == ("stop" if count < len(parts) or case in ENDS_LAST else "length")
     times.append(capsys.readouterr().out)
     assert found["tokens"] == list(range(count)) and found["text"] == want
@@ -235,11 +235,12 @@ def test_text_decoded_token_by_token_is_that_of_all_tokens(folder: Path) -> None
     tokenizer, calls = load_tokenizer(folder), list[int]()
     ids = tokenizer("Überall 两个 <s>naïve</s> 🙂 " * 40).input_ids[1:]
     words = SimpleNamespace(decode=lambda ids, **options: (calls.append(len(ids)), tokenizer.decode(ids, **options))[1])
-    decoder = Decoder(words, [])
+    writer: Any = SimpleNamespace(tokenizer=words, eos=(), args=SimpleNamespace(stop=[]))
+    text = Text(writer, [])
     for count, token in enumerate(ids, 1):
-        text = decoder.add(token)
-        assert text.rstrip("\ufffd") == decode(tokenizer, [], ids[:count]).rstrip("\ufffd")
-    assert "两个" in text and max(calls) < 16
+        text.add({"token": token})
+        assert text.text.rstrip("\ufffd") == decode(tokenizer, [], ids[:count]).rstrip("\ufffd")
+    assert "两个" in text.text and max(calls) < 16
 
 
 def test_command_ends_before_a_stop_string(folder: Path) -> None:
