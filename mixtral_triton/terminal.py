@@ -155,8 +155,8 @@ def check_writable(option: str, file: Path) -> None:
 
 
 def select_backend(args: argparse.Namespace, interpret: bool) -> str:
-    """Set TRITON_INTERPRET, before any kernel is imported -> a note to print; empty on a GPU, and where it was set.
-    `interpret`: without a GPU this command interprets the kernels rather than run the torch backend."""
+    """Set TRITON_INTERPRET, before any kernel is imported -> a note to print; empty on a GPU, and where the variable
+    decides. `interpret`: without a GPU this command interprets the kernels rather than run the torch backend."""
     requested, value = getattr(args, "interpret", False), os.environ.get(VARIABLE)
     on_cpu = args.device is not None and args.device.startswith("cpu")
     if requested and args.device is not None and not on_cpu:
@@ -166,11 +166,7 @@ def select_backend(args: argparse.Namespace, interpret: bool) -> str:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if requested:
         args.device = args.device or "cpu"
-    if value is not None:
-        from .kernels.launching.launch import INTERPRETED
-
-        if requested and not INTERPRETED:
-            raise ValueError(f"--interpret is given, and {VARIABLE}={value} is set: needs one of the two")
+    elif value is not None:
         return ""
     import torch  # after OPENBLAS_NUM_THREADS
 
