@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 VARIABLE = "TRITON_INTERPRET"
 PIPED = 500  # columns without a terminal and without COLUMNS
@@ -53,9 +54,7 @@ def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], c
 
 
 def print_message(line: str) -> None:
-    """Print a line on stderr, if there is anything to say and anybody reads it. Other characters than text come from a
-    file, and a terminal would act on them: they are escaped."""
-    line = "".join(char if char.isprintable() or char in "\r\n\t" else ascii(char)[1:-1] for char in line)
+    """Print a line on stderr, if there is anything to say and anybody reads it."""
     if line:
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
@@ -70,56 +69,45 @@ def warning_lines(command: str | None) -> Iterator[None]:
         yield
 
 
-class Bar(NamedTuple):
-    advance: Callable[[int], object]  # by so much
-    update: Callable[..., None]  # to so much, of so much, of a part of the work where it has parts
+class Bar(tqdm):
+    """Progress on stderr, in a log only after a while. `total` None: unknown."""
 
+    def __init__(self, label: str, total: int | None = None, unit: str = "it") -> None:
+        seconds = 0.1 if sys.stderr is not None and sys.stderr.isatty() else INTERVAL
+        options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False}
+        options |= {"mininterval": seconds, "delay": seconds, "miniters": 1, "disable": sys.stderr is None}
+        self.label = label
+        super().__init__(desc=label, total=total, **options)
 
-@contextmanager
-def bar(label: str, total: int | None, unit: str = "it") -> Iterator[Bar]:
-    """Show progress on stderr by tqdm, in a log only after a while. `total` None: unknown."""
-    from tqdm import tqdm  # here, since --help shows none
-
-    hidden, seconds = sys.stderr is None, INTERVAL
-    if not hidden and sys.stderr.isatty():
-        seconds = 0.1
-    options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "leave": False, "disable": hidden}
-    options |= {"mininterval": seconds, "delay": seconds, "miniters": 1}
-    with tqdm(desc=label, total=total, **options) as shown:
-
-        def update(done: int, total: int, part: str = "") -> None:
-            if done < shown.n:
-                shown.reset()  # a step of another part takes another time
-            shown.total = total
-            shown.set_description_str(f"{label} {part}", refresh=False)
-            shown.update(done - shown.n)
-
-        yield Bar(shown.update, update)
+    def set(self, done: int, total: int, part: str = "") -> None:
+        """Show that so much is done, of a part of the work where it has parts."""
+        if done < self.n:
+            self.reset()  # a step of another part takes another time
+        self.total = total
+        self.set_description_str(f"{self.label} {part}", refresh=False)
+        self.update(done - self.n)
 
 
 def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
     """Return the message with the nearest of the names that it lists behind the wrong one, if one is near; behind an
     unknown option the nearest of `options`."""
-    listed = re.search(r"'([^']+)'[^']*\b(?:one of|choose from) (?:sm_80 or later: )?(.+)", message)
-    unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
-    typed, names = unknown[1] if unknown else "", [*options]
-    if listed:
-        typed, names = listed[1], re.split(r", (?:or )?", re.sub(r"[')]", "", listed[2]))
-    by_text = {name.lower(): name for name in names}
-    near = get_close_matches(typed.lower(), by_text, 1)
-    return f"{message}; did you mean {by_text[near[0]]}?" if near else message
+    pattern = r"'([^']+)'[^']*\b(?:one of|choose from) (.+)|unrecognized arguments: (--[^\s=]+)"
+    if not (wrong := re.search(pattern, message)):
+        return message
+    listed = options if wrong[2] is None else (name.strip("' )") for name in wrong[2].split(","))
+    names = {name.lower(): name for name in listed}
+    near = get_close_matches((wrong[1] or wrong[3]).lower(), names, 1)
+    return f"{message}; did you mean {names[near[0]]}?" if near else message
 
 
 def exit_status(error: BaseException, command: str | None) -> int:
     """Report what ended a command in one line on stderr -> its exit status. An error that no input explains is a crash;
     in Python's development mode (`python -X dev`) it is raised again."""
-    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-        error = error.__context__  # rich turns the one into the other
     name, text = "mixtral-triton" if command is None else f"mixtral-triton {command}", " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno and not error.filename:  # standard output cannot be written
         with suppress(OSError, ValueError):  # Python writes what is left as it ends, and must not fail there again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # of which rich exits
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
         start = "\r" if sys.stderr.isatty() else ""  # over the terminal's ^C
@@ -141,8 +129,8 @@ def compile_shown(launch: Callable[..., object], model: Any, *args: Any) -> None
     if model.device.type == "cuda":  # a CPU needs no compiler
         from .model.ahead import compile_ahead
 
-        with bar("compiling", None) as progress:
-            compile_ahead(model, lambda: launch(model, *args), progress.update)
+        with Bar("compiling") as progress:
+            compile_ahead(model, lambda: launch(model, *args), progress.set)
 
 
 def check_range(name: str, value: float, least: float, most: float | None = None, what: str = "") -> None:
@@ -167,8 +155,8 @@ def check_writable(option: str, file: Path) -> None:
 
 
 def select_backend(args: argparse.Namespace, interpret: bool) -> str:
-    """Set TRITON_INTERPRET, before any kernel is imported -> a note to print; empty on a GPU, and where it was set.
-    `interpret`: without a GPU this command interprets the kernels rather than run the torch backend."""
+    """Set TRITON_INTERPRET, before any kernel is imported -> a note to print; empty on a GPU, and where the variable
+    decides. `interpret`: without a GPU this command interprets the kernels rather than run the torch backend."""
     requested, value = getattr(args, "interpret", False), os.environ.get(VARIABLE)
     on_cpu = args.device is not None and args.device.startswith("cpu")
     if requested and args.device is not None and not on_cpu:
@@ -178,11 +166,7 @@ def select_backend(args: argparse.Namespace, interpret: bool) -> str:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if requested:
         args.device = args.device or "cpu"
-    if value is not None:
-        from .kernels.launching.launch import INTERPRETED
-
-        if requested and not INTERPRETED:
-            raise ValueError(f"--interpret is given, and {VARIABLE}={value} is set: needs one of the two")
+    elif value is not None:
         return ""
     import torch  # after OPENBLAS_NUM_THREADS
 

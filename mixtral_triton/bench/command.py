@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..kernels.operation.declaration import runs_on
 from ..kernels.registry import OPS
-from ..terminal import bar, check_known, check_writable, console, table_of
+from ..terminal import Bar, check_known, check_writable, console, table_of
 from . import measure
 from .cases import cases
 from .gpus import GPU, parse_gpu
@@ -48,12 +48,12 @@ def run(args: argparse.Namespace) -> int:
         about = {name: getattr(gpu, name) for name in ("name", "source", "bandwidth", "matmul", "arch")}
         print(json.dumps({"kind": "gpu", **about, "torch": torch.__version__}), flush=True)
     rows: list[Row] = []
-    with bar("benchmarking", len(selected)) as progress:
+    with Bar("benchmarking", len(selected)) as progress:
         for _, group in groupby(measure.measure_rows(selected, gpu, peers, timer), key=lambda row: row.case.op.name):
             start = len(rows)
             for row in group:
                 rows.append(row)
-                progress.advance(1)
+                progress.update(1)
                 if args.json:
                     print(json.dumps({"kind": "row", **row.as_dict()}), flush=True)
             if not args.json:

@@ -23,7 +23,7 @@ from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..kernels.weights.packing import GROUPS
 from ..model.ahead import Progress, build, kernel_key, on_all_cores, source_of
-from ..terminal import Table, bar, check_known, console, table_of
+from ..terminal import Bar, Table, check_known, console, table_of
 from .sass import Loop, main_loops
 
 _WARPS, _THREADS, _REGISTERS = 64, 32, 65536  # of an SM: warps at most, threads of each, registers
@@ -275,9 +275,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command `compile` -> exit status: 1 where a kernel must not run."""
     status, out = 0, console()
     for arch in dict.fromkeys(args.arch):
-        with bar(f"compiling for {arch}", None) as progress:
+        with Bar(f"compiling for {arch}") as progress:
             ops, choices = args.ops or list(OPS), parse_choices("--at", args.at)
-            compiled = compile_ops(ops, arch, args.out, progress.update, args.kernel, choices)
+            compiled = compile_ops(ops, arch, args.out, progress.set, args.kernel, choices)
             rows = [binary.as_dict() for binary in compiled]
         faults = [row for row in rows if row["fault"]]
         status |= bool(faults)

@@ -101,7 +101,7 @@ def find_gpu(name: str) -> GPU | None:
 def parse_gpu(name: str) -> GPU:
     """Return the GPU of `--gpu`; ValueError that lists all of them for another name."""
     if (gpu := find_gpu(name)) is None:
-        raise ValueError(f"--gpu is {name!r}, needs one of sm_80 or later: {', '.join(gpu.name for gpu in _TABLE)}")
+        raise ValueError(f"--gpu is {name!r}, needs one of {', '.join(gpu.name for gpu in _TABLE)}, of sm_80 or later")
     return gpu
 
 

@@ -18,8 +18,8 @@ import torch
 
 from ..checkpoint.arguments import check_positions
 from ..checkpoint.config import CONFIG_FILES, TEXT_FILES
-from ..terminal import bar, check_writable, print_message
-from .prompt import check_stdin, render
+from ..terminal import Bar, check_writable, print_message
+from .prompt import render
 from .text_stream import Text, Writer
 
 BATCH = 32  # the most sequences of a batch without --batch-size
@@ -47,8 +47,9 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
     if args.prompt or args.chat or args.system is not None:
         raise ValueError("--batch FILE has the prompts and messages: needs neither --prompt, --chat nor --system")
     if isinstance(args.batch, str):
-        check_stdin("--batch -", "a file")
-        opened: Any = nullcontext(getattr(sys.stdin, "buffer", sys.stdin))
+        if sys.stdin is None:  # as Python has it where it is closed
+            raise ValueError("--batch - reads standard input, which is closed: needs a file")
+        opened: Any = nullcontext(sys.stdin.buffer)
     else:
         if args.out is not None and args.out.exists() and args.out.samefile(args.batch):
             raise ValueError(f"--out {args.out} is the file of --batch, needs another")
@@ -131,12 +132,11 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
         if args.out:
             out = stack.enter_context(args.out.open("a", encoding="utf-8"))
             out.truncate(size)
-        progress = stack.enter_context(bar("generating", len(jobs)))
-        failed, count = False, len(done)
-        for index, result in _answers(args, writer, jobs, [*again, *range(len(done), len(jobs))]):
+        pending, failed = [*again, *range(len(done), len(jobs))], False
+        progress = stack.enter_context(Bar("generating", len(pending)))
+        for index, result in _answers(args, writer, jobs, pending):
             line = {"digest": jobs[index].digest, "id": jobs[index].id, **jobs[index].extra, **result}
             failed |= "error" in result
-            count = max(count, index + 1)
             if index < len(done):
                 done[index] = line
                 if index == again[-1]:
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
                     out = stack.enter_context(args.out.open("a", encoding="utf-8"))
             else:
                 print(json.dumps(line), file=out, flush=True)
-            progress.update(count, len(jobs))
+            progress.update(1)
     return int(failed)
 
 

@@ -65,7 +65,7 @@ class Conversation:
         try:
             self._compile(ids)
             steps = self._steps(ids, n)
-            written, line = self.writer.print_text(steps, len(ids), shown, [], n, lambda: self._reused, True)
+            written, line = self.writer.print_text(steps, len(ids), shown, [], lambda: self._reused, True)
         finally:
             try:
                 if self.cache is not None:

@@ -21,7 +21,7 @@ from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from ..kernels.launching.arch import ARCHS
 from ..model.tokenizer import load_tokenizer
 from ..terminal import (
-    bar,
+    Bar,
     check_range,
     compile_shown,
     did_you_mean,
@@ -225,8 +225,8 @@ def _load(args: argparse.Namespace) -> Mixtral:
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     options: dict[str, Any] = {name: getattr(args, name) for name in OF_LOADING if name in args}
-    with bar("loading", total_bytes(read_headers(args.folder)), "B") as progress:
-        options["progress"] = progress.advance
+    with Bar("loading", total_bytes(read_headers(args.folder)), "B") as progress:
+        options["progress"] = progress.update
         model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, **options)
     if (free := free_memory(model.device)) is not None:
         print_message(f"mixtral-triton {args.command}: {in_decimal(free)} of {model.device} are free after loading")
@@ -242,8 +242,8 @@ def _verify(args: argparse.Namespace) -> int:
     print_message(note)
     compile_shown(launch_calls, model, quick, args.tokens, args.cache_dtype)
     options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
-    with bar("verifying", None) as progress:
-        report = verify(model, None, progress.update, quick=quick, **options)
+    with Bar("verifying") as progress:
+        report = verify(model, None, progress.set, quick=quick, **options)
     if args.json:
         print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
     else:
@@ -272,7 +272,9 @@ def _generate(args: argparse.Namespace) -> int:
     ids = writer.encode(prompt, template=args.chat)
     # A continuation follows the prompt on its line, an answer stands alone.
     shown, after = ("", []) if args.chat else (text, ids[-1:])
-    result, line = writer.write(ids, None if args.json else shown, after)
+    steps = writer.stream([ids], writer.new_tokens)
+    writer.begin(1, len(ids), len(ids) + writer.new_tokens)
+    result, line = writer.print_text(steps, len(ids), None if args.json else shown, after)
     if args.json:
         answer = {"role": "assistant", "content": result["text"]}
         print(json.dumps({"prompt": prompt, **result, **({"messages": [*messages, answer]} if args.chat else {})}))
@@ -323,8 +325,8 @@ def _quantize(args: argparse.Namespace) -> int:
     from ..quantize.write import write
 
     before = total_bytes(read_headers(args.folder))
-    with bar("quantizing", before, "B") as progress:
-        after = write(args.folder, args.out, args.weights, args.device, progress.advance)
+    with Bar("quantizing", before, "B") as progress:
+        after = write(args.folder, args.out, args.weights, args.device, progress.update)
     if args.json:
         sizes = {"bytes_before": before, "bytes": after}
         print(json.dumps({"folder": str(args.folder), "out": str(args.out), "weights": args.weights, **sizes}))

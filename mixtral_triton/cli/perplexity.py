@@ -14,7 +14,7 @@ import torch
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
 from ..model.score import score_padded
-from ..terminal import bar, check_range, compile_shown, console, print_message, table_of
+from ..terminal import Bar, check_range, compile_shown, console, print_message, table_of
 
 WINDOW = 2048  # the most tokens of a window that is not given
 # Options that change the model's numbers.
@@ -48,12 +48,12 @@ def measure(
 ) -> dict[str, Any]:
     """Return what `--json` prints of a text of `size` bytes."""
     nats, tokens = list[float](), 0
-    with bar(label, sum(end - start for start, _, end in spans)) as progress:
+    with Bar(label, sum(end - start for start, _, end in spans)) as progress:
         for start, counted, end in spans:
             scores = model.score([ids[start:end]], cache_dtype=cache_dtype)[0]
             nats.append(-float(scores[counted - start - 1 :].double().sum()))
             tokens += end - counted
-            progress.advance(end - start)
+            progress.update(end - start)
     mean = math.fsum(nats) / tokens
     bits = math.fsum(nats) / math.log(2) / size
     return {"tokens": tokens, "nats": mean, "perplexity": math.exp(min(mean, 700)), "bits_per_byte": bits}

@@ -17,10 +17,8 @@ PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /de
 def read_prompt(prompts: Sequence[str | Path]) -> str:
     """Return the text of `--prompt TEXT`, `--prompt -` (standard input) or `--prompt-file FILE` (a Path), without one
     newline at the end of an input or a file. ValueError unless one is given, which is not empty."""
-    if len(prompts) > 1:
-        raise ValueError("--prompt is given more than once: needs one text; `chat` answers several turns")
-    if not prompts:
-        raise ValueError("--prompt is missing: give a text, - to read standard input, or --prompt-file FILE")
+    if len(prompts) != 1:
+        raise ValueError(f"--prompt is given {len(prompts)} times: needs one text, - (standard input) or --prompt-file")
     (prompt,) = prompts
     if isinstance(prompt, Path):
         return read_text(prompt, f"--prompt-file {prompt}", strip=True)
@@ -30,23 +28,15 @@ def read_prompt(prompts: Sequence[str | Path]) -> str:
 def read_text(source: str | Path, name: str, strip: bool = False) -> str:
     """Return the text of a file, or of standard input ("-"), as it is, without a newline at its end if `strip`. `name`
     is the option in errors. ValueError for one that is empty, too long, or no text in UTF-8."""
-    if not isinstance(source, Path):
-        check_stdin(name, "a file (--prompt-file)" if strip else "a file")
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(newline="")  # a carriage return is part of a text
+    if source == "-" and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(newline="")  # a carriage return is part of a text
+    stdin = sys.stdin or io.StringIO()  # None: it is closed
     try:
-        opened = source.open(encoding="utf-8", newline="") if isinstance(source, Path) else nullcontext(sys.stdin)
-        with opened as file:
+        with source.open(encoding="utf-8", newline="") if isinstance(source, Path) else nullcontext(stdin) as file:
             text = file.read(PROMPT_CHARACTERS + 1)
     except UnicodeError:
         text = "\udcff"  # as Python reads what is no text, in an argument
     return _check(text.removesuffix("\n").removesuffix("\r") if strip and text.endswith("\n") else text, name)
-
-
-def check_stdin(name: str, need: str) -> None:
-    """Raise ValueError where an option cannot read standard input."""
-    if sys.stdin is None:
-        raise ValueError(f"{name} reads standard input, which is closed: needs {need}")
 
 
 def _check(text: str, name: str) -> str:
@@ -71,7 +61,7 @@ def encode(tokenizer: Any, text: str, vocab_size: int, add_special_tokens: bool 
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer makes {made} of {text!r:.40}, needs {need}")
     marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
     if twice := {token for token, added in marked if added} & {token for token, added in marked if not added}:
-        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(twice)))
+        names = escape(", ".join(tokenizer.convert_ids_to_tokens(sorted(twice))), 200)
         warnings.warn(f"the prompt holds {names}, which the tokenizer adds, too", stacklevel=2)
     return ids
 
@@ -97,9 +87,9 @@ SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "mi
 HONOURED = {"max_new_tokens", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
 
 
-def select_options(args: Any) -> tuple[dict[str, Any], int | None, list[str]]:
+def select_options(args: Any) -> tuple[dict[str, Any], int | None, str]:
     """Return the options of sampling, given, in the folder's generation_config.json or default; the most new tokens, or
-    None; and notes on the file: what was taken, and the names of what changes transformers' texts and none here."""
+    None; and a note with the names of what changes transformers' texts and none here."""
     stored, defaults = dict[str, Any](), dict[str, Any]()
     if (Path(args.folder) / GENERATION_FILE).is_file():
         from transformers import GenerationConfig, logging
@@ -110,40 +100,25 @@ def select_options(args: Any) -> tuple[dict[str, Any], int | None, list[str]]:
         defaults = config._get_default_generation_params()
     explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     taken = defaults | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
-    values = {name: taken[name] for name in SAMPLING if name in taken and name not in explicit}
-    options = SAMPLING | values | explicit
-    samples = options["temperature"] != 0.0
-    used = {name: x for name, x in values.items() if x != SAMPLING[name] and (samples or name == "repetition_penalty")}
-    limit = args.max_new_tokens
-    if limit is None and (limit := stored.get("max_new_tokens")) is not None:
-        used["max_new_tokens"] = limit
-    notes = [f"{GENERATION_FILE} sets {', '.join(f'{name} {x}' for name, x in used.items())}"] if used else []
+    options = SAMPLING | {name: taken[name] for name in SAMPLING if name in taken} | explicit
+    limit = stored.get("max_new_tokens") if args.max_new_tokens is None else args.max_new_tokens
     unsupported = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING.keys()}
     changed = (name for name, value in unsupported.items() if (value != defaults[name] if name in defaults else value))
-    if ignored := escape(", ".join(changed), 400):
-        notes.append(f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}")
-    return options | {"top_k": options["top_k"] or None}, limit, notes  # 0: of all tokens
+    ignored = escape(", ".join(changed), 400)
+    note = f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}" if ignored else ""
+    return options | {"top_k": options["top_k"] or None}, limit, note  # 0: of all tokens
 
 
-def speed_of(times: Sequence[float], prompt_tokens: int, device: Any, reused: int = 0) -> tuple[dict[str, Any], str]:
-    """Return tokens per second (None without a token), and peak_bytes, which torch allocated on the GPU or the process
-    had resident; and a line that says so. times: of the start, and of each token. reused: the prompt's tokens that a
-    cache held."""
-    import resource
-
-    import torch
-
+def speed_of(times: Sequence[float], prompt_tokens: int, reused: int = 0) -> tuple[dict[str, Any], str]:
+    """Return the counts of a prompt's tokens and tokens per second, None without a token; and a line that says so.
+    times: of the start, and of each token. reused: the prompt's tokens that a cache held."""
     count, computed = len(times) - 1, prompt_tokens - reused
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
     prefill = computed / (times[1] - times[0]) if count > 0 else None
     decode = (count - 1) / (times[-1] - times[1]) if count > 1 else None
     speed: dict[str, Any] = {"prompt_tokens": prompt_tokens, "computed": computed, "reused": reused}
-    speed |= {"tokens_per_second": count / (times[-1] - times[0]) if count > 0 else None}
-    speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "peak_bytes": peak}
+    speed |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
     first = f"prefill: {computed} tokens{f' and {reused} reused' if reused else ''}, {prefill or 0:.1f} tokens/s"
-    second = f"decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
-    return speed, f"{first}; {second}; peak of memory: {peak / 1e9:.2f} GB"
+    return speed, f"{first}; decode: {max(0, count - 1)} tokens, {decode or 0:.1f} tokens/s"
 
 
 def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = False) -> str:
@@ -151,19 +126,3 @@ def decode(tokenizer: Any, after: list[int], tokens: list[int], special: bool = 
     special: with the text of special tokens."""
     start, whole = (tokenizer.decode(ids, skip_special_tokens=not special) for ids in (after, [*after, *tokens]))
     return whole[len(start) :]  # type: ignore[no-any-return]
-
-
-class Decoder:
-    """The text of tokens as they come, behind the tokens `after`. Only those are decoded again whose text may change:
-    the last ones, where they end in half a character, and as many before them."""
-
-    def __init__(self, tokenizer: Any, after: list[int]) -> None:
-        self.tokenizer, self.before, self.tail, self.text = tokenizer, after, list[int](), ""
-
-    def add(self, token: int) -> str:
-        """Return the text with one more token."""
-        self.tail.append(token)
-        text = self.text + (end := decode(self.tokenizer, self.before, self.tail))
-        if end and not end.endswith("\ufffd"):
-            self.before, self.tail, self.text = self.tail, [], text
-        return text

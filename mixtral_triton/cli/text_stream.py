@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from ..model.cache import KVCache
 from ..model.generate import eos_ids
 from ..model.mixtral import Mixtral
 from ..model.sampling import Logprobs
-from ..terminal import bar, check_range, compile_shown, print_message
-from .prompt import Decoder, encode, select_options, speed_of
+from ..terminal import check_range, compile_shown, print_message
+from .prompt import decode, encode, select_options, speed_of
 
 NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more
 
@@ -33,17 +34,17 @@ def check_options(args: argparse.Namespace) -> None:
 class Writer:
     """A model that continues texts with the options of a command.
 
-    notes  lines to print before the first text: `note`, and what generation_config.json sets
+    notes  lines to print before the first text: `note`, and what is ignored of generation_config.json
     limit  the most new tokens of a text: --max-new-tokens, else generation_config.json's, else None
     """
 
     def __init__(self, args: argparse.Namespace, model: Mixtral, note: str) -> None:
         self.args, self.model, self.tokenizer = args, model, model.tokenizer
         self.eos, self.dtype = eos_ids(None, model.config), args.cache_dtype or model.dtype
-        sampling, self.limit, notes = select_options(args)
+        sampling, self.limit, ignored = select_options(args)
         generator = torch.Generator(model.device).manual_seed(args.seed)
         self.options = sampling | {"generator": generator, "logprobs": args.logprobs}
-        self.notes = [*filter(None, (note, *notes))]
+        self.notes = [*filter(None, (note, ignored))]
 
     def encode(self, text: str, template: bool = False) -> list[int]:
         """Return the tokens of a prompt, or of the text of a chat template."""
@@ -67,69 +68,64 @@ class Writer:
         self.notes = []
         compile_shown(launch_text, self.model, T, slots - T, self.args.cache_dtype, B, min(held, T - 1))
 
-    def write(self, ids: list[int], shown: str | None, after: list[int]) -> tuple[dict[str, Any], str]:
-        """Continue a prompt -> as `print_text`."""
-        steps = self.stream([ids], self.new_tokens)
-        self.begin(1, len(ids), len(ids) + self.new_tokens)
-        return self.print_text(steps, len(ids), shown, after, self.new_tokens)
-
     def print_text(
         self,
         steps: Iterator[list[dict[str, Any]]],
         length: int,
         shown: str | None,
         after: list[int],
-        n: int,
         reused: Callable[[], int] = lambda: 0,
         interruptible: bool = False,
     ) -> tuple[dict[str, Any], str]:
-        """Print at most n steps of a text as they come, behind `shown` (None: they are not printed) -> what `--json`
-        prints of it, and the line of its speed.
+        """Print the steps of a text as they come, behind `shown` (None: they are not printed) -> what `--json` prints
+        of it, and the line of its speed.
 
         length         of the prompt
-        after          the tokens before the text, as in `Decoder`
+        after          the tokens before the text, as in `Text`
         reused         how many of the prompt's tokens a cache held
         interruptible  Ctrl-C ends the text
         """
         text, times, printed = Text(self, after), [time.perf_counter()], 0
-        print(shown or "", end="", flush=True)
+        out = io.StringIO() if shown is None else sys.stdout
+        print(shown, end="", file=out, flush=True)
         try:
-            with nullcontext() if shown is not None else bar("generating", n) as progress:
-                for (entry,) in steps:
-                    times.append(time.perf_counter())
-                    ended = text.add(entry)
-                    if progress is not None:
-                        progress.advance(1)
-                    if ended:
-                        break
-                    part = "" if shown is None else text.final_part()
-                    print(part[printed:], end="", flush=True)
-                    printed = max(printed, len(part))
-            print("" if shown is None else text.text[printed:], end="")
+            for (entry,) in steps:
+                times.append(time.perf_counter())
+                if text.add(entry):
+                    break
+                part = text.final_part()
+                print(part[printed:], end="", file=out, flush=True)
+                printed = max(printed, len(part))
+            print(text.text[printed:], end="", file=out)
         except KeyboardInterrupt:
             if not interruptible:
                 raise
             text.finish_reason = "interrupted"
         finally:
-            print(end="" if shown is None else "\n", flush=True)
-        speed, line = speed_of(times, length, self.model.device, reused() if text.entries else 0)
+            print(file=out, flush=True)
+        speed, line = speed_of(times, length, reused() if text.entries else 0)
         return text.as_dict() | speed, f"{line}; finish_reason: {text.finish_reason}"
 
 
 class Text:
-    """A text as its tokens come, behind the tokens `after`, up to an EOS or a text of --stop.
+    """A text as its tokens come, behind the tokens `after`, up to an EOS or a text of --stop. Only those are decoded
+    again whose text may change: the last ones, where they end in half a character, and as many before them.
 
     text           that of the tokens, without the stop string
     finish_reason  "stop": an EOS or a stop string, "length", or "interrupted"
     """
 
     def __init__(self, writer: Writer, after: list[int]) -> None:
-        self.args, self.eos, self.decoder = writer.args, writer.eos, Decoder(writer.tokenizer, after)
+        self.args, self.eos, self.tokenizer = writer.args, writer.eos, writer.tokenizer
         self.entries, self.text, self.finish_reason = list[dict[str, Any]](), "", "length"
+        self.decoded, self.before, self.tail = "", after, list[int]()  # text, its last tokens, and those after it
 
     def add(self, entry: dict[str, Any]) -> bool:
         """Add what `--json` prints of a token -> whether the text ends with it."""
-        whole = self.decoder.add(entry["token"])
+        self.tail.append(entry["token"])
+        whole = self.decoded + (end := decode(self.tokenizer, self.before, self.tail))
+        if end and not end.endswith("\ufffd"):
+            self.decoded, self.before, self.tail = whole, self.tail, []
         ends = [whole.index(stop) for stop in self.args.stop if stop in whole]
         self.text = whole[: min(ends, default=len(whole))]
         self.entries.append(entry)  # last: Ctrl-C meanwhile leaves no token whose text is missing

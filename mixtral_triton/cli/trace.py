@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels.launching.launch import launch_context
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
-from ..terminal import bar, compile_shown, print_message, table_of
+from ..terminal import Bar, compile_shown, print_message, table_of
 
 
 class RouteRecorder(TorchDispatchMode):
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) 
     tokens = token_texts(model.tokenizer, args.prompt)
     print_message(note)
     compile_shown(launch_trace, model, len(ids))
-    with bar("tracing", model.config.num_hidden_layers) as progress:
-        result = trace(model, ids, tokens, progress.advance)
+    with Bar("tracing", model.config.num_hidden_layers) as progress:
+        result = trace(model, ids, tokens, progress.update)
     if args.json:
         print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **result.as_dict()}))
     else:

@@ -43,13 +43,13 @@ BAD_INPUT = {
     "verify --device cuda:99": "cuda:99",
     "verify --device cpu --tokens 4096": "needs 2 to 2048",
     **{f"{name} --device meta": "meta" for name in ("verify", "generate --prompt x", "trace --prompt x")},
-    "generate": "--prompt",
+    "generate": "--prompt is given 0 times",
     "generate --prompt ''": "--prompt is empty",
     "generate --prompt -": "--prompt - is empty",
     f"generate --prompt-file {SMALL / 'tokenizer.bin'}": "No such file",
     "generate --prompt-file 'a\nb'": "a b: No such file",
     "generate '--a\nb'": "unrecognized arguments: --a b",
-    "generate --prompt a --prompt b": "--prompt is given more than once",
+    "generate --prompt a --prompt b": "--prompt is given 2 times: needs one text, -",
     "generate --prompt a --system b": "--system is a message of a chat: needs --chat",
     f"{PROMPT} --max-new-tokens 5000": "max_position_embeddings",
     f"{PROMPT} --seed {1 << 64}": "--seed",
@@ -175,7 +175,7 @@ def test_a_harmful_folder_is_one_line(
 def test_a_prompt_without_an_end_or_of_other_bytes_is_refused(tmp_path: Path, monkeypatch: Any, seconds: None) -> None:
     monkeypatch.setattr(prompt, "PROMPT_CHARACTERS", 1000)
     monkeypatch.setattr("sys.stdin", None)  # as Python sets it where the descriptor is closed
-    assert "--prompt - reads standard input, which is closed" in error_line("generate --prompt -")
+    assert "--prompt - is empty" in error_line("generate --prompt -")
     line = error_line("generate --prompt-file /dev/zero --device cpu")
     assert "--prompt-file /dev/zero is longer than 1,000 characters" in line
     (tmp_path / "bytes").write_bytes(b"\xff")

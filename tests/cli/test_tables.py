@@ -83,10 +83,10 @@ def test_progress_is_drawn_on_a_terminal_and_in_a_log_after_a_while(monkeypatch:
         monkeypatch.setattr(stream, "isatty", lambda: terminal_at_hand)  # noqa: B023
         monkeypatch.setattr(terminal, "INTERVAL", interval)
         monkeypatch.setattr("sys.stderr", stream)
-        with terminal.bar("verifying", None) as progress:
+        with terminal.Bar("verifying") as progress:
             time.sleep(0.15)
             for done, total, part in ((1, 2, "weights"), (2, 2, "weights"), (1, 30, "layers"), (2, 30, "layers")):
-                progress.update(done, total, part)
+                progress.set(done, total, part)
                 time.sleep(0.15)
         shown = stream.getvalue()
         assert ("verifying layers:" in shown) == ("2/30" in shown) == ("2/2" in shown) == shows, shown

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mixtral_triton import Mixtral
 from mixtral_triton.cli.commands import SMALL
-from mixtral_triton.cli.prompt import Decoder, decode, encode, read_text
-from mixtral_triton.cli.text_stream import Writer
+from mixtral_triton.cli.prompt import decode, encode, read_text
+from mixtral_triton.cli.text_stream import Text, Writer
 from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import error_line, output, run, run_json
 
@@ -59,9 +59,9 @@ def test_command_answers_in_the_chat_template(folder: Path) -> None:
     messages.append({"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)})
     assert found["tokens"] == tokens.tolist() and found["messages"] == messages
     assert found["prompt"] == tokenizer.decode(ids[0]) and found["prompt_tokens"] == ids.shape[1]
-    assert found["prefill_tokens_per_second"] > 0 < found["decode_tokens_per_second"] and found["peak_bytes"] > 1e7
+    assert found["prefill_tokens_per_second"] > 0 < found["decode_tokens_per_second"]
     _, out, error = run(f"{ANSWER} --chat --prompt x", folder)
-    assert "[INST]" not in out and error.count("tokens/s") == 2 and "peak of memory" in error
+    assert "[INST]" not in out and error.count("tokens/s") == 2
 
 
 def test_a_token_that_the_text_holds_and_the_tokenizer_adds_is_reported(folder: Path) -> None:
@@ -139,16 +139,12 @@ def test_sampling_of_generation_config_is_the_default_of_the_command_line(folder
     assert "generation_config.json" not in error
     options = ["--temperature", "0.9", "--top-k", "7", "--top-p", "0.8", "--min-p", "0.02"]
     sampled, _, error = generate(folder, *options)
-    assert sampled != greedy and "generation_config.json" not in error
+    assert sampled != greedy
     write(folder, do_sample=True, temperature=0.9, top_k=7, top_p=0.8, min_p=0.02, num_beams=2)
     tokens, _, error = generate(folder)
     assert tokens == sampled
-    assert error.count("generation_config.json sets temperature 0.9, top_k 7, top_p 0.8, min_p 0.02\n") == 1
     assert error.count("generation_config.json sets what is not supported and is ignored: num_beams\n") == 1
-    tokens, _, error = generate(folder, "--temperature", "0")
-    assert tokens == greedy and "sets temperature" not in error
-    tokens, _, error = generate(folder, *options[:2])
-    assert tokens == sampled and "sets top_k 7, top_p 0.8, min_p 0.02\n" in error
+    assert generate(folder, "--temperature", "0")[0] == greedy and generate(folder, *options[:2])[0] == sampled
     ids = torch.tensor([0, *load_tokenizer(folder)(PROMPT, add_special_tokens=False).input_ids])
     library = Mixtral.from_pretrained(folder, "cpu").generate([ids], NEW)[0]
     assert library[len(ids) :].tolist() == greedy, "the library is greedy by default"
@@ -156,18 +152,12 @@ def test_sampling_of_generation_config_is_the_default_of_the_command_line(folder
     tokens, _, error = generate(folder)
     assert tokens == greedy and "generation_config.json" not in error
     write(folder, do_sample=True)
-    tokens, _, error = generate(folder)
-    assert (
-        tokens == generate(folder, "--temperature", "1", "--top-k", "50")[0]
-        and "sets temperature 1.0, top_k 50\n" in error
-    )
-    every, _, error = generate(folder, "--top-k", "0")
+    assert generate(folder)[0] == generate(folder, "--temperature", "1", "--top-k", "50")[0]
+    every, _, _ = generate(folder, "--top-k", "0")
     write(folder, do_sample=True, top_k=0)
     assert generate(folder)[0] == every == generate(folder, "--temperature", "1")[0]
     write(folder, repetition_penalty=1.3)
-    tokens, _, error = generate(folder)
-    assert "sets repetition_penalty 1.3\n" in error
-    assert tokens == generate(folder, "--repetition-penalty", "1.3", "--temperature", "0")[0] != greedy
+    assert generate(folder)[0] == generate(folder, "--repetition-penalty", "1.3", "--temperature", "0")[0] != greedy
     assert generate(folder, "--repetition-penalty", "1")[0] == greedy
 
 
@@ -230,9 +220,8 @@ def test_no_part_of_a_stop_string_is_shown(case: str, shown: str | None, capsys:
     # A tokenizer whose tokens are the parts of a text, of which some are half a character.
     words = SimpleNamespace(decode=lambda ids, **_: b"".join(parts[id] for id in ids).decode(errors="replace"))
     options = SimpleNamespace(stop=stop, logprobs=None)
-    model = SimpleNamespace(device=torch.device("cpu"))
-    writer: Any = SimpleNamespace(tokenizer=words, eos=(), args=options, model=model)
-    found, _ = Writer.print_text(writer, steps(), 1, shown, [], len(parts))
+    writer: Any = SimpleNamespace(tokenizer=words, eos=(), args=options)
+    found, _ = Writer.print_text(writer, steps(), 1, shown, [])
     assert found["finish_reason"] == ("stop" if count < len(parts) or case in ENDS_LAST else "length")
     times.append(capsys.readouterr().out)
     assert found["tokens"] == list(range(count)) and found["text"] == want
@@ -246,11 +235,12 @@ def test_text_decoded_token_by_token_is_that_of_all_tokens(folder: Path) -> None
     tokenizer, calls = load_tokenizer(folder), list[int]()
     ids = tokenizer("Überall 两个 <s>naïve</s> 🙂 " * 40).input_ids[1:]
     words = SimpleNamespace(decode=lambda ids, **options: (calls.append(len(ids)), tokenizer.decode(ids, **options))[1])
-    decoder = Decoder(words, [])
+    writer: Any = SimpleNamespace(tokenizer=words, eos=(), args=SimpleNamespace(stop=[]))
+    text = Text(writer, [])
     for count, token in enumerate(ids, 1):
-        text = decoder.add(token)
-        assert text.rstrip("\ufffd") == decode(tokenizer, [], ids[:count]).rstrip("\ufffd")
-    assert "两个" in text and max(calls) < 16
+        text.add({"token": token})
+        assert text.text.rstrip("\ufffd") == decode(tokenizer, [], ids[:count]).rstrip("\ufffd")
+    assert "两个" in text.text and max(calls) < 16
 
 
 def test_command_ends_before_a_stop_string(folder: Path) -> None:

@@ -232,9 +232,8 @@ def test_an_answer_takes_what_the_context_leaves_and_says_why_it_ends(whole_fold
         assert f"finish_reason: stop; {left}" in run(command, whole_folder)[2]
     config.write_text(json.dumps({"max_new_tokens": 2}))
     for other in (command, chat):
-        found, error = answer(other)
+        found, _ = answer(other)
         assert (found["finish_reason"], found["tokens"]) == ("length", tokens[:2])
-        assert "generation_config.json sets max_new_tokens 2" in error
     assert len(answer(chat, "--max-new-tokens", "3")[0]["tokens"]) == 3
 
 
@@ -257,7 +256,7 @@ def test_after_an_eos_the_next_turn_has_what_the_template_has(eos: str, chat_fol
 
 
 def test_the_prefill_rate_counts_computed_tokens_alone() -> None:
-    speed, line = speed_of([0.0, 2.0, 3.0], 100, torch.device("cpu"), reused=90)
+    speed, line = speed_of([0.0, 2.0, 3.0], 100, reused=90)
     assert speed["prefill_tokens_per_second"] == 5.0 and "prefill: 10 tokens and 90 reused, 5.0 tokens/s" in line
     assert speed["decode_tokens_per_second"] == 1.0
 
@@ -356,7 +355,7 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat_on_a_terminal(whole_folder: 
         read_until("function?\r\n")
         read_until("")  # of the answer
         os.write(ours, b"\x03")
-        assert "decode: 899 tokens" not in read_until("tokens/s; peak")
+        assert "decode: 899 tokens" not in read_until("tokens/s; finish")
         read_until("> ")
         os.write(ours, b"/undo\n")
         read_until("> ")
