@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .. import reference
 from ..launching.arch import family, max_multiprocessors
-from ..launching.full_tiles import full_tiles
 from ..launching.kernel_args import Rows
 from ..launching.launch import LaunchConfig, describe, is_overridden, launch, select_configs, target_arch
 from ..launching.pdl import prefetch_rows
@@ -72,7 +71,6 @@ PREFILL: Table[PrefillTile] = {
 }
 
 
-@full_tiles("BLOCK_T")
 @triton.jit(do_not_specialize=["T"])
 def linear_decode_kernel(
     x,  # Rows [T, H]
