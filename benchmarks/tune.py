@@ -26,8 +26,9 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.terminal import console, table_of
 
-# What may vary: tiles, how many tiles share a stretch of L2, and a decode's splits. SPLIT_K decides a result's bits.
-VARIED = ("BLOCK_", "GROUP_", "SPLITS")
+# What may vary: tiles, how many tiles share a stretch of L2, and a decode's splits. SPLIT_K decides a result's bits. A
+# tile of heads, experts, slots or units covers all of them; where another one must and does not, its result is wrong.
+VARIED = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "BLOCK_H", "GROUP_M", "SPLITS"}
 WARPS, STAGES = range(1, 17), range(1, 9)
 FASTER = 0.98  # of the time of the present configuration; a smaller gain is noise
 
@@ -43,14 +44,13 @@ class Candidate:
 
 
 def fixed_tiles(launch: Launch) -> set[str]:
-    """Return the tiles that do not vary, of a quantized weight also its depth, which the layout fixes."""
-    quantized = launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense"
-    return {*getattr(launch.fn, "full_tiles", ()), *(("BLOCK_K",) if quantized else ())}
+    """Return the tiles of a launch that do not vary: the depth of a quantized weight's, which the layout fixes."""
+    return {"BLOCK_K"} if launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense" else set()
 
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
     """Return the configurations one step away: a tile or the warps doubled or halved, one stage more or less."""
-    varied = {name: size for name, size in config.constexprs.items() if name.startswith(VARIED) and name not in fixed}
+    varied = {name: size for name, size in config.constexprs.items() if name in VARIED - fixed}
     steps = [(name, size) for name, now in varied.items() for size in (now // 2, now * 2) if size]
     configs = [replace(config, constexprs={**config.constexprs, name: size}) for name, size in steps]
     configs += [replace(config, num_warps=n) for n in (config.num_warps // 2, config.num_warps * 2) if n in WARPS]

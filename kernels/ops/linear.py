@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .. import reference
 from ..launching.arch import family, max_multiprocessors
-from ..launching.full_tiles import full_tiles
 from ..launching.kernel_args import Rows
 from ..launching.launch import LaunchConfig, describe, is_overridden, launch, select_configs, target_arch
 from ..launching.pdl import prefetch_rows
@@ -46,17 +45,14 @@ SKINNY_M_MAX = 64  # beyond it never
 # Each program reads all rows of x through L2: fewer weight rows give more programs, but x may take at most 0.3 of the
 # weight's bytes up to SKINNY_M, and half of them beyond, where four stages would leave room for one program an SM. On
 # AMD no size lies between.
-_DECODE_NVIDIA = (
-    DecodeTile(4, 16, 16, 256, 4, 4, "compiled: 72 registers, 612 FLOP"),
-    DecodeTile(9, 16, 32, 128, 4, 4, "compiled: 58 registers, 352 FLOP"),
-    DecodeTile(16, 16, 64, 128, 4, 4, "compiled: 64 registers, 551 FLOP"),
-    DecodeTile(32, 32, 64, 128, 4, 3, "compiled: 80 registers, 964 FLOP"),
-    DecodeTile(64, 64, 128, 64, 4, 3, "compiled: 168 registers, 2,081 FLOP"),
-)
 DECODE: Table[DecodeTile] = {
-    "sm_80": _DECODE_NVIDIA,
-    "sm_90": _DECODE_NVIDIA,
-    "sm_100": _DECODE_NVIDIA,
+    "sm_80": (
+        DecodeTile(4, 16, 16, 256, 4, 4, "compiled: 72 registers, 612 FLOP"),
+        DecodeTile(9, 16, 32, 128, 4, 4, "compiled: 58 registers, 352 FLOP"),
+        DecodeTile(16, 16, 64, 128, 4, 4, "compiled: 64 registers, 551 FLOP"),
+        DecodeTile(32, 32, 64, 128, 4, 3, "compiled: 80 registers, 964 FLOP"),
+        DecodeTile(64, 64, 128, 64, 4, 3, "compiled: 168 registers, 2,081 FLOP"),
+    ),
     "gfx942": (
         DecodeTile(16, 16, 16, 128, 4, 2, "compiled: 64 registers"),
         DecodeTile(64, 64, 16, 128, 4, 2, "compiled: 82 registers"),
@@ -70,14 +66,11 @@ DECODE: Table[DecodeTile] = {
 # Any number of rows in deterministic mode: one tile.
 PREFILL: Table[PrefillTile] = {
     "sm_80": (PrefillTile(0, 64, 64, 64, 4, 4, "compiled: 96 registers, 1,473 FLOP"),),
-    "sm_90": (PrefillTile(0, 64, 64, 64, 4, 4, "compiled: 96 registers, 1,473 FLOP"),),
-    "sm_100": (PrefillTile(0, 64, 64, 64, 4, 4, "compiled: 96 registers, 1,473 FLOP"),),
     "gfx942": (PrefillTile(0, 64, 64, 64, 4, 2, "compiled: 102 registers"),),
     "fp32": (PrefillTile(0, 32, 32, 32, 4, 2, "compiled: 64 registers"),),
 }
 
 
-@full_tiles("BLOCK_T")
 @triton.jit(do_not_specialize=["T"])
 def linear_decode_kernel(
     x,  # Rows [T, H]

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..launching.full_tiles import full_tiles
 from ..launching.kernel_args import Pointer, Rows, dense_rows
 from ..launching.launch import LaunchConfig, launch, select_configs
 from ..operation.call import operation
@@ -61,7 +60,6 @@ def apply_norm(values, scale, weight, dtype: tl.constexpr):
     return ((values * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
 
 
-@full_tiles("BLOCK_H")
 @triton.jit(do_not_specialize=["T"])
 def rms_norm_kernel(
     x,  # Rows [T, H]
@@ -193,7 +191,6 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     return y, total
 
 
-@full_tiles("BLOCK_H")
 @triton.jit(do_not_specialize=["T", "limit", "stride_ib"])
 def embed_rms_norm_kernel(
     ids_ptr,  # [B, T]

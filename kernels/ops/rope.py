@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..launching.full_tiles import full_tiles
 from ..launching.kernel_args import Heads
 from ..launching.launch import LaunchConfig, launch, select_configs
 from ..operation.call import operation
@@ -60,7 +59,6 @@ def _quantize_heads(
     tl.store(scale_ptr + offs_h * (stride_yh // D), scales, mask=exists)
 
 
-@full_tiles("BLOCK_HKV", "BLOCK_D")
 @triton.jit(do_not_specialize=["T", "C"])
 def append_kernel(
     k,  # Heads [B, T, Hkv, D]
@@ -113,7 +111,6 @@ def _rotate(
     tl.store(out + half, (high * cos + low * sin).to(dtype), mask=mask)
 
 
-@full_tiles("BLOCK_HQ", "BLOCK_HKV", "BLOCK_HALF")
 @triton.jit(do_not_specialize=["T", "P", "stride_pb", "stride_pt"])
 def rope_kernel(
     q,  # Heads [B, T, Hq, D]

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..launching.full_tiles import full_tiles
 from ..launching.kernel_args import Rows
 from ..launching.launch import LaunchConfig, launch, select_configs
 from ..launching.pdl import pdl_wait
@@ -66,7 +65,6 @@ def store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.conste
     tl.store(ids_ptr + out, ids, mask=mask)
 
 
-@full_tiles("BLOCK_E", "BLOCK_K")
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logits_ptr,  # [T, E]
@@ -121,7 +119,6 @@ def _products(y_ptr, values, scale, gate, weight, offs_h, H: tl.constexpr):
     return tl.sum(gate.to(tl.float32) * values[None, :], axis=1)
 
 
-@full_tiles("BLOCK_E", "BLOCK_K")
 @triton.jit(do_not_specialize=["T"])
 def gate_route_kernel(
     x,  # Rows [T, H]

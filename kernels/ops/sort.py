@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..launching.full_tiles import full_tiles
 from ..launching.kernel_args import Rows
 from ..launching.launch import LaunchConfig, launch, select_configs
 from ..operation.call import operation
@@ -48,7 +47,6 @@ def sort_by_expert_kernel(
     tl.store(offsets_ptr + expert + 1, base)
 
 
-@full_tiles("BLOCK_E", "BLOCK_S")
 @triton.jit(do_not_specialize=["N"])
 def gather_by_expert_kernel(
     ids_ptr,  # [N]

@@ -1,10 +1,10 @@
 """Tiles of products with a weight: the rows of the tables, how one is selected, and the tables of quantized weights,
 which linear and the experts share.
 
-A table has a tuple of tiles for each family of architectures, one for "fp32", which has no tensor cores at that
-precision (that of codes needs none: they multiply codes whatever x was), and where they differ one for "<family> fp32",
-"<family> pointers", "<family> deterministic", and "<family> 100 KB": its GPUs with less shared memory. Another tile is
-another row.
+A table has a tuple of tiles for each family of architectures but those that take another's (EARLIER), one for "fp32",
+which has no tensor cores at that precision (that of codes needs none: they multiply codes whatever x was), and where
+they differ one for "<family> fp32", "<family> pointers", "<family> deterministic", and "<family> 100 KB": its GPUs with
+less shared memory. Another tile is another row.
 
 A row's last column says where it comes from. "measured: FILE": a GPU measured it as the fastest in vLLM's or SGLang's
 kernel, for some number of tokens; benchmarks/tiles/measured.csv has the file. Its GROUP_M counts row tiles of all
@@ -56,17 +56,13 @@ class PrefillTile(NamedTuple):
 
 Tile = TypeVar("Tile")
 Table = Mapping[str, Sequence[Tile]]
+# By family, those whose tiles it takes from a table that has none of its own, the first first.
+EARLIER = {"sm_90": ("sm_80",), "sm_100": ("sm_90", "sm_80")}
 
 # Quantized weights. BLOCK_N counts gate and up rows together. No GPU has measured them in a kernel of these layouts:
 # selected by instructions per byte (decode) and FLOP per instruction (prefill). Registers bound the tiles of fp32, in
 # decode to 16 rows of x. The experts of up to 128 tokens take these, too. With 2 of 8 an expert then has 32 rows on
 # average, and where it has more than BLOCK_T reads its weight again, through L2.
-_DECODE_HOPPER = (
-    DecodeTile(16, 16, 64, 0, 4, 5, "compiled: 128 registers, 266 FLOP"),
-    DecodeTile(32, 32, 64, 0, 4, 4, "compiled: 168 registers, 498 FLOP"),
-    DecodeTile(64, 64, 64, 0, 4, 3, "compiled: 255 registers, 960 FLOP"),
-    DecodeTile(128, 64, 128, 0, 8, 3, "compiled: 236 registers, 978 FLOP"),
-)
 QUANTIZED_DECODE: Table[DecodeTile] = {
     "sm_80": (
         DecodeTile(16, 16, 128, 0, 8, 4, "compiled: 128 registers, 299 FLOP"),
@@ -74,8 +70,12 @@ QUANTIZED_DECODE: Table[DecodeTile] = {
         DecodeTile(64, 64, 64, 0, 4, 3, "compiled: 255 registers, 960 FLOP"),
         DecodeTile(128, 64, 128, 0, 8, 2, "compiled: 255 registers, 1,111 FLOP"),
     ),
-    "sm_90": _DECODE_HOPPER,
-    "sm_100": _DECODE_HOPPER,
+    "sm_90": (
+        DecodeTile(16, 16, 64, 0, 4, 5, "compiled: 128 registers, 266 FLOP"),
+        DecodeTile(32, 32, 64, 0, 4, 4, "compiled: 168 registers, 498 FLOP"),
+        DecodeTile(64, 64, 64, 0, 4, 3, "compiled: 255 registers, 960 FLOP"),
+        DecodeTile(128, 64, 128, 0, 8, 3, "compiled: 236 registers, 978 FLOP"),
+    ),
     "gfx942": (
         DecodeTile(16, 16, 32, 0, 4, 1, "compiled: 100 registers"),
         DecodeTile(64, 64, 32, 0, 8, 1, "compiled: 253 registers"),
@@ -93,15 +93,13 @@ QUANTIZED_DECODE: Table[DecodeTile] = {
     ),
 }
 # A unit's tile of a weight meets as many tiles of x as an element has codes, which take shared memory.
-_INT4_HOPPER = (
-    PrefillTile(0, 64, 128, 0, 4, 2, "compiled: 168 registers, 981 FLOP"),
-    PrefillTile(64, 128, 128, 0, 8, 2, "compiled: 168 registers, 2,356 FLOP"),
-)
 QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
     4: {
         "sm_80": (PrefillTile(0, 64, 128, 0, 8, 2, "compiled: 126 registers, 1,369 FLOP"),),
-        "sm_90": _INT4_HOPPER,
-        "sm_100": _INT4_HOPPER,
+        "sm_90": (
+            PrefillTile(0, 64, 128, 0, 4, 2, "compiled: 168 registers, 981 FLOP"),
+            PrefillTile(64, 128, 128, 0, 8, 2, "compiled: 168 registers, 2,356 FLOP"),
+        ),
         "gfx942": (
             PrefillTile(0, 64, 64, 0, 4, 2, "compiled: 164 registers"),
             PrefillTile(256, 128, 128, 0, 8, 1, "compiled: 154 registers"),
@@ -177,10 +175,11 @@ def least_rows(quantized: str | None, arch: str) -> int:
 
 def tiles_for(table: Table[Tile], dtype: torch.dtype, arch: str, variant: str = "") -> Sequence[Tile]:
     """Return the tiles of an architecture and dtype; `variant`: of "<family> <variant>" where the table has it."""
-    known = family(arch)
-    names = [f"{known} fp32", "fp32", known] if dtype == torch.float32 else [f"{known} {variant}", known]
-    if has_less_shared_memory(arch):
-        names.insert(-1, f"{known} 100 KB")
+    names = list[str]()
+    for known in (family(arch), *EARLIER.get(family(arch), ())):
+        names += [f"{known} fp32", "fp32", known] if dtype == torch.float32 else [f"{known} {variant}", known]
+        if has_less_shared_memory(arch):
+            names.insert(-1, f"{known} 100 KB")
     return next(table[name] for name in names if name in table)
 
 

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launching.full_tiles import full_tiles
 from ..launching.kernel_args import Groups, Rows
 from ..launching.launch import LaunchConfig, launch
 from .fp8 import FP8_MAX, LEAST_AMAX, Fp8Products
@@ -25,7 +24,6 @@ def _load_half(x_row, columns, K: tl.constexpr):
     return tl.load(x_row + columns, mask=columns < K, other=0.0).to(tl.float32)
 
 
-@full_tiles("BLOCK_U")
 @triton.jit(do_not_specialize=["N"])
 def quantize_rows_kernel(
     x,  # Rows [T, K], or [N, K] where TOP_K is 0

@@ -106,9 +106,7 @@ class OffloadedWeight(QuantizedWeight):
         self.format, self.group = getattr(like, "format", "dense"), getattr(like, "group", 0)
         stored = like.data
         E, *shape = stored.shape
-        if len({*self.on_host}) < len(self.on_host) or not {*self.on_host} <= {*range(E)}:
-            raise ValueError(f"OffloadedWeight: on_host is {list(on_host)!r:.80}, needs distinct experts of 0..{E - 1}")
-        if E and (size := stored[0].nbytes) % ALIGNMENT:
+        if (size := stored[0].nbytes) % ALIGNMENT:
             raise ValueError(f"OffloadedWeight: an expert's rows take {size} bytes, needs a multiple of {ALIGNMENT}")
         self.resident = torch.empty((E - len(self.on_host), *shape), dtype=stored.dtype, device=device)
         self.host = _pinned((len(self.on_host), *shape), stored.dtype, self.resident.device)
@@ -179,12 +177,12 @@ class OffloadedWeight(QuantizedWeight):
         if index == ():
             return self
         first, *inner = index if isinstance(index, tuple) else (index,)
-        experts = range(len(self))[first] if type(first) in (int, slice) else ()  # IndexError as a tensor's
-        if not isinstance(experts, int) and len(experts) != 1:
-            raise ValueError(f"OffloadedWeight: index is {index!r:.80}, needs a number or a slice that is one expert")
-        rows = self.rows(experts if isinstance(experts, int) else experts[0])
+        expert: Any = range(len(self))[first]  # IndexError as a tensor's
         if isinstance(first, slice):
-            rows, inner = rows[None], [slice(None), *inner]
+            (expert,) = expert  # ValueError for several
+            rows, inner = self.rows(expert)[None], [slice(None), *inner]
+        else:
+            rows = self.rows(expert)
         data = rows[tuple(inner)]
         data = data.to(self.device) if isinstance(index, int) else data
         if self.format == "dense":
@@ -257,27 +255,17 @@ class OffloadedWeight(QuantizedWeight):
 def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:
     """Return an unset parameter of `device` whose memory is the host's, pinned: kernels read it in place.
 
-    It is an ordinary tensor, which torch reads and writes as well. `on_host` marks it for `host_memory`.
+    It is an ordinary tensor, which torch reads and writes as well. A loader writes its `memory`, the host's tensor: a
+    copy to the device expects no address of the host.
     """
-    memory = _pinned(shape, dtype, device)
+    memory = host = _pinned(shape, dtype, device)
     if device.type == "cuda":  # the interface by which torch takes addresses of a device has no bf16
         layout = {"shape": shape, "typestr": f"<i{dtype.itemsize}", "data": (memory.data_ptr(), False), "version": 2}
         owner = SimpleNamespace(__cuda_array_interface__=layout, memory=memory)
         memory = torch.as_tensor(owner, device=device).view(dtype)
     parameter = torch.nn.Parameter(memory, requires_grad=False)
-    parameter.on_host = True  # type: ignore[attr-defined]
+    parameter.memory = host  # type: ignore[attr-defined]
     return parameter
-
-
-def host_memory(parameter: Any) -> Any:
-    """Return a parameter of `empty_on_host` as a tensor of the host, and another one as it is.
-
-    A loader writes it: a copy to the device expects no address of the host.
-    """
-    if getattr(parameter, "on_host", None) is not True or parameter.device.type != "cuda":
-        return parameter
-    memory = (ctypes.c_char * parameter.nbytes).from_address(parameter.data_ptr())
-    return torch.frombuffer(memory, dtype=parameter.dtype).view(parameter.shape)
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..kernels.weights.offload import host_memory
 from ..kernels.weights.packing import GROUPS
 from ..kernels.weights.quantized import QuantizedWeight
 from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, escape, read_index
@@ -231,7 +230,8 @@ def fill(
                 for name, stored in items:
                     target = destinations.get(name)
                     if target and target.is_kept and parameters[target.parameter].device.type != "meta":
-                        destination = host_memory(parameters[target.parameter])[target.index]
+                        parameter = parameters[target.parameter]
+                        destination = getattr(parameter, "memory", parameter)[target.index]  # `empty_on_host`
                         _fill(opened.get_slice(name), name, stored, target, destination, progress, quantizer)
 
 

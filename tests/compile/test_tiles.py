@@ -46,6 +46,10 @@ class Row(NamedTuple):
 
 def rows() -> Iterator[Row]:
     for table, by_name in TABLES.items():
+        for family, (earlier, *_) in tiles.EARLIER.items():
+            if family not in by_name:
+                taken = {name: found for name, found in by_name.items() if name.startswith(earlier)}
+                by_name = {name.replace(earlier, family): found for name, found in taken.items()} | by_name
         pairs = sorted((tile, name) for name, found in by_name.items() for tile in found)
         for tile, group in groupby(pairs, key=lambda pair: pair[0]):
             yield Row(table, tile, [name for _, name in group])

@@ -109,7 +109,7 @@ def test_experts_in_host_memory_give_the_bits_of_resident_ones(weights: str | No
         logits = model(ids)
         assert all(torch.equal(model(ids), logits) for _ in range(repeats))
         found.append((logits, model.generate(ids, new)))
-    assert model.embed_tokens.on_host and all(map(torch.equal, found[0], found[1]))
+    assert hasattr(model.embed_tokens, "memory") and all(map(torch.equal, found[0], found[1]))
     assert all(map(torch.equal, found[0], found[2]))
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ...launching.full_tiles import full_tiles
 from ...launching.kernel_args import Heads, Pointer
 from ...launching.pdl import pdl_wait
 from ...weights.composites import quantized_vectors
@@ -65,7 +64,6 @@ def _scale_offset(b, head, stride_b, stride_h, D: tl.constexpr):
     return b * (stride_b // D) + head * (stride_h // D)
 
 
-@full_tiles("BLOCK_D")
 @triton.jit(do_not_specialize=["T", "S", "C"])
 def attention_prefill_kernel(
     q,  # Heads [B, T, Hq, D]
@@ -192,7 +190,6 @@ def _append_newest_key(
     return Softmax(acc, tl.where(active, score, largest), tl.where(active, 1.0, total))
 
 
-@full_tiles("BLOCK_D", "BLOCK_M")
 @triton.jit(do_not_specialize=["T", "S", "P", "SPLITS"])
 def attention_decode_kernel(
     q,  # Heads [B, T, Hq, D]
@@ -273,7 +270,6 @@ def attention_decode_kernel(
         tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
 
 
-@full_tiles("BLOCK_D")
 @triton.jit
 def attention_combine_kernel(
     part_ptr,  # [rows, SPLITS, D] fp32

@@ -55,40 +55,6 @@ class AttentionTile(NamedTuple):
 Table = Mapping[str, Sequence[AttentionTile]]
 # None spills a register; on AMD none spills a scalar register into a vector one. A short window takes few queries,
 # since a tile sees window + BLOCK_M keys.
-_PREFILL_HOPPER = (
-    AttentionTile(128, 16, 32, 4, 2, heads="odd", T=16),
-    AttentionTile(128, 32, 32, 8, 2, heads="odd", T=32),
-    AttentionTile(128, 64, 64, 8, 2, heads="odd"),
-    AttentionTile(128, 64, 128, 4, 1, heads="overlapped"),
-    # Heads of 16 and 32: without wgmma, on which ptxas crashes with Triton 3.6 and no window.
-    AttentionTile(32, 16, 64, 4, 2, T=16),
-    AttentionTile(32, 32, 64, 4, 2),
-    # Padded heads: ptxas of CUDA 12.8 and 12.9 crashes where 128 x 64 meets 128 keys, or 64 x 128 has 4 warps.
-    AttentionTile(64, 16, 64, 4, 3, T=16, window=256),
-    AttentionTile(64, 32, 64, 4, 3, T=32, window=256),
-    AttentionTile(64, 64, 64, 4, 3, window=256),
-    AttentionTile(64, 16, 128, 4, 3, T=16),
-    AttentionTile(64, 64, 128, 4, 3, T=64),
-    AttentionTile(64, 128, 64, 8, 3, heads="padded"),
-    AttentionTile(64, 128, 128, 8, 3),
-    AttentionTile(128, 16, 64, 4, 2, T=16, window=256),
-    AttentionTile(128, 32, 64, 4, 2, T=32, window=256),
-    AttentionTile(128, 64, 64, 8, 2, heads="padded", window=256),
-    AttentionTile(128, 64, 64, 4, 2, window=256),
-    AttentionTile(128, 16, 128, 4, 2, T=16),
-    AttentionTile(128, 64, 64, 8, 2, heads="padded", T=64),
-    AttentionTile(128, 64, 128, 4, 2, T=64),
-    AttentionTile(128, 128, 128, 8, 2),
-    AttentionTile(256, 64, 32, 8, 2),
-)
-_PREFILL_HOPPER_FP32 = (
-    AttentionTile(64, 16, 32, 4, 1, T=16),
-    AttentionTile(64, 32, 32, 4, 1, T=32),
-    AttentionTile(64, 64, 32, 8, 1),
-    AttentionTile(128, 16, 16, 4, 1, T=16),
-    AttentionTile(128, 32, 16, 8, 1),
-    AttentionTile(256, 16, 32, 8, 1),
-)
 PREFILL: Table = {
     "sm_80": (
         AttentionTile(128, 16, 32, 4, 3, T=16),
@@ -109,10 +75,40 @@ PREFILL: Table = {
         AttentionTile(256, 16, 16, 4, 1, T=16),
         AttentionTile(256, 32, 16, 8, 1),
     ),
-    "sm_90": _PREFILL_HOPPER,
-    "sm_90 fp32": _PREFILL_HOPPER_FP32,
-    "sm_100": _PREFILL_HOPPER,
-    "sm_100 fp32": _PREFILL_HOPPER_FP32,
+    "sm_90": (
+        AttentionTile(128, 16, 32, 4, 2, heads="odd", T=16),
+        AttentionTile(128, 32, 32, 8, 2, heads="odd", T=32),
+        AttentionTile(128, 64, 64, 8, 2, heads="odd"),
+        AttentionTile(128, 64, 128, 4, 1, heads="overlapped"),
+        # Heads of 16 and 32: without wgmma, on which ptxas crashes with Triton 3.6 and no window.
+        AttentionTile(32, 16, 64, 4, 2, T=16),
+        AttentionTile(32, 32, 64, 4, 2),
+        # Padded heads: ptxas of CUDA 12.8 and 12.9 crashes where 128 x 64 meets 128 keys, or 64 x 128 has 4 warps.
+        AttentionTile(64, 16, 64, 4, 3, T=16, window=256),
+        AttentionTile(64, 32, 64, 4, 3, T=32, window=256),
+        AttentionTile(64, 64, 64, 4, 3, window=256),
+        AttentionTile(64, 16, 128, 4, 3, T=16),
+        AttentionTile(64, 64, 128, 4, 3, T=64),
+        AttentionTile(64, 128, 64, 8, 3, heads="padded"),
+        AttentionTile(64, 128, 128, 8, 3),
+        AttentionTile(128, 16, 64, 4, 2, T=16, window=256),
+        AttentionTile(128, 32, 64, 4, 2, T=32, window=256),
+        AttentionTile(128, 64, 64, 8, 2, heads="padded", window=256),
+        AttentionTile(128, 64, 64, 4, 2, window=256),
+        AttentionTile(128, 16, 128, 4, 2, T=16),
+        AttentionTile(128, 64, 64, 8, 2, heads="padded", T=64),
+        AttentionTile(128, 64, 128, 4, 2, T=64),
+        AttentionTile(128, 128, 128, 8, 2),
+        AttentionTile(256, 64, 32, 8, 2),
+    ),
+    "sm_90 fp32": (
+        AttentionTile(64, 16, 32, 4, 1, T=16),
+        AttentionTile(64, 32, 32, 4, 1, T=32),
+        AttentionTile(64, 64, 32, 8, 1),
+        AttentionTile(128, 16, 16, 4, 1, T=16),
+        AttentionTile(128, 32, 16, 8, 1),
+        AttentionTile(256, 16, 32, 8, 1),
+    ),
     "gfx942": (
         AttentionTile(256, 16, 16, 4, 1, T=16),
         AttentionTile(256, 32, 16, 4, 1, T=32, window=256),
@@ -130,14 +126,6 @@ PREFILL: Table = {
     ),
 }
 # Keys in 8 bits, whose codes and numbers take registers side by side.
-_PREFILL_CODES_HOPPER = (
-    AttentionTile(256, 16, 32, 4, 2, T=16),
-    AttentionTile(128, 64, 64, 8, 2, heads="odd"),
-    AttentionTile(128, 64, 64, 8, 2, heads="padded"),
-    AttentionTile(128, 128, 64, 8, 2),
-    AttentionTile(256, 32, 32, 8, 2, heads="padded"),
-    AttentionTile(256, 64, 32, 8, 2),
-)
 PREFILL_CODES: Table = {
     "sm_80": (
         AttentionTile(256, 16, 32, 4, 2, T=16),
@@ -147,8 +135,14 @@ PREFILL_CODES: Table = {
         AttentionTile(256, 32, 32, 8, 2, heads="padded"),
         AttentionTile(256, 64, 32, 8, 2),
     ),
-    "sm_90": _PREFILL_CODES_HOPPER,
-    "sm_100": _PREFILL_CODES_HOPPER,
+    "sm_90": (
+        AttentionTile(256, 16, 32, 4, 2, T=16),
+        AttentionTile(128, 64, 64, 8, 2, heads="odd"),
+        AttentionTile(128, 64, 64, 8, 2, heads="padded"),
+        AttentionTile(128, 128, 64, 8, 2),
+        AttentionTile(256, 32, 32, 8, 2, heads="padded"),
+        AttentionTile(256, 64, 32, 8, 2),
+    ),
     "gfx942": (
         AttentionTile(256, 16, 16, 4, 1, T=16),
         AttentionTile(128, 16, 16, 8, 1, heads="odd"),
@@ -159,15 +153,12 @@ PREFILL_CODES: Table = {
     "gfx942 fp32": (AttentionTile(256, 16, 16, 8, 1),),
     "fp32": (AttentionTile(256, 16, 16, 8, 2),),
 }
-_DECODE_NVIDIA = (
-    AttentionTile(256, 0, 32, 4, 3, heads="odd"),
-    AttentionTile(128, 0, 64, 4, 3),
-    AttentionTile(256, 0, 32, 4, 3),
-)
 DECODE: Table = {
-    "sm_80": _DECODE_NVIDIA,
-    "sm_90": _DECODE_NVIDIA,
-    "sm_100": _DECODE_NVIDIA,
+    "sm_80": (
+        AttentionTile(256, 0, 32, 4, 3, heads="odd"),
+        AttentionTile(128, 0, 64, 4, 3),
+        AttentionTile(256, 0, 32, 4, 3),
+    ),
     "gfx942": (
         AttentionTile(256, 0, 16, 8, 2, heads="odd"),
         AttentionTile(256, 0, 16, 4, 2, heads="padded"),
@@ -181,17 +172,14 @@ DECODE: Table = {
     ),
     "fp32": (AttentionTile(256, 0, 16, 8, 2),),
 }
-_DECODE_CODES_NVIDIA = (
-    AttentionTile(256, 0, 32, 4, 2, heads="odd"),
-    AttentionTile(128, 0, 32, 4, 2, heads="padded"),
-    AttentionTile(64, 0, 64, 4, 2),
-    AttentionTile(128, 0, 128, 4, 1),
-    AttentionTile(256, 0, 32, 4, 2),
-)
 DECODE_CODES: Table = {
-    "sm_80": _DECODE_CODES_NVIDIA,
-    "sm_90": _DECODE_CODES_NVIDIA,
-    "sm_100": _DECODE_CODES_NVIDIA,
+    "sm_80": (
+        AttentionTile(256, 0, 32, 4, 2, heads="odd"),
+        AttentionTile(128, 0, 32, 4, 2, heads="padded"),
+        AttentionTile(64, 0, 64, 4, 2),
+        AttentionTile(128, 0, 128, 4, 1),
+        AttentionTile(256, 0, 32, 4, 2),
+    ),
     "gfx942": (
         AttentionTile(256, 0, 16, 8, 1, heads="odd"),
         AttentionTile(256, 0, 16, 4, 1, heads="padded"),

@@ -18,7 +18,6 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from ...launching.full_tiles import full_tiles
 from ...launching.pdl import pdl_wait, pdl_wait_first, prefetch_rows
 from ...weights.weight_args import (
     WeightRows,
@@ -78,7 +77,6 @@ def _compact(slots, match, rank, ranks):
     return tl.sum(tl.where(hit, slots[None, :], 0), axis=1).to(tl.int64)
 
 
-@full_tiles("BLOCK_S")
 @triton.jit(do_not_specialize=["N"])
 def experts_up_decode_kernel(
     x,  # Rows [T, H]
@@ -114,7 +112,6 @@ def experts_up_decode_kernel(
         tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@full_tiles("BLOCK_S")
 @triton.jit(do_not_specialize=["N"])
 def experts_down_decode_kernel(
     h_ptr,  # [N, I] by slot
@@ -247,7 +244,6 @@ def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
     tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < I)[None, :])
 
 
-@full_tiles("BLOCK_E")
 @triton.jit
 def experts_up_kernel(
     x,  # Rows [T, H]; where descriptors read only its scales are used, [N] in sorted order
@@ -291,7 +287,6 @@ def _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr):
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
 
 
-@full_tiles("BLOCK_E")
 @triton.jit
 def experts_down_kernel(
     h,  # Rows [N, I] in sorted order, without gaps; where descriptors read only its scales are used
@@ -321,7 +316,6 @@ def experts_down_kernel(
             _multiply_parts(rows, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
 
 
-@full_tiles("BLOCK_H")  # with a norm: it needs the full row
 @triton.jit(do_not_specialize=["N"])
 def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]

@@ -55,19 +55,17 @@ SPLIT_K = 4
 _H200 = "measured: E=8,N=2048,device_name=NVIDIA_H200.json"
 _A100 = "measured: E=8,N=3584,device_name=NVIDIA_A100-SXM4-80GB.json"
 _MI300X = "measured: E=8,N=4096,device_name=AMD_Instinct_MI300X.json"
-_DECODE_HOPPER = (
-    DecodeTile(24, 16, 64, 128, 4, 5, _H200),
-    DecodeTile(48, 32, 64, 128, 4, 4, "compiled: 164 registers, 846 FLOP"),
-    DecodeTile(64, 64, 64, 64, 4, 5, "compiled: 144 registers, 1,214 FLOP"),
-)
 DECODE: Table[DecodeTile] = {
     "sm_80": (
         DecodeTile(24, 16, 64, 128, 4, 4, _A100),
         DecodeTile(48, 32, 64, 128, 4, 4, "compiled: 164 registers, 846 FLOP"),
         DecodeTile(64, 64, 64, 64, 4, 4, "compiled: 164 registers, 1,111 FLOP"),
     ),
-    "sm_90": _DECODE_HOPPER,
-    "sm_100": _DECODE_HOPPER,
+    "sm_90": (
+        DecodeTile(24, 16, 64, 128, 4, 5, _H200),
+        DecodeTile(48, 32, 64, 128, 4, 4, "compiled: 164 registers, 846 FLOP"),
+        DecodeTile(64, 64, 64, 64, 4, 5, "compiled: 144 registers, 1,214 FLOP"),
+    ),
     "gfx942": (
         DecodeTile(24, 16, 64, 128, 2, 2, "measured: E=8,N=8192,device_name=AMD_Instinct_MI300X.json"),
         DecodeTile(48, 32, 64, 128, 8, 2, "measured: E=8,N=2048,device_name=AMD_Instinct_MI300X.json"),
@@ -82,16 +80,6 @@ DECODE: Table[DecodeTile] = {
 # Many tokens. Where TMA cannot read a weight, the larger tiles of later GPUs spill: "pointers". Each is as deep as
 # those of TMA: the depth is the order of a sum, and both give the same bits. Deterministic
 # mode takes the first tile for any number of tokens; where that is one for few, it has a table of its own.
-_TMA = (
-    PrefillTile(0, 64, 128, 64, 4, 4, "compiled: 106 registers, 2,570 FLOP"),
-    PrefillTile(64, 128, 256, 64, 8, 4, _H200, SHORT_M=64),
-    # Nobody has measured 192 rows, with which a third less of the weight crosses L2.
-    PrefillTile(112, 192, 256, 64, 8, 4, "compiled: 255 registers, 5,869 FLOP", SHORT_M=64),
-)
-_POINTERS = (
-    PrefillTile(0, 64, 128, 64, 4, 4, "compiled: 106 registers, 2,570 FLOP"),
-    PrefillTile(128, 64, 128, 64, 8, 3, "compiled: 60 registers, 1,394 FLOP"),
-)
 PREFILL: Table[PrefillTile] = {
     "sm_80": (
         PrefillTile(0, 32, 128, 128, 4, 4, _A100),
@@ -104,10 +92,16 @@ PREFILL: Table[PrefillTile] = {
         PrefillTile(512, 128, 128, 64, 8, 4, _A100),
     ),
     "sm_80 deterministic": (PrefillTile(0, 64, 128, 32, 4, 4, "compiled: 130 registers, 1,771 FLOP"),),
-    "sm_90": _TMA,
-    "sm_90 pointers": _POINTERS,
-    "sm_100": _TMA,
-    "sm_100 pointers": _POINTERS,
+    "sm_90": (
+        PrefillTile(0, 64, 128, 64, 4, 4, "compiled: 106 registers, 2,570 FLOP"),
+        PrefillTile(64, 128, 256, 64, 8, 4, _H200, SHORT_M=64),
+        # Nobody has measured 192 rows, with which a third less of the weight crosses L2.
+        PrefillTile(112, 192, 256, 64, 8, 4, "compiled: 255 registers, 5,869 FLOP", SHORT_M=64),
+    ),
+    "sm_90 pointers": (
+        PrefillTile(0, 64, 128, 64, 4, 4, "compiled: 106 registers, 2,570 FLOP"),
+        PrefillTile(128, 64, 128, 64, 8, 3, "compiled: 60 registers, 1,394 FLOP"),
+    ),
     "gfx942": (PrefillTile(0, 64, 64, 64, 4, 2, _MI300X), PrefillTile(128, 128, 128, 64, 8, 2, _MI300X, GROUP_M=1)),
     "fp32": (PrefillTile(0, 32, 32, 32, 4, 2, "compiled: 64 registers"),),
 }
