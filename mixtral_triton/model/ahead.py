@@ -133,9 +133,9 @@ def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
 
 
 def on_meta_by_kind(model: Mixtral) -> Any:
-    """Return `on_meta` with a layer that has experts in host memory, and one without."""
-    kinds = {bool(getattr(layer.down_proj, "on_host", ())): index for index, layer in enumerate(model.layers)}
-    return on_meta(model, [*kinds.values()])
+    """Return `on_meta` with the first layer, and of those behind it one with experts in host memory and one without."""
+    kinds = {(i > 0, bool(getattr(layer.down_proj, "on_host", ()))): i for i, layer in enumerate(model.layers)}
+    return on_meta(model, sorted(kinds.values()))
 
 
 def launch_text(

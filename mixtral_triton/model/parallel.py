@@ -88,12 +88,6 @@ class Ranks:
         self._collect(dist.all_gather, parts, part)
         return parts
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the host objects of all ranks."""
-        values: list[Any] = [None] * self.shard.ranks
-        self._collect(dist.all_gather_object, values, value, group=self._hosts)
-        return values
-
     @contextmanager
     def raise_on_any_rank(self) -> Iterator[None]:
         """Raise a failure of one rank on all ranks as a ValueError with its reason, so that none waits for it."""
@@ -102,7 +96,8 @@ class Ranks:
             yield
         except Exception as caught:
             error = caught
-        messages = self.all_gather_object(None if error is None else _line(error))
+        messages: list[Any] = [None] * self.shard.ranks
+        self._collect(dist.all_gather_object, messages, None if error is None else _line(error), group=self._hosts)
         same = messages.count(messages[0]) == len(messages)
         if error is not None and (same or not isinstance(error, (ValueError, OSError))):
             raise error

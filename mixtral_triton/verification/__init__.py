@@ -19,7 +19,7 @@ from ..checkpoint.arguments import check_ids, check_vocabulary
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
 from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
 from ..kernels.operation.checks import dtype_name
-from ..model.ahead import on_meta
+from ..model.ahead import on_meta_by_kind
 from ..model.cache import KVCache
 from ..model.generate import GRAPH_MIN_TOKENS, can_capture
 from ..model.mixtral import Mixtral
@@ -113,14 +113,18 @@ def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tok
 
     config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
     ids, done = default_text(input_ids, config, model.device, tokens), count(1)
-    on_gpu = ids.device.type == "cuda"
     target, step = FamilyUnderTest(model), progress or (lambda *_: None)
     with torch.no_grad(), in_evaluation(model):
         rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
-    backend = "Triton, interpreted" if INTERPRETED else TORCH
-    backend = f"Triton on {torch.cuda.get_device_name(ids.device)}" if on_gpu else backend
-    about = dtype_name(model.dtype), "transformers' own modules", target.not_run
-    return Report(tuple(rows), 0, 0, backend, *about)
+    about = backend_name(ids.device), dtype_name(model.dtype), "transformers' own modules", target.not_run
+    return Report(tuple(rows), 0, 0, *about)
+
+
+def backend_name(device: torch.device) -> str:
+    """What computes the operations on this device."""
+    if device.type == "cuda":
+        return f"Triton on {torch.cuda.get_device_name(device)}"
+    return "Triton, interpreted" if INTERPRETED else TORCH
 
 
 def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:
@@ -180,11 +184,9 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             steps("generate", 1)
             rows += check_generate(target, ids, *logits)
-    backend = "Triton, interpreted" if kernels else TORCH
-    backend = f"Triton on {torch.cuda.get_device_name(device)}" if on_gpu else backend
     kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
     routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
-    return Report(tuple(rows), routes.flips, routed, backend, dtype_name(dtype), target.peer, not_run)
+    return Report(tuple(rows), routes.flips, routed, backend_name(device), dtype_name(dtype), target.peer, not_run)
 
 
 def _is_compared_in_fp32(dtype: torch.dtype, quick: bool, quantized: bool) -> bool:
@@ -195,9 +197,7 @@ def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: A
     """Launch on the meta device the operations that `verify` calls on the model's GPU with the same options, and the
     text that it has by default. Most of its kernels are among them, and few are those of its forwards alone."""
     gpu = target_arch(model.device), multiprocessors(model.device)
-    # The first layer, and of those behind it one with experts in host memory and one without.
-    kinds = {(i > 0, bool(getattr(layer.down_proj, "on_host", ()))): i for i, layer in enumerate(model.layers)}
-    copied = on_meta(model, sorted(kinds.values()))
+    copied = on_meta_by_kind(model)
     targets = [target := ModelUnderTest(copied, cache_dtype)]
     text = default_text(None, model.config, model.device, tokens)
     x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))

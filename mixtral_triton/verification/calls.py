@@ -1,7 +1,7 @@
 """The calls of operations in one layer, on what torch computes in it, and those of `generate`, of every size."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
 from ..checkpoint.config import PREFILL_CHUNK
-from ..kernels.launching.launch import DEFAULT_ARCH, Launch, active_records, launch_context, target_arch
+from ..kernels.launching.launch import DEFAULT_ARCH, Launch, target_arch
 from ..kernels.operation.call import unflatten_args
 from ..kernels.ops.experts.tiles import decode_tokens
+from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..kernels.weights.fp8 import W8A8, with_fp8_activations
 from ..kernels.weights.quantized import QuantizedWeight
@@ -159,20 +160,18 @@ class LayerCheck:
 
 
 class CallRecorder(TorchDispatchMode):
-    """Records the calls of operations on meta tensors: the name, the arguments by name, and the launches, which
-    `records` receive, too."""
+    """Records the calls of operations on meta tensors: the name, the arguments by name, and the launches."""
 
-    def __init__(self, arch: str = DEFAULT_ARCH, sms: int | None = None, records: Iterable[list[Launch]] = ()) -> None:
+    def __init__(self, arch: str = DEFAULT_ARCH, sms: int | None = None) -> None:
         super().__init__()
-        self.gpu, self.records = {"arch": arch, "sms": sms}, records
-        self.calls = list[tuple[str, Args, list[Launch]]]()
+        self.gpu, self.calls = (arch, sms), list[tuple[str, Args, list[Launch]]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "mixtral_triton":
             return func(*args, **(kwargs or {}))
-        op, records = OPS[func._opname], list[Launch]()
+        op = OPS[func._opname]
         values = op.bind_by_name(*unflatten_args(op.arguments, args))
-        with launch_context(**self.gpu, records=(*self.records, records)):
+        with record_launches(*self.gpu) as records:
             out = op.run(**values)
         self.calls.append((op.name, values, records))
         return out
@@ -227,11 +226,11 @@ class SizedCalls:
         named = {name: next(x for part in owners if (x := getattr(part, name, self)) is not self) for name in self.on}
         return {_key(self.on[name]): weight for name, weight in named.items() if weight is not None}
 
-    def record_calls(self, size: tuple[int, int, int], *records: list[Launch]) -> list[tuple[str, Args, list[Launch]]]:
-        """The calls of a forward over a cache: of B sequences, T tokens each, C slots. `records` receive launches."""
+    def record_calls(self, size: tuple[int, int, int]) -> list[tuple[str, Args, list[Launch]]]:
+        """The calls of a forward over a cache: of B sequences, T tokens each, C slots."""
         B, T, C = size
         cache = KVCache(self.model.config, B, C, "meta", torch.int8 if self.target.quantized else self.model.dtype)
-        recorder = CallRecorder(*self.gpu, records)
+        recorder = CallRecorder(*self.gpu)
         with torch.no_grad(), self.target.catch_faults(self.not_run.setdefault), recorder:
             h = self.model.hidden(torch.empty((B, T), dtype=torch.int64, device="meta"), cache)
             _ = self.target.lm_head is None or self.model.head(h[:, 0])
@@ -263,7 +262,7 @@ class SizedCalls:
         weights = self.weights(check)
         calls, needed = list[Any](), defaultdict[Any, set[int]](set)
         for size in forwards(self.target.config):
-            for op, args, records in self.record_calls(size, *active_records()):
+            for op, args, records in self.record_calls(size):
                 calls.append((size, op, args, N := _rows(args), launches := configurations(args, records)))
                 for launch in launches:
                     needed[launch].add(N)

@@ -26,7 +26,6 @@ from transformers.models.mixtral import modeling_mixtral
 
 from ..hf.attention import CACHE
 from ..hf.experts import NAME, PROJECTIONS, is_experts
-from ..hf.modules import Applied
 from .report import END_RATIO, Row
 from .tolerance import FLOOR, RATIO, ConvertedExperts, Fp64Reference, largest, token_floor
 
@@ -41,8 +40,7 @@ def eager_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) ->
     same = copy.copy(module)
     vars(same).update(_parameters={}, _modules={k: v for k, v in module._modules.items() if k not in PROJECTIONS})
     vars(same).update({name: ConvertedExperts(getattr(module, name), x.dtype) for name in PROJECTIONS})
-    kind = module.original if isinstance(module, Applied) else type(module)
-    return inspect.unwrap(kind.forward)(same, x, ids, weights.to(x.dtype))
+    return inspect.unwrap(type(module).forward)(same, x, ids, weights.to(x.dtype))
 
 
 def eager_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:

@@ -97,22 +97,20 @@ class ModelUnderTest:
         cache, behind = self.make_cache(config, B, T + PADDING), torch.arange(B)
         num_separate = min(SEPARATE_TOKENS, T - 1) or 1
         bounds = sorted({0, -(-2 * (T - num_separate) // 5), T - num_separate})
-        ends = [(bound - behind * (index % 2) * self.is_mixtral).clamp(min=0) for index, bound in enumerate(bounds)]
+        ends = [(bound - behind * (index % 2)).clamp(min=0) for index, bound in enumerate(bounds)]
         ends += [ends[-1] + index for index in range(1, num_separate + 1)]
         for index, (begin, end) in enumerate(pairwise(ends)):
             is_chunk, counts = index + num_separate < len(ends) - 1, end - begin
-            padding = PADDING if self.is_mixtral and begin[0] and is_chunk else 0
-            columns = torch.arange(int(counts.max()) + padding)
+            columns = torch.arange(int(counts.max()) + (PADDING if begin[0] and is_chunk else 0))
             valid = columns < counts[:, None]
             tokens = torch.where(valid, begin[:, None] + columns, 0)
             if counts.any():
                 lengths = {} if valid.all() else {"lengths": counts.int()}
                 yield CHUNKS if is_chunk else TOKENS, tokens, valid, cache, lengths
-        if self.is_mixtral:  # alone, where a step has one row
-            cache = self.make_cache(config, 1, T + PADDING)
-            for part in (text[:1, : min(2, T - 1)], text[:1, min(2, T - 1) : 3]):
-                if part.numel():
-                    yield ALONE, part, part >= 0, cache, {}
+        cache = self.make_cache(config, 1, T + PADDING)  # alone, where a step has one row
+        for part in (text[:1, : min(2, T - 1)], text[:1, min(2, T - 1) : 3]):
+            if part.numel():
+                yield ALONE, part, part >= 0, cache, {}
 
     def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
         """The logits of a text [B,T] over a cache, its last sequences a token shorter -> [M,V], and where they are."""

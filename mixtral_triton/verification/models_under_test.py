@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..checkpoint.config import SIZES, MixtralConfig
-from .layers import PADDING, ForwardCall, LayerCheck, LayerProbe, ModelUnderTest
+from .layers import CHUNKS, PADDING, TOKENS, UNCACHED, ForwardCall, LayerCheck, LayerProbe, ModelUnderTest
 
 STATIC = "left padding, static cache"
 MIN_TOKENS = 24  # of a text whose rounding errors set a limit for attention and experts alone
@@ -101,25 +101,24 @@ class TransformersUnderTest(ModelUnderTest):
             return self.model_head(forward(ids)), ...
 
     def forward_calls(self, config: Any, B: int, T: int) -> Iterator[ForwardCall]:
-        """Also two sequences packed in one row, and two rows of a text, the second shorter and padded on the left,
-        whole and in chunks over a static cache: the masks that the user's version of transformers makes."""
-        from transformers import StaticCache
+        """The forwards that read a text [B,T], whole, two sequences packed in one row, and in chunks over a dynamic
+        cache; and two rows of it, the second shorter and padded on the left, whole and in chunks over a static cache:
+        the masks are those that the user's version of transformers makes."""
+        from transformers import DynamicCache, StaticCache
 
-        yield from super().forward_calls(config, B, T)
-        both = torch.arange(2 * T)[None]
+        text, both = torch.arange(T).expand(B, T), torch.arange(2 * T)[None]
+        yield UNCACHED, text, text >= 0, None, {}
         yield "packed", both, both >= 0, None, {"position_ids": both % T}
         tokens = torch.arange(T) - torch.tensor([[0], [min(PADDING, T - 1)]])
         valid, tokens = tokens >= 0, tokens.clamp(min=0)
+        yield "left padding", tokens, valid, None, {"attention_mask": valid.long(), "position_ids": tokens}
+        dynamic = DynamicCache(config=self.backbone.config)
         static = StaticCache(config=self.backbone.config, max_cache_len=T + PADDING)
-        for case, cache, ends in ("left padding", None, {T}), (STATIC, static, {T // 2, T - 1, T}):
-            for begin, end in pairwise(sorted({0} | ends)):
-                part, read = slice(begin, end), {"attention_mask": valid[:, :end].long()}
-                yield case, tokens[:, part], valid[:, part], cache, read | {"position_ids": tokens[:, part]}
-
-    def make_cache(self, config: MixtralConfig, batch: int, slots: int) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.backbone.config)
+        for begin, end in pairwise(sorted({0, T // 2, T - 1, T})):
+            part, case = slice(begin, end), CHUNKS if end < T else TOKENS
+            yield case, text[:, part], text[:, part] >= 0, dynamic, {}
+            read = {"attention_mask": valid[:, :end].long(), "position_ids": tokens[:, part]}
+            yield STATIC, tokens[:, part], valid[:, part], static, read
 
     @contextmanager
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
