@@ -113,8 +113,6 @@ def exit_status(error: BaseException, command: str | None) -> int:
         start = "\r" if sys.stderr.isatty() else ""  # over the terminal's ^C
         print_message(f"{start}{name}: interrupted")
         return INTERRUPTED
-    if isinstance(error, OSError) and error.filename:
-        text = " ".join(f"{error.filename}: {error.strerror}".split())
     if isinstance(error, (ValueError, OSError)) or "C compiler" in text:  # Triton's launches on a GPU need one
         print_message(f"{name}: {did_you_mean(text.removeprefix(f'{command}: '))}")
         return 2
