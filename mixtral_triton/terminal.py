@@ -18,8 +18,6 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-VARIABLE = "TRITON_INTERPRET"
-PIPED = 500  # columns without a terminal and without COLUMNS
 INTERVAL = 10.0  # seconds between two states of progress where stderr is no terminal
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
 CRASHED = 3
@@ -27,10 +25,7 @@ CRASHED = 3
 
 def console(stderr: bool = False) -> Console:
     """Return a console for a command's result, as wide as the terminal, or as COLUMNS says."""
-    out = Console(stderr=stderr, highlight=False, soft_wrap=True)  # the terminal wraps what is wider
-    if not out.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
-        out.width = PIPED
-    return out
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)  # the terminal wraps what is wider
 
 
 def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], caption: str = "") -> Table:
@@ -55,7 +50,7 @@ def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], c
 
 def print_message(line: str) -> None:
     """Print a line on stderr, if there is anything to say and anybody reads it."""
-    if line:
+    if line and sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
 
@@ -110,11 +105,8 @@ def exit_status(error: BaseException, command: str | None) -> int:
     if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # of which rich exits
         return CLOSED_PIPE
     if isinstance(error, KeyboardInterrupt):
-        start = "\r" if sys.stderr.isatty() else ""  # over the terminal's ^C
-        print_message(f"{start}{name}: interrupted")
+        print_message(f"{name}: interrupted")
         return INTERRUPTED
-    if isinstance(error, OSError) and error.filename:
-        text = " ".join(f"{error.filename}: {error.strerror}".split())
     if isinstance(error, (ValueError, OSError)) or "C compiler" in text:  # Triton's launches on a GPU need one
         print_message(f"{name}: {did_you_mean(text.removeprefix(f'{command}: '))}")
         return 2
@@ -126,11 +118,10 @@ def exit_status(error: BaseException, command: str | None) -> int:
 
 def compile_shown(launch: Callable[..., object], model: Any, *args: Any) -> None:
     """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
-    if model.device.type == "cuda":  # a CPU needs no compiler
-        from .model.ahead import compile_ahead
+    from .model.ahead import compile_ahead
 
-        with Bar("compiling") as progress:
-            compile_ahead(model, lambda: launch(model, *args), progress.set)
+    with Bar("compiling") as progress:
+        compile_ahead(model, lambda: launch(model, *args), progress.set)
 
 
 def check_range(name: str, value: float, least: float, most: float | None = None, what: str = "") -> None:
@@ -157,7 +148,7 @@ def check_writable(option: str, file: Path) -> None:
 def select_backend(args: argparse.Namespace, interpret: bool) -> str:
     """Set TRITON_INTERPRET, before any kernel is imported -> a note to print; empty on a GPU, and where the variable
     decides. `interpret`: without a GPU this command interprets the kernels rather than run the torch backend."""
-    requested, value = getattr(args, "interpret", False), os.environ.get(VARIABLE)
+    requested, value = getattr(args, "interpret", False), os.environ.get("TRITON_INTERPRET")
     on_cpu = args.device is not None and args.device.startswith("cpu")
     if requested and args.device is not None and not on_cpu:
         raise ValueError(f"--interpret runs on the CPU, and --device is {args.device!r}: needs one of the two")
@@ -175,5 +166,5 @@ def select_backend(args: argparse.Namespace, interpret: bool) -> str:
     reason = "--interpret" if requested else "--device cpu" if on_cpu else "No GPU found"
     if not (interpret or requested):
         return f"{reason}: plain torch, on the CPU. --interpret runs the Triton kernels, interpreted: far slower."
-    os.environ[VARIABLE] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"
     return f"{reason}: the Triton kernels run interpreted, on the CPU. Right, and slow."

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.filesize import decimal
 from rich.text import Text
 
-from ..checkpoint.arguments import default_dtype, weight_bytes
+from ..checkpoint.arguments import default_dtype, in_decimal, weight_bytes
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..checkpoint.tensors import parameter_shapes
 from ..kernels.operation.declaration import Cost
@@ -48,14 +47,12 @@ SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
 LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, **SAME}
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
-FIRST = "int4, linear int8"  # the format to try first: quicker than int4, at about the same cost
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
 WEIGHT_FORMATS: dict[str, Any] = {STORED: None, "fp8": "fp8", "int8": "int8"}  # values of `weights`
 WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}, "int4": "int4"}
 StepFormats = tuple[str | None, str | None, str | None, str | None]  # of qkv, o, gate_up, down
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
 BOUND = "tokens/s: of all sequences together at most, by bytes over the data sheet's bandwidth and the link."
 CELLS = "97: it fits. 20 (62): it fits with 62 of all experts in host memory, and the embedding."
@@ -114,12 +111,11 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Request:
-    """A model, the specs of each of WEIGHT_FORMATS, and what STORED means for it."""
+    """A model, and the specs of each of WEIGHT_FORMATS."""
 
     name: str
     config: MixtralConfig
     specs: Mapping[str, QuantSpecs]
-    stored: str
     batch: int
     context: int
     cache: str | None = None  # of `memory_need`
@@ -136,11 +132,11 @@ class Request:
         check_range(f"{name}: num_hidden_layers", layers, 1, LAYERS_MAX)
         check_range("--batch", args.batch, 1)
         check_range("--context", context, 1, limit, "the model's positions")
-        specs, stored = format_specs(config), SHORT[default_dtype(config)]
-        if not known and (scheme := read_scheme(checkpoint_folder(name, tensors=False))) is not None:
+        specs = format_specs(config)
+        if not known and read_scheme(checkpoint_folder(name, tensors=False)) is not None:
             # The files alone say which tensors are quantized.
-            specs, stored = {STORED: hub.plan_load(hub.read_headers(name), config).specs}, scheme.name
-        return cls(name, config, specs, stored, args.batch, context, args.cache_dtype)
+            specs = {STORED: hub.plan_load(hub.read_headers(name), config).specs}
+        return cls(name, config, specs, args.batch, context, args.cache_dtype)
 
     def need(self, format: str, context: int) -> dict[str, int]:
         return memory_need(self.config, self.specs[format], self.batch, context, self.cache)
@@ -162,9 +158,6 @@ class Request:
             bound = self.batch / floor(costs, gpu)[0]
         verdict = "fits" if excess <= 0 else "no"
         return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, hosted, bound)
-
-    def label(self, format: str) -> str:
-        return self.stored if format == STORED else format
 
     def as_dict(self) -> dict[str, Any]:
         total, active = parameters(self.config)
@@ -275,28 +268,23 @@ def _speed(bound: float | None) -> str:
 
 def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out, need = console(), plans[0].bytes
-    parts = (f"{name} {decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits", "graph"))
+    parts = (f"{name} {in_decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits", "graph"))
     out.print(Text(str(request)))
     free = free_bytes(gpu)
     held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
-    out.print(f"Beside the weights: {', '.join(parts)}. {decimal(free)} of {decimal(gpu.bytes)} are free{held}.")
+    out.print(f"Beside the weights: {', '.join(parts)}. {in_decimal(free)} of {in_decimal(gpu.bytes)} are free{held}.")
     caption = f"used: of what is free; it fits with {100 * MARGIN:.0f} % of it to spare. longest: tokens a sequence "
     caption += "that fit. offload: experts in host memory, and the embedding with them. "
     rows = []
     for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
-        cells = {"format": request.label(plan.format), "weights": decimal(weights), "in all": decimal(total)}
+        cells = {"format": plan.format, "weights": in_decimal(weights), "in all": in_decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
         cells["tokens/s"], word = _speed(plan.tokens_per_second_bound), plan.verdict
         if offload := plan.offload:
-            word = f"offload {offload['experts']} of {offload['of']}, {decimal(offload['host_bytes'])}"
+            word = f"offload {offload['experts']} of {offload['of']}, {in_decimal(offload['host_bytes'])}"
         rows.append((cells | {"verdict": word}, COLOURS[plan.verdict]))
     out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, f"{caption}{BOUND} {FORMAT_NOTE}"))
-    fitting = [plan.format for plan in plans if plan.verdict == "fits"]
-    hosted = [plan.format for plan in plans if plan.offload]
-    named = sorted(fitting or hosted, key=lambda format: format != FIRST)
-    verdict = "FITS: " if fitting else "FITS WITH OFFLOAD: " if hosted else "NO FORMAT FITS"
-    out.print(Text(verdict + "; ".join(map(request.label, named)), style="bold green" if named else "bold red"))
 
 
 def _print_all(request: Request, plans: Mapping[GPU, list[MemoryPlan]]) -> None:
@@ -306,7 +294,7 @@ def _print_all(request: Request, plans: Mapping[GPU, list[MemoryPlan]]) -> None:
         cells = {"gpu": gpu.name}
         for plan in sorted(of_gpu, key=lambda plan: plan.bytes["weights"]):
             hosted = f" ({plan.offload['experts']})" if plan.offload else ""
-            cells[request.label(plan.format)] = _speed(plan.tokens_per_second_bound) + hosted
+            cells[plan.format] = _speed(plan.tokens_per_second_bound) + hosted
         rows.append((cells, ""))
     table = table_of("Tokens/s at most, by format", rows, f"{CELLS} {BOUND} {FORMAT_NOTE}")
     console().print(Text(str(request)), table, sep="\n")

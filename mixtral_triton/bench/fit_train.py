@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         need = training_need(config, specs, request.batch, context, config is QWEN3_CONFIG)
         gpus = [device.name for device in ([gpu] if gpu else GPUS.values()) if need["total"] <= usable_on(device)]
         rows.append({"format": name, "bytes": need, "gpus": gpus})
-        cells = {"experts": request.label(name), **{part: in_decimal(size) for part, size in need.items()}}
+        cells = {"experts": name, **{part: in_decimal(size) for part, size in need.items()}}
         lines.append((cells | {"smallest GPU": [*gpus, "-"][0]}, ""))
     if args.json:
         about: dict[str, Any] = {"model": request.name, "batch": request.batch, "context": context, "rank": RANK}

@@ -51,18 +51,14 @@ def _check(text: str, name: str) -> str:
 
 
 def encode(tokenizer: Any, text: str, vocab_size: int, add_special_tokens: bool = True) -> list[int]:
-    """Return the text's tokens, those of a chat template without added ones. Warn where the text itself holds one that
-    the tokenizer adds (<s>). ValueError for a text without tokens, or with one that the model does not have."""
-    options = {"add_special_tokens": add_special_tokens, "return_special_tokens_mask": True, "verbose": False}
-    encoding = tokenizer(text, **options)
-    ids: list[int] = encoding.input_ids
+    """Return the text's tokens, those of a chat template without added ones. Warn where the text itself begins
+    with the one that the tokenizer adds (<s>). ValueError for no token, or for one that the model does not have."""
+    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
     if not ids or max(ids) >= vocab_size:
         made, need = f"token {max(ids)}" if ids else "no token", f"at least one, of 0..{vocab_size - 1}, the model's"
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer makes {made} of {text!r:.40}, needs {need}")
-    marked = list(zip(ids, encoding.special_tokens_mask, strict=True))
-    if twice := {token for token, added in marked if added} & {token for token, added in marked if not added}:
-        names = escape(", ".join(tokenizer.convert_ids_to_tokens(sorted(twice))), 200)
-        warnings.warn(f"the prompt holds {names}, which the tokenizer adds, too", stacklevel=2)
+    if add_special_tokens and ids[:2] == [tokenizer.bos_token_id] * 2:
+        warnings.warn(f"the prompt begins with {escape(tokenizer.bos_token)}, which the tokenizer adds", stacklevel=2)
     return ids
 
 

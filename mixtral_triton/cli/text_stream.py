@@ -42,6 +42,7 @@ class Writer:
         self.args, self.model, self.tokenizer = args, model, model.tokenizer
         self.eos, self.dtype = eos_ids(None, model.config), args.cache_dtype or model.dtype
         sampling, self.limit, ignored = select_options(args)
+        self.new_tokens = NEW_TOKENS if self.limit is None else self.limit
         generator = torch.Generator(model.device).manual_seed(args.seed)
         self.options = sampling | {"generator": generator, "logprobs": args.logprobs}
         self.notes = [*filter(None, (note, ignored))]
@@ -49,10 +50,6 @@ class Writer:
     def encode(self, text: str, template: bool = False) -> list[int]:
         """Return the tokens of a prompt, or of the text of a chat template."""
         return encode(self.tokenizer, text, self.model.config.vocab_size, add_special_tokens=not template)
-
-    @property
-    def new_tokens(self) -> int:
-        return NEW_TOKENS if self.limit is None else self.limit
 
     def stream(self, rows: Sequence[list[int]], n: int, cache: KVCache | None = None) -> Iterator[list[dict[str, Any]]]:
         """Return an iterator over what `--json` prints of the next token of each text, at most n; the arguments are

@@ -141,13 +141,6 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(cli, "_generate", Mock(side_effect=error))
 
 
-def test_ctrl_c_on_a_terminal_writes_over_its_echo(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_with(monkeypatch, KeyboardInterrupt())
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert cli.main([*GENERATE]) == 130
-    assert capsys.readouterr().err == "\rmixtral-triton generate: interrupted\n"
-
-
 def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's own function complains."""
     from triton.runtime.build import compile_module_from_src

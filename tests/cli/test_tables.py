@@ -15,7 +15,7 @@ from mixtral_triton.bench.command import op_table
 from mixtral_triton.bench.compile import resources_table
 from mixtral_triton.bench.gpus import GPUS
 from mixtral_triton.bench.measure import Outcome, untimed_row
-from mixtral_triton.terminal import PIPED, console, table_of
+from mixtral_triton.terminal import table_of
 
 pytestmark = pytest.mark.compiled
 
@@ -67,13 +67,6 @@ def test_compile_table() -> None:
     row = {**figures, "kernel": "down_kernel", "dtype": "bf16", "constexprs": {"BLOCK_M": 128, "BLOCK_N": 256}}
     table = resources_table("sm_90", [row, row, row | {"fault": "spills 8 bytes", "spills": 12345}])
     assert table.row_count == 2 and holds(printed(table, 120), "down", "12,345", "163,872", "128x256", "1,088/1,024")
-
-
-def test_width_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    assert console().width == PIPED
-    monkeypatch.setenv("COLUMNS", "60")
-    assert console().width == 60
 
 
 def test_progress_is_drawn_on_a_terminal_and_in_a_log_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,14 +68,14 @@ def test_a_token_that_the_text_holds_and_the_tokenizer_adds_is_reported(folder: 
     tokenizer = load_tokenizer(SMALL)
     plain = encode(tokenizer, "The return", 2048)
     assert plain[0] == 0 and plain.count(0) == 1
-    with pytest.warns(UserWarning, match="the prompt holds <s>, which the tokenizer adds, too"):
+    with pytest.warns(UserWarning, match="the prompt begins with <s>, which the tokenizer adds"):
         assert (ids := encode(tokenizer, "<s>The return", 2048)) == [0, *plain]
     assert encode(tokenizer, "<s>The return", 2048, add_special_tokens=False) == plain
     status, out, error = run(f"{ANSWER} --json --prompt '<s>The return'")
     assert status == 0 and json.loads(out)["prompt_tokens"] == len(ids)
-    assert "mixtral-triton generate: the prompt holds <s>" in error
+    assert "mixtral-triton generate: the prompt begins with <s>" in error
     set_template(folder, PRESENT)  # writes <s> itself
-    assert "the prompt holds" not in run(f"{ANSWER} --chat --prompt x", folder)[2]
+    assert "the prompt begins" not in run(f"{ANSWER} --chat --prompt x", folder)[2]
 
 
 def test_a_prompt_is_encoded_whole_as_by_auto_tokenizer(folder: Path) -> None:

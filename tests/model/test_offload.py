@@ -110,7 +110,7 @@ def test_auto_takes_what_fit_says(name: str, format: str, gpu: Any, monkeypatch:
     free = lambda device: offload_plan.estimated_free(gpu_of_fit.bytes) if synchronized else gpu_of_fit.bytes  # noqa: E731
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free(device), gpu_of_fit.bytes))
     specs, shapes = fit.format_specs(config)[format], parameter_shapes(config)
-    offload = fit.Request("", config, {format: specs}, "", 1, 4096).memory_plan(format, gpu_of_fit).offload
+    offload = fit.Request("", config, {format: specs}, 1, 4096).memory_plan(format, gpu_of_fit).offload
     need = fit.memory_need(config, specs, 1, 4096)
     sizes = offload_plan.movable_bytes(config, shapes, specs, torch.bfloat16)
     args = (MemoryRequest("auto"), config, None, torch.device("cuda"), need["weights"] + need["tables"], sizes)
