@@ -131,7 +131,6 @@ class Op:
     mutates            names of the arguments that the operation writes into
     derived_outputs    derived_outputs(args, results) -> what the last results must equal exactly, given those before
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
-    ranges             ranges(args) yields further tensors whose values must lie in a range
     truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
                        depend on the length of the others
     error_name         the public name, with which errors start; empty: `name`
@@ -151,7 +150,6 @@ class Op:
     mutates: tuple[str, ...] = ()
     derived_outputs: Callable[[Any, Any], Any] | None = None
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
-    ranges: Callable[[Mapping[str, Any]], Iterable[checks.Range]] | None = None
     truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     error_name: str = ""
 
