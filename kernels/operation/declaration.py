@@ -239,10 +239,7 @@ class Op:
     def _reference_names(self) -> frozenset[str]:
         return frozenset(inspect.signature(self.reference).parameters)
 
-    def reference_args(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Select the arguments that the reference takes."""
-        return {name: value for name, value in args.items() if name in self._reference_names}
-
     def call_reference(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the reference with the arguments of `run`."""
-        return self.reference(**self.reference_args({**dict(zip(self.names, args, strict=False)), **kwargs}))
+        """Call the reference with those arguments of `run` that it takes."""
+        values = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        return self.reference(**{name: value for name, value in values.items() if name in self._reference_names})
