@@ -82,9 +82,6 @@ def _check(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         _checked[key] = bounds
     for index, low, high in bounds:
         check_values(op.public_name, op.names[index], args[index], low, high)
-    if op.ranges is not None:
-        for name, values, low, high in op.ranges(op.bind_by_name(*args)):
-            check_values(op.public_name, name, values, low, high)
     return call
 
 

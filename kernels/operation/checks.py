@@ -35,9 +35,6 @@ MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model 
 Tokens = Annotated[Tensor, "T H"]
 RoutingWeights = Annotated[Tensor, "T K", FP32]
 
-# An argument's name, its values, the least and the most that they may be.
-Range = tuple[str, Tensor, int, int]
-
 
 @dataclass(frozen=True)
 class Within:

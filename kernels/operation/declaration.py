@@ -131,7 +131,6 @@ class Op:
     mutates            names of the arguments that the operation writes into
     derived_outputs    derived_outputs(args, results) -> what the last results must equal exactly, given those before
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
-    ranges             ranges(args) yields further tensors whose values must lie in a range
     truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
                        depend on the length of the others
     error_name         the public name, with which errors start; empty: `name`
@@ -151,7 +150,6 @@ class Op:
     mutates: tuple[str, ...] = ()
     derived_outputs: Callable[[Any, Any], Any] | None = None
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
-    ranges: Callable[[Mapping[str, Any]], Iterable[checks.Range]] | None = None
     truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     error_name: str = ""
 
@@ -199,9 +197,6 @@ class Op:
         binder.bind(self.arguments, values)
         if self.rule is not None:
             self.rule(binder.op, values, binder.sizes)
-        for name in self.mutates:  # torch's fallback writes into a copy, and an assertion of its own fails
-            if isinstance(values[name], torch.Tensor) and values[name].is_neg():
-                raise checks.fail(binder.op, name, "a lazy negation", "memory that holds its values: x.resolve_neg()")
         return binder
 
     def bounds(self, args: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -244,10 +239,7 @@ class Op:
     def _reference_names(self) -> frozenset[str]:
         return frozenset(inspect.signature(self.reference).parameters)
 
-    def reference_args(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Select the arguments that the reference takes."""
-        return {name: value for name, value in args.items() if name in self._reference_names}
-
     def call_reference(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the reference with the arguments of `run`."""
-        return self.reference(**self.reference_args({**dict(zip(self.names, args, strict=False)), **kwargs}))
+        """Call the reference with those arguments of `run` that it takes."""
+        values = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        return self.reference(**{name: value for name, value in values.items() if name in self._reference_names})

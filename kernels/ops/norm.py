@@ -6,7 +6,7 @@ B sequences, T tokens or rows, V rows of the embedding, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from .. import reference
 from ..launching.kernel_args import Pointer, Rows, dense_rows
 from ..launching.launch import LaunchConfig, launch, select_configs
 from ..operation.call import operation
-from ..operation.checks import INTS, Range, Within, fail, readable
+from ..operation.checks import INTS, Within, fail
 from ..operation.declaration import Cost, Op
 from ..operation.inputs import shape_grid, shapes
 from .cache_args import POSITIONS_MAX
@@ -236,11 +236,6 @@ def check_positions(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) 
             raise fail(op, name, repr(args[name]), "a value exactly where past has one")
 
 
-def end_ranges(args: Mapping[str, Any]) -> Iterator[Range]:
-    if args["past"] is not None and readable(args["past"]):
-        yield "new", args["past"] + args["new"], 0, args["limit"]
-
-
 @dataclass(frozen=True)
 class EmbedSizes:
     B: int
@@ -281,7 +276,6 @@ Embedded = Annotated[Tensor, "B T H"]
     test_shapes=shapes(EmbedSizes, "3 1 50 128 7, 2 3 30 1000 0, 2 5 9 80"),
     bench_shapes=shape_grid(EmbedSizes, B=1, T=(1, 2048), V=32000, H=4096, past=100),
     rule=check_positions,
-    ranges=end_ranges,
 )
 def embed_rms_norm(
     input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],
@@ -301,7 +295,7 @@ def embed_rms_norm(
                in all; given together, or None
 
     Returns y and x [B, T, H]. Raises ValueError for another shape, dtype or device. A sequence with an id, a position
-    or a length out of range is NaN; on a CPU it is a ValueError.
+    or a length out of range is NaN; on a CPU it is a ValueError, but for past + new above `limit`, which caches check.
 
     >>> y, x = ops.embed_rms_norm(torch.tensor([[0, 5, 2]]), torch.randn(9, 64), torch.randn(64), 1e-5)
     """

@@ -21,6 +21,7 @@ GENERATION_FILE = "generation_config.json"
 CONFIG_FILES = ["config.json", GENERATION_FILE, "hf_quant_config.json"]
 TEXT_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
 TEXT_FILES += ["chat_template.jinja", INDEX_FILE]
+WEIGHT_FILES = ["model*.safetensors"]  # as transformers names them: others are copies in Mistral's own layout
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings"),
@@ -72,13 +73,8 @@ Fixed = dict[str, tuple[tuple[Any, ...], str]]
 FIXED: Fixed = {
     "model_type": (("mixtral",), "in transformers, mixtral_triton.register() serves other families"),
     "hidden_act": (("silu",), "Mixtral's experts are SwiGLU"),
-    "attention_bias": ((False, None), "Mixtral's projections have no bias"),
-    "mlp_bias": ((False, None), "Mixtral's experts have no bias"),
-    "partial_rotary_factor": ((1, None), "Mixtral rotates full heads"),
 }
 FIXED_ROPE: Fixed = dict.fromkeys(("rope_type", "type"), (("default",), "scaled rotary embeddings are not supported"))
-FIXED_ROPE |= {"partial_rotary_factor": FIXED["partial_rotary_factor"]}
-ROPE_KEYS = {"rope_theta", *FIXED_ROPE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +201,6 @@ def _read_theta(values: Mapping[str, Any]) -> float:
         rope = values.get(name) or {}
         check_value(name, rope, "an object or null", isinstance(rope, Mapping))
         _check_fixed(f"{name}.", rope, FIXED_ROPE)
-        unknown = [key for key in rope if key not in ROPE_KEYS and rope[key] is not None]
-        check_value(f"a key of {name}", unknown[:1], f"one of {', '.join(sorted(ROPE_KEYS))}", not unknown)
         thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
     thetas = {name: theta for name, theta in thetas.items() if theta is not None}
     for name, theta in thetas.items():
@@ -237,22 +231,15 @@ def _snapshot(name: str, tensors: bool) -> Path:
     """Return the folder in huggingface_hub's cache, after it downloaded what is missing, with its own progress."""
     import huggingface_hub
 
+    if tensors:
+        MixtralConfig.from_pretrained(name)  # another architecture is refused before its weights come
     repository, _, revision = name.partition("@")
-    patterns, needed = CONFIG_FILES + (TEXT_FILES if tensors else []), list[str]()
-    while True:
-        try:
-            path = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-        except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
-            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise FileNotFoundError(f"{name}: is no folder here, and the hub says {text}") from error
-        if not tensors or needed:
-            break
-        MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come
-        index = Path(path) / INDEX_FILE
-        patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
-        revision = index.parent.name  # the same commit, whatever is pushed meanwhile
-        if all((Path(path) / file).is_file() for file in needed):
-            break  # huggingface_hub 1.33 looks a commit up even offline
+    patterns = CONFIG_FILES + (TEXT_FILES + WEIGHT_FILES if tensors else [])
+    try:
+        path = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+    except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise FileNotFoundError(f"{name}: is no folder here, and the hub says {text}") from error
     return Path(path)
 
 
@@ -263,7 +250,7 @@ def read_index(index: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         # Checks the name, not a link's target: the hub's cache links to ../../blobs.
-        plain = isinstance(file, str) and Path(file).name == file and not {*"*?["} & {*file}  # no pattern
+        plain = isinstance(file, str) and Path(file).name == file
         need = "the plain name of a .safetensors file"
         check_value(f"{index}: the file of {name!r:.80}", file, need, plain and file.endswith(".safetensors"))
         names.setdefault(file, []).append(name)

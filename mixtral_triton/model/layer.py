@@ -127,7 +127,7 @@ class ForwardContext:
             self.positions = torch.arange(T, device=device).expand(B, T)
             self.cache_lengths = self.positions[:, 0]
         else:
-            self.cache_lengths = cache.lengths.resolve_neg()
+            self.cache_lengths = cache.lengths
             self.positions = self.cache_lengths[:, None]
             if self.decodes:  # here, and not in each layer: what it overwrites is out of the window
                 self.note_append()

@@ -150,15 +150,13 @@ class Model(nn.Module):
             # The operators' checks do not know other ranks' experts.
             raise ValueError("Mixtral: on a mesh a model cannot be compiled, traced or observed by a dispatch mode")
         eps = self.config.rms_norm_eps
-        # Layers do not ask for a lazy negation: a caller's tensors lose it here.
-        lengths = None if lengths is None else lengths.resolve_neg()
         num_new = None if lengths is None else lengths.to(torch.int32).contiguous()
         options = self.ranks, self.deterministic, self.quantizes_activations(B * T)
         context = ForwardContext(self.config, self.cos, self.sin, *options, B, T, cache, num_new)
         new = context.num_new if lengths is None else lengths
         bounds = () if cache is None else (context.cache_lengths, new, cache.max_len)
         norm = self.layers[0].input_layernorm
-        h, x = ops.embed_rms_norm.unchecked(input_ids.resolve_neg(), self.embed_tokens, norm, eps, *bounds)
+        h, x = ops.embed_rms_norm.unchecked(input_ids, self.embed_tokens, norm, eps, *bounds)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         kv_caches = [None] * len(next_norms) if cache is None else zip(cache.keys, cache.values, strict=True)
         # No PDL with several ranks (collectives run on other streams), or while tracing.

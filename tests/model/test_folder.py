@@ -39,7 +39,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         downloads.append((repository, revision, sorted(allow_patterns)))
         cache.mkdir(parents=True, exist_ok=True)
         for file in remote.iterdir():
-            if file.name in allow_patterns:
+            if any(map(file.match, allow_patterns)):
                 shutil.copy(file, cache / file.name)
         return str(cache)
 
@@ -53,13 +53,9 @@ def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, monkeypatch: pytest.M
     assert MixtralConfig.from_pretrained(NAME) == MixtralConfig.from_pretrained(SMALL)
     assert not list(hub.cache.glob("*.safetensors")) and hub.downloads[-1][:2] == (NAME, None)
     model = Mixtral.from_pretrained(f"{NAME}@v1.0", "cpu")
-    assert hub.downloads[-2][:2] == (NAME, "v1.0")
-    assert hub.downloads[-1] == (NAME, COMMIT, [f"model-{number}.safetensors" for number in range(3)])
+    assert [download[:2] for download in hub.downloads[-2:]] == [(NAME, "v1.0")] * 2
     cached, remote = ({file.name for file in folder.iterdir()} for folder in (hub.cache, hub.remote))
     assert cached == remote - {"pytorch_model.bin"}
-    hub.downloads.clear()
-    Mixtral.from_pretrained(NAME, "cpu")
-    assert {revision for _, revision, _ in hub.downloads} == {None}  # of a cache that has all, no commit is looked up
     ids = torch.arange(9)[None]
     assert torch.equal(model(ids), Mixtral.from_pretrained(SMALL, "cpu")(ids))
     write(NAME, "out", "int8", "cpu")
@@ -87,16 +83,12 @@ def test_errors_of_the_hub_are_one_line(kind: str, hub: Any, monkeypatch: pytest
     assert error_line(f"generate --prompt x {NAME}@v9").endswith("two lines")
 
 
-def test_no_weight_is_fetched_for_what_will_be_refused(hub: Any) -> None:
-    """Another architecture; an index whose names, as patterns, would download anything."""
-    index, config = hub.remote / "model.safetensors.index.json", json.loads((hub.remote / "config.json").read_text())
-    index.write_text(json.dumps({"weight_map": {"a": "[m]*.safetensors"}}))
-    with pytest.raises(ValueError, match=r"index.json: the file of 'a' is '\[m\]\*.safetensors', needs the"):
-        Mixtral.from_pretrained(NAME, "cpu")
+def test_no_weight_is_fetched_of_another_architecture(hub: Any) -> None:
+    config = json.loads((hub.remote / "config.json").read_text())
     (hub.remote / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(ValueError, match=r"config.json: model_type is 'llama'"):
         Mixtral.from_pretrained(NAME, "cpu")
-    assert len(hub.downloads) == 2
+    assert len(hub.downloads) == 1
 
 
 TOKENIZER = str(SMALL / "tokenizer.json")
@@ -168,7 +160,7 @@ def test_field_is_normalized(field):
 
 
 def test_theta_is_read_from_either_place_and_needed():
-    default = {"type": "default", "partial_rotary_factor": 1.0}
+    default = {"type": "default"}
     for parameters in ({}, {"rope_parameters": ROPE}, {"rope_parameters": default}):
         assert MixtralConfig.from_dict(TINY | {"rope_theta": 500000} | parameters).rope_theta == 5e5
     for scaling in (None, {"type": "default"}):
@@ -201,7 +193,6 @@ WRONG = {  # values that are wrong by themselves
     "bos_token_id": ("<s>",),
     "pad_token_id": (True,),
     "dtype": ("int8",),
-    "partial_rotary_factor": (0.5,),
     "rope_scaling": ("yarn",),
 }
 REJECTED = [
@@ -216,11 +207,8 @@ REJECTED = [
     ({"torch_dtype": 16}, "dtype is 16"),
     ({"model_type": "mistral"}, "model_type is 'mistral', needs 'mixtral'"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', needs 'silu'"),
-    ({"attention_bias": True}, "attention_bias is True, needs False"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.type is 'linear'"),
-    ({"rope_scaling": {"factor": 2.0}}, r"a key of rope_scaling is \['factor'\], needs one of"),
     ({"rope_parameters": ROPE | {"rope_type": "yarn"}}, r"rope_parameters\.rope_type is 'yarn'"),
-    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"rope_parameters\.partial_rotary_factor is 0\.5"),
     ({"rope_parameters": ROPE}, r"rope_theta is \{'rope_theta': 1000000\.0, 'rope_p.* needs one number"),
     ({"rope_parameters": ROPE | {"rope_theta": 0}}, r"rope_parameters\.rope_theta is 0"),
     *(({name: value}, re.escape(f"{name} is {value!r}")) for name, values in WRONG.items() for value in values),

@@ -302,18 +302,6 @@ def test_bad_lengths_leave_the_cache_alone(case: str, model: Mixtral, device: to
     assert cache.lengths.tolist() == [4, 4] and torch.equal(cache.keys[0], keys)
 
 
-def test_lazily_negated_lengths(model: Mixtral, device: torch.device, unguarded: None) -> None:
-    """Layers do not look for a lazy negation."""
-    ids, lengths = tokens(2, 9, device=device), torch.tensor([5, 9], dtype=torch.int32, device=device)
-    found = []
-    for change in (Tensor.clone, lambda x: torch._neg_view(-x)):
-        cache = cache_of(model, 2)
-        model(ids, cache, change(lengths))
-        cache.lengths = change(cache.lengths)
-        found.append(model(ids, cache))
-    assert torch.equal(*found)
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "max_len", "most"), ROOM)
 @pytest.mark.parametrize("chunk", (1, 5))

@@ -126,7 +126,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "no object": ("int4", "quantization_config: the value is 'int4', needs a JSON object"),
     "gemv": (hub.awq_config(version="gemv"), "version is 'gemv', needs gemm"),
     "awq no zeros": (hub.awq_config(zero_point=False), "zero_point is False, needs True"),
-    "3 bits": (hub.gptq_config(bits=3), "bits is 3, needs 4 or 8"),
+    "3 bits": (hub.gptq_config(bits=3), "bits is 3, needs 4"),
     "marlin": (hub.gptq_config(checkpoint_format="marlin"), "checkpoint_format is 'marlin', needs gptq or gptq_v2"),
     "is marlin": (hub.gptq_config(is_marlin_format=True), "is_marlin_format is True, needs False"),
     "group": (hub.gptq_config(group_size="all"), "group_size is 'all', needs a positive integer"),

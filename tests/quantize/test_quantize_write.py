@@ -191,18 +191,10 @@ def test_verify_accepts_the_written_checkpoint(tmp_path: Path, format: Any) -> N
     assert [(row.case, row.error) for row in stored] == [("as stored", 0.0)] * 5
 
 
-def gptq(group: int, off: int = 1, symmetric: bool = False, bits: int = 4, reorder: bool = False) -> Any:
-    config = hub.gptq_config(group, off, symmetric, bits=bits, desc_act=reorder or group == -1)
-    return hub.gptq(group, off, symmetric, bits, reorder), config
-
-
-ACT_ORDER = gptq(64, reorder=True)
+ACT_ORDER = hub.gptq(64, reorder=True), hub.gptq_config(64, desc_act=True)
 # Layouts that no kernel runs, and how they are refused.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "act-order": (ACT_ORDER, "the weight is in act-order"),
-    "8 bits": (gptq(-1, bits=8), "bits is 8, needs 4"),
-    "8 bits act-order": (gptq(32, bits=8, reorder=True), "bits is 8, needs 4"),
-    "8 bits symmetric": (gptq(128, 0, True, bits=8), "bits is 8, needs 4"),
     "groups of 16": ((hub.compressed(4, 16), hub.pack_config(4, 16)), "the group size is 16, needs 32, 64, 128"),
 }
 

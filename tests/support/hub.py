@@ -116,16 +116,16 @@ def compressed(bits: int = 4, group: int = 128, zeros: bool = False) -> Packer:
     return pack
 
 
-def gptq(group: int = 128, off: int = 1, symmetric: bool = False, bits: int = 4, reorder: bool = False) -> Packer:
+def gptq(group: int = 128, off: int = 1, symmetric: bool = False, reorder: bool = False) -> Packer:
     """Pack GPTQ; reorder: the groups are scattered over the columns."""
 
     def pack(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
-        G, most = 1 if group == -1 else K // group, 1 << bits
-        codes, scales = random.integers(0, most, (N, K)), scales_of(random, N, G, dtype=torch.float16)
-        zeros = np.full((N, G), most // 2) if symmetric else random.integers(off, most, (N, G))
+        G = 1 if group == -1 else K // group
+        codes, scales = random.integers(0, 16, (N, K)), scales_of(random, N, G, dtype=torch.float16)
+        zeros = np.full((N, G), 8) if symmetric else random.integers(off, 16, (N, G))
         groups = np.arange(K) * G // K
         groups = random.permutation(groups) if reorder else groups
-        parts = {"qweight": packed_words(codes, bits).t(), "qzeros": packed_words(zeros.T - off, bits)}
+        parts = {"qweight": packed_words(codes, 4).t(), "qzeros": packed_words(zeros.T - off, 4)}
         parts |= {"scales": scales.t(), "g_idx": torch.from_numpy(groups.astype(np.int32))}
         return parts, dequantize(codes, zeros, scales, groups)
 
