@@ -73,8 +73,13 @@ Fixed = dict[str, tuple[tuple[Any, ...], str]]
 FIXED: Fixed = {
     "model_type": (("mixtral",), "in transformers, mixtral_triton.register() serves other families"),
     "hidden_act": (("silu",), "Mixtral's experts are SwiGLU"),
+    "attention_bias": ((False, None), "Mixtral's projections have no bias"),
+    "mlp_bias": ((False, None), "Mixtral's experts have no bias"),
+    "partial_rotary_factor": ((1, None), "Mixtral rotates full heads"),
 }
 FIXED_ROPE: Fixed = dict.fromkeys(("rope_type", "type"), (("default",), "scaled rotary embeddings are not supported"))
+FIXED_ROPE |= {"partial_rotary_factor": FIXED["partial_rotary_factor"]}
+ROPE_KEYS = {"rope_theta", *FIXED_ROPE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +206,8 @@ def _read_theta(values: Mapping[str, Any]) -> float:
         rope = values.get(name) or {}
         check_value(name, rope, "an object or null", isinstance(rope, Mapping))
         _check_fixed(f"{name}.", rope, FIXED_ROPE)
+        unknown = [key for key in rope if key not in ROPE_KEYS and rope[key] is not None]
+        check_value(f"a key of {name}", unknown[:1], f"one of {', '.join(sorted(ROPE_KEYS))}", not unknown)
         thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
     thetas = {name: theta for name, theta in thetas.items() if theta is not None}
     for name, theta in thetas.items():

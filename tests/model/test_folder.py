@@ -160,7 +160,7 @@ def test_field_is_normalized(field):
 
 
 def test_theta_is_read_from_either_place_and_needed():
-    default = {"type": "default"}
+    default = {"type": "default", "partial_rotary_factor": 1.0}
     for parameters in ({}, {"rope_parameters": ROPE}, {"rope_parameters": default}):
         assert MixtralConfig.from_dict(TINY | {"rope_theta": 500000} | parameters).rope_theta == 5e5
     for scaling in (None, {"type": "default"}):
@@ -193,6 +193,7 @@ WRONG = {  # values that are wrong by themselves
     "bos_token_id": ("<s>",),
     "pad_token_id": (True,),
     "dtype": ("int8",),
+    "partial_rotary_factor": (0.5,),
     "rope_scaling": ("yarn",),
 }
 REJECTED = [
@@ -207,8 +208,11 @@ REJECTED = [
     ({"torch_dtype": 16}, "dtype is 16"),
     ({"model_type": "mistral"}, "model_type is 'mistral', needs 'mixtral'"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', needs 'silu'"),
+    ({"attention_bias": True}, "attention_bias is True, needs False"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.type is 'linear'"),
+    ({"rope_scaling": {"factor": 2.0}}, r"a key of rope_scaling is \['factor'\], needs one of"),
     ({"rope_parameters": ROPE | {"rope_type": "yarn"}}, r"rope_parameters\.rope_type is 'yarn'"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"rope_parameters\.partial_rotary_factor is 0\.5"),
     ({"rope_parameters": ROPE}, r"rope_theta is \{'rope_theta': 1000000\.0, 'rope_p.* needs one number"),
     ({"rope_parameters": ROPE | {"rope_theta": 0}}, r"rope_parameters\.rope_theta is 0"),
     *(({name: value}, re.escape(f"{name} is {value!r}")) for name, values in WRONG.items() for value in values),
