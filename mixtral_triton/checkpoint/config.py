@@ -21,7 +21,6 @@ GENERATION_FILE = "generation_config.json"
 CONFIG_FILES = ["config.json", GENERATION_FILE, "hf_quant_config.json"]
 TEXT_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
 TEXT_FILES += ["chat_template.jinja", INDEX_FILE]
-WEIGHT_FILES = ["model*.safetensors"]  # as transformers names them: others are copies in Mistral's own layout
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings"),
@@ -238,15 +237,22 @@ def _snapshot(name: str, tensors: bool) -> Path:
     """Return the folder in huggingface_hub's cache, after it downloaded what is missing, with its own progress."""
     import huggingface_hub
 
-    if tensors:
-        MixtralConfig.from_pretrained(name)  # another architecture is refused before its weights come
     repository, _, revision = name.partition("@")
-    patterns = CONFIG_FILES + (TEXT_FILES + WEIGHT_FILES if tensors else [])
-    try:
-        path = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-    except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise FileNotFoundError(f"{name}: is no folder here, and the hub says {text}") from error
+    patterns, needed = CONFIG_FILES + (TEXT_FILES if tensors else []), list[str]()
+    while True:
+        try:
+            path = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise FileNotFoundError(f"{name}: is no folder here, and the hub says {text}") from error
+        if not tensors or needed:
+            break
+        MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come
+        index = Path(path) / INDEX_FILE
+        patterns = needed = sorted(read_index(index)) if index.is_file() else [SINGLE_FILE]
+        revision = index.parent.name  # the same commit, whatever is pushed meanwhile
+        if all((Path(path) / file).is_file() for file in needed):
+            break  # huggingface_hub 1.33 looks a commit up even offline
     return Path(path)
 
 
@@ -257,7 +263,7 @@ def read_index(index: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         # Checks the name, not a link's target: the hub's cache links to ../../blobs.
-        plain = isinstance(file, str) and Path(file).name == file
+        plain = isinstance(file, str) and Path(file).name == file and not {*"*?["} & {*file}  # no pattern
         need = "the plain name of a .safetensors file"
         check_value(f"{index}: the file of {name!r:.80}", file, need, plain and file.endswith(".safetensors"))
         names.setdefault(file, []).append(name)

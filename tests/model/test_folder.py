@@ -39,7 +39,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         downloads.append((repository, revision, sorted(allow_patterns)))
         cache.mkdir(parents=True, exist_ok=True)
         for file in remote.iterdir():
-            if any(map(file.match, allow_patterns)):
+            if file.name in allow_patterns:
                 shutil.copy(file, cache / file.name)
         return str(cache)
 
@@ -53,9 +53,13 @@ def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, monkeypatch: pytest.M
     assert MixtralConfig.from_pretrained(NAME) == MixtralConfig.from_pretrained(SMALL)
     assert not list(hub.cache.glob("*.safetensors")) and hub.downloads[-1][:2] == (NAME, None)
     model = Mixtral.from_pretrained(f"{NAME}@v1.0", "cpu")
-    assert [download[:2] for download in hub.downloads[-2:]] == [(NAME, "v1.0")] * 2
+    assert hub.downloads[-2][:2] == (NAME, "v1.0")
+    assert hub.downloads[-1] == (NAME, COMMIT, [f"model-{number}.safetensors" for number in range(3)])
     cached, remote = ({file.name for file in folder.iterdir()} for folder in (hub.cache, hub.remote))
     assert cached == remote - {"pytorch_model.bin"}
+    hub.downloads.clear()
+    Mixtral.from_pretrained(NAME, "cpu")
+    assert {revision for _, revision, _ in hub.downloads} == {None}  # of a cache that has all, no commit is looked up
     ids = torch.arange(9)[None]
     assert torch.equal(model(ids), Mixtral.from_pretrained(SMALL, "cpu")(ids))
     write(NAME, "out", "int8", "cpu")
@@ -83,12 +87,16 @@ def test_errors_of_the_hub_are_one_line(kind: str, hub: Any, monkeypatch: pytest
     assert error_line(f"generate --prompt x {NAME}@v9").endswith("two lines")
 
 
-def test_no_weight_is_fetched_of_another_architecture(hub: Any) -> None:
-    config = json.loads((hub.remote / "config.json").read_text())
+def test_no_weight_is_fetched_for_what_will_be_refused(hub: Any) -> None:
+    """Another architecture; an index whose names, as patterns, would download anything."""
+    index, config = hub.remote / "model.safetensors.index.json", json.loads((hub.remote / "config.json").read_text())
+    index.write_text(json.dumps({"weight_map": {"a": "[m]*.safetensors"}}))
+    with pytest.raises(ValueError, match=r"index.json: the file of 'a' is '\[m\]\*.safetensors', needs the"):
+        Mixtral.from_pretrained(NAME, "cpu")
     (hub.remote / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(ValueError, match=r"config.json: model_type is 'llama'"):
         Mixtral.from_pretrained(NAME, "cpu")
-    assert len(hub.downloads) == 1
+    assert len(hub.downloads) == 2
 
 
 TOKENIZER = str(SMALL / "tokenizer.json")
