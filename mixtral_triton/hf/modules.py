@@ -163,9 +163,6 @@ class ImplementationsMixin(Applied):
         select = partial(super().set_experts_implementation, experts_implementation)  # type: ignore[misc]
         self._select("experts", experts_implementation, select)
 
-    def get_experts_implementation(self) -> dict[str, str | None]:
-        return {"": NAME} if self._uses("experts") else super().get_experts_implementation()  # type: ignore[misc]
-
     def _uses(self, part: str) -> bool | None:
         return getattr(getattr(self.base_model, PARTS_ATTRIBUTE, None), part, None)
 
@@ -188,7 +185,7 @@ class GenerateMixin(ImplementationsMixin):
         return mask.view(torch.uint32) if mask is not None and mask.dtype == torch.int32 else mask
 
     def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
-        """transformers' switch of experts during `generate`, which early releases made by the config alone."""
+        """transformers' switch of the config's experts during `generate`, which `_select` would take for a user's."""
         return nullcontext() if self._uses("experts") else super()._optimize_model_for_decode()  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
