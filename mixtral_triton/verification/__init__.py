@@ -176,11 +176,11 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
     rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
-    routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
+    routes, out = LayerProbe(expected.layers), torch.empty(0)
     routes.start("end to end")
     with target.catch_faults(routes.fail):
         out = target.logits(ids, routes)
-    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(*out)))
+    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
     if target.is_mixtral:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             steps("generate", 1)
