@@ -58,7 +58,8 @@ def verify(
     target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: a Mixtral, applied or not,
     or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
     One in training mode is compared in evaluation mode, and back in training mode afterwards.
-    input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
+    input_ids int64 [B,T]; None: a fixed pseudo-random text.
+    progress: of a Mixtral, called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
@@ -88,7 +89,7 @@ def verify(
         needs = "a Mixtral of one process, or its folder"
         raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
     if is_transformers and _has_names(target):
-        return _verify_family(target, input_ids, progress, tokens)
+        return _verify_family(target, input_ids, tokens)
     options = {} if is_transformers else {"cache_dtype": cache_dtype}
     kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest
     with torch.no_grad():
@@ -109,14 +110,13 @@ def _has_names(model: Any) -> bool:
     return NAME in names and not applied(model)
 
 
-def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tokens: int | None) -> Report:
-    from .families import STEPS, FamilyUnderTest
+def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> Report:
+    from .families import FamilyUnderTest
 
     config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
-    ids, done = default_text(input_ids, config, model.device, tokens), count(1)
-    target, step = FamilyUnderTest(model), progress or (lambda *_: None)
+    ids, target = default_text(input_ids, config, model.device, tokens), FamilyUnderTest(model)
     with torch.no_grad(), in_evaluation(model):
-        rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
+        rows = target.compare(ids)
     about = backend_name(ids.device), dtype_name(model.dtype), "transformers' own modules", target.not_run
     return Report(tuple(rows), 0, 0, *about)
 
