@@ -72,8 +72,8 @@ def verify(
     check_value("verify: cache_dtype", cache_dtype, "None or torch.int8", cache_dtype in (None, torch.int8))
     if is_transformers and (folder is not None or cache_dtype is not None):
         raise ValueError("verify: target is a transformers model, needs neither folder nor cache_dtype")
-    if is_transformers and any(parameter.is_meta for parameter in target.parameters()):  # type: ignore[union-attr]
-        raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
+    if isinstance(target, nn.Module) and any(parameter.is_meta for parameter in target.parameters()):
+        raise ValueError("verify: some weights are on the meta device; load the model without offloading")
     if isinstance(target, (str, os.PathLike)):
         check_value("verify: folder", str(folder), "None: target is a folder itself", folder is None)
         folder = checkpoint_folder(target)
@@ -130,8 +130,6 @@ def backend_name(device: torch.device) -> str:
 
 def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:
     """`ids` int64 [B,T], checked; None: two sequences of a fixed pseudo-random text of `tokens` tokens."""
-    if device.type == "meta":
-        raise ValueError("verify: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
     limit = config.max_position_embeddings
     if ids is not None:
         check_ids(ids, config.vocab_size, device)
