@@ -216,9 +216,6 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if tokens is None:  # transformers raises the error
         return args, kwargs
     mask, cache = get("attention_mask"), get("past_key_values") if get("cache") is None else get("cache")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and cache is None and mask.shape != tokens.shape[:2]:
-        got, need = list(mask.shape), list(tokens.shape[:2])
-        raise ValueError(f"mixtral_triton: attention_mask is of shape {got}, needs {need}, one value a token")
     if isinstance(mask, Tensor) and mask.dim() == 4:
         mask = mask.view(torch.int32) if mask.dtype == torch.uint32 else check_dense(mask)
     use_cache = config.use_cache if get("use_cache") is None else get("use_cache")
