@@ -121,8 +121,6 @@ def _faults_of_modules(model: Any, blocks: tuple[type[nn.Module], ...], attentio
         forward = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate keeps what it wraps
         if forward in module.__dict__ and not _is_own_forward(module, forward):
             yield f"{name or f'the {current.__name__}'} has a {forward} of its own, which would stay in use; remove it"
-        if base is modeling.MixtralAttention and module.head_dim > 256:
-            yield f"head_dim is {module.head_dim}, needs at most 256; attention=False, rope=False"
         if base is modeling.MixtralExperts:
             check_experts(module, name)
             if getattr(module, "_is_expert_parallel", False):

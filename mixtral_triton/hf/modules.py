@@ -163,9 +163,6 @@ class ImplementationsMixin(Applied):
         select = partial(super().set_experts_implementation, experts_implementation)  # type: ignore[misc]
         self._select("experts", experts_implementation, select)
 
-    def get_experts_implementation(self) -> dict[str, str | None]:
-        return {"": NAME} if self._uses("experts") else super().get_experts_implementation()  # type: ignore[misc]
-
     def _uses(self, part: str) -> bool | None:
         return getattr(getattr(self.base_model, PARTS_ATTRIBUTE, None), part, None)
 
@@ -188,7 +185,7 @@ class GenerateMixin(ImplementationsMixin):
         return mask.view(torch.uint32) if mask is not None and mask.dtype == torch.int32 else mask
 
     def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
-        """transformers' switch of experts during `generate`, which early releases made by the config alone."""
+        """transformers' switch of the config's experts during `generate`, which `_select` would take for a user's."""
         return nullcontext() if self._uses("experts") else super()._optimize_model_for_decode()  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -219,9 +216,6 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if tokens is None:  # transformers raises the error
         return args, kwargs
     mask, cache = get("attention_mask"), get("past_key_values") if get("cache") is None else get("cache")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and cache is None and mask.shape != tokens.shape[:2]:
-        got, need = list(mask.shape), list(tokens.shape[:2])
-        raise ValueError(f"mixtral_triton: attention_mask is of shape {got}, needs {need}, one value a token")
     if isinstance(mask, Tensor) and mask.dim() == 4:
         mask = mask.view(torch.int32) if mask.dtype == torch.uint32 else check_dense(mask)
     use_cache = config.use_cache if get("use_cache") is None else get("use_cache")

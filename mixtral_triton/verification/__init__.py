@@ -19,6 +19,7 @@ from ..checkpoint.arguments import check_ids, check_vocabulary
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
 from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
 from ..kernels.operation.checks import dtype_name
+from ..kernels.registry import dispatched
 from ..model.ahead import on_meta_by_kind
 from ..model.cache import KVCache
 from ..model.generate import GRAPH_MIN_TOKENS, can_capture
@@ -57,7 +58,8 @@ def verify(
     target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: a Mixtral, applied or not,
     or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
     One in training mode is compared in evaluation mode, and back in training mode afterwards.
-    input_ids int64 [B,T]; None: a fixed pseudo-random text. `progress` is called with (steps done, steps, which steps).
+    input_ids int64 [B,T]; None: a fixed pseudo-random text.
+    progress: of a Mixtral, called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
@@ -70,8 +72,8 @@ def verify(
     check_value("verify: cache_dtype", cache_dtype, "None or torch.int8", cache_dtype in (None, torch.int8))
     if is_transformers and (folder is not None or cache_dtype is not None):
         raise ValueError("verify: target is a transformers model, needs neither folder nor cache_dtype")
-    if is_transformers and any(parameter.is_meta for parameter in target.parameters()):  # type: ignore[union-attr]
-        raise ValueError("verify: some weights are not in memory (offloaded); load the model without offloading")
+    if isinstance(target, nn.Module) and any(parameter.is_meta for parameter in target.parameters()):
+        raise ValueError("verify: some weights are on the meta device; load the model without offloading")
     if isinstance(target, (str, os.PathLike)):
         check_value("verify: folder", str(folder), "None: target is a folder itself", folder is None)
         folder = checkpoint_folder(target)
@@ -87,7 +89,7 @@ def verify(
         needs = "a Mixtral of one process, or its folder"
         raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
     if is_transformers and _has_names(target):
-        return _verify_family(target, input_ids, progress, tokens)
+        return _verify_family(target, input_ids, tokens)
     options = {} if is_transformers else {"cache_dtype": cache_dtype}
     kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest
     with torch.no_grad():
@@ -108,14 +110,13 @@ def _has_names(model: Any) -> bool:
     return NAME in names and not applied(model)
 
 
-def _verify_family(model: Any, input_ids: Tensor | None, progress: Progress, tokens: int | None) -> Report:
-    from .families import STEPS, FamilyUnderTest
+def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> Report:
+    from .families import FamilyUnderTest
 
     config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
-    ids, done = default_text(input_ids, config, model.device, tokens), count(1)
-    target, step = FamilyUnderTest(model), progress or (lambda *_: None)
+    ids, target = default_text(input_ids, config, model.device, tokens), FamilyUnderTest(model)
     with torch.no_grad(), in_evaluation(model):
-        rows = target.compare(ids, lambda: step(next(done), STEPS, "forwards"))
+        rows = target.compare(ids)
     about = backend_name(ids.device), dtype_name(model.dtype), "transformers' own modules", target.not_run
     return Report(tuple(rows), 0, 0, *about)
 
@@ -129,8 +130,6 @@ def backend_name(device: torch.device) -> str:
 
 def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:
     """`ids` int64 [B,T], checked; None: two sequences of a fixed pseudo-random text of `tokens` tokens."""
-    if device.type == "meta":
-        raise ValueError("verify: the model is on the meta device, which holds no numbers, needs a CPU or a GPU")
     limit = config.max_position_embeddings
     if ids is not None:
         check_ids(ids, config.vocab_size, device)
@@ -175,11 +174,11 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
     rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
     logits = target.head(exact, to_fp64), target.head(expected.x)
     expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
-    routes, out = LayerProbe(expected.layers), (torch.empty(0), ...)
+    routes, out = LayerProbe(expected.layers), torch.empty(0)
     routes.start("end to end")
     with target.catch_faults(routes.fail):
         out = target.logits(ids, routes)
-    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(*out)))
+    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
     if target.is_mixtral:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             steps("generate", 1)
@@ -207,8 +206,9 @@ def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: A
         calls = SizedCalls(under_test, (tokens or CALL_TOKENS[True]) if under_test is target else 0, gpu)
         x = x.to(under_test.embed_tokens.dtype)
         for index, layer in enumerate(under_test.layers):
-            for call in calls(under_test.check(layer, x, under_test.config), index):
-                under_test.measure(index, *call)
+            for op, _, args in calls(under_test.check(layer, x, under_test.config), index):
+                with under_test.catch_faults(lambda note: None):  # `verify` reports it
+                    dispatched(op, args)(**args)
 
 
 def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:

@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -29,7 +29,6 @@ from ..hf.experts import NAME, PROJECTIONS, is_experts
 from .report import END_RATIO, Row
 from .tolerance import FLOOR, RATIO, ConvertedExperts, Fp64Reference, largest, token_floor
 
-STEPS = 3  # forwards of `compare`
 CASES = "whole text", "in chunks"  # the first without a cache
 Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
 Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
@@ -66,16 +65,14 @@ class FamilyUnderTest:
         self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
 
-    def compare(self, ids: Tensor, step: Callable[[], None]) -> list[Row]:
+    def compare(self, ids: Tensor) -> list[Row]:
         """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left, of
         a model in evaluation mode."""
         T, B = ids.shape[1], len(ids)
         valid = torch.arange(T, device=ids.device) >= torch.arange(B, device=ids.device)[:, None] * T // (3 * B)
         with short_windows(self.model, T // 2):
             got = self._logits(ids, valid, *self._recording())
-            step()
             baseline = self._logits(ids, valid, *self._eager())
-            step()
             exact, masks = dict[str, Tensor](), self.masks.copy()
             try:
                 with in_fp64(self.model):
@@ -83,7 +80,6 @@ class FamilyUnderTest:
             except RuntimeError as error:  # as where a module multiplies with the weight of another
                 self.not_run += (f"logits; in fp64 the model raises {error}"[:100],)
             self.masks = masks
-            step()
         rows, paths = list[Row](), self.paths
         for module in self.experts:
             rows.append(worst_call("experts", paths[module], self._experts_errors(module)))

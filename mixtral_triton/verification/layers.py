@@ -112,14 +112,10 @@ class ModelUnderTest:
             if part.numel():
                 yield ALONE, part, part >= 0, cache, {}
 
-    def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
-        """The logits of a text [B,T] over a cache, its last sequences a token shorter -> [M,V], and where they are."""
-        (B, T), text = ids.shape, torch.arange(ids.shape[1]).expand(ids.shape)
-        lengths = (T - torch.arange(B).clamp(max=1)).clamp(min=1).int()
-        probe.start("end to end", text, text < lengths[:, None])
-        with self.forward(self.model.config, probe) as forward:
-            out = forward(ids, self.make_cache(self.model.config, B, T), lengths=lengths.to(ids.device))
-        return out[probe.valid], probe.where_valid
+    def logits(self, ids: Tensor, probe: LayerProbe) -> Tensor:
+        """The logits [B,T,V] of a text [B,T] over a cache."""
+        with self.forward(self.config, probe) as forward:
+            return forward(ids, self.make_cache(self.config, *ids.shape))
 
     @contextmanager
     def catch_faults(self, record: Callable[[str], None]) -> Iterator[None]:

@@ -96,9 +96,9 @@ class TransformersUnderTest(ModelUnderTest):
         cos, sin = (part[0, :, : attn.head_dim // 2].contiguous() for part in rotary(x.float()))
         return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
 
-    def logits(self, ids: Tensor, probe: LayerProbe) -> tuple[Tensor, Any]:
+    def logits(self, ids: Tensor, probe: LayerProbe) -> Tensor:
         with self.forward(self.model.config, probe) as forward:
-            return self.model_head(forward(ids)), ...
+            return self.model_head(forward(ids))  # type: ignore[no-any-return]
 
     def forward_calls(self, config: Any, B: int, T: int) -> Iterator[ForwardCall]:
         """The forwards that read a text [B,T], whole, two sequences packed in one row, and in chunks over a dynamic

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .report import Row
@@ -38,10 +38,7 @@ class Source:
         self.files = [self.folder / name for name in names]
         modules: dict[str, dict[str, Any]] = defaultdict(dict)
         for path in self.files:
-            try:
-                opened = safe_open(path, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise ValueError(f"{path}: cannot be read again: {error}") from error
+            opened = safe_open(path, framework="pt", device="cpu")
             for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
                 modules[name.rpartition(".")[0]][name] = opened
         self.layers: dict[int | None, dict[str, dict[str, Any]]] = defaultdict(dict)

@@ -166,8 +166,8 @@ def test_positional_arguments_of_the_backbone(make_hf: Any) -> None:
 
 
 WRONG_MASKS = [
-    (torch.ones(3, 14), r"attention_mask is of shape \[3, 14\], needs \[2, 14\]"),
-    *((torch.ones(2, n), r"needs \[2, 14\], one value a token") for n in (12, 15)),
+    *((torch.ones(B, n), rf"attention_mask is of shape \[{B}, {n}\], needs \[2, 14\]") for B, n in ((3, 14), (2, 12))),
+    (torch.ones(2, 15), "has 14 keys, needs 15, as its mask says"),
     (torch.ones(2, 1, 14, 9), r"broadcasts to \[2, 4, 14, 14\]"),
 ]
 for _dtype in (torch.int64, torch.int32):

@@ -187,7 +187,6 @@ REJECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
         changed(lambda m: setattr(m.model.layers[1], "self_attn", nn.Identity())),
         r"model\.layers\.1\.self_attn is a Identity, which cannot read fused attention's masks",
     ),
-    "head size": (changed(id, head_dim=512), "head_dim is 512, needs at most 256"),
 }
 
 
