@@ -53,7 +53,7 @@ def commands(arch: str) -> Commands:
         "bench decode": (60, bench("decode_step")),
         "bench decode offloaded": (20, bench("decode_step", "--sizes offload=2")),
         **{f"bench {name}": (20, bench(name)) for name in BENCHED if name != "decode_step"},
-        "host": (20, f"{PYTHON} benchmarks/host_time.py --json"),
+        "host": (20, f"{PYTHON} benchmarks/host_time.py"),
     }
 
 

@@ -6,7 +6,6 @@ launch of a small kernel, `kernel[grid](...)`; figures and ratios are medians ov
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -82,7 +81,6 @@ def steps() -> dict[str, Call]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     # CPU tensors take the path of a GPU's: only the memory differs.
@@ -103,9 +101,6 @@ def main() -> None:
         rows.append(row)
     about = {"triton": triton.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about["plain_launch_us"] = 1e6 * statistics.median(plain)
-    if args.json:
-        print(json.dumps({**about, "rows": rows}))
-        return
     lines = [({name: x if isinstance(x, str) else f"{x:.2f}" for name, x in row.items()}, "") for row in rows]
     title = ", ".join(f"{name} {value}" for name, value in about.items())
     console().print(table_of(title, lines))

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -86,8 +87,9 @@ def test_the_bench_times_on_a_simulated_gpu(name: str, shape: int) -> None:
 
 @pytest.mark.slow
 def test_host_times_of_three_layers() -> None:
-    done = start("benchmarks/host_time.py", "--json", "--rounds", 1)
-    assert done.returncode == 0 and len(json.loads(done.stdout)["rows"]) == 3, done.stdout + done.stderr
+    done = start("benchmarks/host_time.py", "--rounds", 1)
+    assert done.returncode == 0 and "plain_launch_us" in done.stdout, done.stderr
+    assert all(re.search(rf"^{layer} +\d+\.\d\d", done.stdout, re.M) for layer in ("ours", "applied", "eager"))
 
 
 def test_a_machine_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
