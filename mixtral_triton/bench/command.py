@@ -101,8 +101,6 @@ def op_table(rows: Sequence[Row]) -> Group:
             notes += [f"{name}, {shape}: {outcome.note}"] if outcome.note else []
             ratio = row.ratio(name) if name in row.peers else None
             of_row[f"{name} / ours"] = "" if ratio is None else f"{ratio:.2f}"
-        of_row |= {"MB": number(row.cost.bytes / 1e6), "GFLOP": number(row.cost.flops / 1e9)}
-        of_row["MB of host memory"] = number(row.cost.host_bytes / 1e6) if row.cost.host_bytes else ""
         cells.append({**of_row, "launches": str(len(row.launches))})
     shown = [name for name in cells[0] if any(texts[name] for texts in cells)]
     styles = ("bold red" if row.ours.right is False else "" for row in rows)

@@ -137,7 +137,6 @@ def test_floor_of_a_decode_step_with_experts_in_host_memory(hosted: int) -> None
     assert row["host_bytes"] == pytest.approx(2 * hosted / 8 * 3 * 4096 * 14336 * 2)
     assert row["bound"] == ("link" if hosted else "memory") and row["sizes"]["cache"] == "int8"
     assert not hosted or 1e6 * row["host_bytes"] / LINKS[H100.link] < row["floor_us"]
-    assert ("MB of host" in output(line)) == (hosted > 0)
 
 
 @pytest.mark.compiled
