@@ -240,8 +240,8 @@ def test_plot() -> None:
     figure = figure_of(rows, H100)
     experts, norm = figure.axes
     assert "these are floors" in figure.get_suptitle() and labels(experts) == labels(norm) == ["floor"]
-    assert experts.get_title() == "expert_swiglu, bfloat16, H4096 I14336 E8 K2"
-    assert [tick.get_text() for tick in experts.get_yticklabels()] == [f"T{T}" for T in TOKENS]
+    assert experts.get_title() == "expert_swiglu, bfloat16"
+    assert [tick.get_text() for tick in experts.get_yticklabels()] == [f"T{T} H4096 I14336 E8 K2" for T in TOKENS]
     timed = [replace(row, ours=Outcome(row.floor_s * 2, right=True)) for row in rows]
     axes = figure_of(timed, H100).axes[0]
     floors_us = [bar.get_width() for bar in axes.patches]
