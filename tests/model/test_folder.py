@@ -66,7 +66,7 @@ def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, monkeypatch: pytest.M
     assert not verify(NAME, ids, quick=True).wrong and (Path("out") / "config.json").is_file()
     for command in ("generate", "trace"):
         assert output(f"{command} {NAME} --device cpu --prompt 'The return' --json")
-    assert "FITS" in output(f"fit {NAME} --gpu h100")
+    assert " fits" in output(f"fit {NAME} --gpu h100")
     shutil.copytree(SMALL, NAME)  # a folder comes before a name
     count = len(hub.downloads)
     assert checkpoint_folder(NAME) == Path(NAME) and len(hub.downloads) == count
