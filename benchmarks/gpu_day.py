@@ -1,6 +1,6 @@
 """Measure everything that needs a GPU in about ten minutes: a list of commands, each with a time limit, and a summary.
 
-    python benchmarks/gpu_day.py [--out benchmarks/results/NAME] [--only NAME ...] [--budget-s 600]
+    python benchmarks/gpu_day.py [--out benchmarks/results/NAME]
 
 OUT holds the output of each command and the summary, gpu_day.json. A command that exceeds its limit is killed, and its
 output so far is kept.
@@ -53,7 +53,7 @@ def commands(arch: str) -> Commands:
         "bench decode": (60, bench("decode_step")),
         "bench decode offloaded": (20, bench("decode_step", "--sizes offload=2")),
         **{f"bench {name}": (20, bench(name)) for name in BENCHED if name != "decode_step"},
-        "host": (20, f"{PYTHON} benchmarks/host_time.py --json"),
+        "host": (20, f"{PYTHON} benchmarks/host_time.py"),
     }
 
 
@@ -75,7 +75,7 @@ def run(name: str, command: str, out: Path, limit_s: float) -> tuple[str, float]
             process.wait()
 
 
-def day(selected: Commands, out: Path, budget_s: float) -> dict[str, Any]:
+def day(selected: Commands, out: Path, budget_s: float = BUDGET_S) -> dict[str, Any]:
     """Run the commands within `budget_s`, write the summary after each, and return how each ended."""
     out.mkdir(parents=True, exist_ok=True)
     start, done = time.monotonic(), dict[str, Any]()
@@ -95,19 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit status: 1 if a command failed, 2 for bad input, else 0, even if one was over its limit."""
     parser = cli.Parser(prog="gpu_day", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the results; none: one in benchmarks/results")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="commands whose names begin so; none: all"
-    )
-    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help=f"seconds in all; none: {BUDGET_S:.0f}")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("there is no GPU: nothing was measured")
-    every = commands(target_arch(torch.device("cuda")))
-    if unknown := [only for only in args.only if not any(name.startswith(only) for name in every)]:
-        parser.error(f"--only is {unknown[0]!r}, needs the beginning of one of {', '.join(every)}")
-    selected = {name: command for name, command in every.items() if name.startswith(tuple(args.only or ("",)))}
     out = args.out or ROOT / "benchmarks" / "results" / re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
-    done = day(selected, out, args.budget_s)
+    done = day(commands(target_arch(torch.device("cuda"))), out)
     print(f"results: {out / 'gpu_day.json'}")
     return int(any(outcome["status"].startswith("failed") for outcome in done.values()))
 

@@ -6,7 +6,6 @@ launch of a small kernel, `kernel[grid](...)`; figures and ratios are medians ov
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -38,8 +37,6 @@ SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_siz
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096, "sliding_window": None}
 SIZES |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
-# Of plain launches, and of transformers' eager layer.
-LIMITS = {"ours": "at most 30, at most 0.5", "applied": "at most 60, at most 0.8"}
 
 
 class SilentLauncher:
@@ -84,7 +81,6 @@ def steps() -> dict[str, Call]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     # CPU tensors take the path of a GPU's: only the memory differs.
@@ -102,12 +98,9 @@ def main() -> None:
         row = {"layer": name, "us": 1e6 * statistics.median(layer)}
         row["plain launches"] = statistics.median(map(truediv, layer, plain))
         row["of eager"] = statistics.median(times[name] / times["eager"] for times in rounds)
-        rows.append(row | {"limits": LIMITS.get(name, "")})
+        rows.append(row)
     about = {"triton": triton.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about["plain_launch_us"] = 1e6 * statistics.median(plain)
-    if args.json:
-        print(json.dumps({**about, "rows": rows}))
-        return
     lines = [({name: x if isinstance(x, str) else f"{x:.2f}" for name, x in row.items()}, "") for row in rows]
     title = ", ".join(f"{name} {value}" for name, value in about.items())
     console().print(table_of(title, lines))

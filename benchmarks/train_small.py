@@ -2,9 +2,7 @@
 
 import argparse
 import ast
-import json
 import math
-import platform
 import random
 import re
 import shutil
@@ -17,12 +15,12 @@ from pydoc_data.topics import topics
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
+from tokenizers import Tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-SMALL = Path(__file__).parents[1] / "mixtral_triton" / "small"  # its configurations are used again
-SEED, STEPS, VOCAB_SIZE, HELD_OUT_SHARE = 0, 3000, 2048, 0.04
+SMALL = Path(__file__).parents[1] / "mixtral_triton" / "small"  # its configuration and tokenizer are used again
+SEED, STEPS, HELD_OUT_SHARE = 0, 3000, 0.04
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 256  # four times the sliding window, so that the window is in force while training
 PEAK_LR, WARMUP_STEPS = 2e-3, 100
 # Folders of the standard library that hold no documentation of it: tests, examples, boilerplate, installed packages.
@@ -75,30 +73,10 @@ def training_texts() -> list[str]:
     return [document for document in train if document]
 
 
-def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Train a byte-level BPE, so that no text is out of the vocabulary."""
-    trained = ByteLevelBPETokenizer()
-    options = {"min_frequency": 0, "special_tokens": ["<s>", "</s>"], "show_progress": False}
-    trained.train_from_iterator(texts, VOCAB_SIZE, **options)
-    tokenizer = Tokenizer.from_str(trained.to_str())
-    # As with the published Mixtral tokenizers, encode() puts <s> first unless add_special_tokens=False.
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
-    return tokenizer
-
-
 def encode(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
     """Return the tokens of all documents, one after the other, <s> before each and </s> behind it."""
     eos = tokenizer.token_to_id("</s>")
     return [token for encoding in tokenizer.encode_batch(documents) for token in (*encoding.ids, eos)]
-
-
-def save_text(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save the tokenizer, and as tokens the held-out topics of `help()`, which have Python's licence alone."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    shutil.copy(SMALL / "tokenizer_config.json", folder)
-    text = f"topics of help() held out of the training, Python {platform.python_version()} (PSF licence)"
-    held_out = {"text": text, "ids": encode(tokenizer, hold_out(next(documents()))[1])}
-    (folder / "heldout.json").write_text(json.dumps(held_out) + "\n")
 
 
 def main() -> None:
@@ -107,14 +85,10 @@ def main() -> None:
     folder = parser.parse_args().out
     torch.set_num_threads(1)  # the order of the sums, and so the result, then does not hang on the number of cores
     torch.manual_seed(SEED)
-    texts = training_texts()
-    tokenizer = train_tokenizer(texts)
-    train = torch.tensor(encode(tokenizer, texts))
+    train = torch.tensor(encode(Tokenizer.from_file(str(SMALL / "tokenizer.json")), training_texts()))
     model = MixtralForCausalLM(MixtralConfig.from_pretrained(SMALL))
     groups = [{"params": [p], "weight_decay": 0.1 * (p.ndim > 1)} for p in model.parameters()]  # matrices decay only
     optimizer, spans = torch.optim.AdamW(groups, betas=(0.9, 0.95)), train.unfold(0, SEQUENCE_LENGTH + 1, 1)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_text(tokenizer, folder)
     losses: list[float] = []
     for step in track(range(STEPS), "training"):
         for group in optimizer.param_groups:
@@ -132,6 +106,8 @@ def main() -> None:
     for parameter in model.parameters():  # not model.to(): the frequencies of the rotary embedding stay fp32
         parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "heldout.json"):
+        shutil.copy(SMALL / name, folder)
     (folder / "generation_config.json").unlink()  # it says no more than config.json
     print(f"loss in training {sum(losses[-200:]) / 200:.3f}, of {len(train)} tokens")
 

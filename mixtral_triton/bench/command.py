@@ -80,20 +80,11 @@ def micro(seconds: float | None) -> str:
     return "" if seconds is None else number(seconds * 1e6)
 
 
-def _title_and_shapes(rows: Sequence[Row]) -> tuple[str, list[str]]:
-    """Return a title of the operation with the sizes that all rows share, and the text of each row's other sizes."""
-    sizes, case = [row.case.as_dict() for row in rows], rows[0].case
-    shared = {name: size for name, size in sizes[0].items() if all(dims.get(name) == size for dims in sizes[1:])}
-    common = shared if len(rows) > 1 else {}
-    shapes = [sizes_text({name: size for name, size in dims.items() if name not in common} or dims) for dims in sizes]
-    return ", ".join(filter(None, (case.op.name, case.dtype_name, sizes_text(common)))), shapes
-
-
 def op_table(rows: Sequence[Row]) -> Group:
     """Return a table of one operation's rows, without empty columns, and a line for each note."""
-    title, shapes = _title_and_shapes(rows)
     cells, notes = [], list[str]()
-    for row, shape in zip(rows, shapes, strict=True):
+    for row in rows:
+        shape = sizes_text(row.case.as_dict())
         share = "" if row.share is None else f"{100 * row.share:.0f} %"
         of_row = {"sizes": shape, "time, us": micro(row.ours.seconds), "of floor": share}
         of_row |= {"floor, us": micro(row.floor_s), "bound": row.bound}
@@ -101,14 +92,11 @@ def op_table(rows: Sequence[Row]) -> Group:
             notes += [f"{name}, {shape}: {outcome.note}"] if outcome.note else []
             ratio = row.ratio(name) if name in row.peers else None
             of_row[f"{name} / ours"] = "" if ratio is None else f"{ratio:.2f}"
-        of_row |= {"MB": number(row.cost.bytes / 1e6), "GFLOP": number(row.cost.flops / 1e9)}
-        of_row["MB of host memory"] = number(row.cost.host_bytes / 1e6) if row.cost.host_bytes else ""
         cells.append({**of_row, "launches": str(len(row.launches))})
     shown = [name for name in cells[0] if any(texts[name] for texts in cells)]
     styles = ("bold red" if row.ours.right is False else "" for row in rows)
     lines = [({name: texts[name] for name in shown}, style) for texts, style in zip(cells, styles, strict=True)]
-    table = table_of(title, lines)
-    return Group(table, *map(Text, notes))
+    return Group(table_of(f"{rows[0].case.op.name}, {rows[0].case.dtype_name}", lines), *map(Text, notes))
 
 
 def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
@@ -120,16 +108,16 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
     figure = Figure(figsize=(6.7, sum(heights)), layout="constrained")
     grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        title, shapes = _title_and_shapes(panel := sorted(panel, key=lambda row: row.floor_s))
+        panel = sorted(panel, key=lambda row: row.floor_s)
         axes.barh(range(len(panel)), [1e6 * row.floor_s for row in panel], color="lightgray", label="floor")
         outcomes = [{"ours": row.ours, **row.peers} for row in panel]
         for name in dict.fromkeys(name for of_row in outcomes for name in of_row):
             times = [1e6 * (of_row.get(name, Outcome()).seconds or math.nan) for of_row in outcomes]
             if not all(map(math.isnan, times)):
                 axes.plot(times, range(len(panel)), "o", ms=4, label=name)
-        axes.set_yticks(range(len(panel)), shapes, fontsize=7)
+        axes.set_yticks(range(len(panel)), [sizes_text(row.case.as_dict()) for row in panel], fontsize=7)
         axes.set(xscale="log", xlabel="time, us")
-        axes.set_title(title, fontsize=8, wrap=True)
+        axes.set_title(f"{panel[0].case.op.name}, {panel[0].case.dtype_name}", fontsize=8)
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     timed = any(outcome.seconds for row in rows for outcome in (row.ours, *row.peers.values()))
     figure.suptitle(f"{gpu.name}, {gpu.source}" + ("" if timed else "; no time was measured, these are floors"))

@@ -69,13 +69,8 @@ def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = Non
     for buffer, b in product((*cache.keys, *cache.values), sequences):
         # One sequence at a time: a draw for all of them may not fit beside them.
         buffer[b] = torch.randn(buffer.shape[1:], generator=generator, device=device, dtype=dtype)
-    rewind(cache)
+    cache.lengths.fill_(cache.slots - 1)  # steps beyond the last slot wrap around the ring, which then stays full
     return {"model": model, "cache": cache, "token": torch.arange(case.B, device=device)[:, None] % case.V}
-
-
-def rewind(cache: KVCache) -> None:
-    """Fill all slots but the last. Steps beyond the last slot wrap around the ring, which then stays full."""
-    cache.lengths.fill_(cache.slots - 1)
 
 
 def decode_step(model: Mixtral, cache: KVCache, token: Tensor) -> Tensor:

@@ -137,7 +137,6 @@ def test_floor_of_a_decode_step_with_experts_in_host_memory(hosted: int) -> None
     assert row["host_bytes"] == pytest.approx(2 * hosted / 8 * 3 * 4096 * 14336 * 2)
     assert row["bound"] == ("link" if hosted else "memory") and row["sizes"]["cache"] == "int8"
     assert not hosted or 1e6 * row["host_bytes"] / LINKS[H100.link] < row["floor_us"]
-    assert ("MB of host" in output(line)) == (hosted > 0)
 
 
 @pytest.mark.compiled
@@ -241,8 +240,8 @@ def test_plot() -> None:
     figure = figure_of(rows, H100)
     experts, norm = figure.axes
     assert "these are floors" in figure.get_suptitle() and labels(experts) == labels(norm) == ["floor"]
-    assert experts.get_title() == "expert_swiglu, bfloat16, H4096 I14336 E8 K2"
-    assert [tick.get_text() for tick in experts.get_yticklabels()] == [f"T{T}" for T in TOKENS]
+    assert experts.get_title() == "expert_swiglu, bfloat16"
+    assert [tick.get_text() for tick in experts.get_yticklabels()] == [f"T{T} H4096 I14336 E8 K2" for T in TOKENS]
     timed = [replace(row, ours=Outcome(row.floor_s * 2, right=True)) for row in rows]
     axes = figure_of(timed, H100).axes[0]
     floors_us = [bar.get_width() for bar in axes.patches]

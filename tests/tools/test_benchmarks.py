@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -86,18 +87,17 @@ def test_the_bench_times_on_a_simulated_gpu(name: str, shape: int) -> None:
 
 @pytest.mark.slow
 def test_host_times_of_three_layers() -> None:
-    done = start("benchmarks/host_time.py", "--json", "--rounds", 1)
-    assert done.returncode == 0 and len(json.loads(done.stdout)["rows"]) == 3, done.stdout + done.stderr
+    done = start("benchmarks/host_time.py", "--rounds", 1)
+    assert done.returncode == 0 and "plain_launch_us" in done.stdout, done.stderr
+    assert all(re.search(rf"^{layer} +\d+\.\d\d", done.stdout, re.M) for layer in ("ours", "applied", "eager"))
 
 
-def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    for gpu, words, fault in ((True, "--only lunch", "lunch"), (False, "", "there is no GPU: nothing was measured")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)  # noqa: B023
-        monkeypatch.setattr(gpu_day, "target_arch", lambda device: "sm_90")
-        with pytest.raises(SystemExit) as error:
-            gpu_day.main(words.split())
-        printed = capsys.readouterr().err
-        assert error.value.code == 2 and fault in printed and len(printed.splitlines()) == 1
+def test_a_machine_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        gpu_day.main([])
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and "there is no GPU" in printed and len(printed.splitlines()) == 1
 
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
