@@ -21,7 +21,7 @@ from ..launching.launch import LaunchConfig, launch, select_configs
 from ..operation.call import operation
 from ..operation.checks import INTS, Within
 from ..operation.declaration import Cost, Op
-from ..operation.inputs import shape_grid, shapes
+from ..operation.inputs import shapes
 from .cache_args import POSITIONS_MAX, New
 from .tiles import power_of_2
 
@@ -266,7 +266,7 @@ Embedded = Annotated[Tensor, "B T H"]
     configs=embed_configs,
     cost=embed_cost,
     test_shapes=shapes(EmbedSizes, "3 1 50 128 7, 2 3 30 1000 0, 2 5 9 80"),
-    bench_shapes=shape_grid(EmbedSizes, B=1, T=(1, 2048), V=32000, H=4096, past=100),
+    bench_shapes=shapes(EmbedSizes, "1 1 32000 4096 100, 1 2048 32000 4096 100"),
 )
 def embed_rms_norm(
     input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],
