@@ -66,8 +66,6 @@ class Argument:
         notes: list[Any] = []
         if typing.get_origin(kind) is Annotated:
             kind, *notes = typing.get_args(kind)
-            kind, inner = _strip_none(kind)
-            optional = optional or inner
         spec = next((note for note in notes if isinstance(note, str)), "")
         dtypes = next((note for note in notes if isinstance(note, tuple)), None)
         rule = next((note for note in notes if isinstance(note, Within)), None)

@@ -1,7 +1,6 @@
 """Cases and random arguments of an operation, from its annotations: for tests, compile and bench."""
 
 from collections.abc import Callable, Sequence
-from itertools import product
 from typing import Any, TypeVar
 
 import torch
@@ -19,12 +18,6 @@ Case = TypeVar("Case")
 def shapes(case: type[Case], table: str, **flags: Any) -> tuple[Case, ...]:
     """Return a case for each row of a table of its first fields: `shapes(NormSizes, "1 128, 17 80")`."""
     return tuple(case(*map(int, row.split()), **flags) for row in table.split(","))
-
-
-def shape_grid(case: type[Case], **values: Any) -> tuple[Case, ...]:
-    """Return a case for each combination of values or tuples of values: `shape_grid(NormSizes, T=(1, 64), H=4096)`."""
-    options = [value if isinstance(value, tuple) else (value,) for value in values.values()]
-    return tuple(case(**dict(zip(values, row, strict=True))) for row in product(*options))
 
 
 def draw(

@@ -21,7 +21,7 @@ from ..launching.launch import LaunchConfig, describe, is_overridden, launch, se
 from ..launching.pdl import prefetch_rows
 from ..operation.call import operation
 from ..operation.declaration import Cost
-from ..operation.inputs import shape_grid, shapes
+from ..operation.inputs import shapes
 from ..weights.composites import Matrix
 from ..weights.formats import CODE_PRODUCTS, QUANT_NAMES, matrix_bytes, multiplies_codes
 from ..weights.weight_args import Weight, WeightRows, add_products, program_tile, row_products, times_scales
@@ -192,12 +192,12 @@ def cost(case: LinearSizes, dtype: torch.dtype) -> Cost:
         *shapes(LinearSizes, "5 64 33", weight=CODE_PRODUCTS, deterministic=True),
     ),
     bench_shapes=(
-        *shape_grid(LinearSizes, T=(1, 4, 8, 16), H=4096, N=(6144, 4096)),
-        *shape_grid(LinearSizes, T=(1, 4, 16), H=6144, N=8192),
+        *(LinearSizes(T, 4096, N) for T in (1, 4, 8, 16) for N in (6144, 4096)),
+        *shapes(LinearSizes, "1 6144 8192, 4 6144 8192, 16 6144 8192"),
         *shapes(LinearSizes, "1 4096 32000, 32 4096 4096, 32 4096 32000, 64 4096 4096, 64 4096 32000"),
         *shapes(LinearSizes, "1 4096 6144, 4096 4096 6144", deterministic=True),
-        *shape_grid(LinearSizes, T=(1, 32, 128, 4096), H=4096, N=6144, weight=QUANT_NAMES),
-        *shape_grid(LinearSizes, T=(128, 4096), H=4096, N=6144, weight=CODE_PRODUCTS),
+        *(LinearSizes(T, 4096, 6144, weight=name) for T in (1, 32, 128, 4096) for name in QUANT_NAMES),
+        *shapes(LinearSizes, "128 4096 6144, 4096 4096 6144", weight=CODE_PRODUCTS),
     ),
 )
 def linear(

@@ -6,7 +6,7 @@ B sequences, T tokens or rows, V rows of the embedding, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -19,10 +19,10 @@ from .. import reference
 from ..launching.kernel_args import Pointer, Rows, dense_rows
 from ..launching.launch import LaunchConfig, launch, select_configs
 from ..operation.call import operation
-from ..operation.checks import INTS, Within, fail
+from ..operation.checks import INTS, Within
 from ..operation.declaration import Cost, Op
-from ..operation.inputs import shape_grid, shapes
-from .cache_args import POSITIONS_MAX
+from ..operation.inputs import shapes
+from .cache_args import POSITIONS_MAX, New
 from .tiles import power_of_2
 
 
@@ -196,8 +196,8 @@ def embed_rms_norm_kernel(
     ids_ptr,  # [B, T]
     table,  # Rows [V, H]
     weight_ptr,  # [H]
-    past_ptr,  # [B] the position of token 0, or None
-    new_ptr,  # [B] how many of the T tokens are new, or None
+    past_ptr,  # [B] the position of token 0
+    new_ptr,  # [B] how many of the T tokens are new
     y_ptr,  # [B, T, H] out: the norm of x
     x_ptr,  # [B, T, H] out: rows of the table
     T, V, H,
@@ -216,9 +216,8 @@ def embed_rms_norm_kernel(
         ids = tl.load(row + offs_t.to(tl.int64) * stride_it, mask=offs_t < T, other=0)
         invalid |= ((ids < 0) | (ids >= V)).to(tl.int32)
     bad = tl.max(invalid, axis=0) != 0
-    if past_ptr is not None:
-        past, new = tl.load(past_ptr + b).to(tl.int64), tl.load(new_ptr + b).to(tl.int64)
-        bad = bad | (new < 0) | (new > T) | (past < 0) | (past > limit - tl.minimum(tl.maximum(new, 0), T))
+    past, new = tl.load(past_ptr + b).to(tl.int64), tl.load(new_ptr + b).to(tl.int64)
+    bad = bad | (new < 0) | (new > T) | (past < 0) | (past > limit - tl.minimum(tl.maximum(new, 0), T))
     token = tl.where(bad, 0, tl.load(row + t * stride_it)).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
     x = tl.load(table.ptr + token * table.stride + offs_h, mask=offs_h < tl.where(bad, 0, H), other=0.0)
@@ -230,19 +229,13 @@ def embed_rms_norm_kernel(
     tl.store(y_ptr + out, tl.reshape(y, (BLOCK_H,)), mask=offs_h < H)
 
 
-def check_positions(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    for name in ("new", "limit"):
-        if (args[name] is None) != (args["past"] is None):
-            raise fail(op, name, repr(args[name]), "a value exactly where past has one")
-
-
 @dataclass(frozen=True)
 class EmbedSizes:
     B: int
     T: int
     V: int
     H: int
-    past: int | None = None  # where given, sequence b is at past + b and has T - b new tokens
+    past: int = 0  # sequence b is at past + b and has T - b new tokens
 
 
 def embed_configs(sizes: EmbedSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -252,10 +245,9 @@ def embed_configs(sizes: EmbedSizes, dtype: torch.dtype, arch: str) -> dict[str,
 
 
 def _embed_inputs(case: EmbedSizes, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    B, T, past = case.B, case.T, case.past
-    args: dict[str, Any] = {"input_ids": (torch.arange(B * T, device=device) * 7 % case.V).view(B, T), "past": None}
-    b = torch.arange(B, dtype=torch.int32, device=device)
-    return args if past is None else args | {"past": past + b, "new": (T - b).clamp(min=0), "limit": past + T + B}
+    B, T, past, b = case.B, case.T, case.past, torch.arange(case.B, dtype=torch.int32, device=device)
+    bounds = {"past": past + b, "new": (T - b).clamp(min=0), "limit": past + T + B}
+    return bounds | {"input_ids": (torch.arange(B * T, device=device) * 7 % case.V).view(B, T)}
 
 
 def embed_cost(case: EmbedSizes, dtype: torch.dtype) -> Cost:
@@ -274,17 +266,16 @@ Embedded = Annotated[Tensor, "B T H"]
     configs=embed_configs,
     cost=embed_cost,
     test_shapes=shapes(EmbedSizes, "3 1 50 128 7, 2 3 30 1000 0, 2 5 9 80"),
-    bench_shapes=shape_grid(EmbedSizes, B=1, T=(1, 2048), V=32000, H=4096, past=100),
-    rule=check_positions,
+    bench_shapes=shapes(EmbedSizes, "1 1 32000 4096 100, 1 2048 32000 4096 100"),
 )
 def embed_rms_norm(
     input_ids: Annotated[Tensor, "B T", INTS, Within(0, "V - 1")],
     table: Annotated[Tensor, "V H"],
     weight: NormWeight,
     eps: float,
-    past: Annotated[Tensor | None, "B", INTS, Within(0, "limit")] = None,
-    new: Annotated[Tensor | None, "B", INTS, Within(0, "T")] = None,
-    limit: Annotated[int | None, Within(1, POSITIONS_MAX.value)] = None,
+    past: Annotated[Tensor, "B", INTS, Within(0, "limit")],
+    new: New,
+    limit: Annotated[int, Within(1, POSITIONS_MAX.value)],
 ) -> tuple[Embedded, Embedded]:
     """Look up rows x of the embedding and their norm y (`rms_norm`), in one launch.
 
@@ -292,12 +283,13 @@ def embed_rms_norm(
     table      [V, H], fp32, bf16 or fp16
     weight     [H] in the table's dtype; eps above 0
     past, new  [B], int32 or int64: sequence b is at position past[b] and has new[b] of the T tokens, at most `limit`
-               in all; given together, or None
+               in all
 
     Returns y and x [B, T, H]. Raises ValueError for another shape, dtype or device. A sequence with an id, a position
     or a length out of range is NaN; on a CPU it is a ValueError, but for past + new above `limit`, which caches check.
 
-    >>> y, x = ops.embed_rms_norm(torch.tensor([[0, 5, 2]]), torch.randn(9, 64), torch.randn(64), 1e-5)
+    >>> ids, past, new = torch.tensor([[0, 5, 2]]), torch.tensor([0]), torch.tensor([3])
+    >>> y, x = ops.embed_rms_norm(ids, torch.randn(9, 64), torch.randn(64), 1e-5, past, new, limit=16)
     """
     (B, T), (V, H) = input_ids.shape, table.shape
     y, x = (torch.empty((B, T, H), dtype=table.dtype, device=table.device) for _ in range(2))
@@ -308,14 +300,14 @@ def embed_rms_norm(
         ids_ptr=input_ids,
         table=Rows.of(table),
         weight_ptr=weight.contiguous(),
-        past_ptr=None if past is None else past.contiguous(),
-        new_ptr=None if new is None else new.contiguous(),
+        past_ptr=past.contiguous(),
+        new_ptr=new.contiguous(),
         y_ptr=y,
         x_ptr=x,
         T=T,
         V=V,
         H=H,
-        limit=limit or 0,
+        limit=limit,
         stride_ib=input_ids.stride(0),
         stride_it=input_ids.stride(1),
         eps=eps,

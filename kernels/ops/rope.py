@@ -18,7 +18,7 @@ from ..launching.launch import LaunchConfig, launch, select_configs
 from ..operation.call import operation
 from ..operation.checks import INTS, Within
 from ..operation.declaration import Cost
-from ..operation.inputs import shape_grid, shapes
+from ..operation.inputs import shapes
 from ..weights.composites import Cache, quantized_vectors, vector_bytes
 from .cache_args import (
     CacheArgs,
@@ -247,11 +247,11 @@ def rope(
     configs=append_configs,
     cost=append_cost,
     test_shapes=(
-        *shape_grid(AppendCase, B=2, Hkv=2, D=80, C=16, past=(0, 13), T=(1, 15, 40)),
-        *shape_grid(AppendCase, B=2, Hkv=2, D=80, C=64, past=40, T=(1, 15, 40)),
+        *(AppendCase(2, T, 2, 80, 16, past) for past in (0, 13) for T in (1, 15, 40)),
+        *shapes(AppendCase, "2 1 2 80 64 40, 2 15 2 80 64 40, 2 40 2 80 64 40"),
         *shapes(AppendCase, "2 15 2 80 16 13, 3 2 1 128 64 40", cache="int8"),
     ),
-    bench_shapes=shape_grid(AppendCase, B=1, T=2048, Hkv=8, D=128, C=4096, cache=(None, "int8")),
+    bench_shapes=tuple(AppendCase(1, 2048, 8, 128, 4096, cache=cache) for cache in (None, "int8")),
     mutates=("k_cache", "v_cache"),
     rule=check_caches,
 )

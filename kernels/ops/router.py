@@ -20,7 +20,7 @@ from ..launching.launch import LaunchConfig, launch, select_configs
 from ..launching.pdl import pdl_wait
 from ..operation.call import operation
 from ..operation.checks import INT32, RoutingWeights, Tokens, Within
-from ..operation.inputs import shape_grid, shapes
+from ..operation.inputs import shapes
 from .norm import FusedNorm, NormWeight, apply_norm
 from .tiles import power_of_2
 
@@ -210,7 +210,7 @@ def _gate_flops(case: GateSizes) -> int:
     configs=configs,
     flops=_flops,
     test_shapes=shapes(RouteSizes, "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
-    bench_shapes=shape_grid(RouteSizes, T=(1, 64, 4096), E=8, K=2),
+    bench_shapes=shapes(RouteSizes, "1 8 2, 64 8 2, 4096 8 2"),
 )
 def route(logits: Logits, top_k: TopK) -> tuple[RoutingWeights, Ids]:
     """Select each token's experts: Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1).
@@ -255,7 +255,7 @@ _GATE_FIELDS: dict[str, Any] = {
     "configs": gate_configs,
     "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"]),  # of the returned logits
     "test_shapes": shapes(GateSizes, "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
-    "bench_shapes": shape_grid(GateSizes, T=(1, 64, 4096), H=(4096, 6144), E=8, K=2),
+    "bench_shapes": tuple(GateSizes(T, H, 8, 2) for T in (1, 64, 4096) for H in (4096, 6144)),
 }
 
 

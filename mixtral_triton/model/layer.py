@@ -125,7 +125,7 @@ class ForwardContext:
         self.num_new = torch.full((B,), T, dtype=torch.int32, device=device) if num_new is None else num_new
         if cache is None:
             self.positions = torch.arange(T, device=device).expand(B, T)
-            self.cache_lengths = self.positions[:, 0]
+            self.cache_lengths = torch.zeros_like(self.num_new)
         else:
             self.cache_lengths = cache.lengths
             self.positions = self.cache_lengths[:, None]

@@ -153,8 +153,8 @@ class Model(nn.Module):
         num_new = None if lengths is None else lengths.to(torch.int32).contiguous()
         options = self.ranks, self.deterministic, self.quantizes_activations(B * T)
         context = ForwardContext(self.config, self.cos, self.sin, *options, B, T, cache, num_new)
-        new = context.num_new if lengths is None else lengths
-        bounds = () if cache is None else (context.cache_lengths, new, cache.max_len)
+        new, limit = context.num_new if lengths is None else lengths, self.config.max_position_embeddings
+        bounds = context.cache_lengths, new, limit if cache is None else cache.max_len
         norm = self.layers[0].input_layernorm
         h, x = ops.embed_rms_norm.unchecked(input_ids, self.embed_tokens, norm, eps, *bounds)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]

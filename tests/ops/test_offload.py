@@ -82,12 +82,12 @@ def test_each_token_s_row_of_the_embedding_crosses_the_link_once(T: int, covers:
     V = 100
     table, weight = empty_on_host((V, 64), torch.bfloat16, torch.device("cpu")), torch.ones(64).bfloat16()
     table.copy_(torch.randn(V, 64, generator=torch.Generator().manual_seed(0)))
-    ids = torch.arange(2 * T).view(2, T) * 7 % V
+    ids, bounds = torch.arange(2 * T).view(2, T) * 7 % V, (torch.tensor([0, 0]), torch.tensor([T, T]), T)
     for bad in (None, -1, V, 1 << 40):
         if bad is not None:
             ids[1, -1] = bad
         with count_traffic() as traffic:
-            _, x = ops.embed_rms_norm.unchecked(ids, table, weight, 1e-5)
+            _, x = ops.embed_rms_norm.unchecked(ids, table, weight, 1e-5, *bounds)
         sequences = 2 if bad is None else 1
         assert traffic.moved("table") == sequences * T * 64 * 2
         assert torch.equal(x[:sequences], table[ids[:sequences]]) and x[sequences:].isnan().all()

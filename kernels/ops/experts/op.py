@@ -24,7 +24,7 @@ from ...launching.launch import Configs, LaunchConfig, describe, launch, select_
 from ...operation.call import operation
 from ...operation.checks import INTS, RoutingWeights, Tokens, Within
 from ...operation.declaration import Cost
-from ...operation.inputs import draw, shape_grid, shapes
+from ...operation.inputs import draw, shapes
 from ...weights.composites import Matrix
 from ...weights.formats import CODE_PRODUCTS, QUANT_NAMES, matrix_bytes, multiplies_codes
 from ...weights.weight_args import Weight
@@ -81,18 +81,17 @@ def cost_norm(case: ExpertCase, dtype: torch.dtype) -> Cost:
 _SIZES: dict[str, Any] = {"H": 4096, "I": 14336, "E": 8, "K": 2}
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _DENSE_SHAPES = (
-    *shape_grid(ExpertCase, T=_TOKENS, **_SIZES),
-    *shape_grid(ExpertCase, T=_TOKENS, **_SIZES | {"H": 6144, "I": 16384}),
+    *(ExpertCase(T, **_SIZES) for T in _TOKENS),
+    *(ExpertCase(T, **_SIZES | {"H": 6144, "I": 16384}) for T in _TOKENS),
 )
 
 # Many small experts: of Qwen3-30B-A3B, OLMoE-1B-7B and DeepSeek-V3, whose offsets pass 2^31. int4 at 32 tokens, which
 # are 256 slots, is not among them: on gfx942 its down kernel spills 24 bytes.
 _QWEN3: dict[str, Any] = {"H": 2048, "I": 768, "E": 128, "K": 8}
 _MANY_EXPERTS = (
-    *shape_grid(ExpertCase, T=(1, 8, 32, 64, 4096), **_QWEN3),
+    *(ExpertCase(T, **_QWEN3) for T in (1, 8, 32, 64, 4096)),
     *(ExpertCase(T, **_QWEN3, gate_up="int4:128", down="int4:128") for T in (1, 8, 64)),
-    *shape_grid(ExpertCase, T=(64,), H=2048, I=1024, E=64, K=8),
-    *shape_grid(ExpertCase, T=(64,), H=7168, I=2048, E=256, K=8),
+    *shapes(ExpertCase, "64 2048 1024 64 8, 64 7168 2048 256 8"),
 )
 
 
