@@ -49,7 +49,9 @@ def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], c
 
 
 def print_message(line: str) -> None:
-    """Print a line on stderr, if there is anything to say and anybody reads it."""
+    """Print a line on stderr, if there is anything to say and anybody reads it. Other characters than text come from a
+    file or a library that read one, and a terminal would act on them: they are escaped."""
+    line = "".join(char if char.isprintable() or char in "\r\n\t" else ascii(char)[1:-1] for char in line)
     if line and sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
