@@ -84,7 +84,7 @@ class Writer:
         """
         text, times, printed = Text(self, after), [time.perf_counter()], 0
         out = io.StringIO() if shown is None else sys.stdout
-        print(shown, end="", file=out, flush=True)
+        print(shown or "", end="", file=out, flush=True)
         try:
             for (entry,) in steps:
                 times.append(time.perf_counter())
