@@ -25,10 +25,6 @@ from .. import ops
 from .experts import NAME, fused
 from .training import warn_of_gradients
 
-PAGED = (
-    "continuous batching (generate_batch) keeps keys and values in pages, which fused attention does not read; "
-    "apply(model, attention=False), or revert(model)"
-)
 MAX_HEAD = 256
 # Keywords by which models add to a layer's attention what a causal mask does not say.
 ADDED = {"s_aux": "sinks", "sinks": "sinks", "softcap": "a soft cap of scores", "position_bias": "a position bias"}
@@ -167,8 +163,6 @@ class MaskConfig:
 
 def causal_mask(config: Any, tokens: Tensor, mask: Any, position_ids: Any, cache: Any, is_causal: Any = None) -> Any:
     """Return the mask for `tokens` [B,T] or [B,T,H] of transformers' functions and `interval_mask`; a 4-D one stays."""
-    if cache is not None and not hasattr(cache, "get_mask_sizes"):
-        raise ValueError(f"mixtral_triton: {CACHE} is a {type(cache).__name__}, needs a Cache of transformers; {PAGED}")
     create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
     embeds = tokens if tokens.dim() == 3 else torch.empty((*tokens.shape, 0), device=tokens.device)
     kwargs = {"attention_mask": mask, "position_ids": position_ids, CACHE: cache}

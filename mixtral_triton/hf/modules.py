@@ -21,7 +21,7 @@ from transformers.models.mixtral import modeling_mixtral as modeling
 
 from .. import ops
 from ..kernels.operation.checks import FLOATS
-from .attention import CACHE, PAGED, attention, causal_mask, check_dense
+from .attention import CACHE, attention, causal_mask, check_dense
 from .experts import NAME, experts, fused
 
 PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
@@ -190,7 +190,8 @@ class GenerateMixin(ImplementationsMixin):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         if self._uses("attention"):
-            raise ValueError(f"mixtral_triton: {PAGED}")
+            got = "continuous batching (generate_batch) reads keys and values in pages, which fused attention cannot"
+            raise ValueError(f"mixtral_triton: {got}; apply(model, attention=False), or revert(model)")
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
 

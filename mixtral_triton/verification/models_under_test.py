@@ -97,7 +97,7 @@ class TransformersUnderTest(ModelUnderTest):
         return LayerCheck(values, layer, config, {"cos": cos, "sin": sin})
 
     def logits(self, ids: Tensor, probe: LayerProbe) -> Tensor:
-        with self.forward(self.model.config, probe) as forward:
+        with self.forward(self.config, probe) as forward:
             return self.model_head(forward(ids))  # type: ignore[no-any-return]
 
     def forward_calls(self, config: Any, B: int, T: int) -> Iterator[ForwardCall]:
@@ -124,6 +124,7 @@ class TransformersUnderTest(ModelUnderTest):
     def forward(self, config: Any, probe: LayerProbe, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
         from .. import hf
         from ..hf.attention import CACHE
+        from .families import short_windows
 
         def enter(index: int, layer: Any, args: Any) -> Any:
             return probe.enter(index, args[0]), *args[1:]
@@ -144,6 +145,8 @@ class TransformersUnderTest(ModelUnderTest):
             if not hf.applied(self.model):
                 hf.apply(self.model)
                 stack.callback(hf.revert, self.model)
+            if config.sliding_window is not None:
+                stack.enter_context(short_windows(self.model, config.sliding_window))
             for index, layer in enumerate(self.layers):
                 stack.enter_context(layer.mlp.gate.register_forward_hook(route))
                 if not probe_layers:

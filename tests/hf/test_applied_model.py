@@ -15,8 +15,6 @@ from tests.hf.test_apply import IDS, LEFT
 transformers = pytest.importorskip("transformers")
 from transformers.models.mixtral import modeling_mixtral as modeling  # noqa: E402
 
-from mixtral_triton.hf.attention import CACHE  # noqa: E402
-
 pytestmark = pytest.mark.compiled
 REAL = LEFT.bool()
 
@@ -80,11 +78,6 @@ def test_continuous_batching_raises_value_error(make_hf: Any) -> None:
         with pytest.raises(ValueError, match=message):
             start()
     assert apply(model, attention=False).init_continuous_batching() is not None
-    cache = pytest.importorskip("transformers.generation.continuous_batching.cache")
-    paged = object.__new__(cache.PagedAttentionCache)
-    paged.get_seq_length = lambda *_: 0
-    with pytest.raises(ValueError, match=r"is a PagedAttentionCache, needs a Cache .* continuous batching"):
-        apply(model)(IDS, **{CACHE: paged})
 
 
 SELECT = {"attention": "set_attn_implementation", "experts": "set_experts_implementation"}
