@@ -127,7 +127,6 @@ class Op:
     test_shapes        cases that the interpreted tests run
     bench_shapes       cases of Mixtral's sizes, compiled offline and timed
     dtypes             dtypes of the floating-point arguments
-    multiplies         it has matrix products, which in fp32 may run in TF32 elsewhere
     mutates            names of the arguments that the operation writes into
     derived_outputs    derived_outputs(args, results) -> what the last results must equal exactly, given those before
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
@@ -146,7 +145,6 @@ class Op:
     test_shapes: Sequence[Any]
     bench_shapes: Sequence[Any]
     dtypes: tuple[torch.dtype, ...] = checks.FLOATS
-    multiplies: bool = False
     mutates: tuple[str, ...] = ()
     derived_outputs: Callable[[Any, Any], Any] | None = None
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None

@@ -179,7 +179,6 @@ def cost(case: LinearSizes, dtype: torch.dtype) -> Cost:
 @operation(
     reference=reference.linear,
     case=LinearSizes,
-    multiplies=True,
     configs=configs,
     cost=cost,
     test_shapes=(

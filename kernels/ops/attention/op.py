@@ -165,7 +165,6 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
 @operation(
     reference=reference.attention,
     case=AttentionCase,
-    multiplies=True,
     inputs=_inputs,
     configs=configs,
     cost=cost,
@@ -231,7 +230,6 @@ _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
 @operation(
     reference=reference.cached_attention,
     case=CachedCase,
-    multiplies=True,
     inputs=cache_inputs,
     configs=configs,
     cost=cost,
@@ -291,7 +289,6 @@ def cached_attention(
 @operation(
     reference=reference.rope_append_attention,
     case=CachedCase,
-    multiplies=True,
     inputs=_step_inputs,
     configs=configs,
     cost=step_cost,

@@ -98,7 +98,6 @@ _MANY_EXPERTS = (
 @operation(
     reference=reference.expert_swiglu,
     case=ExpertCase,
-    multiplies=True,
     inputs=_inputs,
     configs=configs,
     cost=cost,
@@ -148,7 +147,6 @@ def expert_swiglu(
 @operation(
     reference=reference.experts_add_rms_norm,
     case=ExpertCase,
-    multiplies=True,
     inputs=_inputs,
     configs=configs,
     cost=cost_norm,
