@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..launching.arch import multiplies_fp8
-from ..launching.launch import LaunchConfig
 from ..weights.composites import COMPOSITE_PARTS, Matrix
 from ..weights.formats import matrix_bytes, multiplies_codes
 from . import checks
@@ -122,12 +121,10 @@ class Op:
     case               the dataclass of what draws inputs: sizes by shape letter, and flags. `inputs` and `cost` take a
                        mapping of its fields, too
     inputs             inputs(case, dtype, device, generator) -> keyword arguments of `run`
-    configs            configs(sizes, dtype, arch) -> LaunchConfig by kernel name, a pure function; `run` makes `sizes`
     cost               cost(case, dtype) -> Cost
     test_shapes        cases that the interpreted tests run
     bench_shapes       cases of Mixtral's sizes, compiled offline and timed
     dtypes             dtypes of the floating-point arguments
-    multiplies         it has matrix products, which in fp32 may run in TF32 elsewhere
     mutates            names of the arguments that the operation writes into
     derived_outputs    derived_outputs(args, results) -> what the last results must equal exactly, given those before
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
@@ -141,12 +138,10 @@ class Op:
     reference: Callable[..., Any]
     case: type[Any]
     inputs: Callable[..., dict[str, Any]]
-    configs: Callable[[Any, torch.dtype, str], dict[str, LaunchConfig]]
     cost: Callable[[Any, torch.dtype], Cost]
     test_shapes: Sequence[Any]
     bench_shapes: Sequence[Any]
     dtypes: tuple[torch.dtype, ...] = checks.FLOATS
-    multiplies: bool = False
     mutates: tuple[str, ...] = ()
     derived_outputs: Callable[[Any, Any], Any] | None = None
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None

@@ -179,8 +179,6 @@ def cost(case: LinearSizes, dtype: torch.dtype) -> Cost:
 @operation(
     reference=reference.linear,
     case=LinearSizes,
-    multiplies=True,
-    configs=configs,
     cost=cost,
     test_shapes=(
         *shapes(LinearSizes, "1 512 40, 3 100 64, 16 256 33"),

@@ -108,7 +108,6 @@ NormWeight = Annotated[Tensor, "H"]
 _FIELDS: dict[str, Any] = {
     "reference": reference.rms_norm,
     "case": NormSizes,
-    "configs": configs,
     "flops": lambda case: 4 * case.T * case.H,
     "test_shapes": shapes(NormSizes, "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
     "bench_shapes": shapes(NormSizes, "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
@@ -263,7 +262,6 @@ Embedded = Annotated[Tensor, "B T H"]
     reference=reference.embed_rms_norm,
     case=EmbedSizes,
     inputs=_embed_inputs,
-    configs=embed_configs,
     cost=embed_cost,
     test_shapes=shapes(EmbedSizes, "3 1 50 128 7, 2 3 30 1000 0, 2 5 9 80"),
     bench_shapes=shapes(EmbedSizes, "1 1 32000 4096 100, 1 2048 32000 4096 100"),

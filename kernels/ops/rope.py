@@ -195,7 +195,6 @@ def append_cost(case: AppendCase, dtype: torch.dtype) -> Cost:
     reference=reference.rope,
     case=RopeSizes,
     inputs=_inputs,
-    configs=configs,
     cost=cost,
     test_shapes=shapes(RopeSizes, "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
     bench_shapes=shapes(RopeSizes, "1 1 32 8 128 32768, 1 4096 32 8 128 32768"),
@@ -244,7 +243,6 @@ def rope(
     reference=reference.append,
     case=AppendCase,
     inputs=cache_inputs,
-    configs=append_configs,
     cost=append_cost,
     test_shapes=(
         *(AppendCase(2, T, 2, 80, 16, past) for past in (0, 13) for T in (1, 15, 40)),

@@ -207,7 +207,6 @@ def _gate_flops(case: GateSizes) -> int:
 @operation(
     reference=reference.route,
     case=RouteSizes,
-    configs=configs,
     flops=_flops,
     test_shapes=shapes(RouteSizes, "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
     bench_shapes=shapes(RouteSizes, "1 8 2, 64 8 2, 4096 8 2"),
@@ -251,8 +250,6 @@ def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 _GATE_FIELDS: dict[str, Any] = {
     "case": GateSizes,
-    "multiplies": True,
-    "configs": gate_configs,
     "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"]),  # of the returned logits
     "test_shapes": shapes(GateSizes, "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
     "bench_shapes": tuple(GateSizes(T, H, 8, 2) for T in (1, 64, 4096) for H in (4096, 6144)),

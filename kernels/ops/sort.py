@@ -123,7 +123,6 @@ def _inputs(case: SortSizes, dtype: torch.dtype, device: Any, generator: Any) ->
     reference=reference.sort_by_expert,
     case=SortSizes,
     inputs=_inputs,
-    configs=configs,
     test_shapes=shapes(SortSizes, "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1, 150 256 8"),
     bench_shapes=shapes(SortSizes, "128 8 2, 1024 8 2, 8192 8 2, 4096 256 8"),
     dtypes=INTS,

@@ -109,7 +109,6 @@ STEP = Op(
     reference=decode_step,
     case=StepCase,
     inputs=inputs,
-    configs=lambda sizes, dtype, arch: {},
     cost=lambda case, dtype: sum(costs(case, dtype), Cost(0, 0)),
     test_shapes=(SMALL, replace(SMALL, offload=2), replace(SMALL, cache="int8")),
     bench_shapes=tuple(replace(MIXTRAL, B=B, S=S, L=L) for B, S, L in STEPS),

@@ -57,7 +57,6 @@ Planes = Annotated[Tensor, "T N Z"]
 @operation(
     reference=reference,
     case=SiluSizes,
-    configs=configs,
     flops=lambda case: 4 * case.T * case.N * case.Z,
     test_shapes=(SiluSizes(3, 70, 2), SiluSizes(3, 7, 5, squared=True)),
     bench_shapes=(SiluSizes(64, 14336, 1),),

@@ -18,6 +18,7 @@ from mixtral_triton.kernels.launching.launch import LaunchConfig, launch, overri
 from mixtral_triton.kernels.ops import linear
 from mixtral_triton.kernels.ops.experts import op as experts
 from mixtral_triton.kernels.ops.experts.tiles import DECODE, SPLIT_K
+from mixtral_triton.kernels.ops.experts.tiles import configs as expert_configs
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import Sizes, inputs, selected_configs, with_offload
 from tests.support.faults import module_with_fault
@@ -142,7 +143,7 @@ def test_flops_of_experts_in_prefill(T: int, kind: str, bound: float | None, wit
 
 def test_groups_padded_to_128_rows_are_caught(monkeypatch: pytest.MonkeyPatch, within: Any) -> None:
     def padded(sizes: Sizes, dtype: torch.dtype, arch: str) -> Any:
-        configs = OPS["expert_swiglu"].configs(sizes, dtype, arch)
+        configs = expert_configs(sizes, dtype, arch)
         for kernel in ("experts_up_kernel", "experts_down_kernel"):
             tiles = {**configs[kernel].constexprs, "BLOCK_M": 128}
             configs[kernel] = replace(configs[kernel], constexprs=tiles)

@@ -14,7 +14,7 @@ from mixtral_triton.kernels.launching import launch
 from mixtral_triton.kernels.launching.launch import LaunchConfig, target_arch
 from mixtral_triton.kernels.operation.declaration import row_letter
 from mixtral_triton.kernels.ops.linear import LinearSizes
-from mixtral_triton.kernels.ops.sort import SortSizes
+from mixtral_triton.kernels.ops.sort import SortSizes, configs
 from mixtral_triton.kernels.registry import OPS
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def test_the_fastest_is_right_and_beyond_the_noise(monkeypatch: pytest.MonkeyPat
     case, kernel = Case(OPS["sort_by_expert"], SortSizes(2048, 8, 2), torch.int32), "sort_by_expert_kernel"
     now = tune.kernel_configs(case, "sm_90")[kernel][1]
     monkeypatch.setattr(measure, "DEVICE", CPU)
-    in_use = lambda: launch.select_configs(case.op.configs, case.sizes, case.dtype, CPU)[kernel]  # noqa: E731
+    in_use = lambda: launch.select_configs(configs, case.sizes, case.dtype, CPU)[kernel]  # noqa: E731
 
     def tuned(seconds: Any) -> int:
         candidates, best = tune.tune(case, kernel, "sm_130", lambda call: call() and seconds(in_use()))

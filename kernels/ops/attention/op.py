@@ -36,7 +36,7 @@ from ..cache_args import (
 from ..rope import launch_append
 from .kernels import Bounds, Newest
 from .launches import keys_of, launch_decode, launch_prefill, sizes_of, slots_of
-from .tiles import PACKED_ROWS, configs
+from .tiles import PACKED_ROWS
 
 Positions = Annotated[Tensor, "B S Hkv D"]
 Bound = Annotated[Tensor, "B", INTS, Within(0, "S")]
@@ -165,9 +165,7 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
 @operation(
     reference=reference.attention,
     case=AttentionCase,
-    multiplies=True,
     inputs=_inputs,
-    configs=configs,
     cost=cost,
     test_shapes=(
         *shapes(AttentionCase, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 1 90 4 4 80 30"),
@@ -231,9 +229,7 @@ _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
 @operation(
     reference=reference.cached_attention,
     case=CachedCase,
-    multiplies=True,
     inputs=cache_inputs,
-    configs=configs,
     cost=cost,
     test_shapes=(
         *shapes(CachedCase, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
@@ -291,9 +287,7 @@ def cached_attention(
 @operation(
     reference=reference.rope_append_attention,
     case=CachedCase,
-    multiplies=True,
     inputs=_step_inputs,
-    configs=configs,
     cost=step_cost,
     mutates=("k_cache", "v_cache"),
     test_shapes=(

@@ -98,9 +98,7 @@ _MANY_EXPERTS = (
 @operation(
     reference=reference.expert_swiglu,
     case=ExpertCase,
-    multiplies=True,
     inputs=_inputs,
-    configs=configs,
     cost=cost,
     test_shapes=(
         *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
@@ -148,9 +146,7 @@ def expert_swiglu(
 @operation(
     reference=reference.experts_add_rms_norm,
     case=ExpertCase,
-    multiplies=True,
     inputs=_inputs,
-    configs=configs,
     cost=cost_norm,
     test_shapes=shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
     bench_shapes=tuple(case for case in _DENSE_SHAPES if case.T in (1, 64, 4096)),
