@@ -1,9 +1,11 @@
-"""The GPU day: stand-ins for its commands run, fail or exceed a limit; the bench times on a simulated GPU."""
+"""The GPU day: stand-ins for its commands run, fail or exceed a limit; the bench times on a simulated GPU. And
+`pytest benchmarks/` collects its cases, and without a GPU runs them with the torch backend and says so."""
 
 import json
 import os
 import re
 import shlex
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -96,3 +98,41 @@ def test_a_machine_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, ca
         gpu_day.main([])
     printed = capsys.readouterr().err
     assert error.value.code == 2 and "there is no GPU" in printed and len(printed.splitlines()) == 1
+
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+
+
+def run(*args: Any, plugins: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run pytest as a user does, from the root."""
+    pytest.importorskip("pytest_benchmark")
+    paths = os.pathsep.join([str(plugins), str(ROOT)])
+    return start("-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", "-p", "no:xdist", *args, PYTHONPATH=paths)
+
+
+@pytest.mark.slow
+@without_gpu
+def test_cases_of_every_kind_run_and_name_the_device(tmp_path: Path) -> None:
+    file, kinds = tmp_path / "times.json", {"rms_norm", "expert_swiglu", "linear", "decode_step"}
+    done = run("-q", "-k", " or ".join(kinds), f"--benchmark-json={file}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())["benchmarks"]
+    assert kinds <= {one["group"].split()[0] for one in found}
+    for one in found:
+        assert one["group"].endswith("(CPU, plain torch)") and one["extra_info"]["device"] == "CPU, plain torch"
+        assert one["extra_info"]["bytes"] > 0 and one["stats"]["median"] > 0 and one["stats"]["rounds"] == 20
+
+
+OFF = """
+from mixtral_triton.bench import measure as bench
+correct = bench.our_call
+bench.our_call = lambda case, args: lambda **kwargs: correct(case, args)(**kwargs) * 1.1
+"""
+
+
+@without_gpu
+@pytest.mark.slow
+def test_wrong_operation_fails(tmp_path: Path) -> None:
+    (tmp_path / "off_for_benchmarks.py").write_text(OFF)
+    done = run("-q", "-p", "off_for_benchmarks", "-k", "test_op and rms_norm-T", plugins=tmp_path)
+    assert done.returncode == 1 and "wrong: an error of" in done.stdout, done.stdout
