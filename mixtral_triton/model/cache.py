@@ -92,7 +92,7 @@ class KVCache:
         self.keys, self.values = (tuple(self._zeros(shape[2:], device) for _ in range(shape[0])) for _ in range(2))
         with torch.inference_mode(False):  # outside of it, torch refuses to write into what was made within
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._version = _version(self.lengths)
+        self._known, self._version = 0, _version(self.lengths)
         self.replayed = False  # whether a captured graph, which a caller may replay, appends
         self.reused = [0] * batch
         # The tokens of each sequence, `drawn` int64 [B] each behind them: the first `lengths` of these are held. None:
@@ -127,8 +127,9 @@ class KVCache:
     def reserve(self, new: torch.Tensor | int) -> None:
         """Raise ValueError where a sequence has no room for `new` more tokens, int [B] or one number for all.
 
-        Nothing is read back from a GPU. There the kernels check: a sequence beyond `max_len` becomes NaN, and its slots
-        of the ring are overwritten.
+        Nothing is read back from a GPU. There the host knows only what it appended to all sequences alike. What it
+        cannot know (ragged chunks, lengths written by hand, replays of a graph) the kernels check: a sequence beyond
+        `max_len` becomes NaN, and its slots of the ring are overwritten.
         """
         if torch.compiler.is_compiling():
             return
@@ -137,7 +138,7 @@ class KVCache:
         if readable(self.lengths):
             reached = int((self.lengths.long() + new).max())
         else:
-            reached = 0 if isinstance(new, torch.Tensor) else new
+            reached = 0 if isinstance(new, torch.Tensor) else self._min_length() + new
         self.check_length(reached)
 
     def has_keys_of_another(self, identity: tuple[weakref.ref[Any], torch.dtype]) -> bool:
@@ -177,16 +178,23 @@ class KVCache:
             got = f"a sequence would reach {reached} tokens, beyond the {what}, {self.max_len}"
             raise ValueError(f"KVCache: {got}: needs {advice}")
 
-    def advance(self, new: torch.Tensor) -> None:
-        """Count the `new` [B] tokens that every layer appended."""
-        self.lengths += new
-        if torch.compiler.is_compiling():
+    def advance(self, new: torch.Tensor, common: int) -> None:
+        """Count the `new` [B] tokens that every layer appended; `common`: the least number of any sequence."""
+        if torch.compiler.is_compiling():  # a host counter would compile a graph for each count
+            self.lengths += new
             self.texts = None
             return
+        known = self._min_length() + common
+        self.lengths += new
         self.appending = None  # last: what has failed is not counted
         if self.lengths.is_cuda and torch.cuda.is_current_stream_capturing():
             self.replayed = True
-        self._version = _version(self.lengths)
+        self._known, self._version = known, _version(self.lengths)
+
+    def _min_length(self) -> int:
+        """Return the tokens that each sequence holds at least, as far as the host knows."""
+        unknown = self._version is None or self.lengths_written or self.replayed
+        return 0 if unknown else self._known
 
     @property
     def lengths_written(self) -> bool:

@@ -171,7 +171,7 @@ class Model(nn.Module):
                 cache.note_failure()
             raise
         if cache is not None:
-            cache.advance(context.num_new)
+            cache.advance(context.num_new, T if lengths is None else 0)
         return out
 
     def find_change(self) -> str | None:

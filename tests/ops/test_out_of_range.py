@@ -154,8 +154,8 @@ def test_lengths_out_of_range(bad: int, unread: None) -> None:
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("window", (None, W))
-def test_chunks_beyond_the_last_slot(window: int | None, unread: None) -> None:
-    """The host does not count: the device finds the sequence that is beyond, and no other is lost."""
+def test_ragged_chunks_beyond_the_last_slot(window: int | None, unread: None) -> None:
+    """The host cannot count these: the device finds the sequence that is beyond, and no other is lost."""
     model, limit = build(window), P if window else 12
     held, ids = cache_of(model, 2), tokens(2, 4)
     model(ids, cache=held, lengths=torch.tensor([3, 4]))
@@ -166,12 +166,35 @@ def test_chunks_beyond_the_last_slot(window: int | None, unread: None) -> None:
         assert bool(logits[0].isnan().all()) != fits
 
 
-def test_a_chunk_longer_than_the_slots_raises_value_error(gpu_rules: None) -> None:
-    """Of its shape the host knows that, and raises the error before anything runs, as on a CPU."""
-    model, ids = build(None, "meta"), torch.empty((2, 13), dtype=torch.int64, device="meta")
+def test_uniform_chunks_beyond_the_last_slot_raise_value_error(gpu_rules: None) -> None:
+    """The host counts these, and raises the error before anything runs, as on a CPU."""
+    model, ids = build(None, "meta"), torch.empty((2, 5), dtype=torch.int64, device="meta")
+    held = cache_of(model, 2)
+    for n in (5, 5, 1):
+        model(ids[:, :n], cache=held)
     with pytest.raises(ValueError, match="13 tokens, beyond the cache's slots, 12"):
-        model(ids, cache=cache_of(model, 2))
-    model(ids[:, :12], cache=cache_of(model, 2))
+        model(ids[:, :2], cache=held)
+    model(ids[:, :1], cache=held)
+    with pytest.raises(ValueError, match="13 tokens"):
+        model(ids[:, :1], cache=held)
+    held.lengths.zero_()  # by the user: the count of the host no longer holds
+    model(ids, cache=held)
+
+
+def test_host_does_not_count_ragged_or_captured_chunks(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture runs nothing, and the host does not see a replay."""
+    gpu.driver.executes = False
+    model, ids = build(None, "cuda"), torch.zeros(2, 5, dtype=torch.int64, device="cuda")
+    held = cache_of(model, 2)
+    for _ in range(4):
+        model(ids, cache=held, lengths=torch.ones(2, dtype=torch.int32, device="cuda"))
+    model(ids, cache=held)  # the 4 tokens of each, of chunks of 20, leave room for 5 more
+    held = cache_of(model, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        model(ids, cache=held)
+    for _ in range(4):
+        model(ids, cache=held)
 
 
 def test_negative_cache_lengths_raise_value_error_on_a_cpu() -> None:
