@@ -165,17 +165,11 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = N
     return _describe(launch, arch, op, file=file, stages=stages, **usage)
 
 
-def _attempt(launch: Launch, arch: str, op: str, out: Path | None) -> Compiled:
-    try:
-        return compile_launch(launch, arch, op, out)
-    except OSError:  # a full disk, for example, is no fault of the kernel
-        raise
-    except Exception as error:  # the compiler raises whatever its passes do
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # Triton wraps an error once for each function that it is inlined into
-            cause = cause.__cause__
-        line = (getattr(cause, "error_message", None) or str(cause).strip() or repr(cause)).splitlines()[0]
-        return _describe(launch, arch, op, error=line[:200])
+def _describe_fault(launch: Launch, arch: str, op: str, error: BaseException) -> Compiled:
+    while error.__cause__ is not None:  # Triton wraps an error once for each function that it is inlined into
+        error = error.__cause__
+    line = (getattr(error, "error_message", None) or str(error).strip() or repr(error)).splitlines()[0]
+    return _describe(launch, arch, op, error=line[:200])
 
 
 def compile_all(
@@ -185,7 +179,10 @@ def compile_all(
     out: Path | None = None,
 ) -> list[Compiled]:
     """Compile each kernel, on all cores."""
-    return on_all_cores(lambda kernel: _attempt(kernel[1], arch, kernel[0], out), kernels, progress)
+    kernels = [*kernels]
+    results = on_all_cores(lambda kernel: compile_launch(kernel[1], arch, kernel[0], out), kernels, progress)
+    compiled = zip(kernels, results, strict=True)
+    return [_describe_fault(x, arch, op, y) if isinstance(y, Exception) else y for (op, x), y in compiled]
 
 
 def compile_ops(

@@ -29,7 +29,6 @@ from .mixtral import Mixtral
 WIDTHS = ("H", "I")  # of a model: they change no tile
 Progress = Callable[[int, int], object]
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -75,9 +74,10 @@ def build(launch: Launch, arch: str) -> Any:
 
 
 def on_all_cores(
-    work: Callable[[Item], Result], items: Iterable[Item], progress: Progress = lambda *numbers: None
-) -> list[Result]:
-    """Return the results of `work`, which compiles: Triton's passes release the GIL, and ptxas is a process."""
+    work: Callable[[Item], object], items: Iterable[Item], progress: Progress = lambda *numbers: None
+) -> list[Any]:
+    """Return the results of `work`, which compiles, or what the compiler raised. Triton's passes release the GIL, and
+    ptxas is a process."""
     pool, collects = ThreadPoolExecutor(len(os.sched_getaffinity(0))), gc.isenabled()
     # Before CPython 3.11.8 and 3.12.2, `ast.parse` fails where a collection inside it lets another thread parse.
     gc.disable()
@@ -85,32 +85,24 @@ def on_all_cores(
         try:
             futures = [pool.submit(work, item) for item in items]
             for done, future in enumerate(as_completed(futures), 1):
-                future.result()
+                if isinstance(error := future.exception(), OSError):
+                    raise error  # a full disk, for example, is no fault of the kernel
                 progress(done, len(futures))
         finally:  # after Ctrl-C or an error, only what has begun is finished
             pool.shutdown(cancel_futures=True)
             if collects:
                 gc.enable()
-    return [future.result() for future in futures]
+    return [future.exception() or future.result() for future in futures]
 
 
 def compile_launches(launches: Iterable[Launch], arch: str, progress: Progress = lambda *numbers: None) -> list[Any]:
     """Compile the kernels of recorded launches into Triton's cache, each once, on all cores -> of each what `build`
     returns, or the error of the compiler."""
-
-    def attempt(launch: Launch) -> Any:
-        try:
-            return build(launch, arch)
-        except OSError:  # a full disk, for example, is no fault of the kernel
-            raise
-        except Exception as error:
-            return error
-
     distinct = {}
     for launch in launches:  # what is known of its integers, and a dependent launch, make another kernel of it, too
         source = source_of(launch, arch)
         distinct[kernel_key(launch, source), repr(source.attrs), launch.dependent] = launch
-    return on_all_cores(attempt, distinct.values(), progress)
+    return on_all_cores(lambda launch: build(launch, arch), distinct.values(), progress)
 
 
 def with_layers(model: Mixtral, indices: Sequence[int]) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -332,7 +333,7 @@ def test_files_and_json(tmp_path: Path, arch: str, suffixes: set[str]) -> None:
 
 
 def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(compile, "_attempt", lambda *kernel: compile._describe(*kernel[:3], error="killed"))
+    monkeypatch.setattr(compile, "build", mock.Mock(side_effect=RuntimeError("killed")))
     assert main(["compile", "append", "--arch", "sm_89"]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("append, append_kernel, bf16: does not compile: killed") == 2  # over 16 bits and over 8
