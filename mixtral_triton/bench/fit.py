@@ -231,11 +231,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no format fits, with experts in host memory neither."""
     request, gpu = Request.of(args), select_gpu(args)
     gpus = [gpu] if gpu else GPUS.values()
-    plans = {each: [request.memory_plan(format, each) for format in request.specs] for each in gpus}
+    plans = {device: [request.memory_plan(format, device) for format in request.specs] for device in gpus}
     if args.json:
         entries = list[dict[str, Any]]()
-        for each, of_gpu in plans.items():
-            sizes = {"name": each.name, "bytes": each.bytes, "free": free_bytes(each)}
+        for device, of_gpu in plans.items():
+            sizes = {"name": device.name, "bytes": device.bytes, "free": free_bytes(device)}
             entries.append({"gpu": sizes, "formats": [vars(plan) for plan in of_gpu]})
         print(json.dumps(request.as_dict() | (entries[0] if gpu else {"gpus": entries})))
     elif gpu is None:
