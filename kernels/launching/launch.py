@@ -24,7 +24,6 @@ from .kernel_args import flatten
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DEFAULT_ARCH = "sm_90"
 PREFETCH = True  # weights into L2, before the wait of a dependent launch (pdl.py)
-GRID_MAX = 65535  # programs along the second and third axis of a grid
 
 
 @dataclass(frozen=True)
@@ -217,11 +216,6 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, /, **argume
     """
     if 0 in grid:
         return
-    if max(grid[1:], default=1) > GRID_MAX:
-        programs = " x ".join(f"{n:,}" for n in grid)
-        raise ValueError(
-            f"{kernel.__name__}: the grid is {programs} programs, needs at most {GRID_MAX:,} along axes 2 and 3"
-        )
     constants, args = dict(config.constexprs), dict[str, Any]()
     for name, value in arguments.items():
         (constants if name in _constexprs(kernel) else args)[name] = value

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -108,15 +107,9 @@ def default_dtype(config: MixtralConfig) -> torch.dtype:
 
 def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
     """Return the bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
-    return sum(
-        math.prod(shape[:-1]) * (_row_bytes(specs[name], shape[-1]) if name in specs else dtype.itemsize * shape[-1])
-        for name, shape in shapes.items()
-    )
-
-
-@cache  # `fit` asks often
-def _row_bytes(spec: QuantSpec, columns: int) -> int:
-    return spec.empty((1, columns), "meta").nbytes
+    quantized = (specs[name].empty(shape, "meta").nbytes for name, shape in shapes.items() if name in specs)
+    dense = (math.prod(shape) * dtype.itemsize for name, shape in shapes.items() if name not in specs)
+    return sum(quantized) + sum(dense)
 
 
 def in_decimal(size: int) -> str:

@@ -259,21 +259,15 @@ def _fill(
         # A sum of NaN or infinity is never finite: a finite one proves the chunk in one pass, without temporaries.
         # A sum may overflow by itself: then each value is checked.
         if not torch.isfinite(copied.sum()) and not torch.isfinite(copied).all():
-            raise _not_finite(name, stored, index, source, copied)
+            damaged = not torch.isfinite(source).all()
+            why = "weights must be finite, this file is damaged" if damaged else f"{copied.dtype} cannot hold it"
+            raise ValueError(f"{stored.file}: {name} is not finite everywhere: {why}")
         progress(source.nbytes)
 
 
 def one_scale_a_row(weight: QuantizedWeight, K: int) -> bool:
     """Whether quantizing gives a full row of K columns one scale, of which `weight` may hold a part."""
     return weight.format != "int4" or K in GROUPS
-
-
-def _not_finite(name: str, stored: Stored, index: tuple[slice, ...], source: Tensor, copied: Tensor) -> ValueError:
-    damaged = not torch.isfinite(source).all()
-    local = torch.isfinite(source if damaged else copied).logical_not().nonzero()[0].tolist()
-    first = [piece.start + along for piece, along in zip(index, local, strict=False)] + local[len(index) :]
-    why = "weights must be finite, this file is damaged" if damaged else f"{copied.dtype} cannot hold it"
-    return ValueError(f"{stored.file}: {name} holds {source[tuple(local)].item()} at {first}: {why}")
 
 
 def check_tied_head(

@@ -197,7 +197,7 @@ TENSORS: dict[str, tuple[str, str, Tensor | None, str]] = {
     "packed dtype": (INT4, "weight_packed", zeros(256, 16, dtype=torch.int64), "stored as I64, needs I32"),
     "act-order without indices": ("ct act-order", "weight_g_idx", None, r"10 missing \(model.*weight_g_idx"),
     "gptq act-order without indices": ("gptq act-order", "g_idx", None, rf"1 missing \({W1}\.g_idx"),
-    "dense NaN": ("awq 128", NORM, ones(128, dtype=BF16, at=(5,), value=np.nan), rf"{NORM} holds nan at \[5\]: .* dam"),
+    "dense NaN": ("awq 128", NORM, ones(128, dtype=BF16, at=(5,), value=np.nan), rf"{NORM} is not finite .* dam"),
     "missing scale": ("ct fp8 channel", "weight_scale", None, rf"1 missing \({W1}\.weight_scale\)"),
     "unknown part": ("autofp8", "pre_quant_scale", ones(128), rf"1 unknown \({W1}\.pre_quant_scale\)"),
     "q alone dense": ("autofp8", f"{Q}.weight", ones(128, 128, dtype=BF16), r"k_proj is quantized, .*q_proj\.weight d"),
