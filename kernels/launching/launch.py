@@ -113,12 +113,6 @@ def override_configs(overrides: Configs) -> Iterator[dict[str, LaunchConfig]]:
         yield selected
 
 
-def is_overridden(kernel: str) -> bool:
-    """Return whether `override_configs` names the kernel: it then runs where it can, even if a library would not."""
-    overrides = _context.get().overrides
-    return overrides is not None and kernel in overrides
-
-
 @contextmanager
 def pdl_region() -> Iterator[None]:
     """Launch dependently within the block where the kernel and the architecture allow it.

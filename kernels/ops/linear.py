@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..launching.arch import family, max_multiprocessors
 from ..launching.kernel_args import Rows
-from ..launching.launch import LaunchConfig, describe, is_overridden, launch, select_configs, target_arch
+from ..launching.launch import LaunchConfig, describe, launch, select_configs, target_arch
 from ..launching.pdl import prefetch_rows
 from ..operation.call import operation
 from ..operation.declaration import Cost
@@ -215,7 +215,7 @@ def linear(
     rows, w = Rows.of(x.reshape(-1, x.shape[-1])), Weight.of(weight)
     (T, H), N = rows.ptr.shape, len(weight)
     sizes, arch = LinearSizes(T, H, N, deterministic, w.name), target_arch(x.device)
-    skinny = use_skinny_kernel(sizes, x.dtype, arch) or (T <= SKINNY_M_MAX and is_overridden("linear_decode_kernel"))
+    skinny = use_skinny_kernel(sizes, x.dtype, arch)
     if not skinny and not deterministic and w.name is None:
         return torch.mm(rows.ptr, w.data.t()).view(*x.shape[:-1], N)
     wide = deterministic or not skinny

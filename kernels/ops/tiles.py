@@ -56,7 +56,7 @@ class PrefillTile(NamedTuple):
 
 Tile = TypeVar("Tile")
 Table = Mapping[str, Sequence[Tile]]
-# By family, those whose tiles it takes from a table that has none of its own, the first first.
+# The families whose tiles a family takes, in this order, where a table has none of its own.
 EARLIER = {"sm_90": ("sm_80",), "sm_100": ("sm_90", "sm_80")}
 
 # Quantized weights. BLOCK_N counts gate and up rows together. No GPU has measured them in a kernel of these layouts:
