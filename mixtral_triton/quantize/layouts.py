@@ -249,6 +249,10 @@ def _compressed_tensors(config: Config) -> Scheme:
     layouts.sort(key=lambda item: "Linear" not in item[0])
     for pattern in itertools.chain(*(targets for targets, _ in layouts)):
         _matches_regex("", pattern)  # raises ValueError
+        # The time that a match takes grows with the power of the repeats, and without bound where a group repeats.
+        operators = re.sub(r"\\.|\(\?", "(", pattern) if pattern.startswith("re:") else ""
+        right = len(re.findall("[*+?{|]", operators)) <= 8 and not re.search(r"\)[*+{]|([*+{].*){5}", operators)
+        check_value("a pattern of targets", pattern, "at most 4 repeats, none of a group", right)
     return Scheme(f"compressed-tensors, {' and '.join(formats)}", layouts)
 
 
