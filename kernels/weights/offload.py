@@ -312,8 +312,7 @@ def _check_address(host: Tensor, device: torch.device) -> None:
     status = _call_runtime("HostGetDevicePointer", ctypes.byref(address), pinned, ctypes.c_uint(0))
     if status or address.value != pinned.value:
         _call_runtime("GetLastError")
-        where = "HIP may give it another one" if torch.version.hip else "as on WSL"
-        raise ValueError(f"offload: {device} cannot read pinned memory at its host address, {where}: needs offload=0")
+        raise ValueError(f"offload: {device} cannot read pinned memory at its host address, needs offload=0")
 
 
 def _unpin(unregister: Any, address: int, synchronize: Any, device: torch.device, pages: mmap.mmap) -> None:

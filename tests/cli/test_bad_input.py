@@ -183,7 +183,7 @@ def test_a_prompt_without_an_end_or_of_other_bytes_is_refused(tmp_path: Path, mo
 
 
 def test_what_files_say_is_escaped_and_cut(folder: Path) -> None:
-    """Names of tensors, keys of the rope, texts of templates: none reaches the terminal as it is."""
+    """Names of tensors, types of the rope, texts of templates: none reaches the terminal as it is."""
     name = f"\x1b]0;title\x07\x9b31m{'n' * 5000}"
     tensors = load_file(folder / "model.safetensors") | {name: torch.zeros(1, dtype=torch.bfloat16)}
     save_file(tensors, folder / "model.safetensors")
@@ -193,7 +193,7 @@ def test_what_files_say_is_escaped_and_cut(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: name}}))
     (folder / "model.safetensors").unlink()
     lines.append(error_line(GENERATE, folder))
-    change(folder / "config.json", rope_parameters={"rope_theta": 1e4, name: 1})
+    change(folder / "config.json", rope_parameters={"rope_theta": 1e4, "rope_type": name})
     lines.append(error_line("fit", folder))
     for line in lines:
         assert line.isprintable() and r"\x1b]0;title\x07\x9b31m" in line and len(line) < 600

@@ -248,11 +248,11 @@ def test_embedding_in_host_memory_is_loaded_by_the_host(gpu: Any, monkeypatch: p
     assert torch.equal(model.embed_tokens.cpu(), Mixtral.from_pretrained(SMALL, "cpu").embed_tokens)
 
 
-@pytest.mark.parametrize(("hip", "why"), [(None, "as on WSL"), ("6.4", "HIP may give it another one")])
-def test_memory_at_another_address_is_refused(hip: Any, why: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hip", [None, "6.4"])
+def test_memory_at_another_address_is_refused(hip: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
     gpu.mapped_at = 1 << 12
-    with pytest.raises(ValueError, match=f"offload: cuda:0 cannot read pinned memory at its host address, {why}"):
+    with pytest.raises(ValueError, match="offload: cuda:0 cannot read pinned memory at its host address, needs"):
         offload.empty_on_host((4, 8), torch.bfloat16, GPU_DEVICE)
 
 
