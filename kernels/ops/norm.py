@@ -6,9 +6,8 @@ B sequences, T tokens or rows, V rows of the embedding, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import triton
@@ -134,38 +133,33 @@ def add_rms_norm(x: Features, residual: Features, weight: NormWeight, eps: float
     return _launch(x, residual, weight, eps)
 
 
-class RmsNorm(Protocol):
-    op: Op
-    unchecked: RmsNorm
+class RmsNorm:
+    """Root mean square norm (Zhang & Sennrich 2019): y = x * rsqrt(mean(x ** 2) + eps) * weight.
 
-    def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any: ...
+    x         [..., H], fp32, bf16 or fp16. Where its rows cannot be viewed as [rows, H], as heads that were split
+              off a wider tensor, they are copied, and the launch cache (plan.py) does not remember such a call
+    weight    [H] in x's dtype
+    eps       above 0
+    residual  [..., H] in x's dtype, added to x first, or None
 
+    Returns y, or y and the sum x + residual. Computed in fp32 and rounded to x's dtype before and after the weight.
+    Raises ValueError for another shape, dtype or device.
 
-def _with_residual(norm: Callable[..., Any], add_norm: Callable[..., Any]) -> Any:
-    """Return one function of the two: torch's operators have a fixed number of results each."""
+    >>> y, total = ops.rms_norm(torch.randn(2, 64), torch.randn(64), 1e-5, residual=torch.randn(2, 64))
+    """
 
-    def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-        """Root mean square norm (Zhang & Sennrich 2019): y = x * rsqrt(mean(x ** 2) + eps) * weight.
+    op: Op = _norm.op
 
-        x         [..., H], fp32, bf16 or fp16. Where its rows cannot be viewed as [rows, H], as heads that were split
-                  off a wider tensor, they are copied, and the launch cache (plan.py) does not remember such a call
-        weight    [H] in x's dtype
-        eps       above 0
-        residual  [..., H] in x's dtype, added to x first, or None
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+        return _norm(x, weight, eps) if residual is None else add_rms_norm(x, residual, weight, eps)
 
-        Returns y, or y and the sum x + residual. Computed in fp32 and rounded to x's dtype before and after the weight.
-        Raises ValueError for another shape, dtype or device.
-
-        >>> y, total = ops.rms_norm(torch.randn(2, 64), torch.randn(64), 1e-5, residual=torch.randn(2, 64))
-        """
-        return norm(x, weight, eps) if residual is None else add_norm(x, residual, weight, eps)
-
-    rms_norm.__qualname__ = "rms_norm"  # which errors of the signature name
-    return rms_norm
+    def unchecked(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return _norm.unchecked(x, weight, eps)
+        return add_rms_norm.unchecked(x, residual, weight, eps)
 
 
-rms_norm: RmsNorm = _with_residual(_norm, add_rms_norm)
-rms_norm.unchecked, rms_norm.op = _with_residual(_norm.unchecked, add_rms_norm.unchecked), _norm.op
+rms_norm = RmsNorm()
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
