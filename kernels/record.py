@@ -62,6 +62,6 @@ def record_launches(arch: str = launch.DEFAULT_ARCH, sms: int | None = None) -> 
     if not re.fullmatch(r"sm_\d+|gfx[0-9a-f]+", str(arch)):
         raise ValueError(f"record_launches: arch is {arch!r}, needs one of {', '.join(ARCHS)}")
     records: list[Launch] = []
-    everywhere = (*launch.active_records(), records)  # a block around this one records these launches, too
+    everywhere = (*launch._context.get().records, records)  # a block around this one records these launches, too
     with launch.launch_context(arch=arch, sms=sms, records=everywhere), _Recorder(records):
         yield records

@@ -5,9 +5,8 @@ import argparse
 import os
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -55,15 +54,6 @@ def print_message(line: str) -> None:
     if line and sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def warning_lines(command: str | None) -> Iterator[None]:
-    """Print warnings as lines of the command."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", RuntimeWarning)
-        warnings.showwarning = lambda message, *args, **options: print_message(f"mixtral-triton {command}: {message}")
-        yield
 
 
 class Bar(tqdm):

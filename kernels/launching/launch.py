@@ -134,10 +134,6 @@ def unpacks_by_ptx(arch: str) -> bool:
     return not (INTERPRETED or amd(arch))
 
 
-def active_records() -> tuple[list[Launch], ...]:
-    return _context.get().records
-
-
 def in_pdl_region() -> bool:
     return _context.get().pdl
 

@@ -62,21 +62,15 @@ class Argument:
     @classmethod
     def parse(cls, name: str, hint: Any) -> Argument:
         """Read an annotation such as `Annotated[Tensor, "T H", INTS, Within(0, "E - 1")] | None`."""
-        kind, optional = _strip_none(hint)
-        notes: list[Any] = []
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        optional = typing.get_origin(hint) in (UnionType, typing.Union) and len(parts) == 1
+        kind, notes = parts[0] if optional else hint, list[Any]()
         if typing.get_origin(kind) is Annotated:
             kind, *notes = typing.get_args(kind)
         spec = next((note for note in notes if isinstance(note, str)), "")
         dtypes = next((note for note in notes if isinstance(note, tuple)), None)
         rule = next((note for note in notes if isinstance(note, Within)), None)
         return cls(name, kind, optional, spec, dtypes, rule)
-
-
-def _strip_none(kind: Any) -> tuple[Any, bool]:
-    """Return X and True for `X | None`; another annotation and False."""
-    parts = [part for part in typing.get_args(kind) if part is not type(None)]
-    optional = typing.get_origin(kind) in (UnionType, typing.Union) and len(parts) == 1
-    return (parts[0], True) if optional else (kind, False)
 
 
 def fail(op: str, argument: str, got: Any, needs: str) -> ValueError:

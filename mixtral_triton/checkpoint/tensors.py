@@ -178,11 +178,6 @@ def one_dtype(path: Path, tensors: Mapping[str, Stored]) -> None:
         raise ValueError(f"{path}: tensors of one dtype are needed; most are {usual[0][0]}, but {summarize(odd)}")
 
 
-def stored_dtype(headers: Headers) -> torch.dtype:
-    """Return the dtype of the tensors that are not quantized."""
-    return DTYPES[headers.tensors[EMBEDDING].dtype]
-
-
 def total_bytes(headers: Headers) -> int:
     """Return the bytes of all stored tensors, to which `progress` of a loader adds up."""
     return sum(stored.nbytes for stored in headers.tensors.values())

@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +29,6 @@ from ..terminal import (
     exit_status,
     print_message,
     select_backend,
-    warning_lines,
 )
 from .prompt import encode, read_prompt, read_text, render
 
@@ -204,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.command in TOOLS:
                 tool = "bench.fit_train" if vars(args).get("train") else TOOLS[args.command]
                 return import_module(f"..{tool}", __package__).run(args)
-            with warning_lines(args.command):
+            with warnings.catch_warnings():  # as lines of the command
+                warnings.simplefilter("always", RuntimeWarning)
+                warnings.showwarning = lambda text, *_, **__: print_message(f"mixtral-triton {args.command}: {text}")
                 return globals()[f"_{args.command}"](args)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported

@@ -1,7 +1,6 @@
 """Compile what a model launches before it does, on all cores: recorded launches, a model on the meta device."""
 
 import copy
-import gc
 import hashlib
 import io
 import os
@@ -23,6 +22,7 @@ from ..kernels.launching.arch import ARCHS, amd
 from ..kernels.launching.launch import INTERPRETED, Launch, multiprocessors, target_arch
 from ..kernels.record import record_launches
 from .cache import KVCache
+from .cuda_graph import no_collection
 from .generate import prefill
 from .mixtral import Mixtral
 
@@ -78,10 +78,9 @@ def on_all_cores(
 ) -> list[Any]:
     """Return the results of `work`, which compiles, or what the compiler raised. Triton's passes release the GIL, and
     ptxas is a process."""
-    pool, collects = ThreadPoolExecutor(len(os.sched_getaffinity(0))), gc.isenabled()
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     # Before CPython 3.11.8 and 3.12.2, `ast.parse` fails where a collection inside it lets another thread parse.
-    gc.disable()
-    with redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
+    with no_collection(), redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints all its input
         try:
             futures = [pool.submit(work, item) for item in items]
             for done, future in enumerate(as_completed(futures), 1):
@@ -90,8 +89,6 @@ def on_all_cores(
                 progress(done, len(futures))
         finally:  # after Ctrl-C or an error, only what has begun is finished
             pool.shutdown(cancel_futures=True)
-            if collects:
-                gc.enable()
     return [future.exception() or future.result() for future in futures]
 
 
@@ -105,17 +102,11 @@ def compile_launches(launches: Iterable[Launch], arch: str, progress: Progress =
     return on_all_cores(lambda launch: build(launch, arch), distinct.values(), progress)
 
 
-def with_layers(model: Mixtral, indices: Sequence[int]) -> Any:
-    """Return a copy of the model on the same weights, with these of its layers alone."""
+def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
+    """Return a copy of the model with these layers on the meta device, without a caller's hooks."""
     model = copy.copy(model)
     model._modules = {**model._modules, "layers": nn.ModuleList(model.layers[index] for index in indices)}
     model.config = replace(model.config, num_hidden_layers=len(indices))
-    return model
-
-
-def on_meta(model: Mixtral, indices: Sequence[int]) -> Any:
-    """Return a copy of the model with these layers on the meta device, without a caller's hooks."""
-    model = with_layers(model, indices)
     memo: dict[int, Any] = {id(x): x.detach().to("meta") for x in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, memo)
     for module in model.modules():  # which may read values

@@ -57,7 +57,7 @@ def capture(step: Callable[[], object], generator: torch.Generator | None, devic
     capture is tried once more. Raises RuntimeError where the step cannot be captured, as one that reads a value, or the
     graph not instantiated: stream, allocators and generators are then as before. Raises CaptureLost where they are not.
     """
-    with _lock, torch.cuda.device(device), _no_collection():
+    with _lock, torch.cuda.device(device), no_collection():
         try:
             return _capture(step, generator, device)
         except RuntimeError as error:
@@ -110,8 +110,8 @@ def _capture(step: Callable[[], object], generator: torch.Generator | None, devi
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Collect no garbage within the block, because a finalizer that synchronizes would invalidate a capture."""
+def no_collection() -> Iterator[None]:
+    """Collect no garbage within the block: a finalizer that synchronizes would invalidate a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

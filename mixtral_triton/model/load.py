@@ -49,7 +49,7 @@ def load(
     if requantized := frozenset(f"{name}.weight" for name in anew):
         text = f"{headers.scheme.name} is dequantized and quantized anew (weights={quantization!r})"
         warnings.warn(f"{folder}: {text}; `mixtral-triton perplexity` measures what that costs", stacklevel=3)
-    dtype = dtype or checkpoint.stored_dtype(headers)
+    dtype = dtype or checkpoint.DTYPES[headers.tensors[checkpoint.EMBEDDING].dtype]
     target_device = usable_device(ranks.device_type if device is None and ranks is not None else device)
     if ranks is not None and target_device.type not in (need := ranks.device_type, "meta"):
         raise ValueError(f"Mixtral.from_pretrained: device is {target_device}, needs the mesh's type, {need}")
