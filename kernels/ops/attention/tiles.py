@@ -144,7 +144,6 @@ PREFILL_CODES: Table = {
         AttentionTile(256, 64, 32, 8, 2),
     ),
     "gfx942": (
-        AttentionTile(256, 16, 16, 4, 1, T=16),
         AttentionTile(128, 16, 16, 8, 1, heads="odd"),
         AttentionTile(128, 64, 16, 8, 1),
         AttentionTile(256, 64, 16, 4, 1, heads="padded"),
