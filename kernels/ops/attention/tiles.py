@@ -129,9 +129,7 @@ PREFILL: Table = {
 PREFILL_CODES: Table = {
     "sm_80": (
         AttentionTile(256, 16, 32, 4, 2, T=16),
-        AttentionTile(128, 64, 32, 8, 2, heads="odd"),
-        AttentionTile(128, 64, 32, 8, 2, heads="padded"),
-        AttentionTile(128, 128, 32, 8, 2),
+        AttentionTile(128, 64, 32, 8, 2),
         AttentionTile(256, 32, 32, 8, 2, heads="padded"),
         AttentionTile(256, 64, 32, 8, 2),
     ),
