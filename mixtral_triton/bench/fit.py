@@ -138,14 +138,14 @@ class Request:
             specs = {STORED: hub.plan_load(hub.read_headers(name), config).specs}
         return cls(name, config, specs, args.batch, context, args.cache_dtype)
 
-    def need(self, format: str, context: int) -> dict[str, int]:
-        return memory_need(self.config, self.specs[format], self.batch, context, self.cache)
-
     def memory_plan(self, format: str, gpu: GPU) -> MemoryPlan:
-        config, limit, need = self.config, usable_on(gpu), self.need(format, self.context)
-        dtype, specs, excess = default_dtype(config), self.specs[format], need["total"] - limit
+        config, specs, limit, dtype = self.config, self.specs[format], usable_on(gpu), default_dtype(self.config)
+        need = memory_need(config, specs, self.batch, self.context, self.cache)
+        excess, held = need["total"] - limit, need["weights"] + need["tables"]  # whatever the context is
         contexts = range(1, config.max_position_embeddings + 1)
-        longest = bisect_right(contexts, limit, key=lambda context: self.need(format, context)["total"])
+        settings = PREFILL_CHUNK, getattr(torch, self.cache) if self.cache else None
+        running = lambda context: sum(running_bytes(config, self.batch, context, *settings).values())  # noqa: E731
+        longest = bisect_right(contexts, limit - held, key=running)
         sizes = movable_bytes(config, parameter_shapes(config), specs, dtype)
         placement, hosted, bound = fewest(config, sizes, need["total"], limit), None, None
         if placement is not None and excess > 0:
