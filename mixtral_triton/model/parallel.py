@@ -4,6 +4,7 @@ Tokens are replicated. An all-reduce follows attention and the experts (Megatron
 """
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -44,10 +45,12 @@ class Ranks:
             # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group is
             # first, since ranks may arrive at very different times.
             new_group = partial(dist.new_group, ranks, use_local_synchronization=True)
-            self._hosts: Any = new_group(timeout=LOADING_TIMEOUT, backend="gloo")
-            self._group: Any = new_group(timeout=TIMEOUT)
+            hosts = new_group(timeout=LOADING_TIMEOUT, backend="gloo")
+            self._groups: list[Any] = [hosts, new_group(timeout=TIMEOUT)]
         except RuntimeError as error:
             raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
+        # A group's end waits for its threads. One that frees a tensor while Python shuts down would abort the process.
+        weakref.finalize(self, self._groups.clear)
 
     def local_ids(self, ids: Tensor, experts: int) -> Tensor:
         """Convert expert ids int32 [T,K] to this rank's indices; other ranks' ids become out of range: no-ops."""
@@ -97,7 +100,7 @@ class Ranks:
         except Exception as caught:
             error = caught
         messages: list[Any] = [None] * self.shard.ranks
-        self._collect(dist.all_gather_object, messages, None if error is None else _line(error), group=self._hosts)
+        self._collect(dist.all_gather_object, messages, None if error is None else _line(error), group=self._groups[0])
         same = messages.count(messages[0]) == len(messages)
         if error is not None and (same or not isinstance(error, (ValueError, OSError))):
             raise error
@@ -108,7 +111,7 @@ class Ranks:
     def _collect(self, collective: Callable[..., Any], *args: Any, group: Any = None) -> None:
         """Call one of torch's collectives; a failure is a ConnectionError that names this rank."""
         try:
-            collective(*args, group=group or self._group)
+            collective(*args, group=group or self._groups[1])
         except RuntimeError as error:
             reason = _line(error).partition(". ")[0]  # gloo appends advice
             raise ConnectionError(f"{self.name}: {NO_ANSWER}: {reason}") from error

@@ -4,6 +4,7 @@ the same texts and reports, and no endless wait."""
 import itertools
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,37 @@ def test_decode_step_is_a_graph(mesh: str, deterministic: bool, ranks: Ranks, ch
         layers = BASE["num_hidden_layers"]
         # The prompt, the first step, and the replays: in the capture itself nothing is sent.
         assert calls["broadcast"] == 2 + replays and calls[sums] >= 2 * layers * (2 + replays)
+
+
+THREADS = """
+import atexit, sys
+from pathlib import Path
+
+def threads():
+    return sum("gloo" in task.read_text() for task in Path("/proc/self/task").glob("*/comm"))
+
+counts = []
+atexit.register(lambda: print(*counts, threads()))  # before the imports, since what is registered first runs last
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from mixtral_triton import SMALL, Mixtral
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+counts.append(threads())
+model = Mixtral.from_pretrained(SMALL, mesh=mesh)
+counts.append(threads())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_a_group_outlives_the_program(tmp_path: Path) -> None:
+    """A gloo thread that frees a tensor while the interpreter shuts down aborts the process; the model lives until
+    then."""
+    before, during, after = map(int, python("-c", THREADS, tmp_path / "store", GLOO_SOCKET_IFNAME="lo").stdout.split())
+    assert after <= before < during
 
 
 @pytest.mark.slow
