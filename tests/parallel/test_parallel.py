@@ -297,10 +297,12 @@ atexit.register(lambda: print(*counts, threads()))  # before the imports, since 
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from mixtral_triton import SMALL, Mixtral
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+
+from mixtral_triton import SMALL, Mixtral  # which takes longer than a thread to name itself
+
 counts.append(threads())
 model = Mixtral.from_pretrained(SMALL, mesh=mesh)
 counts.append(threads())
