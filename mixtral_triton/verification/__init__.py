@@ -57,7 +57,8 @@ def verify(
 
     target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: a Mixtral, applied or not,
     or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
-    One in training mode is compared in evaluation mode, and back in training mode afterwards.
+    One in training mode is compared in evaluation mode, with the gradients of its experts' inputs, and back in training
+    mode afterwards.
     input_ids int64 [B,T]; None: a fixed pseudo-random text.
     progress: of a Mixtral, called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
@@ -111,12 +112,13 @@ def _has_names(model: Any) -> bool:
 
 
 def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> Report:
-    from .families import FamilyUnderTest
+    from .families import FamilyUnderTest, gradient_rows
 
     config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
     ids, target = default_text(input_ids, config, model.device, tokens), FamilyUnderTest(model)
+    trains = model.training
     with torch.no_grad(), in_evaluation(model):
-        rows = target.compare(ids)
+        rows = target.compare(ids) + (gradient_rows(model, ids) if trains else [])
     about = backend_name(ids.device), dtype_name(model.dtype), "transformers' own modules", target.not_run
     return Report(tuple(rows), 0, 0, *about)
 
@@ -179,6 +181,10 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
     with target.catch_faults(routes.fail):
         out = target.logits(ids, routes)
     rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
+    if target.trains:
+        from .families import gradient_rows  # imports transformers
+
+        rows += gradient_rows(target.model, ids)
     if target.is_mixtral:
         with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
             steps("generate", 1)

@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -26,10 +27,12 @@ from transformers.models.mixtral import modeling_mixtral
 
 from ..hf.attention import CACHE
 from ..hf.experts import NAME, PROJECTIONS, is_experts
+from ..hf.modules import Applied
 from .report import END_RATIO, Row
 from .tolerance import FLOOR, RATIO, ConvertedExperts, Fp64Reference, largest, token_floor
 
 CASES = "whole text", "in chunks"  # the first without a cache
+GRADIENTS = "x", "routing weights"  # of the experts
 Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
 Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
 
@@ -39,7 +42,8 @@ def eager_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) ->
     same = copy.copy(module)
     vars(same).update(_parameters={}, _modules={k: v for k, v in module._modules.items() if k not in PROJECTIONS})
     vars(same).update({name: ConvertedExperts(getattr(module, name), x.dtype) for name in PROJECTIONS})
-    return inspect.unwrap(type(module).forward)(same, x, ids, weights.to(x.dtype))
+    kind = module.original if isinstance(module, Applied) else type(module)
+    return inspect.unwrap(kind.forward)(same, x, ids, weights.to(x.dtype))
 
 
 def eager_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -162,6 +166,31 @@ def worst_call(op: str, path: str, calls: Iterator[Results]) -> Row:
     layer, case = re.search(r"\.(\d+)\.", path), re.sub(r"\.\d+\.", ".N.", path)
     note = "" if error <= limit else f"{path}: error {error:.1e}, limit {limit:.1e}"
     return Row(int(layer[1]) if layer else None, op, case, error, limit, note)
+
+
+def gradient_rows(model: Any, ids: Tensor) -> list[Row]:
+    """The rows of each experts module's gradients of x and of the routing weights, on what it gets for ids [B,T]; the
+    gradient of its result is x."""
+    calls, rows = dict[Any, tuple[Any, ...]](), list[Row]()
+
+    def gradients(function: Any, call: tuple[Any, ...], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        x, ids, weights = call
+        leaves = [value.detach().to(dtype or value.dtype, copy=True).requires_grad_() for value in (x, weights)]
+        with torch.enable_grad():
+            out = function(leaves[0], ids, leaves[1])
+        return torch.autograd.grad(out, leaves, x.to(out.dtype))
+
+    with ExitStack() as stack:
+        for module in filter(is_experts, model.modules()):
+            stack.enter_context(module.register_forward_pre_hook(calls.__setitem__))
+        model(ids, use_cache=False)
+    paths = {module: name for name, module in model.named_modules()}
+    for module, call in calls.items():
+        eager = partial(eager_experts, module)
+        results = gradients(module, call), gradients(eager, call), gradients(eager, call, torch.float64)
+        for name, *values in zip(GRADIENTS, *results, strict=True):
+            rows.append(worst_call(f"gradient of {name}", paths[module], iter([(values[0], values[1], values[2])])))
+    return rows
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class ModelUnderTest:
     """A Mixtral as `verify` uses it: the weights for torch's computation, and the model's own forward."""
 
     output, peer = "logits", TORCH  # what the model's head gives; what the model is compared with
+    trains = False  # a model of transformers may, with our experts
     is_mixtral = True  # its forward takes chunks of unequal length, and it has `generate`
     quantized = False  # keys and values: every forward reads them from a cache of 8 bits, and so does torch
     activations: str | None = None  # of the layers' products, in every forward: `Mixtral.activations`

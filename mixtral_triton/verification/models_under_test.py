@@ -47,7 +47,8 @@ class TransformersUnderTest(ModelUnderTest):
         self.backbone: Any = next(
             module for module in model.modules() if isinstance(module, self.modeling.MixtralModel)
         )
-        if model.training and not applied(model):
+        self.trains = model.training
+        if self.trains and not applied(model):
             raise ValueError("verify: the model is in training mode, needs inference, model.eval(), or apply(model)")
         self.model, self.layers = model, self.backbone.layers
         wrapped = {type(part).__name__ for layer in self.layers for part in (layer.mlp.experts, layer.mlp.gate)}

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 
 from mixtral_triton import hf, ops, verify
-from mixtral_triton.hf import attention, modules
+from mixtral_triton.hf import attention, modules, training
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.verification.models_under_test import STATIC
 from mixtral_triton.verification.report import FP32
@@ -178,10 +178,31 @@ def test_adapters_on_parameters_are_refused_by_name_until_they_are_merged(parame
     assert not report.wrong
 
 
-def test_training_mode_needs_apply_and_stays(make_hf: Any) -> None:
+@pytest.mark.parametrize(("index", "gradient"), [(0, "x"), (4, "routing weights")])
+def test_an_applied_model_in_training_mode_has_its_gradients_judged(
+    index: int, gradient: str, make_hf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of 3 % in one gradient is named, in both dtypes."""
+    backward = training.FrozenExperts.backward
+    scaled = lambda ctx, grad: tuple(x * 1.03 if at == index else x for at, x in enumerate(backward(ctx, grad)))  # noqa: E731
+    for dtype in DTYPES:
+        model = hf.apply(make_hf().to(dtype)).train().requires_grad_(False)
+        model.model.layers[0].self_attn.eval()  # as a caller left it
+        modes = [module.training for module in model.modules()]
+        report = verify(model, IDS)
+        judged = {(row.op, row.layer) for row in report.rows if row.op.startswith("gradient")}
+        layers = range(len(model.model.layers))
+        assert judged == {(f"gradient of {name}", at) for name in ("x", "routing weights") for at in layers}
+        assert not report.wrong and [module.training for module in model.modules()] == modes
+        with monkeypatch.context() as patch:
+            patch.setattr(training.FrozenExperts, "backward", scaled)
+            wrong = {(row.op, row.layer) for row in verify(model, IDS).wrong}
+        assert wrong == {(f"gradient of {gradient}", at) for at in layers}
+    assert not any(row.op.startswith("gradient") for row in verify(model.eval(), IDS).rows)
+
+
+def test_training_mode_without_apply_or_with_experts_that_train_is_refused(make_hf: Any) -> None:
     with pytest.raises(ValueError, match=r"in training mode, needs inference, model.eval\(\), or apply\(model\)"):
         verify(make_hf().train(), IDS)
-    model = hf.apply(make_hf()).train()
-    model.model.layers[0].self_attn.eval()  # as a caller left it
-    modes = [module.training for module in model.modules()]
-    assert not verify(model, IDS).wrong and [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match="experts that require gradients, needs frozen ones"):
+        verify(hf.apply(make_hf()).train().requires_grad_(True), IDS)

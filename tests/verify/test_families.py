@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
 from mixtral_triton import ExpertsConfig, register, verify
-from mixtral_triton.hf import attention
+from mixtral_triton.hf import attention, training
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from tests.support.families import NAMED, build, experts_of
@@ -124,6 +124,22 @@ def test_a_model_that_is_not_judged_says_why() -> None:
         verify(build("olmoe"))
 
 
-def test_a_model_in_training_mode_is_compared_in_evaluation_mode_and_stays_in_it() -> None:
-    model = by_name("olmoe").train()
-    assert verify(model).ok and all(module.training for module in model.modules())
+def test_in_training_mode_gradients_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in DTYPES:
+        model = by_name("olmoe", dtype).train().requires_grad_(False)
+        report = verify(model)
+        assert report.ok and all(module.training for module in model.modules()), report
+        judged = [(row.op, row.layer) for row in report.rows if row.op.startswith("gradient")]
+        assert judged == [(f"gradient of {name}", layer) for layer in (0, 1) for name in ("x", "routing weights")]
+    product = training.grouped_product
+
+    def faulty(rows: Any, weight: Any, ends: Any, transposed: bool = False) -> Any:
+        out = product(rows, weight, ends, transposed)
+        return out * 2 if transposed and weight is model.model.layers[1].mlp.experts.down_proj else out
+
+    monkeypatch.setattr(training, "grouped_product", faulty)
+    report = verify(model)
+    assert {(row.op, row.layer) for row in report.wrong} == {("gradient of x", 1), ("gradient of routing weights", 1)}
+    assert "model.layers.1.mlp.experts: error" in str(report)
+    with pytest.raises(ValueError, match="experts that require gradients"):
+        verify(by_name("olmoe").train())
