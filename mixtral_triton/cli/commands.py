@@ -197,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
+        if sys.stdout is None:  # as Python has it where it is closed
+            raise ValueError("standard output is closed, and results go there")
         try:
             parser().parse_args((sys.argv[1:] if argv is None else argv) or ["--help"], args)
             if getattr(args, "folder", None) is not None:

@@ -113,6 +113,14 @@ def test_a_closed_pipe_is_exit_141_without_a_message(args: tuple[str, ...]) -> N
     assert ("plain torch" in error or not error) and "rror" not in error and "Exception" not in error
 
 
+def test_a_closed_stdout_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python sets it where the descriptor is closed
+    status = cli.main(["fit"])
+    assert status == 2 and capsys.readouterr().err == (
+        "mixtral-triton: standard output is closed, and results go there\n"
+    )
+
+
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
