@@ -20,11 +20,15 @@ from tqdm import tqdm
 INTERVAL = 10.0  # seconds between two states of progress where stderr is no terminal
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
 CRASHED = 3
+PIPED = 1000  # columns, more than a row has
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a console for a command's result, as wide as the terminal, or as COLUMNS says."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)  # the terminal wraps what is wider
+    """Return a console for a command's result, as wide as the terminal, or as COLUMNS says; a file takes any width."""
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True)  # the terminal wraps what is wider
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = PIPED
+    return made
 
 
 def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], caption: str = "") -> Table:
