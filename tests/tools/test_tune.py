@@ -1,6 +1,8 @@
 """The tuner: the configurations it considers, the faults it finds, and what it prints."""
 
+import csv
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,6 +15,8 @@ from mixtral_triton.bench.cases import Case, cases
 from mixtral_triton.kernels.launching import launch
 from mixtral_triton.kernels.launching.launch import LaunchConfig, target_arch
 from mixtral_triton.kernels.operation.declaration import row_letter
+from mixtral_triton.kernels.ops import tiles
+from mixtral_triton.kernels.ops.experts.tiles import PREFILL as PREFILL_TILES
 from mixtral_triton.kernels.ops.linear import LinearSizes
 from mixtral_triton.kernels.ops.sort import SortSizes, configs
 from mixtral_triton.kernels.registry import OPS
@@ -34,6 +38,38 @@ def test_depth_of_a_quantized_weight_s_tile_stays() -> None:
     recorded, config = tune.kernel_configs(case, "sm_90")["linear_decode_kernel"]
     found = [one.constexprs for one in tune.neighbours(config, tune.fixed_tiles(recorded))]
     assert len({one["BLOCK_K"] for one in found}) == 1 and len({one["BLOCK_N"] for one in found}) == 3
+
+
+def rivals(arch: str, T: int, kernel: str, **formats: str) -> list[str]:
+    case = Case(OPS["expert_swiglu"], replace(OPS["expert_swiglu"].bench_shapes[0], T=T, **formats))
+    recorded, config = tune.kernel_configs(case, arch)[kernel]
+    found = tune.rivals(case, kernel, config, arch, tune.fixed_tiles(recorded))
+    return [tune.tile_text(kernel, tune.Candidate(config)) for config in found]
+
+
+def test_rivals_are_what_the_nearest_card_measured_at_the_nearest_sizes() -> None:
+    for kernel in ("experts_up_kernel", "experts_down_kernel"):  # of I = 7,168 and 2,048 tokens
+        large = ["128x256x64 g32 w8 s4", "128x256x64 g8 w8 s4", "192x256x64 g8 w8 s4"]
+        assert sorted({*rivals("sm_90", 2048, kernel)}) == sorted(large)
+        assert "128x256x128 g32 w8 s3" in rivals("sm_90", 2048, kernel, gate_up="fp8_w8a8", down="fp8_w8a8")
+        assert rivals("sm_80", 2048, kernel) == ["128x128x64 g16 w8 s4"]
+    assert {tile.split()[0] for tile in rivals("gfx942", 16, "experts_up_decode_kernel")} == {"16x64x64"}
+    assert not rivals("sm_90", 2048, "experts_up_kernel", gate_up="int4", down="int4")
+
+
+def test_times_are_appended_and_the_row_is_a_tile_of_the_tables(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(tune, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    case = Case(OPS["expert_swiglu"], replace(OPS["expert_swiglu"].bench_shapes[0], T=2048))
+    timed = tune.Candidate(tune.kernel_configs(case, "sm_90")["experts_up_kernel"][1], measure.Outcome(0.0015))
+    for _ in range(2):
+        tune.append_times(case, "experts_up_kernel", [timed, replace(timed, outcome=measure.Outcome(note="spills"))])
+    rows = list(csv.DictReader((tmp_path / "nvidia-h100-80gb-hbm3.csv").open()))
+    assert [(row["tile"], row["us"]) for row in rows] == [("192x256x64 g8 w8 s4", "1500.00")] * 2
+    assert list(rows[0]) == ["date", "card", "driver", "triton", "torch", "op", "kernel", "sizes", "tile", "us"]
+    row = eval(tune.table_row("experts_up_kernel", timed), {"PrefillTile": tiles.PrefillTile, "ROWS": 112})
+    assert row[:6] == PREFILL_TILES["sm_90"][-1][:6] and row[-2:] == (8, 64)
+    assert row.source == "measured: nvidia-h100-80gb-hbm3.csv"
 
 
 def small(name: str) -> list[Case]:
@@ -121,6 +157,13 @@ def test_what_is_only_compiled_claims_nothing(monkeypatch: pytest.MonkeyPatch, c
     assert "route_kernel: route, T1 E8 K2, bfloat16, sm_120" in out and "best" not in out and "time, us" in out
     assert out.count("\n") > 5
     monkeypatch.setattr(torch.cuda, "is_available", Mock(return_value=False))
+    compile_all = Mock(side_effect=AssertionError)
+    monkeypatch.setattr(tune, "compile_all", compile_all)
+    tune.main(["expert_swiglu", "--arch", "sm_90", "--dry", "--sizes", "T=2048", "--kernel", "experts_up"])
+    assert capsys.readouterr().out.count("\n") == 18
+    with pytest.raises(SystemExit):
+        tune.main(["rms_norm", "--arch", "sm_90", "--sizes", "Q=1"])
+    assert "a name of --sizes is 'Q', needs one of T, H" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tune.main(["route"])
     assert "there is no GPU to time anything: needs --arch" in capsys.readouterr().err
