@@ -40,9 +40,9 @@ VARIED = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "BLOCK_H", "GROUP_M", "SPL
 WARPS, STAGES = range(1, 17), range(1, 9)
 MEASURED = Path(__file__).parent / "tiles" / "measured.csv"
 RESULTS = Path(__file__).parent / "results"
+CARDS = {"gfx942": "MI300X|MI325X", "sm_80": "A100", "sm_89": "RTX_4090|L40S"}
 FORMATS = {None: "bf16", "int8": "int8_w8a16", "fp8_w8a8": "fp8_w8a8"}  # names there
 LARGE = "128x256x64 g8 w8 s4", "192x256x64 g8 w8 s4"  # of bf16 by TMA; the second was in nobody's search
-MORE = "GROUP_M", "SHORT_M"  # columns of rows for many tokens alone
 FASTER = 0.98  # of the time of the present configuration; a smaller gain is noise
 
 
@@ -71,13 +71,13 @@ def tile_text(kernel: str, candidate: Candidate) -> str:
     return f"{tile} w{config.num_warps} s{config.num_stages}"
 
 
-def table_row(kernel: str, candidate: Candidate) -> str:
+def table_row(kernel: str, candidate: Candidate, source: str) -> str:
     """Return the row of a table of tiles (CONTRIBUTING.md), but for the rows of x that it is for."""
     if "=" in (tile := tile_text(kernel, candidate)):
         return tile
-    more = "".join(f", {name}={size}" for name, size in candidate.config.constexprs.items() if name in MORE and size)
-    cells = re.sub(r" g\d+ w|x| s", ", ", tile)
-    return f'{"PrefillTile" if more else "DecodeTile"}(ROWS, {cells}, "measured: {results_file().name}"{more})'
+    cells, sizes = re.sub(r" g\d+ w|x| s", ", ", tile), candidate.config.constexprs
+    more = "".join(f", {name}={sizes[name]}" for name in ("GROUP_M", "SHORT_M") if sizes.get(name))
+    return f'{"PrefillTile" if more else "DecodeTile"}(ROWS, {cells}, "measured: {source}"{more})'
 
 
 def fixed_tiles(launch: Launch) -> set[str]:
@@ -98,8 +98,7 @@ def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:
 def measured_tiles(case: Case, arch: str) -> list[str]:
     """Return the tiles that GPUs like this one measured as fastest for experts of the nearest sizes."""
     sizes, near = case.sizes, dict[tuple[float, float], list[str]]()
-    cards = "MI3" if arch.startswith("gfx") else "A100" if family(arch) == "sm_80" else "H100|H200"
-    cards = "RTX_4090|L40S" if arch == "sm_89" else cards
+    cards = CARDS.get(arch) or CARDS.get(family(arch), "H100|H200")
     for row in csv.DictReader(line for line in MEASURED.read_text().splitlines() if line[0] != "#"):
         if re.search(cards, row["device"]) and row["dtype"] == FORMATS.get(sizes.gate_up):
             counts = [T for T in row if T.isdigit() and row[T]]
@@ -185,21 +184,19 @@ def tune_table(title: str, candidates: Sequence[Candidate], best: int) -> Table:
     return table_of(title, rows)
 
 
-def results_file() -> Path:
-    return RESULTS / re.sub(r"\W+", "-", f"{torch.cuda.get_device_name().lower()}.csv").replace("-csv", ".csv")
-
-
-def append_times(case: Case, kernel: str, candidates: Sequence[Candidate]) -> None:
-    """Append what was timed to the GPU's results."""
+def append_times(case: Case, kernel: str, candidates: Sequence[Candidate]) -> str:
+    """Append what was timed to the file of the GPU's results -> its name."""
     driver = getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader || rocm-smi --showdriverversion")
     about = {"date": date.today(), "card": torch.cuda.get_device_name(), "driver": driver.splitlines()[-1]}
+    name = re.sub(r"\W+", "-", about["card"].lower()) + ".csv"
     about |= {"triton": triton.__version__, "torch": torch.__version__, "op": case.op.name, "kernel": kernel}
     about["sizes"] = sizes_text(case.as_dict())
     timed = [[tile_text(kernel, one), f"{1e6 * one.outcome.seconds:.2f}"] for one in candidates if one.outcome.seconds]
-    with results_file().open("a", newline="") as file:
+    with (RESULTS / name).open("a", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([] if file.tell() else [[*about, "tile", "us"]])
         writer.writerows([*about.values(), *cells] for cells in timed)
+    return name
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -225,10 +222,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             candidates, best = tune(case, kernel, arch, timer, args.dry)
             title = f"{kernel}: {case.op.name}, {sizes_text(case.as_dict())}, {case.dtype_name}, {arch}"
             console().print(tune_table(title, candidates, best))
-            if timer is not None:
-                append_times(case, kernel, candidates)
+            source = append_times(case, kernel, candidates) if timer else ""
             if best:
-                print(f"the table's row: {table_row(kernel, candidates[best])}")
+                print(f"the table's row: {table_row(kernel, candidates[best], source)}")
 
 
 if __name__ == "__main__":

@@ -91,11 +91,6 @@ def free_bytes(gpu: GPU) -> int:
     return gpu.free or estimated_free(gpu.bytes)
 
 
-def usable_on(gpu: GPU) -> int:
-    """The bytes of a GPU that may be planned for, of those that are free."""
-    return usable_bytes(free_bytes(gpu))
-
-
 @dataclass(frozen=True)
 class MemoryPlan:
     """One format on one GPU."""
@@ -139,7 +134,12 @@ class Request:
         return cls(name, config, specs, args.batch, context, args.cache_dtype)
 
     def memory_plan(self, format: str, gpu: GPU) -> MemoryPlan:
-        config, specs, limit, dtype = self.config, self.specs[format], usable_on(gpu), default_dtype(self.config)
+        config, specs, limit, dtype = (
+            self.config,
+            self.specs[format],
+            usable_bytes(free_bytes(gpu)),
+            default_dtype(self.config),
+        )
         need = memory_need(config, specs, self.batch, self.context, self.cache)
         excess, held = need["total"] - limit, need["weights"] + need["tables"]  # whatever the context is
         contexts = range(1, config.max_position_embeddings + 1)

@@ -15,9 +15,9 @@ from typing import Any
 from ..checkpoint.arguments import default_dtype, in_decimal, weight_bytes
 from ..checkpoint.config import MixtralConfig
 from ..checkpoint.tensors import parameter_shapes
-from ..model.offload_plan import AUTO_CONTEXT
+from ..model.offload_plan import AUTO_CONTEXT, usable_bytes
 from ..terminal import console, table_of
-from .fit import KNOWN, STORED, QuantSpecs, Request, select_gpu, usable_on
+from .fit import KNOWN, STORED, QuantSpecs, Request, free_bytes, select_gpu
 from .gpus import GPUS
 
 # Qwen/Qwen3-30B-A3B by its config.json, as a Mixtral, which has no norms of queries and keys
@@ -92,11 +92,11 @@ def run(args: argparse.Namespace) -> int:
     if request.specs.get(STORED):
         raise ValueError(f"fit --train: {request.name} is quantized already, needs a dense checkpoint")
     context = min(AUTO_CONTEXT, request.context) if args.context is None else request.context
-    rows, lines = list[dict[str, Any]](), list[Any]()
+    devices, rows, lines = [gpu] if gpu else [*GPUS.values()], list[dict[str, Any]](), list[Any]()
     for name in (name for name in (STORED, "fp8", "int8", "int4") if name in request.specs):
         config, specs = request.config, request.specs[name]
         need = training_need(config, specs, request.batch, context, config is QWEN3_CONFIG)
-        gpus = [device.name for device in ([gpu] if gpu else GPUS.values()) if need["total"] <= usable_on(device)]
+        gpus = [device.name for device in devices if need["total"] <= usable_bytes(free_bytes(device))]
         rows.append({"format": name, "bytes": need, "gpus": gpus})
         cells = {"experts": name, **{part: in_decimal(size) for part, size in need.items()}}
         lines.append((cells | {"smallest GPU": [*gpus, "-"][0]}, ""))

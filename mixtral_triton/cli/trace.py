@@ -9,7 +9,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.text import Text
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels.launching.launch import launch_context
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
-from ..terminal import Bar, compile_shown, print_message, table_of
+from ..terminal import Bar, compile_shown, print_message
 
 
 class RouteRecorder(TorchDispatchMode):
@@ -39,19 +38,14 @@ class RouteRecorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Trace:
-    """The routes of a text, which print as each layer's text, coloured and numbered by first choice, and a table."""
+    """The routes of a text, which print as each layer's text, coloured and numbered by first choice."""
 
     tokens: tuple[str, ...]  # the text of each of T
     experts: torch.Tensor  # int [L,T,K], a token's first choice first
     num_experts: int
 
-    def share(self) -> torch.Tensor:
-        """[L,E]: each expert's part of a layer's choices."""
-        counts = F.one_hot(self.experts.long(), self.num_experts).sum((1, 2))
-        return counts / self.experts[0].numel()
-
     def as_dict(self) -> dict[str, Any]:
-        return {"tokens": list(self.tokens), "experts": self.experts.tolist(), "share": self.share().tolist()}
+        return {"tokens": list(self.tokens), "experts": self.experts.tolist()}
 
     def style(self, expert: int) -> Style:
         red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert / self.num_experts, 0.45, 1.0))
@@ -67,12 +61,6 @@ class Trace:
                 no_word = r"\n" if token else "~"  # "~": part of the one before
                 text.append(word or no_word, self.style(expert)).append(f"[{expert}]", "dim").append(token[len(word) :])
             yield text
-        yield ""
-        rows = list[Any]()
-        for layer, shares in enumerate(self.share().tolist()):
-            cells = (Text(f"{100 * share:.0f}", "bold" if share == max(shares) else "") for share in shares)
-            rows.append(({"layer": str(layer), **dict(zip(map(str, range(self.num_experts)), cells, strict=True))}, ""))
-        yield table_of("% of a layer's choices by expert", rows)
 
 
 def trace(

@@ -28,10 +28,7 @@ class Source:
         self.folder = Path(folder)
         self.config = self.read_json("config.json")
         modelopt = self.read_json("hf_quant_config.json", optional=True)
-        gptq = self.read_json("quantize_config.json", optional=True)
-        configs = [self.config.get(name) for name in ("quantization_config", "compression_config")]
-        configs += [modelopt.get("quantization"), gptq and {"quant_method": "gptq", **gptq}]
-        self.quantization = next(filter(None, configs), None)
+        self.quantization = self.config.get("quantization_config") or modelopt.get("quantization")
         names = ["model.safetensors"]
         if not (self.folder / "model.safetensors").exists():
             names = sorted(set(self.read_json("model.safetensors.index.json")["weight_map"].values()))

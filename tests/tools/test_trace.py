@@ -26,13 +26,6 @@ def test_the_routes_are_those_of_transformers() -> None:
     assert found["experts"] == [logits.topk(2).indices.tolist() for logits in routers]
 
 
-def test_figures_of_a_text_counted_by_hand() -> None:
-    # Token by token, first choice first: 0 1, 0 2, 2 3, 1 0 in the first layer; always 3 2 in the second.
-    experts = torch.tensor([[[0, 1], [0, 2], [2, 3], [1, 0]], [[3, 2]] * 4])
-    trace = Trace(("a", "b", "c", "d"), experts, 4)
-    assert trace.share().tolist() == [[0.375, 0.25, 0.25, 0.125], [0, 0, 0.5, 0.5]]
-
-
 def test_text_on_a_terminal_has_each_layer() -> None:
     experts = torch.tensor([[[0, 1], [1, 0], [11, 0]]] * 3)
     trace = Trace(("<s>", "def\n", "\n"), experts, 12)

@@ -63,13 +63,15 @@ def test_times_are_appended_and_the_row_is_a_tile_of_the_tables(tmp_path: Path, 
     case = Case(OPS["expert_swiglu"], replace(OPS["expert_swiglu"].bench_shapes[0], T=2048))
     timed = tune.Candidate(tune.kernel_configs(case, "sm_90")["experts_up_kernel"][1], measure.Outcome(0.0015))
     for _ in range(2):
-        tune.append_times(case, "experts_up_kernel", [timed, replace(timed, outcome=measure.Outcome(note="spills"))])
-    rows = list(csv.DictReader((tmp_path / "nvidia-h100-80gb-hbm3.csv").open()))
+        candidates = [timed, replace(timed, outcome=measure.Outcome(note="spills"))]
+        name = tune.append_times(case, "experts_up_kernel", candidates)
+    assert name == "nvidia-h100-80gb-hbm3.csv"
+    rows = list(csv.DictReader((tmp_path / name).open()))
     assert [(row["tile"], row["us"]) for row in rows] == [("192x256x64 g8 w8 s4", "1500.00")] * 2
     assert list(rows[0]) == ["date", "card", "driver", "triton", "torch", "op", "kernel", "sizes", "tile", "us"]
-    row = eval(tune.table_row("experts_up_kernel", timed), {"PrefillTile": tiles.PrefillTile, "ROWS": 112})
+    row = eval(tune.table_row("experts_up_kernel", timed, name), {"PrefillTile": tiles.PrefillTile, "ROWS": 112})
     assert row[:6] == PREFILL_TILES["sm_90"][-1][:6] and row[-2:] == (8, 64)
-    assert row.source == "measured: nvidia-h100-80gb-hbm3.csv"
+    assert row.source == f"measured: {name}"
 
 
 def small(name: str) -> list[Case]:
@@ -159,6 +161,7 @@ def test_what_is_only_compiled_claims_nothing(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(torch.cuda, "is_available", Mock(return_value=False))
     compile_all = Mock(side_effect=AssertionError)
     monkeypatch.setattr(tune, "compile_all", compile_all)
+    monkeypatch.setenv("COLUMNS", "120")
     tune.main(["expert_swiglu", "--arch", "sm_90", "--dry", "--sizes", "T=2048", "--kernel", "experts_up"])
     assert capsys.readouterr().out.count("\n") == 18
     with pytest.raises(SystemExit):
