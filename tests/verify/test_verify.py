@@ -175,7 +175,9 @@ def test_report_names_every_kind_of_row_that_did_not_run(make_hf: Any) -> None:
 
     always = {"kernels;", "config.json", "captured", "deterministic", "caches"}
     assert not_run(verify(small_model(), IDS[:, :4])) == always
-    assert not_run(verify(small_model(torch.bfloat16), IDS[:, :4], quick=True)) == {*always, "layers"}
+    quick = verify(small_model(torch.bfloat16), IDS[:, :4], quick=True)
+    assert not_run(quick) == {*always, "layers"}
+    assert "layers in fp32; needs --no-quick, and no --cache-dtype" in quick.not_run
     of_int8 = verify(small_model(), cache_dtype=torch.int8).not_run
     assert "caches of the model's dtype; needs no --cache-dtype" in of_int8
     assert not_run(verify(make_hf(), IDS[:, :10])) == {"kernels;", "experts", "generate;"}
