@@ -4,6 +4,7 @@ import json
 import math
 import random
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,7 +222,8 @@ def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
 @pytest.mark.parametrize(
     ("target", "ids", "message"),
     [
-        (lambda make_hf: 3, None, "target is a int, needs a Mixtral, a checkpoint folder or a model of transformers"),
+        (lambda make_hf: 3, None, "target is a int, needs a Mixtral, a checkpoint folder or a model of transformers$"),
+        (lambda make_hf: SimpleNamespace(model=make_hf()), None, "; give it the model inside, .model$"),
         (lambda make_hf: small_model(), torch.zeros((1, 65), dtype=torch.int64), "needs at most 64"),
         (lambda make_hf: small_model(), torch.full((1, 4), 50), "token 50"),
         (lambda make_hf: small_model(), torch.zeros(4), "int64 tensor"),
