@@ -264,6 +264,9 @@ def _generate(args: argparse.Namespace) -> int:
         jobs = batch.read_jobs(args)
         done, size = batch.read_done(args.out, jobs)
         return batch.run(args, Writer(args, _load(args), note), jobs, done, size)
+    for name, given in (("--out", args.out is not None), ("--batch-size", args.batch_size != "auto")):
+        if given:
+            raise ValueError(f"{name} is an option of a batch: needs --batch FILE")
     text = prompt = read_prompt(args.prompt)
     if args.system is not None and not args.chat:
         raise ValueError("--system is a message of a chat: needs --chat")

@@ -54,6 +54,8 @@ BAD_INPUT = {
     "generate '--a\nb'": "unrecognized arguments: --a b",
     "generate --prompt a --prompt b": "--prompt is given 2 times: needs one text, -",
     "generate --prompt a --system b": "--system is a message of a chat: needs --chat",
+    f"{PROMPT} --out no/such/file": "--out is an option of a batch: needs --batch FILE",
+    f"{PROMPT} --batch-size 3": "--batch-size is an option of a batch: needs --batch FILE",
     f"{PROMPT} --max-new-tokens 5000": "max_position_embeddings",
     f"{PROMPT} --seed {1 << 64}": "--seed",
     f"{PROMPT} --temperature -1": "mixtral-triton generate: temperature is -1.0, needs",
