@@ -61,6 +61,7 @@ BAD_INPUT = {
     f"{PROMPT} --temperature -1": "mixtral-triton generate: temperature is -1.0, needs",
     f"{PROMPT} --interpret --device cuda": "mixtral-triton generate: --interpret runs",
     f"{PROMPT} --stop ''": "--stop is empty",
+    f"{PROMPT} --logprobs 2": "--logprobs is given.*needs --json or --batch$",
     f"{PROMPT} --context 64": r"context is 64 and offload is 0, needs offload='auto' \(--offload auto\)",
     f"{PROMPT} --context 0 --offload auto": "context is 0, needs 1 to 1024, the model's positions, or None",
     f"{PROMPT} --offload x": "number of experts, or auto",
