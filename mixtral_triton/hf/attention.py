@@ -3,8 +3,8 @@
 A mask of this file is int32 [B, 1 or 2, C, S]: 2 where keys have left the window, which the layer knows. C = 0: causal,
 every key valid, the last query at the last key. C = 2: the first valid key, and the key after the last query. C = 3:
 between the two the key after the text, where padding follows it. Its values are equal along S, and take no memory.
-Otherwise transformers' dense bool [B, 1, T, S]: padding with holes, packed sequences, other patterns, and what a tracer
-cannot read. transformers' models use a mask of four dimensions as it is.
+Otherwise transformers' dense [B, 1, T, S], bool, or additive for an index: padding with holes, packed sequences, other
+patterns, and what a tracer cannot read. transformers' models use a mask of four dimensions as it is.
 
 B batch, T query tokens, Hq query heads, Hkv key/value heads, D head size, S keys
 """
