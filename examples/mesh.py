@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from mixtral_triton import SMALL, Mixtral
 
+if "WORLD_SIZE" not in os.environ:
+    sys.exit("torchrun starts the processes: torchrun --nproc-per-node 2 examples/mesh.py [FOLDER]")
 folder = sys.argv[1] if len(sys.argv) > 1 else SMALL
 device = "cuda" if torch.cuda.is_available() else "cpu"
 mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("tp",))

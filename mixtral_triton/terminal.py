@@ -85,7 +85,7 @@ def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
     pattern = r"'([^']+)'[^']*\b(?:one of|choose from) (.+)|unrecognized arguments: (--[^\s=]+)"
     if not (wrong := re.search(pattern, message)):
         return message
-    listed = options if wrong[2] is None else (name.strip("' )") for name in wrong[2].split(","))
+    listed = options if wrong[2] is None else (name.strip("' )").removeprefix("or ") for name in wrong[2].split(","))
     names = {name.lower(): name for name in listed}
     near = get_close_matches((wrong[1] or wrong[3]).lower(), names, 1)
     return f"{message}; did you mean {names[near[0]]}?" if near else message

@@ -93,11 +93,10 @@ def drop_padding(rows: Sequence[Tensor], mask: Any) -> list[Tensor]:
     return kept
 
 
-def check_dtype(argument: str, dtype: Any, of_cache: bool = False) -> None:
-    """Raise ValueError for a dtype that nothing computes in, or no cache holds. `argument`: as in "KVCache: dtype"."""
-    if dtype not in FLOATS and not (of_cache and dtype is torch.int8):
-        last = ", float16 or int8" if of_cache else " or float16"
-        raise ValueError(f"{argument} is {dtype!r}, needs torch.float32, bfloat16{last}")
+def check_dtype(argument: str, dtype: Any, *others: Any) -> None:
+    """Raise ValueError for a dtype that nothing computes in, except `others`. `argument`: as in "KVCache: dtype"."""
+    if dtype not in FLOATS and dtype not in others:
+        raise ValueError(f"{argument} is {dtype!r}, needs one of {', '.join(map(str, (*FLOATS, *others)))}")
 
 
 def default_dtype(config: MixtralConfig) -> torch.dtype:

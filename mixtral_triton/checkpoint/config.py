@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SMALL = Path(__file__).parents[1] / "small"  # the checkpoint of the package, also by the name "small"
+FIT_NAMES = "mixtral-8x7b", "mixtral-8x22b", "qwen3-30b-a3b"  # what the command `fit` takes in place of a folder
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # `mistralai/Mixtral-8x7B-v0.1`, and perhaps a branch, tag or commit after an @.
@@ -228,7 +229,8 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     if not path.is_dir():
         if not isinstance(folder, str) or NAME.fullmatch(folder) is None or path.is_file():
             needs = "a local checkpoint, or a name on the hub like mistralai/Mixtral-8x7B-v0.1"
-            raise FileNotFoundError(f"{path}: no such folder, needs {needs}")
+            note = " (only the command fit takes this name)" if str(folder).lower() in FIT_NAMES else ""
+            raise FileNotFoundError(f"{path}: no such folder{note}, needs {needs}")
         return _snapshot(folder, tensors)
     return path
 

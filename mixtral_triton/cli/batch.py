@@ -126,17 +126,17 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
     status. size: of the lines of the output file that stay."""
     again = [index for index, result in enumerate(done) if "error" in result]
     if done:
-        print_message(f"{len(done) - len(again)} results kept{f', {len(again)} errors tried again' * bool(again)}")
+        print_message(f"results kept: {len(done) - len(again)}; errors tried again: {len(again)}")
     with ExitStack() as stack:
         out = sys.stdout
         if args.out:
             out = stack.enter_context(args.out.open("a", encoding="utf-8"))
             out.truncate(size)
-        pending, failed = [*again, *range(len(done), len(jobs))], False
+        pending, failed = [*again, *range(len(done), len(jobs))], 0
         progress = stack.enter_context(Bar("generating", len(pending)))
         for index, result in _answers(args, writer, jobs, pending):
             line = {"digest": jobs[index].digest, "id": jobs[index].id, **jobs[index].extra, **result}
-            failed |= "error" in result
+            failed += "error" in result
             if index < len(done):
                 done[index] = line
                 if index == again[-1]:
@@ -145,7 +145,8 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
             else:
                 print(json.dumps(line), file=out, flush=True)
             progress.update(1)
-    return int(failed)
+    print_message(f"lines that ended in an error: {failed} of {len(jobs)}" if failed else "")
+    return int(failed > 0)
 
 
 def _replace(file: Path, results: Sequence[dict[str, Any]]) -> None:

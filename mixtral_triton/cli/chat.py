@@ -100,7 +100,9 @@ class Conversation:
         self.messages = system_message(text) + [message for message in self.messages if message["role"] != "system"]
 
     def save(self, file: Path) -> None:
-        """Write the messages to a new file."""
+        """Write the messages to a new file; ValueError for one that exists."""
+        if file.exists():
+            raise ValueError(f"/save writes a new file, and {file} exists: needs another name")
         with file.open("x", encoding="utf-8") as opened:
             opened.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
 

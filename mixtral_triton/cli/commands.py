@@ -136,7 +136,8 @@ def parser() -> argparse.ArgumentParser:
         option("--repetition-penalty", type=float, metavar="X", help=text)
         option("--stop", action="append", default=[], metavar="TEXT", help="end before this text, left out; repeatable")
         option("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
-        text = "with --json: the log probability of each token, and of the N likeliest"
+        outputs = "--json" if name == "chat" else "--json or --batch"
+        text = f"with {outputs}: the log probability of each token, and of the N likeliest"
         option("--logprobs", type=int, metavar="N", help=text)
         option("--deterministic", action="store_true", help="the mode in which bits do not depend on the batch")
         if name == "chat":
@@ -266,6 +267,9 @@ def _generate(args: argparse.Namespace) -> int:
         jobs = batch.read_jobs(args)
         done, size = batch.read_done(args.out, jobs)
         return batch.run(args, Writer(args, _load(args), note), jobs, done, size)
+    for name, given in (("--out", args.out is not None), ("--batch-size", args.batch_size != "auto")):
+        if given:
+            raise ValueError(f"{name} is an option of a batch: needs --batch FILE")
     text = prompt = read_prompt(args.prompt)
     if args.system is not None and not args.chat:
         raise ValueError("--system is a message of a chat: needs --chat")

@@ -28,7 +28,8 @@ def check_options(args: argparse.Namespace) -> None:
     if "" in args.stop:
         raise ValueError("--stop is empty: give at least one character")
     if args.logprobs is not None and not (args.json or getattr(args, "batch", None)):
-        raise ValueError("--logprobs is given, and prints numbers for a program: needs --json, or --batch")
+        needs = "--json or --batch" if "batch" in args else "--json"
+        raise ValueError(f"--logprobs is given, and prints numbers for a program: needs {needs}")
 
 
 class Writer:

@@ -3,8 +3,8 @@
 A mask of this file is int32 [B, 1 or 2, C, S]: 2 where keys have left the window, which the layer knows. C = 0: causal,
 every key valid, the last query at the last key. C = 2: the first valid key, and the key after the last query. C = 3:
 between the two the key after the text, where padding follows it. Its values are equal along S, and take no memory.
-Otherwise transformers' dense bool [B, 1, T, S]: padding with holes, packed sequences, other patterns, and what a tracer
-cannot read. transformers' models use a mask of four dimensions as it is.
+Otherwise transformers' dense [B, 1, T, S], bool, or additive for an index: padding with holes, packed sequences, other
+patterns, and what a tracer cannot read. transformers' models use a mask of four dimensions as it is.
 
 B batch, T query tokens, Hq query heads, Hkv key/value heads, D head size, S keys
 """
@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from torch.nn.functional import pad
 from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, eager_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 from .. import ops
@@ -179,7 +179,8 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     # caches, which are causal all the same.
     other = not call.get("allow_is_causal_skip", True) and q_length != 1
     chunked = local_size is not None and local_size == getattr(call.get("config"), "attention_chunk_size", None)
-    indexed = getattr(call.get("config"), "index_topk", None)  # which the model writes into a dense mask
+    # The model writes the keys that an index chooses into a dense mask; transformers 5.7 adds them to it.
+    indexed = getattr(call.get("config"), "index_topk", None)
     plain = not (call.get("use_vmap") or chunked or indexed or "allow_is_bidirectional_skip" in call)
     plain = plain and not (other and (is_compiling() or not is_causal_pattern(call["mask_function"])))
     layers = 1 if local_size is None else 2
@@ -200,7 +201,8 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
                 last = last if bool((last < q_offset + q_length - kv_offset).any()) else None
     if not plain:
         call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return sdpa_mask(batch_size, q_length, kv_length, **call)  # type: ignore[return-value]
+        dense_mask = eager_mask if indexed else sdpa_mask
+        return dense_mask(batch_size, q_length, kv_length, **call)  # type: ignore[return-value]
     end, shape = q_offset + q_length - kv_offset, (batch_size, layers, 0, kv_length)
     if first is None and not isinstance(end, Tensor) and end == kv_length:
         return torch.empty(shape, dtype=torch.int32, device=device)

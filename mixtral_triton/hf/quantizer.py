@@ -27,6 +27,8 @@ class ExpertsConfig(QuantizationConfigMixin):
 
     def __init__(self, weights: str = "int4", **kwargs: Any) -> None:
         check_value("ExpertsConfig: weights", weights, f"one of {', '.join(BITS)}", weights in tuple(BITS))
+        unknown = [name for name in kwargs if name != "quant_method"]  # which a stored config has
+        check_value("ExpertsConfig: argument", ", ".join(unknown), "weights alone", not unknown)
         method: Any = NAME
         self.quant_method, self.weights = method, weights
 

@@ -80,7 +80,7 @@ class KVCache:
             raise ValueError(f"KVCache: max_len is {max_len!r}, needs {need}")
         device = usable_device(device)
         dtype = default_dtype(config) if dtype is None else dtype
-        check_dtype("KVCache: dtype", dtype, of_cache=True)
+        check_dtype("KVCache: dtype", dtype, torch.int8)
         self.config, self.dtype = config, dtype
         # The model whose keys these are, and its dtype then; None: not known.
         self.filled_by: tuple[weakref.ref[Any], torch.dtype] | None = None

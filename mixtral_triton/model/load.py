@@ -36,9 +36,9 @@ def load(
 ) -> M:
     dtype = named_dtype(dtype)
     if dtype is not None:
-        check_dtype("Mixtral.from_pretrained: dtype", dtype)
+        check_dtype("Mixtral.from_pretrained: dtype", dtype, "auto")
     if request.cache_dtype is not None:
-        check_dtype("Mixtral.from_pretrained: cache_dtype", request.cache_dtype, of_cache=True)
+        check_dtype("Mixtral.from_pretrained: cache_dtype", request.cache_dtype, torch.int8)
     folder = checkpoint_folder(folder)
     config = MixtralConfig.from_pretrained(folder)
     headers, shard = hub.read_headers(folder), UNSHARDED if ranks is None else ranks.shard

@@ -217,9 +217,11 @@ def place(
     limit = config.max_position_embeddings
     if context is None:
         context = min(AUTO_CONTEXT, limit)
-    elif offload != "auto" or not is_int(context, 1) or context > limit:
-        need = f"1 to {limit}, the model's positions, with offload='auto', or None"
-        raise ValueError(f"{caller}: context is {context!r}, needs {need}")
+    elif offload != "auto":
+        got = f"context is {context!r} and offload is {offload!r}"
+        raise ValueError(f"{caller}: {got}, needs offload='auto' (--offload auto) beside a context")
+    elif not is_int(context, 1) or context > limit:
+        raise ValueError(f"{caller}: context is {context!r}, needs 1 to {limit}, the model's positions, or None")
     available, placement = available_bytes(device), Placement()
     if offload == "auto" and available is not None:
         running = running_bytes(config, 1, context, PREFILL_CHUNK, request.cache_dtype, request.activations)

@@ -81,7 +81,8 @@ def verify(
         target = Mixtral.from_pretrained(folder)
     elif not isinstance(target, nn.Module):
         needs = "a Mixtral, a checkpoint folder or a model of transformers"
-        raise ValueError(f"verify: target is a {type(target).__name__}, needs {needs}")
+        hint = "; give it the model inside, .model" if isinstance(getattr(target, "model", None), nn.Module) else ""
+        raise ValueError(f"verify: target is a {type(target).__name__}, needs {needs}{hint}")
     elif folder is not None:
         folder = checkpoint_folder(folder)
         MixtralConfig.from_pretrained(folder)  # an error names what is wrong in the files

@@ -77,7 +77,7 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -
         ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", True, kernels),
         ("config.json and tensors; needs folder=, the checkpoint", mixtral, "config" in ops),
         ("digits of the files that the model's dtype has not; needs no --dtype", mixtral, ROUNDED not in cases),
-        ("layers in fp32; needs no --quick or --cache-dtype", half, fp32),
+        ("layers in fp32; needs --no-quick, and no --cache-dtype", half, fp32),
         ("caches of 8 bits; needs --cache-dtype int8", mixtral, quantized),
         ("caches of the model's dtype; needs no --cache-dtype", mixtral, not quantized),
         ("layers of activations in 16 bits, as in forwards of few rows; needs no --activations", activations, False),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mixtral_triton.bench.fit_train import MODELS
 from mixtral_triton.cli import prompt
 from mixtral_triton.cli.commands import SMALL
 from tests.cli.commands import error_line
@@ -36,10 +37,12 @@ BAD_INPUT = {
     "verify --weights int3": "--weights.*'int3' needs one of int4, int8, fp8, in a form like int4, or experts=int4,",
     **{
         f"verify --weights {text}": f"--weights: '{text}' needs one of int4, int8, fp8"
-        for text in ("experts=int3", "expert=int4", "experts=int4,experts=int8", "experts=int4,", "=")
+        for text in ("expert=int4", "experts=int4,experts=int8", "experts=int4,", "=")
     },
+    "verify --weights experts=int3": r"'experts=int3' needs one of .*; did you mean experts=int4\?",
     "verify --device gpu": "'gpu' does not exist here: needs cpu, meta, or cuda, cuda:1, ...",
     "verify no/such/folder": "no/such/folder",
+    **{f"verify {name}": "only the command fit takes this name.*, needs a local" for name in MODELS},
     "verify --device cuda:99": "cuda:99",
     "verify --device cpu --tokens 4096": "needs 2 to 2048",
     **{f"{name} --device meta": "meta" for name in ("verify", "generate --prompt x", "trace --prompt x")},
@@ -51,12 +54,16 @@ BAD_INPUT = {
     "generate '--a\nb'": "unrecognized arguments: --a b",
     "generate --prompt a --prompt b": "--prompt is given 2 times: needs one text, -",
     "generate --prompt a --system b": "--system is a message of a chat: needs --chat",
+    f"{PROMPT} --out no/such/file": "--out is an option of a batch: needs --batch FILE",
+    f"{PROMPT} --batch-size 3": "--batch-size is an option of a batch: needs --batch FILE",
     f"{PROMPT} --max-new-tokens 5000": "max_position_embeddings",
     f"{PROMPT} --seed {1 << 64}": "--seed",
     f"{PROMPT} --temperature -1": "mixtral-triton generate: temperature is -1.0, needs",
     f"{PROMPT} --interpret --device cuda": "mixtral-triton generate: --interpret runs",
     f"{PROMPT} --stop ''": "--stop is empty",
-    f"{PROMPT} --context 64": "context is 64, needs 1 to 1024, the model's positions, with offload='auto', or None",
+    f"{PROMPT} --logprobs 2": "--logprobs is given.*needs --json or --batch$",
+    f"{PROMPT} --context 64": r"context is 64 and offload is 0, needs offload='auto' \(--offload auto\)",
+    f"{PROMPT} --context 0 --offload auto": "context is 0, needs 1 to 1024, the model's positions, or None",
     f"{PROMPT} --offload x": "number of experts, or auto",
     f"{TRACE} ''": "--prompt is empty",
     f"generate --batch {JOBS} --out {JOBS}": "is the file of --batch, needs another",
@@ -141,6 +148,8 @@ HARM: list[tuple[Harm, str, str]] = [
     (holds(MODEL, (SMALL / MODEL).read_bytes()[: 10**6]), VERIFY, MODEL),
     (holds(GENERATION, b"[1]"), GENERATE, "generation_config.json: the value is [1], needs a JSON object"),
     (holds(GENERATION, b"\xff"), GENERATE, "generation_config.json: not readable as JSON"),
+    (holds(GENERATION, b'{"max_new_tokens": "x"}'), GENERATE, "generation_config.json: transformers cannot read it"),
+    (holds(GENERATION, b'{"top_p": "x"}'), GENERATE, "generation_config.json: top_p is 'x', needs a number"),
     (holds(TOKENIZER, b"version https://git-lfs.github.com/spec/v1"), GENERATE, UNREADABLE),
     (values(TOKENIZER, model={"type": "BPE", "vocab": {"a": 0}, "merges": ["bad"]}), GENERATE, UNREADABLE),
     (lambda folder: (folder / TOKENIZER).unlink(), GENERATE, UNREADABLE),

@@ -100,6 +100,8 @@ def test_the_help_prints_every_default() -> None:
             text = command._get_formatter()._expand_help(action)
             numeric = isinstance(action.default, (int, float)) and action.nargs != 0
             assert not numeric or text.endswith(f"default: {action.default:g}")
+            outputs = "--json or --batch" if command.prog.endswith("generate") else "--json"
+            assert action.dest != "logprobs" or text.startswith(f"with {outputs}: ")
 
 
 @pytest.mark.exhaustive

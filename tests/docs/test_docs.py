@@ -117,6 +117,14 @@ def test_example_runs(how: str, checkpoint: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "need"), [("mesh", "torchrun --nproc-per-node 2"), ("expert_swiglu", "TRITON_INTERPRET=1")]
+)
+def test_example_says_in_one_line_what_it_needs(name: str, need: str) -> None:
+    done = python("-m", f"examples.{name}", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and need in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", MACHINES)
 def test_python_blocks_of_other_documents_run(how: str, tmp_path: Path) -> None:

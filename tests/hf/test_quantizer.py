@@ -71,6 +71,9 @@ def test_wrong_arguments_are_refused_by_name(folder: Path) -> None:
     for weights in ("int3", None, 4):
         with pytest.raises(ValueError, match=f"ExpertsConfig: weights is {weights!r}, needs one of"):
             ExpertsConfig(weights)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ExpertsConfig: argument is 'group', needs weights alone"):
+        ExpertsConfig("int4", group=3)
+    assert ExpertsConfig.from_dict(ExpertsConfig("int8").to_dict()).weights == "int8"
     for name in ("eager", "grouped_mm", "batched_mm"):
         with pytest.raises(ValueError, match=f"experts_implementation is '{name}', needs None or 'mixtral_triton'"):
             load(folder, experts_implementation=name)

@@ -285,6 +285,8 @@ def test_arguments_of_transformers_name_ours() -> None:
         message = re.escape(f"Mixtral.from_pretrained: there is no argument {name!r}, needs {need}")
         with pytest.raises(ValueError, match=message):
             Mixtral.from_pretrained(SMALL, **{name: 1})
+    with pytest.raises(ValueError, match=r"dtype is 'bf', needs one of torch.*, auto$"):
+        Mixtral.from_pretrained(SMALL, "cpu", "bf")
     with pytest.raises(ValueError, match="no argument 'tempreature', needs one of those that help"):
         model.generate(ids, tempreature=1)
     with pytest.raises(ValueError, match="read from no folder"):

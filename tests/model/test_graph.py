@@ -216,6 +216,10 @@ def test_graphs_that_live_together_share_no_memory(gpu: Any) -> None:
         assert first != second and len(gpu.pool_bytes) == 2
         for each in steps:
             each.close()  # type: ignore[attr-defined]
+    pool_bytes = dict(gpu.pool_bytes)
+    for _ in range(50):  # one after another, each takes the same pool
+        model.generate(prompts(GPU_DEVICE), NEW)
+    assert len(gpu.captures) == 54 and gpu.pool_bytes == pool_bytes
     capture(lambda: None, None, torch.device("cuda", 0))  # of another stream
     assert len({graph.memory_pool for graph in gpu.captures}) == 3
 

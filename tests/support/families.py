@@ -39,6 +39,7 @@ SIZES |= {"moe_layer_end_index": 1, "mlp_only_layers": [], "pad_token_id": 0, "b
 SIZES |= {"layer_types": None, "num_nextn_predict_layers": 0, "moe_layer_interval": 1, "n_shared_experts": 1}
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0}
 FIXES: dict[str, dict[str, Any]] = {
+    "glm_moe_dsa": {"mlp_layer_types": ["dense", "sparse"]},  # transformers 5.7 makes the first three dense by default
     "granitemoehybrid": {"layer_types": ["attention", "attention"]},
     "jamba": JAMBA | {"use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["full_attention", "full_attention"], "num_dense_layers": 1},

@@ -165,7 +165,8 @@ def test_a_chat_ends_with_its_context(chat_folder: Path) -> None:
     tight, _ = talk(chat_folder, ["Hi"], "--context", str(found[0]["prompt_tokens"] + 2))
     assert (tight[0]["tokens"], tight[0]["left"]) == (found[0]["tokens"][:2], 0)
     assert "--context is 2000, needs 1 to 1024" in error_line(CHAT, chat_folder, "--context", "2000")
-    assert "--logprobs is given" in error_line(CHAT, chat_folder, "--logprobs", "2")
+    assert "--logprobs is given" in (line := error_line(CHAT, chat_folder, "--logprobs", "2"))
+    assert line.endswith("needs --json")
 
 
 def test_commands_say_what_they_did_and_a_saved_chat_goes_on(chat_folder: Path, tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_commands_say_what_they_did_and_a_saved_chat_goes_on(chat_folder: Path, 
     assert save["message"] == f"2 messages written to {saved}" and len(out) == len(lines)
     assert again["tokens"] == there["tokens"] and again["computed"] == 1  # the prompt's last token
     assert undo["message"] == "forgotten: There" and blank["message"] == ""
-    assert "File exists" in over["error"] and str(saved) in over["error"]
+    assert over["error"] == f"/save writes a new file, and {saved} exists: needs another name"
     assert json.loads(saved.read_text())["messages"][1]["content"] == first["text"], "the first file is untouched"
     assert (system["message"], reset["message"]) == ("the system message is set", "all turns are forgotten")
     assert load["message"] == f"2 messages read from {saved}" and loaded["text"] == there["text"]

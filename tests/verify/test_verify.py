@@ -4,6 +4,7 @@ import json
 import math
 import random
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,7 +176,9 @@ def test_report_names_every_kind_of_row_that_did_not_run(make_hf: Any) -> None:
 
     always = {"kernels;", "config.json", "captured", "deterministic", "caches"}
     assert not_run(verify(small_model(), IDS[:, :4])) == always
-    assert not_run(verify(small_model(torch.bfloat16), IDS[:, :4], quick=True)) == {*always, "layers"}
+    quick = verify(small_model(torch.bfloat16), IDS[:, :4], quick=True)
+    assert not_run(quick) == {*always, "layers"}
+    assert "layers in fp32; needs --no-quick, and no --cache-dtype" in quick.not_run
     of_int8 = verify(small_model(), cache_dtype=torch.int8).not_run
     assert "caches of the model's dtype; needs no --cache-dtype" in of_int8
     assert not_run(verify(make_hf(), IDS[:, :10])) == {"kernels;", "experts", "generate;"}
@@ -219,7 +222,8 @@ def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
 @pytest.mark.parametrize(
     ("target", "ids", "message"),
     [
-        (lambda make_hf: 3, None, "target is a int, needs a Mixtral, a checkpoint folder or a model of transformers"),
+        (lambda make_hf: 3, None, "target is a int, needs a Mixtral, a checkpoint folder or a model of transformers$"),
+        (lambda make_hf: SimpleNamespace(model=make_hf()), None, "; give it the model inside, .model$"),
         (lambda make_hf: small_model(), torch.zeros((1, 65), dtype=torch.int64), "needs at most 64"),
         (lambda make_hf: small_model(), torch.full((1, 4), 50), "token 50"),
         (lambda make_hf: small_model(), torch.zeros(4), "int64 tensor"),
