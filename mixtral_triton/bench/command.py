@@ -71,13 +71,9 @@ def sizes_text(sizes: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={size}" if isinstance(size, str) else f"{name}{size}" for name, size in sizes.items())
 
 
-def number(value: float) -> str:
-    """Format with three digits or more, and no exponent for large numbers."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
 def micro(seconds: float | None) -> str:
-    return "" if seconds is None else number(seconds * 1e6)
+    """Return microseconds with three digits or more, and no exponent for large numbers."""
+    return "" if seconds is None else f"{1e6 * seconds:,.0f}" if seconds >= 1e-3 else f"{1e6 * seconds:.3g}"
 
 
 def op_table(rows: Sequence[Row]) -> Group:

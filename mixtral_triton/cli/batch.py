@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
     status. size: of the lines of the output file that stay."""
     again = [index for index, result in enumerate(done) if "error" in result]
     if done:
-        print_message(f"results kept: {len(done) - len(again)}; errors tried again: {len(again)}")
+        print_message(f"{len(done) - len(again)} results kept{f', {len(again)} errors tried again' * bool(again)}")
     with ExitStack() as stack:
         out = sys.stdout
         if args.out:
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace, writer: Writer, jobs: Sequence[Job], done: lis
             else:
                 print(json.dumps(line), file=out, flush=True)
             progress.update(1)
-    print_message(f"lines that ended in an error: {failed} of {len(jobs)}" if failed else "")
+    print_message(f"{failed} of {len(jobs)} lines ended in an error" if failed else "")
     return int(failed > 0)
 
 

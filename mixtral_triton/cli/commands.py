@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(args: argparse.Namespace) -> Mixtral:
     import torch
 
-    from ..checkpoint.arguments import free_memory, in_decimal, usable_device
+    from ..checkpoint.arguments import usable_device
     from ..checkpoint.tensors import total_bytes
     from ..model.mixtral import Mixtral
     from ..quantize.hub import read_headers
@@ -232,10 +232,7 @@ def _load(args: argparse.Namespace) -> Mixtral:
     options: dict[str, Any] = {name: getattr(args, name) for name in OF_LOADING if name in args}
     with Bar("loading", total_bytes(read_headers(args.folder)), "B") as progress:
         options["progress"] = progress.update
-        model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, **options)
-    if (free := free_memory(model.device)) is not None:
-        print_message(f"mixtral-triton {args.command}: {in_decimal(free)} of {model.device} are free after loading")
-    return model
+        return Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, **options)
 
 
 def _verify(args: argparse.Namespace) -> int:

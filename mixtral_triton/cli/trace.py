@@ -44,9 +44,6 @@ class Trace:
     experts: torch.Tensor  # int [L,T,K], a token's first choice first
     num_experts: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"tokens": list(self.tokens), "experts": self.experts.tolist()}
-
     def style(self, expert: int) -> Style:
         red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(expert / self.num_experts, 0.45, 1.0))
         return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
@@ -98,7 +95,8 @@ def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) 
     with Bar("tracing", model.config.num_hidden_layers) as progress:
         result = trace(model, ids, tokens, progress.update)
     if args.json:
-        print(json.dumps({"folder": str(args.folder), "prompt": args.prompt, **result.as_dict()}))
+        about = {"folder": str(args.folder), "prompt": args.prompt, "tokens": tokens}
+        print(json.dumps(about | {"experts": result.experts.tolist()}))
     else:
         Console(highlight=False).print(result)
     return 0

@@ -18,7 +18,6 @@ import torch
 from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.bench.fit import memory_need
 from mixtral_triton.checkpoint import tensors as checkpoint
-from mixtral_triton.checkpoint.arguments import in_decimal
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.operation import plan
@@ -163,8 +162,6 @@ def test_generate_places_what_the_memory_lacks(gpu: Any) -> None:
         texts.append(run("generate --prompt 'The return' --max-new-tokens 2 --context 64 --offload auto"))
     assert len({text[:2] for text in texts}) == 1 and texts[0][0] == 0
     assert "offload='auto': 0 of 32 experts in host memory (0.0 MB)" in texts[0][2]
-    free = in_decimal(math.ceil(weights["total"] / (1 - MARGIN)) + 1)  # of the simulated GPU, whatever it holds
-    assert f"mixtral-triton generate: {free} of cuda:0 are free after loading\n" in texts[0][2]
     assert "offload='auto': 3 of 32 experts and the embedding in host memory (1.1 MB)\n" in texts[1][2]
 
 
