@@ -179,8 +179,7 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     # caches, which are causal all the same.
     other = not call.get("allow_is_causal_skip", True) and q_length != 1
     chunked = local_size is not None and local_size == getattr(call.get("config"), "attention_chunk_size", None)
-    # The model writes the keys that an index chooses into a dense mask; transformers 5.7 adds them to it.
-    indexed = getattr(call.get("config"), "index_topk", None)
+    indexed = getattr(call.get("config"), "index_topk", None)  # which the model writes into a dense mask
     plain = not (call.get("use_vmap") or chunked or indexed or "allow_is_bidirectional_skip" in call)
     plain = plain and not (other and (is_compiling() or not is_causal_pattern(call["mask_function"])))
     layers = 1 if local_size is None else 2
@@ -201,7 +200,7 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
                 last = last if bool((last < q_offset + q_length - kv_offset).any()) else None
     if not plain:
         call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        dense_mask = eager_mask if indexed else sdpa_mask
+        dense_mask = eager_mask if indexed else sdpa_mask  # to which transformers 5.7 adds the index
         return dense_mask(batch_size, q_length, kv_length, **call)  # type: ignore[return-value]
     end, shape = q_offset + q_length - kv_offset, (batch_size, layers, 0, kv_length)
     if first is None and not isinstance(end, Tensor) and end == kv_length:

@@ -25,12 +25,10 @@ SAVE = (
 class ExpertsConfig(QuantizationConfigMixin):
     """`quantization_config` of `from_pretrained`: the experts in "int4", "int8" or "fp8", run by "mixtral_triton"."""
 
-    def __init__(self, weights: str = "int4", **kwargs: Any) -> None:
+    def __init__(self, weights: str = "int4", *, quant_method: Any = NAME, **unknown: Any) -> None:
         check_value("ExpertsConfig: weights", weights, f"one of {', '.join(BITS)}", weights in tuple(BITS))
-        unknown = [name for name in kwargs if name != "quant_method"]  # which a stored config has
         check_value("ExpertsConfig: argument", ", ".join(unknown), "weights alone", not unknown)
-        method: Any = NAME
-        self.quant_method, self.weights = method, weights
+        self.quant_method, self.weights = quant_method, weights
 
 
 class ExpertsQuantizer(HfQuantizer):
