@@ -92,17 +92,15 @@ def main() -> None:
                 call()
         # All run in each round, so a change of the machine's speed hits all.
         rounds = [{name: wall_seconds(call) for name, call in calls.items()} for _ in range(args.rounds)]
-    plain, rows = [times["plain"] / LAUNCHES for times in rounds], []
+    plain, lines = [times["plain"] / LAUNCHES for times in rounds], []
     for name in (name for name in calls if name != "plain"):
         layer = [times[name] / LAYERS for times in rounds]
-        row = {"layer": name, "us": 1e6 * statistics.median(layer)}
+        row = {"us": 1e6 * statistics.median(layer)}
         row["plain launches"] = statistics.median(map(truediv, layer, plain))
         row["of eager"] = statistics.median(times[name] / times["eager"] for times in rounds)
-        rows.append(row)
-    about = {"triton": triton.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    about["plain_launch_us"] = 1e6 * statistics.median(plain)
-    lines = [({name: x if isinstance(x, str) else f"{x:.2f}" for name, x in row.items()}, "") for row in rows]
-    title = ", ".join(f"{name} {value}" for name, value in about.items())
+        lines.append(({"layer": name, **{title: f"{value:.2f}" for title, value in row.items()}}, ""))
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (triton, torch, transformers))
+    title = f"{versions}; a plain launch takes {1e6 * statistics.median(plain):.2f} us"
     console().print(table_of(title, lines))
 
 

@@ -21,15 +21,7 @@ from .. import __version__
 from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from ..kernels.launching.arch import ARCHS
 from ..model.tokenizer import load_tokenizer
-from ..terminal import (
-    Bar,
-    check_range,
-    compile_shown,
-    did_you_mean,
-    exit_status,
-    print_message,
-    select_backend,
-)
+from ..terminal import Bar, check_range, compile_shown, did_you_mean, exit_status, print_message, select_backend
 from .prompt import encode, read_prompt, read_text, render
 
 if TYPE_CHECKING:

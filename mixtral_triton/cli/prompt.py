@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import GENERATION_FILE, check_value, escape
+from ..checkpoint.config import GENERATION_FILE, escape
 
 PROMPT_CHARACTERS = 1 << 25  # more than any context holds; a device such as /dev/zero has no end
 
@@ -86,7 +86,7 @@ HONOURED = {"max_new_tokens", "do_sample", "eos_token_id", "bos_token_id", "pad_
 def select_options(args: Any) -> tuple[dict[str, Any], int | None, str]:
     """Return the options of sampling, given, in the folder's generation_config.json or default; the most new tokens, or
     None; and a note with the names of what changes transformers' texts and none here. ValueError for a file that
-    transformers refuses, or with a value of a wrong type."""
+    transformers refuses."""
     stored, defaults, file = dict[str, Any](), dict[str, Any](), Path(args.folder) / GENERATION_FILE
     if file.is_file():
         from transformers import GenerationConfig, logging
@@ -99,8 +99,6 @@ def select_options(args: Any) -> tuple[dict[str, Any], int | None, str]:
             reason = escape(f"{type(error).__name__}: {error}", 200)
             raise ValueError(f"{file}: transformers cannot read it: {reason}") from error
         defaults = config._get_default_generation_params()
-        for name in stored.keys() & {"max_new_tokens", *SAMPLING}:
-            check_value(f"{file}: {name}", stored[name], "a number", type(stored[name]) in (int, float))
     explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     taken = defaults | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
     options = SAMPLING | {name: taken[name] for name in SAMPLING if name in taken} | explicit

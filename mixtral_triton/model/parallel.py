@@ -45,8 +45,7 @@ class Ranks:
             # Separate groups: with our timeouts, over both dimensions, and on CPUs for host objects. The CPU group is
             # first, since ranks may arrive at very different times.
             new_group = partial(dist.new_group, ranks, use_local_synchronization=True)
-            hosts = new_group(timeout=LOADING_TIMEOUT, backend="gloo")
-            self._groups: list[Any] = [hosts, new_group(timeout=TIMEOUT)]
+            self._groups: list[Any] = [new_group(timeout=LOADING_TIMEOUT, backend="gloo"), new_group(timeout=TIMEOUT)]
         except RuntimeError as error:
             raise ConnectionError(f"{self.name}: the ranks cannot connect: {_line(error)}") from error
         # A group's end waits for its threads. One that frees a tensor while Python shuts down would abort the process.

@@ -91,10 +91,8 @@ def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -
 
 
 def _for_json(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields with null for a number that JSON does not have, and beside it, as "NAME_text", "inf" or "nan"."""
-    odd = {key: str(x) for key, x in fields if isinstance(x, float) and not math.isfinite(x)}
-    values = {key: None if key in odd else x for key, x in fields}
-    return values | {f"{key}_text": text for key, text in odd.items()}
+    """The fields with null for a number that JSON does not have."""
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in fields}
 
 
 @dataclass(frozen=True)
