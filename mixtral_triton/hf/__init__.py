@@ -7,8 +7,8 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from . import attention, experts
+from .drop_in import applied, apply, check_mixtral, revert
 from .experts import NAME
-from .mixtral import applied, apply, check_mixtral, revert
 from .quantizer import ExpertsConfig, ExpertsQuantizer
 
 __all__ = ["ExpertsConfig", "applied", "apply", "check_mixtral", "register", "revert"]
