@@ -2,10 +2,9 @@
 
     python benchmarks/tune.py OP [--sizes T=64,...] [--kernel NAME] [--arch ARCH] [--dry]
 
-A rival is what GPUs of the same kind measured as fastest for experts of the nearest sizes, in another kernel
-(tiles/measured.csv). What spills or does not fit is left out. With --arch nothing is timed: all are compiled for that
-architecture. The times go to results/GPU.csv. To climb on, make the fastest the table's row, which is printed
-(CONTRIBUTING.md), and run it again.
+A rival is what GPUs of the same kind measured as fastest for experts of the nearest sizes (tiles/measured.csv). What
+spills or does not fit is left out. With --arch nothing is timed: all are compiled for that architecture. The times go
+to results/GPU.csv. To climb on, make the fastest the table's row, which is printed, and run it again.
 """
 
 import argparse
@@ -63,19 +62,19 @@ def halves(kernel: str) -> int:
 
 def tile_text(kernel: str, candidate: Candidate) -> str:
     """Return a configuration as measured.csv writes it; of a kernel without such tiles all settings."""
-    sizes, config = candidate.settings, candidate.config
+    sizes = candidate.settings
     if not {"BLOCK_N", "BLOCK_K"} <= sizes.keys():
         return " ".join(f"{name}={value}" for name, value in sizes.items())
     rows, columns = sizes.get("BLOCK_M") or sizes["BLOCK_T"], halves(kernel) * sizes["BLOCK_N"]
-    tile = f"{rows}x{columns}x{sizes['BLOCK_K']} g{sizes.get('GROUP_M', 1)}"
-    return f"{tile} w{config.num_warps} s{config.num_stages}"
+    group, warps, stages = sizes.get("GROUP_M", 1), sizes["num_warps"], sizes["num_stages"]
+    return f"{rows}x{columns}x{sizes['BLOCK_K']} g{group} w{warps} s{stages}"
 
 
 def table_row(kernel: str, candidate: Candidate, source: str) -> str:
     """Return the row of a table of tiles (CONTRIBUTING.md), but for the rows of x that it is for."""
     if "=" in (tile := tile_text(kernel, candidate)):
         return tile
-    cells, sizes = re.sub(r" g\d+ w|x| s", ", ", tile), candidate.config.constexprs
+    cells, sizes = re.sub(r" g\d+ w|x| s", ", ", tile), candidate.settings
     more = "".join(f", {name}={sizes[name]}" for name in ("GROUP_M", "SHORT_M") if sizes.get(name))
     return f'{"PrefillTile" if more else "DecodeTile"}(ROWS, {cells}, "measured: {source}"{more})'
 

@@ -20,14 +20,13 @@ from tqdm import tqdm
 INTERVAL = 10.0  # seconds between two states of progress where stderr is no terminal
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
 CRASHED = 3
-PIPED = 1000  # columns, more than a row has
 
 
 def console(stderr: bool = False) -> Console:
     """Return a console for a command's result, as wide as the terminal, or as COLUMNS says; a file takes any width."""
     made = Console(stderr=stderr, highlight=False, soft_wrap=True)  # the terminal wraps what is wider
     if not made.is_terminal and "COLUMNS" not in os.environ:
-        made.width = PIPED
+        made.width = 1000  # columns, more than a row has
     return made
 
 
@@ -87,7 +86,7 @@ def did_you_mean(message: str, options: Iterable[str] = ()) -> str:
         return message
     listed = options if wrong[2] is None else (name.strip("' )").removeprefix("or ") for name in wrong[2].split(","))
     names = {name.lower(): name for name in listed}
-    near = get_close_matches((wrong[1] or wrong[3]).lower(), names, 1)
+    near = [] if wrong[3] in names else get_close_matches((wrong[1] or wrong[3]).lower(), names, 1)  # another command's
     return f"{message}; did you mean {names[near[0]]}?" if near else message
 
 

@@ -82,6 +82,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+SIZED = re.compile(r"(?:(\d+)\*)?([^\W\d]\w*)")  # a letter, or a multiple of one: the first use of it gives its size
+
+
 @cache
 def _parse(spec: str) -> tuple[bool, tuple[str, ...]]:
     """Return whether leading dimensions are free ("..."), and a letter or an expression for each of the others."""
@@ -112,12 +115,14 @@ class Binder:
     def __init__(self, op: str) -> None:
         self.op = op
         self.sizes: dict[str, Any] = {}
+        self.origins: dict[str, tuple[str, torch.Size]] = {}  # the argument that has a letter first, and its shape
         self.device: torch.device | None = None
         self.dtype: torch.dtype | None = None  # of the floats
         self.may_be_empty = set(MAY_BE_EMPTY)
 
     def bind(self, arguments: Iterable[Argument], values: Mapping[str, Any]) -> None:
-        """Check the tensors in order, then shapes of plain letters, those that are expressions of them, and numbers."""
+        """Check the tensors in order, then shapes of letters and their multiples, those that are other expressions of
+        them, and numbers."""
         present = [argument for argument in arguments if values[argument.name] is not None or not argument.optional]
         tensors = [argument for argument in present if argument.tensor]
         for first in tensors[:1]:
@@ -126,7 +131,7 @@ class Binder:
             self.bind_tensor(argument, values[argument.name])
         for derived in (False, True):
             for argument in tensors:
-                if derived != all(part.isidentifier() for part in _parse(argument.shape_spec)[1]):
+                if derived != all(SIZED.fullmatch(part) for part in _parse(argument.shape_spec)[1]):
                     self._bind_shape(argument.name, values[argument.name].shape, argument.shape_spec)
         for argument in present:
             if not argument.tensor:
@@ -158,21 +163,26 @@ class Binder:
             fits = self.sizes.setdefault("...", shape[:extra]) == shape[:extra]
         for part, size in zip(parts, shape[max(extra, 0) :], strict=False):
             try:
-                need = self.sizes.setdefault(part, size) if part.isidentifier() else evaluate(part, self.sizes)
+                if (multiple := SIZED.fullmatch(part)) and multiple[2] not in self.sizes:
+                    self.sizes[multiple[2]] = size // int(multiple[1]) if multiple[1] else size
+                    self.origins[multiple[2]] = name, shape
+                need = evaluate(part, self.sizes)
             except NameError as error:  # a mistake in the annotations
                 raise fail(self.op, name, f"[{spec}]", f"a tensor argument with {error.name} alone") from error
             fits = fits and need == size
         if not fits:
-            raise fail(self.op, name, got, f"[{spec}]{self._known_sizes(spec)}")
+            raise fail(self.op, name, got, f"[{spec}]{self._known_sizes(name, spec)}")
         for part in parts:
             if part.isidentifier() and part not in self.may_be_empty and self.sizes[part] < 1:
                 raise fail(self.op, name, got, f"[{spec}] with {part} of at least 1")
 
-    def _known_sizes(self, spec: str) -> str:
-        names = re.findall(r"\w+|\.\.\.", spec)
-        known = [(name, size) for name, size in self.sizes.items() if name in names]
-        text = ", ".join(f"{name} = {list(size) if name == '...' else size}" for name, size in known)
-        return f" with {text}" if text else ""
+    def _known_sizes(self, argument: str, spec: str) -> str:
+        letters = [letter for letter in self.sizes if letter in re.findall(r"\w+|\.\.\.", spec)]
+        sizes = (list(self.sizes[letter]) if letter == "..." else self.sizes[letter] for letter in letters)
+        text = ", ".join(f"{letter} = {size}" for letter, size in zip(letters, sizes, strict=True))
+        origins = dict.fromkeys(self.origins[letter] for letter in letters if letter in self.origins)
+        by = " and ".join(f"'{name}' {list(shape)}" for name, shape in origins if name != argument)
+        return (text and f" with {text}") + (by and f" by {by}")
 
     def bind_number(self, argument: Argument, value: Any, values: Mapping[str, Any]) -> None:
         if argument.kind is bool:

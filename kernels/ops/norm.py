@@ -149,6 +149,7 @@ class RmsNorm:
     """
 
     op: Op = _norm.op
+    __name__ = "rms_norm"
 
     def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
         return _norm(x, weight, eps) if residual is None else add_rms_norm(x, residual, weight, eps)

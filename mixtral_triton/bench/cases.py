@@ -11,8 +11,8 @@ import torch
 from ..kernels.operation.checks import dtype_name
 from ..kernels.operation.declaration import Cost, Op, as_dict
 from ..kernels.registry import OPS
-from ..terminal import check_known, check_range
-from .compile import parse_sizes
+from ..terminal import check_known
+from .compile import check_sizes, parse_sizes
 from .decode_step import STEP, costs
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -73,13 +73,7 @@ def cases(names: Sequence[str] = (), sizes: Sequence[str] = (), dtype: torch.dty
         shapes = [_read_sizes(op, text) for text in sizes] or _table(op)
         all_cases += [Case(op, shape, use) for shape in shapes]
     for case in all_cases if sizes else ():
-        if hasattr(case.sizes, "K"):
-            check_range("K of --sizes", case.sizes.K, 0, case.sizes.E, "which is E: a token's experts differ")
-        try:
-            case.op.check(**case.inputs(torch.device("meta")))
-        except (RuntimeError, OverflowError, TypeError, ZeroDivisionError, LookupError):
-            text = ",".join(f"{name}={value}" for name, value in case.as_dict().items())
-            raise ValueError(f"--sizes is {text!r:.80}, needs tensors that can be") from None
+        check_sizes("--sizes", case.op, case.sizes, case.dtype)
     return all_cases
 
 

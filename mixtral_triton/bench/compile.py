@@ -12,17 +12,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from ..kernels.launching.arch import ARCHS, amd, family
 from ..kernels.launching.kernel_args import flatten
 from ..kernels.launching.launch import Launch
-from ..kernels.operation.declaration import Op, runs_on
+from ..kernels.operation.declaration import Op, as_dict, runs_on
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..kernels.weights.packing import GROUPS
 from ..model.ahead import Progress, build, kernel_key, on_all_cores, source_of
-from ..terminal import Bar, Table, check_known, console, table_of
+from ..terminal import Bar, Table, check_known, check_range, console, table_of
 from .sass import Loop, main_loops
 
 _WARPS, _THREADS, _REGISTERS = 64, 32, 65536  # of an SM: warps at most, threads of each, registers
@@ -142,12 +143,25 @@ def collect(
         changes = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
         shapes = [replace(shape, **change) for shape in op.bench_shapes for change in changes if runs_on(shape, arch)]
         for dtype, sizes in product(op.dtypes, dict.fromkeys(shapes)):
+            if choices:
+                check_sizes("--at", op, sizes, dtype)
             args = op.inputs(sizes, dtype, "meta")
             with record_launches(arch) as launches:
                 op.run(**args)
             for launch in (launch for launch in launches if launch.fn is not None):
                 kernels.setdefault(kernel_key(launch, source_of(launch, arch), widths), (op.name, launch))
     return kernels
+
+
+def check_sizes(option: str, op: Op, sizes: Any, dtype: Any) -> None:
+    """Raise ValueError where a user's sizes make no arguments of the operation."""
+    try:
+        if hasattr(sizes, "K"):
+            check_range(f"K of {option}", sizes.K, 0, sizes.E, "which is E: a token's experts differ")
+        op.check(**op.inputs(sizes, dtype, torch.device("meta"), None))
+    except (RuntimeError, OverflowError, TypeError, ZeroDivisionError, LookupError):
+        text = ",".join(f"{name}={value}" for name, value in as_dict(sizes).items())
+        raise ValueError(f"{option} is {text!r:.80}, needs tensors that can be") from None
 
 
 def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = None) -> Compiled:
@@ -202,6 +216,8 @@ def compile_ops(
         name = f"{kernel.removesuffix('_kernel')}_kernel"
         check_known("--kernel", [name], dict.fromkeys(launch.kernel for _, launch in launches.values()))
         launches = {key: entry for key, entry in launches.items() if entry[1].kernel == name}
+    if not launches:
+        raise ValueError(f"{', '.join(ops)}: no kernel runs at these sizes, needs larger ones of --at")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     kernels = compile_all(launches.values(), arch, progress, out)

@@ -28,15 +28,7 @@ from ..kernels.ops.router import GateSizes
 from ..kernels.ops.sort import expected_distinct_experts
 from ..kernels.registry import OPS
 from ..kernels.weights.formats import BITS
-from ..model.offload_plan import (
-    MARGIN,
-    estimated_free,
-    fewest,
-    movable_bytes,
-    running_bytes,
-    table_bytes,
-    usable_bytes,
-)
+from ..model.offload_plan import MARGIN, estimated_free, fewest, movable_bytes, running_bytes, table_bytes, usable_bytes
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.layouts import read_scheme
 from ..terminal import check_range, console, table_of

@@ -60,12 +60,7 @@ def measure(
 
 
 def run(
-    args: argparse.Namespace,
-    text: str,
-    ids: list[int],
-    limit: int,
-    load: Callable[..., Mixtral],
-    note: str,
+    args: argparse.Namespace, text: str, ids: list[int], limit: int, load: Callable[..., Mixtral], note: str
 ) -> int:
     """Measure a text with the model of the options, and as stored where they change it -> exit status. limit: the
     model's positions; load(args) returns a model."""

@@ -31,6 +31,7 @@ BAD_INPUT = {
     "compile rope --arch sm_75": "choose from .sm_80",
     "generate --promt x": r"arguments: --promt; did you mean --prompt\? \(see mixtral-triton --help\)",
     "generate --prompt x --top_p=0.9": r"did you mean --top-p\?",
+    "chat --batch x": r"arguments: --batch \(see",
     "generate --prompt x --max-tokens 5": r"did you mean --max-new-tokens\?",
     "generate --prompt x --- a": "unrecognized arguments: ---",
     "fit --gpu rtx4900": "did you mean RTX 4090\\?",
@@ -94,6 +95,12 @@ BAD_INPUT = {
     "bench decode_step --sizes offload=8": "offload of --sizes is 8, needs 0 to 7",
     "bench route --sizes T=3,E=8,K=9": "K of --sizes is 9, needs 0 to 8",
     **{f"bench linear --gpu h100 --sizes T={T},H={T},N=64": "--sizes is 'T=99999" for T in ("9" * 10, "9" * 30)},
+    **{
+        f"compile {at} --arch sm_90": "needs tensors that can be" for at in ("route --at E=x", "linear --at weight=foo")
+    },
+    "compile rope --arch sm_90 --at T=0": "rope: no kernel runs at these sizes, needs larger ones of --at",
+    "compile attention --arch sm_90 --at D=300": "head size 300, needs a head size of at most 256",
+    "compile route --arch sm_90 --at K=99": "K of --at is 99, needs 0 to 8",
     "bench sort_by_expert --dtype float16": "is .float16., needs one of int32, int64",
     "bench --plot roofline.txt": r"\.png",
     "bench --plot no/such/folder/a.png": "no/such/folder",

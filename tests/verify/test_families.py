@@ -60,6 +60,18 @@ def test_quantized_experts_are_judged_beside_their_dequantized_values(format: st
     assert verify(model).ok
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_of_transformers_is_judged_by_the_logits_of_any_text(attention: str) -> None:
+    """Padding in fp64 under eager's softmax in fp32, and texts that are too short for chunks."""
+    model = build("qwen3_moe")
+    model.set_experts_implementation(NAME)
+    model.set_attn_implementation(attention)
+    for dtype in DTYPES:
+        for ids in (None, *(torch.arange(2 * T).view(2, T) for T in (1, 2, 3))):
+            report = verify(model.to(dtype), ids)
+            assert report.ok and "logits" in {row.op for row in report.rows}, report
+
+
 Inject = Callable[[pytest.MonkeyPatch, Any], None]
 
 
