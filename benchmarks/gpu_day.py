@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
 from mixtral_triton.bench.cases import BENCHED
 from mixtral_triton.cli import commands as cli
+from mixtral_triton.kernels.launching.arch import multiplies_fp8
 from mixtral_triton.kernels.launching.launch import target_arch
 
 ROOT, BUDGET_S = Path(__file__).resolve().parents[1], 600.0
@@ -37,7 +38,7 @@ def commands(arch: str) -> Commands:
     """Return the commands in order of importance."""
     layer = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
     tuned = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 24, 48, 512, 2048))
-    tuned += f" --sizes {LAYER.format(2048)},gate_up=fp8_w8a8,down=fp8_w8a8"
+    tuned += f" --sizes {LAYER.format(2048)},gate_up=fp8_w8a8,down=fp8_w8a8" * multiplies_fp8(arch)
     tuned += "".join(f" --kernel experts_{name}" for name in ("up", "down", "up_decode", "down_decode"))
 
     def bench(name: str, options: str = "") -> str:

@@ -114,7 +114,7 @@ def rivals(case: Case, kernel: str, now: LaunchConfig, arch: str, fixed: set[str
         return []
     by_tma, found = tma(arch) and case.sizes.gate_up in (None, "fp8_w8a8"), []
     large = LARGE if rows == "BLOCK_M" and tma(arch) and case.sizes.gate_up is None else ()
-    for tile in (*measured_tiles(case, arch), *large):
+    for tile in dict.fromkeys((*measured_tiles(case, arch), *large)):
         M, N, K, group, warps, stages = map(int, re.findall(r"\d+", tile))
         sizes = {rows: M, "BLOCK_N": N // halves(kernel), "BLOCK_K": K, "GROUP_M": group}
         sizes["SHORT_M"] = 64 if by_tma and M > 64 else 0
@@ -186,10 +186,10 @@ def tune_table(title: str, candidates: Sequence[Candidate], best: int) -> Table:
 def append_times(case: Case, kernel: str, candidates: Sequence[Candidate]) -> str:
     """Append what was timed to the file of the GPU's results -> its name."""
     driver = getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader || rocm-smi --showdriverversion")
-    about = {"date": date.today(), "card": torch.cuda.get_device_name(), "driver": driver.splitlines()[-1]}
+    about = {"date": date.today(), "card": torch.cuda.get_device_name(), "driver": driver.rpartition("\n")[2]}
     name = re.sub(r"\W+", "-", about["card"].lower()) + ".csv"
-    about |= {"triton": triton.__version__, "torch": torch.__version__, "op": case.op.name, "kernel": kernel}
-    about["sizes"] = sizes_text(case.as_dict())
+    about |= {"triton": triton.__version__, "torch": torch.__version__}
+    about |= {"op": case.op.name, "kernel": kernel, "sizes": sizes_text(case.as_dict())}
     timed = [[tile_text(kernel, one), f"{1e6 * one.outcome.seconds:.2f}"] for one in candidates if one.outcome.seconds]
     with (RESULTS / name).open("a", newline="") as file:
         writer = csv.writer(file)
@@ -208,8 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.arch and not torch.cuda.is_available():
         parser.error("there is no GPU to time anything: needs --arch")
-    arch = args.arch or target_arch(torch.device("cuda"))
-    timer = None if args.arch or args.dry else measure.time_call
+    arch, timer = args.arch or target_arch(torch.device("cuda")), None if args.arch or args.dry else measure.time_call
     try:
         selected = cases([args.op], args.sizes or ["T=1"])
     except ValueError as error:
