@@ -190,8 +190,8 @@ def gradient_rows(model: Any, ids: Tensor) -> list[Row]:
     for module, call in calls.items():
         eager = partial(eager_experts, module)
         results = gradients(module, call), gradients(eager, call), gradients(eager, call, torch.float64)
-        for name, *values in zip(GRADIENTS, *results, strict=True):
-            rows.append(worst_call(f"gradient of {name}", paths[module], iter([(values[0], values[1], values[2])])))
+        for name, result in zip(GRADIENTS, zip(*results, strict=True), strict=True):
+            rows.append(worst_call(f"gradient of {name}", paths[module], iter([result])))
     return rows
 
 
