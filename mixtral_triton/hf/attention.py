@@ -1,10 +1,11 @@
 """Attention of the drop-in: `ops.attention`, and its masks.
 
-A mask of this file is int32 [B, 1 or 2, C, S]: 2 where keys have left the window, which the layer knows. C = 0: causal,
-every key valid, the last query at the last key. C = 2: the first valid key, and the key after the last query. C = 3:
-between the two the key after the text, where padding follows it. Its values are equal along S, and take no memory.
-Otherwise transformers' dense [B, 1, T, S], bool, or additive for an index: padding with holes, packed sequences, other
-patterns, and what a tracer cannot read. transformers' models use a mask of four dimensions as it is.
+A mask of this file is uint32 [B, 1 or 2, C, S], as no user's mask is: 2 where keys have left the window, which the
+layer knows. C = 0: causal, every key valid, the last query at the last key. C = 2: the first valid key, and the key
+after the last query. C = 3: between the two the key after the text, where padding follows it. Its values are equal
+along S, and take no memory. Otherwise transformers' dense [B, 1, T, S], bool, or additive for an index: padding with
+holes, packed sequences, other patterns, and what a tracer cannot read. transformers' models use a mask of four
+dimensions as it is.
 
 B batch, T query tokens, Hq query heads, Hkv key/value heads, D head size, S keys
 """
@@ -77,6 +78,8 @@ def attention(
     A dense mask goes to torch's attention. The weights are those of transformers' eager attention, and the result does
     not depend on them. ValueError by `check_attention`.
     """
+    if torch.is_autocast_enabled(device := query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     attend, mask, weights, (_, H, T, D) = fused(ops.attention, query, key, value), attention_mask, None, query.shape
     interval = is_interval(mask)
     dense = mask is not None and not interval
@@ -100,7 +103,7 @@ def attention(
         value = pad(value, (0, D - columns))
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if mask is None or interval:
-        rows = None if mask is None or not mask.shape[2] else mask[:, 0, :, 0]
+        rows = None if mask is None or not mask.shape[2] else mask[:, 0, :, 0].view(torch.int32)
         starts, ends = (None, None) if rows is None else (rows[:, 0], rows[:, -1])
         if rows is None or rows.shape[1] == 2:
             return attend(q, k, v, window=window, scale=scaling, starts=starts, lengths=ends)[..., :columns], weights
@@ -178,8 +181,10 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     # transformers forbids the skip for patterns that are not causal alone, as of packed sequences, and for static
     # caches, which are causal all the same.
     other = not call.get("allow_is_causal_skip", True) and q_length != 1
-    chunked = local_size is not None and local_size == getattr(call.get("config"), "attention_chunk_size", None)
-    indexed = getattr(call.get("config"), "index_topk", None)  # which the model writes into a dense mask
+    config = call.get("config")
+    chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
+    # The model writes keys of its choice into a dense mask.
+    indexed = getattr(config, "index_topk", None) or getattr(config, "keep_window_size", None)
     plain = not (call.get("use_vmap") or chunked or indexed or "allow_is_bidirectional_skip" in call)
     plain = plain and not (other and (is_compiling() or not is_causal_pattern(call["mask_function"])))
     layers = 1 if local_size is None else 2
@@ -187,8 +192,9 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     last: Tensor | None = None
     if attention_mask is not None:
         static = isinstance(q_offset, Tensor)
-        need, past = (q_length, "") if static else (q_offset + q_length, f" ({q_offset} past, {q_length} new)")
+        need = q_length if static else q_offset + q_length
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < need:
+            past = "" if static else f" ({q_offset} past, {q_length} new)"  # a compiler would fix these sizes
             needs = f"needs [{batch_size}, {need}]{past}, one value a token, or a 4-D mask"
             raise ValueError(f"mixtral_triton: attention_mask is of shape {list(attention_mask.shape)}, {needs}")
         plain = plain and not is_tracing(attention_mask) and not attention_mask.is_meta
@@ -204,11 +210,12 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
         return dense_mask(batch_size, q_length, kv_length, **call)  # type: ignore[return-value]
     end, shape = q_offset + q_length - kv_offset, (batch_size, layers, 0, kv_length)
     if first is None and not isinstance(end, Tensor) and end == kv_length:
-        return torch.empty(shape, dtype=torch.int32, device=device)
+        return torch.empty(shape, dtype=torch.uint32, device=device)
     ends = torch.zeros(batch_size, dtype=torch.int64, device=device) + end
     starts = torch.zeros_like(ends) if first is None else first
     rows = [starts, ends] if last is None else [starts, torch.minimum(last, ends), ends]
-    return torch.stack(rows, 1).to(torch.int32)[:, None, :, None].expand(-1, layers, -1, kv_length)
+    intervals = torch.stack(rows, 1).to(torch.int32).view(torch.uint32)
+    return intervals[:, None, :, None].expand(-1, layers, -1, kv_length)
 
 
 def is_causal_pattern(function: Any) -> bool:
@@ -229,7 +236,7 @@ def first_key(valid: Tensor) -> tuple[bool, Tensor | None]:
 
 def is_interval(mask: Any) -> bool:
     """Whether `interval_mask` made it as an interval, the empty one included."""
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32
+    return isinstance(mask, Tensor) and mask.dtype == torch.uint32
 
 
 def visible(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -238,7 +245,7 @@ def visible(mask: Any, query: Tensor, key: Tensor, window: int | None) -> Tensor
     T, S = query.shape[2], key.shape[2]
     j, i = torch.arange(S, device=query.device), torch.arange(T, device=query.device)[:, None]
     if is_interval(mask) and mask.shape[2]:
-        starts, *text_ends, ends = mask[:, :1, :, :1].split(1, 2)
+        starts, *text_ends, ends = mask[:, :1, :, :1].view(torch.int32).split(1, 2)
         i = i + ends - T
         seen = (j >= starts) & (j <= i) & (j > i - (window or S))
         return seen & (j < text_ends[0]) if text_ends else seen

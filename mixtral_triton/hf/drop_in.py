@@ -119,7 +119,7 @@ def _faults_of_modules(model: Any, blocks: tuple[type[nn.Module], ...], attentio
         if current is not base and base is not backbone:
             yield f"{name} is a {current.__name__}, not transformers' own {base.__name__}"
         forward = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate keeps what it wraps
-        if forward in module.__dict__ and not _is_own_forward(module, forward):
+        if forward in module.__dict__ and not is_own_forward(module, forward):
             yield f"{name or f'the {current.__name__}'} has a {forward} of its own, which would stay in use; remove it"
         if base is modeling.MixtralExperts:
             check_experts(module, name)
@@ -127,14 +127,14 @@ def _faults_of_modules(model: Any, blocks: tuple[type[nn.Module], ...], attentio
                 yield f"{name} is split over ranks (expert parallel); load it whole, or experts=False"
 
 
-def _is_own_forward(module: nn.Module, name: str) -> bool:
+def is_own_forward(module: nn.Module, name: str) -> bool:
     """Whether the instance's attribute `name` is the bound forward of its class."""
     return bool(module.__dict__.get(name) == MethodType(type(module).forward, module))
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change the module's class, and the bound forward that hooks of accelerate keep."""
-    bound = [name for name in ("forward", "_old_forward") if _is_own_forward(module, name)]
+    bound = [name for name in ("forward", "_old_forward") if is_own_forward(module, name)]
     module.__class__ = kind
     for name in bound:
         module.__dict__[name] = MethodType(kind.forward, module)

@@ -12,7 +12,7 @@ from transformers.integrations import moe
 
 from .. import ops
 from ..kernels.operation.call import transformed, untraced
-from .training import FrozenExperts, is_recorded, own_routes
+from .training import frozen_experts, is_recorded, own_routes
 
 NAME = "mixtral_triton"  # among transformers' implementations of experts and attention, and its quantizers
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -25,7 +25,8 @@ DECLARED = {
     "is_concatenated": (True, "interleaved rows of gate and up"),
     "has_post_expert_norm": (False, "a norm behind each expert"),
 }
-
+# Quantizers of transformers whose files hold the experts in a layout that it does not read.
+PACKED = "gptq", "awq"
 NEEDED = [need for need, _ in DECLARED.values()]
 
 
@@ -62,6 +63,9 @@ def check_experts(module: Any, name: str = "") -> None:
             fault = "hooks on act_fn, which fused experts never call"
     if fault is None and "DTensor" in [type(x).__name__ for x in flags["_parameters"].values()]:
         fault = "a DTensor"
+    method = getattr(getattr(flags.get("config"), "quantization_config", None), "quant_method", None)
+    if method in PACKED and not all(getattr(x, "_is_hf_initialized", False) for x in flags["_parameters"].values()):
+        fault = f"random weights: transformers did not read them from the {method:s} checkpoint"
     if fault is not None:
         needs = 'needs SiLU experts [E, 2I, H] and [E, H, I], gate first, or experts_implementation="grouped_mm"'
         raise ValueError(f"mixtral_triton: {name or type(module).__name__} has {fault}, {needs}")
@@ -72,9 +76,12 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     which contribute nothing. ValueError that names the module's class for experts that `check_experts` refuses."""
     check_experts(module)
     gate_up, down = module.gate_up_proj, module.down_proj
+    if isinstance(down, Tensor) and hidden_states.dtype != down.dtype:  # by autocast; "grouped_mm" does the same
+        x = hidden_states.to(down.dtype)
+        return experts(module, x, top_k_index, top_k_weights).to(hidden_states.dtype)
     run = fused(ops.expert_swiglu, hidden_states, top_k_weights, gate_up, down)
     if run is None:
-        return FrozenExperts.apply(hidden_states, gate_up, down, top_k_index, top_k_weights, type(module).__name__)
+        return frozen_experts(hidden_states, gate_up, down, top_k_index, top_k_weights, type(module).__name__)
     if top_k_index.device.type == "cpu":  # where the operation refuses them
         top_k_index, top_k_weights, _ = own_routes(top_k_index, top_k_weights, len(down))
     return run(hidden_states, gate_up, down, top_k_index, top_k_weights.float())

@@ -21,7 +21,7 @@ from transformers.models.mixtral import modeling_mixtral as modeling
 
 from .. import ops
 from ..kernels.operation.checks import FLOATS
-from .attention import CACHE, attention, causal_mask, check_dense
+from .attention import CACHE, attention, causal_mask, check_dense, is_interval
 from .experts import NAME, experts, fused
 
 PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
@@ -180,9 +180,7 @@ class GenerateMixin(ImplementationsMixin):
         if not self._uses("attention"):
             return getattr(super(), "create_masks_for_generate", create_masks_for_generate)(config=config, **kwargs)
         args = (kwargs.get(name) for name in ("attention_mask", "position_ids", CACHE))
-        mask = causal_mask(config, kwargs["inputs_embeds"], *args)
-        # Marked as one of `interval_mask`: no user's mask is of this dtype.
-        return mask.view(torch.uint32) if mask is not None and mask.dtype == torch.int32 else mask
+        return causal_mask(config, kwargs["inputs_embeds"], *args)
 
     def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
         """transformers' switch of the config's experts during `generate`, which `_select` would take for a user's."""
@@ -217,8 +215,8 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if tokens is None:  # transformers raises the error
         return args, kwargs
     mask, cache = get("attention_mask"), get("past_key_values") if get("cache") is None else get("cache")
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        mask = mask.view(torch.int32) if mask.dtype == torch.uint32 else check_dense(mask)
+    if isinstance(mask, Tensor) and mask.dim() == 4 and not is_interval(mask):
+        check_dense(mask)
     use_cache = config.use_cache if get("use_cache") is None else get("use_cache")
     packed = None if use_cache else get("position_ids")  # a cache, even an empty one, holds one sequence per row
     mask = causal_mask(config, tokens, mask, packed, cache, get("is_causal"))

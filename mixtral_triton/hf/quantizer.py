@@ -1,6 +1,8 @@
 """`ExpertsConfig`: transformers' `from_pretrained` quantizes the experts of any family while it reads them."""
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ class ExpertsQuantizer(HfQuantizer):
     """What transformers calls while it loads a model with an ExpertsConfig. Everything but the experts stays dense."""
 
     is_trainable = True  # what is around the experts
+    is_compileable = True
     quantization_config: ExpertsConfig
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
@@ -58,6 +61,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """ValueError, before any tensor is read, for a model without experts, or with others than `ops` computes."""
+        check_dense_checkpoint(kwargs.get("checkpoint_files"))
         experts = {name: module for name, module in model.named_modules() if is_experts(module)}
         self.paths = {*experts}
         needs = "a model with experts that transformers marks with use_experts_implementation"
@@ -94,6 +98,18 @@ class ExpertsQuantizer(HfQuantizer):
         return False
 
 
+def check_dense_checkpoint(files: Any) -> None:
+    """Raise ValueError that names what the folder of these files says of quantization; files of dense experts have
+    nothing, and transformers would read the codes of a method that it does not know as weights."""
+    for name in ("config.json", "hf_quant_config.json") if files else ():
+        raw = json.loads(path.read_text()) if (path := Path(files[0]).parent / name).is_file() else {}
+        for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+            stored = part.get("quantization_config", part.get("quantization"))
+            needs = "none: ExpertsConfig reads dense checkpoints"
+            own = isinstance(stored, dict) and stored.get("quant_method") == NAME
+            check_value(f"ExpertsConfig: quantization of {path}", stored, needs, stored is None or own)
+
+
 def check_selected(module: Any, args: Any) -> None:
     """Raise ValueError where another implementation than this package's was selected for quantized experts."""
     name, needs = module.config._experts_implementation, f"{NAME!r}: no other one reads quantized experts"
@@ -117,6 +133,9 @@ class QuantizeExperts(ConversionOps):
         module = kwargs["model"].get_submodule(path)
         E, N, K = shape = tuple(module._parameters[key].shape)
         parts = [source[0] if isinstance(source, list) and source[0].dim() == 3 else source for source in sources]
+        for part in parts:
+            found, need = {(len(part), len(rows)) for rows in part}, (E, N // len(parts))
+            check_value(f"{name}: (experts, rows) in the checkpoint", found, f"{need} by the config", found == {need})
         weight = QuantSpec.default_for(self.format, K).empty(shape, parts[0][0].device)
         for expert in range(E):
             rows = torch.cat([part[expert] for part in parts]) if len(parts) > 1 else parts[0][expert]

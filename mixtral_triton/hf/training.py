@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import ops
 from ..kernels.operation.call import transformed
@@ -19,11 +20,13 @@ from ..kernels.weights.quantized import QuantizedWeight
 def is_recorded(*tensors: Any) -> bool:
     """Whether torch records gradients of any of these tensors, for a backward pass that operations do not have."""
     recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-    return recorded and not transformed()
+    return recorded and (is_compiling() or not transformed())  # a compiler's own levels are no transformation
 
 
 @cache
 def warn_of_gradients() -> None:
+    if is_compiling():  # a warning ends a graph
+        return
     text = "while gradients are recorded attention, norms and rotary embedding are transformers' own; experts stay ours"
     warnings.warn(f"mixtral_triton: {text}. Under no_grad, as in generate, all are this package's", stacklevel=3)
 
@@ -36,19 +39,24 @@ def own_routes(ids: Tensor, weights: Tensor, E: int) -> tuple[Tensor, Tensor, Te
 
 class FrozenExperts(torch.autograd.Function):
     """`ops.expert_swiglu`, with gradients of x and of the routing weights, which recompute each slot's values. It saves
-    x, ids and weights alone. A backward pass of the experts' own weights is a ValueError."""
+    x, ids and weights alone. A backward pass of the experts' own weights, of weights that were written since the
+    forward, or with create_graph=True is a ValueError."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(x, ids, weights)
-        ctx.projections, ctx.name = (gate_up, down), name
+        ctx.projections, ctx.name, ctx.versions = (gate_up, down), name, versions(gate_up, down)
         ids, weights, _ = own_routes(ids, weights, len(down))
         return ops.expert_swiglu(x, gate_up, down, ids, weights.float())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x, ids, weights), (gate_up, down) = ctx.saved_tensors, ctx.projections
+        if torch.is_grad_enabled() or ctx.versions != versions(gate_up, down):
+            fault, needs = "weights that were written after their forward", "the same ones"
+            if torch.is_grad_enabled():
+                fault, needs = "no second derivatives", "a backward without create_graph"
+            raise ValueError(f"mixtral_triton: {ctx.name} has {fault}, needs {needs}")
         if any(ctx.needs_input_grad[1:3]):
             needs = (
                 'needs frozen ones, requires_grad_(False), no adapter on them, or experts_implementation="grouped_mm"'
@@ -71,6 +79,18 @@ class FrozenExperts(torch.autograd.Function):
         grad_x = grad_x[place].unflatten(0, ids.shape).sum(1)
         grad_weights = grad_weights[place].view(weights.shape).masked_fill(foreign, 0.0)
         return grad_x, None, None, None, grad_weights.to(weights.dtype), None
+
+
+@torch.compiler.disable(recursive=True)
+def frozen_experts(*args: Any) -> Any:
+    """`FrozenExperts.apply`, which a compiler calls as it is."""
+    return FrozenExperts.apply(*args)
+
+
+def versions(*weights: Any) -> list[int]:
+    """How often each tensor of these weights was written in place."""
+    tensors = (tensor for weight in weights for tensor in getattr(weight, "tensors", (weight,)))
+    return [tensor._version for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_inference()]
 
 
 def grouped_product(rows: Tensor, weight: Any, ends: Tensor, transposed: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -20,19 +20,23 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
+from transformers.integrations import moe
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.mixtral import modeling_mixtral
 
+from ..checkpoint.config import check_value
 from ..hf.attention import CACHE
+from ..hf.drop_in import is_own_forward
 from ..hf.experts import NAME, PROJECTIONS, is_experts
 from ..hf.modules import Applied
 from .report import END_RATIO, Row
 from .tolerance import FLOOR, RATIO, ConvertedExperts, Fp64Reference, largest, token_floor
 
-CASES = "whole text", "in chunks"  # the first without a cache
+CASES = "whole text", "right padding", "in chunks", "static cache"  # the first two without a cache
 GRADIENTS = "x", "routing weights"  # of the experts
+OWN_HOOKS = "transformers", "accelerate", __name__.partition(".")[0]
 Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
 Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
 
@@ -59,13 +63,50 @@ def fp32_mask(*args: Any, **kwargs: Any) -> Tensor:
     return eager_mask(*args, **kwargs | {"dtype": torch.float32})
 
 
+def selected_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules of experts and attention that dispatch to this package by its name, with their paths. ValueError for
+    one whose class or instance has another forward, or that has a hook: all runs of `verify` would call these."""
+    modules = dict[nn.Module, str]()
+    for path, module in model.named_modules():
+        if type(module).__name__ == "ParamWrapper" and any(map(is_experts, module.modules())):
+            needs = "them merged: model.merge_and_unload()"
+            raise ValueError(f"verify: {path} has PEFT's target_parameters, needs {needs}")
+        config, part = getattr(module, "config", None), "experts" if is_experts(module) else "attn"
+        kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
+        dispatching = [kind for kind in kinds if _dispatches(vars(kind)["forward"], part)]
+        if getattr(config, f"_{part}_implementation", None) != NAME or not dispatching:
+            continue
+        name = "_old_forward" if "_hf_hook" in vars(module) else "forward"  # accelerate keeps what it wraps
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        faults = [f"the hook {hook!r:.60}" for hook in hooks if _root(hook) not in OWN_HOOKS]
+        faults += [f"a {name} of its own"] * (name in vars(module) and not is_own_forward(module, name))
+        faults += [f"the forward of {kinds[0].__name__}"] * (kinds[0] is not dispatching[0])
+        check_value(f"verify: {path}", ", ".join(faults), "transformers' own forward, without hooks", not faults)
+        modules[module] = path
+    return modules
+
+
+def _dispatches(forward: Any, part: str) -> bool:
+    if part == "experts":
+        return getattr(forward, "__globals__", {}).get("__name__") == moe.__name__  # that of transformers' decorator
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _root(hook: Any) -> str:
+    """The package that defines a hook."""
+    hook = getattr(hook, "func", hook)  # of a partial
+    return str(getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
+
+
 class FamilyUnderTest:
     """A transformers model with this package's names in its config, left as it is."""
 
     not_run: tuple[str, ...] = ("norms, rotary embedding, router, generate; they are transformers' own",)
 
     def __init__(self, model: Any) -> None:
-        self.model, self.paths = model, {module: name for name, module in model.named_modules()}
+        self.model, self.selected = model, selected_modules(model)
+        self.paths = {module: name for name, module in model.named_modules()}
         self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
 
@@ -84,7 +125,12 @@ class FamilyUnderTest:
             except RuntimeError as error:  # as where a module multiplies with the weight of another
                 self.not_run += (f"logits; in fp64 the model raises {error}"[:100],)
             self.masks = masks
-        rows, paths = list[Row](), self.paths
+        uncalled = [path for module, path in self.selected.items() if module not in self.experts | self.attention]
+        self.uncalled = len(uncalled)
+        if not self.model._can_compile_fullgraph:
+            self.not_run += (f"{CASES[3]}; transformers has none for this family",)
+        self.not_run += tuple(f"{path}; the model never called it" for path in uncalled)
+        rows, paths = nonfinite_rows(self.model), self.paths
         for module in self.experts:
             rows.append(worst_call("experts", paths[module], self._experts_errors(module)))
         for module in self.attention:
@@ -131,20 +177,29 @@ class FamilyUnderTest:
     def _logits(self, ids: Tensor, valid: Tensor, experts: Any, attention: Any, mask: Any) -> dict[str, Tensor]:
         """The logits [n,V] of valid tokens for each of CASES, with functions in the place of this package's."""
         interfaces: Any = ExpertsInterface, AttentionInterface, AttentionMaskInterface
-        T, chunks, cache = ids.shape[1], list[Tensor](), None
+        T, logits = ids.shape[1], dict[str, Tensor]()
         with ExitStack() as stack:
             for interface, function in zip(interfaces, (experts, attention, mask), strict=True):
                 # Eager's mask, too: in fp64 its least number is no fp32, in which eager attention takes the softmax.
                 names = [NAME, "eager"] if function is mask else [NAME]
                 if function is not None:
                     stack.enter_context(mock.patch.dict(interface._global_mapping, dict.fromkeys(names, function)))
-            whole = self.model(ids, attention_mask=valid.long(), use_cache=False)[0]
-            for begin, end in pairwise(sorted({0, T // 2, T - 1, T})):
-                cached: dict[str, Any] = {} if cache is None else {CACHE: cache}
-                out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **cached)
-                cache = getattr(out, CACHE)
-                chunks.append(out[0])
-        return {CASES[0]: whole[valid], CASES[1]: torch.cat(chunks, 1)[valid]}
+            for case, mask in zip(CASES[:2], (valid, valid.flip(1)), strict=True):
+                logits[case] = self.model(ids, attention_mask=mask.long(), use_cache=False)[0][mask]
+            for case, cache in zip(CASES[2:], self._caches(T), strict=False):
+                chunks = list[Tensor]()
+                for begin, end in pairwise(sorted({0, T // 2, T - 1, T})):
+                    cached: dict[str, Any] = {} if cache is None else {CACHE: cache}
+                    out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **cached)
+                    cache = getattr(out, CACHE)
+                    chunks.append(out[0])
+                logits[case] = torch.cat(chunks, 1)[valid]
+        return logits
+
+    def _caches(self, T: int) -> list[Any]:
+        """The cache that the model makes, and a static one, with slots that stay empty, where the family has it."""
+        config = self.model.config.get_text_config()
+        return [None, *([StaticCache(config=config, max_cache_len=T + 3)] if self.model._can_compile_fullgraph else [])]
 
     def _experts_errors(self, module: nn.Module) -> Iterator[Results]:
         for x, ids, weights, out in self.experts[module]:
@@ -168,6 +223,18 @@ def worst_call(op: str, path: str, calls: Iterator[Results]) -> Row:
     layer, case = re.search(r"\.(\d+)\.", path), re.sub(r"\.\d+\.", ".N.", path)
     note = "" if error <= limit else f"{path}: error {error:.1e}, limit {limit:.1e}"
     return Row(int(layer[1]) if layer else None, op, case, error, limit, note)
+
+
+def nonfinite_rows(model: nn.Module) -> list[Row]:
+    """A row that fails for each weight with a value that is not finite, which would look like an overflow."""
+    rows, tensors = list[Row](), dict(model.named_parameters())
+    for path, module in model.named_modules():
+        if is_experts(module):
+            tensors |= {f"{path}.{name}": x for name, x in module.named_buffers()}
+    for name, x in tensors.items():
+        if x.is_floating_point() and not all(bool(part.isfinite().all()) for part in x.split(1)):
+            rows.append(Row.exact(None, "weights", name, False, f"{name} has values that are not finite"))
+    return rows
 
 
 def gradient_rows(model: Any, ids: Tensor) -> list[Row]:
@@ -197,42 +264,45 @@ def gradient_rows(model: Any, ids: Tensor) -> list[Row]:
 
 @contextmanager
 def short_windows(model: Any, window: int) -> Iterator[None]:
-    """Shorten the windows of a model's layers and configs, so that a text of few tokens leaves them."""
+    """Shorten the windows of a model's layers and configs, so that a text of few tokens leaves them, and switch off the
+    loss of the routers, which needs a mask of the new tokens alone."""
     pairs: Any = ((module, getattr(module, "config", None)) for module in model.modules())
     holders = {id(holder): holder for pair in pairs for holder in pair}
-    changed = [(h, h.sliding_window) for h in holders.values() if (getattr(h, "sliding_window", None) or 0) > window]
-    try:
-        for holder, _ in changed:
-            holder.sliding_window = window
+    with ExitStack() as stack:
+        for holder in holders.values():
+            if (getattr(holder, "sliding_window", None) or 0) > window:
+                stack.enter_context(mock.patch.object(holder, "sliding_window", window))
+            if getattr(holder, "output_router_logits", None):
+                stack.enter_context(mock.patch.object(holder, "output_router_logits", False))
         yield
-    finally:
-        for holder, before in changed:
-            holder.sliding_window = before
 
 
 @contextmanager
 def in_fp64(model: nn.Module) -> Iterator[None]:
     """Convert the parameters of each module but experts to fp64 while it runs, to save memory."""
-    kept = dict[nn.Parameter, Tensor]()
+    kept = dict[nn.Parameter, tuple[nn.Module, Tensor]]()
+
+    def parameters(module: Any) -> Iterable[nn.Parameter]:  # of an adapter all, since it reads the dtype of its parts
+        return module.parameters(recurse=hasattr(module, "base_layer"))
 
     def enter(module: nn.Module, args: Any) -> None:
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point():
-                kept.setdefault(parameter, parameter.data)
+        for parameter in parameters(module):
+            if parameter.is_floating_point() and parameter not in kept:
+                kept[parameter] = module, parameter.data
                 parameter.data = parameter.data.double()
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
-        for parameter in module._parameters.values():
-            if parameter in kept:
-                parameter.data = kept.pop(parameter)
+        for parameter in parameters(module):
+            if parameter in kept and kept[parameter][0] is module:
+                parameter.data = kept.pop(parameter)[1]
 
     with ExitStack() as stack:
         for module in model.modules():
-            if module._parameters and not is_experts(module):
+            if any(True for _ in parameters(module)) and not is_experts(module):
                 stack.enter_context(module.register_forward_pre_hook(enter))
                 stack.enter_context(module.register_forward_hook(leave))
         try:
             yield
         finally:
-            for parameter, data in kept.items():
+            for parameter, (_, data) in kept.items():
                 parameter.data = data

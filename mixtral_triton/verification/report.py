@@ -106,6 +106,7 @@ class Report:
     dtype: str
     peer: str = TORCH
     not_run: tuple[str, ...] = ()  # what this report says nothing about
+    uncalled: int = 0  # modules that select this package and that the model never called
 
     @property
     def compared(self) -> bool:
@@ -131,7 +132,8 @@ class Report:
         if not self.compared:
             return "NOTHING WAS COMPARED: no kernel ran, so plain torch was compared with itself"
         ran = f" ({TORCH}; no kernel ran)" if self.backend == TORCH else ""
-        return f"RIGHT{ran}: all {len(self.rows)} comparisons are within their limits"
+        but = f"; {self.uncalled} selected modules never ran" if self.uncalled else ""
+        return f"RIGHT{ran}: all {len(self.rows)} comparisons are within their limits{but}"
 
     def as_dict(self) -> dict[str, Any]:
         rows = [asdict(row, dict_factory=_for_json) | {"ok": row.ok} for row in self.rows]

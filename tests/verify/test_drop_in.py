@@ -65,9 +65,9 @@ def attend(kind: str, change: Change) -> Inject:
 rotary = modules.TritonRotaryEmbedding.forward
 rotary_from_zero = lambda module, x, position_ids: rotary(module, x, position_ids - position_ids[:, :1])  # noqa: E731
 no_window = lambda q, k, v, key_mask, window: (q, k, v, key_mask[:, :1], None)  # noqa: E731
-first_end = lambda tokens: torch.tensor([[0], [tokens - 1]], dtype=torch.int32)  # noqa: E731
-first_row = lambda q, k, v, key_mask, window: (q, k, v, 0 * key_mask + key_mask[:1], window)  # noqa: E731
-first_query = lambda q, k, v, key_mask, window: (q, k, v, key_mask - first_end(q.shape[2]), window)  # noqa: E731
+earlier = lambda mask, n: (mask.view(torch.int32) - torch.tensor([[0], [n]])).int().view(torch.uint32)  # noqa: E731
+first_row = lambda q, k, v, mask, window: (q, k, v, mask[:1].repeat(len(mask), 1, 1, 1), window)  # noqa: E731
+first_query = lambda q, k, v, mask, window: (q, k, v, earlier(mask, q.shape[2] - 1), window)  # noqa: E731
 first_keys = lambda q, k, v, mask, window: keys_in(slice(q.shape[2]), q, k, v, mask, window)  # noqa: E731
 new_keys = lambda q, k, v, mask, window: keys_in(slice(-q.shape[2], None), q, k, v, mask, window)  # noqa: E731
 cached = lambda k: {"attention_mask": None} if k["kv_length"] > k["q_length"] else {}  # noqa: E731

@@ -14,6 +14,7 @@ from mixtral_triton import ExpertsConfig, register, verify
 from mixtral_triton.hf import attention, training
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.kernels.launching.launch import INTERPRETED
+from mixtral_triton.verification import families
 from tests.support.families import NAMED, build, experts_of
 
 register()
@@ -43,7 +44,8 @@ def test_right_model_is_right_and_stays_as_it_was(family: str) -> None:
         wanted = {("experts", int(name.split(".")[2])) for name in experts_of(model)}
         assert wanted <= found and any(op == "attention" for op, _ in found)
         logits = {row.case for row in report.rows if row.op == "logits"}
-        assert logits == {"whole text", "in chunks"} or (family == "jamba" and "logits; in fp64" in str(report))
+        cases = {*families.CASES[: 4 if model._can_compile_fullgraph else 3]}
+        assert logits == cases or (family == "jamba" and "logits; in fp64" in str(report))
         after = model.state_dict()
         assert all(after[name].dtype == kind and torch.equal(after[name], x) for name, (kind, x) in before.items())
         assert model.config.to_dict() == config
@@ -54,7 +56,7 @@ def test_quantized_experts_are_judged_beside_their_dequantized_values(format: st
     build("olmoe").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=ExpertsConfig(format), dtype="bfloat16")
     report = verify(model)
-    assert report.ok and [row.op for row in report.rows] == ["experts", "experts", "logits", "logits"], report
+    assert report.ok and [row.op for row in report.rows] == ["experts"] * 2 + ["logits"] * 4, report
     weight = model.model.layers[1].mlp.experts.down_proj
     weight.scales.mul_(1.5)  # of both ways: no fault of ours
     assert verify(model).ok
