@@ -92,7 +92,8 @@ def attention(
         scores = query @ key.repeat_interleave(H // key.shape[1], 1).mT * (D**-0.5 if scaling is None else scaling)
         weights = torch.softmax(scores + added, dim=-1, dtype=torch.float32).to(query.dtype)
     if attend is None:
-        warn_of_gradients()
+        if not is_compiling():  # a warning would end the graph
+            warn_of_gradients()
         causal = mask is None or (interval and not mask.shape[2] and window is None and T in (1, key.shape[2]))
         seen = None if causal else check_dense(visible(mask, query, key, window), query, key)
         return sdpa_attention_forward(module, query, key, value, seen, dropout, scaling)[0], weights

@@ -25,8 +25,6 @@ def is_recorded(*tensors: Any) -> bool:
 
 @cache
 def warn_of_gradients() -> None:
-    if is_compiling():  # a warning ends a graph
-        return
     text = "while gradients are recorded attention, norms and rotary embedding are transformers' own; experts stay ours"
     warnings.warn(f"mixtral_triton: {text}. Under no_grad, as in generate, all are this package's", stacklevel=3)
 

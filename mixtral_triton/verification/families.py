@@ -233,7 +233,7 @@ def nonfinite_rows(model: nn.Module) -> list[Row]:
             tensors |= {f"{path}.{name}": x for name, x in module.named_buffers()}
     for name, x in tensors.items():
         if x.is_floating_point() and not all(bool(part.isfinite().all()) for part in x.split(1)):
-            rows.append(Row.exact(None, "weights", name, False, f"{name} has values that are not finite"))
+            rows.append(Row.exact(None, "weights", "finite", False, f"{name} has values that are not finite"))
     return rows
 
 

@@ -1,15 +1,20 @@
 """`ExpertsConfig`: experts in 4 or 8 bits from `from_pretrained`, one dense projection at a time, and refusals."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from mixtral_triton import ExpertsConfig, register
 from mixtral_triton.hf.experts import NAME
+from mixtral_triton.hf.quantizer import QuantizeExperts, check_dense_checkpoint
 from mixtral_triton.quantize import quantize
 from tests.support.families import VERSION, build, config_of, experts_of
 from tests.support.memory import anonymous_peak, needs_proc
@@ -58,8 +63,6 @@ def test_dtype_and_device_map(folder: Path) -> None:
 
 
 def test_a_fused_checkpoint_loads_as_one_with_a_tensor_an_expert(folder: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     model = AutoModelForCausalLM.from_pretrained(folder)
     save_file({name: x.contiguous() for name, x in model.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
@@ -109,6 +112,80 @@ def test_models_without_such_experts_are_refused_before_their_files_are_read(tmp
             file.write_bytes(file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")])
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
+
+
+STORED = {
+    "config.json": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
+    "hf_quant_config.json": {"quantization": {"quant_algo": "FP8"}},
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_checkpoint_that_is_quantized_already_is_refused_by_name(name: str, folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copied / "config.json").read_text())
+    file, stored = copied / name, STORED[name]
+    file.write_text(json.dumps(config | stored if file.name == "config.json" else stored))
+    with pytest.raises(ValueError, match=rf"ExpertsConfig: quantization of .*{file.name} is .*, needs none"):
+        load(copied)
+    file.write_text(json.dumps({"text_config": stored}))
+    with pytest.raises(ValueError, match=f"{file.name} is "):
+        check_dense_checkpoint([str(copied / "model.safetensors")])
+
+
+EXPERT = "model.layers.1.mlp.experts."
+
+
+def moved(tensors: dict[str, Any]) -> None:
+    """Rows of one expert's gate are its up's."""
+    gate, up = (f"{EXPERT}3.{name}_proj.weight" for name in ("gate", "up"))
+    tensors[gate], tensors[up] = tensors[gate][:-8].clone(), torch.cat((tensors[gate][-8:], tensors[up]))
+
+
+def added(name: str) -> Callable[[dict[str, Any]], None]:
+    """One expert more, of this name."""
+    own = f"{EXPERT}0."
+    return lambda x: x.update({f"{EXPERT}{name}.{key[len(own) :]}": x[key].clone() for key in [*x] if own in key})
+
+
+WRONG_FILES = {"more experts": added("8"), "a name more": added("00"), "rows of gate and up": moved}
+
+
+@pytest.mark.skipif(VERSION < (5, 17), reason="earlier ones stack the experts before they are quantized")
+@pytest.mark.parametrize("fault", WRONG_FILES)
+def test_experts_and_rows_that_the_config_has_not_are_refused(fault: str, folder: Path, tmp_path: Path) -> None:
+    tensors: dict[str, Any] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    WRONG_FILES[fault](tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises((ValueError, RuntimeError)):
+        load(tmp_path)
+
+
+def test_gate_comes_first_in_whatever_order_the_file_has_them() -> None:
+    model = build("olmoe", num_hidden_layers=1)
+    (path, module), (gate, up) = next(iter(experts_of(model).items())), torch.randn(2, 8, 96, 64)
+    want = quantize(torch.cat((gate, up), 1), "int4")
+    settings = {"full_layer_name": f"{path}.gate_up_proj", "source_patterns": ["gate", "up"], "model": model}
+    QuantizeExperts("int4").convert({"up": [*up], "gate": [*gate]}, **settings)
+    assert torch.equal(module.gate_up_proj.data, want.data)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3", "mixtral"])
+def test_a_static_cache_has_one_graph_and_equal_tokens(family: str, tmp_path: Path) -> None:
+    build(family, num_hidden_layers=2).save_pretrained(tmp_path)
+    model, graphs = load(tmp_path, attn_implementation=NAME), list[Any]()
+    settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    want = model.generate(IDS, **settings, disable_compile=True)
+    torch._dynamo.reset()
+    backend: Any = lambda graph, _: graphs.append(graph) or graph  # noqa: E731
+    compiled = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    compiled._compile_all_devices = True  # on a CPU, too
+    assert torch.equal(model.generate(IDS, **settings, compile_config=compiled), want)
+    assert len(graphs) == 1
 
 
 def test_a_value_that_is_not_finite_is_refused_by_name(folder: Path, tmp_path: Path) -> None:

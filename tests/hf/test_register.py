@@ -1,7 +1,9 @@
 """The names of `register()`: what its experts and attention compute, and what they refuse by name."""
 
 import ast
+import functools
 import inspect
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from mixtral_triton import Mixtral, apply
 from mixtral_triton.hf import attention, experts
@@ -85,6 +88,11 @@ def own_gate(module: Any) -> None:
     module.__class__ = type("Clamped", (type(module),), {"_apply_gate": lambda self, x: x.clamp(max=7.0)})
 
 
+def unread(module: Any) -> None:
+    module.gate_up_proj._is_hf_initialized = True  # but not down_proj
+    module.config.quantization_config = SimpleNamespace(quant_method="gptq")
+
+
 UNFIT: dict[str, Any] = {
     "OlmoeExperts has experts without a gate": lambda m: setattr(m, "has_gate", False),
     "OlmoeExperts has a bias": lambda m: setattr(m, "has_bias", True),
@@ -94,6 +102,8 @@ UNFIT: dict[str, Any] = {
     "Clamped has an activation of its own, Clamped._apply_gate": own_gate,
     "OlmoeExperts has the activation GELU(approximate='none')": lambda m: setattr(m, "act_fn", nn.GELU()),
     "OlmoeExperts has hooks on act_fn": lambda m: m.act_fn.register_forward_hook(print),
+    "OlmoeExperts has hooks on act_fn, which": lambda m: m.act_fn.register_forward_pre_hook(print),
+    "OlmoeExperts has random weights: transformers did not read them from the gptq checkpoint": unread,
     "OlmoeExperts has a DTensor": lambda m: setattr(m.down_proj, "__class__", type("DTensor", (nn.Parameter,), {})),
 }
 
@@ -149,6 +159,90 @@ def test_keys_of_another_length_than_the_mask_says_are_refused() -> None:
         attention.attention(LAYER(), q, k[:, :, :size], k[:, :, :size], mask, scaling=0.25)
 
 
+@pytest.mark.parametrize("columns", [16, 8])
+@pytest.mark.parametrize("mask", ["none", "left", "right", "hole in one row", "user's"])
+def test_every_kind_of_mask_with_a_scale_and_with_fewer_columns_of_values(mask: str, columns: int) -> None:
+    """As latent attention has them. A hole in one row of a mask is a dense mask for all."""
+    T, module = 7, nn.Module()
+    module.num_key_value_groups, module.training = 2, False  # type: ignore[assignment]
+    q, k, v = draw(2, 4, T, 16), draw(2, 2, T, 16), draw(2, 2, T, columns)
+    valid = torch.ones(2, T, dtype=torch.bool)
+    at = {"left": slice(3), "right": slice(4, T), "hole in one row": slice(3, 4)}.get(mask, slice(0))
+    valid[1, at] = False
+    seen = valid[:, None, None] & torch.ones(T, T, dtype=torch.bool).tril()
+    call = {"attention_mask": valid, "mask_function": masking_utils.causal_mask_function, "device": "cpu"}
+    made: Any = {"none": None, "user's": seen}.get(mask, attention.interval_mask(2, T, T, **call))
+    assert attention.is_interval(made) == (mask in ("left", "right"))
+    got = attention.attention(module, q, k, v, made, scaling=0.4)[0]
+    scores = (0.4 * q @ k.repeat_interleave(2, 1).mT).masked_fill(~seen, -1e9)
+    want = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    if mask == "right":  # padding sees the text
+        every = (0.4 * q @ k.repeat_interleave(2, 1).mT)[..., :4].softmax(-1) @ v.repeat_interleave(2, 1)[:, :, :4]
+        assert torch.allclose(got[1, 4:], every.transpose(1, 2)[1, 4:], atol=1e-5)
+    assert got.shape == want.shape and torch.allclose(got[valid], want[valid], atol=1e-5)
+
+
+@once
+def test_a_users_mask_of_integers_is_refused_by_name_with_and_without_gradients() -> None:
+    model = build("olmoe", num_hidden_layers=1)
+    model.set_attn_implementation(NAME)
+    for dtype, T, grad in itertools.product((torch.int32, torch.int64), (2, 3, 9), (False, True)):
+        mask = torch.ones(T, T, dtype=dtype).tril()[None, None]
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"attention_mask is {dtype} of shape"):
+            model(torch.arange(2, 2 + T)[None], attention_mask=mask)
+
+
+@once
+def test_a_choice_of_keys_that_a_model_writes_into_its_mask_counts() -> None:
+    model = build("doge", keep_window_size=4)
+    ids, valid = torch.arange(2, 22).view(2, 10), torch.arange(10) >= torch.tensor([[0], [3]])
+    with torch.no_grad():
+        want = model(ids, attention_mask=valid).logits
+        model.set_attn_implementation(NAME)
+        assert torch.allclose(model(ids, attention_mask=valid).logits[valid], want[valid], atol=1e-4)
+
+
+@once
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_without_gradients(family: str, dtype: torch.dtype) -> None:
+    """Weights of other dtypes than autocast's, as in an evaluation by Trainer: within sdpa's and grouped_mm's error."""
+    ids, logits = torch.arange(2, 22).view(2, 10), list[Tensor]()
+    for kind, names in ((torch.float64, ("eager", "eager")), (dtype, ("sdpa", "grouped_mm")), (dtype, (NAME, NAME))):
+        model = build(family).to(kind)
+        model.set_attn_implementation(names[0])
+        model.set_experts_implementation(names[1])
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind != torch.float64):
+            logits.append(model(ids).logits.double())
+    exact, baseline, got = logits
+    assert (got - exact).norm() <= 2 * (baseline - exact).norm()
+
+
+@once
+@pytest.mark.parametrize("family", [None, pytest.param("olmoe", marks=pytest.mark.slow)])
+def test_padding_of_12_lengths_takes_few_graphs(family: str | None) -> None:
+    """Two of the mask alone, and of a model."""
+    graphs = list[Any]()
+
+    def forward(ids: Tensor, attention_mask: Tensor) -> Tensor:
+        call = {"attention_mask": attention_mask, "mask_function": masking_utils.causal_mask_function, "device": "cpu"}
+        return attention.interval_mask(*ids.shape, ids.shape[1], **call)
+
+    if family is not None:
+        model = build(family, num_hidden_layers=1)
+        model.set_attn_implementation(NAME)
+        model.set_experts_implementation(NAME)
+        forward = functools.partial(model.forward, use_cache=False)  # type: ignore[assignment]
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, backend=lambda graph, _: graphs.append(graph) or graph)
+    with torch.no_grad():
+        for T in range(4, 16):
+            ids = torch.arange(2, 2 + 2 * T).view(2, T)
+            compiled(ids, attention_mask=ids > 3)
+    assert len(graphs) == 2
+
+
 @once
 def test_a_window_of_the_mask_alone_is_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2-MoE makes a mask with a window, and does not pass the window on."""
@@ -170,8 +264,6 @@ def test_a_window_of_the_mask_alone_is_the_layers(monkeypatch: pytest.MonkeyPatc
 @once
 @pytest.mark.parametrize("kind", ["chunked", "blocks", "blocks, padding"])
 def test_patterns_that_are_not_causal_alone_become_a_dense_mask(kind: str) -> None:
-    from transformers import masking_utils
-
     ids, valid = torch.arange(2, 12).expand(2, 10), torch.arange(10) >= torch.tensor([[0], [3]])
     config: Any = SimpleNamespace(_attn_implementation=NAME, attention_chunk_size=4, sliding_window=4, is_causal=True)
     call = {"inputs_embeds": torch.zeros(*ids.shape, 1), "attention_mask": None, attention.CACHE: None}

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -153,6 +154,71 @@ def test_experts_that_train_are_refused(module: Any) -> None:
     with pytest.raises(ValueError, match="OlmoeExperts has experts that require gradients, needs frozen") as found:
         out.sum().backward()
     assert 'experts_implementation="grouped_mm"' in str(found.value)
+
+
+@once
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_written_weights_and_second_derivatives_are_refused(format: str | None, module: Any) -> None:
+    x, ids, weights = routed()
+    module = in_format(module, format)
+    out = module(x, ids, weights)
+    with pytest.raises(ValueError, match="OlmoeExperts has no second derivatives, needs a backward without"):
+        torch.autograd.grad((out + x**3).sum(), x, create_graph=True)
+    (module.down_proj.scales if format else module.down_proj).mul_(2)
+    with pytest.raises(ValueError, match="OlmoeExperts has weights that were written after their forward"):
+        out.sum().backward()
+    module(x, ids, weights).sum().backward()
+
+
+@once
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_compiled_experts_have_the_gradients_of_eager(format: str | None, module: Any) -> None:
+    module = in_format(module, format)
+    torch._dynamo.reset()
+    found = []
+    for function in (module, torch.compile(lambda *args: 2 * module(*args), backend="eager")):
+        x, ids, weights = routed()
+        found.append(torch.autograd.grad(function(x, ids, weights).sum(), (x, weights)))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.allclose(got, 2 * want, rtol=2e-6)
+
+
+@once
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3", "mixtral", "mixtral by apply"])
+def test_a_compiled_training_step_has_the_gradients_of_eager(family: str) -> None:
+    model = build(family.split()[0])
+    if "apply" in family:
+        apply(model)
+    else:
+        model.set_experts_implementation(NAME)
+        model.set_attn_implementation(NAME)
+    model = with_lora(model)
+    want = gradients(model)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    assert largest_error(gradients(model), want) <= 2e-6
+
+
+@once
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3", "mixtral"])
+def test_trainer_in_bf16_with_an_evaluation_each_step(family: str, tmp_path: Path, covers: Any) -> None:
+    losses = []
+    for names in (("sdpa", "grouped_mm"), (NAME, NAME)):
+        model = build(family)
+        model.set_attn_implementation(names[0])
+        model.set_experts_implementation(names[1])
+        settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1, "report_to": "none"}
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), bf16=True, use_cpu=True, disable_tqdm=True, **settings
+        )
+        data = [{"input_ids": row, "labels": row} for row in IDS]
+        trainer = transformers.Trainer(with_lora(model), arguments, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        losses.append([log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log])
+    assert len(losses[1]) == 2 and losses[1] == pytest.approx(losses[0], rel=0.01)
+    covers("gradients", f"Trainer(bf16=True) {family:12} eval losses {losses[1]}, of sdpa and grouped_mm {losses[0]}")
 
 
 MASKS: dict[str, dict[str, Any]] = {

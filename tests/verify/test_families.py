@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
 from mixtral_triton import ExpertsConfig, register, verify
@@ -97,6 +97,24 @@ def without_window(q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
     return (q, k, v, mask[:, :1]), kwargs
 
 
+def short_text(q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+    """Without its last key, the text before padding on the right."""
+    if mask.shape[2] == 3:
+        mask = (mask.view(torch.int32) - torch.tensor([[0], [1], [0]])).int().view(torch.uint32)
+    return (q, k, v, mask), kwargs
+
+
+def empty_slots_are_seen(patch: pytest.MonkeyPatch, model: Any) -> None:
+    make = AttentionMaskInterface._global_mapping[NAME]
+    faulty = lambda **call: make(**call | ({"q_offset": call["q_offset"] + 1} if is_static(call) else {}))  # noqa: E731
+    is_static = lambda call: isinstance(call["q_offset"], torch.Tensor)  # noqa: E731
+    patch.setitem(AttentionMaskInterface._global_mapping, NAME, faulty)
+
+
+def a_window_more(q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+    return (q, k, v, mask.expand(-1, 2, -1, -1)), kwargs | {"sliding_window": 12}
+
+
 FAULTS: dict[str, tuple[str, Inject]] = {
     "halved routing weights": (
         "experts in layer 1 (model.layers.N.mlp.experts): model.layers.1.mlp.experts: error",
@@ -114,6 +132,18 @@ FAULTS: dict[str, tuple[str, Inject]] = {
         "attention in layer 0 (model.layers.N.self_attn): model.layers.0.self_attn: error",
         lambda patch, model: patch.setattr(attention, "first_key", lambda valid: (True, None)),
     ),
+    "the last key before padding on the right": (
+        "attention in layer 0 (model.layers.N.self_attn): model.layers.0.self_attn: error",
+        in_layer(0, AttentionInterface, short_text),
+    ),
+    "empty slots of a static cache": (
+        "attention in layer 0 (model.layers.N.self_attn): model.layers.0.self_attn: error",
+        empty_slots_are_seen,
+    ),
+    "a window in a layer without one": (
+        "attention in layer 0 (model.layers.N.self_attn): model.layers.0.self_attn: error",
+        in_layer(0, AttentionInterface, a_window_more),
+    ),
     "another scale": (
         "attention in layer 0 (model.layers.N.self_attn): model.layers.0.self_attn: error",
         in_layer(0, AttentionInterface, lambda *args, **kw: (args, kw | {"scaling": 1.1 * kw["scaling"]})),
@@ -125,7 +155,8 @@ FAULTS: dict[str, tuple[str, Inject]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_a_layer_is_named_by_its_path(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     line, inject = FAULTS[fault]
-    model = by_name("qwen3_moe", use_sliding_window=True, sliding_window=12, max_window_layers=0)
+    windows = int("without" in fault) if "window" in fault else 9
+    model = by_name("qwen3_moe", use_sliding_window=True, sliding_window=12, max_window_layers=windows)
     assert verify(model).ok
     inject(monkeypatch, model)
     report = verify(model)
@@ -157,3 +188,97 @@ def test_in_training_mode_gradients_are_judged(monkeypatch: pytest.MonkeyPatch) 
     assert "model.layers.1.mlp.experts: error" in str(report)
     with pytest.raises(ValueError, match="experts that require gradients"):
         verify(by_name("olmoe").train())
+
+
+def subclassed(model: Any) -> None:
+    for path in ("mlp.experts", "self_attn"):
+        module = model.model.layers[1].get_submodule(path)
+        kind: Any = type(module)
+        forward = lambda self, *args, kind=kind, **kwargs: kind.forward(self, *args, **kwargs)  # noqa: E731
+        module.__class__ = type("Mine", (kind,), {"forward": forward})
+
+
+def on_layer(path: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda model: change(model.model.layers[1].get_submodule(path))
+
+
+def dropping(module: Any) -> None:
+    forward = module.forward
+    module.forward = lambda x, ids, weights: torch.nn.functional.pad(forward(x, ids, weights)[:-1], (0, 0, 0, 1))
+
+
+FOREIGN: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "the last token is dropped": ("mlp.experts is 'a forward of its own'", on_layer("mlp.experts", dropping)),
+    "nothing is dispatched": (
+        "mlp.experts is 'a forward of its own'",
+        on_layer("mlp.experts", lambda experts: setattr(experts, "forward", lambda x, ids, weights: 0 * x)),
+    ),
+    "a hook on experts": (
+        "mlp.experts is 'the hook ",
+        on_layer("mlp.experts", lambda m: m.register_forward_hook(lambda m, args, out: out * 1.1)),
+    ),
+    "a hook before attention": (
+        "self_attn is 'the hook ",
+        on_layer("self_attn", lambda m: m.register_forward_pre_hook(print)),
+    ),
+    "a class of its own": ("self_attn is 'the forward of Mine'", subclassed),
+}
+
+
+@pytest.mark.parametrize("fault", FOREIGN)
+def test_what_runs_around_this_package_is_refused_by_path(fault: str) -> None:
+    model = by_name("olmoe")
+    message, change = FOREIGN[fault]
+    change(model)
+    with pytest.raises(ValueError, match=rf"verify: model\.layers\.1\.{message}"):
+        verify(model)
+
+
+def test_accelerates_and_transformers_own_hooks_are_taken_and_adapters_of_experts_are_refused() -> None:
+    from accelerate import hooks
+
+    model = by_name("olmoe")
+    for name in ("mlp.experts", "self_attn"):
+        hooks.add_hook_to_module(model.model.layers[1].get_submodule(name), hooks.AlignDevicesHook("cpu"))
+    model(torch.arange(2, 8)[None], output_attentions=True)
+    assert verify(model).ok
+    peft = pytest.importorskip("peft")
+    settings = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    adapted = peft.get_peft_model(by_name("olmoe"), peft.LoraConfig(r=4, **settings)).eval()
+    with pytest.raises(ValueError, match=r"mlp\.experts has PEFT's target_parameters, needs them merged"):
+        verify(adapted)
+
+
+def test_a_selected_module_that_never_ran_is_listed_and_the_verdict_says_so() -> None:
+    model = by_name("olmoe")
+    model.model.layers[1].mlp.forward = lambda x: x
+    report = verify(model)
+    assert "not run: model.layers.1.mlp.experts; the model never called it" in str(report)
+    assert report.verdict.endswith("within their limits; 1 selected modules never ran")
+
+
+@pytest.mark.parametrize("path", ["layers.1.mlp.experts.down_proj", "layers.0.self_attn.q_proj.weight", "norm.weight"])
+def test_a_weight_that_is_not_finite_is_named(path: str) -> None:
+    model = by_name("olmoe", torch.bfloat16)
+    model.model.get_parameter(path).data.flatten()[-1] = float("nan")
+    report = verify(model)
+    assert report.verdict.startswith("WRONG")
+    assert report.rows[0].note == f"model.{path} has values that are not finite"
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_after_training_with_adapters_in_fp32_and_the_loss_of_routers(kind: str) -> None:
+    """What PEFT and TRL's SFTTrainer leave."""
+    peft = pytest.importorskip("peft")
+    model = by_name(kind, torch.bfloat16)
+    model.config.output_router_logits = True
+    settings: Any = {"target_modules": ["q_proj", "q_b_proj", "v_proj", "kv_b_proj"], "init_lora_weights": False}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, use_dora=kind == "qwen3_moe", **settings))
+    assert {x.dtype for name, x in adapted.named_parameters() if "lora_" in name} == {torch.float32}
+    before = {name: (x.dtype, x.clone()) for name, x in adapted.state_dict().items()}
+    for target in (adapted.eval(), adapted.train()):
+        report = verify(target)
+        assert report.ok and {*families.CASES} <= {row.case for row in report.rows}, report
+    assert model.config.output_router_logits is True
+    after = adapted.state_dict()
+    assert all(after[name].dtype == kind and torch.equal(after[name], x) for name, (kind, x) in before.items())

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,10 @@ from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from mixtral_triton.model.layer import Layer
+from mixtral_triton.verification import families
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.report import BITS, Report, Row
-from mixtral_triton.verification.tolerance import Tolerance
+from mixtral_triton.verification.tolerance import Tolerance, largest
 from tests.cli.commands import run_json
 from tests.support.faults import DTYPES, replace_by, small_model
 from tests.support.models import random_model
@@ -278,3 +280,15 @@ def test_kernels_of_fp8_activations_are_compared() -> None:
     report = verify(fp8_model(), IDS[:, :12], quick=True)
     assert not report.wrong, str(report)
     assert ("experts_add_rms_norm", "5 x 17 tokens") in {(row.op, row.case) for row in report.rows}
+
+
+def test_a_row_where_torch_overflows_is_not_ok_and_nan_is_wrong() -> None:
+    right, overflow = Row(0, "linear", "x", 0.1, 0.2), Row(0, "linear", "y", math.inf, math.inf)
+    for row, verdict in ((right, "RIGHT"), (overflow, "OVERFLOW"), (replace(overflow, error=0.0), "OVERFLOW")):
+        report = Report((right, row), 0, 0, "Triton", "float16")
+        assert report.ok == (verdict == "RIGHT") and report.verdict.startswith(verdict) and not report.wrong
+    exact, nan = torch.ones(2, 3, dtype=torch.float64), torch.tensor([[1.0, math.nan, 1.0], [1.0, 1.0, 1.0]])
+    row = families.worst_call(
+        "gradient of x", "layers.0.mlp", iter([(exact.float(),) * 2 + (exact,), (nan, exact, exact)])
+    )
+    assert not row.ok and not row.overflows and largest(nan) == math.inf
