@@ -153,7 +153,7 @@ class FamilyUnderTest:
 
         def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
             out = run_attention(module, q, k, v, attention_mask, **kwargs)
-            self.attention.setdefault(module, []).append((q, k, v, kwargs, out[0]))
+            self.attention.setdefault(module, []).append((q, k.clone(), v.clone(), kwargs, out[0]))  # of a static cache
             return out
 
         return experts, attention, None
