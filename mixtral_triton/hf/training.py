@@ -50,11 +50,10 @@ class FrozenExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x, ids, weights), (gate_up, down) = ctx.saved_tensors, ctx.projections
-        if torch.is_grad_enabled() or ctx.versions != versions(gate_up, down):
-            fault, needs = "weights that were written after their forward", "the same ones"
-            if torch.is_grad_enabled():
-                fault, needs = "no second derivatives", "a backward without create_graph"
-            raise ValueError(f"mixtral_triton: {ctx.name} has {fault}, needs {needs}")
+        if torch.is_grad_enabled():
+            raise ValueError(f"mixtral_triton: {ctx.name} has no second derivatives, needs create_graph=False")
+        if ctx.versions != versions(gate_up, down):
+            raise ValueError(f"mixtral_triton: {ctx.name} has weights that were written after forward, needs the same")
         if any(ctx.needs_input_grad[1:3]):
             needs = (
                 'needs frozen ones, requires_grad_(False), no adapter on them, or experts_implementation="grouped_mm"'
@@ -79,10 +78,7 @@ class FrozenExperts(torch.autograd.Function):
         return grad_x, None, None, None, grad_weights.to(weights.dtype), None
 
 
-@torch.compiler.disable(recursive=True)
-def frozen_experts(*args: Any) -> Any:
-    """`FrozenExperts.apply`, which a compiler calls as it is."""
-    return FrozenExperts.apply(*args)
+frozen_experts: Any = torch.compiler.disable(FrozenExperts.apply)  # no compiler traces its backward
 
 
 def versions(*weights: Any) -> list[int]:

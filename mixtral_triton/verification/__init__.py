@@ -121,7 +121,7 @@ def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> 
     with torch.no_grad(), in_evaluation(model):
         rows = target.compare(ids) + (gradient_rows(model, ids) if trains else [])
     about = backend_name(ids.device), dtype_name(model.dtype), "transformers' own modules", target.not_run
-    return Report(tuple(rows), 0, 0, *about, target.uncalled)
+    return Report(tuple(rows), 0, 0, *about)
 
 
 def backend_name(device: torch.device) -> str:

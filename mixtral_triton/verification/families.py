@@ -21,7 +21,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
-from transformers.integrations import moe
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.mixtral import modeling_mixtral
@@ -31,12 +30,12 @@ from ..hf.attention import CACHE
 from ..hf.drop_in import is_own_forward
 from ..hf.experts import NAME, PROJECTIONS, is_experts
 from ..hf.modules import Applied
-from .report import END_RATIO, Row
+from .report import END_RATIO, UNCALLED, Row
 from .tolerance import FLOOR, RATIO, ConvertedExperts, Fp64Reference, largest, token_floor
 
 CASES = "whole text", "right padding", "in chunks", "static cache"  # the first two without a cache
 GRADIENTS = "x", "routing weights"  # of the experts
-OWN_HOOKS = "transformers", "accelerate", __name__.partition(".")[0]
+OWN = "transformers.", "accelerate.", "mixtral_triton."  # packages whose hooks are right
 Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
 Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
 
@@ -65,38 +64,33 @@ def fp32_mask(*args: Any, **kwargs: Any) -> Tensor:
 
 def selected_modules(model: nn.Module) -> dict[nn.Module, str]:
     """The modules of experts and attention that dispatch to this package by its name, with their paths. ValueError for
-    one whose class or instance has another forward, or that has a hook: all runs of `verify` would call these."""
+    one with another forward or a hook, which all runs of `verify` would call."""
     modules = dict[nn.Module, str]()
     for path, module in model.named_modules():
-        if type(module).__name__ == "ParamWrapper" and any(map(is_experts, module.modules())):
-            needs = "them merged: model.merge_and_unload()"
-            raise ValueError(f"verify: {path} has PEFT's target_parameters, needs {needs}")
-        config, part = getattr(module, "config", None), "experts" if is_experts(module) else "attn"
+        wraps_experts = type(module).__name__ == "ParamWrapper" and any(map(is_experts, module.modules()))
+        got, needs = "adapted by PEFT's target_parameters", "them merged: model.merge_and_unload()"
+        check_value(f"verify: {path}", got, needs, not wraps_experts)
+        selects = f"_{'experts' if is_experts(module) else 'attn'}_implementation"
         kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
-        dispatching = [kind for kind in kinds if _dispatches(vars(kind)["forward"], part)]
-        if getattr(config, f"_{part}_implementation", None) != NAME or not dispatching:
+        calls = [any("get_interface" in names for names in _names(vars(kind)["forward"])) for kind in kinds]
+        if getattr(getattr(module, "config", None), selects, None) != NAME or not any(calls):
             continue
         name = "_old_forward" if "_hf_hook" in vars(module) else "forward"  # accelerate keeps what it wraps
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        faults = [f"the hook {hook!r:.60}" for hook in hooks if _root(hook) not in OWN_HOOKS]
+        packages = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
+        faults = [
+            f"the hook {x!r:.60}" for x, package in zip(hooks, packages, strict=True) if not package.startswith(OWN)
+        ]
         faults += [f"a {name} of its own"] * (name in vars(module) and not is_own_forward(module, name))
-        faults += [f"the forward of {kinds[0].__name__}"] * (kinds[0] is not dispatching[0])
+        faults += [f"the forward of {kinds[0].__name__}"] * (not calls[0])
         check_value(f"verify: {path}", ", ".join(faults), "transformers' own forward, without hooks", not faults)
         modules[module] = path
     return modules
 
 
-def _dispatches(forward: Any, part: str) -> bool:
-    if part == "experts":
-        return getattr(forward, "__globals__", {}).get("__name__") == moe.__name__  # that of transformers' decorator
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
-def _root(hook: Any) -> str:
-    """The package that defines a hook."""
-    hook = getattr(hook, "func", hook)  # of a partial
-    return str(getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
+def _names(forward: Any) -> list[tuple[str, ...]]:
+    """The names that a function and what it wraps look up."""
+    return [getattr(function, "__code__", _names.__code__).co_names for function in (forward, inspect.unwrap(forward))]
 
 
 class FamilyUnderTest:
@@ -105,8 +99,11 @@ class FamilyUnderTest:
     not_run: tuple[str, ...] = ("norms, rotary embedding, router, generate; they are transformers' own",)
 
     def __init__(self, model: Any) -> None:
-        self.model, self.selected = model, selected_modules(model)
-        self.paths = {module: name for name, module in model.named_modules()}
+        self.model, self.paths = model, {module: name for name, module in model.named_modules()}
+        self.selected = selected_modules(model)
+        if not (has_static := getattr(model, "_can_compile_fullgraph", False)):
+            self.not_run += (f"{CASES[3]}; transformers has none for this family",)
+        self.cases = CASES if has_static else CASES[:3]
         self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
 
@@ -126,10 +123,7 @@ class FamilyUnderTest:
                 self.not_run += (f"logits; in fp64 the model raises {error}"[:100],)
             self.masks = masks
         uncalled = [path for module, path in self.selected.items() if module not in self.experts | self.attention]
-        self.uncalled = len(uncalled)
-        if not self.model._can_compile_fullgraph:
-            self.not_run += (f"{CASES[3]}; transformers has none for this family",)
-        self.not_run += tuple(f"{path}; the model never called it" for path in uncalled)
+        self.not_run += tuple(f"{path}{UNCALLED}" for path in uncalled)
         rows, paths = nonfinite_rows(self.model), self.paths
         for module in self.experts:
             rows.append(worst_call("experts", paths[module], self._experts_errors(module)))
@@ -186,20 +180,15 @@ class FamilyUnderTest:
                     stack.enter_context(mock.patch.dict(interface._global_mapping, dict.fromkeys(names, function)))
             for case, mask in zip(CASES[:2], (valid, valid.flip(1)), strict=True):
                 logits[case] = self.model(ids, attention_mask=mask.long(), use_cache=False)[0][mask]
-            for case, cache in zip(CASES[2:], self._caches(T), strict=False):
-                chunks = list[Tensor]()
+            for case in self.cases[2:]:  # of a static cache some slots stay empty
+                config, chunks = self.model.config.get_text_config(), list[Tensor]()
+                cached = {} if case == CASES[2] else {CACHE: StaticCache(config=config, max_cache_len=T + 3)}
                 for begin, end in pairwise(sorted({0, T // 2, T - 1, T})):
-                    cached: dict[str, Any] = {} if cache is None else {CACHE: cache}
                     out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **cached)
-                    cache = getattr(out, CACHE)
+                    cached = {CACHE: getattr(out, CACHE)}
                     chunks.append(out[0])
                 logits[case] = torch.cat(chunks, 1)[valid]
         return logits
-
-    def _caches(self, T: int) -> list[Any]:
-        """The cache that the model makes, and a static one, with slots that stay empty, where the family has it."""
-        config = self.model.config.get_text_config()
-        return [None, *([StaticCache(config=config, max_cache_len=T + 3)] if self.model._can_compile_fullgraph else [])]
 
     def _experts_errors(self, module: nn.Module) -> Iterator[Results]:
         for x, ids, weights, out in self.experts[module]:
@@ -227,14 +216,12 @@ def worst_call(op: str, path: str, calls: Iterator[Results]) -> Row:
 
 def nonfinite_rows(model: nn.Module) -> list[Row]:
     """A row that fails for each weight with a value that is not finite, which would look like an overflow."""
-    rows, tensors = list[Row](), dict(model.named_parameters())
+    tensors = dict(model.named_parameters())
     for path, module in model.named_modules():
-        if is_experts(module):
-            tensors |= {f"{path}.{name}": x for name, x in module.named_buffers()}
-    for name, x in tensors.items():
-        if x.is_floating_point() and not all(bool(part.isfinite().all()) for part in x.split(1)):
-            rows.append(Row.exact(None, "weights", "finite", False, f"{name} has values that are not finite"))
-    return rows
+        tensors |= {f"{path}.{name}": x for name, x in module.named_buffers() if is_experts(module)}
+    floats = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+    bad = [name for name, x in floats.items() if not all(bound.isfinite() for bound in x.aminmax())]
+    return [Row.exact(None, "weights", "finite", False, f"{name} has values that are not finite") for name in bad]
 
 
 def gradient_rows(model: Any, ids: Tensor) -> list[Row]:

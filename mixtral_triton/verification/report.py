@@ -17,6 +17,7 @@ from .tolerance import share_of_limit
 
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
 TORCH = "plain torch"  # the backend without kernels
+UNCALLED = "; the model never called it"  # the end of a line on a module that selects this package
 BITS, REPEATED = "bits in any batch", "repeated"
 ROUNDED = "as stored, rounded"  # the case of tensors that the model's dtype cannot hold exactly
 END_RATIO = 4.0  # in the place of RATIO for a whole model, where rounding errors have grown from layer to layer
@@ -106,7 +107,6 @@ class Report:
     dtype: str
     peer: str = TORCH
     not_run: tuple[str, ...] = ()  # what this report says nothing about
-    uncalled: int = 0  # modules that select this package and that the model never called
 
     @property
     def compared(self) -> bool:
@@ -132,7 +132,8 @@ class Report:
         if not self.compared:
             return "NOTHING WAS COMPARED: no kernel ran, so plain torch was compared with itself"
         ran = f" ({TORCH}; no kernel ran)" if self.backend == TORCH else ""
-        but = f"; {self.uncalled} selected modules never ran" if self.uncalled else ""
+        uncalled = sum(line.endswith(UNCALLED) for line in self.not_run)
+        but = f"; selected modules that never ran: {uncalled}" if uncalled else ""
         return f"RIGHT{ran}: all {len(self.rows)} comparisons are within their limits{but}"
 
     def as_dict(self) -> dict[str, Any]:
