@@ -3,9 +3,8 @@
 A mask of this file is uint32 [B, 1 or 2, C, S], as no user's mask is: 2 where keys have left the window, which the
 layer knows. C = 0: causal, every key valid, the last query at the last key. C = 2: the first valid key, and the key
 after the last query. C = 3: between the two the key after the text, where padding follows it. Its values are equal
-along S, and take no memory. Otherwise transformers' dense [B, 1, T, S], bool, or additive for an index: padding with
-holes, packed sequences, other patterns, and what a tracer cannot read. transformers' models use a mask of four
-dimensions as it is.
+along S, and take no memory. Otherwise transformers' dense [B, 1, T, S], bool, or additive for an index: holes, packed
+sequences, other patterns, and what a tracer cannot read. transformers' models use a mask of four dimensions as it is.
 
 B batch, T query tokens, Hq query heads, Hkv key/value heads, D head size, S keys
 """
@@ -215,8 +214,7 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     ends = torch.zeros(batch_size, dtype=torch.int64, device=device) + end
     starts = torch.zeros_like(ends) if first is None else first
     rows = [starts, ends] if last is None else [starts, torch.minimum(last, ends), ends]
-    intervals = torch.stack(rows, 1).to(torch.int32).view(torch.uint32)
-    return intervals[:, None, :, None].expand(-1, layers, -1, kv_length)
+    return torch.stack(rows, 1).int().view(torch.uint32)[:, None, :, None].expand(-1, layers, -1, kv_length)
 
 
 def is_causal_pattern(function: Any) -> bool:

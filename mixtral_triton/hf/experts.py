@@ -25,8 +25,7 @@ DECLARED = {
     "is_concatenated": (True, "interleaved rows of gate and up"),
     "has_post_expert_norm": (False, "a norm behind each expert"),
 }
-# Quantizers of transformers whose files hold the experts in a layout that it does not read.
-PACKED = "gptq", "awq"
+PACKED = "gptq", "awq"  # quantizers of transformers that leave the experts of their files unread
 NEEDED = [need for need, _ in DECLARED.values()]
 
 

@@ -67,9 +67,10 @@ def selected_modules(model: nn.Module) -> dict[nn.Module, str]:
     one with another forward or a hook, which all runs of `verify` would call."""
     modules = dict[nn.Module, str]()
     for path, module in model.named_modules():
-        wraps_experts = type(module).__name__ == "ParamWrapper" and any(map(is_experts, module.modules()))
-        got, needs = "adapted by PEFT's target_parameters", "them merged: model.merge_and_unload()"
-        check_value(f"verify: {path}", got, needs, not wraps_experts)
+        if type(module).__name__ == "ParamWrapper" and any(map(is_experts, module.modules())):
+            raise ValueError(
+                f"verify: {path} has PEFT's target_parameters, needs them merged: model.merge_and_unload()"
+            )
         selects = f"_{'experts' if is_experts(module) else 'attn'}_implementation"
         kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
         calls = [any("get_interface" in names for names in _names(vars(kind)["forward"])) for kind in kinds]
@@ -77,10 +78,8 @@ def selected_modules(model: nn.Module) -> dict[nn.Module, str]:
             continue
         name = "_old_forward" if "_hf_hook" in vars(module) else "forward"  # accelerate keeps what it wraps
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        packages = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
-        faults = [
-            f"the hook {x!r:.60}" for x, package in zip(hooks, packages, strict=True) if not package.startswith(OWN)
-        ]
+        roots = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
+        faults = [f"the hook {x!r:.60}" for x, root in zip(hooks, roots, strict=True) if not root.startswith(OWN)]
         faults += [f"a {name} of its own"] * (name in vars(module) and not is_own_forward(module, name))
         faults += [f"the forward of {kinds[0].__name__}"] * (not calls[0])
         check_value(f"verify: {path}", ", ".join(faults), "transformers' own forward, without hooks", not faults)
@@ -101,9 +100,8 @@ class FamilyUnderTest:
     def __init__(self, model: Any) -> None:
         self.model, self.paths = model, {module: name for name, module in model.named_modules()}
         self.selected = selected_modules(model)
-        if not (has_static := getattr(model, "_can_compile_fullgraph", False)):
-            self.not_run += (f"{CASES[3]}; transformers has none for this family",)
-        self.cases = CASES if has_static else CASES[:3]
+        self.cases = CASES[: 3 + getattr(model, "_can_compile_fullgraph", False)]
+        self.not_run += tuple(f"{case}; transformers has none for this family" for case in CASES[len(self.cases) :])
         self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
 
@@ -257,10 +255,10 @@ def short_windows(model: Any, window: int) -> Iterator[None]:
     holders = {id(holder): holder for pair in pairs for holder in pair}
     with ExitStack() as stack:
         for holder in holders.values():
-            if (getattr(holder, "sliding_window", None) or 0) > window:
-                stack.enter_context(mock.patch.object(holder, "sliding_window", window))
-            if getattr(holder, "output_router_logits", None):
-                stack.enter_context(mock.patch.object(holder, "output_router_logits", False))
+            for name, value in (("sliding_window", window), ("output_router_logits", False)):
+                if (before := getattr(holder, name, None) or 0) > value:
+                    stack.callback(setattr, holder, name, before)
+                    setattr(holder, name, value)
         yield
 
 
