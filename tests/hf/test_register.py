@@ -21,7 +21,7 @@ from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import quantize
 from mixtral_triton.verification.families import eager_experts
 from tests.cli.commands import python
-from tests.support.families import MODELS, VERSION, build, experts_of
+from tests.support.families import MODELS, VERSION, build, by_name, experts_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 once = pytest.mark.skipif(INTERPRETED, reason="about modules and masks, whatever the backend: run once")
@@ -184,8 +184,7 @@ def test_every_kind_of_mask_with_a_scale_and_with_fewer_columns_of_values(mask: 
 
 @once
 def test_a_users_mask_of_integers_is_refused_by_name_with_and_without_gradients() -> None:
-    model = build("olmoe", num_hidden_layers=1)
-    model.set_attn_implementation(NAME)
+    model = by_name("olmoe", num_hidden_layers=1)
     for dtype, T, grad in itertools.product((torch.int32, torch.int64), (2, 3, 9), (False, True)):
         mask = torch.ones(T, T, dtype=dtype).tril()[None, None]
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"attention_mask is {dtype} of shape"):
@@ -210,9 +209,7 @@ def test_autocast_without_gradients(family: str, dtype: torch.dtype) -> None:
     """Weights of other dtypes than autocast's, as in an evaluation by Trainer: within sdpa's and grouped_mm's error."""
     ids, logits = torch.arange(2, 22).view(2, 10), list[Tensor]()
     for kind, names in ((torch.float64, ("eager", "eager")), (dtype, ("sdpa", "grouped_mm")), (dtype, (NAME, NAME))):
-        model = build(family).to(kind)
-        model.set_attn_implementation(names[0])
-        model.set_experts_implementation(names[1])
+        model = by_name(family, kind, *names)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind != torch.float64):
             logits.append(model(ids).logits.double())
     exact, baseline, got = logits
@@ -230,10 +227,7 @@ def test_padding_of_12_lengths_takes_few_graphs(family: str | None) -> None:
         return attention.interval_mask(*ids.shape, ids.shape[1], **call)
 
     if family is not None:
-        model = build(family, num_hidden_layers=1)
-        model.set_attn_implementation(NAME)
-        model.set_experts_implementation(NAME)
-        forward = functools.partial(model.forward, use_cache=False)  # type: ignore[assignment]
+        forward = functools.partial(by_name(family, num_hidden_layers=1).forward, use_cache=False)
     torch._dynamo.reset()
     compiled = torch.compile(forward, backend=lambda graph, _: graphs.append(graph) or graph)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from mixtral_triton.hf.experts import NAME, PROJECTIONS
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import quantize
 from mixtral_triton.verification.families import eager_experts
-from tests.support.families import NAMED, build, experts_of, marked_families, with_int4_experts
+from tests.support.families import NAMED, build, by_name, experts_of, marked_families, with_int4_experts
 
 register()
 once = pytest.mark.skipif(INTERPRETED, reason="about gradients of whole models: run once")
@@ -187,13 +187,7 @@ def test_compiled_experts_have_the_gradients_of_eager(format: str | None, module
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3", "mixtral", "mixtral by apply"])
 def test_a_compiled_training_step_has_the_gradients_of_eager(family: str) -> None:
-    model = build(family.split()[0])
-    if "apply" in family:
-        apply(model)
-    else:
-        model.set_experts_implementation(NAME)
-        model.set_attn_implementation(NAME)
-    model = with_lora(model)
+    model = with_lora(apply(build("mixtral")) if "apply" in family else by_name(family))
     want = gradients(model)
     torch._dynamo.reset()
     model.forward = torch.compile(model.forward, backend="aot_eager")
@@ -206,15 +200,11 @@ def test_a_compiled_training_step_has_the_gradients_of_eager(family: str) -> Non
 def test_trainer_in_bf16_with_an_evaluation_each_step(family: str, tmp_path: Path, covers: Any) -> None:
     losses = []
     for names in (("sdpa", "grouped_mm"), (NAME, NAME)):
-        model = build(family)
-        model.set_attn_implementation(names[0])
-        model.set_experts_implementation(names[1])
-        settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1, "report_to": "none"}
-        arguments = transformers.TrainingArguments(
-            str(tmp_path), bf16=True, use_cpu=True, disable_tqdm=True, **settings
-        )
+        settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "report_to": "none"}
+        arguments = transformers.TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, **settings)
         data = [{"input_ids": row, "labels": row} for row in IDS]
-        trainer = transformers.Trainer(with_lora(model), arguments, train_dataset=data, eval_dataset=data)
+        model = with_lora(by_name(family, torch.float32, *names))
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
         trainer.train()
         losses.append([log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log])
     assert len(losses[1]) == 2 and losses[1] == pytest.approx(losses[0], rel=0.01)

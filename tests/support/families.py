@@ -101,6 +101,16 @@ def build(family: str, **changes: Any) -> Any:
     return randomize(kind._from_config(config, attn_implementation="eager", experts_implementation="eager"))
 
 
+def by_name(
+    family: str, dtype: torch.dtype = torch.float32, attention: str = NAME, experts: str = NAME, **changes: Any
+) -> Any:
+    """The tiny model with these implementations."""
+    model = build(family, **changes).to(dtype)
+    model.set_experts_implementation(experts)
+    model.set_attn_implementation(attention)
+    return model
+
+
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_experts(module)}
 

@@ -15,18 +15,11 @@ from mixtral_triton.hf import attention, training
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.verification import families
-from tests.support.families import NAMED, build, experts_of
+from tests.support.families import NAMED, build, by_name, experts_of
 
 register()
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules and masks, whatever the backend: run once")
 DTYPES = torch.float32, torch.bfloat16
-
-
-def by_name(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    model = build(family, **changes).to(dtype)
-    model.set_experts_implementation(NAME)
-    model.set_attn_implementation(NAME)
-    return model
 
 
 @pytest.mark.exhaustive
@@ -65,9 +58,7 @@ def test_quantized_experts_are_judged_beside_their_dequantized_values(format: st
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_of_transformers_is_judged_by_the_logits_of_any_text(attention: str) -> None:
     """Padding in fp64 under eager's softmax in fp32, and texts that are too short for chunks."""
-    model = build("qwen3_moe")
-    model.set_experts_implementation(NAME)
-    model.set_attn_implementation(attention)
+    model = by_name("qwen3_moe", attention=attention)
     for dtype in DTYPES:
         for ids in (None, *(torch.arange(2 * T).view(2, T) for T in (1, 2, 3))):
             report = verify(model.to(dtype), ids)
@@ -271,7 +262,7 @@ def test_after_training_with_adapters_in_fp32_and_the_loss_of_routers(kind: str)
     peft = pytest.importorskip("peft")
     model = by_name(kind, torch.bfloat16)
     model.config.output_router_logits = True
-    settings: Any = {"target_modules": ["q_proj", "q_b_proj", "v_proj", "kv_b_proj"], "init_lora_weights": False}
+    settings: Any = {"target_modules": ["q_proj", "q_b_proj", "kv_b_proj"], "init_lora_weights": False}
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, use_dora=kind == "qwen3_moe", **settings))
     assert {x.dtype for name, x in adapted.named_parameters() if "lora_" in name} == {torch.float32}
     before = {name: (x.dtype, x.clone()) for name, x in adapted.state_dict().items()}
