@@ -181,9 +181,8 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
     # transformers forbids the skip for patterns that are not causal alone, as of packed sequences, and for static
     # caches, which are causal all the same.
     other = not call.get("allow_is_causal_skip", True) and q_length != 1
-    config = call.get("config")
+    config = call.get("config")  # with the last two the model writes keys of its choice into a dense mask
     chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
-    # The model writes keys of its choice into a dense mask.
     indexed = getattr(config, "index_topk", None) or getattr(config, "keep_window_size", None)
     plain = not (call.get("use_vmap") or chunked or indexed or "allow_is_bidirectional_skip" in call)
     plain = plain and not (other and (is_compiling() or not is_causal_pattern(call["mask_function"])))
