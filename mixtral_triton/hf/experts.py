@@ -62,7 +62,7 @@ def check_experts(module: Any, name: str = "") -> None:
             fault = "hooks on act_fn, which fused experts never call"
     if fault is None and "DTensor" in [type(x).__name__ for x in flags["_parameters"].values()]:
         fault = "a DTensor"
-    fields = object.__getattribute__(flags["config"], "__dict__")  # a missing attribute of a config is slow
+    fields = object.__getattribute__(flags["config"], "__dict__") if untraced() else {}  # a missing attribute is slow
     method = getattr(fields.get("quantization_config"), "quant_method", None)
     if method in PACKED and not all(getattr(x, "_is_hf_initialized", False) for x in flags["_parameters"].values()):
         fault = f"random weights: transformers did not read them from the {method:s} checkpoint"
