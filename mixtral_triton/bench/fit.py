@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import math
+import shlex
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -221,37 +222,36 @@ def _stored_bytes(format: str | None, elements: int, dtype: torch.dtype) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no format fits, with experts in host memory neither."""
-    request, gpu = Request.of(args), select_gpu(args)
-    gpus = [gpu] if gpu else GPUS.values()
+    request, gpus = Request.of(args), select_gpus(args)
     plans = {device: [request.memory_plan(format, device) for format in request.specs] for device in gpus}
     if args.json:
         entries = list[dict[str, Any]]()
         for device, of_gpu in plans.items():
             sizes = {"name": device.name, "bytes": device.bytes, "free": free_bytes(device)}
             entries.append({"gpu": sizes, "formats": [vars(plan) for plan in of_gpu]})
-        print(json.dumps(request.as_dict() | (entries[0] if gpu else {"gpus": entries})))
-    elif gpu is None:
+        print(json.dumps(request.as_dict() | (entries[0] if len(gpus) == 1 else {"gpus": entries})))
+    elif len(gpus) > 1:
         _print_all(request, plans)
     else:
-        _print(request, gpu, plans[gpu])
+        _print(request, gpus[0], plans[gpus[0]])
     fitting = (plan for of_gpu in plans.values() for plan in of_gpu if plan.verdict == "fits" or plan.offload)
     return 0 if any(fitting) else 1
 
 
-def select_gpu(args: argparse.Namespace) -> GPU | None:
-    """Return the GPU of the options, else the one at hand with what is free on it; None where there is none."""
+def select_gpus(args: argparse.Namespace) -> list[GPU]:
+    """Return the GPUs of the options, else the one at hand with what is free on it, else all that are known."""
     if args.memory is not None:
         if args.gpu is not None:
             raise ValueError("--gpu is given, and --memory, too: needs one of the two")
         check_range("--memory", args.memory, 1, 2**40, "in GiB")
-        return GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
+        return [GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))]
     if args.gpu is not None:
-        return parse_gpu(args.gpu)
+        return [*dict.fromkeys(map(parse_gpu, args.gpu))]
     if not torch.cuda.is_available():
-        return None
+        return [*GPUS.values()]
     properties = torch.cuda.get_device_properties(0)
     gpu, free = find_gpu(properties.name) or GPU("", ""), torch.cuda.mem_get_info(0)[0]
-    return replace(gpu, name=properties.name, mib=properties.total_memory // MIB, free=free)
+    return [replace(gpu, name=properties.name, mib=properties.total_memory // MIB, free=free)]
 
 
 def _speed(bound: float | None) -> str:
@@ -267,8 +267,8 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out.print(f"Beside the weights: {', '.join(parts)}. {in_decimal(free)} of {in_decimal(gpu.bytes)} are free{held}.")
     caption = f"used: of what is free; it fits with {100 * MARGIN:.0f} % of it to spare. longest: tokens a sequence "
     caption += "that fit. offload: experts in host memory, and the embedding with them. "
-    rows = []
-    for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
+    rows, plans = [], sorted(plans, key=lambda plan: plan.bytes["weights"])
+    for plan in plans:
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": plan.format, "weights": in_decimal(weights), "in all": in_decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
@@ -277,6 +277,21 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
             word = f"offload {offload['experts']} of {offload['of']}, {in_decimal(offload['host_bytes'])}"
         rows.append((cells | {"verdict": word}, COLOURS[plan.verdict]))
     out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, f"{caption}{BOUND} {FORMAT_NOTE}"))
+    if request.batch == 1 and (plans[0].verdict == "fits" or plans[0].offload):
+        out.print(Text(f"To run it: {chat_command(request, plans[0])}"))
+
+
+def chat_command(request: Request, plan: MemoryPlan) -> str:
+    """Return the command that runs a plan. A model of KNOWN is run from its folder."""
+    weights = (
+        plan.weights
+        if isinstance(plan.weights, str)
+        else ",".join(f"{part}={x}" for part, x in (plan.weights or {}).items())
+    )
+    name = "FOLDER" if request.name.lower() in KNOWN else shlex.quote(request.name)
+    options = {"--weights": weights, "--cache-dtype": request.cache, "--offload": "auto" if plan.offload else None}
+    options["--context"] = str(request.context) if request.context < request.config.max_position_embeddings else None
+    return " ".join(["mixtral-triton chat", name, *(f"{option} {value}" for option, value in options.items() if value)])
 
 
 def _print_all(request: Request, plans: Mapping[GPU, list[MemoryPlan]]) -> None:

@@ -17,8 +17,7 @@ from ..checkpoint.config import MixtralConfig
 from ..checkpoint.tensors import parameter_shapes
 from ..model.offload_plan import AUTO_CONTEXT, usable_bytes
 from ..terminal import console, table_of
-from .fit import KNOWN, STORED, QuantSpecs, Request, free_bytes, select_gpu
-from .gpus import GPUS
+from .fit import KNOWN, STORED, QuantSpecs, Request, free_bytes, select_gpus
 
 # Qwen/Qwen3-30B-A3B by its config.json, as a Mixtral, which has no norms of queries and keys
 QWEN3: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 768, "num_hidden_layers": 48}
@@ -88,11 +87,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no GPU of the options holds any format. ValueError for a wrong option."""
     if args.cache_dtype:
         raise ValueError("--train is given, and --cache-dtype, too: needs one of the two")
-    request, gpu = Request.of(args, MODELS), select_gpu(args)
+    request, devices = Request.of(args, MODELS), select_gpus(args)
     if request.specs.get(STORED):
         raise ValueError(f"fit --train: {request.name} is quantized already, needs a dense checkpoint")
     context = min(AUTO_CONTEXT, request.context) if args.context is None else request.context
-    devices, rows, lines = [gpu] if gpu else [*GPUS.values()], list[dict[str, Any]](), list[Any]()
+    rows, lines = list[dict[str, Any]](), list[Any]()
     for name in (name for name in (STORED, "fp8", "int8", "int4") if name in request.specs):
         config, specs = request.config, request.specs[name]
         need = training_need(config, specs, request.batch, context, config is QWEN3_CONFIG)

@@ -168,7 +168,8 @@ def parser() -> argparse.ArgumentParser:
     option = command("fit", "what fits a GPU's memory: weights by format, cache, the longest text", "--cache-dtype")
     text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
-    option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
+    text = "h100, rtx4090, ...; repeatable; default: the GPU there is, else all that are known"
+    option("--gpu", action="append", metavar="NAME", help=text)
     option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return import_module(f"..{tool}", __package__).run(args)
             with warnings.catch_warnings():  # as lines of the command
                 warnings.simplefilter("always", RuntimeWarning)
-                warnings.showwarning = lambda text, *_, **__: print_message(f"mixtral-triton {args.command}: {text}")
+                warnings.showwarning = lambda text, *_, **__: print_message(f"note: {text}")
                 return globals()[f"_{args.command}"](args)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
