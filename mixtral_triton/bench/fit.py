@@ -24,7 +24,7 @@ from ..kernels.operation.declaration import Cost
 from ..kernels.ops.attention.op import CachedCase
 from ..kernels.ops.experts.op import ExpertCase
 from ..kernels.ops.linear import LinearSizes
-from ..kernels.ops.norm import EmbedSizes
+from ..kernels.ops.norm import EmbedSizes, NormSizes
 from ..kernels.ops.router import GateSizes
 from ..kernels.ops.sort import expected_distinct_experts
 from ..kernels.registry import OPS
@@ -35,11 +35,15 @@ from ..quantize.layouts import read_scheme
 from ..terminal import check_range, console, table_of
 from .gpus import GPU, GPUS, MIB, find_gpu, floor, parse_gpu
 
-# mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
+# mistralai/Mixtral-8x7B-v0.1, mistralai/Mixtral-8x22B-Instruct-v0.1 and Qwen/Qwen3-30B-A3B, by their config.json
 SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
 LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, **SAME}
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
+QWEN3: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 768, "num_hidden_layers": 48}
+QWEN3 |= {"num_key_value_heads": 4, "head_dim": 128, "num_local_experts": 128, "num_experts_per_tok": 8, **SAME}
+QWEN3 |= {"model_type": "qwen3_moe", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
+KNOWN["qwen3-30b-a3b"] = MixtralConfig(**QWEN3)
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
@@ -109,11 +113,11 @@ class Request:
     cache: str | None = None  # of `memory_need`
 
     @classmethod
-    def of(cls, args: argparse.Namespace, models: Mapping[str, MixtralConfig] = KNOWN) -> Request:
-        """Read the config of a folder, of a name on the hub, or in `models`. ValueError for a wrong option."""
-        name, known = str(args.model), models.get(str(args.model).lower())
+    def of(cls, args: argparse.Namespace) -> Request:
+        """Read the config of a folder, of a name on the hub, or in KNOWN. ValueError for a wrong option."""
+        name, known = str(args.model), KNOWN.get(str(args.model).lower())
         if known is None and "/" not in name and name != "small" and not Path(name).exists():
-            raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(models)}")
+            raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(KNOWN)}")
         config = known or MixtralConfig.from_pretrained(name)
         limit, layers = config.max_position_embeddings, config.num_hidden_layers
         context = limit if args.context is None else args.context
@@ -192,14 +196,16 @@ def step_costs(
         qkv, o, gate_up, down = formats
         D, Hq, Hkv = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         I = config.intermediate_size
-        window = config.sliding_window or 0
-        attention = CachedCase(batch, 1, Hq, Hkv, D, context, window, context - 1, cache=cache)
+        window, norms = config.sliding_window or 0, config.family.norms
+        attention = CachedCase(batch, 1, Hq, Hkv, D, context, window, context - 1, cache=cache, norms=norms == "head")
+        rows = [NormSizes(batch, heads * D) for heads in (Hq, Hkv)] if norms == "row" else []
         case = ExpertCase(batch, H, I, E, K, gate_up, down, distinct=distinct)
         experts = OPS["experts_add_rms_norm"].cost(case, dtype)
         share = distinct * away / E
         host = int(share * (_stored_bytes(gate_up, 2 * I * H, dtype) + _stored_bytes(down, I * H, dtype)))
         return [
             OPS["linear"].cost(LinearSizes(batch, H, (Hq + 2 * Hkv) * D, weight=qkv), dtype),
+            *(OPS["rms_norm"].cost(sizes, dtype) for sizes in rows),
             OPS["rope_append_attention"].cost(attention, dtype),
             OPS["linear"].cost(LinearSizes(batch, Hq * D, H, weight=o), dtype),
             OPS["rms_norm_gate_route"].cost(GateSizes(batch, H, E, K), dtype),
