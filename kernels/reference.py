@@ -45,33 +45,35 @@ def linear(x: Tensor, weight: Any) -> Tensor:
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight.product(x)
 
 
-def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
     """Mixtral's gate, Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1): weights fp32 [T,K], ids int32 [T,K].
 
-    The softmax over the top k equals the softmax over all, renormalized. Larger first, ties to the lower index.
+    The softmax over the top k equals the softmax over all, renormalized; without `renormalize` it is the latter (OLMoE,
+    Muennighoff et al. 2024, section 2). Larger first, ties to the lower index.
     """
     if not 1 <= top_k <= logits.shape[-1]:  # a slice would be shorter
         raise ValueError(f"route: argument 'top_k' is {top_k}, needs an integer in 1..{logits.shape[-1]}")
     values = _wide(logits) + 0.0  # -0.0 + 0.0 is 0.0: the two zeros tie
     values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    values, ids = (part[:, :top_k] for part in values.sort(dim=-1, descending=True, stable=True))
+    values, ids = values.sort(dim=-1, descending=True, stable=True)
+    values = values[:, :top_k] if renormalize else values
     # An infinite maximum has no softmax (inf - inf is NaN): the experts that share it share the weight.
     shifted = (values - values[:, :1]).nan_to_num(nan=0.0, neginf=-math.inf)
-    return shifted.softmax(-1), ids.int()
+    return shifted.softmax(-1)[:, :top_k], ids[:, :top_k].int()
 
 
-def gate_route(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def gate_route(x: Tensor, gate: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """x [T,H], gate [E,H] -> logits [T,E] in x's dtype, and their `route`: weights fp32 [T,K], ids int32 [T,K]."""
     logits = linear(x, gate)
-    return logits, *route(logits, top_k)
+    return logits, *route(logits, top_k, renormalize)
 
 
 def rms_norm_gate_route(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate: Tensor, top_k: int
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate: Tensor, top_k: int, renormalize: bool = True
 ) -> tuple[Tensor, ...]:
     """Norm y of x + residual [T,H], and `gate_route` of y -> y, sum, logits, weights, ids."""
     y, total = rms_norm(x, weight, eps, residual)
-    return y, total, *gate_route(y, gate, top_k)
+    return y, total, *gate_route(y, gate, top_k, renormalize)
 
 
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -131,19 +133,37 @@ def experts_add_rms_norm(
     return rms_norm(experts, norm_weight, eps, residual)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """Rotary embedding (Su et al. 2021, eq. 34), halves rotated against each other; in fp32, rounded once.
 
-    q [B,T,Hq,D], k [B,T,Hkv,D], cos and sin fp32 [P,D/2], positions [B,T] -> q, k.
+    q [B,T,Hq,D], k [B,T,Hkv,D], cos and sin fp32 [P,D/2], positions [B,T] -> q, k. With q_norm and k_norm [D] each head
+    is normalized before that (Qwen3, section 2).
     """
     angles = F.embedding(positions, cos).unsqueeze(2), F.embedding(positions, sin).unsqueeze(2)
-    heads = _rotate(torch.cat((q, k), dim=2), *angles)
+    heads = _rotate(_normed_heads(q, k, q_norm, k_norm, eps, cos.dtype), *angles).to(q.dtype)
     q, k = torch.split_with_sizes_copy(heads, (q.shape[2], k.shape[2]), dim=2)  # type: ignore[func-returns-value,misc]
     return q, k
 
 
+def _normed_heads(q: Tensor, k: Tensor, q_norm: Any, k_norm: Any, eps: float, dtype: torch.dtype) -> Tensor:
+    """Return the heads of q and k in one tensor [B,T,Hq + Hkv,D], with norms normalized in `dtype`."""
+    if q_norm is None:
+        return torch.cat((q, k), dim=2)
+    pairs = (q.to(dtype), q_norm), (k.to(dtype), k_norm)
+    return torch.cat([F.rms_norm(x, x.shape[-1:], weight.to(dtype), eps) for x, weight in pairs], dim=2)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B,T,heads,D] by the angles of its tokens, [B or none,T,1,D/2]."""
+    """Rotate x [B,T,heads,D] by the angles of its tokens, [B or none,T,1,D/2], in their dtype -> x's."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -289,16 +309,20 @@ def rope_append_attention(
     past: Tensor,
     new: Tensor,
     window: int | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
     """Rotate q and k of one token a sequence at past[b], append k and v to the caches, and attend over them.
 
-    A new token beyond the tables cos and sin is NaN.
+    A new token beyond the tables cos and sin is NaN. q_norm, k_norm, eps: as in `rope`.
     """
     begin = _common_value(past)
     if begin is not None and begin < len(cos):
-        q, k = _rotate(torch.cat((q, k), dim=2), cos[begin], sin[begin]).split((q.shape[2], k.shape[2]), dim=2)
+        heads = _normed_heads(q, k, q_norm, k_norm, eps, cos.dtype)
+        q, k = _rotate(heads, cos[begin], sin[begin]).to(q.dtype).split((q.shape[2], k.shape[2]), dim=2)
     else:
-        q, k = rope(q, k, cos, sin, past[:, None].clamp(max=len(cos) - 1))
+        q, k = rope(q, k, cos, sin, past[:, None].clamp(max=len(cos) - 1), q_norm, k_norm, eps)
         beyond = ((past >= len(cos)) & (new > 0))[:, None, None, None]  # padding may lie there, but must not be NaN
         q, k = q.masked_fill(beyond, math.nan), k.masked_fill(beyond, math.nan)
     append(k, v, k_cache, v_cache, past, new)

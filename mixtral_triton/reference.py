@@ -12,13 +12,13 @@ from .kernels.reference import sort_by_expert as sort_by_expert
 from .kernels.weights.fp8 import with_fp8_activations
 from .kernels.weights.quantized_cache import as_stored
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, not rotated -> [B,T,Hq,D]
+Attend = Callable[..., Tensor]  # q, k, v, not rotated, and the norms of heads in `rope`, if any -> [B,T,Hq,D]
 
 
 # A block's intermediate values for B sequences of T tokens, N = B T rows:
 # x, normed, attn_output, output  [B,T,H]: the residual stream, its norm, the output of attention, the stream after it
 # y                               [B,T,H]: the experts' output
-# q, k, v, heads                  [B,T,heads,D], not rotated, and [B,T,Hq D]
+# q, k, v, heads                  [B,T,heads,D], not rotated, without the norm of each head; and [B,T,Hq D]
 # h, logits, weights, ids         [N,H] input of the experts; [N,E] logits; [N,K] routing weights and expert ids
 Values = namedtuple("Values", "x normed q k v heads attn_output h logits weights ids y output")
 
@@ -38,25 +38,39 @@ def block(
     B, T, H = x.shape
     Hq, Hkv, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     normed = rms_norm(x, convert(layer.input_layernorm), config.rms_norm_eps)
-    q, k, v = linear(normed, convert(layer.qkv_proj)).view(B, T, Hq + 2 * Hkv, D).split((Hq, Hkv, Hkv), dim=2)
-    heads = attend(q, k, v).reshape(B, T, Hq * D)
+    q, k, v = linear(normed, convert(layer.qkv_proj)).split((Hq * D, Hkv * D, Hkv * D), dim=2)
+    if config.family.norms == "row":  # a launch of its own, which rounds; a norm of each head rounds with the rotation
+        q, k = (
+            rms_norm(x, convert(weight), config.rms_norm_eps) for x, weight in ((q, layer.q_norm), (k, layer.k_norm))
+        )
+    q, k, v = (x.unflatten(2, (-1, D)) for x in (q, k, v))
+    heads = attend(q, k, v, *head_norms(layer, config, convert)).reshape(B, T, Hq * D)
     attn_output = linear(heads, convert(layer.o_proj))
     h = rms_norm(x + attn_output, convert(layer.post_attention_layernorm), config.rms_norm_eps).view(B * T, H)
     logits = linear(h, convert(layer.gate))
     if ids is None:
-        weights, ids = route(logits, config.num_experts_per_tok)
-    else:
+        weights, ids = route(logits, config.num_experts_per_tok, config.renormalize)
+    elif config.renormalize:
         weights = logits.gather(1, ids.long()).softmax(-1)
+    else:
+        weights = logits.softmax(-1).gather(1, ids.long())
     y = expert_swiglu(h, convert(layer.gate_up_proj), convert(layer.down_proj), ids, weights).view_as(x)
     return Values(x, normed, q, k, v, heads, attn_output, h, logits, weights, ids, y, x + attn_output + y)
+
+
+def head_norms(layer: Any, config: Any, convert: Callable[[Any], Any] = lambda weight: weight) -> tuple[Any, ...]:
+    """Return the norms of each head of q and k, and their eps, as `rope` takes them; () where there are none."""
+    if config.family.norms != "head":
+        return ()
+    return convert(layer.q_norm), convert(layer.k_norm), config.rms_norm_eps
 
 
 def uncached_attention(window: int | None, cos: Tensor, sin: Tensor, quantized: bool = False) -> Attend:
     """Return attention without a cache: token t is at position t. quantized: as over a cache of 8 bits."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *norms: Any) -> Tensor:
         positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
-        q, k = rope(q, k, cos, sin, positions)
+        q, k = rope(q, k, cos, sin, positions, *norms)
         return attention(q, *map(as_stored, (k, v)) if quantized else (k, v), window=window)
 
     return attend

@@ -33,6 +33,13 @@ ARCHS = {
 }
 
 
+def check_arch(arch: str) -> str:
+    """Return `arch`; ValueError for one before sm_80, whose tensor cores multiply no bf16."""
+    if arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 80:
+        raise ValueError(f"mixtral_triton: the GPU is {arch}, needs one of {', '.join(ARCHS)}")
+    return arch
+
+
 @functools.cache
 def family(arch: str) -> str:
     """Return the architecture whose launch configurations `arch` uses; warn once a process where it is not listed."""

@@ -148,3 +148,18 @@ def interpreting() -> Iterator[Any]:
         for change in changes:
             stack.enter_context(patch.object(*change))
         yield builder
+
+
+@contextmanager
+def every_launch_corrected() -> Iterator[list[Any]]:
+    """Correct within the block the interpreter's launches of any kernel, not those of `launch` alone; yield the list of
+    those launched. Arithmetic of bf16 other than `tl.dot` stays wrong: this package's kernels have none."""
+    run, launched = interpreter.GridExecutor.__call__, list[Any]()
+
+    def corrected(self: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(self.fn)
+        with interpreting():  # of each launch: what it patches, Triton takes back at a launch's end
+            run(self, *args, **kwargs)
+
+    with patch.object(interpreter.GridExecutor, "__call__", corrected):
+        yield launched

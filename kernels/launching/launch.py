@@ -16,7 +16,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arch import amd, supports_pdl, tma
+from .arch import amd, check_arch, supports_pdl, tma
 from .interpret import interpreting
 from .kernel_args import flatten
 
@@ -148,7 +148,7 @@ def target_arch(device: torch.device | None = None) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+    return check_arch(f"sm_{properties.major}{properties.minor}")
 
 
 def multiprocessors(device: torch.device) -> int | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..launching.kernel_args import Pointer
 from ..operation.checks import FP32, INTS, Within, fail
+from ..operation.inputs import draw
 from ..weights.composites import Cache, first_part
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
@@ -28,6 +29,7 @@ Queries = Annotated[Tensor, "B T Hq D"]
 KeyHeads = Annotated[Tensor, "B T Hkv D"]
 Slots = Annotated[Cache, "B Hkv C D"]
 Table = Annotated[Tensor, "P D//2", FP32]
+HeadNorm = Annotated[Tensor, "D"]
 
 
 class CacheArgs(NamedTuple):
@@ -45,6 +47,18 @@ class CacheArgs(NamedTuple):
     def of(cls, k_cache: Cache, v_cache: Cache) -> CacheArgs:
         (k, v), (k_scales, v_scales) = cache_parts(k_cache, v_cache)
         return cls(k, v, k_scales, v_scales, *k.stride()[:3])
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms of each head of queries and keys, which are rotated after it (Qwen3, section 2)."""
+
+    q_ptr: Pointer  # [D]
+    k_ptr: Pointer
+    eps: float
+
+    @classmethod
+    def of(cls, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> HeadNorms | None:
+        return None if q_norm is None or k_norm is None else cls(q_norm.contiguous(), k_norm.contiguous(), eps)
 
 
 class RotaryTables(NamedTuple):
@@ -84,6 +98,13 @@ def check_head_size(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) 
         raise fail(op, "q", f"of head size {sizes['D']}", "an even head size")
 
 
+def check_rotated_heads(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    check_head_size(op, args, sizes)
+    if (args["q_norm"] is None) != (args["k_norm"] is None):
+        given, other = ("q_norm", "k_norm") if args["k_norm"] is None else ("k_norm", "q_norm")
+        raise fail(op, other, "None", f"a norm of the heads, as {given} is")
+
+
 def check_caches(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     """Both caches need the same strides: kernels compute one offset for both."""
     k_cache, v_cache = args["k_cache"], args["v_cache"]
@@ -92,6 +113,12 @@ def check_caches(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
     (k_cache, v_cache), _ = cache_parts(k_cache, v_cache)
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
         raise fail(op, "v_cache", f"of strides {v_cache.stride()}", "those of k_cache, the last of them 1")
+
+
+def norm_inputs(case: Any, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    """Return norms of heads where the case has them."""
+    names = ("q_norm", "k_norm") if case.norms else ()
+    return {name: 1.0 + draw((case.D,), dtype, device, generator) / 4 for name in names}
 
 
 def rope_tables(theta: float, P: int, D: int, device: Any) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ from ..operation.inputs import shapes
 from ..weights.composites import Cache, quantized_vectors, vector_bytes
 from .cache_args import (
     CacheArgs,
+    HeadNorm,
+    HeadNorms,
     KeyHeads,
     New,
     Past,
@@ -32,7 +34,8 @@ from .cache_args import (
     angles,
     cache_inputs,
     check_caches,
-    check_head_size,
+    check_rotated_heads,
+    norm_inputs,
     rope_tables,
     sequence_position,
 )
@@ -95,6 +98,8 @@ def _rotate(
     stride_xh, stride_yh,
     cos,  # [1, BLOCK_D] fp32
     sin,  # [1, BLOCK_D] fp32
+    norm_ptr,  # [D] of each head, or None
+    eps,
     heads,
     half,  # D / 2
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -106,6 +111,10 @@ def _rotate(
     high = tl.load(x_ptr + offs_h * stride_xh + offs_d + half, mask=mask, other=0.0).to(tl.float32)
     dtype = low.dtype
     low = low.to(tl.float32)
+    if norm_ptr is not None:
+        scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / (2 * half) + eps)[:, None]
+        low *= scale * tl.load(norm_ptr + offs_d, mask=offs_d < half, other=0.0).to(tl.float32)
+        high *= scale * tl.load(norm_ptr + offs_d + half, mask=offs_d < half, other=0.0).to(tl.float32)
     out = y_ptr + offs_h * stride_yh + offs_d
     tl.store(out, (low * cos - high * sin).to(dtype), mask=mask)
     tl.store(out + half, (high * cos + low * sin).to(dtype), mask=mask)
@@ -116,6 +125,7 @@ def rope_kernel(
     q,  # Heads [B, T, Hq, D]
     k,  # Heads [B, T, Hkv, D]
     tables,  # RotaryTables
+    norms,  # HeadNorms, or None
     positions_ptr,  # [B, T]
     q_out_ptr,  # [B, T, Hq, D] out
     k_out_ptr,  # [B, T, Hkv, D] out
@@ -129,8 +139,12 @@ def rope_kernel(
     cos, sin = angles(tables, P, position, tl.arange(0, BLOCK_HALF), D // 2)
     token = b * T + t
     q_token, k_token = q.ptr + b * q.stride_b + t * q.stride_t, k.ptr + b * k.stride_b + t * k.stride_t
-    _rotate(q_token, q_out_ptr + token * Hq * D, q.stride_h, D, cos, sin, Hq, D // 2, BLOCK_HQ, BLOCK_HALF)
-    _rotate(k_token, k_out_ptr + token * Hkv * D, k.stride_h, D, cos, sin, Hkv, D // 2, BLOCK_HKV, BLOCK_HALF)
+    q_norm, k_norm, eps = None, None, 0.0
+    if norms is not None:
+        q_norm, k_norm, eps = norms.q_ptr, norms.k_ptr, norms.eps
+    q_out, k_out = q_out_ptr + token * Hq * D, k_out_ptr + token * Hkv * D
+    _rotate(q_token, q_out, q.stride_h, D, cos, sin, q_norm, eps, Hq, D // 2, BLOCK_HQ, BLOCK_HALF)
+    _rotate(k_token, k_out, k.stride_h, D, cos, sin, k_norm, eps, Hkv, D // 2, BLOCK_HKV, BLOCK_HALF)
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,7 @@ class RopeSizes:
     Hkv: int
     D: int
     P: int
+    norms: bool = False
 
 
 def configs(sizes: RopeSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -164,14 +179,15 @@ def _inputs(case: RopeSizes, dtype: torch.dtype, device: Any, generator: Any) ->
     B, T, P = case.B, case.T, case.P
     cos, sin = rope_tables(10000.0, P, case.D, device)
     positions = (torch.arange(T) * 7 + torch.arange(B)[:, None] * 5) % P
-    return {"cos": cos, "sin": sin, "positions": positions.to(device)}
+    norms = norm_inputs(case, dtype, device, generator)
+    return {"cos": cos, "sin": sin, "positions": positions.to(device), **norms}
 
 
 def cost(case: RopeSizes, dtype: torch.dtype) -> Cost:
-    """Count each element of q and k read and written once, and one row of the tables a token."""
+    """Count each element of q and k read and written once, one row of the tables a token, and the norms' weights."""
     tokens, D = case.B * case.T, case.D
-    rotated = tokens * (case.Hq + case.Hkv) * D
-    return Cost(flops=3 * rotated, bytes=2 * rotated * dtype.itemsize + tokens * D * 4)
+    rotated, weights = tokens * (case.Hq + case.Hkv) * D, 2 * D * case.norms
+    return Cost(flops=(3 + 4 * case.norms) * rotated, bytes=(2 * rotated + weights) * dtype.itemsize + tokens * D * 4)
 
 
 @dataclass(frozen=True)
@@ -196,18 +212,33 @@ def append_cost(case: AppendCase, dtype: torch.dtype) -> Cost:
     case=RopeSizes,
     inputs=_inputs,
     cost=cost,
-    test_shapes=shapes(RopeSizes, "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
-    bench_shapes=shapes(RopeSizes, "1 1 32 8 128 32768, 1 4096 32 8 128 32768"),
-    rule=check_head_size,
+    test_shapes=(
+        *shapes(RopeSizes, "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
+        *shapes(RopeSizes, "2 1 4 4 64 96, 2 5 8 2 80 96", norms=True),
+    ),
+    bench_shapes=(
+        *shapes(RopeSizes, "1 1 32 8 128 32768, 1 4096 32 8 128 32768"),
+        *shapes(RopeSizes, "1 1 32 4 128 40960, 1 4096 32 4 128 40960", norms=True),  # of Qwen3-30B-A3B
+    ),
+    rule=check_rotated_heads,
 )
 def rope(
-    q: Queries, k: KeyHeads, cos: Table, sin: Table, positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")]
+    q: Queries,
+    k: KeyHeads,
+    cos: Table,
+    sin: Table,
+    positions: Annotated[Tensor, "B T", INTS, Within(0, "P - 1")],
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Queries, KeyHeads]:
     """Rotary embedding (Su et al. 2021, eq. 34): rotate the halves of each head against each other.
 
     q, k       [B, T, Hq, D] and [B, T, Hkv, D], fp32, bf16 or fp16; D even
     cos, sin   fp32 [P, D/2]: of position * theta ** (-2i / D)
     positions  [B, T], int32 or int64, in 0..P - 1
+    q_norm,    both or neither [D], in q's dtype: the RMS norm of each head, with eps, before it is rotated (Qwen3
+      k_norm   technical report, section 2)
 
     Returns the rotated q and k, computed in fp32 and rounded once. Raises ValueError for another shape, dtype or
     device. A position out of range gives NaN; on a CPU it is a ValueError.
@@ -217,7 +248,7 @@ def rope(
     """
     B, T, Hq, D = q.shape
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    sizes = RopeSizes(B, T, Hq, k.shape[2], D, len(cos))
+    sizes = RopeSizes(B, T, Hq, k.shape[2], D, len(cos), q_norm is not None)
     launch(
         rope_kernel,
         (T, B),
@@ -225,6 +256,7 @@ def rope(
         q=Heads.of(q),
         k=Heads.of(k),
         tables=RotaryTables.of(cos, sin),
+        norms=HeadNorms.of(q_norm, k_norm, eps),
         positions_ptr=positions,
         q_out_ptr=q_out,
         k_out_ptr=k_out,

@@ -31,7 +31,8 @@ TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
 def select_top_k(
     logits,  # [BLOCK_T, BLOCK_E] fp32
     E,
-    TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The TOP_K largest of each row -> weights, ids [BLOCK_T, BLOCK_K]."""
     offs_e = tl.arange(0, BLOCK_E)
@@ -53,7 +54,12 @@ def select_top_k(
         share = tl.where(undefined, (value == largest).to(tl.float32), tl.exp(value - largest))
         shares = tl.where(offs_k[None, :] == k, share[:, None], shares)
         ids = tl.where(offs_k[None, :] == k, first[:, None], ids)
-    return shares / tl.sum(shares, axis=1)[:, None], ids
+    total = tl.sum(shares, axis=1)
+    if not RENORMALIZE:
+        undefined = ((largest == float("inf")) | (largest == float("-inf")))[:, None]
+        share = tl.where(undefined, (logits == largest[:, None]).to(tl.float32), tl.exp(logits - largest[:, None]))
+        total = tl.sum(tl.where((offs_e < E)[None, :], share, 0.0), axis=1)
+    return shares / total[:, None], ids
 
 
 @triton.jit
@@ -72,13 +78,14 @@ def route_kernel(
     ids_ptr,  # [T, K] out, int32
     T, E,
     stride_lt, stride_le,
-    TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     offs_e = tl.arange(0, BLOCK_E)
     ptrs = logits_ptr + offs_t[:, None] * stride_lt + offs_e[None, :] * stride_le
     logits = tl.load(ptrs, mask=(offs_t < T)[:, None] & (offs_e < E)[None, :], other=0.0).to(tl.float32)
-    weights, ids = select_top_k(logits, E, TOP_K, BLOCK_T, BLOCK_E, BLOCK_K)
+    weights, ids = select_top_k(logits, E, TOP_K, RENORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K)
     store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
 
 
@@ -129,8 +136,8 @@ def gate_route_kernel(
     weights_ptr,  # [T, K] out, fp32
     ids_ptr,  # [T, K] out, int32
     T, E,
-    H: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    H: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     t, offs_h = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)
     gate_tile = _load_gate(gate, offs_h, E, H, BLOCK_E)
@@ -155,7 +162,7 @@ def gate_route_kernel(
     logits, offs_e = acc[None, :].to(logits_ptr.dtype.element_ty), tl.arange(0, BLOCK_E)
     tl.store(logits_ptr + t * E + offs_e[None, :], logits, mask=(offs_e < E)[None, :])
     # Route by the rounded logits, which the caller receives.
-    weights, ids = select_top_k(logits.to(tl.float32), E, TOP_K, 1, BLOCK_E, BLOCK_K)
+    weights, ids = select_top_k(logits.to(tl.float32), E, TOP_K, RENORMALIZE, 1, BLOCK_E, BLOCK_K)
     store_routes(weights_ptr, ids_ptr, weights, ids, t + tl.arange(0, 1), T, TOP_K, BLOCK_K)
 
 
@@ -164,6 +171,7 @@ class RouteSizes:
     T: int
     E: int
     K: int
+    renormalize: bool = True
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,7 @@ class GateSizes:
     H: int
     E: int
     K: int
+    renormalize: bool = True
 
 
 def configs(sizes: RouteSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -208,25 +217,34 @@ def _gate_flops(case: GateSizes) -> int:
     reference=reference.route,
     case=RouteSizes,
     flops=_flops,
-    test_shapes=shapes(RouteSizes, "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
-    bench_shapes=shapes(RouteSizes, "1 8 2, 64 8 2, 4096 8 2"),
+    test_shapes=(
+        *shapes(RouteSizes, "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
+        *shapes(RouteSizes, "67 8 2, 4 160 6", renormalize=False),
+    ),
+    bench_shapes=(
+        *shapes(RouteSizes, "1 8 2, 64 8 2, 4096 8 2"),
+        *shapes(RouteSizes, "1 64 8, 4096 64 8", renormalize=False),  # of OLMoE-1B-7B
+    ),
 )
-def route(logits: Logits, top_k: TopK) -> tuple[RoutingWeights, Ids]:
+def route(logits: Logits, top_k: TopK, renormalize: bool = True) -> tuple[RoutingWeights, Ids]:
     """Select each token's experts: Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1).
 
-    logits  [T, E], fp32, bf16 or fp16; NaN counts as -inf
-    top_k   K, in 1..E
+    logits       [T, E], fp32, bf16 or fp16; NaN counts as -inf
+    top_k        K, in 1..E
+    renormalize  False: TopK(Softmax(logits)), whose weights are those of the softmax over all experts (OLMoE,
+                 Muennighoff et al. 2024, section 2)
 
-    Returns routing weights fp32 [T, K], which sum to 1, and expert ids int32 [T, K]: larger logits first, ties to the
-    lower id. Where the softmax is undefined, the infinite logits share equally. Raises ValueError for another shape or
-    dtype, and for a top_k out of range.
+    Returns routing weights fp32 [T, K], which sum to 1 with `renormalize`, and expert ids int32 [T, K]: larger logits
+    first, ties to the lower id. Where the softmax is undefined, the infinite logits share equally. Raises ValueError
+    for another shape or dtype, and for a top_k out of range.
 
     >>> ops.route(torch.tensor([[0.0, 3.0, 1.0]]), top_k=2)[1].tolist()
     [[1, 2]]
     """
     T, E = logits.shape
     weights, ids = _empty_routes(T, top_k, logits.device)
-    config = select_configs(configs, RouteSizes(T, E, top_k), logits.dtype, logits.device)["route_kernel"]
+    sizes = RouteSizes(T, E, top_k, renormalize)
+    config = select_configs(configs, sizes, logits.dtype, logits.device)["route_kernel"]
     launch(
         route_kernel,
         (triton.cdiv(T, config.constexprs["BLOCK_T"]),),
@@ -239,6 +257,7 @@ def route(logits: Logits, top_k: TopK) -> tuple[RoutingWeights, Ids]:
         stride_lt=logits.stride(0),
         stride_le=logits.stride(1),
         TOP_K=top_k,
+        RENORMALIZE=renormalize,
     )
     return weights, ids
 
@@ -250,27 +269,38 @@ def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 _GATE_FIELDS: dict[str, Any] = {
     "case": GateSizes,
-    "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"]),  # of the returned logits
-    "test_shapes": shapes(GateSizes, "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
-    "bench_shapes": tuple(GateSizes(T, H, 8, 2) for T in (1, 64, 4096) for H in (4096, 6144)),
+    # Of the returned logits.
+    "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"], args.get("renormalize", True)),
+    "test_shapes": (
+        *shapes(GateSizes, "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
+        *shapes(GateSizes, "19 80 8 2", renormalize=False),
+    ),
+    "bench_shapes": (
+        *(GateSizes(T, H, 8, 2) for T in (1, 64, 4096) for H in (4096, 6144)),
+        *shapes(GateSizes, "1 2048 128 8, 4096 2048 128 8"),  # of Qwen3-30B-A3B
+        *shapes(GateSizes, "1 2048 64 8", renormalize=False),  # of OLMoE-1B-7B
+    ),
 }
 
 
 @operation(reference=reference.gate_route, flops=_gate_flops, **_GATE_FIELDS)
-def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) -> tuple[Logits, RoutingWeights, Ids]:
+def gate_route(
+    x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False, renormalize: bool = True
+) -> tuple[Logits, RoutingWeights, Ids]:
     """Multiply tokens with the gate and select their experts (`route`), in one launch.
 
     x              [T, H], fp32, bf16 or fp16
     gate           [E, H] in x's dtype
     top_k          K, in 1..E
     deterministic  read by the torch backend alone: this kernel's bits of a token never depend on the others
+    renormalize    as in `route`
 
     Returns logits [T, E] in x's dtype, routing weights fp32 [T, K] and expert ids int32 [T, K]. Raises ValueError for
     another shape, dtype or device.
 
     >>> logits, routing_weights, ids = ops.gate_route(torch.randn(3, 64), torch.randn(8, 64), top_k=2)
     """
-    return _launch_gate(x, gate, top_k)
+    return _launch_gate(x, gate, top_k, renormalize)
 
 
 @operation(
@@ -279,14 +309,21 @@ def gate_route(x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False) 
     **_GATE_FIELDS,
 )
 def rms_norm_gate_route(
-    x: Tokens, residual: Tokens, weight: NormWeight, eps: float, gate: Gate, top_k: TopK, deterministic: bool = False
+    x: Tokens,
+    residual: Tokens,
+    weight: NormWeight,
+    eps: float,
+    gate: Gate,
+    top_k: TopK,
+    deterministic: bool = False,
+    renormalize: bool = True,
 ) -> tuple[Tokens, Tokens, Logits, RoutingWeights, Ids]:
     """Add the residual, normalize the sum (`rms_norm`), and route the norm (`gate_route`), in one launch.
 
     x, residual    [T, H], fp32, bf16 or fp16
     weight         [H] of the norm, in x's dtype; eps above 0
     gate           [E, H] in x's dtype; top_k in 1..E
-    deterministic  as in `gate_route`
+    deterministic, renormalize  as in `gate_route`
 
     Returns the norm y and the sum [T, H], logits [T, E], routing weights fp32 [T, K] and expert ids int32 [T, K].
     Raises ValueError for another shape, dtype or device.
@@ -295,16 +332,17 @@ def rms_norm_gate_route(
     >>> y, total, logits, routing_weights, ids = ops.rms_norm_gate_route(x, x, weight, 1e-5, gate, top_k=2)
     """
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    return y, total, *_launch_gate(x, gate, top_k, y, FusedNorm.of(residual, weight, total, eps))
+    return y, total, *_launch_gate(x, gate, top_k, renormalize, y, FusedNorm.of(residual, weight, total, eps))
 
 
 def _launch_gate(
-    x: Tensor, gate: Tensor, top_k: int, y: Tensor | None = None, norm: FusedNorm | None = None
+    x: Tensor, gate: Tensor, top_k: int, renormalize: bool, y: Tensor | None = None, norm: FusedNorm | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, H), E = x.shape, len(gate)
     logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
     weights, ids = _empty_routes(T, top_k, x.device)
-    config = select_configs(gate_configs, GateSizes(T, H, E, top_k), x.dtype, x.device)["gate_route_kernel"]
+    sizes = GateSizes(T, H, E, top_k, renormalize)
+    config = select_configs(gate_configs, sizes, x.dtype, x.device)["gate_route_kernel"]
     launch(
         gate_route_kernel,
         (T,),
@@ -320,5 +358,6 @@ def _launch_gate(
         E=E,
         H=H,
         TOP_K=top_k,
+        RENORMALIZE=renormalize,
     )
     return logits, weights, ids

@@ -13,7 +13,8 @@ from ..kernels.operation.declaration import Cost, Op, as_dict
 from ..kernels.registry import OPS
 from ..terminal import check_known
 from .compile import check_sizes, parse_sizes
-from .decode_step import STEP, costs
+from .decode_step import STEP, costs, of_model
+from .fit import KNOWN
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 BENCHED: dict[str, Op] = {**OPS, STEP.name: STEP}
@@ -59,18 +60,25 @@ class Case:
         return [self.op.cost(replace(self.sizes, **routed), self.dtype)]
 
 
-def cases(names: Sequence[str] = (), sizes: Sequence[str] = (), dtype: torch.dtype | None = None) -> list[Case]:
+def cases(
+    names: Sequence[str] = (), sizes: Sequence[str] = (), dtype: torch.dtype | None = None, model: str | None = None
+) -> list[Case]:
     """Return the distinct cases of the operations `names` (empty: all) at Mixtral's sizes. sizes: a case each in their
-    place ("T=32,H=1024"), the others as in 8x7B. ValueError for a name, sizes or a dtype that there is not."""
+    place ("T=32,H=1024"), the others as in 8x7B; a decode step's as in the `model` that `fit` knows. ValueError for a
+    name, sizes or a dtype that there is not."""
     check_known("argument 'OP'", names, BENCHED)
     if sizes and not names:
         raise ValueError("--sizes goes with the operations it is for")
+    if model is not None:
+        check_known("--model", [model], KNOWN)
+        check_known("--model is of the decode step: OP", names or ["none"], [STEP.name])
     all_cases = []
     for op in (BENCHED[name] for name in names or BENCHED):
         if names and dtype is not None:
             check_known(f"{op.name}: --dtype", [dtype_name(dtype)], map(dtype_name, op.dtypes))
         use = next((candidate for candidate in (dtype, torch.bfloat16) if candidate in op.dtypes), op.dtypes[0])
         shapes = [_read_sizes(op, text) for text in sizes] or _table(op)
+        shapes = shapes if model is None else [of_model(shape, model) for shape in shapes]
         all_cases += [Case(op, shape, use) for shape in shapes]
     for case in all_cases if sizes else ():
         check_sizes("--sizes", case.op, case.sizes, case.dtype)

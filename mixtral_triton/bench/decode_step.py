@@ -18,7 +18,7 @@ from ..model.generate import can_capture, capture
 from ..model.mixtral import Mixtral
 from ..model.offload_plan import Placement, select_experts
 from ..terminal import check_range
-from .fit import step_costs
+from .fit import KNOWN, step_costs
 
 STEPS_MOST = 4096  # positions beyond S that repeated steps may reach
 FIELDS = {"vocab_size": "V", "hidden_size": "H", "intermediate_size": "I", "num_hidden_layers": "L", "head_dim": "D"}
@@ -41,11 +41,20 @@ class StepCase:
     V: int
     offload: int | None = None  # experts of the whole model in host memory, and the embedding with them
     cache: str | None = None  # "int8"
+    model_type: str | None = None  # of FAMILIES; None: mixtral
 
 
 def config(case: StepCase) -> MixtralConfig:
     fields: dict[str, Any] = {field: getattr(case, letter) for field, letter in FIELDS.items()}
+    fields["model_type"] = case.model_type or "mixtral"
     return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=case.S + STEPS_MOST)
+
+
+def of_model(case: StepCase, name: str) -> StepCase:
+    """Return the case with the sizes and the family of a model that `fit` knows."""
+    known = KNOWN[name]
+    sizes = {letter: getattr(known, field) for field, letter in FIELDS.items() if letter != "L"}
+    return replace(case, **sizes, model_type=known.model_type)
 
 
 def experts_on_host(case: StepCase) -> list[Any]:

@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import math
+import shlex
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from ..kernels.operation.declaration import Cost
 from ..kernels.ops.attention.op import CachedCase
 from ..kernels.ops.experts.op import ExpertCase
 from ..kernels.ops.linear import LinearSizes
-from ..kernels.ops.norm import EmbedSizes
+from ..kernels.ops.norm import EmbedSizes, NormSizes
 from ..kernels.ops.router import GateSizes
 from ..kernels.ops.sort import expected_distinct_experts
 from ..kernels.registry import OPS
@@ -34,11 +35,15 @@ from ..quantize.layouts import read_scheme
 from ..terminal import check_range, console, table_of
 from .gpus import GPU, GPUS, MIB, find_gpu, floor, parse_gpu
 
-# mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-Instruct-v0.1, by their config.json
+# mistralai/Mixtral-8x7B-v0.1, mistralai/Mixtral-8x22B-Instruct-v0.1 and Qwen/Qwen3-30B-A3B, by their config.json
 SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
 LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, **SAME}
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
+QWEN3: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 768, "num_hidden_layers": 48}
+QWEN3 |= {"num_key_value_heads": 4, "head_dim": 128, "num_local_experts": 128, "num_experts_per_tok": 8, **SAME}
+QWEN3 |= {"model_type": "qwen3_moe", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
+KNOWN["qwen3-30b-a3b"] = MixtralConfig(**QWEN3)
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"
@@ -108,11 +113,11 @@ class Request:
     cache: str | None = None  # of `memory_need`
 
     @classmethod
-    def of(cls, args: argparse.Namespace, models: Mapping[str, MixtralConfig] = KNOWN) -> Request:
-        """Read the config of a folder, of a name on the hub, or in `models`. ValueError for a wrong option."""
-        name, known = str(args.model), models.get(str(args.model).lower())
+    def of(cls, args: argparse.Namespace) -> Request:
+        """Read the config of a folder, of a name on the hub, or in KNOWN. ValueError for a wrong option."""
+        name, known = str(args.model), KNOWN.get(str(args.model).lower())
         if known is None and "/" not in name and name != "small" and not Path(name).exists():
-            raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(models)}")
+            raise FileNotFoundError(f"{name}: no such folder, needs one, a name on the hub, or {' or '.join(KNOWN)}")
         config = known or MixtralConfig.from_pretrained(name)
         limit, layers = config.max_position_embeddings, config.num_hidden_layers
         context = limit if args.context is None else args.context
@@ -191,14 +196,16 @@ def step_costs(
         qkv, o, gate_up, down = formats
         D, Hq, Hkv = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         I = config.intermediate_size
-        window = config.sliding_window or 0
-        attention = CachedCase(batch, 1, Hq, Hkv, D, context, window, context - 1, cache=cache)
+        window, norms = config.sliding_window or 0, config.family.norms
+        attention = CachedCase(batch, 1, Hq, Hkv, D, context, window, context - 1, cache=cache, norms=norms == "head")
+        rows = [NormSizes(batch, heads * D) for heads in (Hq, Hkv)] if norms == "row" else []
         case = ExpertCase(batch, H, I, E, K, gate_up, down, distinct=distinct)
         experts = OPS["experts_add_rms_norm"].cost(case, dtype)
         share = distinct * away / E
         host = int(share * (_stored_bytes(gate_up, 2 * I * H, dtype) + _stored_bytes(down, I * H, dtype)))
         return [
             OPS["linear"].cost(LinearSizes(batch, H, (Hq + 2 * Hkv) * D, weight=qkv), dtype),
+            *(OPS["rms_norm"].cost(sizes, dtype) for sizes in rows),
             OPS["rope_append_attention"].cost(attention, dtype),
             OPS["linear"].cost(LinearSizes(batch, Hq * D, H, weight=o), dtype),
             OPS["rms_norm_gate_route"].cost(GateSizes(batch, H, E, K), dtype),
@@ -221,37 +228,36 @@ def _stored_bytes(format: str | None, elements: int, dtype: torch.dtype) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no format fits, with experts in host memory neither."""
-    request, gpu = Request.of(args), select_gpu(args)
-    gpus = [gpu] if gpu else GPUS.values()
+    request, gpus = Request.of(args), select_gpus(args)
     plans = {device: [request.memory_plan(format, device) for format in request.specs] for device in gpus}
     if args.json:
         entries = list[dict[str, Any]]()
         for device, of_gpu in plans.items():
             sizes = {"name": device.name, "bytes": device.bytes, "free": free_bytes(device)}
             entries.append({"gpu": sizes, "formats": [vars(plan) for plan in of_gpu]})
-        print(json.dumps(request.as_dict() | (entries[0] if gpu else {"gpus": entries})))
-    elif gpu is None:
+        print(json.dumps(request.as_dict() | (entries[0] if len(gpus) == 1 else {"gpus": entries})))
+    elif len(gpus) > 1:
         _print_all(request, plans)
     else:
-        _print(request, gpu, plans[gpu])
+        _print(request, gpus[0], plans[gpus[0]])
     fitting = (plan for of_gpu in plans.values() for plan in of_gpu if plan.verdict == "fits" or plan.offload)
     return 0 if any(fitting) else 1
 
 
-def select_gpu(args: argparse.Namespace) -> GPU | None:
-    """Return the GPU of the options, else the one at hand with what is free on it; None where there is none."""
+def select_gpus(args: argparse.Namespace) -> list[GPU]:
+    """Return the GPUs of the options, else the one at hand with what is free on it, else all that are known."""
     if args.memory is not None:
         if args.gpu is not None:
             raise ValueError("--gpu is given, and --memory, too: needs one of the two")
         check_range("--memory", args.memory, 1, 2**40, "in GiB")
-        return GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))
+        return [GPU("", f"{args.memory:g} GiB", int(args.memory * 1024))]
     if args.gpu is not None:
-        return parse_gpu(args.gpu)
+        return [*dict.fromkeys(map(parse_gpu, args.gpu))]
     if not torch.cuda.is_available():
-        return None
+        return [*GPUS.values()]
     properties = torch.cuda.get_device_properties(0)
     gpu, free = find_gpu(properties.name) or GPU("", ""), torch.cuda.mem_get_info(0)[0]
-    return replace(gpu, name=properties.name, mib=properties.total_memory // MIB, free=free)
+    return [replace(gpu, name=properties.name, mib=properties.total_memory // MIB, free=free)]
 
 
 def _speed(bound: float | None) -> str:
@@ -267,8 +273,8 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out.print(f"Beside the weights: {', '.join(parts)}. {in_decimal(free)} of {in_decimal(gpu.bytes)} are free{held}.")
     caption = f"used: of what is free; it fits with {100 * MARGIN:.0f} % of it to spare. longest: tokens a sequence "
     caption += "that fit. offload: experts in host memory, and the embedding with them. "
-    rows = []
-    for plan in sorted(plans, key=lambda plan: plan.bytes["weights"]):
+    rows, plans = [], sorted(plans, key=lambda plan: plan.bytes["weights"])
+    for plan in plans:
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": plan.format, "weights": in_decimal(weights), "in all": in_decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
@@ -277,6 +283,21 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
             word = f"offload {offload['experts']} of {offload['of']}, {in_decimal(offload['host_bytes'])}"
         rows.append((cells | {"verdict": word}, COLOURS[plan.verdict]))
     out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, f"{caption}{BOUND} {FORMAT_NOTE}"))
+    if request.batch == 1 and (plans[0].verdict == "fits" or plans[0].offload):
+        out.print(Text(f"To run it: {chat_command(request, plans[0])}"))
+
+
+def chat_command(request: Request, plan: MemoryPlan) -> str:
+    """Return the command that runs a plan. A model of KNOWN is run from its folder."""
+    weights = (
+        plan.weights
+        if isinstance(plan.weights, str)
+        else ",".join(f"{part}={x}" for part, x in (plan.weights or {}).items())
+    )
+    name = "FOLDER" if request.name.lower() in KNOWN else shlex.quote(request.name)
+    options = {"--weights": weights, "--cache-dtype": request.cache, "--offload": "auto" if plan.offload else None}
+    options["--context"] = str(request.context) if request.context < request.config.max_position_embeddings else None
+    return " ".join(["mixtral-triton chat", name, *(f"{option} {value}" for option, value in options.items() if value)])
 
 
 def _print_all(request: Request, plans: Mapping[GPU, list[MemoryPlan]]) -> None:

@@ -17,14 +17,8 @@ from ..checkpoint.config import MixtralConfig
 from ..checkpoint.tensors import parameter_shapes
 from ..model.offload_plan import AUTO_CONTEXT, usable_bytes
 from ..terminal import console, table_of
-from .fit import KNOWN, STORED, QuantSpecs, Request, free_bytes, select_gpu
-from .gpus import GPUS
+from .fit import STORED, QuantSpecs, Request, free_bytes, select_gpus
 
-# Qwen/Qwen3-30B-A3B by its config.json, as a Mixtral, which has no norms of queries and keys
-QWEN3: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 768, "num_hidden_layers": 48}
-QWEN3 |= {"num_key_value_heads": 4, "head_dim": 128, "num_local_experts": 128, "num_experts_per_tok": 8}
-QWEN3_CONFIG = MixtralConfig(**QWEN3, rope_theta=1e6, max_position_embeddings=40960, dtype="bfloat16")
-MODELS = KNOWN | {"qwen3-30b-a3b": QWEN3_CONFIG}
 FP32 = 4
 STEP = 4  # bytes of AdamW's count of steps, one a parameter
 RANK = 16  # of LoRA
@@ -35,15 +29,14 @@ CAPTION = (
 )
 
 
-def saved_bytes(config: MixtralConfig, head_norms: bool = False) -> int:
-    """Return the bytes that one layer saves for its backward pass, a token. head_norms: it has norms of queries and
-    keys, as Qwen3's have."""
+def saved_bytes(config: MixtralConfig) -> int:
+    """Return the bytes that one layer saves for its backward pass, a token."""
     H, size = config.hidden_size, default_dtype(config).itemsize
     E, K = config.num_local_experts, config.num_experts_per_tok
     q_heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     q, kv = q_heads * config.head_dim, kv_heads * config.head_dim
     saved = 2 * FP32 * (H + 1)  # the norms' inputs and scales
-    saved += FP32 * (q + kv + q_heads + kv_heads) if head_norms else 0
+    saved += FP32 * (q + kv + q_heads + kv_heads) if config.family.norms else 0  # queries and keys, and their scales
     saved += FP32 * H * (2 if size < FP32 else 1) + 2 * FP32 * RANK  # LoRA's inputs, converted for q and v apart
     saved += size * (2 * q + 2 * kv) + FP32 * q_heads  # q, k, v, result and sums of attention
     return saved + FP32 * (E + K + 1) + size * H + 8 * K + FP32 * K  # router; x, ids and weights
@@ -59,23 +52,18 @@ def backward_bytes(config: MixtralConfig, quantized: bool, tokens: int) -> int:
     return max(9 * swiglu, 6 * swiglu + size * slots * 2 * I + dense + max(expert, size * slots * H))
 
 
-def training_need(
-    config: MixtralConfig, specs: QuantSpecs, batch: int, context: int, head_norms: bool = False
-) -> dict[str, int]:
+def training_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int) -> dict[str, int]:
     """Return bytes on one GPU by what they hold, and "total", with LoRA on the q and v projections.
 
-    specs: of the experts, by parameter name. head_norms: each layer has norms of queries and keys.
+    specs: of the experts, by parameter name.
     """
     dtype, tokens = default_dtype(config), batch * context
     H, L, D = config.hidden_size, config.num_hidden_layers, config.head_dim
-    shapes = parameter_shapes(config)
-    norms = {f"layers.{layer}.{name}": (D,) for layer in range(L) for name in ("q_norm", "k_norm")}
-    shapes |= norms if head_norms else {}
     adapter = FP32 * L * RANK * (2 * H + (config.num_attention_heads + config.num_key_value_heads) * D)
-    layer = tokens * saved_bytes(config, head_norms) + backward_bytes(config, bool(specs), tokens)
+    layer = tokens * saved_bytes(config) + backward_bytes(config, bool(specs), tokens)
     logits = tokens * 3 * FP32 * config.vocab_size  # in fp32, with their cross entropy and gradient
     need = {
-        "weights": weight_bytes(shapes, specs, dtype),
+        "weights": weight_bytes(parameter_shapes(config), specs, dtype),
         "adapter": 2 * adapter,
         "optimizer": 2 * adapter + STEP * 4 * L,
         # The inputs of the layers and of the last norm; the logits are gone before the first layer's turn.
@@ -88,14 +76,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where no GPU of the options holds any format. ValueError for a wrong option."""
     if args.cache_dtype:
         raise ValueError("--train is given, and --cache-dtype, too: needs one of the two")
-    request, gpu = Request.of(args, MODELS), select_gpu(args)
+    request, devices = Request.of(args), select_gpus(args)
     if request.specs.get(STORED):
         raise ValueError(f"fit --train: {request.name} is quantized already, needs a dense checkpoint")
     context = min(AUTO_CONTEXT, request.context) if args.context is None else request.context
-    devices, rows, lines = [gpu] if gpu else [*GPUS.values()], list[dict[str, Any]](), list[Any]()
+    rows, lines = list[dict[str, Any]](), list[Any]()
     for name in (name for name in (STORED, "fp8", "int8", "int4") if name in request.specs):
         config, specs = request.config, request.specs[name]
-        need = training_need(config, specs, request.batch, context, config is QWEN3_CONFIG)
+        need = training_need(config, specs, request.batch, context)
         gpus = [device.name for device in devices if need["total"] <= usable_bytes(free_bytes(device))]
         rows.append({"format": name, "bytes": need, "gpus": gpus})
         cells = {"experts": name, **{part: in_decimal(size) for part, size in need.items()}}

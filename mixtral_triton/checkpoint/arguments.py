@@ -60,6 +60,14 @@ GENERATE_HINTS = {
     "generation_config": "its fields as arguments: temperature, top_k, top_p, ...",
     "num_return_sequences": "the prompt as often in a list",
 }
+FORWARD_HINTS = {
+    "attention_mask": "lengths, with a cache and padding on the right; generate and score take prompts of any lengths",
+    "labels": "model.score(texts): the log probability of each token",
+    "output_hidden_states": "model.layers[i].register_forward_hook: a layer returns its hidden state and the next norm",
+    "past_key_values": "cache, a KVCache",
+    "use_cache": "cache, a KVCache",
+    "position_ids": "cache and lengths, from which positions follow",
+}
 LOAD_HINTS = {
     "torch_dtype": "dtype",
     "device_map": "device, or mesh for several GPUs, or offload for experts in host memory",

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .families import FAMILIES, FIXED, SIZES, Family, Fixed
+
 SMALL = Path(__file__).parents[1] / "small"  # the checkpoint of the package, also by the name "small"
 FIT_NAMES = "mixtral-8x7b", "mixtral-8x22b", "qwen3-30b-a3b"  # what the command `fit` takes in place of a folder
 SINGLE_FILE = "model.safetensors"
@@ -22,10 +24,6 @@ GENERATION_FILE = "generation_config.json"
 CONFIG_FILES = ["config.json", GENERATION_FILE, "hf_quant_config.json"]
 TEXT_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
 TEXT_FILES += ["chat_template.jinja", INDEX_FILE]
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings"),
-)
 LARGEST_SIZE = 2**31 - 1  # kernels index rows with int32
 MOST_POSITIONS = 1 << 22  # the rotary tables hold a row for each: 2 GiB of them at head size 128
 PREFILL_CHUNK = 2048  # tokens: bounds the activations of a long prompt
@@ -52,13 +50,17 @@ _SIZE = Field(is_size, f"an integer from 1 to {LARGEST_SIZE}")
 _NUMBER = Field(_is_positive, "a finite number above 0")
 _is_id = partial(is_size, least=0)
 _ID = Field(_is_id, "a token id (an integer, 0 or above) or null", (None, -1))
+_FLAG = Field(lambda value: type(value) is bool, "true or false")
+_SERVED = "in transformers, mixtral_triton.register() serves other families"
 FIELDS = dict.fromkeys(SIZES, _SIZE) | {
+    "model_type": Field(FAMILIES.__contains__, f"one of {', '.join(FAMILIES)}: {_SERVED}"),
     "max_position_embeddings": Field(partial(is_size, most=MOST_POSITIONS), f"an integer from 1 to {MOST_POSITIONS}"),
     "head_dim": Field(partial(is_size, multiple_of=2), "an even integer above 0: rotary embedding pairs its halves"),
     "rms_norm_eps": _NUMBER,
     "rope_theta": _NUMBER,
     "sliding_window": Field(is_size, "an integer above 0; null, 0, -1: no window", (None, 0, -1)),
-    "tie_word_embeddings": Field(lambda value: type(value) is bool, "true or false"),
+    "tie_word_embeddings": _FLAG,
+    "renormalize": _FLAG,
     "bos_token_id": _ID,
     "pad_token_id": _ID,
     "eos_token_id": Field(
@@ -68,15 +70,6 @@ FIELDS = dict.fromkeys(SIZES, _SIZE) | {
     ),
     "dtype": Field(DTYPES.__contains__, f"one of {', '.join(DTYPES)}, or null", (None,)),
 }
-# The only values that a config.json may have for what Mixtral has no code for, and the reason.
-Fixed = dict[str, tuple[tuple[Any, ...], str]]
-FIXED: Fixed = {
-    "model_type": (("mixtral",), "in transformers, mixtral_triton.register() serves other families"),
-    "hidden_act": (("silu",), "Mixtral's experts are SwiGLU"),
-    "attention_bias": ((False, None), "Mixtral's projections have no bias"),
-    "mlp_bias": ((False, None), "Mixtral's experts have no bias"),
-    "partial_rotary_factor": ((1, None), "Mixtral rotates full heads"),
-}
 FIXED_ROPE: Fixed = dict.fromkeys(("rope_type", "type"), (("default",), "scaled rotary embeddings are not supported"))
 FIXED_ROPE |= {"partial_rotary_factor": FIXED["partial_rotary_factor"]}
 ROPE_KEYS = {"rope_theta", *FIXED_ROPE}
@@ -84,14 +77,17 @@ ROPE_KEYS = {"rope_theta", *FIXED_ROPE}
 
 @dataclass(frozen=True, kw_only=True)
 class MixtralConfig:
-    """The sizes and constants of a Mixtral model, under the names that checkpoints use (transformers' MixtralConfig).
+    """The sizes and constants of a model of FAMILIES, under the names of transformers' MixtralConfig.
 
-    Defaults are Mixtral 8x7B's; only `rope_theta` has none. A wrong field raises a ValueError that names it.
+    Defaults are Mixtral 8x7B's; only `rope_theta` has none. A wrong field raises a ValueError that names it as the
+    family's config.json does.
     `head_dim` None becomes hidden_size // num_attention_heads. `sliding_window` None, 0 or -1 means no window and is
     kept as None; W means that query i sees keys i - W < j <= i. `eos_token_id` may be one id or several.
-    `dtype` is the file's ("bfloat16", ...); the stored tensors decide.
+    `dtype` is the file's ("bfloat16", ...); the stored tensors decide. `intermediate_size` is an expert's.
+    `renormalize`: the routing weights of a token's experts sum to 1.
     """
 
+    model_type: str = "mixtral"
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 14336
@@ -101,6 +97,7 @@ class MixtralConfig:
     head_dim: int = None  # type: ignore[assignment]  # __post_init__ sets an int
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
+    renormalize: bool = True
     rms_norm_eps: float = 1e-5
     rope_theta: float
     max_position_embeddings: int = 32768
@@ -113,6 +110,8 @@ class MixtralConfig:
 
     def __post_init__(self) -> None:
         heads, experts = self.num_attention_heads, self.num_local_experts
+        check_value("model_type", self.model_type, FIELDS["model_type"].need, self.model_type in FAMILIES)
+        name_of = self.family.name_of
         for name, field in FIELDS.items():
             value = getattr(self, name)
             if name == "head_dim" and value is None:
@@ -120,13 +119,17 @@ class MixtralConfig:
                 check_value("hidden_size", self.hidden_size, need, self.hidden_size % heads == 0)
                 value = self.hidden_size // heads
             value = value.removeprefix("torch.") if isinstance(value, str) else value
-            value = _check_field(name, value, field)
+            value = _check_field(name_of(name), value, field)
             # The only assignment that a frozen dataclass allows.
             object.__setattr__(self, name, float(value) if field is _NUMBER else value)
-        need = f"at most num_local_experts = {experts}"
+        need = f"at most {name_of('num_local_experts')} = {experts}"
         check_value("num_experts_per_tok", self.num_experts_per_tok, need, self.num_experts_per_tok <= experts)
         need = f"a divisor of num_attention_heads = {heads}"
         check_value("num_key_value_heads", self.num_key_value_heads, need, heads % self.num_key_value_heads == 0)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
     @property
     def window(self) -> int | None:
@@ -161,12 +164,18 @@ class MixtralConfig:
         inference (router_jitter_noise, use_cache, ...) are ignored; those that would need other code are refused.
         """
         with error_prefix(source):
-            _check_fixed("", values, FIXED)  # the family first: another one has other sizes
-            if missing := [name for name in ("model_type", *SIZES) if name not in values]:
+            model_type = values.get("model_type", "")  # first: another family has other sizes
+            known = isinstance(model_type, str) and model_type in FAMILIES
+            check_value("model_type", model_type, FIELDS["model_type"].need, known or "model_type" not in values)
+            family = FAMILIES[model_type or "mixtral"]
+            _check_fixed("", values, FIXED | family.fixed)
+            names = {name: family.name_of(name, values) for name in cls.__dataclass_fields__}
+            if missing := [names[name] for name in ("model_type", *family.required) if names[name] not in values]:
                 raise ValueError(f"{', '.join(missing)} is missing and has no safe default")
-            fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-            fields.setdefault("dtype", values.get("torch_dtype"))  # transformers < 5 wrote it under this name
-            return cls(**fields | {"rope_theta": _read_theta(values)})
+            off = {name for name, switch in family.switches.items() if not values.get(switch)}
+            stored = {name: values[key] for name, key in names.items() if key in values and name not in off}
+            stored.setdefault("dtype", values.get("torch_dtype"))  # transformers < 5 wrote it under this name
+            return cls(**{**family.defaults, **stored, "rope_theta": _read_theta(values)})
 
 
 @contextmanager

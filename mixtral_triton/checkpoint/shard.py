@@ -39,9 +39,11 @@ class Shard:
             ("num_local_experts", config.num_local_experts % self.ep, f"a multiple of {self.ep}"),
             ("intermediate_size", config.intermediate_size % self.tp, f"a multiple of {self.tp}"),
             ("vocab_size", config.vocab_size < n, f"at least {n}"),
+            ("model_type", n > 1 and config.family.norms == "row", "no norm of queries and keys over all heads"),
         ):
             if unmet:
                 mesh, got = f"mesh has tp {self.tp} x ep {self.ep} = {n} ranks", getattr(config, name)
+                name = config.family.name_of(name)
                 raise ValueError(f"Mixtral.from_pretrained: {mesh}: {name} is {got}, needs {need}")
 
     def config(self, config: MixtralConfig) -> MixtralConfig:

@@ -99,7 +99,8 @@ def table(config: MixtralConfig, layout: KeyLayout, shard: Shard = UNSHARDED) ->
     hidden, E, I = config.hidden_size, config.num_local_experts, config.intermediate_size
     experts, inner = shard.experts(config), shard.inner(config)
     kept_rows, rows = shard.qkv_rows(config), qkv_rows(shard.config(config))
-    halves = {"w1": slice(0, _length(inner)), "w3": slice(_length(inner), 2 * _length(inner))}
+    family, (gate, up, down_name) = config.family, config.family.projections
+    halves = {gate: slice(0, _length(inner)), up: slice(_length(inner), 2 * _length(inner))}
     destinations: dict[str, Destination] = {}
 
     def put(name: str, parameter: str, shape: Shape, *index: int | slice, **kept: Runs) -> None:
@@ -115,6 +116,9 @@ def table(config: MixtralConfig, layout: KeyLayout, shard: Shard = UNSHARDED) ->
         for name, run in qkv_rows(config).items():
             projection, shape = f"{stored}.self_attn.{name}_proj.weight", (_length(run), hidden)
             put(projection, f"{parameters}.qkv_proj", shape, rows[name], rows=(kept_rows[name],))
+            if family.norms and name != "v":
+                norm = _length(rows[name]) if family.norms == "row" else config.head_dim
+                put(f"{stored}.self_attn.{name}_norm.weight", f"{parameters}.{name}_norm", (norm,))
         shape = (hidden, _length(qkv_rows(config)["q"]))
         put(f"{stored}.self_attn.o_proj.weight", f"{parameters}.o_proj", shape, columns=(kept_rows["q"],))
         put(f"{stored}.post_attention_layernorm.weight", f"{parameters}.post_attention_layernorm", (hidden,))
@@ -125,13 +129,13 @@ def table(config: MixtralConfig, layout: KeyLayout, shard: Shard = UNSHARDED) ->
             put(f"{stored}.mlp.experts.gate_up_proj", gate_up, (E, 2 * I, hidden), **kept)
             put(f"{stored}.mlp.experts.down_proj", down, (E, hidden, I), experts=(experts,), columns=(inner,))
             continue
-        put(f"{stored}.block_sparse_moe.gate.weight", f"{parameters}.gate", (E, hidden))
+        put(f"{stored}.{family.module}.gate.weight", f"{parameters}.gate", (E, hidden))
         for expert in range(E):
-            name, index = f"{stored}.block_sparse_moe.experts.{expert}", expert - experts.start
+            name, index = f"{stored}.{family.module}.experts.{expert}", expert - experts.start
             runs = (inner,) if experts.start <= expert < experts.stop else ()
             for half, part in halves.items():
                 put(f"{name}.{half}.weight", gate_up, (I, hidden), index, part, rows=runs)
-            put(f"{name}.w2.weight", down, (hidden, I), index, columns=runs)
+            put(f"{name}.{down_name}.weight", down, (hidden, I), index, columns=runs)
     put("model.norm.weight", "norm", (hidden,))
     if not config.tie_word_embeddings:
         put(HEAD, "lm_head", (config.vocab_size, hidden), rows=(shard.vocabulary(config),))
@@ -197,7 +201,8 @@ def check(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> 
 def destinations(headers: Headers, config: MixtralConfig, shard: Shard = UNSHARDED) -> dict[str, Destination]:
     """Return the table of the layout that the names on disk show; ValueError for a config far beyond them."""
     tensors = headers.tensors
-    layout: KeyLayout = "fused" if any(".mlp.experts." in name for name in tensors) else "per_expert"
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors)
+    layout: KeyLayout = "fused" if fused else "per_expert"
     least = config.num_hidden_layers * (config.num_local_experts if layout == "per_expert" else 1)
     if least > len(tensors):  # before a broken config makes the table endless
         raise ValueError(f"{headers.folder}: holds {len(tensors)} tensors, the config asks for {least} or more")

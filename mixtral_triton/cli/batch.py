@@ -77,7 +77,9 @@ def _read_job(number: int, line: bytes, digest: str = "") -> Job:
         json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # fails for half a surrogate pair, and for NaN
     except (ValueError, RecursionError) as error:
         return Job(number, None, digest, {}, f"line {number} is no JSON in UTF-8: {' '.join(str(error).split())}")
-    fields = values if isinstance(values, dict) else {}
+    fields = dict(values) if isinstance(values, dict) else {}
+    if "text" in fields and not {"prompt", "messages"} & fields.keys():  # the usual name in data sets
+        fields["prompt"] = fields.pop("text")
     extra = {name: value for name, value in fields.items() if name not in ("id", "prompt", "messages")}
     id, prompt, messages = fields.get("id", number), fields.get("prompt"), fields.get("messages")
     if taken := next((name for name in RESULT if name in extra), None):
@@ -86,7 +88,9 @@ def _read_job(number: int, line: bytes, digest: str = "") -> Job:
         return Job(id, prompt, digest, extra)
     if "prompt" not in fields and isinstance(messages, list) and messages and all(map(is_message, messages)):
         return Job(id, messages, digest, extra)
-    need = 'an object with a "prompt", a text, or "messages", objects with a role and a content'
+    if prompt == "":
+        return Job(id, None, digest, extra, f"line {number} has an empty prompt, needs at least one character")
+    need = 'an object with a "prompt" or "text", a text, or "messages", objects with a role and a content'
     return Job(id, None, digest, extra, f"line {number} is {line.decode():.60}, needs {need}")
 
 
@@ -108,9 +112,11 @@ def read_done(file: Path | None, jobs: Sequence[Job]) -> tuple[list[dict[str, An
     starts = [f'{{"digest": "{job.digest}", '.encode() for job in jobs]
     try:
         for line, start in zip(lines, starts[: len(lines)], strict=True):
-            if not line.startswith(start):
+            result = json.loads(line)
+            # An error belongs to what stands in its place now: a line that was mended has another digest.
+            if not line.startswith(start) and not (line.startswith(b'{"digest": ') and "error" in result):
                 break
-            done.append(json.loads(line))
+            done.append(result)
         same = len(done) == len(lines)
     except ValueError:  # more lines than jobs, or no JSON
         same = False

@@ -27,6 +27,7 @@ HELP = """A line is a turn of the chat. Ctrl-C ends an answer, Ctrl-D the chat. 
 /load FILE    go on from the messages of such a file
 /quit, /exit  end the chat
 /help         print this"""
+ALONE = ("/retry", "/undo", "/reset", "/help")  # commands without a text
 ENDS = ("/quit", "/exit", "exit")
 LEAST_SLOTS = 1024  # of a chat's cache, which doubles where a window does not size it
 
@@ -107,7 +108,9 @@ class Conversation:
             opened.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
 
     def load(self, file: Path) -> None:
-        """Go on from the messages that `save` wrote; ValueError for another file."""
+        """Go on from the messages that `save` wrote; ValueError for another file, FileNotFoundError for none."""
+        if not file.exists():
+            raise FileNotFoundError(f"/load reads a file that /save wrote, and {file} does not exist")
         try:
             messages = json.loads(read_text(file, f"/load {file}"))["messages"]
             roles = [message["role"] if is_message(message) else "" for message in messages]
@@ -132,7 +135,7 @@ class Conversation:
         text, end = [*ids], len(ids) + n
         while len(text) < end:
             cache = self._reserve(len(text) + 1)
-            steps = self.writer.stream([text], min(end, cache.max_len) - len(text), cache)
+            steps = self.writer.stream([text], max(1, min(end, cache.max_len) - len(text)), cache)
             for step in steps:
                 if len(text) == len(ids):
                     self._reused = cache.reused[0]
@@ -212,7 +215,7 @@ def run(args: argparse.Namespace, chat: Conversation) -> int:
                 raise
             print_message("\n")
         except (ValueError, RuntimeError, MemoryError, OSError) as error:
-            if isinstance(error, OSError) and not error.filename:  # of standard output
+            if isinstance(error, OSError) and error.errno and not error.filename:  # of standard output
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
             if args.json:
@@ -230,8 +233,14 @@ def _answer(args: argparse.Namespace, chat: Conversation, line: str) -> tuple[di
         return {"message": ""}, ""
     if not name:
         return chat.turn(text, shown)
+    if text and name in ALONE:
+        raise ValueError(
+            f"{name} is given {text!r:.40}, needs nothing behind it: a turn of its own is a line of its own"
+        )
     if name == "/retry":
-        return chat.turn(chat.last_message(), shown, again=True)
+        answer, line = chat.turn(chat.last_message(), shown, again=True)
+        greedy = chat.writer.options["temperature"] == 0.0
+        return answer, f"{line}; the text is the same: --temperature is 0" if greedy else line
     message = _command(chat, name, text)
     return {"message": message}, message
 

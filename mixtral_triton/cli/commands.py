@@ -161,18 +161,22 @@ def parser() -> argparse.ArgumentParser:
     option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
     text = "a case of these sizes instead, the others as in Mixtral 8x7B; repeatable"
     option("--sizes", action="append", default=[], metavar="T=N,...", help=text)
+    option(
+        "--model", metavar="NAME", help="of a decode step: the sizes of a model that fit knows; default: mixtral-8x7b"
+    )
     text = "torch, transformers, or your function, checked before it is timed; repeatable; default: the first two"
     option("--peer", action="append", default=[], metavar="NAME", help=text)
     option("--gpu", metavar="NAME", help="measure nothing, floors by a data sheet: h100, ..., as in fit")
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, the longest text", "--cache-dtype")
-    text = "a folder, a name on the hub, or mixtral-8x22b; default: mixtral-8x7b"
+    text = "a folder, a name on the hub, mixtral-8x22b or qwen3-30b-a3b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
-    option("--gpu", metavar="NAME", help="h100, rtx4090, ...; default: the GPU there is, else all that are known")
+    text = "h100, rtx4090, ...; repeatable; default: the GPU there is, else all that are known"
+    option("--gpu", action="append", metavar="NAME", help=text)
     option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
-    option("--train", action="store_true", help="what LoRA over frozen experts takes; also takes qwen3-30b-a3b")
+    option("--train", action="store_true", help="what LoRA over frozen experts takes")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
     text = f"{', '.join(ARCHS)}; repeatable"
@@ -201,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return import_module(f"..{tool}", __package__).run(args)
             with warnings.catch_warnings():  # as lines of the command
                 warnings.simplefilter("always", RuntimeWarning)
-                warnings.showwarning = lambda text, *_, **__: print_message(f"mixtral-triton {args.command}: {text}")
+                warnings.showwarning = lambda text, *_, **__: print_message(f"note: {text}")
                 return globals()[f"_{args.command}"](args)
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported

@@ -3,7 +3,6 @@
 import argparse
 import colorsys
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -12,28 +11,11 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.text import Text
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.launching.launch import launch_context
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
 from ..terminal import Bar, compile_shown, print_message
-
-
-class RouteRecorder(TorchDispatchMode):
-    """Collects the expert ids [T,K] of every layer's gate; calls `progress` after each."""
-
-    def __init__(self, progress: Callable[[int], object] = lambda done: None) -> None:
-        super().__init__()
-        self.ids: list[torch.Tensor] = []
-        self.progress = progress
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.mixtral_triton.rms_norm_gate_route.default:
-            self.ids.append(out[-1])
-            self.progress(1)
-        return out
 
 
 @dataclass(frozen=True)
@@ -60,15 +42,6 @@ class Trace:
             yield text
 
 
-def trace(
-    model: Mixtral, ids: torch.Tensor, tokens: Sequence[str], progress: Callable[[int], object] = lambda done: None
-) -> Trace:
-    """Run the text, ids int64 [T] with the text of each, and record every layer's routes."""
-    with torch.no_grad(), RouteRecorder(progress) as routes:
-        model(ids[None])
-    return Trace(tuple(tokens), torch.stack(routes.ids).cpu(), model.config.num_local_experts)
-
-
 def token_texts(tokenizer: Any, text: str) -> list[str]:
     """Return each token's part of `text`, the name of one that the tokenizer adds (<s>)."""
     encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
@@ -93,10 +66,10 @@ def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) 
     print_message(note)
     compile_shown(launch_trace, model, len(ids))
     with Bar("tracing", model.config.num_hidden_layers) as progress:
-        result = trace(model, ids, tokens, progress.update)
+        routes = model.trace(ids, progress.update)
     if args.json:
         about = {"folder": str(args.folder), "prompt": args.prompt, "tokens": tokens}
-        print(json.dumps(about | {"experts": result.experts.tolist()}))
+        print(json.dumps(about | {"experts": routes.ids.tolist(), "weights": routes.weights.tolist()}))
     else:
-        Console(highlight=False).print(result)
+        Console(highlight=False).print(Trace(tuple(tokens), routes.ids.cpu(), model.config.num_local_experts))
     return 0

@@ -7,22 +7,27 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from . import attention, experts
-from .drop_in import applied, apply, check_mixtral, revert
+from .drop_in import applied, apply, check_mixtral, revert, warn_without_kernels
 from .experts import NAME
 from .quantizer import ExpertsConfig, ExpertsQuantizer
 
 __all__ = ["ExpertsConfig", "applied", "apply", "check_mixtral", "register", "revert"]
 
 
-@cache
 def register() -> None:
     """Make "mixtral_triton" a name of transformers' experts, attention, masks and quantizers, once a process.
 
     `from_pretrained(name, experts_implementation="mixtral_triton", attn_implementation="mixtral_triton")`,
     `set_experts_implementation`, `set_attn_implementation` and the config's fields take it then, for any model. Experts
     of another layout or activation, and attention that needs more than a causal mask, are ValueErrors at their first
-    forward, which name the module and the reason.
+    forward, which name the module and the reason. Where no kernel can run, a warning says once that plain torch does.
     """
+    _register()
+    warn_without_kernels()
+
+
+@cache
+def _register() -> None:
     ExpertsInterface.register(NAME, experts.experts)
     AttentionInterface.register(NAME, attention.attention)
     AttentionMaskInterface.register(NAME, attention.interval_mask)
@@ -30,4 +35,4 @@ def register() -> None:
     register_quantizer(NAME)(ExpertsQuantizer)
 
 
-register()  # transformers looks an ExpertsConfig and the functions of a model that `apply` changed up by their name
+_register()  # transformers looks an ExpertsConfig and the functions of a model that `apply` changed up by their name

@@ -4,21 +4,33 @@ The modules of the instance become instances of subclasses, which know the class
 its config do not use this package, as the config stays.
 """
 
+import warnings
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.config import check_value
+from ..kernels.launching.launch import INTERPRETED
 from ..kernels.operation import call
 from ..kernels.operation.checks import FLOATS
 from .experts import check_experts
 from .modules import PARTS_ATTRIBUTE, Applied, Parts, applied_class, modeling
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+@cache
+def warn_without_kernels() -> None:
+    """Warn once a process where no kernel can run."""
+    if not (INTERPRETED or torch.cuda.is_available()):
+        text = "there is no GPU, so the operations run in plain torch; TRITON_INTERPRET=1 interprets the kernels"
+        warnings.warn(f"mixtral_triton: {text}", stacklevel=3)
 
 
 def apply(
@@ -44,6 +56,7 @@ def apply(
     blocks += (modeling.MixtralRotaryEmbedding,) if rope else ()
     for fault in chain(_faults_of_weights(model), _faults_of_modules(model, blocks, attention)):
         raise ValueError(f"apply: {fault}")
+    warn_without_kernels()
     revert(model)
     parts = Parts(attention or None, experts or None, rope)
     changing: tuple[Any, ...] = (*blocks, modeling.MixtralPreTrainedModel) if blocks else ()

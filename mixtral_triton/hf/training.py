@@ -25,8 +25,8 @@ def is_recorded(*tensors: Any) -> bool:
 
 @cache
 def warn_of_gradients() -> None:
-    text = "while gradients are recorded attention, norms and rotary embedding are transformers' own; experts stay ours"
-    warnings.warn(f"mixtral_triton: {text}. Under no_grad, as in generate, all are this package's", stacklevel=3)
+    text = "while gradients are recorded attention (after apply also norms and rotary embedding) is transformers' own"
+    warnings.warn(f"mixtral_triton: {text}; experts stay this package's, as all is under no_grad", stacklevel=3)
 
 
 def own_routes(ids: Tensor, weights: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:

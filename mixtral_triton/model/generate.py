@@ -34,13 +34,14 @@ from .cuda_graph import CapturedGraph, CaptureLost, capture, is_out_of_memory
 from .model import Model
 from .sampling import Logprobs, Sampling, measure, penalize, sample, stack_steps
 
+Prompt = Tensor | Sequence[int] | str
 GRAPH_MIN_TOKENS = 4  # remaining tokens that are worth a capture, which takes the host time of about two steps
 
 
 @torch.no_grad()
 def generate(
     model: Model,
-    input_ids: Tensor | Sequence[Tensor | Sequence[int]],
+    input_ids: Tensor | Sequence[Prompt],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -56,8 +57,8 @@ def generate(
     attention_mask: Any = None,
     **unknown: Any,
 ) -> Any:
-    """Continue prompts: int64 [B,T] -> [B,T+n], or a list of prompts, each int64 [T] or a list of integers -> a list of
-    prompts [T] with what follows them.
+    """Continue prompts: int64 [B,T] -> [B,T+n], or a list of prompts, each int64 [T], a list of integers, or a text for
+    `model.tokenizer` -> a list of prompts [T] with what follows them.
 
     temperature 0, the default whatever generation_config.json says, is greedy; else logits are divided by it, and of
     the top_k most likely tokens (None: of all) the smallest set with probability top_p is sampled from (Fan et al.
@@ -95,7 +96,7 @@ def generate(
 
 def stream(
     model: Model,
-    input_ids: Tensor | Sequence[Tensor | Sequence[int]],
+    input_ids: Tensor | Sequence[Prompt],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -314,8 +315,8 @@ def run_chunks(model: Model, cache: KVCache, ids: Tensor, lengths: Tensor) -> It
 
 
 def to_rows(model: Model, ids: Any, mask: Any = None, argument: str = "generate: input_ids") -> list[Any]:
-    """Return the rows of ids [B,T] or of a list, a list of integers as int64 [T] on the model's device; what else is no
-    tensor stays as it is, for `check_rows`. mask: as in `drop_padding`."""
+    """Return the rows of ids [B,T] or of a list, a text or a list of integers as int64 [T] on the model's device; what
+    else is no tensor stays as it is, for `check_rows`. mask: as in `drop_padding`."""
     right = isinstance(ids, (list, tuple)) or (isinstance(ids, Tensor) and ids.dim() > 0)
     if not right or len(ids) == 0:
         raise ValueError(f"{argument} is {describe(ids)}, needs a tensor [B, T] or a list of texts [T], at least one")
@@ -323,6 +324,8 @@ def to_rows(model: Model, ids: Any, mask: Any = None, argument: str = "generate:
     def is_ids(row: Any) -> bool:
         return isinstance(row, (list, tuple)) and all(is_int(token, 0) and token < 1 << 63 for token in row)
 
+    with_tokenizer: Any = model  # a Mixtral
+    ids = [with_tokenizer.tokenizer(row).input_ids if isinstance(row, str) else row for row in ids]
     rows = [torch.tensor(row, dtype=torch.int64, device=model.device) if is_ids(row) else row for row in ids]
     return rows if mask is None else drop_padding(rows, mask)
 

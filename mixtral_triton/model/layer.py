@@ -26,6 +26,8 @@ class Layer(nn.Module):
     """A decoder block: attention and sparse experts. Each output is added to the residual stream by the next norm."""
 
     input_layernorm: Tensor  # [H]
+    q_norm: Tensor  # [D] of each head, or [Hq D] of all heads, in families with norms of queries and keys
+    k_norm: Tensor
     qkv_proj: WeightTensor  # [(Hq + 2 Hkv) D, H]
     o_proj: WeightTensor  # [H, Hq D]
     post_attention_layernorm: Tensor  # [H]
@@ -35,7 +37,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: MixtralConfig, weights: dict[str, Any]) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.norms = config, config.family.norms
         for name, weight in weights.items():
             setattr(self, name, weight)
 
@@ -60,8 +62,16 @@ class Layer(nn.Module):
         if context.quantizes:
             qkv_proj, o_proj = map(with_fp8_activations, (qkv_proj, o_proj))
         qkv = ops.linear.unchecked(h, qkv_proj, deterministic=context.deterministic)
-        q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split_with_sizes((Hq, Hkv, Hkv), dim=2)
-        heads = context.attend(q, k, v, kv_cache).reshape(B, T, Hq * D)
+        norms: tuple[Any, ...] = ()
+        if self.norms == "row":
+            eps, (q, k, v) = self.config.rms_norm_eps, qkv.split_with_sizes((Hq * D, Hkv * D, Hkv * D), dim=2)
+            rows = ops.rms_norm.unchecked(q, self.q_norm, eps), ops.rms_norm.unchecked(k, self.k_norm, eps), v
+            q, k, v = (x.unflatten(2, (-1, D)) for x in rows)
+        else:
+            q, k, v = qkv.view(B, T, Hq + 2 * Hkv, D).split_with_sizes((Hq, Hkv, Hkv), dim=2)
+            if self.norms == "head":
+                norms = self.q_norm, self.k_norm, self.config.rms_norm_eps
+        heads = context.attend(q, k, v, kv_cache, norms).reshape(B, T, Hq * D)
         return context.all_reduce(ops.linear.unchecked(heads, o_proj, deterministic=context.deterministic))
 
     def route(self, attn_output: Tensor, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,6 +84,7 @@ class Layer(nn.Module):
             gate=self.gate,
             top_k=self.config.num_experts_per_tok,
             deterministic=context.deterministic,
+            renormalize=self.config.renormalize,
         )
         return h, x, routing_weights, ids
 
@@ -144,18 +155,21 @@ class ForwardContext:
         if self.cache is not None and not torch.compiler.is_compiling():
             self.cache.appending = self.num_new
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerCache | None) -> Tensor:
-        """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated -> [B,T,Hq,D]."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerCache | None, norms: tuple[Any, ...] = ()
+    ) -> Tensor:
+        """q [B,T,Hq,D], k and v [B,T,Hkv,D], not yet rotated, nor normed by `norms` (those of heads, and eps)
+        -> [B,T,Hq,D]."""
         if kv_cache is None:
-            q, k = ops.rope.unchecked(q, k, self.cos, self.sin, self.positions)
+            q, k = ops.rope.unchecked(q, k, self.cos, self.sin, self.positions, *norms)
             return ops.attention.unchecked(q, k, v, window=self.window, deterministic=self.deterministic)
         k_cache, v_cache = kv_cache
         lengths = self.cache_lengths, self.num_new
         if self.decodes:  # the new key takes the slot of the one that just left the window
             return ops.rope_append_attention.unchecked(
-                q, k, v, self.cos, self.sin, k_cache, v_cache, *lengths, window=self.window
+                q, k, v, self.cos, self.sin, k_cache, v_cache, *lengths, self.window, False, *norms
             )
-        q, k = ops.rope.unchecked(q, k, self.cos, self.sin, self.positions)
+        q, k = ops.rope.unchecked(q, k, self.cos, self.sin, self.positions, *norms)
         out = ops.cached_attention.unchecked(
             q, k, v, k_cache, v_cache, *lengths, window=self.window, deterministic=self.deterministic
         )

@@ -17,6 +17,7 @@ from .offload_plan import MemoryRequest
 from .parallel import Ranks
 from .score import score
 from .tokenizer import load_tokenizer
+from .trace import trace
 
 
 class Mixtral(Model):
@@ -27,6 +28,7 @@ class Mixtral(Model):
     generate = generate
     stream = stream
     score = score
+    trace = trace
 
     @classmethod
     def from_pretrained(

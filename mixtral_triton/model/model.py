@@ -18,7 +18,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..checkpoint import tensors as checkpoint
-from ..checkpoint.arguments import check_dtype, check_ids, check_lengths, check_positions
+from ..checkpoint.arguments import (
+    FORWARD_HINTS,
+    check_dtype,
+    check_ids,
+    check_lengths,
+    check_positions,
+    reject_unknown,
+)
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig
 from ..checkpoint.shard import UNSHARDED
 from ..kernels.launching.launch import pdl_region
@@ -120,7 +127,9 @@ class Model(nn.Module):
         """Return whether a forward of so many rows, B * T, quantizes activations (`from_pretrained`)."""
         return self.activations is not None and (self.deterministic or rows > self.sixteen_bit_rows)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None, **unknown: Any
+    ) -> Tensor:
         """input_ids int64 [B,T] -> logits fp32 [B,T,V].
 
         With `cache`, the tokens continue each of its sequences. `lengths` int [B]: only the first lengths[b] tokens of
@@ -130,6 +139,7 @@ class Model(nn.Module):
         on a CPU. On a GPU nothing is read back, so the call can be captured in a CUDA graph: all logits of such a
         sequence are NaN, and so are later ones while they see these tokens in the cache. Others are unaffected.
         """
+        reject_unknown("Mixtral", unknown, FORWARD_HINTS)
         self._check(input_ids, cache, lengths)
         return self.hidden(input_ids, cache, lengths, self.head)
 

@@ -108,7 +108,8 @@ def workspace_bytes(
     if activations is not None:
         per_slot -= hidden
         counters += slots * (encoded_bytes(hidden) + encoded_bytes(inner))
-    row = max(7 * hidden + slots * per_slot, 2 * hidden + 3 * heads) + config.num_local_experts
+    attention = (3 + (config.family.norms == "row")) * heads  # a norm of all heads has a result of its own
+    row = max(7 * hidden + slots * per_slot, 2 * hidden + attention) + config.num_local_experts
     row += hidden if context > chunk else 0  # the chunk before it is still there
     return batch * min(context, chunk) * (row * default_dtype(config).itemsize + counters) + 8 * batch * context
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoint.arguments import check_positions, explain_out_of_memory
 from .cache import KVCache, select_dtype
-from .generate import check_rows, pad, run_chunks, to_rows
+from .generate import Prompt, check_rows, pad, run_chunks, to_rows
 from .model import Model
 
 LOGITS = 1 << 26  # numbers of logits that are held at once
@@ -18,14 +18,12 @@ LOGITS = 1 << 26  # numbers of logits that are held at once
 
 @torch.inference_mode(False)  # outermost: leaving inference mode turns gradients on
 @torch.no_grad()
-def score(
-    model: Model, texts: Tensor | Sequence[Tensor | Sequence[int]], *, cache_dtype: torch.dtype | None = None
-) -> list[Tensor]:
+def score(model: Model, texts: Tensor | Sequence[Prompt], *, cache_dtype: torch.dtype | None = None) -> list[Tensor]:
     """Return fp32 [T - 1] of each text: the log probability of each token but the first after those before it.
 
-    A text is int64 [T] or a list of integers. Texts may differ in length and run in chunks, as prompts of `generate`
-    do; `cache_dtype` as there. Raises ValueError for no text, one without a token, an id outside the vocabulary, and
-    one beyond max_position_embeddings.
+    A text is int64 [T], a list of integers, or a str for `model.tokenizer`. Texts may differ in length and run in
+    chunks, as prompts of `generate` do; `cache_dtype` as there. Raises ValueError for no text, one without a token, an
+    id outside the vocabulary, and one beyond max_position_embeddings.
     """
     rows = to_rows(model, texts, argument="score: texts")
     check_rows(model, rows, "score: text")

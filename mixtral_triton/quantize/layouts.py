@@ -143,7 +143,7 @@ class HubLayout:
         shape = extras["weight_shape"].tolist() if "weight_shape" in extras else [N, K]
         check_value("weight_shape", shape, f"the config's {[N, K]}", shape == [N, K])
         largest = extras["bias"].abs().max().item() if "bias" in extras else 0
-        check_value("the largest bias", largest, "0: Mixtral has none", largest == 0)
+        check_value("the largest bias", largest, "0: the model has none", largest == 0)
         indices = extras.get("g_idx", extras.get("weight_g_idx"))
         groups = torch.arange(K) // (size := self.group_columns(K))
         if indices is None or torch.equal(indices := indices.long().cpu(), groups):

@@ -80,7 +80,7 @@ def write(
                             parts = _quantize(read, destination, specs[target.parameter], target_device)
                             tensors |= {linear.removesuffix("weight") + part: x for part, x in parts.items()}
                     else:
-                        tensors[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = read(slice(None))
+                        tensors[name.replace(".mlp.gate.", f".{config.family.module}.gate.")] = read(slice(None))
             try:
                 save_file(tensors, new / source.name, metadata={"format": "pt"})
             except SafetensorError as error:  # a full disk

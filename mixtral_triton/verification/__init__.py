@@ -7,7 +7,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count, product
 from typing import Any
@@ -24,6 +24,7 @@ from ..model.ahead import on_meta_by_kind
 from ..model.cache import KVCache
 from ..model.generate import GRAPH_MIN_TOKENS, can_capture
 from ..model.mixtral import Mixtral
+from ..model.tokenizer import load_tokenizer
 from ..quantize.hub import read_headers
 from .calls import SizedCalls
 from .layers import LayerProbe, ModelUnderTest, Step, compare_in_fp32, compare_layers, single_layer_model
@@ -45,7 +46,7 @@ Progress = Callable[[int, int, str], None] | None
 
 def verify(
     target: Mixtral | nn.Module | str | os.PathLike[str],
-    input_ids: Tensor | None = None,
+    input_ids: Tensor | Sequence[str] | None = None,
     progress: Progress = None,
     *,
     folder: str | os.PathLike[str] | None = None,
@@ -59,7 +60,7 @@ def verify(
     or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
     One in training mode is compared in evaluation mode, with the gradients of its experts' inputs, and back in training
     mode afterwards.
-    input_ids int64 [B,T]; None: a fixed pseudo-random text.
+    input_ids int64 [B,T], or a list of texts of equally many tokens; None: a fixed pseudo-random text.
     progress: of a Mixtral, called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
@@ -90,6 +91,8 @@ def verify(
     if isinstance(target, Mixtral) and target.ranks is not None:
         needs = "a Mixtral of one process, or its folder"
         raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
+    if input_ids is not None and not isinstance(input_ids, Tensor):
+        input_ids = _tokens(target, input_ids)
     if is_transformers and _has_names(target):
         return _verify_family(target, input_ids, tokens)
     options = {} if is_transformers else {"cache_dtype": cache_dtype}
@@ -98,6 +101,18 @@ def verify(
         under_test = kind(target, **options)
         with in_evaluation(target):
             return _verify(under_test, input_ids, progress, folder, quick, tokens)
+
+
+def _tokens(model: Any, texts: Any) -> Tensor:
+    """Return the tokens [B,T] of texts by the tokenizer of the model's folder; ValueError for other arguments."""
+    ids = []
+    if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+        tokenizer = model.tokenizer if isinstance(model, Mixtral) else load_tokenizer(model.config.name_or_path)
+        ids = [tokenizer(text).input_ids for text in texts]
+    if len({*map(len, ids)}) != 1:
+        got = f"texts of {', '.join(map(str, map(len, ids)))} tokens" if ids else f"a {type(texts).__name__}"
+        raise ValueError(f"verify: input_ids is {got}, needs int64 [B, T] or a list of texts of equally many tokens")
+    return torch.tensor(ids, device=model.device)
 
 
 def _has_names(model: Any) -> bool:

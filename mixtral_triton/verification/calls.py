@@ -50,7 +50,9 @@ class LayerCheck:
     def __post_init__(self) -> None:
         values, (B, T, _) = self.values, self.values.x.shape
         self.token_rows = torch.arange(B * T, device=values.x.device).view(B, T)  # the row of each token
-        self.rq, self.rk = reference.rope(values.q, values.k, **self.tables, positions=self.token_rows % T)
+        norms = reference.head_norms(self.layer, self.config)
+        rotation = self.tables["cos"], self.tables["sin"], self.token_rows % T, *norms
+        self.rq, self.rk = reference.rope(values.q, values.k, *rotation)
         self.norm = {"weight": self.layer.post_attention_layernorm, "eps": self.config.rms_norm_eps}
 
     def calls(self, index: int) -> Iterator[Call]:
@@ -64,8 +66,9 @@ class LayerCheck:
         ends = (T - torch.arange(B, device=self.token_rows.device)).clamp(min=1).int()
         yield "attention", "padded", {"q": self.rq, **keys, "starts": ends // 3, "lengths": ends}
         (N, K), E = values.ids.shape, len(layer.gate)
-        yield "route", "all tokens", {"logits": values.logits, "top_k": K}
-        yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, "top_k": K}
+        top_k = {"top_k": K, "renormalize": self.config.renormalize}
+        yield "route", "all tokens", {"logits": values.logits, **top_k}
+        yield "gate_route", "all tokens", {"x": values.h, "gate": layer.gate, **top_k}
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
         proj = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
         experts = {"x": values.h, **proj, "ids": values.ids, "weights": values.weights}
@@ -107,8 +110,9 @@ class LayerCheck:
         # The first sequence ends where the cache or the positions do, and its padding is beyond.
         past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
         past = torch.where(b == 0, last, past.minimum(last)).clamp(min=0).int()
-        is_o = _key(weights.get(_key(recorded.get("weight")))) == _key(self.layer.o_proj)
-        x = values.heads if is_o else values.normed if op == "linear" else values.attn_output
+        weight = _key(weights.get(_key(recorded.get("weight"))))
+        of_heads = weight in [_key(getattr(self.layer, name, None)) for name in ("o_proj", "q_norm", "k_norm")]
+        x = values.heads if of_heads else values.normed if op == "linear" else values.attn_output
         residual = values.x if op == "rms_norm_gate_route" else values.x + values.attn_output
         q, k = (self.rq, self.rk) if op in ("cached_attention", "append") else (values.q, values.k)
         text = {"x": x, "residual": residual, "q": q, "k": k, "v": values.v}
@@ -150,8 +154,9 @@ class LayerCheck:
         tables = {name: table.double() for name, table in self.tables.items()}
         attend = reference.uncached_attention(self.config.sliding_window, **tables, quantized=self.quantized)
 
-        def attend_sequences(*qkv: Tensor) -> Tensor:
-            return torch.cat([attend(*sequence) for sequence in zip(*(part.split(1) for part in qkv), strict=True)])
+        def attend_sequences(q: Tensor, k: Tensor, v: Tensor, *norms: Any) -> Tensor:
+            sequences = zip(*(part.split(1) for part in (q, k, v)), strict=True)
+            return torch.cat([attend(*sequence, *norms) for sequence in sequences])
 
         def convert(weight: Any) -> Any:
             return ConvertedExperts(weight) if len(weight.shape) == 3 else to_fp64(weight)
@@ -237,8 +242,10 @@ class SizedCalls:
         return recorder.calls
 
     def _prefix(self, op: str, recorded: Args) -> str:
-        """Return the start of a linear's case, the name of its weight; of other operations nothing."""
-        name = self.names.get(_key(recorded["weight"]), "another") if op == "linear" else ""
+        """Return the start of the case of a linear, or of a norm of queries or keys, the name of its weight; of other
+        operations nothing."""
+        name = self.names.get(_key(recorded.get("weight")), "another")
+        name = name if op == "linear" or name in ("q_norm", "k_norm") else ""
         return name and f"{name.removesuffix('_proj')}, "
 
     def calls_on_text(self, check: LayerCheck) -> Iterator[Call]:

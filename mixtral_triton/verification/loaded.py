@@ -13,7 +13,7 @@ from .report import ROUNDED, Row, worst_rows
 from .stored_tensors import LAYER, Source, config_row
 from .tolerance import largest
 
-EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.w[123]\.weight")
+EXPERT = re.compile(r"\.experts\.(\d+)\.\w+\.weight")
 # A format's largest value, and the error that rounding the scale (int4's to bf16) adds, relative to a group's largest.
 ROUNDING = {"int4": (7.0, 1.01 * 2**-8), "int8": (127.0, 1e-6), "fp8": (448.0, 1e-6)}
 
@@ -93,10 +93,11 @@ def locate_weight(model: Any, name: str) -> Any:
             return getattr(model, parameter)
         layer, I, D = model.layers[int(layer_match[1])], model.config.intermediate_size, model.config.head_dim
         queries, keys = model.config.num_attention_heads * D, model.config.num_key_value_heads * D
-        rows = {"w1": slice(0, I), "w3": slice(I, None), "q_proj": slice(0, queries)}
+        gate, up = slice(0, I), slice(I, None)
+        rows = {"w1": gate, "gate_proj": gate, "w3": up, "up_proj": up, "q_proj": slice(0, queries)}
         rows |= {"k_proj": slice(queries, queries + keys), "v_proj": slice(queries + keys, None)}
         if expert := EXPERT.search(name):
-            weight = (layer.down_proj if parameter == "w2" else layer.gate_up_proj)[int(expert[1])]
+            weight = (layer.gate_up_proj if parameter in rows else layer.down_proj)[int(expert[1])]
         else:
             weight = layer.qkv_proj if parameter in rows else getattr(layer, parameter)
         return weight[rows[parameter]] if parameter in rows else weight

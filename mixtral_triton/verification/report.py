@@ -156,7 +156,8 @@ class Report:
             count = Text(f"{right}/{len(rows)}", style="green" if right == len(rows) else "bold red")
             table.add_row(op, case, f"{worst.error:.1e}", f"{worst.limit:.1e}", layer, count)
         yield table
-        yield Text(f"routes that differ end to end: {self.flips} of {self.routed}")
+        if self.routed:
+            yield Text(f"routes that differ end to end: {self.flips} of {self.routed}")
         for row in self.wrong:
             error = row.note or f"error {row.error:.2e}, limit {row.limit:.2e}"
             yield Text(f"{row.where}: {error}", style="red")

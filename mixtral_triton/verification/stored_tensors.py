@@ -19,6 +19,12 @@ from .report import Row
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
+# Fields of other families' config.json by the names of Mixtral's, and what they are where they are missing.
+NAMES = {"num_experts": "num_local_experts", "norm_topk_prob": "renormalize"}
+OTHERS: dict[str, Any] = {
+    "qwen3_moe": (NAMES | {"moe_intermediate_size": "intermediate_size"}, {"rms_norm_eps": 1e-6, "eos_token_id": None}),
+    "olmoe": (NAMES, {"eos_token_id": 50279}),
+}
 
 
 class Source:
@@ -106,6 +112,10 @@ def declared_fields(source: Source, config: Any) -> dict[str, Any]:
     """Read what a folder declares of the fields of `config`. Theta and the ids that end a text are sets, since they may
     stand in several places."""
     raw, generation = source.config, source.read_json("generation_config.json", optional=True)
+    names, missing = OTHERS.get(raw["model_type"], (NAMES, {}))
+    raw = {**missing, **raw, **{names[name]: raw[name] for name in names.keys() & raw}}
+    if not raw.get("use_sliding_window", True):
+        raw["sliding_window"] = None
     ropes = (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {})
     defaults = {"rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": False}
     fields = defaults | {name: value for name, value in raw.items() if hasattr(config, name)}

@@ -79,7 +79,7 @@ class Tolerance:
         """The limits, raised to errors of a rounding and of torch on near activations: one may be small by chance."""
         limits = self.limits
         for seed in range(PERTURBED + 1):
-            near = {key: _perturb(x, seed) for key in ACTIVATIONS if (x := self.args.get(key)) is not None}
+            near = {key: perturb(x, seed) for key in ACTIVATIONS if (x := self.args.get(key)) is not None}
             exact = _fp64_results(self.op, self.args | near)
             got = _results(self.op, self.op.call_reference, self.args | near) if seed else self.exact
             pairs = list(zip(got, exact, strict=True))[: self.independent]
@@ -152,14 +152,14 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 def with_perturbed_input(x: Tensor) -> Tensor:
     """x [B,T,H] -> fp64 [2B,T,H]: x, then x with each value changed by TOKEN_FLOOR, to show the model's sensitivity."""
-    return torch.cat((x.double(), _perturb(x)))
+    return torch.cat((x.double(), perturb(x)))
 
 
-def _perturb(x: Any, seed: int = 0) -> Any:
+def perturb(x: Any, seed: int = 0) -> Any:
     """x in fp64, each value larger or smaller by half a rounding; with a seed, by more, and in x's dtype. Of a cache of
     8 bits it is the scale of each vector, in bf16."""
     if isinstance(x, QuantizedCache):
-        return QuantizedCache(x.codes, _perturb(x.scales.bfloat16(), seed).to(x.scales.dtype))
+        return QuantizedCache(x.codes, perturb(x.scales.bfloat16(), seed).to(x.scales.dtype))
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed), device="cpu").mul_(2).sub_(1)
     near = x.double() * (1 + (1 + 2 * seed) * TOKEN_FLOOR[x.dtype] * signs.to(x.device))
     return near.to(x.dtype) if seed else near
@@ -206,6 +206,8 @@ class LayerReference:
     logits: Tensor  # the gate's, fp64 [B,T,E]
     logits_limit: float  # the absolute limit of a logit's error
     references: dict[str, Fp64Reference]  # by the names of `reference.Values`
+    renormalize: bool  # as in `route`
+    near_limits: Callable[[], dict[str, float]]  # limits by errors of torch on inputs next to x, computed at first use
 
     def route_error(self, ids: Tensor, where: Any, weights: Tensor) -> tuple[float, float]:
         """The worse of two errors of routes [M,K] at `where` in [B,T], with its limit: of `weights`, and how far an
@@ -222,6 +224,7 @@ class LayerReference:
         left_out = logits.scatter(-1, ordered, -math.inf).amax(-1)
         shortfall = largest((left_out - logits.gather(-1, ordered).amin(-1)).clamp(min=0.0)) / scale
         # An error d of each logit changes a weight of a softmax by at most d / 2.
-        exact = logits.gather(-1, ids.long()).softmax(-1)
+        chosen = ids.long()
+        exact = logits.gather(-1, chosen).softmax(-1) if self.renormalize else logits.softmax(-1).gather(-1, chosen)
         rounding = FLOOR.get(weights.dtype, 0.0)
         return worst([(shortfall, limit), (largest(weights.double() - exact), self.logits_limit / 2 + rounding)])

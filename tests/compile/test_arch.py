@@ -54,6 +54,16 @@ def test_known_gpu_uses_its_family_s_launch_configs_without_a_warning(arch: str)
     assert reads_by_tma == tma(arch) == (of_family in ("sm_90", "sm_100"))
 
 
+@pytest.mark.parametrize("arch", ["sm_75", "sm_70"])
+def test_a_gpu_before_sm_80_is_refused_by_name(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensor cores multiply no bf16, and the kernels would run without any."""
+    properties = SimpleNamespace(major=int(arch[3]), minor=int(arch[4]))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(ValueError, match=f"the GPU is {arch}, needs one of sm_80, sm_86"):
+        target_arch(torch.device("cuda"))
+
+
 def test_a_family_fits_its_gpus() -> None:
     """Those with less shared memory than sm_80, whose choices they take, have rows of their own where these need it."""
     less = {arch for arch in ARCHS if has_less_shared_memory(arch)}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from mixtral_triton import MixtralConfig, reference
 from mixtral_triton.cli.commands import SMALL, parser
 from mixtral_triton.kernels.registry import OPERATIONS
-from tests.cli.commands import ROOT, python
+from tests.cli.commands import ROOT, output, python
 
 pytestmark = pytest.mark.compiled
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +27,7 @@ OUTPUT = {  # of the examples
     "continuous_batch.py": ["A list is", "the same texts before and after apply: True"],
     "qlora.py": ["the loss falls: True", "with experts in 8 bits: "],
     "qwen3.py": ["QuantizedWeight(int4, [8, 128, 64]", "RIGHT"],
+    "mixtral.py": ["The return statement\n\nThe *asynchronous"],
     "verify_folder.py": ["RIGHT: all", "nearest to its limit"],
 }
 MACHINES = {  # how a program runs: what Python gets before its file
@@ -115,6 +116,12 @@ def test_example_runs(how: str, checkpoint: Path) -> None:
     assert {*OUTPUT, "my_experts.py", "expert_swiglu.py", "mesh.py", "__init__.py"} == {
         path.name for path in (ROOT / "examples").glob("*.py")
     }
+
+
+def test_the_model_of_the_example_writes_the_text_of_the_command() -> None:
+    text = python("-m", "examples.mixtral", SMALL, "A list is", CUDA_VISIBLE_DEVICES="")
+    assert text.returncode == 0, text.stderr
+    assert text.stdout == output("generate --device cpu --prompt", "A list is")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from mixtral_triton.kernels.weights import weight_args as kernel_weight
 from mixtral_triton.verification.tolerance import Tolerance
 from tests.compile.test_quantized_offline import FORMATS, OTHER_GROUPS, format_name
 from tests.ops.test_deterministic import CASES, check
+from tests.ops.test_quantized import random_weight
 from tests.support.calls import inputs, inputs_without_padding, selected_configs, with_offload
 
 from .memory import Fault
@@ -145,6 +146,19 @@ def test_every_quantized_format(format: Any, arch: str, ptx_emulator: Any) -> No
             check_error(OPS["linear"], sizes)
             sizes = {"T": T, "H": 256, "I": 128, "E": 4, "K": 2, "gate_up": weight, "down": weight}
             check_error(OPS["expert_swiglu"], sizes)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_int4_with_zeros(dtype: torch.dtype, arch: str, ptx_emulator: Any) -> None:
+    """They are stored as bf16, and subtracted from codes in x's dtype."""
+    weight = random_weight("int4:64", 80, 256, zeros=True, scales=torch.bfloat16)
+    with ptx_emulator(arch):
+        for T in (7, 200):
+            args = {"x": torch.randn(T, 256).to(dtype), "weight": weight}
+            args = {name: value.to(GPU_DEVICE) for name, value in args.items()}
+            error, limit = Tolerance("linear", args).measure(dispatched("linear", args))
+            assert error <= limit
 
 
 def test_caches_are_apart(ptx_emulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,21 @@ def test_a_cache_is_set_back_or_refilled_where_the_text_differs(
     assert torch.equal(got, model.generate(changed, 3))
 
 
+def test_a_ring_that_was_set_back_before_a_failure_still_knows_what_it_lost() -> None:
+    """The newest of 14 tokens may go, and the call fails before any forward: one more may not go."""
+    model, ids = make(sliding_window=5, deterministic=True), tokens(1, 10)
+    cache = KVCache(model.config, 1, 30, "cpu", model.dtype)
+    text = model.generate(ids, 5, cache=cache)
+    for place in (13, 12):
+        changed = text.clone()
+        changed[:, place:] = (changed[:, place:] + 1) % 23
+        with FailAt(int(place == 13), behind=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            with pytest.raises(Injected) if place == 13 else nullcontext():
+                got = model.generate(changed, 3, cache=cache)
+    assert cache.reused == [0] and torch.equal(got, model.generate(changed, 3))
+
+
 @pytest.mark.parametrize("window", (None, 5))
 def test_a_sequence_that_ends_is_not_appended_to(window: int | None, device: torch.device) -> None:
     """Its EOS, repeated until the last sequence ends, would take the slots of a ring."""

@@ -18,6 +18,7 @@ from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.cli.prompt import decode, encode, read_text
 from mixtral_triton.cli.text_stream import Text, Writer
 from mixtral_triton.model.tokenizer import load_tokenizer
+from mixtral_triton.verification import _tokens, verify
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled
@@ -64,6 +65,24 @@ def test_command_answers_in_the_chat_template(folder: Path) -> None:
     assert "[INST]" not in out and error.count("tokens/s") == 2
 
 
+def test_texts_stand_for_their_tokens() -> None:
+    model, texts = Mixtral.from_pretrained(SMALL, "cpu"), ["The return statement", "A list", "The"]
+    original = transformers.AutoModelForCausalLM.from_pretrained(SMALL)
+    ids = [model.tokenizer(text).input_ids for text in texts]
+    for got, want in zip(model.generate(texts, 3), model.generate(ids, 3), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(model.score(texts), model.score(ids), strict=True):
+        assert torch.equal(got, want)
+    for target in (model, original):
+        assert (
+            _tokens(target, texts[:1]).tolist() == ids[:1] and _tokens(target, [texts[1]] * 2).tolist() == [ids[1]] * 2
+        )
+        for wrong in (texts, "The", [], [1]):
+            with pytest.raises(ValueError, match=r"verify: input_ids is .*, needs int64 .B, T. or a list of texts"):
+                verify(target, wrong)
+    assert verify(model, texts[:1], quick=True).routed == verify(model, torch.tensor(ids[:1]), quick=True).routed > 0
+
+
 def test_a_token_that_the_text_holds_and_the_tokenizer_adds_is_reported(folder: Path) -> None:
     tokenizer = load_tokenizer(SMALL)
     plain = encode(tokenizer, "The return", 2048)
@@ -73,7 +92,7 @@ def test_a_token_that_the_text_holds_and_the_tokenizer_adds_is_reported(folder: 
     assert encode(tokenizer, "<s>The return", 2048, add_special_tokens=False) == plain
     status, out, error = run(f"{ANSWER} --json --prompt '<s>The return'")
     assert status == 0 and json.loads(out)["prompt_tokens"] == len(ids)
-    assert "mixtral-triton generate: the prompt begins with <s>" in error
+    assert "note: the prompt begins with <s>" in error
     set_template(folder, PRESENT)  # writes <s> itself
     assert "the prompt begins" not in run(f"{ANSWER} --chat --prompt x", folder)[2]
 

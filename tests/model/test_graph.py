@@ -203,6 +203,12 @@ def test_a_model_that_is_collected_during_a_step_does_not_end_its_capture(gpu: A
     assert gc.isenabled() and gpu.captures[-1].ended
     gc.collect()
     assert not gpu.pinned
+    try:
+        gc.disable()  # by a user, whose setting stays
+        capture(lambda: None, None, GPU_DEVICE)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_graphs_that_live_together_share_no_memory(gpu: Any) -> None:

@@ -237,6 +237,9 @@ CALLS: dict[str, tuple[Callable[[Mixtral, Tensor], Any], str]] = {
     "sparse ids": (lambda m, x: m(x.to_sparse()), "input_ids.*sparse"),
     "nested ids": (lambda m, x: m(torch.nested.nested_tensor([*x])), "input_ids.*nested"),
     "huge batch": (lambda m, x: KVCache(m.config, 1 << 50, 5, "cpu"), rf"batch {1 << 50} .*smaller batch"),
+    "mask of transformers": (lambda m, x: m(x, attention_mask=x), "no argument 'attention_mask', needs lengths"),
+    "hidden states": (lambda m, x: m(x, output_hidden_states=True), "needs model.layers.i..register_forward_hook"),
+    "labels": (lambda m, x: m(x, labels=x), "needs model.score.texts."),
     "not a cache": (lambda m, x: m(x, cache={}), "cache.*dict"),
 }
 LENGTHS: dict[str, Any] = {

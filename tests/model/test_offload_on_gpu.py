@@ -104,6 +104,22 @@ def test_prefill_copies_each_expert_once_a_chunk_in_order(on_host: Any, gpu: Any
     assert len(kernels) == 1 and not kernels & {work.stream for work in found}
 
 
+def test_rows_that_the_host_wrote_are_copied_again(gpu: Any) -> None:
+    """The buffers hold the weights of a model of one layer from chunk to chunk, until these are written."""
+    model = random_model(GPU_DEVICE, num_hidden_layers=1, on_host=(1, 3), max_position_embeddings=128)
+    ids = tokens(1, CHUNK, device=GPU_DEVICE)
+    counts = []
+    for factor in (1.0, None, 2.0):
+        if factor is not None:
+            model.layers[0].down_proj.host.mul_(factor)
+        gpu.work.clear()
+        logits = model(ids)
+        counts.append(len(copies(gpu, model)))
+    assert counts == [2, 0, 1]
+    model.layers[0].down_proj._staging.buffers.clear()
+    assert torch.equal(model(ids), logits)
+
+
 def test_one_projection_is_copied_while_the_other_computes(gpu: Any) -> None:
     model = prefill(gpu)
     kernels = [getattr(work.what, "kernel", "") for work in gpu.work]

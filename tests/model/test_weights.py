@@ -76,6 +76,8 @@ def expected(config, tensors, layout):
             whole[f"{here}.{name}"] = tensors[f"{disk}.{name}.weight"]
         q, k, v, whole[f"{here}.o_proj"] = (tensors[f"{disk}.self_attn.{name}_proj.weight"] for name in "qkvo")
         whole[f"{here}.qkv_proj"] = torch.cat([q, k, v])
+        for name in ("q_norm", "k_norm") if config.family.norms else ():
+            whole[f"{here}.{name}"] = tensors[f"{disk}.self_attn.{name}.weight"]
         moe = f"{disk}.mlp" if layout == "fused" else f"{disk}.block_sparse_moe"
         whole[f"{here}.gate"] = tensors[f"{moe}.gate.weight"]
         if layout == "fused":

@@ -34,7 +34,10 @@ def of_a_layer(count: Callable[[int], Counter[Any]]) -> Counter[Any]:
 
 def record(B: int, T: int, layers: int, cache: Any = torch.bfloat16, weights: Any = None, **options: Any) -> Counter:
     """Kernels of one forward of B x T tokens behind a cache; torch's are named aten::*."""
-    config = MixtralConfig(num_hidden_layers=layers, rope_theta=1e6, sliding_window=options.pop("window", None))
+    sizes = options.pop("config", {})
+    config = MixtralConfig(
+        num_hidden_layers=layers, rope_theta=1e6, sliding_window=options.pop("window", None), **sizes
+    )
     specs = select_specs(weights, parameter_shapes(config))
     activations = options.pop("activations", None)
     model = Mixtral(config, device="meta", specs=specs, **options)
@@ -78,7 +81,9 @@ def test_launches_per_layer(phase: str, T: int, triton_max: int, total_max: int,
 def test_additional_launch_is_caught(monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
     """The fault is a separate norm before the gate."""
 
-    def separate(x: Any, residual: Any, weight: Any, eps: float, gate: Any, top_k: int, deterministic: bool) -> Any:
+    def separate(
+        x: Any, residual: Any, weight: Any, eps: float, gate: Any, top_k: int, deterministic: bool, **_: Any
+    ) -> Any:
         y, total = ops.rms_norm(x, weight, eps, residual)
         return y, total, *ops.gate_route(y, gate, top_k, deterministic)
 

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
+from mixtral_triton.kernels.operation import call
 from mixtral_triton.kernels.operation.declaration import row_letter
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
@@ -213,6 +216,16 @@ def test_wrong_argument_raises_value_error(place: tuple[str, str], cached: bool,
 
 class Subclass(Tensor):
     pass
+
+
+def test_operations_of_equal_arguments_share_no_check() -> None:
+    """The bounds of a cached check are those of the operation."""
+    ids = torch.tensor([4])
+    for high in (5, 3):
+        bounds = {"bounds": lambda args, high=high: [("ids", 0, high)], "bind_by_name": lambda ids: {"ids": ids}}
+        op = SimpleNamespace(run=lambda: None, names=("ids",), public_name="toy", **bounds)
+        with nullcontext() if high == 5 else pytest.raises(ValueError, match="toy: argument 'ids'"):
+            call._check(op, (ids,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", (Tensor.clone, partial(Parameter, requires_grad=False), Subclass), ids=str)

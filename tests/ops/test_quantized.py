@@ -240,6 +240,13 @@ def test_experts(case: Any, T: int, deterministic: bool, dtype: torch.dtype) -> 
     check("expert_swiglu", layer(*case, T, dtype) | {"deterministic": deterministic})
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("zeros", [True, False])
+def test_experts_whose_splits_have_several_units(zeros: bool) -> None:
+    """Two of 256 columns each, with a scale, and perhaps a zero, for 128."""
+    check("expert_swiglu", layer("int4:128", 128, 2048, zeros, 3, torch.bfloat16))
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize(
     ("dense", "dtype", "deterministic", "limit"),

@@ -35,6 +35,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "no window, tied": {"sliding_window": None, "tie_word_embeddings": True},
     "wide": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},  # for groups of int4
     "narrow": {"intermediate_size": 128},  # whose rows are one group of int4
+    # Norms of each head, which all ranks have.
+    "qwen3": {"model_type": "qwen3_moe", "moe_intermediate_size": 24, "num_experts": 4, "norm_topk_prob": True},
 }
 MESHES = {"tp 2": {"tp": 2}, "tp 4": {"tp": 4}, "ep 2": {"ep": 2}, "ep 4": {"ep": 4}, "ep 2 x tp 2": {"ep": 2, "tp": 2}}
 IDS = torch.randint(50, (2, 10), generator=torch.Generator().manual_seed(1))
@@ -57,8 +59,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     def make(name: str = "window", per_expert: bool = True) -> Path:
         if (name, per_expert) not in built:
             torch.manual_seed(0)
-            config = transformers.MixtralConfig(**BASE | CONFIGS[name] | {"dtype": "float32"})
-            theirs = transformers.MixtralForCausalLM(config)
+            settings = {"model_type": "mixtral"} | BASE | CONFIGS[name] | {"dtype": "float32"}
+            theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
             for key, weight in theirs.named_parameters():
                 scale = 1.0 if "embed" in key else 2.0 * weight.shape[-1] ** -0.5
                 weight.data.normal_(0, scale) if weight.dim() > 1 else weight.data.uniform_(0.7, 1.3)
@@ -85,7 +87,7 @@ def expert_bytes(sizes: dict[str, int]) -> int:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("name", "per_expert"), [("window", True), ("no window, tied", False)])
+@pytest.mark.parametrize(("name", "per_expert"), [("window", True), ("no window, tied", False), ("qwen3", True)])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_mesh_equals_one_rank(mesh: str, name: str, per_expert: bool, ranks: Ranks, checkpoint: Checkpoint) -> None:
     folder = checkpoint(name, per_expert)
@@ -98,7 +100,8 @@ def test_mesh_equals_one_rank(mesh: str, name: str, per_expert: bool, ranks: Ran
         assert torch.equal(rank["greedy"], model.generate(IDS[:, :4], max_new_tokens=8))
         assert torch.equal(rank["turn"], work.two_turns(model, IDS, cached=False))
         close(rank["scores"], want[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0])
-    theirs = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    settings = {"dtype": torch.float32, "attn_implementation": "eager"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
     with torch.no_grad():
         close(found[-1]["logits"], theirs(IDS).logits)
     n, tied = math.prod(MESHES[mesh].values()), model.config.tie_word_embeddings

@@ -37,10 +37,30 @@ def dense(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     return found | {f"{name}.weight": torch.rand(128, generator=generator).to(dtype) for name in norms}
 
 
-def write(folder: Path, packer: Packer, config: Any, only: str = "", **changes: Any) -> dict[str, Tensor]:
-    """Write a checkpoint whose linears with `only` in their names are packed; return each tensor's values in fp32.
+# Another family's names of what Mixtral has: parts of tensors' names, and fields of config.json.
+RENAMED = {
+    "qwen3_moe": {
+        "block_sparse_moe": "mlp",
+        **{".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."},
+        **{"intermediate_size": "moe_intermediate_size", "num_local_experts": "num_experts"},
+    }
+}
+ADDED: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}}
 
-    changes: tensors by name that replace others; None removes one.
+
+def rename(name: str, family: str) -> str:
+    for ours, theirs in RENAMED.get(family, {}).items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def write(
+    folder: Path, packer: Packer, config: Any, only: str = "", family: str = "mixtral", **changes: Any
+) -> dict[str, Tensor]:
+    """Write a checkpoint whose linears with `only` in their names are packed; return each tensor's values in fp32, by
+    the names of a Mixtral.
+
+    family: a model_type, by whose names it is written. changes: tensors by name that replace others; None removes one.
     """
     random = np.random.default_rng(0)
     tensors = dense()
@@ -52,9 +72,15 @@ def write(folder: Path, packer: Packer, config: Any, only: str = "", **changes: 
             exact = exact.bfloat16().float()
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
         meaning[f"{name}.weight"] = exact
-    tensors = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+    for name in ("q_norm", "k_norm") if family == "qwen3_moe" else ():
+        norm = torch.from_numpy(random.uniform(0.5, 1.5, SIZES["head_dim"])).bfloat16()
+        tensors[f"model.layers.0.self_attn.{name}.weight"] = norm
+        meaning[f"model.layers.0.self_attn.{name}.weight"] = norm.float()
+    tensors = {rename(name, family): tensor for name, tensor in (tensors | changes).items() if tensor is not None}
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(SIZES | ({} if config is None else {"quantization_config": config})))
+    values = {rename(name, family): value for name, value in SIZES.items()} | ADDED.get(family, {})
+    values |= {"model_type": family} | ({} if config is None else {"quantization_config": config})
+    (folder / "config.json").write_text(json.dumps(values))
     return meaning
 
 

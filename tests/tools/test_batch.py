@@ -186,10 +186,27 @@ def test_jobs_come_from_standard_input(chat_folder: Path, monkeypatch: pytest.Mo
     assert "--batch - reads standard input, which is closed" in error_line(BATCH, chat_folder, "--batch", "-")
 
 
+def test_a_wrong_line_that_was_mended_is_answered_in_its_place(chat_folder: Path) -> None:
+    jobs, out = chat_folder / "jobs.jsonl", chat_folder / "out.jsonl"
+    jobs.write_text('{"prompt": "The return"}\n{"promt": "A list"}\n{"prompt": ""}\n')
+    status, _, error = run(BATCH, chat_folder, "--batch", jobs, "--out", out)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert status == 1 and "line 3 has an empty prompt" in found[2]["error"] and "line 2 is {" in found[1]["error"]
+    jobs.write_text('{"prompt": "The return"}\n{"text": "A list"}\n{"text": "A tuple"}\n')
+    status, _, error = run(BATCH, chat_folder, "--batch", jobs, "--out", out)
+    assert status == 0 and "1 results kept, 2 errors tried again\n" in error
+    assert out.read_text() == output(BATCH, chat_folder, "--batch", jobs)
+    out.write_text('{"error": "of another program"}\n')
+    assert "line 1 is not of this job" in error_line(BATCH, chat_folder, "--batch", jobs, "--out", out)
+
+
 def test_lines_that_no_job_is_in() -> None:
     lines = [
         b"[1]",
         b'{"prompt": ""}',
+        b'{"text": ""}',
+        b'{"text": 1}',
+        b'{"text": "a", "messages": []}',
         b'{"prompt": "a", "messages": []}',
         b'{"messages": []}',
         b'{"prompt": "a", "text": 1}',

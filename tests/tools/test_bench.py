@@ -54,6 +54,19 @@ def norm(x, weight, eps, times=1.0):
     return y
 
 def double(x, weight, eps): return norm(x, weight, eps, 2.0)
+
+@triton.jit
+def product_kernel(x_ptr, weight_ptr, y_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x, weight = tl.load(x_ptr + offs, mask=offs < N), tl.load(weight_ptr + offs % N, mask=offs < N)
+    tl.store(y_ptr + offs, x * weight, mask=offs < N)
+
+def of_bf16(x, weight, eps):
+    rows = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    for row in rows.to(x.dtype):
+        product_kernel[(1,)](row, weight, row, N=len(row), BLOCK=triton.next_power_of_2(len(row)))
+        yield row
+def in_bf16(x, weight, eps): return torch.stack([*of_bf16(x, weight, eps)])
 """
 
 
@@ -175,13 +188,16 @@ def test_wrong_peers_have_notes_and_exit_1(folder: Path) -> None:
 @without_gpu
 def test_triton_peers_are_checked_where_their_kernels_are_interpreted(folder: Path) -> None:
     (folder / "kernel_for_bench.py").write_text(TRITON)
+    in_fp32 = "right in fp32; Triton's interpreter computes bf16 wrong"
     outcomes = {"norm": (0, True, "right, not timed"), "double": (1, False, "wrong: an error of")}
+    outcomes["in_bf16"] = (0, True, in_fp32)
     for name, (status, right, note) in outcomes.items():
         if not INTERPRETED:  # a process that compiles has no driver to launch by
             status, right, note = 0, None, "not checked: its Triton kernels need a GPU, or TRITON_INTERPRET=1"
-        line = f"bench rms_norm --sizes T=3,H=80 --dtype float32 --peer kernel_for_bench:{name}"
-        (found,) = run_json(line, status=status)[1]["peers"].values()
-        assert found["right"] is right and found["time_us"] is None and found["note"].startswith(note)
+        for dtype in ("bfloat16",) if name == "in_bf16" else ("float32", "bfloat16"):
+            line = f"bench rms_norm --sizes T=3,H=80 --dtype {dtype} --peer kernel_for_bench:{name}"
+            (found,) = run_json(line, status=status)[1]["peers"].values()
+            assert found["right"] is right and found["time_us"] is None and found["note"].startswith(note), found
 
 
 def test_a_case_too_large_for_a_cpu_is_not_checked() -> None:
@@ -225,6 +241,13 @@ def test_a_lost_gpu_ends_the_process_after_the_row_of_its_case(gpu: Any, monkeyp
     lines = list(map(json.loads, out.splitlines()))
     assert status == 1 and [line["kind"] for line in lines] == ["gpu", "row"]
     assert "illegal memory access" in lines[1]["note"] and "cuda:0 is lost to this process" in error
+
+
+def test_rows_that_a_lost_gpu_leaves_out_exit_1(timed: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last row that there is ran out of memory, which alone is no fault."""
+    only = replace(untimed_row(small("rms_norm"), H100), ours=Outcome(note="out of memory"))
+    monkeypatch.setattr(measure, "measure_rows", lambda *_: iter([only]))
+    assert [run(f"bench rms_norm --sizes T=1,H=16{more}")[0] for more in ("", " --sizes T=2,H=16")] == [0, 1]
 
 
 @pytest.mark.compiled

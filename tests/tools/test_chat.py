@@ -143,7 +143,7 @@ def test_commands_change_the_chat(chat_folder: Path) -> None:
     found, error = talk(chat_folder, [long, "Other", "/undo", "There", "/system Be short.", "There"])
     for name in ("tokens", "prompt_tokens"):
         assert [each[name] for each in (found[0], found[2])] == [each[name] for each in plain]
-    assert "mixtral-triton chat: generate: a text is computed from its start: other tokens are in the cache" in error
+    assert "\nnote: generate: a text is computed from its start: other tokens are in the cache" in error
     assert found[3]["prompt_tokens"] > found[2]["prompt_tokens"] + 6
     want, _ = talk(chat_folder, ["Hi"], "--system", "Be short.", "--logprobs", "2")
     assert answers(want) == answers(talk(chat_folder, ["/system Be short.", "Hi"], "--logprobs", "2")[0])
@@ -174,6 +174,7 @@ def test_commands_say_what_they_did_and_a_saved_chat_goes_on(chat_folder: Path, 
     wrong.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
     lines = ["Hi", f"/save {saved}", "There", "/retry", "/undo", "   ", f"/save {saved}", "/system Be short.", "/reset"]
     lines += [f"/load {saved}", "There", "/undo", "/undo", "/retry", f"/load {wrong}", "/load /dev/zero", "/save"]
+    lines += ["/load no/such.json", "/retry there"]
     with mock.patch("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines) + "exit\nmore\n")):
         out = output(CHAT, chat_folder, "--json").splitlines()
     first, save, there, again, undo, blank, over, system, reset, load, loaded, *rest = map(json.loads, out)
@@ -185,9 +186,27 @@ def test_commands_say_what_they_did_and_a_saved_chat_goes_on(chat_folder: Path, 
     assert (system["message"], reset["message"]) == ("the system message is set", "all turns are forgotten")
     assert load["message"] == f"2 messages read from {saved}" and loaded["text"] == there["text"]
     assert rest[0]["message"] == "forgotten: There" and rest[1]["message"] == "forgotten: Hi"
-    faults = "no turn", "needs a file that /save", "needs a file that /save", "/save needs a file"
+    faults = ["no turn", "needs a file that /save", "needs a file that /save", "/save needs a file"]
+    faults += ["no/such.json does not exist", "/retry is given 'there', needs nothing behind it"]
     for found, fault in zip(rest[2:], faults, strict=True):
         assert fault in found["error"]
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.5"])
+def test_a_greedy_retry_says_that_its_text_is_the_same(chat_folder: Path, temperature: str) -> None:
+    with mock.patch("sys.stdin", io.StringIO("Hi\n/retry\n")):
+        error = run(CHAT, chat_folder, "--temperature", temperature)[2]
+    assert error.count("the text is the same") == (temperature == "0")
+
+
+def test_a_cache_that_does_not_grow_ends_the_turn(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once began empty streams for ever."""
+    monkeypatch.setattr(chat, "LEAST_SLOTS", 32)
+    monkeypatch.setattr(KVCache, "grow", lambda cache, slots: None)
+    config = json.loads((chat_folder / "config.json").read_text())
+    (chat_folder / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
+    found, _ = talk(chat_folder, ["Hi"], "--max-new-tokens", "40")
+    assert "beyond the cache's slots, 32: needs" in found[0]["error"]
 
 
 def test_what_ends_a_chat_is_text_behind_a_space(chat_folder: Path) -> None:

@@ -16,6 +16,7 @@ from mixtral_triton.bench.fit import KNOWN, MemoryPlan, Request, format_specs, m
 from mixtral_triton.bench.fit import WEIGHT_FORMATS as FORMATS
 from mixtral_triton.bench.gpus import GPU, GPUS, LINKS, MIB, parse_gpu
 from mixtral_triton.checkpoint.tensors import parameter_shapes
+from mixtral_triton.cli import commands
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.model.cache import cache_bytes
 from mixtral_triton.model.generate import prefill, sample
@@ -181,6 +182,32 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyP
         assert row(text, label)[0] == size and [row(text, label)[-3], row(text, label)[-1]] == ["32,768", "fits"]
     assert row(output("fit --memory 1", status=1), "int4")[-1] == "no"
     assert row(output("fit --gpu rtx4090"), "int4, linear int8")[-4:-1] == ["20", "offload", "62"]
+
+
+def test_several_gpus_are_all_shown() -> None:
+    text = output("fit --gpu h100 --gpu rtx4090 --gpu H100")
+    assert re.findall(r"^(H100 80GB|RTX 4090|H200) ", text, re.M) == ["H100 80GB", "RTX 4090"]
+    found = run_json("fit --gpu mi300x --gpu rtx4090")["gpus"]
+    assert [entry["gpu"]["name"] for entry in found] == ["MI300X", "RTX 4090"]
+
+
+RUNS = {
+    "--gpu h100": "FOLDER --weights experts=int4,linear=int8",
+    "--gpu rtx4090 --context 4096 --cache-dtype int8": "FOLDER --weights experts=int4,linear=int8 --cache-dtype int8 "
+    "--offload auto --context 4096",
+    f"{SMALL} --gpu h100": f"{SMALL} --weights experts=int4,linear=int8",
+    "--gpu h100 --batch 3": None,
+    "--memory 1": None,
+}
+
+
+@pytest.mark.parametrize("options", RUNS)
+def test_the_last_line_is_the_command_that_runs_the_first_format(options: str) -> None:
+    *_, last = run(f"fit {options}")[1].splitlines()
+    want = f"To run it: mixtral-triton chat {RUNS[options]}"
+    assert last == want if RUNS[options] else "mixtral-triton" not in last
+    if RUNS[options]:
+        assert commands.parser().parse_args(want.split()[4:]).command == "chat"
 
 
 def test_json_is_exact() -> None:

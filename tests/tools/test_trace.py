@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixtral_triton import Mixtral
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.cli.trace import Trace
 from tests.cli.commands import run_json, shown
@@ -24,6 +25,16 @@ def test_the_routes_are_those_of_transformers() -> None:
     with torch.no_grad():
         routers = model.eval()(ids, output_router_logits=True).router_logits
     assert found["experts"] == [logits.topk(2).indices.tolist() for logits in routers]
+    want = torch.stack([logits.softmax(-1).topk(2).values for logits in routers])
+    own = Mixtral.from_pretrained(SMALL, "cpu", torch.float32)
+    routes = own.trace(ids[0])
+    assert routes.ids.tolist() == found["experts"] and routes.weights.tolist() == found["weights"]
+    assert torch.allclose(routes.weights, want / want.sum(-1, keepdim=True), atol=1e-5)
+    batch = own.trace(torch.cat((ids, ids.flip(1))))
+    assert [*batch.ids.shape] == [2, *routes.ids.shape] and torch.equal(batch.ids[0], routes.ids)
+    assert torch.equal(batch.ids[1], own.trace(ids[0].flip(0)).ids) and batch.weights.shape == batch.ids.shape
+    with pytest.raises(ValueError, match="Mixtral: argument 'input_ids' is a list"):
+        own.trace([[1, 2]])
 
 
 def test_text_on_a_terminal_has_each_layer() -> None:

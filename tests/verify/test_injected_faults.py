@@ -38,7 +38,7 @@ class SwappedNorms(Layer):
 class SwappedQueriesAndKeys(Layer):
     def attention(self, h: Tensor, kv_cache: Any, state: ForwardContext) -> Tensor:
         attend, state = state.attend, copy.copy(state)
-        state.attend = lambda q, k, v, kv_cache: attend(k, q, v, kv_cache)  # type: ignore[method-assign]
+        state.attend = lambda q, k, v, *args: attend(k, q, v, *args)  # type: ignore[method-assign]
         return super().attention(h, kv_cache, state)
 
 

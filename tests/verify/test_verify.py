@@ -17,13 +17,13 @@ from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from mixtral_triton.model.layer import Layer
-from mixtral_triton.verification import families
+from mixtral_triton.verification import families, layers
 from mixtral_triton.verification.layers import ModelUnderTest
 from mixtral_triton.verification.report import BITS, Report, Row
 from mixtral_triton.verification.tolerance import Tolerance, largest
 from tests.cli.commands import run_json
 from tests.support.faults import DTYPES, replace_by, small_model
-from tests.support.models import random_model
+from tests.support.models import random_model, tokens
 
 IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
 # Of the registry; verify skips operations that no layer of a model has a call for.
@@ -113,6 +113,25 @@ def test_no_false_positives(seed: int, gains: tuple[float, ...], dtypes: list[to
     for dtype in dtypes:
         report = verify(*random_case(seed, dtype, *gains))
         assert not report.wrong, str(report)
+
+
+@once
+def test_an_error_just_beyond_its_limit_is_judged_by_torch_on_near_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 tokens the worst one's two roundings, which set a layer's limit, may both be small by chance."""
+    target, calls = ModelUnderTest(random_model(dtype=torch.bfloat16, num_hidden_layers=2, seed=3)), list[Any]()
+    near = layers.limits_near
+    monkeypatch.setattr(layers, "limits_near", lambda *args: (calls.append(1), near(*args))[1])
+    with torch.no_grad():
+        _, text, _ = layers.compare_layers(target, tokens(2, 12), lambda check, index: iter(()))  # type: ignore[arg-type]
+        assert not calls
+        layer = text.layers[0]
+        first, raised = layer.references["output"].limit, layer.near_limits()["output"]
+        assert first < raised < layers.NEAR_MISS * first
+        probe = layers.LayerProbe(text.layers)
+        probe.start(layers.UNCACHED)
+        for error in (0.9 * first, (first + raised) / 2, 1.02 * raised, 2 * first):
+            probe.record(0, "output", (layer.references["output"].exact * (1 + error)).float())
+    assert [row.ok for row in probe.rows] == [True, True, False, False] and len(calls) == 1
 
 
 @interpreted

@@ -147,13 +147,19 @@ def attention_prefill_kernel(
 
 
 @triton.jit
-def _load_rotated(ptrs, mask, cos, sin, D: tl.constexpr):
-    """Load heads at `ptrs` ([rows, 1], or one) and rotate each column with the one half a head away."""
+def _load_rotated(ptrs, mask, cos, sin, norm_ptr, eps, D: tl.constexpr):
+    """Load heads at `ptrs` ([rows, 1], or one), normalize each with a norm_ptr, and rotate each column with the one
+    half a head away."""
     offs_d = tl.arange(0, cos.shape[1])[None, :]
     x = tl.load(ptrs + offs_d, mask=mask, other=0.0)
     first = offs_d < D // 2
-    other = tl.load(ptrs + tl.where(first, offs_d + D // 2, offs_d - D // 2), mask=mask, other=0.0).to(tl.float32)
-    return (x.to(tl.float32) * cos + tl.where(first, -other, other) * sin).to(x.dtype)
+    others = tl.where(first, offs_d + D // 2, offs_d - D // 2)
+    other, values = tl.load(ptrs + others, mask=mask, other=0.0).to(tl.float32), x.to(tl.float32)
+    if norm_ptr is not None:
+        scale = tl.rsqrt(tl.sum(values * values, axis=1) / D + eps)[:, None]
+        values *= scale * tl.load(norm_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        other *= scale * tl.load(norm_ptr + others, mask=offs_d < D, other=0.0).to(tl.float32)
+    return (values * cos + tl.where(first, -other, other) * sin).to(x.dtype)
 
 
 @triton.jit
@@ -162,7 +168,7 @@ def _append_newest_key(
     fresh,  # pointers of the newest key and its value, not rotated
     caches,  # of their slots
     scales,  # of their slots' scales, in 8 bits
-    angle, active,
+    angle, norm_ptr, eps, active,
     D: tl.constexpr,
 ):  # fmt: skip
     """Rotate and store the newest key and its value, and start the softmax with them, in 8 bits with their codes; do
@@ -171,7 +177,7 @@ def _append_newest_key(
     acc, largest, total = state
     offs_d = tl.arange(0, angle[0].shape[1])[None, :]
     mask = offs_d < tl.where(active, D, 0)
-    k = _load_rotated(fresh[0], mask, angle[0], angle[1], D)
+    k = _load_rotated(fresh[0], mask, angle[0], angle[1], norm_ptr, eps, D)
     v = tl.load(fresh[1] + offs_d, mask=mask, other=0.0)
     if scales is not None:
         k, k_scale = quantized_vectors(k)
@@ -198,6 +204,7 @@ def attention_decode_kernel(
     lse_ptr,  # [B, T, Hq, SPLITS] out, fp32: log2 of the sum of each split's exponentials
     bounds,  # Bounds
     newest,  # Newest, which the ring does not have yet, or None: `keys` are no ring
+    norms,  # HeadNorms of the queries and the newest key, or None
     T,
     S,  # key positions, or slots of the ring
     P,  # rows of the newest key's tables
@@ -246,7 +253,10 @@ def attention_decode_kernel(
         # Padding may lie past the last position: its result is unused, but must not be NaN.
         position = tl.where(new > 0, past, tl.minimum(past, P - 1))
         angle = angles(newest.tables, P, tl.where(new < 0, P, position), offs_d % (D // 2), D // 2)
-        q_tile = _load_rotated(q_rows, mask, angle[0], angle[1], D)
+        q_norm, k_norm, eps = None, None, 0.0
+        if norms is not None:
+            q_norm, k_norm, eps = norms.q_ptr, norms.k_ptr, norms.eps
+        q_tile = _load_rotated(q_rows, mask, angle[0], angle[1], q_norm, eps, D)
         slot = past % S
         new_k = newest.k.ptr + b * newest.k.stride_b + head * newest.k.stride_h
         new_v = newest.v.ptr + b * newest.v.stride_b + head * newest.v.stride_h
@@ -254,7 +264,8 @@ def attention_decode_kernel(
         caches, scales = (k + slot * keys.stride_kt, v + slot * keys.stride_vt), None
         if ks is not None:
             scales = ks + slot * (keys.stride_kt // D), vs + slot * (keys.stride_vt // D)
-        state = _append_newest_key(state, q_tile, scale, (new_k, new_v), caches, scales, angle, active, D)
+        fresh = new_k, new_v
+        state = _append_newest_key(state, q_tile, scale, fresh, caches, scales, angle, k_norm, eps, active, D)
     else:
         q_tile = tl.load(q_rows + offs_d[None, :], mask=mask, other=0.0)
     stored = SequenceKeys(k, v, keys.stride_kt, keys.stride_vt, None, None, 0, 0, S if RING else 0, ks, vs)

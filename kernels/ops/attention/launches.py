@@ -12,7 +12,7 @@ from torch import Tensor
 from ...launching.kernel_args import Heads, dense_rows
 from ...launching.launch import describe, launch, multiprocessors, select_configs, target_arch
 from ...weights.composites import Cache
-from ..cache_args import CacheArgs, cache_parts
+from ..cache_args import CacheArgs, HeadNorms, cache_parts
 from .kernels import Bounds, Keys, Newest, attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
 from .tiles import AttentionSizes, configs
 
@@ -108,8 +108,10 @@ def launch_decode(
     sizes: AttentionSizes,
     newest: Newest | None = None,
     scale: float | None = None,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
-    """Return attention [B, T, Hq, D] of few queries by splits of the keys. `newest`: the key that `keys` lacks."""
+    """Return attention [B, T, Hq, D] of few queries by splits of the keys. `newest`: the key that `keys` lacks; `norms`
+    are of its heads and the queries'."""
     B, T, Hq, D = q.shape
     selected = select_configs(configs, sizes, q.dtype, q.device)
     config = selected["attention_decode_kernel"]
@@ -129,6 +131,7 @@ def launch_decode(
         lse_ptr=lse,
         bounds=bounds,
         newest=newest,
+        norms=norms,
         T=T,
         S=sizes.S,
         P=0 if newest is None else len(newest.tables.cos),

@@ -21,6 +21,8 @@ from ...operation.inputs import shapes
 from ...weights.composites import vector_bytes
 from ..cache_args import (
     CacheArgs,
+    HeadNorm,
+    HeadNorms,
     KeyHeads,
     New,
     Past,
@@ -30,7 +32,8 @@ from ..cache_args import (
     Table,
     cache_inputs,
     check_caches,
-    check_head_size,
+    check_rotated_heads,
+    norm_inputs,
     rope_tables,
 )
 from ..rope import launch_append
@@ -67,7 +70,7 @@ def _check_cached(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) ->
 def _check_step(op: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     if sizes["T"] != 1:
         raise fail(op, "q", f"of {sizes['T']} tokens", "one a sequence: more would need keys that they overwrite")
-    check_head_size(op, args, sizes)
+    check_rotated_heads(op, args, sizes)
     _check_cached(op, args, sizes)
 
 
@@ -115,6 +118,7 @@ class CachedCase:
     past: int = 0  # see `cache_inputs`
     cache: str | None = None  # "int8"
     deterministic: bool = False
+    norms: bool = False  # of the heads of queries and keys
 
 
 def _inputs(case: AttentionCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
@@ -149,14 +153,16 @@ def cost(case: AttentionCase | CachedCase, dtype: torch.dtype, beside: int | Non
 
 def _step_inputs(case: CachedCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     cos, sin = rope_tables(10000.0, 8192, case.D, device)
-    return {"cos": cos, "sin": sin, **cache_inputs(case, dtype, device, generator)}
+    norms = norm_inputs(case, dtype, device, generator)
+    return {"cos": cos, "sin": sin, **cache_inputs(case, dtype, device, generator), **norms}
 
 
 def step_cost(case: CachedCase, dtype: torch.dtype) -> Cost:
-    """Count attention's work, the new key and value read beside the cache and written into it, and the angles."""
-    B, Hq, Hkv, D = case.B, case.Hq, case.Hkv, case.D
-    cached, moved = cost(case, dtype, beside=0), 2 * B * Hkv * D * dtype.itemsize + B * D * 4
-    return Cost(flops=cached.flops + 3 * B * (Hq + Hkv) * D, bytes=cached.bytes + moved)
+    """Count attention's work, the new key and value read beside the cache and written into it, the angles, and the
+    norms' weights."""
+    B, Hq, Hkv, D, norms = case.B, case.Hq, case.Hkv, case.D, int(case.norms)
+    cached, moved = cost(case, dtype, beside=0), 2 * (B * Hkv + norms) * D * dtype.itemsize + B * D * 4
+    return Cost(flops=cached.flops + (3 + 4 * norms) * B * (Hq + Hkv) * D, bytes=cached.bytes + moved)
 
 
 _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
@@ -295,9 +301,17 @@ def cached_attention(
         *shapes(CachedCase, "1 1 4 1 32 600 0 590, 2 1 2 1 64 600 600 900, 2 1 4 2 32 600 0 0, 2 1 4 2 32 64 5 60"),
         *shapes(CachedCase, "3 1 8 2 128 16 16 13, 2 1 4 2 80 16 16 77", cache="int8"),
         *shapes(CachedCase, "1 1 4 1 16 600 0 590, 2 1 4 2 32 64 5 60", cache="int8"),
+        *shapes(CachedCase, "3 1 8 2 96 16 16 13, 2 1 4 2 32 600 0 590", norms=True),
+        *shapes(CachedCase, "2 1 4 2 80 16 16 77", cache="int8", norms=True),
     ),
-    bench_shapes=tuple(
-        CachedCase(B, 1, *_HEADS, *ring, cache=cache) for cache in (None, "int8") for ring in _RINGS for B in (1, 32)
+    bench_shapes=(
+        *(
+            CachedCase(B, 1, *_HEADS, *ring, cache=cache)
+            for cache in (None, "int8")
+            for ring in _RINGS
+            for B in (1, 32)
+        ),
+        *(CachedCase(B, 1, 32, 4, 128, *_RINGS[1], norms=True) for B in (1, 32)),  # of Qwen3-30B-A3B
     ),
     rule=_check_step,
 )
@@ -313,6 +327,9 @@ def rope_append_attention(
     new: New,
     window: Window | None = None,
     deterministic: bool = False,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    eps: float = 1e-6,
 ) -> Queries:
     """Attention of a decode step: `rope` of q and k at past[b], `append` of k and v, `cached_attention`, in one launch
     and the combine of its splits.
@@ -324,6 +341,7 @@ def rope_append_attention(
     past, new         [B], int32 or int64, new 0 or 1, as in `cached_attention`
     window            as in `attention`
     deterministic     a sequence's bits do not depend on the rest of the batch
+    q_norm, k_norm    both or neither [D], with eps: as in `rope`
 
     Returns [B, 1, Hq, D]. Raises ValueError for another shape, dtype or device. Where past or new is out of range the
     result is NaN and nothing is stored (on a CPU a ValueError); beyond the tables it is NaN, too.
@@ -338,4 +356,4 @@ def rope_append_attention(
     sizes = sizes_of(q, slots, window, deterministic)
     bounds = Bounds(None, new.contiguous(), past.contiguous())
     newest = Newest(Heads.of(k), Heads.of(v), RotaryTables.of(cos, sin))
-    return launch_decode(q, slots, bounds, sizes, newest)
+    return launch_decode(q, slots, bounds, sizes, newest, norms=HeadNorms.of(q_norm, k_norm, eps))
