@@ -43,7 +43,7 @@ class FrozenExperts(torch.autograd.Function):
         ctx.save_for_backward(x, ids, weights)
         ctx.projections, ctx.name = (gate_up, down), name
         ids, weights, _ = own_routes(ids, weights, len(down))
-        return ops.expert_swiglu(x, gate_up, down, ids, weights.float())
+        return ops.expert_swiglu(x, gate_up, down, ids, weights if weights.dtype == x.dtype else weights.float())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
