@@ -143,7 +143,9 @@ class Binder:
         if not isinstance(value, argument.kind):
             raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{spec}]")
         dtype = value.value_dtype if isinstance(value, COMPOSITES) else value.dtype  # None: of a composite with codes
-        dtypes = {known or self.dtype: None for known in argument.dtypes or ((None,) if self.dtype else FLOATS)}
+        dtypes: dict[Any, None] = {
+            known or self.dtype: None for known in argument.dtypes or ((None,) if self.dtype else FLOATS)
+        }
         if dtype is not None and dtype not in dtypes:
             raise fail(self.op, name, dtype_name(dtype), " or ".join(map(dtype_name, dtypes)))
         if argument.dtypes is None and dtype is not None:

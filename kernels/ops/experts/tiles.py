@@ -140,7 +140,7 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
         "experts_down_kernel": config(sizes.H, sizes.I, sizes.down),
     }
     if sorted_x:
-        kernels["gather_by_expert_kernel"] = gather_config(slots, sizes.E, sizes.H)
+        kernels["gather_by_expert_kernel"] = gather_config(sizes.H)
     return kernels
 
 
