@@ -3,13 +3,14 @@
 The literals compile without a spill. Where a GPU has measured others as faster, they are these (tiles.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from triton import cdiv
 
 from ...launching.arch import tma
 from ...launching.launch import LaunchConfig
-from ...weights.formats import multiplies_codes
+from ...weights.formats import multiplies_codes, parse_name
 from ..sort import gather_config
 from ..tiles import (
     QUANTIZED_DECODE,
@@ -46,7 +47,7 @@ class ExpertSizes:
 DECODE_TOKENS = 64
 # And up to so many slots, which each program reads to find its expert's: of 512 the kernels spill.
 DECODE_SLOTS = 256
-# A fixed split: a row's sum has the same order in any batch.
+# A fixed split, or fewer where the units of a small expert fill fewer: a row's sum has the same order in any batch.
 SPLIT_K = 4
 
 # Up and down take the same tiles. BLOCK_N counts gate and up rows together.
@@ -150,10 +151,13 @@ def _decode_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[s
         constexprs |= {"BLOCK_T": tile.BLOCK_T, "BLOCK_S": power_of_2(min(tile.rows * sizes.K, DECODE_SLOTS))}
         return weight_config(tile, columns, depth, quantized, halves, **constexprs)
 
-    span = sizes.I if sizes.down else -(-sizes.I // SPLIT_K)
+    down = config(sizes.H, sizes.I if sizes.down else cdiv(sizes.I, SPLIT_K), sizes.down)
+    fields = parse_name(sizes.down, sizes.I)[0].fields if sizes.down else 1
+    units = cdiv(sizes.I, down.constexprs["BLOCK_K"] * fields)
+    splits = {"SPLIT_K": cdiv(units, cdiv(units, SPLIT_K))}  # each has columns
     return {
         "experts_up_decode_kernel": config(sizes.I, sizes.H, sizes.gate_up, halves=2),
-        "experts_down_decode_kernel": config(sizes.H, span, sizes.down, SPLIT_K=SPLIT_K),
+        "experts_down_decode_kernel": replace(down, constexprs={**down.constexprs, **splits}),
     }
 
 
