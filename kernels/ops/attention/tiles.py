@@ -249,5 +249,5 @@ def configs(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> dict[str, L
     return {
         "attention_prefill_kernel": _prefill_config(sizes, dtype, arch),
         "attention_decode_kernel": _decode_config(sizes, dtype, arch),
-        "attention_combine_kernel": LaunchConfig({"BLOCK_D": power_of_2(sizes.D, low=16)}, num_warps=2),
+        "attention_combine_kernel": LaunchConfig({"BLOCK_S": 8, "BLOCK_D": _width(sizes)}, num_warps=2),
     }
