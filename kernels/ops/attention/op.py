@@ -5,7 +5,7 @@ B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G
 P rows of the rotary tables
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...launching.kernel_args import Heads
+from ...launching.kernel_args import ALIGNMENT, Heads
 from ...operation.call import operation
 from ...operation.checks import INTS, Within, fail
 from ...operation.declaration import Cost
 from ...operation.inputs import shapes
+from ...operation.plan import call_key
 from ...weights.composites import vector_bytes
 from ..cache_args import (
     CacheArgs,
@@ -35,8 +36,8 @@ from ..cache_args import (
 )
 from ..rope import launch_append
 from .kernels import Bounds, Newest
-from .launches import keys_of, launch_decode, launch_prefill, sizes_of, slots_of
-from .tiles import PACKED_ROWS
+from .launches import keys_of, launch_decode, launch_prefill, reach, sizes_of, slots_of
+from .tiles import SPLIT_KEYS, fits_decode
 
 Positions = Annotated[Tensor, "B S Hkv D"]
 Bound = Annotated[Tensor, "B", INTS, Within(0, "S")]
@@ -87,6 +88,22 @@ def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
     """Cut one sequence's chunk where its new tokens end."""
     end = int(args["new"].sum())
     return {**args, **{name: args[name][:, :end] for name in "qkv"}}
+
+
+GROWING = ("S", *(f"keys.stride_{x}{dim}" for x in "kv" for dim in "bth"))
+
+
+def _growing(args: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, int]] | None:
+    """Of decode over a cache that grows by concatenation, S changes the splits alone, which double (tiles.py)."""
+    q, k, v, window, causal, *rest = args
+    (T, Hq), (S, Hkv) = q.shape[1:3], k.shape[1:3]
+    if not (causal and S and fits_decode(T, Hq, Hkv)) or torch.version.hip:  # HIP's key has the size of the memory
+        return None
+    window = reach(window, S, T)
+    splits = ((min(S, window or S) - 1) // SPLIT_KEYS).bit_length()
+    kept = ((x.shape[0], x.shape[2:], x.stride(3), x.dtype, x.device, x.data_ptr() % ALIGNMENT) for x in (k, v))
+    numbers = dict(zip(GROWING, (S, *k.stride()[:3], *v.stride()[:3]), strict=True))
+    return (*call_key((q, *rest)), window, splits, *kept), numbers
 
 
 @dataclass(frozen=True)
@@ -183,6 +200,7 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
     ),
     rule=_check_attention,
     truncate_sequence=_truncate_keys,
+    growing=_growing,
 )
 def attention(
     q: Queries,
@@ -218,7 +236,7 @@ def attention(
     sizes = sizes_of(q, keys, window, deterministic)
     bounds = Bounds(_contiguous(starts), _contiguous(lengths), None)
     # Few causal queries, times the heads of a group, fill a tile of the decode kernel.
-    if causal and (sizes.T == 1 or sizes.T * (sizes.Hq // sizes.Hkv) <= PACKED_ROWS):
+    if causal and fits_decode(sizes.T, sizes.Hq, sizes.Hkv):
         return launch_decode(q, keys, bounds, sizes, scale=scale)
     return launch_prefill(q, keys, bounds, sizes, causal=causal, scale=scale)
 
