@@ -11,11 +11,10 @@ belongs to neither an argument nor fresh memory; calls under `record_launches` o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,17 +62,18 @@ def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> An
     context = launch.launch_context_key()
     if context is None or args[0].is_meta:
         return op.run(*args)
-    numbers: Mapping[str, int] = {}
+    names: Sequence[str] = ()
+    numbers: tuple[int, ...] = ()
     if op.growing is not None and (grown := op.growing(args)) is not None:
-        key, numbers = grown
-        key += tuple((x == 1, x % 16 == 0, x >> 31) for x in numbers.values())  # what Triton compiles of an integer
+        key, names, numbers = grown
+        key += tuple([(x == 1, x % 16 == 0, x >> 31) for x in numbers])  # what Triton compiles of an integer
     elif key is None:
         key = call_key(args)
     full = (op.run, context, knobs.runtime.debug, knobs.compilation.instrumentation_mode, key)
     try:
         plan = _plans[full]
     except KeyError:
-        return _run_and_record(op.run, args, full, numbers)
+        return _run_and_record(op.run, args, full, names)
     return op.run(*args) if plan is None else plan(args, numbers)
 
 
@@ -91,7 +91,7 @@ class LaunchPlan:
     quantized    the positions of the composite arguments
     allocations  shape, stride and dtype of each new tensor
     descriptors  of each TMA descriptor, which replaces a constant: its position, its fields, its base's position
-    numbers      the places of constants that grow from call to call, and their names among the call's numbers
+    numbers      the places of constants that grow from call to call, and theirs among the call's numbers
     steps        the launches
     results      picks what the call returns
     """
@@ -101,11 +101,11 @@ class LaunchPlan:
     allocations: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     descriptors: tuple[tuple[int, dict[str, Any], int], ...]
     constants: tuple[Any, ...]
-    numbers: tuple[tuple[int, str], ...]
+    numbers: tuple[tuple[int, int], ...]
     steps: tuple[_Step, ...]
     results: Callable[[Sequence[Any]], Any]
 
-    def __call__(self, args: Sequence[Any], numbers: Mapping[str, int] = MappingProxyType({})) -> Any:
+    def __call__(self, args: Sequence[Any], numbers: Sequence[int] = ()) -> Any:
         driver = triton.runtime.driver.active
         current, device = driver.get_current_device(), self.device
         if device.index not in (None, current):  # Triton launches on the current device
@@ -117,8 +117,8 @@ class LaunchPlan:
         for shape, stride, dtype in self.allocations:  # with strides torch reads the arguments faster
             values.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
         values += self.constants
-        for place, name in self.numbers:
-            values[place] = numbers[name]
+        for place, index in self.numbers:
+            values[place] = numbers[index]
         for place, fields, base in self.descriptors:
             values[place] = _descriptor(fields, values[base])
         stream = driver.get_current_stream(current)
@@ -175,7 +175,7 @@ class _AllocationRecorder(TorchDispatchMode):
 
 
 def _run_and_record(
-    function: Callable[..., Any], args: tuple[Any, ...], key: tuple[Any, ...], numbers: Mapping[str, int]
+    function: Callable[..., Any], args: tuple[Any, ...], key: tuple[Any, ...], names: Sequence[str]
 ) -> Any:
     """Run `function(*args)` and cache its launches as a plan."""
     launches: list[CompiledLaunch] = []
@@ -188,7 +188,7 @@ def _run_and_record(
         if len(_plans) >= PLANS_MAX:
             clear()
         device, allocated = args[0].device, recorder.allocated
-        made = device, quantized, inputs, allocated, launches, out, numbers
+        made = device, quantized, inputs, allocated, launches, out, names
         plan = _make_plan(*made) if recorder.only_allocates else None
         _plans[key] = plan
     return out
@@ -201,14 +201,14 @@ def _make_plan(
     allocated: Sequence[Tensor],
     launches: Sequence[CompiledLaunch],
     out: Any,
-    numbers: Mapping[str, int],
+    names: Sequence[str],
 ) -> LaunchPlan | None:
     """Return the plan of a call; None where an address is unknown, or a result is not fresh memory as allocated."""
     sources = [*inputs, *allocated]
     indices = {x.data_ptr(): index for index, x in enumerate(sources) if isinstance(x, Tensor) and x.numel()}
     descriptors: list[tuple[int, dict[str, Any], int]] = []
     constants: list[Any] = []
-    growing: list[tuple[int, str]] = []
+    growing: list[tuple[int, int]] = []
 
     def locate(x: Any, path: str = "") -> Any:
         """Return the place of an argument among the plan's values; of a NamedTuple with tensors, those of its parts."""
@@ -224,8 +224,8 @@ def _make_plan(
             fields = {name: value for name, value in vars(x).items() if name != "base"}
             descriptors.append((place, fields, locate(x.base)))
             x = None  # a plan holds no memory
-        if path in numbers:
-            growing.append((place, path))
+        if path in names:
+            growing.append((place, names.index(path)))
         constants.append(x)
         return place
 

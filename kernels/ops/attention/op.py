@@ -93,17 +93,18 @@ def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
 GROWING = ("S", *(f"keys.stride_{x}{dim}" for x in "kv" for dim in "bth"))
 
 
-def _growing(args: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, int]] | None:
+def _growing(args: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[str], tuple[int, ...]] | None:
     """Of decode over a cache that grows by concatenation, S changes the splits alone, which double (tiles.py)."""
     q, k, v, window, causal, *rest = args
-    (T, Hq), (S, Hkv) = q.shape[1:3], k.shape[1:3]
+    (_, T, Hq, _), (B, S, Hkv, D) = q.shape, k.shape
     if not (causal and S and fits_decode(T, Hq, Hkv)) or torch.version.hip:  # HIP's key has the size of the memory
         return None
-    window = reach(window, S, T)
+    window = window and reach(window, S, T)
     splits = ((min(S, window or S) - 1) // SPLIT_KEYS).bit_length()
-    kept = ((x.shape[0], x.shape[2:], x.stride(3), x.dtype, x.device, x.data_ptr() % ALIGNMENT) for x in (k, v))
-    numbers = dict(zip(GROWING, (S, *k.stride()[:3], *v.stride()[:3]), strict=True))
-    return (*call_key((q, *rest)), window, splits, *kept), numbers
+    *k_strides, k_last = k.stride()
+    *v_strides, v_last = v.stride()
+    kept = B, Hkv, D, k_last, v_last, k.dtype, k.device, k.data_ptr() % ALIGNMENT, v.data_ptr() % ALIGNMENT
+    return (*call_key((q, *rest)), window, splits, *kept), GROWING, (S, *k_strides, *v_strides)
 
 
 @dataclass(frozen=True)
