@@ -45,8 +45,8 @@ def _sort_part(ids_ptr, order_ptr, offsets_ptr, N, BLOCK_N: tl.constexpr):
         ids = tl.load(ids_ptr + start + offs, mask=start + offs < N, other=-1)
         selected = (ids == expert).to(tl.int32)
         index = base + tl.cumsum(selected, axis=0) - 1
-        tl.store(order_ptr + index, start + offs, mask=(selected != 0) & (index >= begin) & (index < end))
         base += tl.sum(selected, axis=0)
+        tl.store(order_ptr + index, start + offs, mask=(selected != 0) & (index >= begin) & (index < end))
     return begin, end
 
 
