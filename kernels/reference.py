@@ -90,8 +90,8 @@ def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
     """Sum weight * down(silu(gate(x)) * up(x)) over a token's experts (Shazeer 2020; Mixtral, section 2.1).
 
-    x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights fp32 [T,K] -> [T,H].
-    Either projection may be quantized (`linear`). An expert out of range contributes nothing.
+    x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights [T,K] (fp32 or x's
+    dtype) -> [T,H]. Either projection may be quantized (`linear`). An expert out of range contributes nothing.
     """
     if x.is_meta:  # routes have no values there
         return torch.empty_like(x)
@@ -108,7 +108,7 @@ def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, wei
     for expert, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
             parts.append(_expert(rows[begin:end], gate_up_proj[expert], down_proj[expert]))
-    scaled = torch.cat(parts) * weights.flatten().index_select(0, order)[:, None]
+    scaled = torch.cat(parts) * _wide(weights).flatten().index_select(0, order)[:, None]
     return torch.zeros_like(_wide(x)).index_add_(0, token, scaled.to(_wide(x).dtype)).to(x.dtype)
 
 

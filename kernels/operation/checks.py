@@ -34,6 +34,7 @@ MAY_BE_EMPTY = {"B", "T", "S", "P"}  # a call without tokens is a call; a model 
 # Annotations that operations share.
 Tokens = Annotated[Tensor, "T H"]
 RoutingWeights = Annotated[Tensor, "T K", FP32]
+SlotWeights = Annotated[Tensor, "T K", (torch.float32, None)]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Argument:
     kind: Any  # Tensor, Matrix, Cache, bool, int, float; anything else is not checked
     optional: bool
     shape_spec: str  # letters and expressions; empty: not checked
-    dtypes: Sequence[torch.dtype] | None  # None: the dtype of the first float tensor
+    dtypes: Sequence[Any] | None  # None, also as one of them: the dtype of the first float tensor
     rule: Within | None
 
     @property
@@ -142,7 +143,9 @@ class Binder:
         if not isinstance(value, argument.kind):
             raise fail(self.op, name, f"a {type(value).__name__}", f"a tensor [{spec}]")
         dtype = value.value_dtype if isinstance(value, COMPOSITES) else value.dtype  # None: of a composite with codes
-        dtypes = argument.dtypes or (FLOATS if self.dtype is None else (self.dtype,))
+        dtypes: dict[Any, None] = {
+            known or self.dtype: None for known in argument.dtypes or ((None,) if self.dtype else FLOATS)
+        }
         if dtype is not None and dtype not in dtypes:
             raise fail(self.op, name, dtype_name(dtype), " or ".join(map(dtype_name, dtypes)))
         if argument.dtypes is None and dtype is not None:

@@ -130,6 +130,9 @@ class Op:
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
     truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
                        depend on the length of the others
+    growing            growing(args) -> where tensors grow from call to call, the key of a call without their sizes,
+                       the paths of the kernel arguments that have these, as "keys.stride_kb", and their values;
+                       None: as any other call
     error_name         the public name, with which errors start; empty: `name`
     """
 
@@ -146,6 +149,7 @@ class Op:
     derived_outputs: Callable[[Any, Any], Any] | None = None
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
     truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    growing: Callable[[Sequence[Any]], tuple[tuple[Any, ...], Sequence[str], tuple[int, ...]] | None] | None = None
     error_name: str = ""
 
     def case_of(self, fields: Any) -> Any:

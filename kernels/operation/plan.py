@@ -1,7 +1,8 @@
 """The launch cache: a call that was seen before is launched again from its plan, with only the addresses replaced.
 
 An operation looks at shapes, strides, dtypes, devices, flags and the alignment of addresses, never at a value. So
-calls that agree in all of these compute the same grids, configurations and numbers. The first call runs the operation
+calls that agree in all of these compute the same grids, configurations and numbers. Of tensors that grow (`Op.growing`)
+the numbers alone change. The first call runs the operation
 under observation; later ones allocate what it allocated and hand the same compiled kernels the new addresses.
 
 Not cached: calls in which torch itself computes (a copy, a library's product), or whose launches use an address that
@@ -61,13 +62,19 @@ def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> An
     context = launch.launch_context_key()
     if context is None or args[0].is_meta:
         return op.run(*args)
-    key = call_key(args) if key is None else key
+    names: Sequence[str] = ()
+    numbers: tuple[int, ...] = ()
+    if op.growing is not None and (grown := op.growing(args)) is not None:
+        key, names, numbers = grown
+        key += tuple([(x == 1, x % 16 == 0, x >> 31) for x in numbers])  # what Triton compiles of an integer
+    elif key is None:
+        key = call_key(args)
     full = (op.run, context, knobs.runtime.debug, knobs.compilation.instrumentation_mode, key)
     try:
         plan = _plans[full]
     except KeyError:
-        return _run_and_record(op.run, args, full)
-    return op.run(*args) if plan is None else plan(args)
+        return _run_and_record(op.run, args, full, names)
+    return op.run(*args) if plan is None else plan(args, numbers)
 
 
 # A launch: the compiled kernel, its grid, and what picks its arguments from a plan's values, in the signature's order.
@@ -84,6 +91,7 @@ class LaunchPlan:
     quantized    the positions of the composite arguments
     allocations  shape, stride and dtype of each new tensor
     descriptors  of each TMA descriptor, which replaces a constant: its position, its fields, its base's position
+    numbers      the places of constants that grow from call to call, and theirs among the call's numbers
     steps        the launches
     results      picks what the call returns
     """
@@ -93,21 +101,24 @@ class LaunchPlan:
     allocations: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     descriptors: tuple[tuple[int, dict[str, Any], int], ...]
     constants: tuple[Any, ...]
+    numbers: tuple[tuple[int, int], ...]
     steps: tuple[_Step, ...]
     results: Callable[[Sequence[Any]], Any]
 
-    def __call__(self, args: Sequence[Any]) -> Any:
+    def __call__(self, args: Sequence[Any], numbers: Sequence[int] = ()) -> Any:
         driver = triton.runtime.driver.active
         current, device = driver.get_current_device(), self.device
         if device.index not in (None, current):  # Triton launches on the current device
             with torch.cuda.device(device):
-                return self(args)
+                return self(args, numbers)
         values = [*args]
         for index in self.quantized:
             values += args[index].tensors
         for shape, stride, dtype in self.allocations:  # with strides torch reads the arguments faster
             values.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
         values += self.constants
+        for place, index in self.numbers:
+            values[place] = numbers[index]
         for place, fields, base in self.descriptors:
             values[place] = _descriptor(fields, values[base])
         stream = driver.get_current_stream(current)
@@ -163,7 +174,9 @@ class _AllocationRecorder(TorchDispatchMode):
         return out
 
 
-def _run_and_record(function: Callable[..., Any], args: tuple[Any, ...], key: tuple[Any, ...]) -> Any:
+def _run_and_record(
+    function: Callable[..., Any], args: tuple[Any, ...], key: tuple[Any, ...], names: Sequence[str]
+) -> Any:
     """Run `function(*args)` and cache its launches as a plan."""
     launches: list[CompiledLaunch] = []
     with launch.launch_context(compiled=launches), _AllocationRecorder() as recorder:
@@ -175,7 +188,8 @@ def _run_and_record(function: Callable[..., Any], args: tuple[Any, ...], key: tu
         if len(_plans) >= PLANS_MAX:
             clear()
         device, allocated = args[0].device, recorder.allocated
-        plan = _make_plan(device, quantized, inputs, allocated, launches, out) if recorder.only_allocates else None
+        made = device, quantized, inputs, allocated, launches, out, names
+        plan = _make_plan(*made) if recorder.only_allocates else None
         _plans[key] = plan
     return out
 
@@ -187,17 +201,19 @@ def _make_plan(
     allocated: Sequence[Tensor],
     launches: Sequence[CompiledLaunch],
     out: Any,
+    names: Sequence[str],
 ) -> LaunchPlan | None:
     """Return the plan of a call; None where an address is unknown, or a result is not fresh memory as allocated."""
     sources = [*inputs, *allocated]
     indices = {x.data_ptr(): index for index, x in enumerate(sources) if isinstance(x, Tensor) and x.numel()}
     descriptors: list[tuple[int, dict[str, Any], int]] = []
     constants: list[Any] = []
+    growing: list[tuple[int, int]] = []
 
-    def locate(x: Any) -> Any:
+    def locate(x: Any, path: str = "") -> Any:
         """Return the place of an argument among the plan's values; of a NamedTuple with tensors, those of its parts."""
         if isinstance(x, tuple) and _has_tensor(x):
-            return tuple(map(locate, x))
+            return tuple(locate(part, f"{path}.{field}") for field, part in zip(x._fields, x, strict=True))  # type: ignore[attr-defined]
         if isinstance(x, Tensor):
             index = indices[x.data_ptr()]
             if x.dtype != sources[index].dtype or x.device != device:
@@ -208,6 +224,8 @@ def _make_plan(
             fields = {name: value for name, value in vars(x).items() if name != "base"}
             descriptors.append((place, fields, locate(x.base)))
             x = None  # a plan holds no memory
+        if path in names:
+            growing.append((place, names.index(path)))
         constants.append(x)
         return place
 
@@ -215,7 +233,7 @@ def _make_plan(
     steps: list[_Step] = []
     try:
         for record in launches:
-            places = tuple(locate(record.args.get(p.name, p.default)) for p in record.fn.params)
+            places = tuple(locate(record.args.get(p.name, p.default), p.name) for p in record.fn.params)
             steps.append((record.kernel, record.grid, _make_pick(places)))
         outputs = [locate(x) for x in results]
     except KeyError:
@@ -226,4 +244,5 @@ def _make_plan(
         return None
     allocations = tuple((tuple(x.shape), x.stride(), x.dtype) for x in allocated)
     pick_results = itemgetter(*outputs) if outputs else lambda values: None
-    return LaunchPlan(device, quantized, allocations, tuple(descriptors), tuple(constants), tuple(steps), pick_results)
+    parts = tuple(descriptors), tuple(constants), tuple(growing), tuple(steps)
+    return LaunchPlan(device, quantized, allocations, *parts, pick_results)

@@ -26,6 +26,7 @@ from ..weights.composites import Matrix
 from ..weights.formats import CODE_PRODUCTS, QUANT_NAMES, matrix_bytes, multiplies_codes
 from ..weights.weight_args import Weight, WeightRows, add_products, program_tile, row_products, times_scales
 from .tiles import (
+    DETERMINISTIC_ROWS,
     QUANTIZED_DECODE,
     DecodeTile,
     PrefillTile,
@@ -154,7 +155,7 @@ def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     few = decode_tile(QUANTIZED_DECODE if quantized else DECODE, T, dtype, arch)
     many = prefill_tile(
         quantized_prefill(quantized, arch) if quantized else PREFILL,
-        0 if sizes.deterministic else T,
+        DETERMINISTIC_ROWS if sizes.deterministic else T,
         dtype,
         arch,
         "deterministic" if sizes.deterministic else "",

@@ -20,6 +20,36 @@ from ..operation.inputs import shapes
 from .tiles import power_of_2
 
 
+@triton.jit
+def _sort_part(ids_ptr, order_ptr, offsets_ptr, N, BLOCK_N: tl.constexpr):
+    """Store this program's part of its expert's slots, in order, and the expert's end -> where the part is in `order`.
+
+    program_id(0) is the expert, program_id(1) the part. Each program reads all ids twice: their number has no square.
+    """
+    expert, part = tl.program_id(0), tl.program_id(1)
+    offs = tl.arange(0, BLOCK_N)
+    before, own = tl.zeros((BLOCK_N,), tl.int32), tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, N, BLOCK_N):
+        ids = tl.load(ids_ptr + start + offs, mask=start + offs < N, other=-1)
+        before += ((ids >= 0) & (ids < expert)).to(tl.int32)
+        own += (ids == expert).to(tl.int32)
+    base, count = tl.sum(before, axis=0), tl.sum(own, axis=0)
+    if part == 0:
+        if expert == 0:
+            tl.store(offsets_ptr, base)
+        tl.store(offsets_ptr + expert + 1, base + count)
+    share = tl.cdiv(count, tl.num_programs(1))
+    begin = base + tl.minimum(part * share, count)
+    end = tl.minimum(begin + share, base + count)
+    for start in range(0, tl.where(begin < end, N, 0), BLOCK_N):
+        ids = tl.load(ids_ptr + start + offs, mask=start + offs < N, other=-1)
+        selected = (ids == expert).to(tl.int32)
+        index = base + tl.cumsum(selected, axis=0) - 1
+        base += tl.sum(selected, axis=0)
+        tl.store(order_ptr + index, start + offs, mask=(selected != 0) & (index >= begin) & (index < end))
+    return begin, end
+
+
 @triton.jit(do_not_specialize=["N"])
 def sort_by_expert_kernel(
     ids_ptr,  # [N]
@@ -28,23 +58,7 @@ def sort_by_expert_kernel(
     N,
     BLOCK_N: tl.constexpr,
 ):
-    # One program an expert counts the slots of lower experts, then places its own in order.
-    expert = tl.program_id(0)
-    offs = tl.arange(0, BLOCK_N)
-    before = tl.zeros((BLOCK_N,), tl.int32)
-    for start in range(0, N, BLOCK_N):
-        ids = tl.load(ids_ptr + start + offs, mask=start + offs < N, other=-1)
-        before += ((ids >= 0) & (ids < expert)).to(tl.int32)
-    base = tl.sum(before, axis=0)
-    if expert == 0:
-        tl.store(offsets_ptr, base)
-    for start in range(0, N, BLOCK_N):
-        ids = tl.load(ids_ptr + start + offs, mask=start + offs < N, other=-1)
-        selected = (ids == expert).to(tl.int32)
-        index = base + tl.cumsum(selected, axis=0) - 1
-        tl.store(order_ptr + index, start + offs, mask=selected != 0)
-        base += tl.sum(selected, axis=0)
-    tl.store(offsets_ptr + expert + 1, base)
+    _sort_part(ids_ptr, order_ptr, offsets_ptr, N, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -54,44 +68,20 @@ def gather_by_expert_kernel(
     sorted_ptr,  # [N, H] out: a row of x for each slot, in the order of the experts
     order_ptr,  # [N] out, int32
     offsets_ptr,  # [E + 1] out, int32
-    N, E, TOP_K,
-    H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+    N, TOP_K,
+    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    # A program has BLOCK_S slots: it counts those before each of them, places its own, and copies their rows. No scan:
-    # where several lanes hold a row, Triton 3.6 sums the wrong ones.
-    first = tl.program_id(0) * BLOCK_S
-    offs_e = tl.arange(0, BLOCK_E)
-    total = 0
-    lower, before = tl.zeros((BLOCK_E,), tl.int32), tl.zeros((BLOCK_E,), tl.int32)
-    for start in range(0, N, BLOCK_N):
-        slots = start + tl.arange(0, BLOCK_N)
-        ids = _load_experts(ids_ptr, slots, N, E)
-        total += tl.sum((ids < E).to(tl.int32), axis=0)
-        lower += tl.sum((ids[:, None] < offs_e[None, :]).to(tl.int32), axis=0)
-        before += tl.sum(((ids[:, None] == offs_e[None, :]) & (slots < first)[:, None]).to(tl.int32), axis=0)
-    if first == 0:
-        tl.store(offsets_ptr + offs_e, lower, mask=offs_e < E)
-        tl.store(offsets_ptr + E, total)
-    slots = first + tl.arange(0, BLOCK_S)
-    ids = _load_experts(ids_ptr, slots, N, E)
-    earlier = (ids[:, None] == ids[None, :]) & (slots[:, None] > slots[None, :])
-    base = tl.sum(tl.where(ids[:, None] == offs_e[None, :], (lower + before)[None, :], 0), axis=1)
-    index = base + tl.sum(earlier.to(tl.int32), axis=1)
-    inside = ids < E
-    tl.store(order_ptr + index, slots, mask=inside)
-    x_rows = x.ptr + (slots // TOP_K).to(tl.int64)[:, None] * x.stride
-    sorted_rows = sorted_ptr + index.to(tl.int64)[:, None] * H
-    for h in range(0, H, BLOCK_H):
-        offs_h = (h + tl.arange(0, BLOCK_H))[None, :]
-        mask = inside[:, None] & (offs_h < H)
-        tl.store(sorted_rows + offs_h, tl.load(x_rows + offs_h, mask=mask, other=0.0), mask=mask)
-
-
-@triton.jit
-def _load_experts(ids_ptr, slots, N, E):
-    """Load the expert ids of slots; an id out of range, or beyond N, becomes larger than any."""
-    ids = tl.load(ids_ptr + slots, mask=slots < N, other=-1)
-    return tl.where((ids >= 0) & (ids < E), ids, 1 << 30)
+    begin, end = _sort_part(ids_ptr, order_ptr, offsets_ptr, N, BLOCK_N)
+    tl.debug_barrier()  # other threads of this program stored the order that the loop reads
+    for first in range(begin, end, BLOCK_S):
+        rows = first + tl.arange(0, BLOCK_S)
+        slots = tl.load(order_ptr + rows, mask=rows < end, other=0)
+        x_rows = x.ptr + (slots // TOP_K).to(tl.int64)[:, None] * x.stride
+        sorted_rows = sorted_ptr + rows.to(tl.int64)[:, None] * H
+        for h in range(0, H, BLOCK_H):
+            offs_h = (h + tl.arange(0, BLOCK_H))[None, :]
+            mask = (rows < end)[:, None] & (offs_h < H)
+            tl.store(sorted_rows + offs_h, tl.load(x_rows + offs_h, mask=mask, other=0.0), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -159,12 +149,10 @@ def sort_by_expert(
     return order, offsets
 
 
-def gather_config(slots: int, experts: int, hidden: int) -> LaunchConfig:
-    """About 256 programs; each holds a block of ids times all experts in registers."""
-    block_e = power_of_2(experts)
-    tiles = {"BLOCK_S": power_of_2(slots // 256, low=16, high=64), "BLOCK_E": block_e}
-    tiles |= {"BLOCK_N": max(16, min(2048, 16384 // block_e))}
-    return LaunchConfig(tiles | {"BLOCK_H": power_of_2(hidden, low=16, high=256)}, num_warps=8)
+def gather_config(hidden: int) -> LaunchConfig:
+    """One for any number of slots: 67 registers, three programs an SM."""
+    tiles = {"BLOCK_N": 2048, "BLOCK_S": 4, "BLOCK_H": power_of_2(hidden, low=16, high=2048)}
+    return LaunchConfig(tiles, num_warps=8)
 
 
 def gather_by_expert(x: Rows, ids: Tensor, experts: int, config: LaunchConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,9 +161,11 @@ def gather_by_expert(x: Rows, ids: Tensor, experts: int, config: LaunchConfig) -
     gathered = torch.empty((T * K, H), dtype=x.ptr.dtype, device=ids.device)
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
+    # Several, since a route may be skewed; of few slots each has 16 at least.
+    parts = min(max(4, 256 // experts), triton.cdiv(T * K, 16))
     launch(
         gather_by_expert_kernel,
-        (triton.cdiv(T * K, config.constexprs["BLOCK_S"]),),
+        (experts, parts),
         config,
         ids_ptr=ids,
         x=x,
@@ -183,7 +173,6 @@ def gather_by_expert(x: Rows, ids: Tensor, experts: int, config: LaunchConfig) -
         order_ptr=order,
         offsets_ptr=offsets,
         N=T * K,
-        E=experts,
         TOP_K=K,
         H=H,
     )

@@ -56,6 +56,7 @@ class PrefillTile(NamedTuple):
 
 Tile = TypeVar("Tile")
 Table = Mapping[str, Sequence[Tile]]
+DETERMINISTIC_ROWS = 32  # the rows for which deterministic mode takes a tile for many, however many there are
 # The families whose tiles a family takes, in this order, where a table has none of its own.
 EARLIER = {"sm_90": ("sm_80",), "sm_100": ("sm_90", "sm_80")}
 
@@ -69,6 +70,11 @@ QUANTIZED_DECODE: Table[DecodeTile] = {
         DecodeTile(32, 32, 128, 0, 8, 3, "compiled: 182 registers, 604 FLOP"),
         DecodeTile(64, 64, 64, 0, 4, 3, "compiled: 255 registers, 960 FLOP"),
         DecodeTile(128, 64, 128, 0, 8, 2, "compiled: 255 registers, 1,111 FLOP"),
+    ),
+    "sm_80 100 KB": (
+        DecodeTile(16, 16, 64, 0, 4, 3, "compiled: 128 registers, 299 FLOP"),
+        DecodeTile(48, 32, 64, 0, 4, 2, "compiled: 168 registers, 580 FLOP"),
+        DecodeTile(128, 64, 32, 0, 4, 2, "compiled: 214 registers, 350 FLOP"),
     ),
     "sm_90": (
         DecodeTile(16, 16, 64, 0, 4, 5, "compiled: 128 registers, 266 FLOP"),
@@ -95,9 +101,15 @@ QUANTIZED_DECODE: Table[DecodeTile] = {
 # A unit's tile of a weight meets as many tiles of x as an element has codes, which take shared memory.
 QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
     4: {
-        "sm_80": (PrefillTile(0, 64, 128, 0, 8, 2, "compiled: 126 registers, 1,369 FLOP"),),
+        "sm_80": (
+            PrefillTile(0, 16, 64, 0, 4, 3, "compiled: 80 registers, 387 FLOP"),
+            PrefillTile(8, 32, 64, 0, 4, 3, "compiled: 96 registers, 724 FLOP"),
+            PrefillTile(24, 64, 128, 0, 8, 2, "compiled: 126 registers, 1,369 FLOP"),
+        ),
         "sm_90": (
-            PrefillTile(0, 64, 128, 0, 4, 2, "compiled: 168 registers, 981 FLOP"),
+            PrefillTile(0, 16, 64, 0, 4, 3, "compiled: 80 registers, 387 FLOP"),
+            PrefillTile(8, 32, 64, 0, 4, 3, "compiled: 96 registers, 724 FLOP"),
+            PrefillTile(24, 64, 128, 0, 4, 2, "compiled: 168 registers, 981 FLOP"),
             PrefillTile(64, 128, 128, 0, 8, 2, "compiled: 168 registers, 2,356 FLOP"),
         ),
         "gfx942": (
@@ -111,17 +123,23 @@ QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
     },
     8: {
         "sm_80": (
-            PrefillTile(0, 64, 128, 0, 4, 3, "compiled: 168 registers, 1,132 FLOP"),
+            PrefillTile(0, 16, 128, 0, 4, 3, "compiled: 112 registers, 357 FLOP"),
+            PrefillTile(8, 32, 128, 0, 4, 3, "compiled: 137 registers, 636 FLOP"),
+            PrefillTile(24, 64, 128, 0, 4, 3, "compiled: 168 registers, 1,132 FLOP"),
             # An A100 measured 4 warps as the fastest (E=16): they spill here, where codes and values take registers.
             PrefillTile(256, 64, 256, 0, 8, 3, "compiled: 165 registers, 1,231 FLOP"),
         ),
         "sm_90": (
-            PrefillTile(0, 64, 128, 0, 4, 3, "compiled: 168 registers, 1,132 FLOP"),
+            PrefillTile(0, 16, 128, 0, 4, 3, "compiled: 112 registers, 357 FLOP"),
+            PrefillTile(8, 32, 128, 0, 4, 3, "compiled: 137 registers, 636 FLOP"),
+            PrefillTile(24, 64, 128, 0, 4, 3, "compiled: 168 registers, 1,132 FLOP"),
             PrefillTile(64, 128, 128, 0, 8, 3, "compiled: 128 registers, 1,907 FLOP"),
             PrefillTile(192, 256, 128, 0, 8, 2, "compiled: 230 registers, 3,329 FLOP"),
         ),
         "sm_100": (
-            PrefillTile(0, 64, 128, 0, 4, 2, "compiled: 165 registers"),
+            PrefillTile(0, 16, 128, 0, 4, 3, "compiled: 112 registers, 357 FLOP"),
+            PrefillTile(8, 32, 128, 0, 4, 3, "compiled: 137 registers, 636 FLOP"),
+            PrefillTile(24, 64, 128, 0, 4, 2, "compiled: 165 registers"),
             PrefillTile(64, 128, 128, 0, 8, 2, "compiled: 222 registers"),
         ),
         "gfx942": (

@@ -200,9 +200,8 @@ def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -
         if plain:
             valid = attention_mask[:, kv_offset : kv_offset + kv_length if static else need]
             plain, first = first_key(valid)
-            if first is not None:  # the key after each text; all are the last query's unless padding follows
-                last = valid.shape[1] - valid.flip(1).int().argmax(-1)
-                last = last if bool((last < q_offset + q_length - kv_offset).any()) else None
+            if first is not None and first.dim() == 2:
+                first, last = first
     if not plain:
         call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         dense_mask = eager_mask if indexed else sdpa_mask  # to which transformers 5.7 adds the index
@@ -225,11 +224,14 @@ def is_causal_pattern(function: Any) -> bool:
 
 
 def first_key(valid: Tensor) -> tuple[bool, Tensor | None]:
-    """bool [B, N] -> whether each row is one run of True, and where it starts, int64 [B]; None: all are True."""
-    if valid.all():
-        return True, None
+    """bool [B, N] -> whether each row is one run of True, and where it starts, int64 [B], or, where padding follows,
+    [2, B] with the key after it; None: all are True. The host reads once."""
     runs = (valid[:, 1:] & ~valid[:, :-1]).sum(-1) + valid[:, 0]
-    return bool((runs <= 1).all()), valid.int().argmax(-1)
+    full, plain, whole = torch.stack((valid.all(), (runs <= 1).all(), valid[:, -1].all())).tolist()
+    if full:
+        return True, None
+    first = valid.int().argmax(-1)
+    return plain, first if whole else torch.stack((first, valid.shape[1] - valid.flip(1).int().argmax(-1)))
 
 
 def is_interval(mask: Any) -> bool:

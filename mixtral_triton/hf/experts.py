@@ -84,4 +84,6 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         return frozen_experts(hidden_states, gate_up, down, top_k_index, top_k_weights, type(module).__name__)
     if top_k_index.device.type == "cpu":  # where the operation refuses them
         top_k_index, top_k_weights, _ = own_routes(top_k_index, top_k_weights, len(down))
-    return run(hidden_states, gate_up, down, top_k_index, top_k_weights.float())
+    if top_k_weights.dtype != hidden_states.dtype:
+        top_k_weights = top_k_weights.float()
+    return run(hidden_states, gate_up, down, top_k_index, top_k_weights)

@@ -45,7 +45,7 @@ class FrozenExperts(torch.autograd.Function):
         ctx.save_for_backward(x, ids, weights)
         ctx.projections, ctx.name, ctx.versions = (gate_up, down), name, versions(gate_up, down)
         ids, weights, _ = own_routes(ids, weights, len(down))
-        return ops.expert_swiglu(x, gate_up, down, ids, weights.float())
+        return ops.expert_swiglu(x, gate_up, down, ids, weights if weights.dtype == x.dtype else weights.float())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -2,11 +2,12 @@
 read a weight again where a route is skewed."""
 
 import csv
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any, NamedTuple
 
 import pytest
@@ -157,3 +158,65 @@ def test_decode_tiles_read_few_rows_of_a_weight_twice(arch: str) -> None:
         assert reread(tile.rows, tile.BLOCK_T, 1.0) <= MOST_REREAD and reread(tile.rows, tile.BLOCK_T, 0.0) < 1e-3
         # With twice as many tokens a row, which is what uniform routing would allow, it would be too many.
         assert tile.BLOCK_T == 64 or reread(2 * tile.BLOCK_T, tile.BLOCK_T, 1.0) > MOST_REREAD
+
+
+QWEN3, OLMOE, DEEPSEEK = (
+    {"H": 2048, "I": 768, "E": 128},
+    {"H": 2048, "I": 1024, "E": 64},
+    {"H": 7168, "I": 2048, "E": 256},
+)
+CARDS = {"sm_89": 128, "sm_120": 170, "sm_90": 132}  # multiprocessors of an RTX 4090, an RTX 5090, an H100
+
+
+def record_experts(arch: str, format: str | None, **sizes: int) -> dict[str, Any]:
+    op = OPS["expert_swiglu"]
+    case = op.case(K=8, gate_up=format, down=format, **sizes)
+    return {
+        x.kernel: x for _, x in collect([replace(op, bench_shapes=(case,), dtypes=(torch.bfloat16,))], arch).values()
+    }
+
+
+def issued(counts: torch.Tensor, tile: Any) -> int:
+    """Rows that the row tiles of groups of `counts` multiply (experts/kernels.py)."""
+    M, short = tile["BLOCK_M"], tile["SHORT_M"]
+    rest, main = counts % M, experts.main_rows(M, short)
+    last = torch.where(rest <= short, short, torch.where(rest <= main, main, M)) * (rest > 0)
+    return int((counts - rest + last).sum())
+
+
+@pytest.mark.parametrize("format", [None, "int4:128", "int8", "fp8"])
+@pytest.mark.parametrize(("T", "most"), [(64, 4.5), (256, 2.2), (1024, 1.5)])
+def test_rows_issued_for_each_row_of_many_experts(T: int, most: float, format: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for arch, exponent in product(("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"), (0, 1)):
+        likely = -exponent * torch.arange(1, 129).log()
+        gumbel = -(-torch.rand(T, 128, generator=generator).log()).log()
+        counts = (likely + gumbel).topk(8, -1).indices.flatten().bincount(minlength=128)
+        for kernel in ("experts_up_kernel", "experts_down_kernel"):
+            tile = record_experts(arch, format, T=T, **QWEN3)[kernel].constexprs
+            assert issued(counts, tile) <= most * 8 * T, (arch, exponent, kernel)
+
+
+@pytest.mark.parametrize("format", [None, "int4:128", "int8"])
+@pytest.mark.parametrize("model", [QWEN3, OLMOE, DEEPSEEK], ids=str)
+@pytest.mark.parametrize("arch", CARDS)
+def test_decode_has_a_program_for_each_multiprocessor_and_no_split_without_columns(
+    arch: str, model: Any, format: str | None
+) -> None:
+    launches = record_experts(arch, format, T=1, **model)
+    for kernel in ("experts_up_decode_kernel", "experts_down_decode_kernel"):
+        assert math.prod(launches[kernel].grid) >= CARDS[arch]
+    down = launches["experts_down_decode_kernel"].constexprs
+    unit, splits = down["BLOCK_K"] * down["LAYOUT"].fields, down["SPLIT_K"]
+    span = -(-model["I"] // (splits * unit)) * unit
+    assert (splits - 1) * span < model["I"] <= splits * span
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("format", "arch"), [*product([None, "int4:128", "int8"], ["sm_89", "sm_86", "sm_120"])])
+def test_decode_tiles_leave_100_kb_two_programs(arch: str, format: str | None) -> None:
+    for T in (1, 32):
+        for kernel, launch in record_experts(arch, format, T=T, **QWEN3).items():
+            if kernel.endswith("_decode_kernel"):
+                compiled = compile_launch(launch, arch)
+                assert compiled.fault is None and (compiled.programs_per_sm or 0) >= 2, compiled

@@ -237,6 +237,25 @@ def test_padding_of_12_lengths_takes_few_graphs(family: str | None) -> None:
     assert len(graphs) == 2
 
 
+TEXTS = [[[1, 1, 1]] * 2, [[0, 1, 1], [1, 1, 1]], [[1, 1, 0], [0, 1, 0]], [[1, 0, 1], [1, 1, 1]]]
+
+
+@once
+@pytest.mark.parametrize("text", TEXTS, ids=["full", "left padding", "right padding", "a hole"])
+def test_the_host_reads_a_mask_once(text: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    valid, reads = torch.tensor(text, dtype=torch.bool), list[Tensor]()
+    for name in ("tolist", "item", "__bool__", "__int__"):
+        read = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda x, read=read: (reads.append(x), read(x))[1])
+    plain, first = attention.first_key(valid)
+    mask = attention.interval_mask(2, 3, 3, q_offset=0, attention_mask=valid, device="cpu") if plain else None
+    assert len(reads) == (2 if plain else 1)  # each call once
+    monkeypatch.undo()
+    assert plain == (text != TEXTS[3]) and (first is None) == (text == TEXTS[0])
+    if mask is not None and first is not None:
+        assert mask[:, 0, :, 0].tolist() == ([[0, 2, 3], [1, 2, 3]] if first.dim() == 2 else [[1, 3], [0, 3]])
+
+
 @once
 def test_a_window_of_the_mask_alone_is_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2-MoE makes a mask with a window, and does not pass the window on."""

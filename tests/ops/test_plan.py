@@ -140,6 +140,28 @@ def test_changed_call_has_another_plan(name: str, change: str, gpu: Any) -> None
     check_change(gpu, OPS[name], change)
 
 
+GROWTH = {"B": 1, "T": 1, "Hq": 8, "Hkv": 2, "D": 64}
+
+
+def cache_of(S: int, seed: int, **more: Any) -> tuple[Any, ...]:
+    """Arguments of attention over keys as transformers' DynamicCache has them: [B, heads, S, D], concatenated."""
+    q, k, v, *rest = arguments(ATTENTION, GROWTH | {"S": S, "window": 0} | more, seed=seed)
+    k, v = (to_gpu(x.held.transpose(1, 2).contiguous()).transpose(1, 2) for x in (k, v))
+    return (q, k, v, *rest)
+
+
+@pytest.mark.parametrize("more", [{}, {"window": 40}, {"ragged": True, "B": 2}, {"deterministic": True}], ids=str)
+def test_attention_over_a_growing_cache_has_a_plan_for_each_number_of_splits(more: Any, gpu: Any) -> None:
+    """Each length launches what the operation would; the plans are as many as the splits, not as the lengths."""
+    gpu.driver.executes = False
+    lengths = [*range(17, 40), 255, 256, 257, 258, 512, 513, 700, 1024, 1025]
+    for S in lengths:
+        args = cache_of(S, S, **more)
+        assert launches(gpu, planned(ATTENTION), args) == launches(gpu, ATTENTION.run, args), S
+    grown = "window" not in more
+    assert count_plans() == len(plan._plans) <= (8 if grown else 4)  # S may be a multiple of 16
+
+
 @pytest.mark.parametrize("missing", CHANGES)
 def test_incomplete_key_is_caught(missing: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def incomplete(args: Any) -> tuple[Any, ...]:

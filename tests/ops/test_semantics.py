@@ -240,6 +240,16 @@ def test_experts_are_added_in_fp32(T: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("T", (1, 40, 65))
+def test_routing_weights_of_16_bits_are_those_of_fp32(T: int, device: torch.device) -> None:
+    x, gate_up, down = (each.bfloat16().to(device) for each in expert_inputs(T, 4))
+    ids, weights = torch.tensor([[3, 1]] * T).to(device), randn(T, 2, seed=3).softmax(-1).bfloat16().to(device)
+    got = ops.expert_swiglu(x, gate_up, down, ids, weights)
+    assert torch.equal(got, ops.expert_swiglu(x, gate_up, down, ids, weights.float()))
+    with pytest.raises(ValueError, match="'weights' is float16, needs float32 or bfloat16"):
+        ops.expert_swiglu(x, gate_up, down, ids, weights.half())
+
+
+@pytest.mark.parametrize("T", (1, 40, 65))
 @pytest.mark.parametrize("row", [[3, 3], [2, 0], [1, 1]], ids=str)
 def test_unused_experts_may_hold_nan(T: int, row: list[int], device: torch.device) -> None:
     """All tokens use the experts of `row`, which may repeat one; the rest hold NaN and inf."""

@@ -14,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mixtral_triton.kernels import reference
+from mixtral_triton.kernels.launching.kernel_args import Rows
 from mixtral_triton.kernels.launching.launch import LaunchConfig, launch, override_configs
 from mixtral_triton.kernels.ops import linear
 from mixtral_triton.kernels.ops.experts import op as experts
 from mixtral_triton.kernels.ops.experts.tiles import DECODE, SPLIT_K
 from mixtral_triton.kernels.ops.experts.tiles import configs as expert_configs
+from mixtral_triton.kernels.ops.sort import gather_by_expert, gather_config, sample_ids
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import Sizes, inputs, selected_configs, with_offload
 from tests.support.faults import module_with_fault
@@ -95,7 +97,7 @@ def routing(kind: str, T: int) -> Tensor:
 @pytest.mark.parametrize(("T", "sizes"), [(1, SMALL), (4, SMALL), (64, SMALL), (1024, SMALL_PREFILL)])
 def test_small_experts_use_the_tiles_of_mixtral(T: int, sizes: Sizes) -> None:
     small, real = (selected_configs("expert_swiglu", {**each, "T": T}, BF16) for each in (sizes, MIXTRAL))
-    for kernel in set(real) - {"experts_combine_kernel"}:
+    for kernel in set(real) - {"experts_combine_kernel", "gather_by_expert_kernel"}:  # as wide as a row
         assert small[kernel] == real[kernel]
 
 
@@ -296,6 +298,21 @@ def test_each_byte_moves_once(name: str, sizes: Any, within: Any) -> None:
     compulsory = OPS[name].cost(sizes, BF16).bytes
     assert distinct >= compulsory
     within(f"{name}, {', '.join(f'{name} {size}' for name, size in sizes.items())}", distinct / compulsory, 1.01)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("experts", "tokens"), [(8, 32), (128, 256), (256, 256)])
+def test_gather_is_linear_in_tokens(experts: int, tokens: int, within: Any) -> None:
+    """Four times the slots: programs read, and compare, four times the ids, and each slot is stored once."""
+    work, x = [], Rows.of(torch.randn(1024, 16).bfloat16())
+    for T in (tokens, 4 * tokens):
+        ids = sample_ids(T, experts, 8, "cpu", torch.Generator().manual_seed(0))
+        with count_traffic() as traffic:
+            _, order, _ = gather_by_expert(x, ids, experts, gather_config(16))
+        moved = traffic["gather_by_expert_kernel"].arguments
+        assert torch.equal(order, reference.sort_by_expert(ids, experts)[0]) and moved["order"].stored == 4 * 8 * T
+        work.append(moved["ids"].loaded + moved["order"].stored)
+    within(f"gather of 4 times the slots, E {experts}", work[1] / work[0] / 4, 1.125)
 
 
 GROUPS = (0, 1, 64, 65, 128, 129, 192, 193, 257, 330, 384)  # rows of an expert: short, upper part, whole, and more

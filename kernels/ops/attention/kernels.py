@@ -281,21 +281,26 @@ def attention_decode_kernel(
         tl.store(lse_ptr + row, largest + tl.log2(total), mask=rows < T * G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def attention_combine_kernel(
     part_ptr,  # [rows, SPLITS, D] fp32
     lse_ptr,  # [rows, SPLITS] fp32
     out_ptr,  # [rows, D] out
-    D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS,
+    D: tl.constexpr, PDL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pdl_wait(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    offs_s, offs_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + row * SPLITS + offs_s)
-    largest = tl.max(lse, axis=0)
-    share = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
-    parts = part_ptr + (row * SPLITS + offs_s)[:, None] * D + offs_d[None, :]
-    part = tl.load(parts, mask=(offs_d < D)[None, :], other=0.0)
-    total = tl.sum(share, axis=0)
-    out = tl.sum(part * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    row, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    out, total, largest = tl.zeros((BLOCK_D,), tl.float32), 0.0, float("-inf")
+    for first in range(0, SPLITS, BLOCK_S):
+        splits = first + tl.arange(0, BLOCK_S)
+        lse = tl.load(lse_ptr + row * SPLITS + splits, mask=splits < SPLITS, other=float("-inf"))
+        before, largest = largest, tl.maximum(largest, tl.max(lse, axis=0))
+        base = tl.where(largest == float("-inf"), 0.0, largest)
+        share, kept = tl.exp2(lse - base), tl.exp2(before - base)
+        parts = part_ptr + (row * SPLITS + splits)[:, None] * D + offs_d[None, :]
+        part = tl.load(parts, mask=(splits < SPLITS)[:, None] & (offs_d < D)[None, :], other=0.0)
+        total = total * kept + tl.sum(share, axis=0)
+        out = out * kept + tl.sum(part * share[:, None], axis=0)
+    out /= tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)

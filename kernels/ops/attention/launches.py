@@ -29,11 +29,15 @@ def slots_of(k_cache: Cache, v_cache: Cache) -> Keys:
     return keys_of(k.transpose(1, 2), v.transpose(1, 2), *scales)
 
 
+def reach(window: int | None, S: int, T: int) -> int:
+    """Return the window as kernels take it; 0, none, where it reaches every key: the kernel subtracts it in int32."""
+    window = max(0, window or 0)
+    return 0 if window > 2 * (S + T) else window
+
+
 def sizes_of(q: Tensor, keys: Keys, window: int | None, deterministic: bool) -> AttentionSizes:
     """Return what the tiles for q [B, T, Hq, D] and these keys depend on; a caller sets the ring's slots."""
-    (B, T, Hq, D), (S, Hkv), window = q.shape, keys.k_ptr.shape[1:3], max(0, window or 0)
-    if window > 2 * (S + T):
-        window = 0  # it reaches every key; the kernel subtracts it in int32
+    (B, T, Hq, D), (S, Hkv) = q.shape, keys.k_ptr.shape[1:3]
     return AttentionSizes(
         B=B,
         T=T,
@@ -41,7 +45,7 @@ def sizes_of(q: Tensor, keys: Keys, window: int | None, deterministic: bool) -> 
         Hq=Hq,
         Hkv=Hkv,
         D=D,
-        window=window,
+        window=reach(window, S, T),
         C=0,
         quantized=keys.k_scales is not None,
         deterministic=deterministic,

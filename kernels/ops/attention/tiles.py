@@ -33,6 +33,7 @@ class AttentionSizes:
 
 DETERMINISTIC_SPLITS = 8  # for any batch and any length
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
+SPLIT_KEYS = 256  # of a decode at least
 
 
 class AttentionTile(NamedTuple):
@@ -191,6 +192,11 @@ DECODE_CODES: Table = {
 }
 
 
+def fits_decode(T: int, Hq: int, Hkv: int) -> bool:
+    """Return whether the kernel of few queries runs."""
+    return T == 1 or T * (Hq // Hkv) <= PACKED_ROWS
+
+
 def _width(sizes: AttentionSizes) -> int:
     """Return BLOCK_D. A product's depth is at least 16."""
     return power_of_2(sizes.D, low=16)
@@ -232,11 +238,11 @@ def _prefill_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> Lau
 
 
 def _decode_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Splits until every SM has two programs, each of at least 256 keys."""
+    """Splits until every SM has two programs, each of at least SPLIT_KEYS."""
     keys = min(sizes.S, sizes.window or sizes.S)
     programs = max(1, sizes.B * sizes.Hkv)
     sms = sizes.sms or max_multiprocessors(arch)
-    splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, 256)), high=64)
+    splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, SPLIT_KEYS)), high=64)
     if sizes.deterministic:
         splits = DETERMINISTIC_SPLITS
     tile = _select(DECODE_CODES if sizes.quantized else DECODE, sizes, dtype, arch)
@@ -249,5 +255,5 @@ def configs(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> dict[str, L
     return {
         "attention_prefill_kernel": _prefill_config(sizes, dtype, arch),
         "attention_decode_kernel": _decode_config(sizes, dtype, arch),
-        "attention_combine_kernel": LaunchConfig({"BLOCK_D": power_of_2(sizes.D, low=16)}, num_warps=2),
+        "attention_combine_kernel": LaunchConfig({"BLOCK_S": 8, "BLOCK_D": _width(sizes)}, num_warps=2),
     }

@@ -320,7 +320,7 @@ def experts_down_kernel(
 def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]
     ids_ptr,  # [N]
-    weights_ptr,  # [T, K] fp32
+    weights_ptr,  # [T, K] fp32, or x's dtype
     out_ptr,  # [T, H] out; with a norm: the norm of the sum
     norm,  # FusedNorm of the experts' output + residual, or None
     N, E, H,
@@ -339,7 +339,7 @@ def experts_combine_kernel(
         y = tl.zeros((BLOCK_H,), tl.float32)
         for split in tl.static_range(SPLIT_K):
             y += tl.load(y_ptr + (split * N + slot) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
-        acc += tl.load(weights_ptr + slot) * y
+        acc += tl.load(weights_ptr + slot).to(tl.float32) * y
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     out = acc.to(dtype)
     if norm is not None:

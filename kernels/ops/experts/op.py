@@ -22,7 +22,7 @@ from ...launching.arch import tma
 from ...launching.kernel_args import Groups, Rows
 from ...launching.launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
 from ...operation.call import operation
-from ...operation.checks import INTS, RoutingWeights, Tokens, Within
+from ...operation.checks import INTS, SlotWeights, Tokens, Within
 from ...operation.declaration import Cost
 from ...operation.inputs import draw, shapes
 from ...weights.composites import Matrix
@@ -49,11 +49,13 @@ class ExpertCase:
     gate_up: str | None = None  # the name of a quantized weight's format
     down: str | None = None
     deterministic: bool = False
+    narrow_weights: bool = False  # routing weights in x's dtype
     distinct: float | None = None  # the number of experts in use; None: as expected under uniform routing
 
 
 def _inputs(case: ExpertCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     weights = draw((case.T, case.K), torch.float32, device, generator).softmax(-1)
+    weights = weights.to(dtype) if case.narrow_weights else weights
     return {"ids": sample_ids(case.T, case.E, case.K, device, generator), "weights": weights}
 
 
@@ -90,6 +92,7 @@ _DENSE_SHAPES = (
 _QWEN3: dict[str, Any] = {"H": 2048, "I": 768, "E": 128, "K": 8}
 _MANY_EXPERTS = (
     *(ExpertCase(T, **_QWEN3) for T in (1, 8, 32, 64, 4096)),
+    *shapes(ExpertCase, "1 2048 768 128 8", narrow_weights=True),
     *(ExpertCase(T, **_QWEN3, gate_up="int4:128", down="int4:128") for T in (1, 8, 64)),
     *shapes(ExpertCase, "64 2048 1024 64 8, 64 7168 2048 256 8"),
 )
@@ -111,6 +114,7 @@ _MANY_EXPERTS = (
         # Many experts, and more slots than 64 tokens of Mixtral have.
         *shapes(ExpertCase, "24 64 32 32 8, 70 64 32 40 8"),
         *shapes(ExpertCase, "20 64 32 12 8", gate_up="int4:32", down="int4:32"),
+        *shapes(ExpertCase, "5 64 32 8 2", narrow_weights=True),
     ),
     bench_shapes=(
         *_DENSE_SHAPES,
@@ -120,7 +124,7 @@ _MANY_EXPERTS = (
     ),
 )
 def expert_swiglu(
-    x: Tokens, gate_up_proj: GateUp, down_proj: Down, ids: Ids, weights: RoutingWeights, deterministic: bool = False
+    x: Tokens, gate_up_proj: GateUp, down_proj: Down, ids: Ids, weights: SlotWeights, deterministic: bool = False
 ) -> Tokens:
     """Sum each token's experts, down(silu(gate(x)) * up(x)), with its routing weights (Shazeer 2020; Jiang et al. 2024,
     section 2.1).
@@ -130,7 +134,7 @@ def expert_swiglu(
                    one format quantizes x (fp8.py)
     down_proj      [E, H, I], the same
     ids            [T, K], int32 or int64, in 0..E - 1
-    weights        fp32 [T, K], the routing weights
+    weights        [T, K], the routing weights, in fp32 or x's dtype
     deterministic  a token's bits do not depend on the other tokens: the prefill kernels, one tile for any T
 
     Returns [T, H] in x's dtype. Only chosen experts are read. Raises ValueError for another shape, dtype or device. An
@@ -156,7 +160,7 @@ def experts_add_rms_norm(
     gate_up_proj: GateUp,
     down_proj: Down,
     ids: Ids,
-    weights: RoutingWeights,
+    weights: SlotWeights,
     residual: Tokens,
     norm_weight: NormWeight,
     eps: float,

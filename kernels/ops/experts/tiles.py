@@ -3,15 +3,17 @@
 The literals compile without a spill. Where a GPU has measured others as faster, they are these (tiles.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from triton import cdiv
 
 from ...launching.arch import tma
 from ...launching.launch import LaunchConfig
-from ...weights.formats import multiplies_codes
+from ...weights.formats import multiplies_codes, parse_name
 from ..sort import gather_config
 from ..tiles import (
+    DETERMINISTIC_ROWS,
     QUANTIZED_DECODE,
     DecodeTile,
     PrefillTile,
@@ -44,9 +46,11 @@ class ExpertSizes:
 # Up to here the sort-free kernels run: the bytes of the weights bound the layer, whatever the tiles. With quantized
 # weights they run for as many tokens as QUANTIZED_DECODE has a tile for (`decode_tokens`).
 DECODE_TOKENS = 64
-# And up to so many slots, which each program reads to find its expert's: of 512 the kernels spill.
+# And up to so many slots, which each program reads to find its expert's: of 512 the kernels spill. So the 33 to 64
+# tokens of Qwen3-30B-A3B are for prefill's shortest tile: it reads no more bytes of the weights, and issues 4 rows for
+# each that is used, where decode would issue BLOCK_T of 64 tokens, 32 for each 4.
 DECODE_SLOTS = 256
-# A fixed split: a row's sum has the same order in any batch.
+# A fixed split, or fewer where the units of a small expert fill fewer: a row's sum has the same order in any batch.
 SPLIT_K = 4
 
 # Up and down take the same tiles. BLOCK_N counts gate and up rows together.
@@ -59,6 +63,11 @@ DECODE: Table[DecodeTile] = {
     "sm_80": (
         DecodeTile(24, 16, 64, 128, 4, 4, _A100),
         DecodeTile(48, 32, 64, 128, 4, 4, "compiled: 164 registers, 846 FLOP"),
+        DecodeTile(64, 64, 64, 64, 4, 4, "compiled: 164 registers, 1,111 FLOP"),
+    ),
+    "sm_80 100 KB": (
+        DecodeTile(24, 16, 64, 64, 4, 4, "compiled: 94 registers, 395 FLOP"),
+        DecodeTile(48, 32, 64, 64, 4, 4, "compiled: 128 registers, 690 FLOP"),
         DecodeTile(64, 64, 64, 64, 4, 4, "compiled: 164 registers, 1,111 FLOP"),
     ),
     "sm_90": (
@@ -77,29 +86,37 @@ DECODE: Table[DecodeTile] = {
         DecodeTile(64, 64, 64, 32, 4, 2, "compiled: 168 registers"),
     ),
 }
-# Many tokens. Where TMA cannot read a weight, the larger tiles of later GPUs spill: "pointers". Each is as deep as
-# those of TMA: the depth is the order of a sum, and both give the same bits. Deterministic
-# mode takes the first tile for any number of tokens; where that is one for few, it has a table of its own.
+# Many tokens. Experts of few rows take short tiles: where 4 rows are in use, one of 64 would be a 16th full. Where TMA
+# cannot read a weight, the larger tiles of later GPUs spill: "pointers". Each is as deep as those of TMA: the depth is
+# the order of a sum, and both give the same bits. Deterministic mode takes the tile for DETERMINISTIC_ROWS for any
+# number of tokens, or has a table of its own.
 PREFILL: Table[PrefillTile] = {
     "sm_80": (
-        PrefillTile(0, 32, 128, 128, 4, 4, _A100),
+        PrefillTile(0, 16, 128, 64, 4, 4, "compiled: 72 registers, 612 FLOP"),
+        PrefillTile(8, 32, 128, 128, 4, 4, _A100),
         PrefillTile(48, 64, 256, 64, 8, 4, _A100),
         PrefillTile(512, 128, 128, 64, 8, 4, _A100),
     ),
     "sm_80 100 KB": (  # a stage fewer
-        PrefillTile(0, 32, 128, 128, 4, 3, "compiled: 161 registers, 1,432 FLOP"),
+        PrefillTile(0, 16, 128, 64, 4, 3, "compiled: 64 registers, 624 FLOP"),
+        PrefillTile(8, 32, 128, 128, 4, 3, "compiled: 161 registers, 1,432 FLOP"),
         PrefillTile(48, 64, 256, 64, 8, 3, "compiled: 158 registers, 2,759 FLOP"),
         PrefillTile(512, 128, 128, 64, 8, 4, _A100),
     ),
     "sm_80 deterministic": (PrefillTile(0, 64, 128, 32, 4, 4, "compiled: 130 registers, 1,771 FLOP"),),
     "sm_90": (
-        PrefillTile(0, 64, 128, 64, 4, 4, "compiled: 106 registers, 2,570 FLOP"),
+        PrefillTile(0, 16, 128, 64, 4, 4, "compiled: 72 registers, 612 FLOP"),
+        PrefillTile(8, 32, 128, 64, 4, 4, "compiled: 120 registers, 1,542 FLOP"),
+        PrefillTile(20, 64, 128, 64, 4, 4, "compiled: 96 registers, 1,618 FLOP", SHORT_M=32),
+        PrefillTile(24, 64, 128, 64, 4, 4, "compiled: 106 registers, 2,570 FLOP"),
         PrefillTile(64, 128, 256, 64, 8, 4, _H200, SHORT_M=64),
         # Nobody has measured 192 rows, with which a third less of the weight crosses L2.
         PrefillTile(112, 192, 256, 64, 8, 4, "compiled: 255 registers, 5,869 FLOP", SHORT_M=64),
     ),
     "sm_90 pointers": (
-        PrefillTile(0, 64, 128, 64, 4, 4, "compiled: 106 registers, 2,570 FLOP"),
+        PrefillTile(0, 16, 128, 64, 4, 4, "compiled: 72 registers, 612 FLOP"),
+        PrefillTile(8, 32, 128, 64, 4, 4, "compiled: 120 registers, 1,542 FLOP"),
+        PrefillTile(24, 64, 128, 64, 4, 4, "compiled: 106 registers, 2,570 FLOP"),
         PrefillTile(128, 64, 128, 64, 8, 3, "compiled: 60 registers, 1,394 FLOP"),
     ),
     "gfx942": (PrefillTile(0, 64, 64, 64, 4, 2, _MI300X), PrefillTile(128, 128, 128, 64, 8, 2, _MI300X, GROUP_M=1)),
@@ -117,7 +134,10 @@ def decode_tokens(gate_up: str | None, down: str | None, K: int, dtype: torch.dt
 
 def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     slots, dense = sizes.T * sizes.K, not (sizes.gate_up or sizes.down)
-    rows = 0 if sizes.deterministic else slots // sizes.E
+    rows = slots // sizes.E
+    # Skewed, most of many experts have far fewer rows than the average: a third as many is what tiles are cut for.
+    rows //= 3 if sizes.E > 16 and rows < 72 else 1
+    rows = DETERMINISTIC_ROWS if sizes.deterministic else rows
     # TMA reads rows that were gathered in sorted order, of x or of codes.
     sorted_x = dense and tma(arch) and dtype.itemsize == 2 and not sizes.by_pointers
 
@@ -140,7 +160,7 @@ def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[
         "experts_down_kernel": config(sizes.H, sizes.I, sizes.down),
     }
     if sorted_x:
-        kernels["gather_by_expert_kernel"] = gather_config(slots, sizes.E, sizes.H)
+        kernels["gather_by_expert_kernel"] = gather_config(sizes.H)
     return kernels
 
 
@@ -150,10 +170,13 @@ def _decode_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[s
         constexprs |= {"BLOCK_T": tile.BLOCK_T, "BLOCK_S": power_of_2(min(tile.rows * sizes.K, DECODE_SLOTS))}
         return weight_config(tile, columns, depth, quantized, halves, **constexprs)
 
-    span = sizes.I if sizes.down else -(-sizes.I // SPLIT_K)
+    down = config(sizes.H, sizes.I if sizes.down else cdiv(sizes.I, SPLIT_K), sizes.down)
+    fields = parse_name(sizes.down, sizes.I)[0].fields if sizes.down else 1
+    units = cdiv(sizes.I, down.constexprs["BLOCK_K"] * fields)
+    splits = {"SPLIT_K": cdiv(units, cdiv(units, SPLIT_K))}  # each has columns
     return {
         "experts_up_decode_kernel": config(sizes.I, sizes.H, sizes.gate_up, halves=2),
-        "experts_down_decode_kernel": config(sizes.H, span, sizes.down, SPLIT_K=SPLIT_K),
+        "experts_down_decode_kernel": replace(down, constexprs={**down.constexprs, **splits}),
     }
 
 
