@@ -184,11 +184,13 @@ def attention(
     scale: float | None = None,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Sliding-window attention (Mistral, section 2; Longformer, section 3.1 for causal=False) with grouped queries.
 
     q [B,T,Hq,D], k and v [B,S,Hkv,D] -> [B,T,Hq,D]. Query t is at position lengths - T + t; keys are valid
     in [starts, lengths). Query i sees key j iff i - window < j <= i, without `causal` iff |i - j| <= window // 2.
+    sinks [Hq]: exp(sinks) is added to the denominator of each softmax of a head (gpt-oss).
     """
     T, S = q.shape[1], k.shape[1]
     if causal and starts is None and lengths is None:
@@ -197,7 +199,7 @@ def attention(
             k, v = k[:, S - T + 1 - reach :], v[:, S - T + 1 - reach :]
             S = k.shape[1]
         if T == 1 or T == S <= reach:
-            return _attend(q, k.transpose(1, 2), v.transpose(1, 2), None, scale, causal=T > 1)
+            return _attend(q, k.transpose(1, 2), v.transpose(1, 2), None, scale, T > 1, sinks)
     end = S if lengths is None else lengths[:, None, None]
     i, j = torch.arange(T, device=q.device)[:, None] + (end - T), torch.arange(S, device=q.device)
     visible = _visible(i, j, window, causal)
@@ -205,7 +207,7 @@ def attention(
         visible = visible & (j < end)
     if starts is not None:
         visible = visible & (j >= starts[:, None, None])
-    return _attend(q, k.transpose(1, 2), v.transpose(1, 2), visible.expand(len(q), T, S), scale)
+    return _attend(q, k.transpose(1, 2), v.transpose(1, 2), visible.expand(len(q), T, S), scale, False, sinks)
 
 
 def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
@@ -215,8 +217,25 @@ def _visible(i: Tensor, j: Tensor, window: int | None, causal: bool) -> Tensor:
     return (j <= i) & (j > i - window) if causal else (i - j).abs() <= window // 2
 
 
+def with_sinks(k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return k and v [B,Hkv,S,D] with a key and a value of zeros, and a mask to add to the scores [B,Hq,T,S + 1] in
+    which the score of that key is its head's sink. mask [B,1 or Hq,T,S]: bool (True: visible), or to be added."""
+    added = (
+        torch.zeros_like(mask, dtype=_wide(k).dtype).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+    )
+    B, _, T, S = mask.shape
+    columns = added.expand(B, len(sinks), T, S), sinks.to(added.dtype)[:, None, None].expand(B, -1, T, 1)
+    return F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), torch.cat(columns, -1)
+
+
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float | None,
+    causal: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of q [B,T,Hq,D] over k and v [B,Hkv,S,D] with the mask `visible` [B,T,S].
 
@@ -225,13 +244,19 @@ def _attend(
     """
     B, T, Hq, D = q.shape
     sees_no_key = None
+    if sinks is not None and visible is None:
+        seen = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device)
+        visible, causal = (seen.tril() if causal else seen).expand(B, -1, -1), False
     if visible is not None:
         is_unused, sees_no_key = ~visible.any(1)[:, None, :, None], ~visible.any(2)[:, :, None, None]
         if is_unused.is_meta or is_unused.any():
             k, v = k.masked_fill(is_unused, 0.0), v.masked_fill(is_unused, 0.0)  # 0 * NaN is NaN
         visible = visible[:, None]
+        if sinks is not None:
+            k, v, visible = with_sinks(k, v, visible, sinks)
     if T == 1:  # the heads of a group share their keys
         q = q.view(B, k.shape[1], Hq // k.shape[1], D)
+        visible = visible if sinks is None or visible is None else visible.view(*q.shape[:3], -1)
         out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale).view(B, 1, Hq, D)
     else:
         q = q.transpose(1, 2)
@@ -269,23 +294,25 @@ def cached_attention(
     past: Tensor,
     new: Tensor,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of queries at past[b] + t over the ring caches [B,Hkv,C,D] and the fresh k, v [B,T,Hkv,D].
 
     With k and v the caches hold the positions before this chunk, up to `past`; without, they also hold the chunk.
+    window, sinks: as in `attention`.
     """
     T, C = q.shape[1], k_cache.shape[2]
     fresh, begin, n = None if k is None or v is None else (k, v), _common_value(past), _common_value(new)
     if fresh is not None and not isinstance(k_cache, Tensor):  # a chunk takes part as it will be read later
         fresh = tuple(map(k_cache.as_stored, fresh))
     if fresh is not None and begin == 0 and n == T:
-        return attention(q, *fresh, window=window)  # the caches are empty
+        return attention(q, *fresh, window=window, sinks=sinks)  # the caches are empty
     cached = past + new if fresh is None else past
     written = [min(C, length) for length in cached.tolist()]  # slots of each sequence
     used = max(written, default=0)
     keys, values = (_read(cache[:, :, :used], q.dtype) for cache in (k_cache, v_cache))
     if fresh is None and T == n == 1 and min(written) == used <= (window or used):
-        return _attend(q, keys, values, None, None)  # the newest token sees every slot
+        return _attend(q, keys, values, None, None, False, sinks)  # the newest token sees every slot
     t, slot = torch.arange(T, device=q.device), torch.arange(used, device=q.device)
     # The newest position below `cached` that this slot can hold; negative where nothing was written yet.
     newest = cached[:, None] - 1
@@ -295,7 +322,8 @@ def cached_attention(
     if fresh is not None:
         j, valid = torch.cat((j, i), 1), torch.cat((valid, t < new[:, None]), 1)
         keys, values = (torch.cat((a, b.transpose(1, 2)), 2) for a, b in zip((keys, values), fresh, strict=True))
-    return _attend(q, keys, values, _visible(i[:, :, None], j[:, None], window, True) & valid[:, None], None)
+    visible = _visible(i[:, :, None], j[:, None], window, True) & valid[:, None]
+    return _attend(q, keys, values, visible, None, False, sinks)
 
 
 def rope_append_attention(
@@ -312,10 +340,12 @@ def rope_append_attention(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k of one token a sequence at past[b], append k and v to the caches, and attend over them.
 
-    A new token beyond the tables cos and sin is NaN. q_norm, k_norm, eps: as in `rope`.
+    A new token beyond the tables cos and sin is NaN. q_norm, k_norm, eps: as in `rope`, sinks as in
+    `attention`.
     """
     begin = _common_value(past)
     if begin is not None and begin < len(cos):
@@ -326,4 +356,4 @@ def rope_append_attention(
         beyond = ((past >= len(cos)) & (new > 0))[:, None, None, None]  # padding may lie there, but must not be NaN
         q, k = q.masked_fill(beyond, math.nan), k.masked_fill(beyond, math.nan)
     append(k, v, k_cache, v_cache, past, new)
-    return cached_attention(q, None, None, k_cache, v_cache, past, new, window)
+    return cached_attention(q, None, None, k_cache, v_cache, past, new, window, sinks)

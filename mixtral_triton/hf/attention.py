@@ -22,12 +22,13 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils.import_utils import is_tracing
 
 from .. import ops
+from ..kernels.reference import with_sinks
 from .experts import NAME, fused
 from .training import warn_of_gradients
 
 MAX_HEAD = 256
 # Keywords by which models add to a layer's attention what a causal mask does not say.
-ADDED = {"s_aux": "sinks", "sinks": "sinks", "softcap": "a soft cap of scores", "position_bias": "a position bias"}
+ADDED = {"sinks": "sinks", "softcap": "a soft cap of scores", "position_bias": "a position bias"}
 INDICES = "indices", "block_indices"  # where no dense mask has these
 ADDED |= dict.fromkeys(INDICES, "keys that an index chooses")
 # The functions that transformers' causal masks are made of.
@@ -68,18 +69,24 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     output_attentions: bool = False,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """query [B,Hq,T,D], key [B,Hkv,S,D] and value [B,Hkv,S,at most D] -> [B,T,Hq,as value], and the weights [B,Hq,T,S]
     if `output_attentions`.
 
     attention_mask: of `interval_mask`, or the user's 4-D mask; None: causal from the first key on, as in torch.
-    A dense mask goes to torch's attention. The weights are those of transformers' eager attention, and the result does
-    not depend on them. ValueError by `check_attention`.
+    s_aux [Hq]: sinks, as in `ops.attention`. A dense mask goes to torch's attention. The weights are those of
+    transformers' eager attention, and the result does not depend on them. ValueError by `check_attention`.
     """
     if torch.is_autocast_enabled(device := query.device.type):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    attend, mask, weights, (_, H, T, D) = fused(ops.attention, query, key, value), attention_mask, None, query.shape
+    attend, mask, weights, (_, H, T, D) = (
+        fused(ops.attention, query, key, value, s_aux),
+        attention_mask,
+        None,
+        query.shape,
+    )
     interval = is_interval(mask)
     dense = mask is not None and not interval
     check_attention(module, query, value, dense, 0.0 if attend is None else dropout, kwargs)
@@ -89,33 +96,55 @@ def attention(
         if added.dtype == torch.bool:
             added = torch.zeros_like(added, dtype=query.dtype).masked_fill_(~added, torch.finfo(query.dtype).min)
         scores = query @ key.repeat_interleave(H // key.shape[1], 1).mT * (D**-0.5 if scaling is None else scaling)
-        weights = torch.softmax(scores + added, dim=-1, dtype=torch.float32).to(query.dtype)
+        scores += added
+        if s_aux is not None:
+            scores = torch.cat((scores, s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
     if attend is None:
         if not is_compiling():  # a warning would end the graph
             warn_of_gradients()
         causal = mask is None or (interval and not mask.shape[2] and window is None and T in (1, key.shape[2]))
-        seen = None if causal else check_dense(visible(mask, query, key, window), query, key)
-        return sdpa_attention_forward(module, query, key, value, seen, dropout, scaling)[0], weights
+        seen = None
+        if s_aux is not None or not causal:
+            seen = check_dense(visible(mask, query, key, window), query, key)
+        return dense_attention(module, query, key, value, seen, scaling, dropout, s_aux), weights
     if mask is None and 1 < T < key.shape[2]:
         key, value = key[:, :, :T], value[:, :, :T]
     columns = value.shape[-1]
     if columns < D:
         value = pad(value, (0, D - columns))
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    call: dict[str, Any] = {"scale": scaling, "sinks": s_aux}
     if mask is None or interval:
         rows = None if mask is None or not mask.shape[2] else mask[:, 0, :, 0].view(torch.int32)
         starts, ends = (None, None) if rows is None else (rows[:, 0], rows[:, -1])
         if rows is None or rows.shape[1] == 2:
-            return attend(q, k, v, window=window, scale=scaling, starts=starts, lengths=ends)[..., :columns], weights
+            return attend(q, k, v, window=window, starts=starts, lengths=ends, **call)[..., :columns], weights
         if window is None:  # padding sees the whole text, and nothing else
-            text = attend(q, k, v, scale=scaling, starts=starts, lengths=ends)
-            padding = attend(q, k, v, causal=False, scale=scaling, starts=starts, lengths=rows[:, 1])
+            text = attend(q, k, v, starts=starts, lengths=ends, **call)
+            padding = attend(q, k, v, causal=False, starts=starts, lengths=rows[:, 1], **call)
             behind = torch.arange(1 - T, 1, device=q.device) + rows[:, 2:] > rows[:, 1:2]
             return torch.where(behind[..., None, None], padding, text)[..., :columns], weights
         mask = visible(mask, query, key, window)
     mask = check_dense(mask, query, key)
-    out = sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0]
-    return out[..., :columns], weights
+    return dense_attention(module, query, key, value, mask, scaling, 0.0, s_aux)[..., :columns], weights
+
+
+def dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """torch's attention of query, key and value [B,heads,·,D] with a mask of `check_dense`, which sinks [Hq] need."""
+    if sinks is not None and mask is not None:
+        key, value, mask = with_sinks(key, value, mask.expand(-1, -1, query.shape[2], key.shape[2]), sinks)
+        mask = mask.to(query.dtype)
+    return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling)[0]
 
 
 def mask_window(module: Any, mask: Any, key: Tensor, sliding_window: int | None) -> int | None:

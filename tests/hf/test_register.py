@@ -122,7 +122,7 @@ def test_other_experts_are_refused_by_name(message: str, module: Any) -> None:
 
 LAYER: Any = type("Attention", (nn.Module,), {"is_causal": True, "layer_idx": 3, "training": False})
 REFUSED: dict[str, dict[str, Any]] = {
-    "sinks": {"s_aux": torch.zeros(4)},
+    "sinks": {"sinks": torch.zeros(4)},
     "a soft cap of scores": {"softcap": 50.0},
     "a position bias": {"position_bias": torch.zeros(1)},
     "keys that an index chooses": {"indices": torch.zeros(1)},
@@ -293,7 +293,7 @@ def test_patterns_that_are_not_causal_alone_become_a_dense_mask(kind: str) -> No
 
 
 KNOWN = {"attention_mask", "scaling", "dropout", "sliding_window", "is_causal", "output_attentions", "position_ids"}
-KNOWN |= {"query", "key", "value", "deterministic"}  # the last: of random dropout
+KNOWN |= {"query", "key", "value", "s_aux", "deterministic"}  # the last: of random dropout
 KNOWN |= {f"{name}_{at}" for name in ("cu_seq_lens", "max_length") for at in "qk"}  # of flash attention, beside a mask
 
 

@@ -68,7 +68,7 @@ def test_route_of_special_rows_and_sizes(dtype: torch.dtype, device: torch.devic
         check_route(randn(T, E, scale=3).to(device, dtype), top_k)
 
 
-def expected_attention(q, k, v, window=None, causal=True, scale=None, starts=None, lengths=None):
+def expected_attention(q, k, v, window=None, causal=True, scale=None, starts=None, lengths=None, sinks=None):
     q, k, v = (x.double().cpu() for x in (q, k, v))
     (B, T, Hq, D), (S, Hkv) = q.shape, k.shape[1:3]
     out, limited = torch.zeros_like(q), window is not None and window > 0
@@ -81,7 +81,8 @@ def expected_attention(q, k, v, window=None, causal=True, scale=None, starts=Non
                 keys = [j for j in keys if (i - window < j if causal else abs(i - j) <= window // 2)]
             for h in range(Hq if keys else 0):
                 scores = k[b, keys, h // (Hq // Hkv)] @ q[b, t, h] * (D**-0.5 if scale is None else scale)
-                out[b, t, h] = scores.softmax(0) @ v[b, keys, h // (Hq // Hkv)]
+                denominator = scores.exp().sum() + (0.0 if sinks is None else sinks[h].exp())
+                out[b, t, h] = scores.exp() / denominator @ v[b, keys, h // (Hq // Hkv)]
     return out
 
 
@@ -90,6 +91,7 @@ def check_attention(shape: tuple[int, ...], device: Any, dtype: torch.dtype = to
     B, T, S, Hq, Hkv, D = shape
     q, k, v = randn(B, T, Hq, D), randn(B, S, Hkv, D, seed=1), randn(B, S, Hkv, D, seed=2)
     bounds = {key: torch.tensor(options[key], dtype=dtype) for key in ("starts", "lengths") if key in options}
+    bounds |= {"sinks": torch.tensor(options["sinks"])} if "sinks" in options else {}
     for b, (start, end) in enumerate(zip(options.get("starts", [0] * B), options.get("lengths", [S] * B), strict=True)):
         for x in (k, v):
             x[b, :start], x[b, end:] = NAN, NAN
@@ -109,6 +111,7 @@ BOUNDS = [
     {"lengths": [0, 7]},
 ]
 KINDS = [{}, {"window": 3}, {"causal": False}, {"causal": False, "window": 5}]
+SINKS = ((37, 37), (1, 600), (3, 40))  # T, S
 EMPTY = ((2, 0, 5), (2, 3, 0), (2, 30, 0), (2, 0, 0), (0, 1, 5), (0, 3, 5))  # B, T, S
 ATTENTION: list[tuple[tuple[int, ...], dict[str, Any]]] = [  # B, T, S, Hq, Hkv, D
     *(((1, T, S, *heads, D), {"window": 9}) for (T, S), heads, D in product(((20, 20), (1, 50)), HEADS, DIMS)),
@@ -129,6 +132,9 @@ ATTENTION: list[tuple[tuple[int, ...], dict[str, Any]]] = [  # B, T, S, Hq, Hkv,
     ((1, 35, 200, 2, 1, 16), {"window": 100}),  # tiles visible to all, some and none of the rows
     ((1, 1, 20, 2, 1, 64), {"scale": 0.07}),
     ((1, 20, 20, 2, 1, 64), {"scale": 3}),
+    # Of no weight, as one key has, and of nearly all weight; with splits, which all but one lack it.
+    *(((2, T, S, 4, 2, 16), {"sinks": [-math.inf, 0.5, 9.0, -3.0], **kind}) for T, S in SINKS for kind in KINDS),
+    *(((2, T, 20, 4, 2, 16), {"sinks": [0.0, 1.0, 2.0, 3.0], "lengths": [0, 7]}) for T in (1, 21)),
 ]
 
 

@@ -60,10 +60,7 @@ EXPERTS_REFUSED = {
     "minimax_m3_vl_text": GATE,
     "nemotron_h": "experts without a gate",
 }
-ATTENTION_REFUSED = dict.fromkeys(
-    ("deepseek_v4", "flint", "gpt_oss", "granitemoe_swa", "hy_v4", "mimo_v2_flash"), "sinks"
-)
-ATTENTION_REFUSED |= {"inkling_text": "a position bias"}
+ATTENTION_REFUSED = {"inkling_text": "a position bias"}
 MULTIMODAL = "dots3_note", "gemma4", "qwen3_5_moe", "qwen4_exp"
 NOT_TRIED = dict.fromkeys(MULTIMODAL, "text and images; its text model is a family of its own")
 NOT_TRIED |= dict.fromkeys(

@@ -17,7 +17,7 @@ from ...launching.kernel_args import Heads, Pointer
 from ...launching.pdl import pdl_wait
 from ...weights.composites import quantized_vectors
 from ..cache_args import POSITIONS_MAX, RotaryTables, angles, sequence_position
-from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalize, sweep, take_keys, unit_of
+from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalize, sweep, take_keys, take_sinks, unit_of
 
 
 class Keys(NamedTuple):
@@ -73,6 +73,7 @@ def attention_prefill_kernel(
     cache,  # CacheArgs of the keys before them, or None
     out_ptr,  # [B, T, Hq, D] out
     bounds,  # Bounds
+    sinks_ptr,  # [Hq], or None
     T, S, C, Hq, G,
     window, scale,
     D: tl.constexpr, CACHED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, HEADS_FIRST: tl.constexpr,
@@ -138,7 +139,10 @@ def attention_prefill_kernel(
     fresh = SequenceKeys(k, v, keys.stride_kt, keys.stride_vt, k_desc, v_desc, of_batch, of_head, first, ks, vs)
     span = Span(low, high, inner_low, inner_high)
     KIND: tl.constexpr = Kind(D, False, CAUSAL, WINDOWED, HEADS_FIRST)
-    acc, largest, total = sweep(state, queries, fresh, span, KIND, BLOCK_N)
+    state = sweep(state, queries, fresh, span, KIND, BLOCK_N)
+    if sinks_ptr is not None:
+        state = take_sinks(state, tl.load(sinks_ptr + hq))
+    acc, largest, total = state
     if CACHED:
         total = tl.where(new < 0, float("nan"), total)
     out = normalize(acc, total, q.ptr.dtype.element_ty, keys.k_scales is not None)
@@ -205,6 +209,7 @@ def attention_decode_kernel(
     bounds,  # Bounds
     newest,  # Newest, which the ring does not have yet, or None: `keys` are no ring
     norms,  # HeadNorms of the queries and the newest key, or None
+    sinks_ptr,  # [Hq], or None
     T,
     S,  # key positions, or slots of the ring
     P,  # rows of the newest key's tables
@@ -271,7 +276,10 @@ def attention_decode_kernel(
     stored = SequenceKeys(k, v, keys.stride_kt, keys.stride_vt, None, None, 0, 0, S if RING else 0, ks, vs)
     queries = Queries(q_tile, query + t.to(tl.int32), window, scale)
     KIND: tl.constexpr = Kind(D, RING, True, WINDOWED, False)
-    acc, largest, total = take_keys(state, queries, stored, low, high, high, KIND, True, BLOCK_N)
+    state = take_keys(state, queries, stored, low, high, high, KIND, True, BLOCK_N)
+    if sinks_ptr is not None:  # in one split of all
+        state = take_sinks(state, tl.where(split == 0, tl.load(sinks_ptr + hq), float("-inf")))
+    acc, largest, total = state
     if RING:
         total = tl.where(new < 0, float("nan"), total)
     out = normalize(acc, total, q.ptr.dtype.element_ty, keys.k_scales is not None)

@@ -65,6 +65,7 @@ def launch_prefill(
     cache: CacheArgs | None = None,
     causal: bool = True,
     scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return attention [B, T, Hq, D] by tiles of queries. `cache`: what is before a chunk, whose keys are `keys`."""
     B, T, Hq, D = q.shape
@@ -89,6 +90,7 @@ def launch_prefill(
         cache=cache,
         out_ptr=out,
         bounds=bounds,
+        sinks_ptr=None if sinks is None else sinks.contiguous(),
         T=T,
         S=sizes.S,
         C=sizes.C,
@@ -113,6 +115,7 @@ def launch_decode(
     newest: Newest | None = None,
     scale: float | None = None,
     norms: HeadNorms | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return attention [B, T, Hq, D] of few queries by splits of the keys. `newest`: the key that `keys` lacks; `norms`
     are of its heads and the queries'."""
@@ -134,6 +137,7 @@ def launch_decode(
         out_ptr=part,
         lse_ptr=lse,
         bounds=bounds,
+        sinks_ptr=None if sinks is None else sinks.contiguous(),
         newest=newest,
         norms=norms,
         T=T,

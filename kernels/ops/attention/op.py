@@ -17,7 +17,7 @@ from ...launching.kernel_args import ALIGNMENT, Heads
 from ...operation.call import operation
 from ...operation.checks import INTS, Within, fail
 from ...operation.declaration import Cost
-from ...operation.inputs import shapes
+from ...operation.inputs import draw, shapes
 from ...operation.plan import call_key
 from ...weights.composites import vector_bytes
 from ..cache_args import (
@@ -44,6 +44,7 @@ from .tiles import SPLIT_KEYS, fits_decode
 
 Positions = Annotated[Tensor, "B S Hkv D"]
 Bound = Annotated[Tensor, "B", INTS, Within(0, "S")]
+Sinks = Annotated[Tensor, "Hq", (torch.float32, None)]
 Window = Annotated[int, Within(-1, (1 << 31) - 1)]  # None, 0 and -1: no window
 
 
@@ -122,6 +123,7 @@ class AttentionCase:
     causal: bool = True
     ragged: bool = False  # the keys of sequence b are in [b, S - 2 b)
     deterministic: bool = False
+    with_sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,20 @@ class CachedCase:
     cache: str | None = None  # "int8"
     deterministic: bool = False
     norms: bool = False  # of the heads of queries and keys
+    with_sinks: bool = False
+
+
+def _sinks(case: AttentionCase | CachedCase, device: Any, generator: Any) -> dict[str, Any]:
+    return {"sinks": draw((case.Hq,), torch.float32, device, generator)} if case.with_sinks else {}
 
 
 def _inputs(case: AttentionCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
-    b = torch.arange(case.B, dtype=torch.int32)
-    return {"starts": b.to(device), "lengths": (case.S - 2 * b).to(device)} if case.ragged else {}
+    b, sinks = torch.arange(case.B, dtype=torch.int32), _sinks(case, device, generator)
+    return {"starts": b.to(device), "lengths": (case.S - 2 * b).to(device), **sinks} if case.ragged else sinks
+
+
+def _cached_inputs(case: CachedCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+    return {**cache_inputs(case, dtype, device, generator), **_sinks(case, device, generator)}
 
 
 def cost(case: AttentionCase | CachedCase, dtype: torch.dtype, beside: int | None = None) -> Cost:
@@ -172,7 +183,7 @@ def cost(case: AttentionCase | CachedCase, dtype: torch.dtype, beside: int | Non
 def _step_inputs(case: CachedCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     cos, sin = rope_tables(10000.0, 8192, case.D, device)
     norms = norm_inputs(case, dtype, device, generator)
-    return {"cos": cos, "sin": sin, **cache_inputs(case, dtype, device, generator), **norms}
+    return {"cos": cos, "sin": sin, **_cached_inputs(case, dtype, device, generator), **norms}
 
 
 def step_cost(case: CachedCase, dtype: torch.dtype) -> Cost:
@@ -197,6 +208,7 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
         *shapes(AttentionCase, "2 1 700 8 2 128 0, 2 3 600 4 1 96 300, 2 1 90 16 2 128 0", ragged=True),
         *shapes(AttentionCase, "2 50 50 4 2 64 20", causal=False),
         *shapes(AttentionCase, "1 37 37 2 2 80 0", causal=False, ragged=True),
+        *shapes(AttentionCase, "1 40 40 4 2 64 24, 2 1 700 8 2 128 0", ragged=True, with_sinks=True),
     ),
     bench_shapes=(
         *(AttentionCase(1, T, T, *_HEADS, window=W) for T in (512, 4096, 8192, 32768) for W in (0, 4096)),
@@ -204,6 +216,7 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
         *shapes(AttentionCase, "1 4096 4096 32 8 128 512", causal=False),
         *(AttentionCase(B, 1, S, *_HEADS) for B in (1, 8, 32) for S in (1024, 4096, 32768)),
         *shapes(AttentionCase, "1 4096 4096 32 4 128 0, 8 1 4096 32 4 128 0"),  # of Qwen3-30B-A3B
+        *shapes(AttentionCase, "1 4096 4096 64 8 64 128, 1 1 4096 64 8 64 128", with_sinks=True),  # of gpt-oss
     ),
     rule=_check_attention,
     truncate_sequence=_truncate_keys,
@@ -219,6 +232,7 @@ def attention(
     scale: float | None = None,
     starts: Bound | None = None,
     lengths: Bound | None = None,
+    sinks: Sinks | None = None,
     deterministic: bool = False,
 ) -> Queries:
     """Sliding-window attention (Mistral 7B, section 2; FlashAttention-2, Dao 2023) with grouped queries.
@@ -230,6 +244,8 @@ def attention(
     scale            of the scores; None: D ** -0.5
     starts, lengths  [B], int32 or int64: keys are valid in starts[b]..lengths[b] - 1, and query t is at position
                      lengths[b] - T + t. None: 0 and S
+    sinks            [Hq], fp32 or q's dtype: a logit of each head that takes part in the softmax and adds nothing to
+                     the result (gpt-oss; Xiao et al. 2024, section 3.3)
     deterministic    a sequence's bits do not depend on the rest of the batch
 
     Returns [B, T, Hq, D] in q's dtype; zeros for a query that sees no key. What lies outside the valid keys may be NaN.
@@ -244,8 +260,8 @@ def attention(
     bounds = Bounds(_contiguous(starts), _contiguous(lengths), None)
     # Few causal queries, times the heads of a group, fill a tile of the decode kernel.
     if causal and fits_decode(sizes.T, sizes.Hq, sizes.Hkv):
-        return launch_decode(q, keys, bounds, sizes, scale=scale)
-    return launch_prefill(q, keys, bounds, sizes, causal=causal, scale=scale)
+        return launch_decode(q, keys, bounds, sizes, scale=scale, sinks=sinks)
+    return launch_prefill(q, keys, bounds, sizes, causal=causal, scale=scale, sinks=sinks)
 
 
 _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
@@ -254,11 +270,12 @@ _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
 @operation(
     reference=reference.cached_attention,
     case=CachedCase,
-    inputs=cache_inputs,
+    inputs=_cached_inputs,
     cost=cost,
     test_shapes=(
         *shapes(CachedCase, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
         *shapes(CachedCase, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100", cache="int8"),
+        *shapes(CachedCase, "2 20 4 2 80 16 16 13", with_sinks=True),
     ),
     bench_shapes=tuple(
         CachedCase(1, T, *_HEADS, *ring, cache=cache) for cache in (None, "int8") for ring in _RINGS for T in (16, 1024)
@@ -276,6 +293,7 @@ def cached_attention(
     new: New,
     window: Window | None = None,
     deterministic: bool = False,
+    sinks: Sinks | None = None,
 ) -> Queries:
     """Causal attention of a chunk over the ring caches, and over its own keys and values (Mistral 7B, section 2).
 
@@ -285,7 +303,7 @@ def cached_attention(
                       k and v then take part quantized, as they will be read from there
     past, new         [B], int32 or int64: tokens before the chunk, and tokens of the chunk that exist. The device reads
                       them, so a CUDA graph replays at any length
-    window            as in `attention`
+    window, sinks     as in `attention`
     deterministic     a sequence's bits do not depend on the rest of the batch
 
     Returns [B, T, Hq, D]. Raises ValueError for another shape, dtype or device. A sequence with past or new out of
@@ -306,7 +324,7 @@ def cached_attention(
         launch_append(k, v, chunk[0], chunk[1], None, new.contiguous())
         keys = slots_of(*chunk)
     sizes = replace(sizes, S=sizes.T, C=sizes.S)
-    return launch_prefill(q, keys, bounds, sizes, CacheArgs.of(k_cache, v_cache))
+    return launch_prefill(q, keys, bounds, sizes, CacheArgs.of(k_cache, v_cache), sinks=sinks)
 
 
 @operation(
@@ -322,6 +340,7 @@ def cached_attention(
         *shapes(CachedCase, "1 1 4 1 16 600 0 590, 2 1 4 2 32 64 5 60", cache="int8"),
         *shapes(CachedCase, "3 1 8 2 96 16 16 13, 2 1 4 2 32 600 0 590", norms=True),
         *shapes(CachedCase, "2 1 4 2 80 16 16 77", cache="int8", norms=True),
+        *shapes(CachedCase, "2 1 4 2 32 600 0 590, 2 1 4 2 80 16 16 77", with_sinks=True),
     ),
     bench_shapes=(
         *(
@@ -349,6 +368,7 @@ def rope_append_attention(
     q_norm: HeadNorm | None = None,
     k_norm: HeadNorm | None = None,
     eps: float = 1e-6,
+    sinks: Sinks | None = None,
 ) -> Queries:
     """Attention of a decode step: `rope` of q and k at past[b], `append` of k and v, `cached_attention`, in one launch
     and the combine of its splits.
@@ -358,7 +378,7 @@ def rope_append_attention(
     cos, sin          fp32 [P, D/2], as in `rope`
     k_cache, v_cache  [B, Hkv, C, D] in q's dtype, or of 8 bits; of equal strides; written in place
     past, new         [B], int32 or int64, new 0 or 1, as in `cached_attention`
-    window            as in `attention`
+    window, sinks     as in `attention`
     deterministic     a sequence's bits do not depend on the rest of the batch
     q_norm, k_norm    both or neither [D], with eps: as in `rope`
 
@@ -375,4 +395,4 @@ def rope_append_attention(
     sizes = sizes_of(q, slots, window, deterministic)
     bounds = Bounds(None, new.contiguous(), past.contiguous())
     newest = Newest(Heads.of(k), Heads.of(v), RotaryTables.of(cos, sin))
-    return launch_decode(q, slots, bounds, sizes, newest, norms=HeadNorms.of(q_norm, k_norm, eps))
+    return launch_decode(q, slots, bounds, sizes, newest, norms=HeadNorms.of(q_norm, k_norm, eps), sinks=sinks)

@@ -130,6 +130,18 @@ def sweep(state, queries, keys, span, KIND: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
+def take_sinks(state, sinks):
+    """Take a logit that belongs to no key into each row's softmax (Xiao et al. 2024, section 3.3; gpt-oss): it adds to
+    the sum alone, and after the loop, so that it costs no register there. sinks: natural, [BLOCK_M] or one."""
+    acc, largest, total = state
+    sinks = sinks.to(tl.float32) * 1.4426950408889634  # log2(e)
+    greatest = tl.maximum(largest, sinks)
+    shift = tl.where(greatest == float("-inf"), 0.0, greatest)
+    shrink = tl.exp2(largest - shift)
+    return Softmax(acc * shrink[:, None], greatest, total * shrink + tl.exp2(sinks - shift))
+
+
+@triton.jit
 def normalize(acc, total, dtype: tl.constexpr, CODES: tl.constexpr):
     """acc / total, by the unit that 8-bit values have in acc."""
     total = tl.where(total == 0.0, 1.0, total)
