@@ -87,17 +87,55 @@ def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return flat.argsort(stable=True).int(), F.pad(counts.cumsum(0), (1, 0)).int()
 
 
-def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor) -> Tensor:
+def silu(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU (Shazeer 2020)."""
+    return F.silu(gate) * up
+
+
+def gelu_tanh(gate: Tensor, up: Tensor) -> Tensor:
+    """GELU by its tanh (Hendrycks & Gimpel 2016, section 2), times up: Gemma 4."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def clamped_silu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """SwiGLU of a gate up to a limit, and of an up within it: DeepSeek-V4."""
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def clamped_swish(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + 1), clamped as before: gpt-oss (OpenAI 2025), MiniMax-M3."""
+    gate = gate.clamp(max=limit)
+    return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+ACTIVATIONS: dict[str, Any] = {
+    "silu": silu,
+    "gelu_tanh": gelu_tanh,
+    "clamped_silu": clamped_silu,
+    "clamped_swish": clamped_swish,
+}
+
+
+def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Call the activation of that name, whose numbers follow it: "clamped_silu:7"."""
+    name, *numbers = activation.split(":")
+    return ACTIVATIONS[name](gate, up, *map(float, numbers))
+
+
+def expert_swiglu(
+    x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor, activation: str = "silu"
+) -> Tensor:
     """Sum weight * down(silu(gate(x)) * up(x)) over a token's experts (Shazeer 2020; Mixtral, section 2.1).
 
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights [T,K] (fp32 or x's
     dtype) -> [T,H]. Either projection may be quantized (`linear`). An expert out of range contributes nothing.
+    activation: a name of ACTIVATIONS and its numbers.
     """
     if x.is_meta:  # routes have no values there
         return torch.empty_like(x)
     if len(x) == 1:  # one token needs no sort
         routes = [(e, w) for e, w in zip(ids[0].tolist(), weights[0].tolist(), strict=True) if 0 <= e < len(down_proj)]
-        parts = [_wide(_expert(x, gate_up_proj[expert], down_proj[expert])) * weight for expert, weight in routes]
+        parts = [_wide(_expert(x, gate_up_proj[e], down_proj[e], activation)) * weight for e, weight in routes]
         return sum(parts[1:], parts[0]).to(x.dtype) if parts else torch.zeros_like(x)
     order, offsets = sort_by_expert(ids, len(down_proj))
     bounds = offsets.tolist()
@@ -107,15 +145,15 @@ def expert_swiglu(x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, wei
     parts = [rows[:0]]
     for expert, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
-            parts.append(_expert(rows[begin:end], gate_up_proj[expert], down_proj[expert]))
+            parts.append(_expert(rows[begin:end], gate_up_proj[expert], down_proj[expert], activation))
     scaled = torch.cat(parts) * _wide(weights).flatten().index_select(0, order)[:, None]
     return torch.zeros_like(_wide(x)).index_add_(0, token, scaled.to(_wide(x).dtype)).to(x.dtype)
 
 
-def _expert(x: Tensor, gate_up: Any, down: Any) -> Tensor:
-    """down(silu(gate(x)) * up(x)) of one expert."""
+def _expert(x: Tensor, gate_up: Any, down: Any, activation: str) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of one expert, or another activation."""
     gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return linear(F.silu(gate) * up, down)
+    return linear(activate(gate, up, activation), down)
 
 
 def experts_add_rms_norm(
@@ -127,9 +165,10 @@ def experts_add_rms_norm(
     residual: Tensor,
     norm_weight: Tensor,
     eps: float,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
     """Norm y of residual [T,H] + `expert_swiglu` -> y, sum."""
-    experts = expert_swiglu(x, gate_up_proj, down_proj, ids, weights)
+    experts = expert_swiglu(x, gate_up_proj, down_proj, ids, weights, activation)
     return rms_norm(experts, norm_weight, eps, residual)
 
 

@@ -66,7 +66,7 @@ def random_inputs(run: Callable[..., Any], special: Callable[..., dict[str, Any]
 
         args = {} if special is None else special(case, dtype, device, generator)
         names = {*args, *as_dict(case)}
-        required = (a for a in read_annotations(run)[0] if a.name in names or not (a.optional or a.kind is bool))
+        required = (a for a in read_annotations(run)[0] if a.name in names or not (a.optional or a.kind in (bool, str)))
         return {a.name: args[a.name] if a.name in args else value(a) for a in required}
 
     return inputs

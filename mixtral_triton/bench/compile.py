@@ -125,6 +125,7 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     pointers = [kind.lstrip("*") for kind in signature.values() if kind.startswith("*")]
     dtype = min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind))))
     constexprs = {name: launch.constexprs[name] for name in signature if name in launch.constexprs}
+    constexprs = {name: getattr(value, "__name__", value) for name, value in constexprs.items()}  # of a function
     program = launch.num_warps or 0, launch.num_stages or 0
     limit = ARCHS[arch].shared_bytes
     return Compiled(op, launch.kernel, arch, *program, constexprs, signature, dtype, limit, **figures)

@@ -37,11 +37,6 @@ RowSource = namedtuple("RowSource", "rows ptrs desc short_desc")
 
 
 @triton.jit
-def swiglu(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
 def pair_rows(pid_n, I, BLOCK_N: tl.constexpr):
     """[2 BLOCK_N] rows of `gate_up_proj`: the gate rows of column tile `pid_n`, then its up rows. Row I - 1 repeats."""
     offs = tl.arange(0, 2 * BLOCK_N)
@@ -86,6 +81,7 @@ def experts_up_decode_kernel(
     N, E, TOP_K,
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BY_SLOT: tl.constexpr,
+    ACTIVATION: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     # Swapped operands: weight rows fill the tensor core's M, the few tokens its N.
     pdl_wait_first(PDL)  # the route selects the weights, also those of the next launch
@@ -109,7 +105,8 @@ def experts_up_decode_kernel(
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_N, BLOCK_T)), (1, 2, 0)))
         out = h_ptr + slot[None, :] * I + offs_n[:, None]
         mask = (ranks < count)[None, :] & (offs_n < I)[:, None]
-        tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=mask)
+        h, _, _ = ACTIVATION(gate, up, NUMBERS)
+        tl.store(out, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -198,13 +195,14 @@ def _products_of_both_parts(
 
 @triton.jit
 def _store_scaled(
-    acc, x, w, store: tl.constexpr, out, row, end, pid_n, COLUMNS: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr
-):
+    acc, x, w, store: tl.constexpr, out, row, end, pid_n, COLUMNS: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr = None, NUMBERS: tl.constexpr = None,
+):  # fmt: skip
     """Multiply the products acc of sorted rows `row`.. by the scales of Rows x and of the weight, and store them."""
     x_rows = tl.minimum(row + tl.arange(0, acc.shape[0]), end - 1)
     # Indices of 64 bits take registers that the loop before needs.
     w = WeightRows(w.weight, w.ptrs, w.rows.to(tl.int32), None, None)
-    store(times_scales(acc, w, K, LAYOUT, 1, x.scales, x_rows), *out, row, end, pid_n, COLUMNS)
+    store(times_scales(acc, w, K, LAYOUT, 1, x.scales, x_rows), *out, row, end, pid_n, COLUMNS, ACTIVATION, NUMBERS)
 
 
 @triton.jit
@@ -212,36 +210,37 @@ def _multiply_parts(
     x,  # RowSource
     row, end,
     w,  # WeightRows
-    store: tl.constexpr,  # _store_swiglu or _store_slots
+    store: tl.constexpr,  # _store_activated or _store_slots
     out,  # the first arguments of `store` after the products
     pid_n,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr = None, NUMBERS: tl.constexpr = None,
 ):  # fmt: skip
     """Multiply and store the row tile at `row`, as tall as the rows before `end` need."""
     MAIN_M: tl.constexpr = main_rows(BLOCK_M, SHORT_M)
     remaining = tl.minimum(end - row, BLOCK_M)
     if remaining <= SHORT_M:
         short = row_products(x.ptrs, x.short_desc, row, w, SHORT_M, BLOCK_K, K, LAYOUT)
-        _store_scaled(short, x.rows, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
+        _store_scaled(short, x.rows, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT, ACTIVATION, NUMBERS)
     elif remaining <= MAIN_M:
         upper = row_products(x.ptrs, x.desc, row, w, MAIN_M, BLOCK_K, K, LAYOUT)
-        _store_scaled(upper, x.rows, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
+        _store_scaled(upper, x.rows, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT, ACTIVATION, NUMBERS)
     elif MAIN_M < BLOCK_M:
         main, short = _products_of_both_parts(x, row, w, MAIN_M, SHORT_M, BLOCK_K, K, LAYOUT)
-        _store_scaled(main, x.rows, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT)
-        _store_scaled(short, x.rows, w, store, out, row + MAIN_M, end, pid_n, COLUMNS, K, LAYOUT)
+        _store_scaled(main, x.rows, w, store, out, row, end, pid_n, COLUMNS, K, LAYOUT, ACTIVATION, NUMBERS)
+        _store_scaled(short, x.rows, w, store, out, row + MAIN_M, end, pid_n, COLUMNS, K, LAYOUT, ACTIVATION, NUMBERS)
 
 
 @triton.jit
-def _store_swiglu(acc, h_ptr, row, end, pid_n, I: tl.constexpr):
-    """Store SwiGLU of acc [rows, gate columns then up columns] to rows row..end of h."""
+def _store_activated(acc, h_ptr, row, end, pid_n, I: tl.constexpr, ACTIVATION: tl.constexpr, NUMBERS: tl.constexpr):
+    """Store the activation of acc [rows, gate columns then up columns] to rows row..end of h."""
     ROWS: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1] // 2
     gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, BLOCK_N)), (0, 2, 1)))
     rows, offs_n = row + tl.arange(0, ROWS), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     out = h_ptr + rows.to(tl.int64)[:, None] * I + offs_n[None, :]
-    tl.store(out, swiglu(gate, up).to(h_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < I)[None, :])
+    h, _, _ = ACTIVATION(gate, up, NUMBERS)
+    tl.store(out, h.to(h_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < I)[None, :])
 
 
 @triton.jit
@@ -256,6 +255,7 @@ def experts_up_kernel(
     TOP_K,
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+    ACTIVATION: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     expert, row, end, pid_n = _group_tile(groups, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < groups.E:
@@ -271,14 +271,21 @@ def experts_up_kernel(
                 x_rows = tl.load(groups.order + x_rows) // TOP_K
                 x_ptrs += x_rows.to(tl.int64)[:, None] * x.stride + offs_k[None, :]
             acc = row_products(x_ptrs, x_desc, row, w, BLOCK_M, BLOCK_K, H, LAYOUT)
-            _store_swiglu(times_scales(acc, w, H, LAYOUT, 1, x.scales, x_rows), h_ptr, row, end, pid_n, I)
+            acc = times_scales(acc, w, H, LAYOUT, 1, x.scales, x_rows)
+            _store_activated(acc, h_ptr, row, end, pid_n, I, ACTIVATION, NUMBERS)
         else:
             rows, out = RowSource(x, x.ptr, x_desc, short_desc), (h_ptr,)
-            _multiply_parts(rows, row, end, w, _store_swiglu, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT)
+            _multiply_parts(
+                rows, row, end, w, _store_activated, out, pid_n, I, BLOCK_M, SHORT_M, BLOCK_K, H, LAYOUT, ACTIVATION,
+                NUMBERS,
+            )  # fmt: skip
 
 
 @triton.jit
-def _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr):
+def _store_slots(
+    acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr, ACTIVATION: tl.constexpr = None,
+    NUMBERS: tl.constexpr = None,
+):  # fmt: skip
     """Store acc [rows, columns] to the slots of y whose sorted rows are row..end."""
     ROWS: tl.constexpr = acc.shape[0]
     rows, offs_n = row + tl.arange(0, ROWS), pid_n * acc.shape[1] + tl.arange(0, acc.shape[1])

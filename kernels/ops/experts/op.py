@@ -32,6 +32,7 @@ from ..norm import FusedNorm, NormWeight
 from ..sort import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..tiles import power_of_2
 from . import kernels
+from .activations import check_activation, constants
 from .tiles import ExpertSizes, configs
 
 GateUp = Annotated[Matrix, "E 2*I H"]
@@ -50,6 +51,7 @@ class ExpertCase:
     down: str | None = None
     deterministic: bool = False
     narrow_weights: bool = False  # routing weights in x's dtype
+    activation: str = "silu"
     distinct: float | None = None  # the number of experts in use; None: as expected under uniform routing
 
 
@@ -80,6 +82,7 @@ def cost_norm(case: ExpertCase, dtype: torch.dtype) -> Cost:
     return replace(experts, flops=experts.flops + 5 * T * H, bytes=total)
 
 
+ACTIVATIONS = "gelu_tanh", "clamped_silu:0.75", "clamped_swish:1.702:0.75"  # of cases; random values pass the limits
 _SIZES: dict[str, Any] = {"H": 4096, "I": 14336, "E": 8, "K": 2}
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _DENSE_SHAPES = (
@@ -115,16 +118,25 @@ _MANY_EXPERTS = (
         *shapes(ExpertCase, "24 64 32 32 8, 70 64 32 40 8"),
         *shapes(ExpertCase, "20 64 32 12 8", gate_up="int4:32", down="int4:32"),
         *shapes(ExpertCase, "5 64 32 8 2", narrow_weights=True),
+        *(ExpertCase(T, 90, 70, 4, 2, activation=name) for T in (7, 130) for name in ACTIVATIONS),
     ),
     bench_shapes=(
         *_DENSE_SHAPES,
         *_MANY_EXPERTS,
         *(ExpertCase(T, **_SIZES, gate_up=name, down=name) for T in (1, 128, 4096) for name in QUANT_NAMES),
         *(ExpertCase(T, **_SIZES, gate_up=CODE_PRODUCTS, down=CODE_PRODUCTS) for T in (128, 4096)),
+        *(ExpertCase(T, **_SIZES, activation=name) for T in (1, 4096) for name in ACTIVATIONS),
     ),
+    rule=check_activation,
 )
 def expert_swiglu(
-    x: Tokens, gate_up_proj: GateUp, down_proj: Down, ids: Ids, weights: SlotWeights, deterministic: bool = False
+    x: Tokens,
+    gate_up_proj: GateUp,
+    down_proj: Down,
+    ids: Ids,
+    weights: SlotWeights,
+    activation: str = "silu",
+    deterministic: bool = False,
 ) -> Tokens:
     """Sum each token's experts, down(silu(gate(x)) * up(x)), with its routing weights (Shazeer 2020; Jiang et al. 2024,
     section 2.1).
@@ -135,6 +147,8 @@ def expert_swiglu(
     down_proj      [E, H, I], the same
     ids            [T, K], int32 or int64, in 0..E - 1
     weights        [T, K], the routing weights, in fp32 or x's dtype
+    activation     "silu", "gelu_tanh", "clamped_silu:LIMIT" or "clamped_swish:ALPHA:LIMIT": of gate and up
+                   (activations.py)
     deterministic  a token's bits do not depend on the other tokens: the prefill kernels, one tile for any T
 
     Returns [T, H] in x's dtype. Only chosen experts are read. Raises ValueError for another shape, dtype or device. An
@@ -144,7 +158,7 @@ def expert_swiglu(
     >>> weights, ids = ops.route(torch.randn(3, 8), top_k=2)
     >>> out = ops.expert_swiglu(x, gate_up_proj, down_proj, ids, weights)
     """
-    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic)
+    return _experts(x, gate_up_proj, down_proj, ids, weights, activation, deterministic)
 
 
 @operation(
@@ -154,6 +168,7 @@ def expert_swiglu(
     cost=cost_norm,
     test_shapes=shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
     bench_shapes=tuple(case for case in _DENSE_SHAPES if case.T in (1, 64, 4096)),
+    rule=check_activation,
 )
 def experts_add_rms_norm(
     x: Tokens,
@@ -164,13 +179,14 @@ def experts_add_rms_norm(
     residual: Tokens,
     norm_weight: NormWeight,
     eps: float,
+    activation: str = "silu",
     deterministic: bool = False,
 ) -> tuple[Tokens, Tokens]:
     """`expert_swiglu`, the residual added, and the next layer's `rms_norm` of the sum, in the combine's launch.
 
-    x, gate_up_proj, down_proj, ids, weights, deterministic  as in `expert_swiglu`
-    residual                                                 [T, H] in x's dtype
-    norm_weight                                              [H] in x's dtype; eps above 0
+    x, gate_up_proj, down_proj, ids, weights  as in `expert_swiglu`, and activation, deterministic
+    residual                                  [T, H] in x's dtype
+    norm_weight                               [H] in x's dtype; eps above 0
 
     Returns the norm y and the sum [T, H]. Raises ValueError for another shape, dtype or device.
 
@@ -180,7 +196,7 @@ def experts_add_rms_norm(
     """
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     norm = FusedNorm.of(residual, norm_weight, total, eps)
-    return _experts(x, gate_up_proj, down_proj, ids, weights, deterministic, norm), total
+    return _experts(x, gate_up_proj, down_proj, ids, weights, activation, deterministic, norm), total
 
 
 def _experts(
@@ -189,6 +205,7 @@ def _experts(
     down: Matrix,
     ids: Tensor,
     weights: Tensor,
+    activation: str,
     deterministic: bool,
     norm: FusedNorm | None = None,
 ) -> Tensor:
@@ -210,7 +227,7 @@ def _experts(
     )
     selected = select_configs(configs, sizes, x.dtype, x.device)
     decode = "experts_up_decode_kernel" in selected
-    y = (_launch_decode if decode else _launch_prefill)(rows, *projections, ids, sizes, selected)
+    y = (_launch_decode if decode else _launch_prefill)(rows, *projections, ids, sizes, selected, activation)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
     combine = selected["experts_combine_kernel"]
     launch(
@@ -232,7 +249,7 @@ def _experts(
 
 
 def _launch_decode(
-    x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs
+    x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs, activation: str
 ) -> Tensor:
     """Return partial sums fp32 [SPLIT_K, N, H]."""
     H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
@@ -253,6 +270,7 @@ def _launch_decode(
         H=H,
         I=I,
         LAYOUT=gate_up.layout(arch),
+        **constants(activation),
         BY_SLOT=N < E,
     )
     config = selected["experts_down_decode_kernel"]
@@ -279,7 +297,7 @@ def _launch_decode(
 
 
 def _launch_prefill(
-    x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs
+    x: Rows, gate_up: Weight, down: Weight, ids: Tensor, sizes: ExpertSizes, selected: Configs, activation: str
 ) -> Tensor:
     """Return each slot's expert output [1, N, H]."""
     H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
@@ -313,6 +331,7 @@ def _launch_prefill(
         H=x.ptr.shape[1],
         I=I,
         LAYOUT=gate_up.layout(arch),
+        **constants(activation),
         BLOCK_E=block_e,
     )
     y = torch.empty((1, N, H), dtype=h.dtype, device=ids.device)
