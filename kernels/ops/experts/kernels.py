@@ -316,6 +316,18 @@ def experts_down_kernel(
             _multiply_parts(rows, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
 
 
+@triton.jit
+def _add_slot(acc, y_ptr, ids_ptr, weights_ptr, slot, offs_h, N, E, H, SPLIT_K: tl.constexpr):
+    """Add a slot's row of y, the sum of its splits, times its routing weight."""
+    expert = tl.load(ids_ptr + slot)
+    # No kernel wrote the rows of an id out of range.
+    mask = offs_h < tl.where((expert >= 0) & (expert < E), H, 0)
+    y = tl.zeros((acc.shape[0],), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        y += tl.load(y_ptr + (split * N + slot) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
+    return acc + tl.load(weights_ptr + slot).to(tl.float32) * y
+
+
 @triton.jit(do_not_specialize=["N"])
 def experts_combine_kernel(
     y_ptr,  # [SPLIT_K, N, H]
@@ -331,15 +343,12 @@ def experts_combine_kernel(
     t = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_H,), tl.float32)
-    for k in tl.static_range(TOP_K):
-        slot = t * TOP_K + k
-        expert = tl.load(ids_ptr + slot)
-        # No kernel wrote the rows of an id out of range.
-        mask = offs_h < tl.where((expert >= 0) & (expert < E), H, 0)
-        y = tl.zeros((BLOCK_H,), tl.float32)
-        for split in tl.static_range(SPLIT_K):
-            y += tl.load(y_ptr + (split * N + slot) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
-        acc += tl.load(weights_ptr + slot).to(tl.float32) * y
+    if TOP_K <= 8:
+        for k in tl.static_range(TOP_K):
+            acc = _add_slot(acc, y_ptr, ids_ptr, weights_ptr, t * TOP_K + k, offs_h, N, E, H, SPLIT_K)
+    else:  # unrolled, the loads of so many would spill
+        for k in range(TOP_K):
+            acc = _add_slot(acc, y_ptr, ids_ptr, weights_ptr, t * TOP_K + k, offs_h, N, E, H, SPLIT_K)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     out = acc.to(dtype)
     if norm is not None:
