@@ -1,0 +1,198 @@
+"""expert_swiglu_backward: gradients of `expert_swiglu` around frozen experts, equal to
+`reference.expert_swiglu_backward`.
+
+T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
+
+gather x -> gate and up again -> gather grad -> grad of h -> SwiGLU's derivative -> grad of x by slot -> combine
+
+All but the combine compute gradients for routing weights of 1: the combine multiplies by the weights in fp32. The
+kernels are in backward_kernels.py, and what the forward has, in kernels.py; their tiles in backward_tiles.py.
+"""
+
+from typing import Annotated, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import reference
+from ...launching.arch import tma
+from ...launching.kernel_args import Groups, Rows
+from ...launching.launch import LaunchConfig, describe, launch, select_configs, target_arch
+from ...operation.call import operation
+from ...operation.checks import FP32, RoutingWeights, Tokens
+from ...operation.declaration import Cost
+from ...operation.inputs import shapes
+from ...weights.formats import QUANT_NAMES, matrix_bytes, without_code_products
+from ...weights.weight_args import Weight
+from ..sort import expected_distinct_experts, gather_by_expert
+from ..tiles import power_of_2
+from . import backward_kernels, kernels
+from .backward_tiles import configs
+from .op import MIXTRAL, QWEN3, Down, ExpertCase, GateUp, Ids, draw_routes, prefill_grid, row_descriptors
+from .tiles import ExpertSizes
+
+
+def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
+    """Count gate_up twice and down once, of every expert in use; x, grad and the result once; and each slot's gate, up,
+    their gradients, that of h and that of x, which do not fit on chip between launches, written once and read once."""
+    T, H, I, E, K = case.T, case.H, case.I, case.E, case.K
+    experts = expected_distinct_experts(T, K / E, E) if case.distinct is None else case.distinct
+    gate_up, down = matrix_bytes(case.gate_up, 2 * I, H, dtype.itemsize), matrix_bytes(case.down, H, I, dtype.itemsize)
+    elements = 3 * T * H + 2 * T * K * (5 * I + H)
+    return Cost(10 * T * K * H * I, int(experts * (2 * gate_up + down)) + elements * dtype.itemsize + 12 * T * K)
+
+
+@operation(
+    reference=reference.expert_swiglu_backward,
+    case=ExpertCase,
+    inputs=draw_routes,
+    cost=cost,
+    test_shapes=(
+        *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 40 8 3, 130 90 70 4 2, 24 64 32 32 8"),
+        *(ExpertCase(20, 128, 256, 4, 2, gate_up=name, down=name) for name in QUANT_NAMES),
+        *(ExpertCase(9, 96, 64, 4, 2, gate_up=name) for name in QUANT_NAMES[1:]),
+    ),
+    bench_shapes=tuple(
+        ExpertCase(T, **sizes, gate_up=name, down=name)
+        for sizes in (MIXTRAL, QWEN3)
+        for name in (None, *QUANT_NAMES)
+        for T in (128, 4096)
+    ),
+)
+def expert_swiglu_backward(
+    grad: Tokens, x: Tokens, gate_up_proj: GateUp, down_proj: Down, ids: Ids, weights: RoutingWeights
+) -> tuple[Tokens, Annotated[Tensor, "T K", FP32]]:
+    """Compute the gradients of `expert_swiglu` in x and in the routing weights, around frozen experts.
+
+    grad           [T, H] in x's dtype: the gradient of the result
+    x              [T, H], fp32, bf16 or fp16
+    gate_up_proj   [E, 2I, H] in x's dtype, the I rows of the gate first; or a QuantizedWeight of that shape
+    down_proj      [E, H, I], the same
+    ids            [T, K], int32 or int64, in 0..E - 1
+    weights        fp32 [T, K], the routing weights
+
+    Returns the gradients of x [T, H] in its dtype and of weights, fp32 [T, K]. Gate and up are computed again. A code
+    is read once for each tile of rows, and neither dense experts nor sums in another order arise: the same call has the
+    same bits. Raises ValueError for another shape, dtype or device. An id out of range contributes nothing, and its
+    weight has the gradient 0; on a CPU it is a ValueError.
+
+    >>> x, gate_up_proj, down_proj = torch.randn(3, 64), torch.randn(8, 64, 64), torch.randn(8, 64, 32)
+    >>> weights, ids = ops.route(torch.randn(3, 8), top_k=2)
+    >>> grad_x, grad_weights = ops.expert_swiglu_backward(torch.ones(3, 64), x, gate_up_proj, down_proj, ids, weights)
+    """
+    (T, H), (E, _, I), (_, K) = x.shape, down_proj.shape, ids.shape
+    gate_up, down = (Weight.of(without_code_products(weight)) for weight in (gate_up_proj, down_proj))
+    arch, size, ids = target_arch(x.device), x.dtype.itemsize, ids.contiguous()
+    by_tma = all(weight.takes_tma(arch) for weight in (gate_up, down) if weight.multiplied_as_stored)
+    by_tma = by_tma and H * size % 16 == 0 and 2 * I * size % 16 == 0
+    sizes = ExpertSizes(T, H, I, E, K, gate_up.name, down.name, not by_tma, deterministic=False, norm=False)
+    selected = select_configs(configs, sizes, x.dtype, x.device)
+
+    rows, order, offsets = gather_by_expert(Rows.of(x), ids, E, selected["gather_by_expert_kernel"])
+    groups = Groups(order, offsets, E)
+    both = torch.empty((T * K, 2 * I), dtype=x.dtype, device=x.device)  # gate and up, then their gradients
+    config = selected["experts_down_kernel"]
+    x_desc, short_desc = row_descriptors(rows if gate_up.multiplied_as_stored else None, config, arch)
+    launch(
+        kernels.experts_down_kernel,
+        prefill_grid(T * K, E, 2 * I, config),
+        config,
+        h=Rows.of(rows),
+        h_desc=x_desc,
+        short_desc=short_desc,
+        down=gate_up.args_for_many_rows,
+        down_desc=gate_up.descriptor(1, config, arch),
+        y_ptr=both,
+        groups=groups._replace(order=None),
+        H=2 * I,
+        I=H,
+        LAYOUT=gate_up.layout(arch),
+        BLOCK_E=power_of_2(E),
+    )
+    config = selected["gather_rows_kernel"]
+    launch(
+        backward_kernels.gather_rows_kernel,
+        (T * K, triton.cdiv(H, config.constexprs["BLOCK_H"])),
+        config,
+        x=Rows.of(grad),
+        sorted_ptr=rows,  # x is not needed any more
+        groups=groups,
+        TOP_K=K,
+        H=H,
+    )
+    grad_h = torch.empty((T * K, I), dtype=x.dtype, device=x.device)
+    config = selected["experts_grad_h_kernel"]
+    grad_desc, down_desc = transposed_descriptors(rows, down, config, sizes, arch)
+    launch(
+        backward_kernels.experts_grad_h_kernel,
+        prefill_grid(T * K, E, I, config),
+        config,
+        grad_ptr=rows,
+        grad_desc=grad_desc,
+        down=down.args_for_many_rows,
+        down_desc=down_desc,
+        grad_h_ptr=grad_h,
+        groups=groups,
+        H=H,
+        I=I,
+        LAYOUT=down.layout(arch),
+        BLOCK_E=power_of_2(E),
+    )
+    grad_weights = torch.empty((T, K), dtype=torch.float32, device=x.device)
+    launch(
+        backward_kernels.swiglu_backward_kernel,
+        (T * K,),
+        selected["swiglu_backward_kernel"],
+        gate_up_ptr=both,
+        grad_h_ptr=grad_h,
+        ids_ptr=ids,
+        grad_weights_ptr=grad_weights,
+        groups=groups,
+        I=I,
+    )
+    config = selected["experts_grad_x_kernel"]
+    grad_desc, gate_up_desc = transposed_descriptors(both, gate_up, config, sizes, arch)
+    launch(
+        backward_kernels.experts_grad_x_kernel,
+        prefill_grid(T * K, E, H, config),
+        config,
+        grad_ptr=both,
+        grad_desc=grad_desc,
+        gate_up=gate_up.args_for_many_rows,
+        gate_up_desc=gate_up_desc,
+        grad_x_ptr=rows,  # nor is grad
+        groups=groups,
+        I=I,
+        H=H,
+        LAYOUT=gate_up.layout(arch),
+        BLOCK_E=power_of_2(E),
+    )
+    grad_x = torch.empty((T, H), dtype=x.dtype, device=x.device)
+    config = selected["experts_combine_kernel"]
+    launch(
+        kernels.experts_combine_kernel,
+        (T, triton.cdiv(H, config.constexprs["BLOCK_H"])),
+        config,
+        y_ptr=rows,
+        ids_ptr=ids,
+        weights_ptr=weights.contiguous(),
+        out_ptr=grad_x,
+        norm=None,
+        N=T * K,
+        E=E,
+        H=H,
+        TOP_K=K,
+        SPLIT_K=1,
+    )
+    return grad_x, grad_weights
+
+
+def transposed_descriptors(
+    rows: Tensor, weight: Weight, config: LaunchConfig, sizes: ExpertSizes, arch: str
+) -> tuple[Any, Any]:
+    """Return descriptors of rows [N, depth] and of a dense weight [E, depth, columns]; None: pointers read."""
+    if sizes.by_pointers or not tma(arch) or not weight.multiplied_as_stored:
+        return None, None
+    m, n, k = (config.constexprs[constant] for constant in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    return describe(rows, (m, k), arch), describe(weight.data, (1, k, n), arch)

@@ -1,0 +1,65 @@
+"""Launch configurations of `expert_swiglu_backward`: pure functions of sizes, dtype and architecture."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from ...launching.launch import LaunchConfig
+from ...weights.formats import FORMATS, tile_columns
+from ..sort import gather_config
+from ..tiles import PrefillTile, Table, power_of_2, prefill_tile
+from .tiles import ExpertSizes, prefill_configs
+
+# Products with a transposed weight. BLOCK_N counts its columns, BLOCK_K its rows: the depth of the sum. A quantized
+# weight's unit fixes BLOCK_N. No GPU has measured them: selected by FLOP per instruction.
+TRANSPOSED: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code; 16: dense
+    16: {
+        "sm_80": (PrefillTile(0, 64, 128, 64, 4, 3, ""), PrefillTile(64, 128, 128, 64, 8, 3, "")),
+        "sm_90": (PrefillTile(0, 64, 128, 64, 4, 4, ""), PrefillTile(64, 128, 256, 64, 8, 4, "")),
+        "sm_90 pointers": (PrefillTile(0, 64, 128, 64, 4, 3, ""),),
+        "gfx942": (PrefillTile(0, 64, 64, 64, 4, 2, ""), PrefillTile(128, 128, 128, 64, 8, 2, "")),
+        "fp32": (PrefillTile(0, 32, 32, 32, 4, 2, ""),),
+    },
+    4: {
+        "sm_80": (PrefillTile(0, 64, 256, 32, 8, 3, ""),),
+        "sm_90": (PrefillTile(0, 64, 256, 64, 4, 3, ""), PrefillTile(64, 128, 256, 64, 8, 3, "")),
+        "gfx942": (PrefillTile(0, 64, 256, 32, 8, 1, ""),),
+        "fp32": (PrefillTile(0, 32, 256, 16, 8, 2, ""),),
+    },
+    8: {
+        "sm_80": (PrefillTile(0, 64, 128, 32, 4, 3, ""),),
+        "sm_90": (PrefillTile(0, 64, 128, 64, 4, 3, ""), PrefillTile(128, 256, 128, 64, 8, 3, "")),
+        "gfx942": (PrefillTile(0, 64, 128, 32, 4, 1, ""),),
+        "fp32": (PrefillTile(0, 32, 128, 16, 8, 2, ""),),
+    },
+}
+
+
+def transposed_config(
+    sizes: ExpertSizes, columns: int, depth: int, quantized: str | None, dtype: torch.dtype, arch: str
+) -> LaunchConfig:
+    """Configure the product with a transposed weight [E, depth, columns]. quantized: the name of its format."""
+    slots, format = sizes.T * sizes.K, FORMATS[quantized.partition(":")[0]] if quantized else None
+    table, variant = TRANSPOSED[format.bits if format else 16], "pointers" if sizes.by_pointers else ""
+    tile = prefill_tile(table, slots // sizes.E, dtype, arch, variant)
+    block_n = power_of_2(columns, low=16, high=tile.BLOCK_N)
+    if format is not None:
+        block_n = format.fields * (tile_columns(quantized, columns) or 0)
+    tiles = {"BLOCK_M": power_of_2(slots, low=16, high=tile.BLOCK_M), "BLOCK_N": block_n}
+    tiles |= {"BLOCK_K": power_of_2(depth, low=16, high=tile.BLOCK_K), "GROUP_M": tile.GROUP_M}
+    return LaunchConfig(tiles, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+    H, I = sizes.H, sizes.I
+    gate_up = replace(sizes, H=2 * I, I=H, down=sizes.gate_up)  # as a down projection
+    return {
+        "gather_by_expert_kernel": gather_config(sizes.T * sizes.K, sizes.E, H),
+        "gather_rows_kernel": LaunchConfig({"BLOCK_H": power_of_2(H, high=1024)}, num_warps=4),
+        "experts_down_kernel": prefill_configs(gate_up, dtype, arch)["experts_down_kernel"],
+        "experts_grad_h_kernel": transposed_config(sizes, I, H, sizes.down, dtype, arch),
+        "swiglu_backward_kernel": LaunchConfig({"BLOCK_I": power_of_2(I, high=1024)}, num_warps=4),
+        "experts_grad_x_kernel": transposed_config(sizes, H, 2 * I, sizes.gate_up, dtype, arch),
+        "experts_combine_kernel": LaunchConfig({"BLOCK_H": power_of_2(H, high=1024)}, num_warps=4),
+    }
