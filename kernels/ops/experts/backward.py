@@ -3,7 +3,7 @@
 
 T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
 
-gather x -> gate and up again -> gather grad -> grad of h -> SwiGLU's derivative -> grad of x by slot -> combine
+sort -> rows of x -> gate and up again -> rows of grad -> grad of h -> SwiGLU's derivative -> grad of x by slot -> combine
 
 All but the combine compute gradients for routing weights of 1: the combine multiplies by the weights in fp32. The
 kernels are in backward_kernels.py, and what the forward has, in kernels.py; their tiles in backward_tiles.py.
@@ -25,7 +25,7 @@ from ...operation.declaration import Cost
 from ...operation.inputs import shapes
 from ...weights.formats import QUANT_NAMES, matrix_bytes, without_code_products
 from ...weights.weight_args import Weight
-from ..sort import expected_distinct_experts, gather_by_expert
+from ..sort import expected_distinct_experts, sort_by_expert
 from ..tiles import power_of_2
 from . import backward_kernels, kernels
 from .backward_tiles import configs
@@ -89,8 +89,9 @@ def expert_swiglu_backward(
     sizes = ExpertSizes(T, H, I, E, K, gate_up.name, down.name, not by_tma, deterministic=False, norm=False)
     selected = select_configs(configs, sizes, x.dtype, x.device)
 
-    rows, order, offsets = gather_by_expert(Rows.of(x), ids, E, selected["gather_by_expert_kernel"])
-    groups = Groups(order, offsets, E)
+    groups = Groups(*sort_by_expert.op.run(ids, E), E)
+    rows = torch.empty((T * K, H), dtype=x.dtype, device=x.device)  # of x, then of grad, then of each slot's grad of x
+    gather_rows(x, rows, groups, selected["gather_rows_kernel"])
     both = torch.empty((T * K, 2 * I), dtype=x.dtype, device=x.device)  # gate and up, then their gradients
     config = selected["experts_down_kernel"]
     x_desc, short_desc = row_descriptors(rows if gate_up.multiplied_as_stored else None, config, arch)
@@ -110,17 +111,7 @@ def expert_swiglu_backward(
         LAYOUT=gate_up.layout(arch),
         BLOCK_E=power_of_2(E),
     )
-    config = selected["gather_rows_kernel"]
-    launch(
-        backward_kernels.gather_rows_kernel,
-        (T * K, triton.cdiv(H, config.constexprs["BLOCK_H"])),
-        config,
-        x=Rows.of(grad),
-        sorted_ptr=rows,  # x is not needed any more
-        groups=groups,
-        TOP_K=K,
-        H=H,
-    )
+    gather_rows(grad, rows, groups, selected["gather_rows_kernel"])
     grad_h = torch.empty((T * K, I), dtype=x.dtype, device=x.device)
     config = selected["experts_grad_h_kernel"]
     grad_desc, down_desc = transposed_descriptors(rows, down, config, sizes, arch)
@@ -161,7 +152,7 @@ def expert_swiglu_backward(
         grad_desc=grad_desc,
         gate_up=gate_up.args_for_many_rows,
         gate_up_desc=gate_up_desc,
-        grad_x_ptr=rows,  # nor is grad
+        grad_x_ptr=rows,
         groups=groups,
         I=I,
         H=H,
@@ -186,6 +177,21 @@ def expert_swiglu_backward(
         SPLIT_K=1,
     )
     return grad_x, grad_weights
+
+
+def gather_rows(x: Tensor, rows: Tensor, groups: Groups, config: LaunchConfig) -> None:
+    """Copy a row of x [T, H] for each slot to `rows` [N, H], in sorted order."""
+    N, H = rows.shape
+    launch(
+        backward_kernels.gather_rows_kernel,
+        (N, triton.cdiv(H, config.constexprs["BLOCK_H"])),
+        config,
+        x=Rows.of(x),
+        sorted_ptr=rows,
+        groups=groups,
+        TOP_K=N // max(1, len(x)),
+        H=H,
+    )
 
 
 def transposed_descriptors(

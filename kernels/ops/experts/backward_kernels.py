@@ -68,9 +68,9 @@ def swiglu_backward_kernel(
 
 
 @triton.jit
-def _row_values(ptr, rows, group, inside, GROUPS: tl.constexpr):
-    """Load the scales or zeros of a group of columns, [rows, 1]."""
-    ptrs = ptr + (rows * GROUPS + group)[:, None]
+def _group_values(ptrs, group, inside):
+    """Load the scales or zeros of a group of columns, [rows, 1], given pointers of the first one."""
+    ptrs = (ptrs + group)[:, None]
     return tl.load(ptrs) if inside is None else tl.load(ptrs, mask=inside[:, None], other=0.0)
 
 
@@ -79,8 +79,7 @@ def _add_fields(
     accs,  # F sums [rows, J]
     x,  # [rows, BLOCK_K]
     tile,  # int16 elements [BLOCK_K, J]
-    weight,  # WeightArgs
-    w_rows,  # of the tile, among all experts'
+    scale_ptrs, zero_ptrs,  # [BLOCK_K] of the first group, or no zeros: None
     inside,  # which of these exist, or None: all
     pid_n,
     COLUMNS: tl.constexpr, LAYOUT: tl.constexpr,
@@ -96,8 +95,8 @@ def _add_fields(
     for field in tl.static_range(LAYOUT.fields):
         if field == 0 or field * J % LAYOUT.group == 0:
             group = tl.minimum((pid_n * UNIT + field * J) // LAYOUT.group, GROUPS - 1)  # there may be padding
-            scales = _row_values(weight.scales, w_rows, group, inside, GROUPS)
-            zeros = None if weight.zeros is None else _row_values(weight.zeros, w_rows, group, inside, GROUPS)
+            scales = _group_values(scale_ptrs, group, inside)
+            zeros = None if zero_ptrs is None else _group_values(zero_ptrs, group, inside)
         values = scale_values(field_values(tile, field + zero, zeros, LAYOUT, x.dtype), scales, LAYOUT.ptx)
         sums = sums + (tl.dot(x, values, accs[field], input_precision="ieee"),)  # noqa: RUF005
     return sums
@@ -124,6 +123,8 @@ def _transposed_product(
         w_ptrs += offs_k.to(tl.int64)[:, None] * weight.stride_n + offs_n[None, :]
         zeros = tl.zeros((BLOCK_M, J), tl.float32)
         accs = (zeros,) if FIELDS == 1 else (zeros, zeros) if FIELDS == 2 else (zeros, zeros, zeros, zeros)
+        if FIELDS > 1:
+            scale_rows = (index * DEPTH + offs_k) * (COLUMNS // LAYOUT.group)
         for k in range(0, DEPTH, BLOCK_K):
             if x_desc is None:
                 x = depth_tile(x_ptrs, offs_k[None, :] < DEPTH - k, EVEN)
@@ -139,7 +140,9 @@ def _transposed_product(
             if FIELDS == 1:
                 accs = (tl.dot(x, tile, accs[0], input_precision="ieee"),)
             else:
-                accs = _add_fields(accs, x, tile, weight, index * DEPTH + k + offs_k, inside, pid_n, COLUMNS, LAYOUT)
+                GROUPS: tl.constexpr = COLUMNS // LAYOUT.group
+                zero_ptrs = None if weight.zeros is None else weight.zeros + scale_rows + k * GROUPS
+                accs = _add_fields(accs, x, tile, weight.scales + scale_rows + k * GROUPS, zero_ptrs, inside, pid_n, COLUMNS, LAYOUT)
             x_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * weight.stride_n
         for field in tl.static_range(FIELDS):
