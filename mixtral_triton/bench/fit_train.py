@@ -54,8 +54,8 @@ def backward_bytes(config: MixtralConfig, quantized: bool, tokens: int) -> int:
     """Return the bytes that a layer's experts work in, in the backward pass or, if more, computed again before it."""
     H, I, size = config.hidden_size, config.intermediate_size, default_dtype(config).itemsize
     slots = tokens * config.num_experts_per_tok
-    # Of each slot a row of x, of its gradient or of the result, which share their memory, gate, up and the gradient of h;
-    # forward, where rows are not gathered for quantized experts: of x, h and the result.
+    # Of each slot a row of x, of its gradient or of the result, which share their memory, gate, up, and the gradient of
+    # h; forward x (not of quantized experts), h and the result.
     backward, forward = H + 3 * I, (1 if quantized else 2) * H + I
     result = tokens * (size * H + FP32 * config.num_experts_per_tok)
     return size * slots * max(backward, forward) + FP32 * (slots + config.num_local_experts + 1) + result

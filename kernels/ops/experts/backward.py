@@ -3,7 +3,8 @@
 
 T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
 
-sort -> rows of x -> gate and up again -> rows of grad -> grad of h -> SwiGLU's derivative -> grad of x by slot -> combine
+sort -> rows of x -> gate and up again -> rows of grad -> grad of h -> SwiGLU's derivative -> grad of x by slot
+-> combine
 
 All but the combine compute gradients for routing weights of 1: the combine multiplies by the weights in fp32. The
 kernels are in backward_kernels.py, and what the forward has, in kernels.py; their tiles in backward_tiles.py.

@@ -68,9 +68,9 @@ def swiglu_backward_kernel(
 
 
 @triton.jit
-def _group_values(ptrs, group, inside):
-    """Load the scales or zeros of a group of columns, [rows, 1], given pointers of the first one."""
-    ptrs = (ptrs + group)[:, None]
+def _group_values(ptr, indices, inside):
+    """Load the scales or zeros of a group of columns, [rows, 1]."""
+    ptrs = ptr + indices[:, None]
     return tl.load(ptrs) if inside is None else tl.load(ptrs, mask=inside[:, None], other=0.0)
 
 
@@ -79,7 +79,8 @@ def _add_fields(
     accs,  # F sums [rows, J]
     x,  # [rows, BLOCK_K]
     tile,  # int16 elements [BLOCK_K, J]
-    scale_ptrs, zero_ptrs,  # [BLOCK_K] of the first group, or no zeros: None
+    weight,  # WeightArgs
+    w_rows,  # of the tile: the indices of their scales, and zeros, of the first group
     inside,  # which of these exist, or None: all
     pid_n,
     COLUMNS: tl.constexpr, LAYOUT: tl.constexpr,
@@ -95,8 +96,8 @@ def _add_fields(
     for field in tl.static_range(LAYOUT.fields):
         if field == 0 or field * J % LAYOUT.group == 0:
             group = tl.minimum((pid_n * UNIT + field * J) // LAYOUT.group, GROUPS - 1)  # there may be padding
-            scales = _group_values(scale_ptrs, group, inside)
-            zeros = None if zero_ptrs is None else _group_values(zero_ptrs, group, inside)
+            scales = _group_values(weight.scales, w_rows + group, inside)
+            zeros = None if weight.zeros is None else _group_values(weight.zeros, w_rows + group, inside)
         values = scale_values(field_values(tile, field + zero, zeros, LAYOUT, x.dtype), scales, LAYOUT.ptx)
         sums = sums + (tl.dot(x, values, accs[field], input_precision="ieee"),)  # noqa: RUF005
     return sums
@@ -123,13 +124,8 @@ def _transposed_product(
         w_ptrs += offs_k.to(tl.int64)[:, None] * weight.stride_n + offs_n[None, :]
         zeros = tl.zeros((BLOCK_M, J), tl.float32)
         accs = (zeros,) if FIELDS == 1 else (zeros, zeros) if FIELDS == 2 else (zeros, zeros, zeros, zeros)
-        if FIELDS > 1:
-            scale_rows = (index * DEPTH + offs_k) * (COLUMNS // LAYOUT.group)
         for k in range(0, DEPTH, BLOCK_K):
-            if x_desc is None:
-                x = depth_tile(x_ptrs, offs_k[None, :] < DEPTH - k, EVEN)
-            else:
-                x = x_desc.load([row, k])
+            x = depth_tile(x_ptrs, offs_k[None, :] < DEPTH - k, EVEN) if x_desc is None else x_desc.load([row, k])
             inside = None if EVEN else offs_k < DEPTH - k
             if w_desc is not None:
                 tile = w_desc.load([expert, k, pid_n * J]).reshape(BLOCK_K, J)
@@ -140,9 +136,10 @@ def _transposed_product(
             if FIELDS == 1:
                 accs = (tl.dot(x, tile, accs[0], input_precision="ieee"),)
             else:
-                GROUPS: tl.constexpr = COLUMNS // LAYOUT.group
-                zero_ptrs = None if weight.zeros is None else weight.zeros + scale_rows + k * GROUPS
-                accs = _add_fields(accs, x, tile, weight.scales + scale_rows + k * GROUPS, zero_ptrs, inside, pid_n, COLUMNS, LAYOUT)
+                first = index * DEPTH + k + offs_k
+                accs = _add_fields(
+                    accs, x, tile, weight, first * (COLUMNS // LAYOUT.group), inside, pid_n, COLUMNS, LAYOUT
+                )
             x_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * weight.stride_n
         for field in tl.static_range(FIELDS):
