@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference
@@ -81,6 +80,7 @@ def arguments(sizes: dict[str, Any], change: str, dtype: torch.dtype) -> dict[st
     return args
 
 
+@pytest.mark.exhaustive
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize(("sizes", "change"), CASES, ids=str)
@@ -106,6 +106,7 @@ def test_no_tokens_and_expanded_gradients(device: torch.device) -> None:
     assert all(map(torch.equal, found, ops.expert_swiglu_backward(**args | {"grad": expanded.clone()})))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", ["int4:128", "int8", None])
 def test_a_weight_is_read_once_for_each_row_tile(name: str | None, covers: Any) -> None:
@@ -126,7 +127,7 @@ def meta(model: str, T: int, name: str | None) -> dict[str, Any]:
     return inputs(NAME, MODELS[model] | {"T": T, "gate_up": name, "down": name}, "meta", BF16)
 
 
-MOST_BYTES = {"Mixtral": 0.80e9, "Qwen3": 0.35e9, "DeepSeek-V3": 1.0e9}
+MOST_BYTES = {"Mixtral": 0.82e9, "Qwen3": 0.35e9, "DeepSeek-V3": 1.0e9}
 
 
 @pytest.mark.compiled
@@ -166,13 +167,9 @@ def test_a_derivative_without_its_second_term_is_caught(monkeypatch: pytest.Monk
 
 def test_wrong_arguments_are_named(device: torch.device) -> None:
     args = inputs(NAME, SIZES, device)
-    for name, wrong in (("grad", args["grad"][:, 1:]), ("weights", args["weights"][:, :1]), ("ids", args["x"])):
+    for name, wrong in (("x", args["x"][:, 1:]), ("weights", args["weights"][:, :1]), ("ids", args["x"])):
         with pytest.raises(ValueError, match=f"expert_swiglu_backward: argument '{name}' is"):
             ops.expert_swiglu_backward(**args | {name: wrong})
-    outside = args | {"ids": args["ids"] + SIZES["E"]}
+    outside = {**inputs(NAME, SIZES), "ids": args["ids"].cpu() + SIZES["E"]}
     with pytest.raises(ValueError, match="argument 'ids' is from"):
-        OP.check(**outside) and ops.expert_swiglu_backward(**{key: on_cpu(x) for key, x in outside.items()})
-
-
-def on_cpu(x: Any) -> Any:
-    return x.cpu() if isinstance(x, Tensor) else x
+        ops.expert_swiglu_backward(**outside)

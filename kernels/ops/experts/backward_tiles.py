@@ -14,23 +14,41 @@ from .tiles import ExpertSizes, prefill_configs
 # weight's unit fixes BLOCK_N. No GPU has measured them: selected by FLOP per instruction.
 TRANSPOSED: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code; 16: dense
     16: {
-        "sm_80": (PrefillTile(0, 64, 128, 64, 4, 3, ""), PrefillTile(64, 128, 128, 64, 8, 3, "")),
-        "sm_90": (PrefillTile(0, 64, 128, 64, 4, 4, ""), PrefillTile(64, 128, 256, 64, 8, 4, "")),
-        "sm_90 pointers": (PrefillTile(0, 64, 128, 64, 4, 3, ""),),
-        "gfx942": (PrefillTile(0, 64, 64, 64, 4, 2, ""), PrefillTile(128, 128, 128, 64, 8, 2, "")),
-        "fp32": (PrefillTile(0, 32, 32, 32, 4, 2, ""),),
+        "sm_80": (
+            PrefillTile(0, 64, 128, 64, 4, 3, "compiled: 168 registers, 2,621 FLOP"),
+            PrefillTile(64, 128, 128, 64, 8, 3, "compiled: 178 registers, 2,819 FLOP"),
+        ),
+        "sm_90": (
+            PrefillTile(0, 64, 128, 64, 4, 4, "compiled: 96 registers, 2,979 FLOP"),
+            PrefillTile(64, 128, 256, 64, 8, 4, "compiled: 182 registers, 5,958 FLOP"),
+        ),
+        "sm_90 pointers": (PrefillTile(0, 64, 128, 64, 4, 3, "compiled: 168 registers, 2,621 FLOP"),),
+        "gfx942": (
+            PrefillTile(0, 64, 64, 64, 4, 2, "compiled: 128 registers"),
+            PrefillTile(128, 128, 128, 64, 8, 2, "compiled: 118 registers"),
+        ),
+        "fp32": (PrefillTile(0, 32, 32, 32, 4, 2, "compiled: 48 registers"),),
     },
     4: {
-        "sm_80": (PrefillTile(0, 64, 256, 32, 8, 2, ""),),
-        "sm_90": (PrefillTile(0, 64, 256, 64, 4, 2, ""), PrefillTile(64, 128, 256, 128, 8, 2, "")),
-        "gfx942": (PrefillTile(0, 64, 256, 32, 8, 1, ""),),
-        "fp32": (PrefillTile(0, 32, 256, 16, 8, 2, ""),),
+        "sm_80": (PrefillTile(0, 64, 256, 32, 8, 2, "compiled: 248 registers, 1,796 FLOP"),),
+        "sm_90": (
+            PrefillTile(0, 64, 256, 64, 4, 2, "compiled: 237 registers, 1,279 FLOP"),
+            PrefillTile(64, 128, 256, 128, 8, 2, "compiled: 244 registers, 2,427 FLOP"),
+        ),
+        "gfx942": (PrefillTile(0, 64, 256, 32, 8, 1, "compiled: 117 registers"),),
+        "fp32": (PrefillTile(0, 32, 256, 16, 8, 2, "compiled: 182 registers"),),
     },
     8: {
-        "sm_80": (PrefillTile(0, 64, 128, 32, 4, 2, ""), PrefillTile(64, 128, 128, 32, 4, 2, "")),
-        "sm_90": (PrefillTile(0, 64, 128, 64, 4, 2, ""), PrefillTile(128, 256, 128, 128, 8, 2, "")),
-        "gfx942": (PrefillTile(0, 64, 128, 32, 8, 1, ""),),
-        "fp32": (PrefillTile(0, 32, 128, 16, 8, 2, ""),),
+        "sm_80": (
+            PrefillTile(0, 64, 128, 32, 4, 2, "compiled: 167 registers, 790 FLOP"),
+            PrefillTile(64, 128, 128, 32, 4, 2, "compiled: 255 registers, 1,448 FLOP"),
+        ),
+        "sm_90": (
+            PrefillTile(0, 64, 128, 64, 4, 2, "compiled: 154 registers, 846 FLOP"),
+            PrefillTile(128, 256, 128, 128, 8, 2, ""),
+        ),
+        "gfx942": (PrefillTile(0, 64, 128, 32, 8, 1, "compiled: 89 registers"),),
+        "fp32": (PrefillTile(0, 32, 128, 16, 8, 2, "compiled: 150 registers"),),
     },
 }
 
