@@ -90,7 +90,8 @@ def expert_swiglu_backward(
     sizes = ExpertSizes(T, H, I, E, K, gate_up.name, down.name, not by_tma, deterministic=False, norm=False)
     selected = select_configs(configs, sizes, x.dtype, x.device)
 
-    groups = Groups(*sort_by_expert.op.run(ids, E), E)
+    order, offsets = sort_by_expert.op.run(ids, E)
+    groups = Groups(order, offsets, E)
     rows = torch.empty((T * K, H), dtype=x.dtype, device=x.device)  # of x, then of grad, then of each slot's grad of x
     gather_rows(x, rows, groups, selected["gather_rows_kernel"])
     both = torch.empty((T * K, 2 * I), dtype=x.dtype, device=x.device)  # gate and up, then their gradients

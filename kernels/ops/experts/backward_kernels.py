@@ -99,7 +99,8 @@ def _add_fields(
             scales = _group_values(weight.scales, w_rows + group, inside)
             zeros = None if weight.zeros is None else _group_values(weight.zeros, w_rows + group, inside)
         values = scale_values(field_values(tile, field + zero, zeros, LAYOUT, x.dtype), scales, LAYOUT.ptx)
-        sums = sums + (tl.dot(x, values, accs[field], input_precision="ieee"),)  # noqa: RUF005
+        product = tl.dot(x, values, accs[field], input_precision="ieee")
+        sums = sums + (product,)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 

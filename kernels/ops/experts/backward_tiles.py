@@ -45,7 +45,7 @@ TRANSPOSED: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code; 16: d
         ),
         "sm_90": (
             PrefillTile(0, 64, 128, 64, 4, 2, "compiled: 154 registers, 846 FLOP"),
-            PrefillTile(128, 256, 128, 128, 8, 2, ""),
+            PrefillTile(128, 256, 128, 128, 8, 2, "compiled: 241 registers, 2,265 FLOP"),
         ),
         "gfx942": (PrefillTile(0, 64, 128, 32, 8, 1, "compiled: 89 registers"),),
         "fp32": (PrefillTile(0, 32, 128, 16, 8, 2, "compiled: 150 registers"),),
