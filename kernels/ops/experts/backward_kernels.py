@@ -80,24 +80,25 @@ def _add_fields(
     x,  # [rows, BLOCK_K]
     tile,  # int16 elements [BLOCK_K, J]
     weight,  # WeightArgs
-    w_rows,  # of the tile: the indices of their scales, and zeros, of the first group
+    w_rows,  # of the tile, among all experts'
     inside,  # which of these exist, or None: all
     pid_n,
     COLUMNS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """accs + x @ each field of the tile."""
     J: tl.constexpr = tile.shape[1]
-    UNIT: tl.constexpr = LAYOUT.fields * J
-    GROUPS: tl.constexpr = COLUMNS // LAYOUT.group
+    FIELDS: tl.constexpr = LAYOUT.fields
+    GROUP: tl.constexpr = LAYOUT.group
+    GROUPS: tl.constexpr = COLUMNS // GROUP
     # 0, which the compiler does not know: a shift by a constant it would move behind the conversion of the elements to
     # the layout of the tensor cores' operand, in which each warp unpacks all of them.
     zero = tl.minimum(pid_n, 0)
     sums = ()
-    for field in tl.static_range(LAYOUT.fields):
-        if field == 0 or field * J % LAYOUT.group == 0:
-            group = tl.minimum((pid_n * UNIT + field * J) // LAYOUT.group, GROUPS - 1)  # there may be padding
-            scales = _group_values(weight.scales, w_rows + group, inside)
-            zeros = None if weight.zeros is None else _group_values(weight.zeros, w_rows + group, inside)
+    for field in tl.static_range(FIELDS):
+        if field == 0 or field * J % GROUP == 0:
+            group = tl.minimum((pid_n * FIELDS + field) * J // GROUP, GROUPS - 1)  # there may be padding
+            scales = _group_values(weight.scales, w_rows * GROUPS + group, inside)
+            zeros = None if weight.zeros is None else _group_values(weight.zeros, w_rows * GROUPS + group, inside)
         values = scale_values(field_values(tile, field + zero, zeros, LAYOUT, x.dtype), scales, LAYOUT.ptx)
         product = tl.dot(x, values, accs[field], input_precision="ieee")
         sums = sums + (product,)  # type: ignore[assignment]  # noqa: RUF005
@@ -137,10 +138,7 @@ def _transposed_product(
             if FIELDS == 1:
                 accs = (tl.dot(x, tile, accs[0], input_precision="ieee"),)
             else:
-                first = index * DEPTH + k + offs_k
-                accs = _add_fields(
-                    accs, x, tile, weight, first * (COLUMNS // LAYOUT.group), inside, pid_n, COLUMNS, LAYOUT
-                )
+                accs = _add_fields(accs, x, tile, weight, index * DEPTH + k + offs_k, inside, pid_n, COLUMNS, LAYOUT)
             x_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * weight.stride_n
         for field in tl.static_range(FIELDS):
