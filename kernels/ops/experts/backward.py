@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import reference
 from ...launching.arch import tma
 from ...launching.kernel_args import Groups, Rows
-from ...launching.launch import LaunchConfig, describe, launch, select_configs, target_arch
+from ...launching.launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
 from ...operation.call import operation
 from ...operation.checks import FP32, RoutingWeights, Tokens
 from ...operation.declaration import Cost
@@ -115,23 +115,7 @@ def expert_swiglu_backward(
     )
     gather_rows(grad, rows, groups, selected["gather_rows_kernel"])
     grad_h = torch.empty((T * K, I), dtype=x.dtype, device=x.device)
-    config = selected["experts_grad_h_kernel"]
-    grad_desc, down_desc = transposed_descriptors(rows, down, config, sizes, arch)
-    launch(
-        backward_kernels.experts_grad_h_kernel,
-        prefill_grid(T * K, E, I, config),
-        config,
-        grad_ptr=rows,
-        grad_desc=grad_desc,
-        down=down.args_for_many_rows,
-        down_desc=down_desc,
-        grad_h_ptr=grad_h,
-        groups=groups,
-        H=H,
-        I=I,
-        LAYOUT=down.layout(arch),
-        BLOCK_E=power_of_2(E),
-    )
+    launch_transposed(backward_kernels.experts_grad_h_kernel, rows, down, grad_h, groups, sizes, selected)
     grad_weights = torch.empty((T, K), dtype=torch.float32, device=x.device)
     launch(
         backward_kernels.swiglu_backward_kernel,
@@ -144,23 +128,7 @@ def expert_swiglu_backward(
         groups=groups,
         I=I,
     )
-    config = selected["experts_grad_x_kernel"]
-    grad_desc, gate_up_desc = transposed_descriptors(both, gate_up, config, sizes, arch)
-    launch(
-        backward_kernels.experts_grad_x_kernel,
-        prefill_grid(T * K, E, H, config),
-        config,
-        grad_ptr=both,
-        grad_desc=grad_desc,
-        gate_up=gate_up.args_for_many_rows,
-        gate_up_desc=gate_up_desc,
-        grad_x_ptr=rows,
-        groups=groups,
-        I=I,
-        H=H,
-        LAYOUT=gate_up.layout(arch),
-        BLOCK_E=power_of_2(E),
-    )
+    launch_transposed(backward_kernels.experts_grad_x_kernel, both, gate_up, rows, groups, sizes, selected)
     grad_x = torch.empty((T, H), dtype=x.dtype, device=x.device)
     config = selected["experts_combine_kernel"]
     launch(
@@ -196,11 +164,26 @@ def gather_rows(x: Tensor, rows: Tensor, groups: Groups, config: LaunchConfig) -
     )
 
 
-def transposed_descriptors(
-    rows: Tensor, weight: Weight, config: LaunchConfig, sizes: ExpertSizes, arch: str
-) -> tuple[Any, Any]:
-    """Return descriptors of rows [N, depth] and of a dense weight [E, depth, columns]; None: pointers read."""
-    if sizes.by_pointers or not tma(arch) or not weight.multiplied_as_stored:
-        return None, None
-    m, n, k = (config.constexprs[constant] for constant in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    return describe(rows, (m, k), arch), describe(weight.data, (1, k, n), arch)
+def launch_transposed(
+    kernel: Any, x: Tensor, weight: Weight, out: Tensor, groups: Groups, sizes: ExpertSizes, selected: Configs
+) -> None:
+    """Multiply x [N, depth], in sorted order, by a weight [E, depth, columns] -> out [N, columns]."""
+    config, arch, x_desc, weight_desc = selected[kernel.__name__], target_arch(x.device), None, None
+    if tma(arch) and not sizes.by_pointers and weight.multiplied_as_stored:
+        m, n, k = (config.constexprs[constant] for constant in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        x_desc, weight_desc = describe(x, (m, k), arch), describe(weight.data, (1, k, n), arch)
+    launch(
+        kernel,
+        prefill_grid(len(x), sizes.E, out.shape[1], config),
+        config,
+        x_ptr=x,
+        x_desc=x_desc,
+        weight=weight.args_for_many_rows,
+        weight_desc=weight_desc,
+        out_ptr=out,
+        groups=groups,
+        H=sizes.H,
+        I=sizes.I,
+        LAYOUT=weight.layout(arch),
+        BLOCK_E=power_of_2(sizes.E),
+    )

@@ -147,33 +147,33 @@ def _transposed_product(
 
 @triton.jit
 def experts_grad_h_kernel(
-    grad_ptr,  # [N, H] in sorted order
-    grad_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None: pointers read
-    down,  # WeightArgs [E, H, I]
-    down_desc,  # the same in tiles [1, BLOCK_K, BLOCK_N], or None
-    grad_h_ptr,  # [N, I] out, in sorted order
+    x_ptr,  # [N, H] the gradient of the result, in sorted order
+    x_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None: pointers read
+    weight,  # WeightArgs [E, H, I]
+    weight_desc,  # the same in tiles [1, BLOCK_K, BLOCK_N], or None
+    out_ptr,  # [N, I] out, in sorted order
     groups,  # Groups
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     _transposed_product(
-        grad_ptr, grad_desc, down, down_desc, grad_h_ptr, None, groups, H, I, LAYOUT, BLOCK_M, BLOCK_N, BLOCK_K,
-        BLOCK_E, GROUP_M,
+        x_ptr, x_desc, weight, weight_desc, out_ptr, None, groups, H, I, LAYOUT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E,
+        GROUP_M,
     )  # fmt: skip
 
 
 @triton.jit
 def experts_grad_x_kernel(
-    grad_ptr,  # [N, 2I] of gate and up, in sorted order
-    grad_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None: pointers read
-    gate_up,  # WeightArgs [E, 2I, H]
-    gate_up_desc,  # the same in tiles [1, BLOCK_K, BLOCK_N], or None
-    grad_x_ptr,  # [N, H] out, by slot
+    x_ptr,  # [N, 2I] the gradients of gate and up, in sorted order
+    x_desc,
+    weight,  # WeightArgs [E, 2I, H]
+    weight_desc,
+    out_ptr,  # [N, H] out, by slot
     groups,  # Groups
-    I: tl.constexpr, H: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     _transposed_product(
-        grad_ptr, grad_desc, gate_up, gate_up_desc, grad_x_ptr, groups.order, groups, 2 * I, H, LAYOUT, BLOCK_M,
-        BLOCK_N, BLOCK_K, BLOCK_E, GROUP_M,
+        x_ptr, x_desc, weight, weight_desc, out_ptr, groups.order, groups, 2 * I, H, LAYOUT, BLOCK_M, BLOCK_N, BLOCK_K,
+        BLOCK_E, GROUP_M,
     )  # fmt: skip
