@@ -77,7 +77,8 @@ def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
         "gather_rows_kernel": LaunchConfig({"BLOCK_H": power_of_2(H, high=1024)}, num_warps=4),
         "experts_down_kernel": prefill_configs(gate_up, dtype, arch)["experts_down_kernel"],
         "experts_grad_h_kernel": transposed_config(sizes, I, H, sizes.down, dtype, arch),
-        "swiglu_backward_kernel": LaunchConfig({"BLOCK_I": power_of_2(I, high=1024)}, num_warps=4),
+        # An element for each thread, at least: another one that held it, too, might load it when it is overwritten.
+        "swiglu_backward_kernel": LaunchConfig({"BLOCK_I": power_of_2(I, low=256, high=1024)}, num_warps=4),
         "experts_grad_x_kernel": transposed_config(sizes, H, 2 * I, sizes.gate_up, dtype, arch),
         "experts_combine_kernel": LaunchConfig({"BLOCK_H": power_of_2(H, high=1024)}, num_warps=4),
     }
