@@ -118,6 +118,37 @@ def _expert(x: Tensor, gate_up: Any, down: Any) -> Tensor:
     return linear(F.silu(gate) * up, down)
 
 
+def expert_swiglu_backward(
+    grad: Tensor, x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `expert_swiglu` in x [T,H] and in weights [T,K] (fp32), given that of its result, grad [T,H].
+
+    A quantized projection is dequantized and rounded to x's dtype. An expert out of range contributes nothing.
+    """
+    weights = _wide(weights)
+    if x.is_meta:  # routes have no values there
+        return torch.empty_like(x), torch.empty_like(weights)
+    order, offsets = sort_by_expert(ids, len(down_proj))
+    grad_x, grad_weights = torch.zeros_like(_wide(x)), torch.zeros_like(weights).flatten()
+    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        if begin < end:
+            slots = order[begin:end].long()
+            token = slots // ids.shape[1]
+            gate_up, down = _dequantized(gate_up_proj[expert], x), _dequantized(down_proj[expert], x)
+            gate, up = _wide(F.linear(x[token], gate_up)).chunk(2, dim=-1)
+            grad_h = _wide(grad[token] @ down)  # for a routing weight of 1
+            sigmoid = gate.sigmoid()
+            grad_weights[slots] = (grad_h * gate * sigmoid * up).sum(-1)
+            grad_gate = grad_h * up * sigmoid * (1 + gate * (1 - sigmoid))
+            both = torch.cat((grad_gate, grad_h * gate * sigmoid), dim=-1).to(x.dtype)
+            grad_x.index_add_(0, token, _wide(both @ gate_up) * weights.flatten()[slots, None])
+    return grad_x.to(x.dtype), grad_weights.view_as(weights)
+
+
+def _dequantized(weight: Any, x: Tensor) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dequantize().to(x.dtype)
+
+
 def experts_add_rms_norm(
     x: Tensor,
     gate_up_proj: Any,

@@ -160,7 +160,7 @@ def main_rows(BLOCK_M, SHORT_M):
 
 
 @triton.jit
-def _group_tile(
+def group_tile(
     groups,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +212,7 @@ def _multiply_parts(
     x,  # RowSource
     row, end,
     w,  # WeightRows
-    store: tl.constexpr,  # _store_swiglu or _store_slots
+    store: tl.constexpr,  # _store_swiglu or store_slots
     out,  # the first arguments of `store` after the products
     pid_n,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr,
@@ -257,7 +257,7 @@ def experts_up_kernel(
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    expert, row, end, pid_n = _group_tile(groups, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    expert, row, end, pid_n = group_tile(groups, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < groups.E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), pair_rows(pid_n, I, BLOCK_N)
         w_ptrs = expert_rows(gate_up, expert.to(tl.int64), h_ptr.dtype.element_ty, LAYOUT)
@@ -278,11 +278,11 @@ def experts_up_kernel(
 
 
 @triton.jit
-def _store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr):
-    """Store acc [rows, columns] to the slots of y whose sorted rows are row..end."""
+def store_slots(acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr):
+    """Store acc [rows, columns] to the slots of y whose sorted rows are row..end; without an order to these rows."""
     ROWS: tl.constexpr = acc.shape[0]
     rows, offs_n = row + tl.arange(0, ROWS), pid_n * acc.shape[1] + tl.arange(0, acc.shape[1])
-    slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
+    slots = rows if order_ptr is None else tl.load(order_ptr + tl.minimum(rows, end - 1))
     out = y_ptr + slots.to(tl.int64)[:, None] * H + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
 
@@ -299,7 +299,7 @@ def experts_down_kernel(
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    expert, row, end, pid_n = _group_tile(groups, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    expert, row, end, pid_n = group_tile(groups, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < groups.E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
         w_ptrs = expert_rows(down, expert.to(tl.int64), y_ptr.dtype.element_ty, LAYOUT)
@@ -310,10 +310,10 @@ def experts_down_kernel(
             rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
             h_ptrs = h.ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]
             acc = row_products(h_ptrs, h_desc, row, w, BLOCK_M, BLOCK_K, I, LAYOUT)
-            _store_scaled(acc, h, w, _store_slots, out, row, end, pid_n, H, I, LAYOUT)
+            _store_scaled(acc, h, w, store_slots, out, row, end, pid_n, H, I, LAYOUT)
         else:
             rows = RowSource(h, h.ptr, h_desc, short_desc)
-            _multiply_parts(rows, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
+            _multiply_parts(rows, row, end, w, store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
 
 
 @triton.jit
