@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
 
 from .. import ops
 from ..kernels.operation.call import transformed, untraced
-from .training import frozen_experts, is_recorded, own_routes
+from .training import FrozenExperts, is_recorded, own_routes
 
 NAME = "mixtral_triton"  # among transformers' implementations of experts and attention, and its quantizers
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -81,7 +82,9 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         return experts(module, x, top_k_index, top_k_weights).to(hidden_states.dtype)
     run = fused(ops.expert_swiglu, hidden_states, top_k_weights, gate_up, down)
     if run is None:
-        return frozen_experts(hidden_states, gate_up, down, top_k_index, top_k_weights, type(module).__name__)
+        if not is_compiling():
+            return FrozenExperts.apply(hidden_states, gate_up, down, top_k_index, top_k_weights, type(module).__name__)
+        run = ops.expert_swiglu  # whose operator a compiler follows, with its gradients
     if top_k_index.device.type == "cpu":  # where the operation refuses them
         top_k_index, top_k_weights, _ = own_routes(top_k_index, top_k_weights, len(down))
     if top_k_weights.dtype != hidden_states.dtype:

@@ -57,16 +57,13 @@ class FrozenExperts(torch.autograd.Function):
                 'needs frozen ones, requires_grad_(False), no adapter on them, or experts_implementation="grouped_mm"'
             )
             raise ValueError(f"mixtral_triton: {ctx.name} has experts that require gradients, {needs}")
-        own_ids, own_weights, foreign = ids, weights.float(), None
+        own_ids, own_weights, foreign = ids, weights if weights.dtype == x.dtype else weights.float(), None
         if ids.device.type == "cpu":  # where the operation refuses other ranks' ids, which elsewhere contribute nothing
             own_ids, own_weights, foreign = own_routes(ids, own_weights, len(down))
         grad_x, grad_weights = ops.expert_swiglu_backward(grad, x, gate_up, down, own_ids, own_weights)
         if foreign is not None:
             grad_weights = grad_weights.masked_fill(foreign, 0.0)
         return grad_x, None, None, None, grad_weights.to(weights.dtype), None
-
-
-frozen_experts: Any = torch.compiler.disable(FrozenExperts.apply)  # no compiler traces its backward
 
 
 def versions(*weights: Any) -> list[int]:

@@ -21,7 +21,7 @@ from ...launching.arch import tma
 from ...launching.kernel_args import Groups, Rows
 from ...launching.launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
 from ...operation.call import operation
-from ...operation.checks import FP32, RoutingWeights, Tokens
+from ...operation.checks import FP32, SlotWeights, Tokens
 from ...operation.declaration import Cost
 from ...operation.inputs import shapes
 from ...weights.formats import QUANT_NAMES, matrix_bytes, without_code_products
@@ -62,7 +62,7 @@ def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
     ),
 )
 def expert_swiglu_backward(
-    grad: Tokens, x: Tokens, gate_up_proj: GateUp, down_proj: Down, ids: Ids, weights: RoutingWeights
+    grad: Tokens, x: Tokens, gate_up_proj: GateUp, down_proj: Down, ids: Ids, weights: SlotWeights
 ) -> tuple[Tokens, Annotated[Tensor, "T K", FP32]]:
     """Compute the gradients of `expert_swiglu` in x and in the routing weights, around frozen experts.
 
@@ -71,7 +71,7 @@ def expert_swiglu_backward(
     gate_up_proj   [E, 2I, H] in x's dtype, the I rows of the gate first; or a QuantizedWeight of that shape
     down_proj      [E, H, I], the same
     ids            [T, K], int32 or int64, in 0..E - 1
-    weights        fp32 [T, K], the routing weights
+    weights        [T, K] in fp32 or x's dtype, the routing weights
 
     Returns the gradients of x [T, H] in its dtype and of weights, fp32 [T, K]. Gate and up are computed again. A code
     is read once for each tile of rows, and neither dense experts nor sums in another order arise: the same call has the
@@ -187,3 +187,23 @@ def launch_transposed(
         LAYOUT=weight.layout(arch),
         BLOCK_E=power_of_2(sizes.E),
     )
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, gate_up, down, ids, weights, _, *parts = inputs
+    ctx.save_for_backward(x, ids, weights)
+    ctx.experts, ctx.parts = (gate_up, down), parts
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """What torch's operator of `expert_swiglu` calls, also in a compiler's graph of a training step."""
+    if any(ctx.needs_input_grad[1:3]):
+        needs = "needs frozen ones: it has gradients of x and of weights alone"
+        raise ValueError(f"mixtral_triton.ops.expert_swiglu has experts that require gradients, {needs}")
+    x, ids, weights = ctx.saved_tensors
+    operator = torch.ops.mixtral_triton.expert_swiglu_backward
+    grad_x, grad_weights = operator(grad, x, *ctx.experts, ids, weights, *ctx.parts)
+    return grad_x, None, None, None, grad_weights.to(weights.dtype), *[None] * (1 + len(ctx.parts))
+
+
+torch.library.register_autograd("mixtral_triton::expert_swiglu", _gradients, setup_context=_save_inputs)
