@@ -80,8 +80,9 @@ def table_row(kernel: str, candidate: Candidate, source: str) -> str:
 
 
 def fixed_tiles(launch: Launch) -> set[str]:
-    """Return the tiles of a launch that do not vary: the depth of a quantized weight's, which the layout fixes."""
-    return {"BLOCK_K"} if launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense" else set()
+    """Return the tiles of a launch that do not vary: of a quantized weight the columns, which the layout fixes."""
+    unit = "BLOCK_N" if "_grad_" in launch.kernel else "BLOCK_K"
+    return {unit} if launch.constexprs.get("LAYOUT", ("dense",))[0] != "dense" else set()
 
 
 def neighbours(config: LaunchConfig, fixed: set[str]) -> list[LaunchConfig]:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import activate
+
 
 def _wide(x: Tensor) -> Tensor:
     """Widen to fp32, the papers' precision; fp64 stays."""
@@ -87,41 +89,6 @@ def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return flat.argsort(stable=True).int(), F.pad(counts.cumsum(0), (1, 0)).int()
 
 
-def silu(gate: Tensor, up: Tensor) -> Tensor:
-    """SwiGLU (Shazeer 2020)."""
-    return F.silu(gate) * up
-
-
-def gelu_tanh(gate: Tensor, up: Tensor) -> Tensor:
-    """GELU by its tanh (Hendrycks & Gimpel 2016, section 2), times up: Gemma 4."""
-    return F.gelu(gate, approximate="tanh") * up
-
-
-def clamped_silu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """SwiGLU of a gate up to a limit, and of an up within it: DeepSeek-V4."""
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-
-
-def clamped_swish(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
-    """gate * sigmoid(alpha * gate) * (up + 1), clamped as before: gpt-oss (OpenAI 2025), MiniMax-M3."""
-    gate = gate.clamp(max=limit)
-    return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * alpha))
-
-
-ACTIVATIONS: dict[str, Any] = {
-    "silu": silu,
-    "gelu_tanh": gelu_tanh,
-    "clamped_silu": clamped_silu,
-    "clamped_swish": clamped_swish,
-}
-
-
-def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Call the activation of that name, whose numbers follow it: "clamped_silu:7"."""
-    name, *numbers = activation.split(":")
-    return ACTIVATIONS[name](gate, up, *map(float, numbers))
-
-
 def expert_swiglu(
     x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor, activation: str = "silu"
 ) -> Tensor:
@@ -129,7 +96,7 @@ def expert_swiglu(
 
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights [T,K] (fp32 or x's
     dtype) -> [T,H]. Either projection may be quantized (`linear`). An expert out of range contributes nothing.
-    activation: a name of ACTIVATIONS and its numbers.
+    activation: a name and its numbers, as in activations.py.
     """
     if x.is_meta:  # routes have no values there
         return torch.empty_like(x)
@@ -154,6 +121,41 @@ def _expert(x: Tensor, gate_up: Any, down: Any, activation: str) -> Tensor:
     """down(silu(gate(x)) * up(x)) of one expert, or another activation."""
     gate, up = linear(x, gate_up).chunk(2, dim=-1)
     return linear(activate(gate, up, activation), down)
+
+
+def expert_swiglu_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate_up_proj: Any,
+    down_proj: Any,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `expert_swiglu` in x [T,H] and in weights [T,K] (fp32), given that of its result, grad [T,H].
+
+    A quantized projection is dequantized and rounded to x's dtype. An expert out of range contributes nothing.
+    """
+    weights = _wide(weights)
+    if x.is_meta:  # routes have no values there
+        return torch.empty_like(x), torch.empty_like(weights)
+    order, offsets = sort_by_expert(ids, len(down_proj))
+    grad_x, grad_weights = torch.zeros_like(_wide(x)), torch.zeros_like(weights).flatten()
+    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        if begin < end:
+            slots = order[begin:end].long()
+            token = slots // ids.shape[1]
+            gate_up, down = _dequantized(gate_up_proj[expert], x), _dequantized(down_proj[expert], x)
+            gate, up = _wide(F.linear(x[token], gate_up)).chunk(2, dim=-1)
+            grad_h = _wide(grad[token] @ down)  # for a routing weight of 1
+            grad_weights[slots] = (grad_h * activate(gate, up, activation)).sum(-1)
+            both = torch.cat([grad_h * part for part in activate(gate, up, activation, True)], dim=-1).to(x.dtype)
+            grad_x.index_add_(0, token, _wide(both @ gate_up) * weights.flatten()[slots, None])
+    return grad_x.to(x.dtype), grad_weights.view_as(weights)
+
+
+def _dequantized(weight: Any, x: Tensor) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dequantize().to(x.dtype)
 
 
 def experts_add_rms_norm(

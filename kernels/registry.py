@@ -9,6 +9,7 @@ from .operation.declaration import Op
 from .ops.attention.op import attention as attention
 from .ops.attention.op import cached_attention as cached_attention
 from .ops.attention.op import rope_append_attention as rope_append_attention
+from .ops.experts.backward import expert_swiglu_backward as expert_swiglu_backward
 from .ops.experts.op import expert_swiglu as expert_swiglu
 from .ops.experts.op import experts_add_rms_norm as experts_add_rms_norm
 from .ops.linear import linear as linear

@@ -222,6 +222,8 @@ def weight_config(
     constexprs  those that are not of the weight
     """
     tiles = {"BLOCK_N": power_of_2(columns, low=16, high=tile.BLOCK_N // halves)}
-    free = power_of_2(depth, low=64 if quantized else 16, high=tile.BLOCK_K)
+    # Rows of an odd length are read a value at a time, each with an address.
+    deepest = tile.BLOCK_K if quantized or depth % 8 == 0 else min(tile.BLOCK_K, 32)
+    free = power_of_2(depth, low=64 if quantized else 16, high=deepest)
     tiles["BLOCK_K"] = tile_columns(quantized, depth) or free
     return LaunchConfig(tiles | constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)

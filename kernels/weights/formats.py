@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .fp8 import W8A8, Fp8, Fp8Products, fp8_values
+from .fp8 import without_code_products as without_code_products
 from .fp8_rows import quantize_rows as quantize_rows
 from .int4 import Int4, int4_values
 from .int8 import Int8, int8_values

@@ -84,6 +84,11 @@ def with_fp8_activations(weight: Any) -> Any:
     return weight.viewed_as(W8A8)
 
 
+def without_code_products(weight: Any) -> Any:
+    """Return the weight of which `weight` is the view that quantizes activations; others as they are."""
+    return weight.viewed_as(Fp8.name) if getattr(weight, "format", None) == W8A8 else weight
+
+
 @triton.jit
 def fp8_values(tile, field, zeros, dtype: tl.constexpr, PTX: tl.constexpr):
     if PTX:

@@ -50,9 +50,9 @@ STORED = "as stored"
 WEIGHT_FORMATS: dict[str, Any] = {STORED: None, "fp8": "fp8", "int8": "int8"}  # values of `weights`
 WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}, "int4": "int4"}
 StepFormats = tuple[str | None, str | None, str | None, str | None]  # of qkv, o, gate_up, down
-FORMAT_NOTE = "fp8, int8, int4: of the experts' weights; linear: of attention and the head, too."
-BOUND = "tokens/s: of all sequences together at most, by bytes over the data sheet's bandwidth and the link."
-CELLS = "97: it fits. 20 (62): it fits with 62 of all experts in host memory, and the embedding."
+FORMAT_NOTE = "The formats fp8, int8 and int4 are the experts'; linear is of attention and the head, too."
+BOUND = "tokens/s bounds all sequences together, by bytes over the data sheet's bandwidth and over the link."
+CELLS = "A number alone is of a format that fits. 20 (62) has 62 of all experts in host memory, and the embedding."
 COLOURS = {"no": "red", "fits": "green"}
 
 
@@ -271,8 +271,8 @@ def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
     free = free_bytes(gpu)
     held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
     out.print(f"Beside the weights: {', '.join(parts)}. {in_decimal(free)} of {in_decimal(gpu.bytes)} are free{held}.")
-    caption = f"used: of what is free; it fits with {100 * MARGIN:.0f} % of it to spare. longest: tokens a sequence "
-    caption += "that fit. offload: experts in host memory, and the embedding with them. "
+    caption = f"used is the share of what is free, of which a format that fits leaves {100 * MARGIN:.0f} %. longest is "
+    caption += "the most tokens of a sequence. offload counts experts in host memory, where the embedding lies, too. "
     rows, plans = [], sorted(plans, key=lambda plan: plan.bytes["weights"])
     for plan in plans:
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context

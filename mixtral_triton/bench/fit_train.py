@@ -39,17 +39,19 @@ def saved_bytes(config: MixtralConfig) -> int:
     saved += FP32 * (q + kv + q_heads + kv_heads) if config.family.norms else 0  # queries and keys, and their scales
     saved += FP32 * H * (2 if size < FP32 else 1) + 2 * FP32 * RANK  # LoRA's inputs, converted for q and v apart
     saved += size * (2 * q + 2 * kv) + FP32 * q_heads  # q, k, v, result and sums of attention
+    saved += 2 * size * H  # the layer's result, computed again, and its gradient
     return saved + FP32 * (E + K + 1) + size * H + 8 * K + FP32 * K  # router; x, ids and weights
 
 
 def backward_bytes(config: MixtralConfig, quantized: bool, tokens: int) -> int:
-    """Return the bytes that the backward pass of a layer's experts works in."""
+    """Return the bytes that a layer's experts work in, in the backward pass or, if more, computed again before it."""
     H, I, size = config.hidden_size, config.intermediate_size, default_dtype(config).itemsize
     slots = tokens * config.num_experts_per_tok
-    swiglu = FP32 * slots * I  # one of the fp32 values of each slot in `FrozenExperts.backward`
-    dense = size * config.num_local_experts * 2 * I * H if quantized else 0  # of gate and up, dequantized
-    expert = (FP32 + 1) * 2 * I * H if quantized else 0  # one of these in fp32, and its codes
-    return max(9 * swiglu, 6 * swiglu + size * slots * 2 * I + dense + max(expert, size * slots * H))
+    # Of each slot a row of x, of its gradient or of the result, which share their memory, gate, up, and the gradient of
+    # h; forward x (not of quantized experts), h and the result.
+    backward, forward = H + 3 * I, (1 if quantized else 2) * H + I
+    result = tokens * (size * H + FP32 * config.num_experts_per_tok)
+    return size * slots * max(backward, forward) + FP32 * (slots + config.num_local_experts + 1) + result
 
 
 def training_need(config: MixtralConfig, specs: QuantSpecs, batch: int, context: int) -> dict[str, int]:

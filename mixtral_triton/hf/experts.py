@@ -3,20 +3,28 @@
 T tokens, K experts per token, E experts, H hidden, I intermediate
 """
 
+from functools import cache, partial
+from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
 
 from .. import ops
+from ..kernels.activations import ACTIVATIONS, activate
 from ..kernels.operation.call import transformed, untraced
-from .training import frozen_experts, is_recorded, own_routes
+from .training import FrozenExperts, is_recorded, own_routes
 
 NAME = "mixtral_triton"  # among transformers' implementations of experts and attention, and its quantizers
 PROJECTIONS = ("gate_up_proj", "down_proj")
-SILU = nn.SiLU, type(ACT2FN["silu"])
+# Activations by the class of act_fn, and the attributes that hold the numbers of a class's own `_apply_gate`.
+ACT_FNS = {nn.SiLU: "silu", type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh"}
+NUMBERS = "limit", "swiglu_limit", "alpha", "swiglu_alpha"
 # What transformers' decorator of experts says of a module, the value that the operation needs, and what another means.
 DECLARED = {
     "has_gate": (True, "experts without a gate"),
@@ -47,19 +55,48 @@ def is_experts(module: nn.Module) -> bool:
     return "is_concatenated" in vars(module)
 
 
-def check_experts(module: Any, name: str = "") -> None:
-    """Raise ValueError that names `module`, a module of experts, unless `ops.expert_swiglu` computes its forward."""
+@torch.compiler.assume_constant_result
+@cache
+def own_gate(kind: Any, act_fn: str | None, numbers: tuple[Any, ...]) -> str | None:
+    """Return the activation that a class's own `_apply_gate` computes, with the act_fn of that name and attributes
+    NUMBERS: the one that equals it in fp64 on gates and ups of all sizes. None where it is another, or reads more."""
+    held = {name: value for name, value in zip(NUMBERS, numbers, strict=True) if isinstance(value, float | int)}
+    by_name = {name.removeprefix("swiglu_"): float(value) for name, value in held.items()}
+    with _disable_current_modes(), torch.no_grad():
+        steps = torch.linspace(-4, 4, 161, dtype=torch.float64, device="cpu")
+        values = torch.cat([steps, *(steps * value for value in by_name.values())])
+        gate, up = values.repeat_interleave(len(values)), values.repeat(len(values))
+        act = {"act_fn": partial(activate, up=torch.ones_like(gate), activation=act_fn)} if act_fn else {}
+        try:
+            want = kind._apply_gate(SimpleNamespace(**act, **held), torch.cat((gate, up)))
+        except Exception:  # of a function that needs more
+            return None
+        for name, (function, _) in ACTIVATIONS.items():
+            names = [*signature(function).parameters][2:]
+            activation = ":".join((name, *(str(by_name.get(number, 0.0)) for number in names)))
+            ours = activate(gate, up, activation)
+            if want.shape == ours.shape and torch.allclose(ours, want, rtol=1e-12, atol=1e-12):
+                return activation
+    return None
+
+
+def check_experts(module: Any, name: str = "") -> str:
+    """Return the activation of `module`, a module of experts. Raise ValueError that names it unless
+    `ops.expert_swiglu` computes its forward."""
     flags, fault = vars(module), None  # read here: each attribute of a module that is a module costs a call
     if [*map(flags.get, DECLARED)] != NEEDED:  # as in releases of transformers that lack a flag
         fault = next((what for flag, (need, what) in DECLARED.items() if flags.get(flag, need) is not need), None)
+    act_fn: Any = flags["_modules"].get("act_fn", flags.get("act_fn"))
+    activation = "silu" if act_fn is nn.functional.silu else ACT_FNS.get(type(act_fn))
+    activation = None if "forward" in getattr(act_fn, "__dict__", ()) else activation
     if fault is None and type(module)._apply_gate is not moe._default_apply_gate:
-        fault = f"an activation of its own, {type(module).__name__}._apply_gate"
-    if fault is None:
-        act_fn: Any = flags["_modules"].get("act_fn", flags.get("act_fn"))
-        if act_fn is not nn.functional.silu and (type(act_fn) not in SILU or "forward" in vars(act_fn)):
-            fault = f"the activation {act_fn!r:.80}"
-        elif isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
-            fault = "hooks on act_fn, which fused experts never call"
+        activation = own_gate(type(module), activation, tuple(map(flags.get, NUMBERS)))
+        if activation is None:
+            fault = f"an activation of its own, {type(module).__name__}._apply_gate"
+    elif fault is None and activation is None:
+        fault = f"the activation {act_fn!r:.80}"
+    if fault is None and isinstance(act_fn, nn.Module) and (act_fn._forward_hooks or act_fn._forward_pre_hooks):
+        fault = "hooks on act_fn, which fused experts never call"
     if fault is None and "DTensor" in [type(x).__name__ for x in flags["_parameters"].values()]:
         fault = "a DTensor"
     fields = object.__getattribute__(flags["config"], "__dict__") if untraced() else {}  # a missing attribute is slow
@@ -67,23 +104,29 @@ def check_experts(module: Any, name: str = "") -> None:
     if method in PACKED and not all(getattr(x, "_is_hf_initialized", False) for x in flags["_parameters"].values()):
         fault = f"random weights: transformers did not read them from the {method:s} checkpoint"
     if fault is not None:
-        needs = 'needs SiLU experts [E, 2I, H] and [E, H, I], gate first, or experts_implementation="grouped_mm"'
+        needs = (
+            'needs SiLU or GELU experts [E, 2I, H] and [E, H, I], gate first, or experts_implementation="grouped_mm"'
+        )
         raise ValueError(f"mixtral_triton: {name or type(module).__name__} has {fault}, {needs}")
+    return str(activation)
 
 
 def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """hidden_states [T,H], top_k_index and top_k_weights [T,K] -> [T,H]. Ids of E and above are other ranks' experts,
     which contribute nothing. ValueError that names the module's class for experts that `check_experts` refuses."""
-    check_experts(module)
+    activation = check_experts(module)
     gate_up, down = module.gate_up_proj, module.down_proj
     if isinstance(down, Tensor) and hidden_states.dtype != down.dtype:  # by autocast; "grouped_mm" does the same
         x = hidden_states.to(down.dtype)
         return experts(module, x, top_k_index, top_k_weights).to(hidden_states.dtype)
     run = fused(ops.expert_swiglu, hidden_states, top_k_weights, gate_up, down)
     if run is None:
-        return frozen_experts(hidden_states, gate_up, down, top_k_index, top_k_weights, type(module).__name__)
+        if not is_compiling():
+            args = hidden_states, gate_up, down, top_k_index, top_k_weights
+            return FrozenExperts.apply(*args, type(module).__name__, activation)
+        run = ops.expert_swiglu  # whose operator a compiler follows, with its gradients
     if top_k_index.device.type == "cpu":  # where the operation refuses them
         top_k_index, top_k_weights, _ = own_routes(top_k_index, top_k_weights, len(down))
     if top_k_weights.dtype != hidden_states.dtype:
         top_k_weights = top_k_weights.float()
-    return run(hidden_states, gate_up, down, top_k_index, top_k_weights)
+    return run(hidden_states, gate_up, down, top_k_index, top_k_weights, activation)

@@ -1,6 +1,6 @@
 """Training around frozen experts: their backward, and when a model's own functions run in the place of operations.
 
-T tokens, K experts per token, E experts, H hidden, I intermediate, N = T * K slots, sorted by expert
+T tokens, K experts per token, E experts
 """
 
 import warnings
@@ -8,13 +8,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import ops
 from ..kernels.operation.call import transformed
-from ..kernels.weights.quantized import QuantizedWeight
 
 
 def is_recorded(*tensors: Any) -> bool:
@@ -41,11 +39,15 @@ class FrozenExperts(torch.autograd.Function):
     forward, or with create_graph=True is a ValueError."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, name: str, activation: str
+    ) -> Tensor:
         ctx.save_for_backward(x, ids, weights)
         ctx.projections, ctx.name, ctx.versions = (gate_up, down), name, versions(gate_up, down)
+        ctx.activation = activation
         ids, weights, _ = own_routes(ids, weights, len(down))
-        return ops.expert_swiglu(x, gate_up, down, ids, weights if weights.dtype == x.dtype else weights.float())
+        weights = weights if weights.dtype == x.dtype else weights.float()
+        return ops.expert_swiglu(x, gate_up, down, ids, weights, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -59,52 +61,17 @@ class FrozenExperts(torch.autograd.Function):
                 'needs frozen ones, requires_grad_(False), no adapter on them, or experts_implementation="grouped_mm"'
             )
             raise ValueError(f"mixtral_triton: {ctx.name} has experts that require gradients, {needs}")
-        ids, routing_weights, foreign = own_routes(ids, weights, len(down))
-        order = ids.flatten().argsort(stable=True)
-        ends = torch.searchsorted(ids.flatten()[order], torch.arange(len(down), device=x.device), right=True).int()
-        tokens = order // ids.shape[1]
-        gate, up = grouped_product(x[tokens], gate_up, ends).float().chunk(2, -1)
-        grad_h = grouped_product(grad[tokens], down, ends, transposed=True).float()
-        sigmoid = gate.sigmoid()
-        h = gate * sigmoid * up
-        grad_weights = (grad_h * h).sum(-1)
-        grad_h = grad_h * routing_weights.flatten()[order, None]
-        grad_gate = grad_h * up * sigmoid * (1 + gate * (1 - sigmoid))
-        both = torch.cat((grad_gate, grad_h * gate * sigmoid), -1).to(x.dtype)
-        grad_x = grouped_product(both, gate_up, ends, transposed=True)
-        place = order.argsort()  # back in the order of slots, whose sum is the same in each call
-        grad_x = grad_x[place].unflatten(0, ids.shape).sum(1)
-        grad_weights = grad_weights[place].view(weights.shape).masked_fill(foreign, 0.0)
-        return grad_x, None, None, None, grad_weights.to(weights.dtype), None
-
-
-frozen_experts: Any = torch.compiler.disable(FrozenExperts.apply)  # no compiler traces its backward
+        own_ids, own_weights, foreign = ids, weights if weights.dtype == x.dtype else weights.float(), None
+        if ids.device.type == "cpu":  # where the operation refuses other ranks' ids, which elsewhere contribute nothing
+            own_ids, own_weights, foreign = own_routes(ids, own_weights, len(down))
+        routes = own_ids, own_weights, ctx.activation
+        grad_x, grad_weights = ops.expert_swiglu_backward(grad, x, gate_up, down, *routes)
+        if foreign is not None:
+            grad_weights = grad_weights.masked_fill(foreign, 0.0)
+        return grad_x, None, None, None, grad_weights.to(weights.dtype), None, None
 
 
 def versions(*weights: Any) -> list[int]:
     """How often each tensor of these weights was written in place."""
     tensors = (tensor for weight in weights for tensor in getattr(weight, "tensors", (weight,)))
     return [tensor._version for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_inference()]
-
-
-def grouped_product(rows: Tensor, weight: Any, ends: Tensor, transposed: bool = False) -> Tensor:
-    """rows [N,K], sorted by expert, times their experts of `weight` [E,M,K] -> [N,M]; of [E,K,M] if transposed.
-
-    ends int32 [E]: the row after each expert's last. On a GPU the host reads none of them, and one buffer has all
-    dequantized experts of a projection. Elsewhere, and in fp32, it has one at a time.
-    """
-    if rows.is_cuda and rows.dtype != torch.float32:
-        if isinstance(weight, QuantizedWeight):
-            dense = torch.empty(weight.shape, dtype=rows.dtype, device=rows.device)
-            for expert in range(len(weight)):
-                dense[expert] = weight[expert].dequantize()
-            weight = dense
-        return F.grouped_mm(rows, weight if transposed else weight.mT, offs=ends)
-    parts, begin = [], 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > begin:
-            dense = weight[expert]
-            dense = dense.dequantize().to(rows.dtype) if isinstance(dense, QuantizedWeight) else dense
-            parts.append(rows[begin:end] @ (dense if transposed else dense.mT))
-        begin = end
-    return torch.cat(parts) if parts else rows.new_empty((0, weight.shape[2 if transposed else 1]))

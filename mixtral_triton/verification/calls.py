@@ -74,6 +74,7 @@ class LayerCheck:
         experts = {"x": values.h, **proj, "ids": values.ids, "weights": values.weights}
         norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
         yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
+        yield "expert_swiglu_backward", "all tokens", {"grad": values.attn_output.flatten(0, 1), **experts}
         gate_up, down = (Weight.of(experts[name]).name for name in ("gate_up_proj", "down_proj"))
         limit = decode_tokens(gate_up, down, K, values.h.dtype, target_arch(values.h.device))
         sizes = {"decode": min(limit, -(-E // K))}

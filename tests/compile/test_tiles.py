@@ -16,6 +16,7 @@ import triton
 
 from mixtral_triton.bench.compile import Compiled, collect, compile_launch
 from mixtral_triton.kernels.ops import linear, tiles
+from mixtral_triton.kernels.ops.experts import backward_tiles
 from mixtral_triton.kernels.ops.experts import tiles as experts
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights import weight_args as kernel_weight
@@ -33,6 +34,9 @@ TABLES: dict[str, Any] = {
     "int4 prefill": tiles.QUANTIZED_PREFILL[4],
     "8 bits prefill": tiles.QUANTIZED_PREFILL[8],
     "fp8 products prefill": tiles.FP8_PREFILL,
+    "16 bits transposed": backward_tiles.TRANSPOSED[16],
+    "int4 transposed": backward_tiles.TRANSPOSED[4],
+    "8 bits transposed": backward_tiles.TRANSPOSED[8],
 }
 FORMATS = {"quantized": ("int4:128", "int8", "fp8"), "int4": ("int4:128",), "8": ("int8", "fp8"), "fp8": (W8A8,)}
 
@@ -88,9 +92,9 @@ def kernels_of(row: Row, monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
     kind, stage = row.table.split()[0], row.table.split()[-1]
     tile, tiles_for = row.tile._replace(rows=row.tile.rows * (stage == "decode")), tiles.tiles_for
 
-    def select(*args: Any) -> Sequence[Any]:
-        found = tiles_for(*args)
-        return (tile,) if isinstance(found[0], type(tile)) else found
+    def select(table: Any, *args: Any) -> Sequence[Any]:
+        found, transposed = tiles_for(table, *args), any(table is each for each in backward_tiles.TRANSPOSED.values())
+        return (tile,) if isinstance(found[0], type(tile)) and transposed == (stage == "transposed") else found
 
     monkeypatch.setattr(tiles, "tiles_for", select)
     monkeypatch.setattr(linear, "use_skinny_kernel", lambda *args: stage == "decode")
@@ -106,12 +110,17 @@ def kernels_of(row: Row, monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
         more = {"T": T, "H": 4096, "deterministic": variant == "deterministic" or kind == "linear"}
         for format in FORMATS.get(kind, (None,)):
             op, shape = OPS["expert_swiglu"], {"I": 14336, "E": 8, "K": 2, "gate_up": format, "down": format}
+            if stage == "transposed":
+                op = OPS["expert_swiglu_backward"]
+                more["deterministic"] = False
             if kind == "linear":
                 op, shape = OPS["linear"], {"N": 6144}
                 more["deterministic"] = stage == "prefill"
             op = replace(op, bench_shapes=(op.case(**more, **shape),), dtypes=(dtype,))
             launches = [launch for _, launch in collect([op], arch).values() if "BLOCK_K" in launch.constexprs]
             launches = [launch for launch in launches if "LAYOUT" in launch.constexprs]
+            if stage == "transposed":
+                launches = [launch for launch in launches if "_grad_" in launch.kernel]
             found += [compile_launch(launch, arch) for launch in launches]
     return found
 

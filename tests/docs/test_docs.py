@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mixtral_triton import MixtralConfig, reference
 from mixtral_triton.cli.commands import SMALL, parser
 from mixtral_triton.kernels.registry import OPERATIONS
+from mixtral_triton.quantize.write import write
 from tests.cli.commands import ROOT, output, python
 
 pytestmark = pytest.mark.compiled
@@ -87,18 +88,23 @@ def checkpoint(make_hf: Any, tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", MACHINES)
 def test_python_blocks_of_readme_print_right(how: str, checkpoint: Path, tmp_path: Path) -> None:
-    """The first interprets where Triton is not imported yet; the second prints the same text twice."""
+    """Those that change a model of transformers, on models of its own; and the own model, which interprets where Triton
+    is not imported yet."""
+    write(checkpoint, quantized := tmp_path / "quantized", "int8", "cpu")
+    swaps, own = python_blocks("README.md")
+    first, *rest = swaps.splitlines(keepends=True)
+    theirs = f"model, name = AutoModelForCausalLM.from_pretrained({str(checkpoint)!r}), {str(quantized)!r}\n"
+    end = "from mixtral_triton import verify\nprint(verify(model))\n"
+    swaps = "".join([first, theirs, *rest, end]).replace("Qwen/Qwen3-30B-A3B", str(checkpoint)).replace("int4", "int8")
+    own = re.sub(r"(max_new_tokens\W+)\d+", r"\g<1>4", own.replace('"small"', repr(str(checkpoint))))
     out = []
-    for number, block in enumerate(python_blocks("README.md")):
-        changed = block.replace('"small"', repr(str(checkpoint))).replace("SMALL  #", f"{str(checkpoint)!r}  #")
-        assert changed != block
-        (tmp_path / f"{number}.py").write_text(re.sub(r"(max_new_tokens\W+)\d+", r"\g<1>4", changed))
+    for number, block in enumerate((swaps, own)):
+        (tmp_path / f"{number}.py").write_text(block)
         out.append(run_program(how, tmp_path / f"{number}.py"))
         ran = "" if "Triton" in out[-1] else " (plain torch; no kernel ran)"
         assert out[-1].splitlines()[-1].startswith(f"RIGHT{ran}: all")
-    assert ("Triton on NVIDIA H100" if how == "simulated GPU" else "Triton, interpreted") in out[0]
-    before, after = out[1].split("<s>The return statement")[1:]
-    assert before == after[: len(before)]
+    assert ("Triton on NVIDIA H100" if how == "simulated GPU" else "Triton, interpreted") in out[1]
+    assert out[1].startswith("<s>The return statement")
 
 
 @pytest.mark.slow
@@ -201,6 +207,18 @@ def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     figures.main(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    kernels = {(who, name): figures.their_kernels(name, who) for name in ("mixtral-8x7b", "qwen3-30b-a3b")
+               for who in ("eager", "grouped_mm")}  # fmt: skip
+    assert kernels == {
+        ("eager", "mixtral-8x7b"): 70,
+        ("grouped_mm", "mixtral-8x7b"): 58,
+        ("eager", "qwen3-30b-a3b"): 145,
+        ("grouped_mm", "qwen3-30b-a3b"): 74,
+    }
+    assert figures.our_kernels("mixtral-8x7b") == figures.our_kernels("qwen3-30b-a3b") == 8
+    mixed = {"experts": "int4", "linear": "int8"}
+    found = [figures.bytes_read(name, x) // 10**6 for name in ("mixtral-8x7b", "qwen3-30b-a3b") for x in (None, mixed)]
+    assert found == [788, 223, 113, 38]
     assert figures.visible(5, 2).int().tolist()[3] == [0, 0, 1, 1, 0]
 
 

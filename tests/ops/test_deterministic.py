@@ -49,7 +49,8 @@ CASES: list[tuple[str, Sizes]] = [
     ("rope_append_attention", {"T": 1, "Hq": 3, "Hkv": 1, "D": 10, "C": 90, "past": 0, "window": 0, "cache": "int8"}),
     ("cached_attention", {"T": 5, "Hq": 2, "Hkv": 1, "D": 14, "C": 8, "past": 0, "window": 8, "cache": "int8"}),
 ]
-LISTED = {name for name, _ in CASES} | {"sort_by_expert"}  # the results of the latter are integers, and exact
+# The results of sort_by_expert are integers, and exact; a backward pass of more tokens takes larger tiles.
+LISTED = {name for name, _ in CASES} | {"sort_by_expert", "expert_swiglu_backward"}
 # Operations of no model need kernels: the torch backend is deterministic only where an operation has the argument.
 for name in OPS.keys() - LISTED if INTERPRETED else ():
     shape = vars(OPS[name].test_shapes[0])

@@ -51,13 +51,9 @@ MODELS = Path(transformers.__file__).parent / "models"
 LARGEST = 10_000_000  # parameters of a model that counts as tiny
 LIMIT = 1e-4 if INTERPRETED else 1e-5  # of the largest logit, fp32
 # Families whose experts or attention this package refuses, with what the message says, and those that are not tried.
-GATE = "an activation of its own"
 EXPERTS_REFUSED = {
     "aria_text": "transposed weights",
-    "deepseek_v4": GATE,
     "gpt_oss": "a bias",
-    "hy_v4": GATE,
-    "minimax_m3_vl_text": GATE,
     "nemotron_h": "experts without a gate",
 }
 ATTENTION_REFUSED = {"inkling_text": "a position bias"}

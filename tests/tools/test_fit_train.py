@@ -89,24 +89,11 @@ def test_weights_adapter_gradients_and_optimizer(family: str, format: str | None
     assert {name: wanted[name] for name in found} == found and bool(quantized) == (format is not None)
 
 
-def product_of_a_gpu(rows: Tensor, weight: Any, ends: Tensor, transposed: bool = False) -> Tensor:
-    """What `grouped_product` allocates on a GPU, on the meta device."""
-    dense = weight
-    if isinstance(weight, QuantizedWeight):
-        dense = torch.empty(weight.shape, dtype=rows.dtype, device="meta")
-        for expert in range(len(weight)):
-            dense[expert] = weight[expert].dequantize()
-    return rows.new_empty(len(rows), dense.shape[2 if transposed else 1])
-
-
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
 @pytest.mark.parametrize("tokens", [64, 2048])
-def test_the_backward_pass_of_experts_takes_what_is_calculated(
-    tokens: int, format: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_backward_pass_of_experts_takes_what_is_calculated(tokens: int, format: str | None) -> None:
     config = MixtralConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=1, rope_theta=1e4)
     E, H, I, K = config.num_local_experts, config.hidden_size, config.intermediate_size, config.num_experts_per_tok
-    monkeypatch.setattr(training, "grouped_product", product_of_a_gpu)
     shapes = (E, 2 * I, H), (E, H, I)
     dense = [torch.empty(shape, dtype=BF16, device="meta") for shape in shapes]
     weights = [QuantSpec.default_for(format, shape[-1]).empty(shape, "meta") for shape in shapes] if format else dense
@@ -126,7 +113,6 @@ def test_a_whole_step_takes_what_is_calculated(family: str, words: int, monkeypa
     sizes = {"vocab_size": words, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
     inner = {"intermediate_size": 1024, "num_local_experts": 8}, {"moe_intermediate_size": 1024, "num_experts": 8}
     by_family = dict(zip(FAMILIES, inner, strict=True))
-    monkeypatch.setattr(training, "grouped_product", product_of_a_gpu)
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda positions: None)  # reads
     with torch.device("meta"):
         model = with_lora(dense_model(family, **sizes, **by_family[family])).to("meta")

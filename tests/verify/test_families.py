@@ -10,8 +10,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
-from mixtral_triton import ExpertsConfig, register, verify
-from mixtral_triton.hf import attention, training
+from mixtral_triton import ExpertsConfig, ops, register, verify
+from mixtral_triton.hf import attention
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.verification import families
@@ -166,13 +166,13 @@ def test_in_training_mode_gradients_are_judged(monkeypatch: pytest.MonkeyPatch) 
         assert report.ok and all(module.training for module in model.modules()), report
         judged = [(row.op, row.layer) for row in report.rows if row.op.startswith("gradient")]
         assert judged == [(f"gradient of {name}", layer) for layer in (0, 1) for name in ("x", "routing weights")]
-    product = training.grouped_product
+    right = ops.expert_swiglu_backward
 
-    def faulty(rows: Any, weight: Any, ends: Any, transposed: bool = False) -> Any:
-        out = product(rows, weight, ends, transposed)
-        return out * 2 if transposed and weight is model.model.layers[1].mlp.experts.down_proj else out
+    def faulty(grad: Any, x: Any, gate_up: Any, down: Any, *route: Any) -> Any:
+        factor = 2 if down is model.model.layers[1].mlp.experts.down_proj else 1
+        return tuple(factor * out for out in right(grad, x, gate_up, down, *route))
 
-    monkeypatch.setattr(training, "grouped_product", faulty)
+    monkeypatch.setattr(ops, "expert_swiglu_backward", faulty)
     report = verify(model)
     assert {(row.op, row.layer) for row in report.wrong} == {("gradient of x", 1), ("gradient of routing weights", 1)}
     assert "model.layers.1.mlp.experts: error" in str(report)

@@ -150,8 +150,8 @@ def test_a_grid_one_tile_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [call for call in calls if call[0] == "expert_swiglu"]
     assert calls and all(row.ok for call in calls for row in target.measure(0, *call))
     short = lambda N, E, columns, config: (grid(N, E, columns, config)[0] - grid(1, 1, columns, config)[0],)  # noqa: E731
-    grid = op._prefill_grid
-    monkeypatch.setattr(op, "_prefill_grid", short)
+    grid = op.prefill_grid
+    monkeypatch.setattr(op, "prefill_grid", short)
     assert not any(row.ok for call in calls for row in target.measure(0, *call))
 
 

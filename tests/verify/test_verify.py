@@ -30,7 +30,7 @@ IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
 OPERATIONS = {
     *("rms_norm", "add_rms_norm", "embed_rms_norm", "linear", "route", "gate_route", "rms_norm_gate_route"),
     *("sort_by_expert", "expert_swiglu", "experts_add_rms_norm", "rope", "append", "attention", "cached_attention"),
-    "rope_append_attention",
+    *("rope_append_attention", "expert_swiglu_backward"),
 }
 once = pytest.mark.skipif(INTERPRETED, reason="about the comparison: run once, without the interpreter")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="about kernels: with the interpreter")

@@ -248,7 +248,10 @@ def _decode_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> Laun
     tile = _select(DECODE_CODES if sizes.quantized else DECODE, sizes, dtype, arch)
     tiles = {"SPLITS": splits, "BLOCK_M": power_of_2(sizes.T * sizes.Hq // sizes.Hkv, low=16)}
     tiles |= {"BLOCK_N": tile.BLOCK_N, "BLOCK_D": _width(sizes)}
-    return LaunchConfig(tiles, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    warps, stages = tile.num_warps, tile.num_stages
+    if dtype == torch.float32 and tiles["BLOCK_M"] * tiles["BLOCK_D"] > 8192:  # a sum that fewer warps would spill
+        warps, stages = 2 * warps, 1
+    return LaunchConfig(tiles, num_warps=warps, num_stages=stages)
 
 
 def configs(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:

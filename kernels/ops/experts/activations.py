@@ -1,4 +1,4 @@
-"""Activations of experts, by name: kernels and derivatives of the formulas in `reference.ACTIVATIONS`.
+"""Activations of experts, by name: kernels of the functions in ../../activations.py, and of their derivatives.
 
 A name has its numbers behind it: "silu", "clamped_silu:7", "clamped_swish:1.702:7". Each function takes gate and up in
 fp32 and returns what the down projection multiplies, h, and its derivatives in gate and in up; the compiler drops what
@@ -7,12 +7,13 @@ a kernel does not use. With s = sigmoid(z), the derivative of gate * s is s * (1
 
 from functools import cache
 from inspect import signature
+from math import inf
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from ... import reference
+from ...activations import ACTIVATIONS
 from ...operation.checks import fail
 
 
@@ -67,20 +68,18 @@ KERNELS: dict[str, Any] = {
 
 @cache
 def constants(activation: str) -> dict[str, Any]:
-    """Return the constexprs of an activation that kernels take: its function, and its numbers."""
-    name, *numbers = activation.split(":")
-    return {"ACTIVATION": KERNELS[name], "NUMBERS": tuple(map(float, numbers))}
+    """Return the constexprs of an activation that kernels take: its function, and its numbers. ValueError, KeyError or
+    TypeError for another name, or other numbers than it takes."""
+    name, *values = activation.split(":")
+    signature(ACTIVATIONS[name][0]).bind(*"xx", *(numbers := tuple(map(float, values))))
+    if not all(0 < number < inf for number in numbers):
+        raise ValueError(activation)
+    return {"ACTIVATION": KERNELS[name], "NUMBERS": numbers}
 
 
 def check_activation(op: str, args: Any, sizes: Any) -> None:
-    """Raise ValueError unless `args["activation"]` is a name of KERNELS with as many numbers above 0 as it takes."""
-    name, *numbers = str(activation := args["activation"]).split(":")
-    names = {known: [*signature(reference.ACTIVATIONS[known]).parameters][2:] for known in KERNELS}
     try:
-        fits = isinstance(activation, str) and len(numbers) == len(names[name])
-        fits = fits and all(0 < float(number) < float("inf") for number in numbers)
-    except (KeyError, ValueError):
-        fits = False
-    if not fits:
-        needs = " or ".join(repr(":".join((known, *map(str.upper, numbers)))) for known, numbers in names.items())
-        raise fail(op, "activation", repr(activation), needs)
+        constants(args["activation"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        names = (":".join((name, *[*signature(f).parameters][2:])) for name, (f, _) in ACTIVATIONS.items())
+        raise fail(op, "activation", repr(args["activation"]), " or ".join(map(repr, names))) from error

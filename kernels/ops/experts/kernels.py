@@ -157,7 +157,7 @@ def main_rows(BLOCK_M, SHORT_M):
 
 
 @triton.jit
-def _group_tile(
+def group_tile(
     groups,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +210,7 @@ def _multiply_parts(
     x,  # RowSource
     row, end,
     w,  # WeightRows
-    store: tl.constexpr,  # _store_activated or _store_slots
+    store: tl.constexpr,  # _store_activated or store_slots
     out,  # the first arguments of `store` after the products
     pid_n,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr,
@@ -257,7 +257,7 @@ def experts_up_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
     ACTIVATION: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    expert, row, end, pid_n = _group_tile(groups, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    expert, row, end, pid_n = group_tile(groups, I, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < groups.E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), pair_rows(pid_n, I, BLOCK_N)
         w_ptrs = expert_rows(gate_up, expert.to(tl.int64), h_ptr.dtype.element_ty, LAYOUT)
@@ -282,14 +282,14 @@ def experts_up_kernel(
 
 
 @triton.jit
-def _store_slots(
+def store_slots(
     acc, y_ptr, order_ptr, row, end, pid_n, H: tl.constexpr, ACTIVATION: tl.constexpr = None,
     NUMBERS: tl.constexpr = None,
 ):  # fmt: skip
-    """Store acc [rows, columns] to the slots of y whose sorted rows are row..end."""
+    """Store acc [rows, columns] to the slots of y whose sorted rows are row..end; without an order to these rows."""
     ROWS: tl.constexpr = acc.shape[0]
     rows, offs_n = row + tl.arange(0, ROWS), pid_n * acc.shape[1] + tl.arange(0, acc.shape[1])
-    slots = tl.load(order_ptr + tl.minimum(rows, end - 1))
+    slots = rows if order_ptr is None else tl.load(order_ptr + tl.minimum(rows, end - 1))
     out = y_ptr + slots.to(tl.int64)[:, None] * H + offs_n[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (offs_n < H)[None, :])
 
@@ -306,7 +306,7 @@ def experts_down_kernel(
     H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    expert, row, end, pid_n = _group_tile(groups, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    expert, row, end, pid_n = group_tile(groups, H, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < groups.E:
         offs_k, w_rows = tl.arange(0, BLOCK_K), tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), H - 1).to(tl.int64)
         w_ptrs = expert_rows(down, expert.to(tl.int64), y_ptr.dtype.element_ty, LAYOUT)
@@ -317,10 +317,22 @@ def experts_down_kernel(
             rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
             h_ptrs = h.ptr + rows.to(tl.int64)[:, None] * I + offs_k[None, :]
             acc = row_products(h_ptrs, h_desc, row, w, BLOCK_M, BLOCK_K, I, LAYOUT)
-            _store_scaled(acc, h, w, _store_slots, out, row, end, pid_n, H, I, LAYOUT)
+            _store_scaled(acc, h, w, store_slots, out, row, end, pid_n, H, I, LAYOUT)
         else:
             rows = RowSource(h, h.ptr, h_desc, short_desc)
-            _multiply_parts(rows, row, end, w, _store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
+            _multiply_parts(rows, row, end, w, store_slots, out, pid_n, H, BLOCK_M, SHORT_M, BLOCK_K, I, LAYOUT)
+
+
+@triton.jit
+def _add_slot(acc, y_ptr, ids_ptr, weights_ptr, slot, offs_h, N, E, H, SPLIT_K: tl.constexpr):
+    """Add a slot's row of y, the sum of its splits, times its routing weight."""
+    expert = tl.load(ids_ptr + slot)
+    # No kernel wrote the rows of an id out of range.
+    mask = offs_h < tl.where((expert >= 0) & (expert < E), H, 0)
+    y = tl.zeros((acc.shape[0],), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        y += tl.load(y_ptr + (split * N + slot) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
+    return acc + tl.load(weights_ptr + slot).to(tl.float32) * y
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -338,15 +350,12 @@ def experts_combine_kernel(
     t = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_H,), tl.float32)
-    for k in tl.static_range(TOP_K):
-        slot = t * TOP_K + k
-        expert = tl.load(ids_ptr + slot)
-        # No kernel wrote the rows of an id out of range.
-        mask = offs_h < tl.where((expert >= 0) & (expert < E), H, 0)
-        y = tl.zeros((BLOCK_H,), tl.float32)
-        for split in tl.static_range(SPLIT_K):
-            y += tl.load(y_ptr + (split * N + slot) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
-        acc += tl.load(weights_ptr + slot).to(tl.float32) * y
+    if TOP_K <= 8:
+        for k in tl.static_range(TOP_K):
+            acc = _add_slot(acc, y_ptr, ids_ptr, weights_ptr, t * TOP_K + k, offs_h, N, E, H, SPLIT_K)
+    else:  # unrolled, the loads of so many would spill
+        for k in range(TOP_K):
+            acc = _add_slot(acc, y_ptr, ids_ptr, weights_ptr, t * TOP_K + k, offs_h, N, E, H, SPLIT_K)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     out = acc.to(dtype)
     if norm is not None:

@@ -55,7 +55,7 @@ class ExpertCase:
     distinct: float | None = None  # the number of experts in use; None: as expected under uniform routing
 
 
-def _inputs(case: ExpertCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
+def draw_routes(case: ExpertCase, dtype: torch.dtype, device: Any, generator: Any) -> dict[str, Any]:
     weights = draw((case.T, case.K), torch.float32, device, generator).softmax(-1)
     weights = weights.to(dtype) if case.narrow_weights else weights
     return {"ids": sample_ids(case.T, case.E, case.K, device, generator), "weights": weights}
@@ -83,20 +83,20 @@ def cost_norm(case: ExpertCase, dtype: torch.dtype) -> Cost:
 
 
 ACTIVATIONS = "gelu_tanh", "clamped_silu:0.75", "clamped_swish:1.702:0.75"  # of cases; random values pass the limits
-_SIZES: dict[str, Any] = {"H": 4096, "I": 14336, "E": 8, "K": 2}
+MIXTRAL: dict[str, Any] = {"H": 4096, "I": 14336, "E": 8, "K": 2}
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _DENSE_SHAPES = (
-    *(ExpertCase(T, **_SIZES) for T in _TOKENS),
-    *(ExpertCase(T, **_SIZES | {"H": 6144, "I": 16384}) for T in _TOKENS),
+    *(ExpertCase(T, **MIXTRAL) for T in _TOKENS),
+    *(ExpertCase(T, **MIXTRAL | {"H": 6144, "I": 16384}) for T in _TOKENS),
 )
 
 # Many small experts: of Qwen3-30B-A3B, OLMoE-1B-7B and DeepSeek-V3, whose offsets pass 2^31. int4 at 32 tokens, which
 # are 256 slots, is not among them: on gfx942 its down kernel spills 24 bytes.
-_QWEN3: dict[str, Any] = {"H": 2048, "I": 768, "E": 128, "K": 8}
+QWEN3: dict[str, Any] = {"H": 2048, "I": 768, "E": 128, "K": 8}
 _MANY_EXPERTS = (
-    *(ExpertCase(T, **_QWEN3) for T in (1, 8, 32, 64, 4096)),
+    *(ExpertCase(T, **QWEN3) for T in (1, 8, 32, 64, 4096)),
     *shapes(ExpertCase, "1 2048 768 128 8", narrow_weights=True),
-    *(ExpertCase(T, **_QWEN3, gate_up="int4:128", down="int4:128") for T in (1, 8, 64)),
+    *(ExpertCase(T, **QWEN3, gate_up="int4:128", down="int4:128") for T in (1, 8, 64)),
     *shapes(ExpertCase, "64 2048 1024 64 8, 64 7168 2048 256 8"),
 )
 
@@ -104,7 +104,7 @@ _MANY_EXPERTS = (
 @operation(
     reference=reference.expert_swiglu,
     case=ExpertCase,
-    inputs=_inputs,
+    inputs=draw_routes,
     cost=cost,
     test_shapes=(
         *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
@@ -123,9 +123,9 @@ _MANY_EXPERTS = (
     bench_shapes=(
         *_DENSE_SHAPES,
         *_MANY_EXPERTS,
-        *(ExpertCase(T, **_SIZES, gate_up=name, down=name) for T in (1, 128, 4096) for name in QUANT_NAMES),
-        *(ExpertCase(T, **_SIZES, gate_up=CODE_PRODUCTS, down=CODE_PRODUCTS) for T in (128, 4096)),
-        *(ExpertCase(T, **_SIZES, activation=name) for T in (1, 4096) for name in ACTIVATIONS),
+        *(ExpertCase(T, **MIXTRAL, gate_up=name, down=name) for T in (1, 128, 4096) for name in QUANT_NAMES),
+        *(ExpertCase(T, **MIXTRAL, gate_up=CODE_PRODUCTS, down=CODE_PRODUCTS) for T in (128, 4096)),
+        *(ExpertCase(T, **MIXTRAL, activation=name) for T in (1, 4096) for name in ACTIVATIONS),
     ),
     rule=check_activation,
 )
@@ -164,7 +164,7 @@ def expert_swiglu(
 @operation(
     reference=reference.experts_add_rms_norm,
     case=ExpertCase,
-    inputs=_inputs,
+    inputs=draw_routes,
     cost=cost_norm,
     test_shapes=shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
     bench_shapes=tuple(case for case in _DENSE_SHAPES if case.T in (1, 64, 4096)),
@@ -315,10 +315,10 @@ def _launch_prefill(
         in_order = tma(arch)  # pointers find a token's codes, which are written once
         x = gate_up.rows_of(x, *((groups, sizes.K) if in_order else ()))
     config = selected["experts_up_kernel"]
-    x_desc, short_desc = _row_descriptors(x.ptr if in_order else None, config, arch)
+    x_desc, short_desc = row_descriptors(x.ptr if in_order else None, config, arch)
     launch(
         kernels.experts_up_kernel,
-        _prefill_grid(N, E, I, config),
+        prefill_grid(N, E, I, config),
         config,
         x=x,
         x_desc=x_desc,
@@ -340,10 +340,10 @@ def _launch_prefill(
     rows = down.rows_of(Rows.of(h), groups)
     config = selected["experts_down_kernel"]
     # With several products a unit, TMA of h takes more instructions than pointers: int4 1,990 FLOP each, and not 2,400.
-    h_desc, short_desc = _row_descriptors(rows.ptr if down.multiplied_as_stored else None, config, arch)
+    h_desc, short_desc = row_descriptors(rows.ptr if down.multiplied_as_stored else None, config, arch)
     launch(
         kernels.experts_down_kernel,
-        _prefill_grid(N, E, H, config),
+        prefill_grid(N, E, H, config),
         config,
         h=rows,
         h_desc=h_desc,
@@ -360,13 +360,13 @@ def _launch_prefill(
     return y
 
 
-def _prefill_grid(N: int, E: int, columns: int, config: LaunchConfig) -> tuple[int]:
+def prefill_grid(N: int, E: int, columns: int, config: LaunchConfig) -> tuple[int]:
     """Return a sufficient grid: each group wastes less than one row tile. Surplus programs exit at once."""
     row_tiles = triton.cdiv(N, config.constexprs["BLOCK_M"]) + E - 1 if N else 0
     return (row_tiles * triton.cdiv(columns, config.constexprs["BLOCK_N"]),)
 
 
-def _row_descriptors(rows: Tensor | None, config: LaunchConfig, arch: str) -> tuple[Any, Any]:
+def row_descriptors(rows: Tensor | None, config: LaunchConfig, arch: str) -> tuple[Any, Any]:
     """Return descriptors of rows in sorted order, for a full and for a short row tile; None: pointers read."""
     if rows is None:
         return None, None

@@ -132,7 +132,7 @@ def decode_tokens(gate_up: str | None, down: str | None, K: int, dtype: torch.dt
     return min(tokens, DECODE_SLOTS // K)
 
 
-def _prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
+def prefill_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     slots, dense = sizes.T * sizes.K, not (sizes.gate_up or sizes.down)
     rows = slots // sizes.E
     # Skewed, most of many experts have far fewer rows than the average: a third as many is what tiles are cut for.
@@ -185,4 +185,4 @@ def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     norm = sizes.norm
     combine = LaunchConfig({"BLOCK_H": power_of_2(sizes.H, high=1 << 30 if norm else 1024)}, 8 if norm else 4)
     decode = decode_tokens(sizes.gate_up, sizes.down, sizes.K, dtype, arch) >= sizes.T and not sizes.deterministic
-    return {"experts_combine_kernel": combine} | (_decode_configs if decode else _prefill_configs)(sizes, dtype, arch)
+    return {"experts_combine_kernel": combine} | (_decode_configs if decode else prefill_configs)(sizes, dtype, arch)

@@ -1,0 +1,221 @@
+"""expert_swiglu_backward: gradients of `expert_swiglu` around frozen experts, equal to
+`reference.expert_swiglu_backward`.
+
+T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
+
+sort -> rows of x -> gate and up again -> rows of grad -> grad of h -> the activation's derivative -> grad of x by slot
+-> combine
+
+All but the combine compute gradients for routing weights of 1: the combine multiplies by the weights in fp32. The
+kernels are in backward_kernels.py, and what the forward has, in kernels.py; their tiles in backward_tiles.py.
+"""
+
+from typing import Annotated, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import reference
+from ...launching.arch import tma
+from ...launching.kernel_args import Groups, Rows
+from ...launching.launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
+from ...operation.call import operation
+from ...operation.checks import FP32, SlotWeights, Tokens
+from ...operation.declaration import Cost
+from ...operation.inputs import shapes
+from ...weights.formats import QUANT_NAMES, matrix_bytes, without_code_products
+from ...weights.weight_args import Weight
+from ..sort import expected_distinct_experts, sort_by_expert
+from ..tiles import power_of_2
+from . import backward_kernels, kernels
+from .activations import check_activation, constants
+from .backward_tiles import configs
+from .op import ACTIVATIONS, MIXTRAL, QWEN3, Down, ExpertCase, GateUp, Ids, draw_routes, prefill_grid, row_descriptors
+from .tiles import ExpertSizes
+
+
+def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
+    """Count gate_up twice and down once, of every expert in use; x, grad and the result once; and each slot's gate, up,
+    their gradients, that of h and that of x, which do not fit on chip between launches, written once and read once."""
+    T, H, I, E, K = case.T, case.H, case.I, case.E, case.K
+    experts = expected_distinct_experts(T, K / E, E) if case.distinct is None else case.distinct
+    gate_up, down = matrix_bytes(case.gate_up, 2 * I, H, dtype.itemsize), matrix_bytes(case.down, H, I, dtype.itemsize)
+    elements = 3 * T * H + 2 * T * K * (5 * I + H)
+    return Cost(10 * T * K * H * I, int(experts * (2 * gate_up + down)) + elements * dtype.itemsize + 12 * T * K)
+
+
+@operation(
+    reference=reference.expert_swiglu_backward,
+    case=ExpertCase,
+    inputs=draw_routes,
+    cost=cost,
+    test_shapes=(
+        *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 40 8 3, 130 90 70 4 2, 24 64 32 32 8"),
+        *(ExpertCase(20, 128, 256, 4, 2, gate_up=name, down=name) for name in QUANT_NAMES),
+        *(ExpertCase(9, 96, 64, 4, 2, gate_up=name) for name in QUANT_NAMES[1:]),
+        *(ExpertCase(33, 72, 40, 4, 2, activation=name) for name in ACTIVATIONS),
+    ),
+    bench_shapes=tuple(
+        ExpertCase(T, **sizes, gate_up=name, down=name)
+        for sizes in (MIXTRAL, QWEN3)
+        for name in (None, *QUANT_NAMES)
+        for T in (128, 4096)
+    )
+    + tuple(ExpertCase(128, **MIXTRAL, activation=name) for name in ACTIVATIONS),
+    rule=check_activation,
+)
+def expert_swiglu_backward(
+    grad: Tokens,
+    x: Tokens,
+    gate_up_proj: GateUp,
+    down_proj: Down,
+    ids: Ids,
+    weights: SlotWeights,
+    activation: str = "silu",
+) -> tuple[Tokens, Annotated[Tensor, "T K", FP32]]:
+    """Compute the gradients of `expert_swiglu` in x and in the routing weights, around frozen experts.
+
+    grad           [T, H] in x's dtype: the gradient of the result
+    x              [T, H], fp32, bf16 or fp16
+    gate_up_proj   [E, 2I, H] in x's dtype, the I rows of the gate first; or a QuantizedWeight of that shape
+    down_proj      [E, H, I], the same
+    ids            [T, K], int32 or int64, in 0..E - 1
+    weights        [T, K] in fp32 or x's dtype, the routing weights
+    activation     as in `expert_swiglu`
+
+    Returns the gradients of x [T, H] in its dtype and of weights, fp32 [T, K]. Gate and up are computed again. A code
+    is read once for each tile of rows, and neither dense experts nor sums in another order arise: the same call has the
+    same bits. Raises ValueError for another shape, dtype or device. An id out of range contributes nothing, and its
+    weight has the gradient 0; on a CPU it is a ValueError.
+
+    >>> x, gate_up_proj, down_proj = torch.randn(3, 64), torch.randn(8, 64, 64), torch.randn(8, 64, 32)
+    >>> weights, ids = ops.route(torch.randn(3, 8), top_k=2)
+    >>> grad_x, grad_weights = ops.expert_swiglu_backward(torch.ones(3, 64), x, gate_up_proj, down_proj, ids, weights)
+    """
+    (T, H), (E, _, I), (_, K) = x.shape, down_proj.shape, ids.shape
+    gate_up, down = (Weight.of(without_code_products(weight)) for weight in (gate_up_proj, down_proj))
+    arch, size, ids = target_arch(x.device), x.dtype.itemsize, ids.contiguous()
+    by_tma = all(weight.takes_tma(arch) for weight in (gate_up, down) if weight.multiplied_as_stored)
+    by_tma = by_tma and H * size % 16 == 0 and 2 * I * size % 16 == 0
+    sizes = ExpertSizes(T, H, I, E, K, gate_up.name, down.name, not by_tma, deterministic=False, norm=False)
+    selected = select_configs(configs, sizes, x.dtype, x.device)
+
+    order, offsets = sort_by_expert.op.run(ids, E)
+    groups = Groups(order, offsets, E)
+    rows = torch.empty((T * K, H), dtype=x.dtype, device=x.device)  # of x, then of grad, then of each slot's grad of x
+    gather_rows(x, rows, groups, selected["gather_rows_kernel"])
+    both = torch.empty((T * K, 2 * I), dtype=x.dtype, device=x.device)  # gate and up, then their gradients
+    config = selected["experts_down_kernel"]
+    x_desc, short_desc = row_descriptors(rows if gate_up.multiplied_as_stored else None, config, arch)
+    launch(
+        kernels.experts_down_kernel,
+        prefill_grid(T * K, E, 2 * I, config),
+        config,
+        h=Rows.of(rows),
+        h_desc=x_desc,
+        short_desc=short_desc,
+        down=gate_up.args_for_many_rows,
+        down_desc=gate_up.descriptor(1, config, arch),
+        y_ptr=both,
+        groups=groups._replace(order=None),
+        H=2 * I,
+        I=H,
+        LAYOUT=gate_up.layout(arch),
+        BLOCK_E=power_of_2(E),
+    )
+    gather_rows(grad, rows, groups, selected["gather_rows_kernel"])
+    grad_h = torch.empty((T * K, I), dtype=x.dtype, device=x.device)
+    launch_transposed(backward_kernels.experts_grad_h_kernel, rows, down, grad_h, groups, sizes, selected)
+    grad_weights = torch.empty((T, K), dtype=torch.float32, device=x.device)
+    launch(
+        backward_kernels.swiglu_backward_kernel,
+        (T * K,),
+        selected["swiglu_backward_kernel"],
+        gate_up_ptr=both,
+        grad_h_ptr=grad_h,
+        ids_ptr=ids,
+        grad_weights_ptr=grad_weights,
+        groups=groups,
+        I=I,
+        **constants(activation),
+    )
+    launch_transposed(backward_kernels.experts_grad_x_kernel, both, gate_up, rows, groups, sizes, selected)
+    grad_x = torch.empty((T, H), dtype=x.dtype, device=x.device)
+    config = selected["experts_combine_kernel"]
+    launch(
+        kernels.experts_combine_kernel,
+        (T, triton.cdiv(H, config.constexprs["BLOCK_H"])),
+        config,
+        y_ptr=rows,
+        ids_ptr=ids,
+        weights_ptr=weights.contiguous(),
+        out_ptr=grad_x,
+        norm=None,
+        N=T * K,
+        E=E,
+        H=H,
+        TOP_K=K,
+        SPLIT_K=1,
+    )
+    return grad_x, grad_weights
+
+
+def gather_rows(x: Tensor, rows: Tensor, groups: Groups, config: LaunchConfig) -> None:
+    """Copy a row of x [T, H] for each slot to `rows` [N, H], in sorted order."""
+    N, H = rows.shape
+    launch(
+        backward_kernels.gather_rows_kernel,
+        (N, triton.cdiv(H, config.constexprs["BLOCK_H"])),
+        config,
+        x=Rows.of(x),
+        sorted_ptr=rows,
+        groups=groups,
+        TOP_K=N // max(1, len(x)),
+        H=H,
+    )
+
+
+def launch_transposed(
+    kernel: Any, x: Tensor, weight: Weight, out: Tensor, groups: Groups, sizes: ExpertSizes, selected: Configs
+) -> None:
+    """Multiply x [N, depth], in sorted order, by a weight [E, depth, columns] -> out [N, columns]."""
+    config, arch, x_desc, weight_desc = selected[kernel.__name__], target_arch(x.device), None, None
+    if tma(arch) and not sizes.by_pointers and weight.multiplied_as_stored:
+        m, n, k = (config.constexprs[constant] for constant in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        x_desc, weight_desc = describe(x, (m, k), arch), describe(weight.data, (1, k, n), arch)
+    launch(
+        kernel,
+        prefill_grid(len(x), sizes.E, out.shape[1], config),
+        config,
+        x_ptr=x,
+        x_desc=x_desc,
+        weight=weight.args_for_many_rows,
+        weight_desc=weight_desc,
+        out_ptr=out,
+        groups=groups,
+        H=sizes.H,
+        I=sizes.I,
+        LAYOUT=weight.layout(arch),
+        BLOCK_E=power_of_2(sizes.E),
+    )
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, gate_up, down, ids, weights, ctx.activation, _, *parts = inputs
+    ctx.save_for_backward(x, ids, weights)
+    ctx.experts, ctx.parts = (gate_up, down), parts
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """What torch's operator of `expert_swiglu` calls, also in a compiler's graph of a training step."""
+    if any(ctx.needs_input_grad[1:3]):
+        needs = "needs frozen ones: it has gradients of x and of weights alone"
+        raise ValueError(f"mixtral_triton.ops.expert_swiglu has experts that require gradients, {needs}")
+    x, ids, weights = ctx.saved_tensors
+    operator = torch.ops.mixtral_triton.expert_swiglu_backward
+    grad_x, grad_weights = operator(grad, x, *ctx.experts, ids, weights, ctx.activation, *ctx.parts)
+    return grad_x, None, None, None, grad_weights.to(weights.dtype), *[None] * (2 + len(ctx.parts))
+
+
+torch.library.register_autograd("mixtral_triton::expert_swiglu", _gradients, setup_context=_save_inputs)
