@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils
 
@@ -320,3 +321,61 @@ def test_apply_and_the_loader_name_register_for_another_family(tmp_path: Path) -
     model.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model_type is 'olmoe', needs 'mixtral': .*mixtral_triton\.register\(\)"):
         Mixtral.from_pretrained(tmp_path)
+
+
+@once
+@pytest.mark.parametrize("mask", ["causal", "padding", "dense"])
+def test_sinks_are_those_of_eager_attention_with_gradients_and_weights(mask: str) -> None:
+    module, dense = LAYER(), torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    module.num_key_value_groups = 2
+    q, k, v, sinks = draw(2, 4, 5, 16), draw(2, 2, 5, 16), draw(2, 2, 5, 16), draw(4)
+    valid = torch.arange(5) >= torch.tensor([[0], [2]])
+    dense &= valid[:, None, None] if mask == "padding" else torch.tensor(True)
+    interval = attention.interval_mask(2, 5, 5, device=q.device, attention_mask=valid, mask_function=None)
+    given = {"causal": None, "padding": interval, "dense": dense}[mask]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, sinks)]
+    added = torch.zeros(2, 1, 5, 5).masked_fill(~dense, torch.finfo(torch.float32).min)
+    scores = leaves[0] @ leaves[1].repeat_interleave(2, 1).mT * 0.25 + added
+    scores = torch.cat((scores, leaves[3].view(1, -1, 1, 1).expand(2, 4, 5, 1)), -1)
+    weights = scores.softmax(-1)[..., :-1]
+    want = (weights @ leaves[2].repeat_interleave(2, 1)).transpose(1, 2)
+    seen = valid if mask == "padding" else torch.ones_like(valid)
+    with torch.no_grad():
+        out, found = attention.attention(module, q, k, v, given, scaling=0.25, output_attentions=True, s_aux=sinks)
+        assert torch.allclose(out[seen], want[seen], atol=1e-5)
+        assert torch.allclose(found.transpose(1, 2)[seen], weights.transpose(1, 2)[seen], atol=1e-6)
+    gradients = torch.autograd.grad(want[seen].square().sum(), leaves)
+    ours = [x.clone().requires_grad_() for x in (q, k, v, sinks)]
+    recorded = attention.attention(module, *ours[:3], given, scaling=0.25, s_aux=ours[3])[0]
+    for x, y in zip(torch.autograd.grad(recorded[seen].square().sum(), ours), gradients, strict=True):
+        assert torch.allclose(x, y, atol=1e-5)
+
+
+def clamped(self: Any, x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
+
+
+GATES: dict[str, Any] = {  # with an attribute limit of 0.5
+    "clamped_silu:0.5": clamped,
+    "gelu_tanh": lambda self, x: F.gelu(x.chunk(2, -1)[0], approximate="tanh") * x.chunk(2, -1)[1],
+    "reads more": lambda self, x: F.silu(x.chunk(2, -1)[0].clamp(max=self.other)) * x.chunk(2, -1)[1],
+    "another limit": lambda self, x: clamped(SimpleNamespace(limit=0.75), x),
+}
+
+
+@once
+@pytest.mark.parametrize("name", GATES)
+def test_an_own_gate_is_known_by_what_it_computes(name: str) -> None:
+    found = experts.own_gate(type("Gated", (), {"_apply_gate": GATES[name]}), "silu", (0.5, None, None, None))
+    assert found == (None if " " in name else name)
+
+
+@once
+def test_the_limit_of_an_own_gate_is_read_in_each_call(module: Any) -> None:
+    x, ids, weights = routed(module)
+    module.__class__, results = type("Clamped", (type(module),), {"_apply_gate": clamped}), []
+    for module.limit in (0.5, 0.25):
+        results.append(eager_experts(module, x, ids, weights))
+        assert torch.allclose(module(x, ids, weights), results[-1], atol=1e-5)
+    assert not torch.allclose(*results, atol=1e-2)

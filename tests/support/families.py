@@ -39,6 +39,8 @@ SIZES |= {"moe_layer_end_index": 1, "mlp_only_layers": [], "pad_token_id": 0, "b
 SIZES |= {"layer_types": None, "num_nextn_predict_layers": 0, "moe_layer_interval": 1, "n_shared_experts": 1}
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0}
 FIXES: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"enable_moe_block": True, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16}
+    | {"top_k_experts": 3},
     "glm_moe_dsa": {"mlp_layer_types": ["dense", "sparse"]},  # transformers 5.7 makes the first three dense by default
     "granitemoehybrid": {"layer_types": ["attention", "attention"]},
     "jamba": JAMBA | {"use_mamba_kernels": False},
@@ -56,12 +58,10 @@ EXPERTS_REFUSED = {
     "gpt_oss": "a bias",
     "nemotron_h": "experts without a gate",
 }
-ATTENTION_REFUSED = {"inkling_text": "a position bias"}
+ATTENTION_REFUSED = {"gemma4_text": "heads of 512", "inkling_text": "a position bias"}
 MULTIMODAL = "dots3_note", "gemma4", "qwen3_5_moe", "qwen4_exp"
 NOT_TRIED = dict.fromkeys(MULTIMODAL, "text and images; its text model is a family of its own")
-NOT_TRIED |= dict.fromkeys(
-    ("gemma4_text", "inkling2_text", "inkling2_loop_text"), "no tiny config: too many parameters"
-)
+NOT_TRIED |= dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "no tiny config: too many parameters")
 NOT_TRIED |= dict.fromkeys(("bailing_hybrid", "kimi_linear", "qwen4_exp_text"), "no tiny config: pattern of layers")
 NOT_TRIED |= {"beam": "its default has no experts"}
 
