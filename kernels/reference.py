@@ -124,13 +124,7 @@ def _expert(x: Tensor, gate_up: Any, down: Any, activation: str) -> Tensor:
 
 
 def expert_swiglu_backward(
-    grad: Tensor,
-    x: Tensor,
-    gate_up_proj: Any,
-    down_proj: Any,
-    ids: Tensor,
-    weights: Tensor,
-    activation: str = "silu",
+    grad: Tensor, x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor, activation: str = "silu"
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `expert_swiglu` in x [T,H] and in weights [T,K] (fp32), given that of its result, grad [T,H].
 
@@ -270,13 +264,7 @@ def with_sinks(k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tenso
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible: Tensor | None,
-    scale: float | None,
-    causal: bool = False,
-    sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: Any, causal: bool = False, sinks: Any = None
 ) -> Tensor:
     """Softmax attention of q [B,T,Hq,D] over k and v [B,Hkv,S,D] with the mask `visible` [B,T,S].
 

@@ -131,14 +131,7 @@ def attention(
 
 
 def dense_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    sinks: Tensor | None,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any, dropout: float, sinks: Any
 ) -> Tensor:
     """torch's attention of query, key and value [B,heads,·,D] with a mask of `check_dense`, which sinks [Hq] need."""
     if sinks is not None and mask is not None:

@@ -58,12 +58,8 @@ def _minimum(x, LIMIT: tl.constexpr):
     return tl.where(x > LIMIT, LIMIT, x)  # a NaN stays
 
 
-KERNELS: dict[str, Any] = {
-    "silu": silu,
-    "gelu_tanh": gelu_tanh,
-    "clamped_silu": clamped_silu,
-    "clamped_swish": clamped_swish,
-}
+KERNELS: dict[str, Any] = {"silu": silu, "gelu_tanh": gelu_tanh}
+KERNELS |= {"clamped_silu": clamped_silu, "clamped_swish": clamped_swish}
 
 
 @cache
