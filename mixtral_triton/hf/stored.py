@@ -165,10 +165,8 @@ def _convert_by(plan: StoredPlan, conversions: list[Any], dense: Mapping[str, De
                 sources += conversion.source_patterns
             conversion = converter_like(conversion, sources, ReadStored(plan, conversion))
         plan.conversions.append(conversion)
-    codes = {linear.layout.codes.name for key, filling in plan.linears.items() for linear in filling}
-    if plan.linears.keys() - plan.specs.keys():
-        generic = WeightConverter([rf"\.{name}$" for name in sorted(codes)], [".weight"], [ReadStored(plan)])
-        plan.conversions.append(generic)
+    codes = {"weight", *(linear.layout.codes.name for filling in plan.linears.values() for linear in filling)}
+    plan.conversions.append(WeightConverter([rf"\.{name}$" for name in sorted(codes)], [".weight"], [ReadStored(plan)]))
     for filling in plan.linears.values():
         parts.update(*(linear.parts for linear in filling))
     parts |= {name.rpartition(".")[2] for name in plan.unused}

@@ -36,7 +36,7 @@ def write_quantized(
     tensors, random = load_file(exact_folder / "model.safetensors"), np.random.default_rng(0)
     packed, exact = dict[str, Tensor](), dict[str, Tensor]()
     for name, x in sorted(tensors.items()):
-        if x.dim() == 2 and re.search(LINEARS, name) and re.search(only, name):
+        if x.dim() == 2 and x.shape[1] % 128 == 0 and re.search(LINEARS, name) and re.search(only, name):
             parts, values = packer(*x.shape, random)
             parts = {part: y * 8 if part in SCALES else y for part, y in parts.items()}  # of a size that logits show
             packed |= {name.removesuffix("weight") + part: y.contiguous() for part, y in parts.items()}
