@@ -1,7 +1,7 @@
 """`ExpertsConfig`: transformers' `from_pretrained` quantizes the experts of any family while it reads them."""
 
+import copy
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,8 @@ from ..kernels.weights.quantized import QuantSpec
 from ..quantize import quantize_into
 from ..quantize.hub import warn_unused
 from .experts import NAME, PROJECTIONS, check_experts, is_experts
+from .saved import compressed_state
 from .stored import StoredPlan, converter_like, merges_experts, plan_stored, put_weight
-
-logger = logging.getLogger(__name__)
-SAVE = (
-    "experts that were quantized while loading are not saved: PEFT saves an adapter, and `mixtral-triton quantize` "
-    "writes a checkpoint of a Mixtral"
-)
 
 
 class ExpertsConfig(QuantizationConfigMixin):
@@ -35,6 +30,10 @@ class ExpertsConfig(QuantizationConfigMixin):
         check_value("ExpertsConfig: weights", weights, f"one of {', '.join(BITS)}", right)
         check_value("ExpertsConfig: argument", ", ".join(unknown), "weights alone", not unknown)
         self.quant_method, self.weights, self.stored = quant_method, weights, stored
+        self.saved: dict[str, Any] | None = None  # the `quantization_config` of what `save_pretrained` writes
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy({"quant_method": NAME, "weights": self.weights} if self.saved is None else self.saved)
 
 
 class ExpertsQuantizer(HfQuantizer):
@@ -99,7 +98,7 @@ class ExpertsQuantizer(HfQuantizer):
     def update_weight_conversions(self, conversions: list[Any], model: Any = None) -> list[Any]:
         """Quantize, or read, expert by expert where transformers would stack the experts of a checkpoint and join gate
         and up. Errors of a plan reach the user from here."""
-        self.conversions = conversions
+        self.conversions: Any = conversions
         if (stored := self.quantization_config.stored) is not None:
             self.plan = plan = plan_stored(self.model, self.files, stored, conversions)
             self.model._keys_to_ignore_on_load_unexpected = {
@@ -115,17 +114,26 @@ class ExpertsQuantizer(HfQuantizer):
         ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Raise the error of the first linear that could not be read."""
+        """Raise the error of a linear that could not be read. Let the model save by transformers' conversions."""
         if (plan := self.plan) is not None:
             if plan.fault is not None:
                 raise plan.fault
             if plan.unused:
                 warn_unused(plan.folder, plan.unused, stacklevel=5)
-        self.model = None
+        used = model.__dict__.pop("_weight_conversions", ())
+        if any("".join(conversion.target_patterns).endswith(PROJECTIONS) for conversion in used):
+            model._weight_conversions = [x for x in self.conversions if merges_experts(x) or x.was_used()]
+        self.model = self.plan = self.conversions = None
 
     def is_serializable(self) -> bool:
-        logger.warning("ExpertsConfig: %s", SAVE)
-        return False
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
+        """Return what `save_pretrained` writes of the model, whose config it has described before it is written."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # which saves the adapter alone
+            return None, {}
+        state, model.config.quantization_config.saved = compressed_state(model)
+        return state, {}
 
 
 def check_dense_checkpoint(files: Any) -> None:

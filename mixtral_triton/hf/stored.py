@@ -117,7 +117,7 @@ def plan_stored(model: Any, files: Any, stored: Any, conversions: list[Any]) -> 
         if key not in state and skipped.search(key):  # as layers that only predict more tokens
             continue
         check_value(f"{folder}: {prefix}", "quantized", "a linear that the model has", key in state)
-        target = _destination(prefix, key, shape, by_pattern.get(pattern), pattern)
+        target = _destination(prefix, key, shape, by_pattern.get(pattern or ""), pattern)
         if key.removesuffix("weight") + "bias" in state:  # transformers reads it
             parts = {part: tensor for part, tensor in parts.items() if part != "bias"}
         linears[key].append(linear := Linear(prefix, target, parts, layout))
