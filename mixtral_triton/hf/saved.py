@@ -68,7 +68,7 @@ def _targets(names: dict[Kind, list[str]], kind: Kind) -> list[str]:
     """Return patterns of the linears of one kind: any expert's, of any layer where other kinds have other names."""
 
     def patterns(kind: Kind, numbers: str) -> set[str]:
-        return {re.sub(numbers, r".\\d+", re.escape(name.removesuffix(".weight"))) for name in names[kind]}
+        return {re.sub(numbers, r"\\.\\d+", re.escape(name.removesuffix(".weight"))) for name in names[kind]}
 
     if len(names) == 1:
         return ["Linear"]

@@ -149,7 +149,7 @@ def pack_linear(weight: QuantizedWeight, kind: Kind) -> dict[str, Tensor]:
     parts = _parts(_pack(weight.codes.cpu(), kind.format), scales, kind.format, [*weight.shape])
     if zeros is not None:
         packed = _pack((zeros.float() - 128).to(torch.uint8).cpu().t().contiguous(), kind.format)
-        parts["weight_zero_point"] = packed.view(torch.int32).t().contiguous()
+        parts["weight_zero_point"] = packed.flatten().view(torch.int32).view(len(packed), -1).t().contiguous()
     return parts
 
 

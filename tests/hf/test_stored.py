@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mixtral_triton import register, stored_config, verify
+from mixtral_triton import ExpertsConfig, Mixtral, register, stored_config, verify
 from mixtral_triton.hf.experts import PROJECTIONS
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
+from mixtral_triton.quantize.write import write
 from tests.support.families import EXPERTS_REFUSED, LIMIT, NOT_TRIED, VERSION, experts_of, marked_families
 from tests.support.hub import LAYOUTS, compressed, compressed_config, fp8, gptq, gptq_config, pack_config
 from tests.support.stored import EXPERTS, write_quantized
@@ -185,3 +187,70 @@ def test_other_methods_and_dense_checkpoints_are_refused_by_stored_config(tmp_pa
     (stored / "config.json").write_text(json.dumps(values))
     (stored / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
     assert agrees(load(stored), exact)
+
+
+def saved(model: Any, out: Path) -> dict[str, Any]:
+    """Save in shards, read again, and compare every bit; return the quantization_config."""
+    model.save_pretrained(out, max_shard_size="300KB")
+    again = AutoModelForCausalLM.from_pretrained(out, config=stored_config(out))
+    want, got = model.state_dict(), again.state_dict()
+    assert want.keys() == got.keys()
+    assert all(torch.equal(x, got[name]) and x.dtype == got[name].dtype for name, x in want.items())
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())["quantization_config"]
+    return config
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("layout", [INT4, "fp8 blocks", "ct int8", "ct int4 -1 True", "gptq 64 1", "autofp8"])
+def test_a_stored_model_is_saved_and_read_bit_for_bit(layout: str, family: str, tmp_path: Path) -> None:
+    stored, _ = write_quantized(family, tmp_path, *LAYOUTS[layout], only=EXPERTS)
+    config = saved(load(stored, dtype="auto"), tmp_path / "out")
+    assert config["quant_method"] == "compressed-tensors" and "lm_head" in config["ignore"]
+    assert not any("experts." in name for name in config["ignore"])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
+def test_a_saved_mixtral_is_what_quantize_writes(weights: str, tmp_path: Path) -> None:
+    _, dense = write_quantized("mixtral", tmp_path, *LAYOUTS[INT4])
+    write(dense, tmp_path / "by quantize", weights)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=ExpertsConfig(weights))
+    config = saved(model, tmp_path / "out")
+    by_quantize = json.loads((tmp_path / "by quantize" / "config.json").read_text())["quantization_config"]
+    assert config == by_quantize
+    names, tensors = dict[str, Tensor](), load_file(tmp_path / "by quantize" / "model.safetensors")
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        names |= load_file(file)
+    assert names.keys() == tensors.keys() and all(torch.equal(x, names[name]) for name, x in tensors.items())
+    ours, theirs = Mixtral.from_pretrained(tmp_path / "out", device="cpu"), load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.allclose(ours(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_families_without_a_tensor_an_expert_are_not_saved(tmp_path: Path) -> None:
+    _, dense = write_quantized("granitemoe", tmp_path, *LAYOUTS[INT4])
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=ExpertsConfig("int4"))
+    with pytest.raises(ValueError, match="needs a tensor an expert, which granitemoe has not"):
+        model.save_pretrained(tmp_path / "out")
+    assert not [*(tmp_path / "out").glob("*.json")]
+
+
+def test_adapters_over_stored_experts_are_saved_alone_and_merged(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    stored, _ = write_quantized("qwen3_moe", tmp_path, *LAYOUTS["awq 32"], only=EXPERTS)
+    model = peft.get_peft_model(load(stored), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(stored), tmp_path / "adapter")
+    with torch.no_grad():
+        want = model(IDS).logits
+        assert torch.equal(again(IDS).logits, want) and not torch.equal(load(stored)(IDS).logits, want)
+    merged = model.merge_and_unload()
+    saved(merged, tmp_path / "out")
+    with torch.no_grad():
+        got = load(tmp_path / "out")(IDS).logits
+        assert torch.equal(got, merged(IDS).logits) and (got - want).abs().max() <= LIMIT * want.abs().max()
