@@ -120,6 +120,8 @@ class ExpertsQuantizer(HfQuantizer):
                 raise plan.fault
             if plan.unused:
                 warn_unused(plan.folder, plan.unused, stacklevel=5)
+            if not plan.specs:  # the model is dense
+                self.remove_quantization_config(model)
         used = model.__dict__.pop("_weight_conversions", ())
         if any("".join(conversion.target_patterns).endswith(PROJECTIONS) for conversion in used):
             model._weight_conversions = [x for x in self.conversions if merges_experts(x) or x.was_used()]
