@@ -5,18 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint.config import SMALL, MixtralConfig
-    from .hf import ExpertsConfig, apply, register, revert
+    from .hf import ExpertsConfig, apply, register, revert, stored_config
     from .model.cache import KVCache
     from .model.mixtral import Mixtral
     from .verification import verify
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
-__all__ = ["SMALL", "ExpertsConfig", "KVCache", "Mixtral", "MixtralConfig", "apply", "register", "revert", "verify"]
+__all__ = ["SMALL", "ExpertsConfig", "KVCache", "Mixtral", "MixtralConfig", "apply", "register", "revert"]
+__all__ += ["stored_config", "verify"]
 
 _HOME = {"KVCache": "model.cache", "Mixtral": "model.mixtral"}
 _HOME |= dict.fromkeys(("MixtralConfig", "SMALL"), "checkpoint.config")
-_HOME |= dict.fromkeys(("ExpertsConfig", "apply", "register", "revert"), "hf") | {"verify": "verification"}
+_HOME |= dict.fromkeys(("ExpertsConfig", "apply", "register", "revert", "stored_config"), "hf") | {
+    "verify": "verification"
+}
 
 
 def __getattr__(name: str) -> Any:

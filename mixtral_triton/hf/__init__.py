@@ -10,8 +10,9 @@ from . import attention, experts
 from .drop_in import applied, apply, check_mixtral, revert, warn_without_kernels
 from .experts import NAME
 from .quantizer import ExpertsConfig, ExpertsQuantizer
+from .stored import stored_config
 
-__all__ = ["ExpertsConfig", "applied", "apply", "check_mixtral", "register", "revert"]
+__all__ = ["ExpertsConfig", "applied", "apply", "check_mixtral", "register", "revert", "stored_config"]
 
 
 def register() -> None:

@@ -1,36 +1,39 @@
 """`ExpertsConfig`: transformers' `from_pretrained` quantizes the experts of any family while it reads them."""
 
+import copy
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
+from torch import Tensor
+from transformers import __version__
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.config import check_value, error_prefix
 from ..kernels.weights.formats import BITS
-from ..kernels.weights.quantized import QuantizedWeight, QuantSpec
+from ..kernels.weights.quantized import QuantSpec
 from ..quantize import quantize_into
+from ..quantize.hub import warn_unused
 from .experts import NAME, PROJECTIONS, check_experts, is_experts
-
-logger = logging.getLogger(__name__)
-SAVE = (
-    "experts that were quantized while loading are not saved: PEFT saves an adapter, and `mixtral-triton quantize` "
-    "writes a checkpoint of a Mixtral"
-)
+from .saved import compressed_state
+from .stored import StoredPlan, converter_like, merges_experts, plan_stored, put_weight
 
 
 class ExpertsConfig(QuantizationConfigMixin):
     """`quantization_config` of `from_pretrained`: the experts in "int4", "int8" or "fp8", run by "mixtral_triton"."""
 
-    def __init__(self, weights: str = "int4", *, quant_method: Any = NAME, **unknown: Any) -> None:
-        check_value("ExpertsConfig: weights", weights, f"one of {', '.join(BITS)}", weights in tuple(BITS))
+    def __init__(self, weights: str = "int4", *, quant_method: Any = NAME, stored: Any = None, **unknown: Any) -> None:
+        right = weights in tuple(BITS) if stored is None else weights == "stored"  # `stored_config` has made it
+        check_value("ExpertsConfig: weights", weights, f"one of {', '.join(BITS)}", right)
         check_value("ExpertsConfig: argument", ", ".join(unknown), "weights alone", not unknown)
-        self.quant_method, self.weights = quant_method, weights
+        self.quant_method, self.weights, self.stored = quant_method, weights, stored
+        self.saved: dict[str, Any] | None = None  # the `quantization_config` of what `save_pretrained` writes
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy({"quant_method": NAME, "weights": self.weights} if self.saved is None else self.saved)
 
 
 class ExpertsQuantizer(HfQuantizer):
@@ -39,6 +42,7 @@ class ExpertsQuantizer(HfQuantizer):
     is_trainable = True  # what is around the experts
     is_compileable = True
     quantization_config: ExpertsConfig
+    plan: StoredPlan | None = None  # of a checkpoint that is quantized already
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         devices = device_map.values() if isinstance(device_map, dict) else ()
@@ -61,14 +65,19 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """ValueError, before any tensor is read, for a model without experts, or with others than `ops` computes."""
-        check_dense_checkpoint(kwargs.get("checkpoint_files"))
+        self.model, self.files, stored = model, kwargs.get("checkpoint_files"), self.quantization_config.stored
+        if stored is None:
+            check_dense_checkpoint(self.files)
+        else:
+            needs = "5.17 or newer for stored_config"
+            check_value("transformers", __version__, needs, hasattr(HfQuantizer, "update_weight_conversions"))
         experts = {name: module for name, module in model.named_modules() if is_experts(module)}
         self.paths = {*experts}
         needs = "a model with experts that transformers marks with use_experts_implementation"
         check_value("ExpertsConfig: model", type(model).__name__, needs, bool(experts))
         for name, module in experts.items():
             check_experts(module, name)
-            for key in PROJECTIONS:
+            for key in PROJECTIONS if stored is None else ():
                 with error_prefix(f"{name}.{key}"):
                     QuantSpec.default_for(self.quantization_config.weights, getattr(module, key).shape[-1])
             module.register_forward_pre_hook(check_selected)
@@ -78,24 +87,55 @@ class ExpertsQuantizer(HfQuantizer):
         return path in self.paths and key in PROJECTIONS
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        bits = BITS[self.quantization_config.weights]
-        return bits / 8 if self.param_needs_quantization(model, param_name) else param.element_size()
+        spec = None if self.plan is None else self.plan.specs.get(param_name)
+        if spec is None and (self.plan is not None or not self.param_needs_quantization(model, param_name)):
+            return param.element_size()
+        return BITS[self.quantization_config.weights if spec is None else spec.format] / 8
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeExperts(self.quantization_config.weights)
 
     def update_weight_conversions(self, conversions: list[Any], model: Any = None) -> list[Any]:
-        """Quantize expert by expert where transformers would stack the experts of a checkpoint and join gate and up."""
-        for conversion in conversions:
-            operations = [type(op) for op in getattr(conversion, "operations", ())]
-            targets = "".join(conversion.target_patterns).endswith(PROJECTIONS)
-            if targets and operations in ([MergeModulelist], [MergeModulelist, Concatenate]):
-                conversion.operations = [self.get_quantize_ops()]
-        return conversions
+        """Quantize, or read, expert by expert where transformers would stack the experts of a checkpoint and join gate
+        and up. Errors of a plan reach the user from here."""
+        self.conversions: Any = conversions
+        if (stored := self.quantization_config.stored) is not None:
+            self.plan = plan = plan_stored(self.model, self.files, stored, conversions)
+            self.model._keys_to_ignore_on_load_unexpected = {
+                *(self.model._keys_to_ignore_on_load_unexpected or ()),
+                *plan.ignored,
+            }
+            return plan.conversions
+        return [
+            converter_like(conversion, [*conversion.source_patterns], self.get_quantize_ops())
+            if merges_experts(conversion)
+            else conversion
+            for conversion in conversions
+        ]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Raise the error of a linear that could not be read. Let the model save by transformers' conversions."""
+        if (plan := self.plan) is not None:
+            if plan.fault is not None:
+                raise plan.fault
+            if plan.unused:
+                warn_unused(plan.folder, plan.unused, stacklevel=5)
+            if not plan.specs:  # the model is dense
+                self.remove_quantization_config(model)
+        used = model.__dict__.pop("_weight_conversions", ())
+        if any("".join(conversion.target_patterns).endswith(PROJECTIONS) for conversion in used):
+            model._weight_conversions = [x for x in self.conversions if merges_experts(x) or x.was_used()]
+        self.model = self.plan = self.conversions = None
 
     def is_serializable(self) -> bool:
-        logger.warning("ExpertsConfig: %s", SAVE)
-        return False
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
+        """Return what `save_pretrained` writes of the model, whose config it has described before it is written."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # which saves the adapter alone
+            return None, {}
+        state, model.config.quantization_config.saved = compressed_state(model)
+        return state, {}
 
 
 def check_dense_checkpoint(files: Any) -> None:
@@ -143,14 +183,5 @@ class QuantizeExperts(ConversionOps):
             quantize_into(weight[expert], rows)
         if kwargs.get("missing_keys") is not None:
             kwargs["missing_keys"].discard(name)
-        return put_weight(module, key, weight)
-
-
-def put_weight(module: nn.Module, key: str, weight: QuantizedWeight) -> dict[str, Any]:
-    """Replace a parameter by `weight`, which transformers then leaves as it is."""
-    del module._parameters[key]
-    setattr(module, key, weight)
-    initialized: Any
-    for initialized in (weight, *weight.buffers()):
-        initialized._is_hf_initialized = True
-    return {}
+        put_weight(module, key, weight)
+        return {}

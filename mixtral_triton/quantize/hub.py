@@ -8,8 +8,8 @@ import itertools
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,7 @@ def plan_load(
     if scheme is None:
         dense = checkpoint.check(headers, config, shard)
         return LoadPlan([], select_specs(quantization, checkpoint.parameter_shapes(config)), dense, set(), frozenset())
-    unused = {name for name in headers.tensors if name.rpartition(".")[2] in UNUSED}
-    by_linear: dict[str, dict[str, Stored]] = defaultdict(dict)
-    for name in headers.tensors.keys() - unused:
-        prefix, _, part = name.rpartition(".")
-        by_linear[prefix][part] = headers.tensors[name]
+    by_linear, unused = group_by_linear(headers)
     by_parameter: dict[str, list[Linear]] = defaultdict(list)
     dense = {}
     need: dict[str, Any] = {}
@@ -86,7 +82,7 @@ def plan_load(
             dense[name], need[name] = target, target.shape
             continue
         by_parameter[target.parameter].append(linear)
-        need |= _required_shapes(folder, linear)
+        need |= required_shapes(folder, linear)
     if config.tie_word_embeddings and checkpoint.HEAD in headers.tensors:
         need[checkpoint.HEAD] = need[checkpoint.EMBEDDING]
     shapes = {name: stored.shape for name, stored in headers.tensors.items() if name not in unused}
@@ -100,7 +96,7 @@ def plan_load(
             requantized.add(name)
         elif name not in requantized:
             try:
-                specs[name] = _spec(folder, linears, dense)
+                specs[name] = common_spec(folder, linears, dense)
             except ValueError:
                 if quantization is None:
                     raise
@@ -108,7 +104,18 @@ def plan_load(
     return LoadPlan([*itertools.chain(*by_parameter.values())], specs, dense, unused, frozenset(requantized))
 
 
-def _required_shapes(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
+def group_by_linear(headers: Headers) -> tuple[dict[str, dict[str, Stored]], set[str]]:
+    """Return each module's tensors by the last part of their names, and the names of tensors that are not used."""
+    unused = {name for name in headers.tensors if name.rpartition(".")[2] in UNUSED}
+    by_linear: dict[str, dict[str, Stored]] = defaultdict(dict)
+    for name, stored in headers.tensors.items():
+        if name not in unused:
+            prefix, _, part = name.rpartition(".")
+            by_linear[prefix][part] = stored
+    return by_linear, unused
+
+
+def required_shapes(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]:
     """Return the tensors that a linear needs by name, with the stored shape where it is allowed."""
     need = {}
     with error_prefix(f"{folder}: {linear.name}"):
@@ -122,7 +129,7 @@ def _required_shapes(folder: Path, linear: Linear) -> dict[str, tuple[int, ...]]
     return need
 
 
-def _spec(folder: Path, linears: list[Linear], dense: Mapping[str, Destination]) -> QuantSpec:
+def common_spec(folder: Path, linears: list[Linear], dense: Mapping[str, Destination]) -> QuantSpec:
     """Return the spec of the parameter that the linears fill; ValueError unless they agree."""
     first, name = linears[0], linears[0].target.parameter
     other = next((tensor for tensor, target in dense.items() if target.parameter == name), None)
@@ -151,25 +158,36 @@ def read_weights(
     model's. Raises as `checkpoint.fill` does, and ValueError for a differing tied head, for a NaN or infinite scale or
     fp8 code, and for values a layout rejects (act-order, if not dequantized). One warning names unused tensors."""
     if plan.unused:
-        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plan.unused}))
-        text = f"{len(plan.unused)} scales of activations or caches ({kinds}) are not used: both stay in 16 bits here"
-        warnings.warn(f"{headers.folder}: {text}", stacklevel=4)
+        warn_unused(headers.folder, plan.unused, stacklevel=5)
         progress(sum(headers.tensors[name].nbytes for name in plan.unused))
     checkpoint.fill(headers.tensors, plan.dense, parameters, progress, quantize_into)
     checkpoint.check_tied_head(headers, config, parameters["embed_tokens"].device, progress, shard)
-    with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
-        paths = {stored.file for linear in plan.linears for stored in linear.parts.values()}
-        files = {path: stack.enter_context(checkpoint.opened_file(path)) for path in paths}
+    with opened_files(plan.linears) as files:
         for linear in plan.linears:
             target, parameter = linear.target, parameters[linear.target.parameter]
             if target.is_kept and parameter.device.type != "meta":
-                _fill(parameter[target.index], linear, files, target.parameter not in plan.requantized)
+                fill(parameter[target.index], linear, files, target.parameter not in plan.requantized)
                 size = sum(stored.nbytes for stored in linear.parts.values())
                 kept = math.prod(runs[0].stop - runs[0].start for runs in target.kept)
                 progress(size * kept // math.prod(target.shape))
 
 
-def _fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -> None:
+def warn_unused(folder: Path, unused: set[str], stacklevel: int) -> None:
+    """Name the kinds of the unused tensors of a folder in one warning."""
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in unused}))
+    text = f"{len(unused)} scales of activations or caches ({kinds}) are not used: both stay in 16 bits here"
+    warnings.warn(f"{folder}: {text}", stacklevel=stacklevel)
+
+
+@contextmanager
+def opened_files(linears: list[Linear]) -> Iterator[dict[Path, Any]]:
+    """Open the files of the linears, for `fill`."""
+    with torch.no_grad(), torch.device("cpu"), ExitStack() as stack:
+        paths = {stored.file for linear in linears for stored in linear.parts.values()}
+        yield {path: stack.enter_context(checkpoint.opened_file(path)) for path in paths}
+
+
+def fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) -> None:
     """Read what this rank keeps of a linear into `weight` [N,K], some rows at a time, unpacked on its device. exact:
     codes, scales and zeros; else values, which are quantized anew unless `weight` is a tensor."""
     layout, (N, K), (rows, (columns,)) = linear.layout, linear.target.shape, linear.target.kept

@@ -26,7 +26,7 @@ Part = tuple[tuple[str, ...], tuple[tuple[int, ...], ...], bool]
 Rows = tuple[Tensor, Tensor, Tensor | None]  # codes uint8 [n,K], scales [n,G], zeros uint8 [n,G]
 
 FLOATS, INTEGERS, I32 = ("F32", "BF16", "F16"), ("I32", "I64"), ("I32",)
-ANEW = 'or quantize it anew with weights="int8"'
+ANEW = '; or quantize it anew with weights="int8"'
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # field of an int32 that holds each of eight neighbouring columns
 Config = Mapping[str, Any]
 MODELOPT_FILE = "hf_quant_config.json"  # describes modelopt's quantization where config.json does not
@@ -113,6 +113,7 @@ class HubLayout:
     zero_offset: int = 0  # what is subtracted from a zero before it is stored: 1 in GPTQ's first version
     reordered: bool = False  # the config says that the groups are scattered over the columns
     extras: tuple[str, ...] = ()  # names of other parts
+    advice: str = ANEW  # ends an error where the linear can be read, and not as it is stored
 
     def group_columns(self, K: int) -> int:
         """Return the columns of a group, K where a row has one scale."""
@@ -132,7 +133,7 @@ class HubLayout:
     def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
         """Return the QuantizedWeight's spec; ValueError where none has these groups."""
         group = self.group_columns(K)
-        need = f"32, 64, 128 or a scale per row; {ANEW}"
+        need = f"32, 64, 128 or a scale per row{self.advice}"
         check_value("the group size", group, need, group == K or group in GROUPS)
         return QuantSpec(self.format, group, scales, not self.symmetric)
 
@@ -149,7 +150,9 @@ class HubLayout:
         if indices is None or torch.equal(indices := indices.long().cpu(), groups):
             return groups
         if exact:
-            raise ValueError(f"the weight is in act-order (g_idx scatters the groups), needs desc_act false; {ANEW}")
+            raise ValueError(
+                f"the weight is in act-order (g_idx scatters the groups), needs desc_act false{self.advice}"
+            )
         least, most = torch.stack(torch.aminmax(indices)).tolist()
         check_value("g_idx", [least, most], f"groups in 0..{K // size - 1}", least >= 0 and most < K // size)
         return indices
@@ -208,15 +211,18 @@ def read_scheme(folder: Path) -> Scheme | None:
         path = folder / MODELOPT_FILE
         config = read_json_object(path).get("quantization", {})
         config = {"quant_method": "modelopt", **config} if isinstance(config, Mapping) else config
-    if config is None:
-        return None
+    return None if config is None else parse_scheme(config, path)
+
+
+def parse_scheme(config: Any, path: object, advice: str = ALTERNATIVE) -> Scheme:
+    """Return the scheme of a `quantization_config`; ValueError names `path`, the key and the value, with an advice."""
     try:
         check_value("the value", config, "a JSON object", isinstance(config, Mapping))
         method = str(config.get("quant_method"))
         check_value("quant_method", method, f"one of {', '.join(READERS)}", method in READERS)
         return READERS[method](config)
     except ValueError as error:
-        raise ValueError(f"{path}: quantization_config: {error}; {ALTERNATIVE}") from None
+        raise ValueError(f"{path}: quantization_config: {error}; {advice}") from None
 
 
 def _check(config: Config, rules: Rules) -> None:

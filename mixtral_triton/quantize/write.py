@@ -6,12 +6,12 @@ int4 and int8: pack-quantized. fp8: float-quantized, for engines that also quant
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,15 +22,26 @@ from ..checkpoint import tensors as checkpoint
 from ..checkpoint.arguments import usable_device
 from ..checkpoint.config import MixtralConfig, checkpoint_folder, read_json_object
 from ..checkpoint.tensors import Destination
+from ..kernels.weights.packing import GROUPS
+from ..kernels.weights.quantized import QuantizedWeight
 from . import QUANTIZED_PARTS, QuantSpec, encode, hub, pieces, select_specs
 
 # A README is of the format that the folder had.
 NOT_COPIED = ("*.safetensors", "*.gguf", "README*", "config.json", checkpoint.INDEX_FILE, *checkpoint.PICKLED, ".*")
 LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
-# compressed-tensors' format, bits and type of each format.
+# compressed-tensors' format, bits and type of each format. int8 is packed: readers of 16-bit activations take that.
 KINDS = {"int4": ("pack", 4, "int"), "int8": ("pack", 8, "int"), "fp8": ("float", 8, "float")}
 # Patterns of the linears of each of QUANTIZED_PARTS, where their formats differ.
 TARGETS = {"experts": [r"re:.*\.experts\..*"], "linear": [r"re:.*\.self_attn\..*_proj", "lm_head"]}
+
+
+class Kind(NamedTuple):
+    """How compressed-tensors stores a linear: columns of a group (None: a scale a row), zeros, rows of a block."""
+
+    format: str
+    group: int | None
+    zeros: bool = False
+    rows: int = 1
 
 
 def write(
@@ -129,9 +140,24 @@ def _quantize(
         codes, scales = (plane.cpu() for plane in encode(x.to(device), spec.format, spec.group))
         planes.append((_pack(codes, spec.format), scales.to(spec.scales)))
     codes, scales = map(torch.cat, zip(*planes, strict=True))
-    if spec.format == "fp8":
+    return _parts(codes, scales, spec.format, [N, K])
+
+
+def pack_linear(weight: QuantizedWeight, kind: Kind) -> dict[str, Tensor]:
+    """Return the tensors of a linear [N,K] as its kind stores them: the weight's bits."""
+    scales, zeros = weight.scales.cpu()[:: kind.rows].contiguous(), weight.zeros
+    parts = _parts(_pack(weight.codes.cpu(), kind.format), scales, kind.format, [*weight.shape])
+    if zeros is not None:
+        packed = _pack((zeros.float() - 128).to(torch.uint8).cpu().t().contiguous(), kind.format)
+        parts["weight_zero_point"] = packed.flatten().view(torch.int32).view(len(packed), -1).t().contiguous()
+    return parts
+
+
+def _parts(codes: Tensor, scales: Tensor, format: str, shape: list[int]) -> dict[str, Tensor]:
+    """Return the tensors of a linear by the last part of their names. codes: as `_pack` returns them."""
+    if format == "fp8":
         return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scales}
-    return {"weight_packed": codes.view(torch.int32), "weight_scale": scales, "weight_shape": torch.tensor([N, K])}
+    return {"weight_packed": codes.view(torch.int32), "weight_scale": scales, "weight_shape": torch.tensor(shape)}
 
 
 def _pack(codes: Tensor, format: str) -> Tensor:
@@ -159,31 +185,53 @@ def _write_other_files(
     # A tied head is in no file, and is a Linear of its readers nevertheless.
     linears = {"lm_head", *(name.removesuffix(".weight") for name in files if name.endswith(".weight"))}
     dense = sorted(name for name in linears - quantized if name.endswith(LINEARS))
-    texts["config.json"] = config | {"quantization_config": _quantization_config(specs, dense)}
+    groups = []
+    for part, spec in specs.items():
+        targets = ["Linear"] if len(specs) == 1 else [target for target in TARGETS[part] if target not in dense]
+        groups.append(config_group(Kind(spec.format, spec.group if spec.format == "int4" else None), targets))
+    texts["config.json"] = config | {"quantization_config": quantization_config(groups, dense)}
     for name, value in texts.items():
         (out / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-def _quantization_config(specs: Mapping[str, QuantSpec], ignore: list[str]) -> dict[str, Any]:
-    """Return compressed-tensors' `quantization_config`, with a group for each of the parts that `specs` has."""
-    groups = {}
-    for number, (part, spec) in enumerate(specs.items()):
-        format, bits, type = KINDS[spec.format]
-        kind = {"num_bits": bits, "type": type, "symmetric": True}
-        group = spec.group if spec.format == "int4" else None
-        groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(specs) == 1 else [target for target in TARGETS[part] if target not in ignore],
-            "weights": {**kind, "dynamic": False, "group_size": group, "strategy": "group" if group else "channel"},
-            "input_activations": {**kind, "dynamic": True, "strategy": "token"} if type == "float" else None,
-            "output_activations": None,
-            "format": f"{format}-quantized",
-        }
-    formats = {group["format"] for group in groups.values()}
+def kind_of(weight: QuantizedWeight, linears: Iterable[QuantizedWeight]) -> Kind:
+    """Return how compressed-tensors stores a weight of these linears."""
+    group, rows = None if weight.group == weight.shape[-1] else weight.group, 1
+    if weight.format == "int4" and weight.group in GROUPS:
+        group = weight.group
+    if weight.format == "fp8" and group:  # the scales of blocks, which a QuantizedWeight has for each row
+        scales = [linear.scales for linear in linears]
+        square = all(torch.equal(x, x[::group].repeat_interleave(group, 0)[: len(x)]) for x in scales)
+        rows = group if square else 1
+    return Kind(weight.format, group, weight.zeros is not None, rows)
+
+
+def config_group(kind: Kind, targets: list[str]) -> dict[str, Any]:
+    """Return the group of compressed-tensors' `config_groups` for linears of a kind with these patterns of names."""
+    format, bits, type = KINDS[kind.format]
+    form = {"num_bits": bits, "type": type}
+    strategy, block = ("group" if kind.group else "channel"), {}
+    if type == "float" and kind.group:
+        strategy, block = "block", {"block_structure": [kind.rows, kind.group]}
+    weights = {**form, "symmetric": not kind.zeros, "dynamic": False, "group_size": kind.group if not block else None}
+    inputs = {**form, "symmetric": True, "dynamic": True, "strategy": "token"}
+    return {
+        "targets": targets,
+        "weights": weights | {"strategy": strategy} | block,
+        "input_activations": inputs if type == "float" else None,
+        "output_activations": None,
+        "format": f"{format}-quantized",
+    }
+
+
+def quantization_config(groups: Sequence[Mapping[str, Any]], ignore: list[str]) -> dict[str, Any]:
+    """Return compressed-tensors' `quantization_config`. ignore: the names of dense linears."""
+    formats = {group["format"] for group in groups}
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": "mixed-precision" if len(formats) > 1 else formats.pop(),
-        "config_groups": groups,
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": ignore,
         "kv_cache_scheme": None,
     }

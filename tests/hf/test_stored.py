@@ -1,0 +1,256 @@
+"""`stored_config`: quantized checkpoints in transformers, experts as stored; refusals; saving, read again."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mixtral_triton import ExpertsConfig, Mixtral, register, stored_config, verify
+from mixtral_triton.hf.experts import PROJECTIONS
+from mixtral_triton.kernels.weights.quantized import QuantizedWeight
+from mixtral_triton.quantize.write import write
+from tests.support.families import EXPERTS_REFUSED, LIMIT, NOT_TRIED, VERSION, experts_of, marked_families
+from tests.support.hub import LAYOUTS, compressed, compressed_config, fp8, gptq, gptq_config, pack_config
+from tests.support.stored import EXPERTS, write_quantized
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(VERSION < (5, 17), reason="earlier ones have no hook for the conversions"),
+]
+IDS = torch.arange(2, 20).view(2, 9)
+INT4 = "ct int4 32 False"
+# Families whose files, as transformers writes them, have no tensor an expert, and those with another conversion.
+FUSED = {"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "inkling_text", "zaya"}
+register()
+
+
+def load(folder: Path, **kwargs: Any) -> Any:
+    config = stored_config(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, **{"dtype": torch.float32} | kwargs)
+
+
+def agrees(model: Any, exact: Path, quantized: bool = True) -> bool:
+    """Whether the experts' values and every parameter are those of the exact folder, and the logits nearly."""
+    dense = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32)
+    for ours, theirs in zip(experts_of(model).values(), experts_of(dense).values(), strict=True):
+        for key in PROJECTIONS:
+            weight = getattr(ours, key)
+            assert isinstance(weight, QuantizedWeight) == quantized
+            assert torch.equal(weight.dequantize() if quantized else weight, getattr(theirs, key))
+    want = dict(dense.named_parameters())
+    assert all(torch.equal(x, want[name]) for name, x in model.named_parameters())
+    with torch.no_grad():
+        got, logits = model(IDS).logits, dense(IDS).logits
+    return bool((got - logits).abs().max() <= LIMIT * logits.abs().max())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3", "mixtral"])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"ct act-order"}))
+def test_every_layout_is_read_exactly(layout: str, family: str, tmp_path: Path) -> None:
+    stored, exact = write_quantized(family, tmp_path, *LAYOUTS[layout])
+    assert agrees(load(stored), exact)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", [name for name in marked_families() if name not in NOT_TRIED | EXPERTS_REFUSED])
+def test_every_family_is_read_exactly(family: str, tmp_path: Path) -> None:
+    only = EXPERTS if family == "lara_mini" else ""  # its attention has another conversion
+    stored, exact = write_quantized(family, tmp_path, *LAYOUTS[INT4], only=only)
+    if family in FUSED | {"lara_mini"}:
+        assert agrees(load(stored), exact, quantized=False)
+    else:
+        assert agrees(load(stored), exact)
+
+
+MIXED = compressed_config("pack-quantized", num_bits=4, strategy="group", group_size=32)
+MIXED["config_groups"]["group_0"] |= {"targets": [r"re:.*\.experts\..*"]}
+EIGHT = compressed_config("float-quantized", strategy="channel", type="float", num_bits=8)["config_groups"]["group_0"]
+MIXED["config_groups"]["group_1"] = EIGHT | {"targets": [r"re:.*self_attn.*"], "format": "float-quantized"}
+
+
+def by_name(N: int, K: int, random: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """fp8 for the square linears of attention, int4 for experts, which are not."""
+    return fp8()(N, K, random) if (N, K) not in ((256, 128), (128, 256)) else compressed(4, 32)(N, K, random)
+
+
+def test_mixed_schemes_and_dense_layers(tmp_path: Path) -> None:
+    for name, packer, config, only in (
+        ("fp8 attention", by_name, MIXED, r"[qo]_proj|" + EXPERTS),
+        ("dense attention", *LAYOUTS["fp8 blocks"], EXPERTS),
+    ):
+        (folder := tmp_path / name).mkdir()
+        assert agrees(load(write_quantized("olmoe", folder, packer, config, only)[0]), folder / "exact")
+    stored, _ = write_quantized("olmoe", tmp_path, *LAYOUTS["fp8 blocks"], only=r"layers\.1\." + ".*")
+    model = load(stored)
+    first, second = experts_of(model).values()
+    assert isinstance(first.down_proj, Tensor) and isinstance(second.down_proj, QuantizedWeight)
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
+
+
+def test_a_stored_model_runs_verify_and_keeps_its_scales_in_16_bits(tmp_path: Path) -> None:
+    stored, _ = write_quantized("qwen3_moe", tmp_path, *LAYOUTS["awq 32"])
+    model = load(stored, dtype="auto", device_map="auto", attn_implementation="mixtral_triton")
+    weight = model.model.layers[0].mlp.experts.down_proj
+    assert model.dtype == torch.bfloat16 and weight.scales.dtype == torch.float16 and weight.zeros is not None
+    report = verify(model)
+    assert report.ok, str(report)
+
+
+NAME = "model.layers.1.mlp.experts.3.down_proj"
+Change = Callable[[dict[str, Tensor]], Any]
+REFUSED: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
+    "a missing part": (
+        *LAYOUTS[INT4],
+        lambda x: x.pop(f"{NAME}.weight_scale"),
+        r"1 missing \(.*3.down_proj.weight_scale",
+    ),
+    "missing codes": (*LAYOUTS[INT4], lambda x: x.pop(f"{NAME}.weight_packed"), "needs weight_packed of codes"),
+    "a missing linear": (
+        *LAYOUTS[INT4],
+        lambda x: [x.pop(f"{NAME}.{part}") for part in ("weight_packed", "weight_scale", "weight_shape")],
+        "rows of all experts for model.layers.1.mlp.experts.down_proj is 384, needs 512 by the config",
+    ),
+    "a part too much": (
+        *LAYOUTS[INT4],
+        lambda x: x.update({f"{NAME}.odd": torch.zeros(1)}),
+        r"unknown \(.*down_proj.odd",
+    ),
+    "another shape": (
+        *LAYOUTS[INT4],
+        lambda x: x.update({f"{NAME}.weight_scale": torch.ones(128, 4)}),
+        r"down_proj.weight_scale has shape \(128, 4\), not \(128, 8\)",
+    ),
+    "NaN": (*LAYOUTS[INT4], lambda x: x[f"{NAME}.weight_scale"][5].fill_(math.nan), "3.down_proj: a scale is NaN"),
+    "another expert": (
+        *LAYOUTS["fp8 blocks"],
+        lambda x: x.update({key.replace(".3.", ".4."): y.clone() for key, y in [*x.items()] if NAME in key}),
+        "experts.4.down_proj: expert is '4', needs 0 to 3 by the config",
+    ),
+    "a dense expert": (
+        *LAYOUTS["fp8 blocks"],
+        lambda x: (x.pop(f"{NAME}.weight_scale_inv"), x.update({f"{NAME}.weight": torch.zeros(128, 256).bfloat16()})),
+        "needs one format, .* is quantized, .* dense",
+    ),
+    "act-order": (
+        gptq(64, reorder=True),
+        gptq_config(64, desc_act=True),
+        len,
+        "act-order .* original 16-bit checkpoint",
+    ),
+    "groups of 16": (
+        compressed(4, 16),
+        pack_config(4, 16),
+        len,
+        "group size is 16, needs 32, 64, 128 or a scale per row",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_faults_reach_the_user_in_one_line(fault: str, tmp_path: Path) -> None:
+    packer, config, change, message = REFUSED[fault]
+    stored, _ = write_quantized("qwen3_moe", tmp_path, packer, config, change=change)
+    with pytest.raises(ValueError, match=message) as error:
+        load(stored)
+    print(error.value)
+    assert "\n" not in str(error.value)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "quant_method is 'mxfp4'": {"quant_method": "mxfp4"},
+    "quant_method is 'bitsandbytes'": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "quant_method is 'hqq'": {"quant_method": "hqq"},
+    "transform_config is ": pack_config() | {"transform_config": {"config_groups": {"R1": {}}}},
+    "quant_algo is 'NVFP4'": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "format is 'nvfp4-pack-quantized'": compressed_config("nvfp4-pack-quantized", num_bits=4),
+    "is dense, and loads with quantization_config=ExpertsConfig": {},
+}
+
+
+def test_other_methods_and_dense_checkpoints_are_refused_by_stored_config(tmp_path: Path) -> None:
+    stored, exact = write_quantized("olmoe", tmp_path, *LAYOUTS["modelopt"])
+    values = json.loads((exact / "config.json").read_text())
+    for message, config in METHODS.items():
+        (exact / "config.json").write_text(json.dumps(values | ({"quantization_config": config} if config else {})))
+        with pytest.raises(ValueError, match=message):
+            stored_config(exact)
+    (exact / "config.json").write_text(json.dumps(values))
+    (stored / "config.json").write_text(json.dumps(values))
+    (stored / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    assert agrees(load(stored), exact)
+
+
+def saved(model: Any, out: Path) -> dict[str, Any]:
+    """Save in shards, read again, and compare every bit; return the quantization_config."""
+    model.save_pretrained(out, max_shard_size="300KB")
+    again = AutoModelForCausalLM.from_pretrained(out, config=stored_config(out))
+    want, got = model.state_dict(), again.state_dict()
+    assert want.keys() == got.keys()
+    assert all(torch.equal(x, got[name]) and x.dtype == got[name].dtype for name, x in want.items())
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())["quantization_config"]
+    return config
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("layout", [INT4, "fp8 blocks", "ct int8", "ct int4 -1 True", "gptq 64 1", "autofp8"])
+def test_a_stored_model_is_saved_and_read_bit_for_bit(layout: str, family: str, tmp_path: Path) -> None:
+    stored, _ = write_quantized(family, tmp_path, *LAYOUTS[layout], only=EXPERTS)
+    config = saved(load(stored, dtype="auto"), tmp_path / "out")
+    assert config["quant_method"] == "compressed-tensors" and "lm_head" in config["ignore"]
+    assert not any("experts." in name for name in config["ignore"])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
+def test_a_saved_mixtral_is_what_quantize_writes(weights: str, tmp_path: Path) -> None:
+    _, dense = write_quantized("mixtral", tmp_path, *LAYOUTS[INT4])
+    write(dense, tmp_path / "by quantize", weights)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=ExpertsConfig(weights))
+    config = saved(model, tmp_path / "out")
+    by_quantize = json.loads((tmp_path / "by quantize" / "config.json").read_text())["quantization_config"]
+    assert config == by_quantize
+    names, tensors = dict[str, Tensor](), load_file(tmp_path / "by quantize" / "model.safetensors")
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        names |= load_file(file)
+    assert names.keys() == tensors.keys() and all(torch.equal(x, names[name]) for name, x in tensors.items())
+    ours, theirs = Mixtral.from_pretrained(tmp_path / "out", device="cpu"), load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.allclose(ours(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_families_without_a_tensor_an_expert_are_not_saved(tmp_path: Path) -> None:
+    _, dense = write_quantized("granitemoe", tmp_path, *LAYOUTS[INT4])
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=ExpertsConfig("int4"))
+    with pytest.raises(ValueError, match="needs a tensor an expert, which granitemoe has not"):
+        model.save_pretrained(tmp_path / "out")
+    assert not [*(tmp_path / "out").glob("*.json")]
+
+
+def test_adapters_over_stored_experts_are_saved_alone_and_merged(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    stored, _ = write_quantized("qwen3_moe", tmp_path, *LAYOUTS["awq 32"], only=EXPERTS)
+    model = peft.get_peft_model(load(stored), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(stored), tmp_path / "adapter")
+    with torch.no_grad():
+        want = model(IDS).logits
+        assert torch.equal(again(IDS).logits, want) and not torch.equal(load(stored)(IDS).logits, want)
+    merged = model.merge_and_unload()
+    saved(merged, tmp_path / "out")
+    with torch.no_grad():
+        got = load(tmp_path / "out")(IDS).logits
+        assert torch.equal(got, merged(IDS).logits) and (got - want).abs().max() <= LIMIT * want.abs().max()
