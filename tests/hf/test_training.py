@@ -21,6 +21,7 @@ from mixtral_triton.verification.families import eager_experts
 from tests.support.families import NAMED, build, by_name, experts_of, marked_families, with_int4_experts
 
 register()
+GATED = "hy_v4", "minimax_m3_vl_text", "granitemoe_swa"  # other activations, or sinks
 once = pytest.mark.skipif(INTERPRETED, reason="about gradients of whole models: run once")
 T = 9
 IDS = torch.randint(2, 64, (2, T), generator=torch.Generator().manual_seed(0))
@@ -55,7 +56,7 @@ def largest_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 @once
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", [*NAMED[1:], "mixtral"])
+@pytest.mark.parametrize("family", [*NAMED[1:], "mixtral", *GATED])
 def test_lora_gradients_are_those_of_the_dequantized_eager_model(family: str, tmp_path: Path, covers: Any) -> None:
     if family not in marked_families():
         pytest.skip("this transformers keeps its experts in another way")
