@@ -43,6 +43,7 @@ class ExpertsQuantizer(HfQuantizer):
     is_compileable = True
     quantization_config: ExpertsConfig
     plan: StoredPlan | None = None  # of a checkpoint that is quantized already
+    conversions: Any = None  # transformers' own; None: a release before 5.17, which quantizes after them
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         devices = device_map.values() if isinstance(device_map, dict) else ()
@@ -98,7 +99,7 @@ class ExpertsQuantizer(HfQuantizer):
     def update_weight_conversions(self, conversions: list[Any], model: Any = None) -> list[Any]:
         """Quantize, or read, expert by expert where transformers would stack the experts of a checkpoint and join gate
         and up. Errors of a plan reach the user from here."""
-        self.conversions: Any = conversions
+        self.conversions = conversions
         if (stored := self.quantization_config.stored) is not None:
             self.plan = plan = plan_stored(self.model, self.files, stored, conversions)
             self.model._keys_to_ignore_on_load_unexpected = {
@@ -122,7 +123,7 @@ class ExpertsQuantizer(HfQuantizer):
                 warn_unused(plan.folder, plan.unused, stacklevel=5)
             if not plan.specs:  # the model is dense
                 self.remove_quantization_config(model)
-        used = model.__dict__.pop("_weight_conversions", ())
+        used = () if self.conversions is None else model.__dict__.pop("_weight_conversions", ())
         if any("".join(conversion.target_patterns).endswith(PROJECTIONS) for conversion in used):
             model._weight_conversions = [x for x in self.conversions if merges_experts(x) or x.was_used()]
         self.model = self.plan = self.conversions = None

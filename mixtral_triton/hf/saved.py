@@ -35,7 +35,7 @@ def compressed_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = {name: x for name, x in model.state_dict().items() if not name.startswith(inside)}
     embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     dense = {name: x.to("meta") for name, x in state.items() if x.dim() > 1 and name not in embeddings}
-    ignored = {name for name, x in revert_weight_conversion(model, dense).items() if x.dim() == 2}
+    ignored = {name for name, x in revert_weight_conversion(model, dense).items() if x.squeeze(0).dim() == 2}
     names = defaultdict[Kind, list[str]](list)
     for name, weight in weights.items():
         check_value(f"save_pretrained: device of {name}", str(weight.device), "memory", weight.device.type != "meta")
@@ -59,9 +59,9 @@ def _linears(model: Any, name: str, weight: QuantizedWeight) -> Iterable[tuple[s
     E, N, _ = weight.shape
     for linear, rows in revert_weight_conversion(converters, {name: torch.arange(E * N).view(E, N, 1)}).items():
         need = f"a tensor an expert, which {model.config.model_type} has not"
-        check_value(f"save_pretrained: {name} in files", linear, need, rows.dim() == 2)
-        expert, start = divmod(int(rows[0, 0]), N)
-        yield linear.removesuffix(".weight"), expert, slice(start, start + len(rows))
+        check_value(f"save_pretrained: {name} in files", linear, need, linear != name)
+        expert, start = divmod(int(rows.flatten()[0]), N)
+        yield linear.removesuffix(".weight"), expert, slice(start, start + rows.numel())
 
 
 def _targets(names: dict[Kind, list[str]], kind: Kind) -> list[str]:

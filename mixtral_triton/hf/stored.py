@@ -197,8 +197,10 @@ class ReadStored(ConversionOps):
                 input_dict = operation.convert(input_dict, **kwargs)
             return input_dict
         spec, shape = plan.specs.get(name), tuple(parameter.shape)
-        weight: Any = torch.empty(shape, dtype=parameter.dtype, device=device)
-        if spec is not None:
+        weight: Any
+        if spec is None:
+            weight = torch.empty(shape, dtype=parameter.dtype, device=device)
+        else:
             put_weight(module, key, weight := spec.empty(shape, device))
             kwargs["missing_keys"].discard(name)
         try:

@@ -315,11 +315,11 @@ def test_every_keyword_that_a_model_passes_to_attention_is_known() -> None:
 
 @once
 def test_apply_and_the_loader_name_register_for_another_family(tmp_path: Path) -> None:
-    model = build("olmoe")
-    with pytest.raises(ValueError, match=r"model is a OlmoeForCausalLM, .*mixtral_triton\.register\(\)"):
+    model = build("deepseek_v3")
+    with pytest.raises(ValueError, match=r"model is a DeepseekV3ForCausalLM, .*mixtral_triton\.register\(\)"):
         apply(model)
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model_type is 'olmoe', needs 'mixtral': .*mixtral_triton\.register\(\)"):
+    with pytest.raises(ValueError, match=r"model_type is 'deepseek_v3', needs one of .*mixtral_triton\.register\(\)"):
         Mixtral.from_pretrained(tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_utils
 
 from mixtral_triton import ExpertsConfig, Mixtral, register, stored_config, verify
 from mixtral_triton.hf.experts import PROJECTIONS
@@ -207,7 +207,7 @@ def test_a_stored_model_is_saved_and_read_bit_for_bit(layout: str, family: str, 
     stored, _ = write_quantized(family, tmp_path, *LAYOUTS[layout], only=EXPERTS)
     config = saved(load(stored, dtype="auto"), tmp_path / "out")
     assert config["quant_method"] == "compressed-tensors" and "lm_head" in config["ignore"]
-    assert not any("experts." in name for name in config["ignore"])
+    assert not any(".experts." in name for name in config["ignore"])
 
 
 @pytest.mark.exhaustive
@@ -226,6 +226,23 @@ def test_a_saved_mixtral_is_what_quantize_writes(weights: str, tmp_path: Path) -
     ours, theirs = Mixtral.from_pretrained(tmp_path / "out", device="cpu"), load(tmp_path / "out")
     with torch.no_grad():
         assert torch.allclose(ours(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_save_leaves_no_folder_that_loads(tmp_path: Path, monkeypatch: Any) -> None:
+    stored, _ = write_quantized("olmoe", tmp_path, *LAYOUTS[INT4], only=EXPERTS)
+    model, save = load(stored), modeling_utils.safe_save_file
+
+    def interrupted(tensors: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if "00002" in str(file):
+            raise OSError("no space left on device")
+        save(tensors, file, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", interrupted)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(tmp_path / "out", max_shard_size="300KB")
+    assert (tmp_path / "out" / "config.json").exists()
+    with pytest.raises(OSError, match="no file named"):
+        load(tmp_path / "out")
 
 
 def test_families_without_a_tensor_an_expert_are_not_saved(tmp_path: Path) -> None:
