@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from math import log2
 from pathlib import Path
 from subprocess import getoutput
@@ -167,7 +168,7 @@ def tune(
         if fault is not None or timer is None:
             return Candidate(config, measure.Outcome(note=fault))
         with override_configs({kernel: config}), torch.no_grad():
-            return Candidate(config, measure.attempt(lambda: measure.our_call(case, args), case.op, args, timer))
+            return Candidate(config, measure.attempt(partial(measure.our_call, case), case.op, args, timer))
 
     candidates = list(map(attempt, configs, compile_faults(case, kernel, configs, arch)))
     times = [candidate.outcome.seconds or float("inf") for candidate in candidates]

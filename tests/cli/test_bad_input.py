@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtral_triton.bench.fit_train import MODELS
+from mixtral_triton.bench.fit import KNOWN
 from mixtral_triton.cli import prompt
 from mixtral_triton.cli.commands import SMALL
 from tests.cli.commands import error_line
@@ -43,7 +43,7 @@ BAD_INPUT = {
     "verify --weights experts=int3": r"'experts=int3' needs one of .*; did you mean experts=int4\?",
     "verify --device gpu": "'gpu' does not exist here: needs cpu, meta, or cuda, cuda:1, ...",
     "verify no/such/folder": "no/such/folder",
-    **{f"verify {name}": "only the command fit takes this name.*, needs a local" for name in MODELS},
+    **{f"verify {name}": "only the command fit takes this name.*, needs a local" for name in KNOWN},
     "verify --device cuda:99": "cuda:99",
     "verify --device cpu --tokens 4096": "needs 2 to 2048",
     **{f"{name} --device meta": "meta" for name in ("verify", "generate --prompt x", "trace --prompt x")},

@@ -242,7 +242,7 @@ def test_tensor_map_requirements(change: dict[str, Any], said: str) -> None:
         check_descriptor("k_desc", SimpleNamespace(**known), meta | change)
 
 
-KERNELS_MOST = 25  # of prompts up to 200 tokens
+KERNELS_MOST = 28  # of prompts up to 200 tokens
 
 
 def kernels_of_prompts(gpu: Any, lengths: Sequence[int]) -> Counter[Any]:

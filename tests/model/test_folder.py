@@ -19,7 +19,6 @@ from mixtral_triton import Mixtral, MixtralConfig, verify
 from mixtral_triton.checkpoint import arguments
 from mixtral_triton.checkpoint.config import SIZES, checkpoint_folder
 from mixtral_triton.cli.commands import SMALL
-from mixtral_triton.cli.trace import trace
 from mixtral_triton.quantize.write import write
 from tests.cli.commands import error_line, output
 from tests.quantize.test_quantize_write import sharded
@@ -111,7 +110,7 @@ def test_the_small_model_is_balanced_and_has_learnt_english(model: Mixtral) -> N
     assert (SMALL / "model.safetensors").stat().st_size < 10_000_000
     config, text = model.config, torch.tensor(HELD_OUT)
     assert (config.num_local_experts, config.num_experts_per_tok, config.sliding_window) == (8, 2, 64)
-    for experts in trace(model, text[:1024], [""] * 1024).experts.flatten(1):
+    for experts in model.trace(text[:1024]).ids.flatten(1):
         assert experts.bincount(minlength=8).min() >= 0.03 * len(experts)
     tokenizer = Tokenizer.from_file(TOKENIZER)
     assert len(text) > 4000

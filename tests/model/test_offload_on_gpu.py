@@ -105,19 +105,18 @@ def test_prefill_copies_each_expert_once_a_chunk_in_order(on_host: Any, gpu: Any
 
 
 def test_rows_that_the_host_wrote_are_copied_again(gpu: Any) -> None:
-    """The buffers hold the weights of a model of one layer from chunk to chunk, until these are written."""
-    model = random_model(GPU_DEVICE, num_hidden_layers=1, on_host=(1, 3), max_position_embeddings=128)
-    ids = tokens(1, CHUNK, device=GPU_DEVICE)
-    counts = []
-    for factor in (1.0, None, 2.0):
-        if factor is not None:
-            model.layers[0].down_proj.host.mul_(factor)
+    """The copy of the next weight begins before its turn, and the host may write it in between."""
+    model = random_model(GPU_DEVICE, num_hidden_layers=1, on_host=(1, 3))
+    weight, counts = model.layers[0].down_proj, []
+    for written in (False, False, True, False):
+        if written:
+            weight.host.mul_(2.0)
         gpu.work.clear()
-        logits = model(ids)
+        buffer = weight._staging.begin(weight, torch.cuda.current_stream(GPU_DEVICE))
         counts.append(len(copies(gpu, model)))
-    assert counts == [2, 0, 1]
-    model.layers[0].down_proj._staging.buffers.clear()
-    assert torch.equal(model(ids), logits)
+        rows = buffer.memory[: weight.host.nbytes].view(weight.dtype).view(weight.host.shape)
+        assert torch.equal(rows.cpu(), weight.host.cpu())
+    assert counts == [1, 0, 1, 0]
 
 
 def test_one_projection_is_copied_while_the_other_computes(gpu: Any) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mixtral_triton import ExpertsConfig, MixtralConfig, register
-from mixtral_triton.bench.fit_train import KNOWN, MODELS, RANK, backward_bytes, training_need
+from mixtral_triton.bench.fit import KNOWN
+from mixtral_triton.bench.fit_train import RANK, backward_bytes, training_need
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.hf import training
 from mixtral_triton.hf.experts import NAME, PROJECTIONS
@@ -35,14 +36,15 @@ FAMILIES = {  # with the names of their sizes
 BF16 = torch.bfloat16
 
 
-def config(layers: int) -> MixtralConfig:
+def config(layers: int, family: str = "Mixtral") -> MixtralConfig:
     sizes = SIZES | {"num_hidden_layers": layers, "dtype": "bfloat16"}
-    return MixtralConfig(**sizes, **FAMILIES["Mixtral"], rope_theta=1e4)
+    model_type = {"Mixtral": "mixtral", "Qwen3Moe": "qwen3_moe"}[family]
+    return MixtralConfig(model_type=model_type, **sizes, **FAMILIES["Mixtral"], rope_theta=1e4)
 
 
 def need(family: str, layers: int = 2, format: str | None = None) -> dict[str, int]:
-    specs = select_specs(format, parameter_shapes(config(layers)))
-    return training_need(config(layers), specs, B, T, family == "Qwen3Moe")
+    specs = select_specs(format, parameter_shapes(config(layers, family)))
+    return training_need(config(layers, family), specs, B, T)
 
 
 def dense_model(family: str, layers: int = 2, **changes: Any) -> Any:
@@ -120,8 +122,9 @@ def test_a_whole_step_takes_what_is_calculated(family: str, words: int, monkeypa
         ids = torch.empty(64, 16, dtype=torch.int64)
     with LiveBytes() as live:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    config = MixtralConfig(**SIZES | sizes | inner[0], rope_theta=1e4, dtype="bfloat16")
-    found = training_need(config, {}, *ids.shape, family == "Qwen3Moe")
+    model_type = {"Mixtral": "mixtral", "Qwen3Moe": "qwen3_moe"}[family]
+    config = MixtralConfig(model_type=model_type, **SIZES | sizes | inner[0], rope_theta=1e4, dtype="bfloat16")
+    found = training_need(config, {}, *ids.shape)
     assert found["activations"] + found["adapter"] / 2 == pytest.approx(live.peak, rel=0.05)
 
 
@@ -156,7 +159,7 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
     assert "--batch is 0" in error_line("fit qwen3-30b-a3b --train --gpu h100 --batch 0")
     hub.write(tmp_path, *hub.LAYOUTS["awq 64"])
     assert "is quantized already, needs a dense checkpoint" in error_line("fit --train --gpu h100", tmp_path)
-    assert "or qwen3-30b-a3b" in error_line("fit qwen3 --train --gpu h100") and "qwen3" not in " ".join(KNOWN)
+    assert "or qwen3-30b-a3b" in error_line("fit qwen3 --train --gpu h100")
 
 
 def test_the_tables_are_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +167,7 @@ def test_the_tables_are_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     page = (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8")
     for name in ("mixtral-8x7b", "qwen3-30b-a3b"):
-        assert name in MODELS and f"mixtral-triton fit {name} --train" in page
+        assert name in KNOWN and f"mixtral-triton fit {name} --train" in page
         for line in output(f"fit {name} --train").splitlines():
             if " GB " in line:
                 assert line.strip() in page, line
