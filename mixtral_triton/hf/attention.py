@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.compiler import is_compiling
 from torch.nn.functional import pad
 from transformers import masking_utils
@@ -79,7 +80,7 @@ def attention(
     s_aux [Hq]: sinks, as in `ops.attention`. A dense mask goes to torch's attention. The weights are those of
     transformers' eager attention, and the result does not depend on them. ValueError by `check_attention`.
     """
-    if torch.is_autocast_enabled(device := query.device.type):
+    if is_autocast_available(device := query.device.type) and torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     attend, mask, weights, (_, H, T, D) = (
         fused(ops.attention, query, key, value, s_aux),

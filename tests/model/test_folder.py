@@ -213,7 +213,7 @@ REJECTED = [
     ({"eos_token_id": []}, r"eos_token_id is \(\)"),
     ({"eos_token_id": [2, -1]}, r"eos_token_id is \(2, -1\)"),
     ({"torch_dtype": 16}, "dtype is 16"),
-    ({"model_type": "mistral"}, "model_type is 'mistral', needs 'mixtral'"),
+    ({"model_type": "mistral"}, "model_type is 'mistral', needs one of mixtral, qwen3_moe, olmoe: in transformers"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', needs 'silu'"),
     ({"attention_bias": True}, "attention_bias is True, needs False"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.type is 'linear'"),

@@ -103,7 +103,8 @@ def test_the_backward_pass_of_experts_takes_what_is_calculated(tokens: int, form
     routes = torch.empty(tokens, K, dtype=torch.int64, device="meta"), torch.empty(tokens, K, device="meta")
     needs_grad = True, False, False, False, True, False
     context = SimpleNamespace(saved_tensors=(x, *routes), projections=weights, needs_input_grad=needs_grad)
-    with LiveBytes() as live:
+    context.versions, context.activation = training.versions(*weights), "silu"
+    with torch.no_grad(), LiveBytes() as live:
         training.FrozenExperts.backward(context, grad)
     assert backward_bytes(config, format is not None, tokens) == pytest.approx(live.peak, rel=0.01)
 
