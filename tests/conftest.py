@@ -67,7 +67,8 @@ class GuardedTensor:
         return rest.view(torch.uint8).equal(self.canary.repeat(len(rest)).view(torch.uint8))
 
     def write_back(self) -> None:
-        memory_of(self.tensor)[self.indices - MARGIN] = self.buffer[self.indices]
+        """As a kernel: it counts as none of torch's writes in place."""
+        memory_of(self.tensor).data[self.indices - MARGIN] = self.buffer[self.indices]
 
 
 def guard_experts(name: str, weight: OffloadedWeight, guards: dict[str, GuardedTensor], iteration: int) -> Tensor:
