@@ -200,7 +200,8 @@ class Driver(CudaDriver):
 
 def with_memory(arg: Any) -> Any:
     if isinstance(arg, tuple):
-        return type(arg)(*map(with_memory, arg))
+        values = map(with_memory, arg)
+        return type(arg)(*values) if hasattr(arg, "_fields") else tuple(values)
     if isinstance(arg, TensorDescriptor):
         return TensorDescriptor(with_memory(arg.base), arg.shape, arg.strides, arg.block_shape)
     return getattr(arg, "held", arg)
