@@ -192,10 +192,10 @@ def configs(sizes: RouteSizes, dtype: torch.dtype, arch: str) -> dict[str, Launc
 
 
 def gate_configs(sizes: GateSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's. To choose among 128 experts takes
-    255 registers on Triton 3.6 and 3.7, so half as many warps."""
+    """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's. To choose among 64 or more takes
+    up to 255 registers on Triton 3.6 and 3.7, so half as many warps."""
     block_e = power_of_2(sizes.E)
-    elements = TILE_ELEMENTS if block_e < 128 else TILE_ELEMENTS // 2
+    elements = TILE_ELEMENTS if block_e < 64 else TILE_ELEMENTS // 2
     tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes.H, high=max(16, elements // block_e))}
     warps = power_of_2(block_e * tiles["BLOCK_H"] // 2048, high=16)
     return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes.K)}, num_warps=warps)}
