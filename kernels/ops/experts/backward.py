@@ -31,7 +31,19 @@ from ..tiles import power_of_2
 from . import backward_kernels, kernels
 from .activations import check_activation, constants
 from .backward_tiles import configs
-from .op import ACTIVATIONS, MIXTRAL, QWEN3, Down, ExpertCase, GateUp, Ids, draw_routes, prefill_grid, row_descriptors
+from .op import (
+    ACTIVATIONS,
+    MIXTRAL,
+    QWEN3,
+    Down,
+    ExpertCase,
+    GateUp,
+    Ids,
+    combine,
+    draw_routes,
+    prefill_grid,
+    row_descriptors,
+)
 from .tiles import ExpertSizes
 
 
@@ -142,22 +154,7 @@ def expert_swiglu_backward(
     )
     launch_transposed(backward_kernels.experts_grad_x_kernel, both, gate_up, rows, groups, sizes, selected)
     grad_x = torch.empty((T, H), dtype=x.dtype, device=x.device)
-    config = selected["experts_combine_kernel"]
-    launch(
-        kernels.experts_combine_kernel,
-        (T, triton.cdiv(H, config.constexprs["BLOCK_H"])),
-        config,
-        y_ptr=rows,
-        ids_ptr=ids,
-        weights_ptr=weights.contiguous(),
-        out_ptr=grad_x,
-        norm=None,
-        N=T * K,
-        E=E,
-        H=H,
-        TOP_K=K,
-        SPLIT_K=1,
-    )
+    combine(rows, ids, weights, grad_x, E, selected)
     return grad_x, grad_weights
 
 

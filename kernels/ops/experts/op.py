@@ -229,23 +229,38 @@ def _experts(
     decode = "experts_up_decode_kernel" in selected
     y = (_launch_decode if decode else _launch_prefill)(rows, *projections, ids, sizes, selected, activation)
     out = torch.empty((T, H), dtype=x.dtype, device=x.device)
-    combine = selected["experts_combine_kernel"]
+    combine(y, ids, weights, out, E, selected, y.shape[0], norm)
+    return out
+
+
+def combine(
+    y: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    E: int,
+    selected: Configs,
+    splits: int = 1,
+    norm: FusedNorm | None = None,
+) -> None:
+    """Sum the rows of each token's slots, y [splits, N, H], with its routing weights to `out` [T, H]."""
+    (T, H), K = out.shape, ids.shape[1]
+    config = selected["experts_combine_kernel"]
     launch(
         kernels.experts_combine_kernel,
-        (T, triton.cdiv(H, combine.constexprs["BLOCK_H"])),
-        combine,
+        (T, triton.cdiv(H, config.constexprs["BLOCK_H"])),
+        config,
         y_ptr=y,
         ids_ptr=ids,
         weights_ptr=weights.contiguous(),
         out_ptr=out,
         norm=norm,
-        N=ids.numel(),
+        N=T * K,
         E=E,
         H=H,
-        TOP_K=sizes.K,
-        SPLIT_K=y.shape[0],
+        TOP_K=K,
+        SPLIT_K=splits,
     )
-    return out
 
 
 def _launch_decode(
