@@ -14,7 +14,7 @@ from mixtral_triton.bench.cases import BENCHED, Case, cases
 from mixtral_triton.bench.command import sizes_text
 from mixtral_triton.bench.measure import attempt, our_call, wall_seconds
 from mixtral_triton.kernels.launching.launch import INTERPRETED, target_arch
-from mixtral_triton.kernels.operation.declaration import Cost, runs_on
+from mixtral_triton.kernels.operation.cases import Cost, runs_on
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .launching import launch
 from .launching.arch import ARCHS
 from .launching.launch import Launch
-from .operation.call import unflatten_args
 from .operation.plan import MEMORY
+from .operation.torch_operator import unflatten_args
 from .registry import OPS
 
 # torch operations that allocate memory or make a view, and compute nothing.

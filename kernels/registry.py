@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .operation.declaration import Op
+from .operation.cases import OpWithCases
 from .ops.attention.op import attention as attention
 from .ops.attention.op import cached_attention as cached_attention
 from .ops.attention.op import rope_append_attention as rope_append_attention
@@ -22,13 +22,13 @@ from .ops.router import gate_route as gate_route
 from .ops.router import rms_norm_gate_route as rms_norm_gate_route
 from .ops.router import route as route
 from .ops.sort import sort_by_expert as sort_by_expert
-from .weights.composites import COMPOSITES
+from .weights.composite_args import COMPOSITES
 
 # By name: the functions that are called, and what each declares.
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    value.op.name: value for value in tuple(globals().values()) if isinstance(getattr(value, "op", None), Op)
+    value.op.name: value for value in tuple(globals().values()) if isinstance(getattr(value, "op", None), OpWithCases)
 }
-OPS: dict[str, Op] = {name: function.op for name, function in OPERATIONS.items()}  # type: ignore[attr-defined]
+OPS: dict[str, OpWithCases] = {name: function.op for name, function in OPERATIONS.items()}  # type: ignore[attr-defined]
 
 
 def dispatched(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ..weights.composites import COMPOSITES, Cache, Matrix
+from ..weights.composite_args import COMPOSITES, Cache, Matrix
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP32 = (torch.float32,)

@@ -1,45 +1,16 @@
-"""What an operation declares about itself: one entry in the registry serves tests, compile, bench and verify."""
+"""What an operation declares for its calls. What tests, compile and bench draw of it is in cases.py."""
 
 import inspect
-import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from typing import Any
 
 import torch
 
-from ..launching.arch import multiplies_fp8
-from ..weights.composites import COMPOSITE_PARTS, Matrix
-from ..weights.formats import matrix_bytes, multiplies_codes
 from . import checks
 from .checks import Argument, Binder, Within
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Compulsory work: floating-point operations, of which `fp8_flops` are products of e4m3 codes, and bytes that must
-    cross device memory, or the link to host memory, at least once."""
-
-    flops: int
-    bytes: int
-    host_bytes: int = 0
-    fp8_flops: int = 0
-
-    def __add__(self, other: Any) -> Any:
-        return type(self)(*map(sum, zip(vars(self).values(), vars(other).values(), strict=True)))
-
-
-def as_dict(case: Any) -> dict[str, Any]:
-    """Return the fields of a case: its sizes, and the flags and formats that are not at their default."""
-    flags = {field.name: field.default for field in fields(case) if isinstance(field.default, bool | str | None)}
-    return {name: value for name, value in vars(case).items() if name not in flags or value != flags[name]}
-
-
-def runs_on(case: Any, arch: str) -> bool:
-    """Return whether the GPU has the products of a case: those of e4m3 codes not every one has."""
-    return not any(map(multiplies_codes, vars(case).values())) or multiplies_fp8(arch)
 
 
 @cache
@@ -67,8 +38,10 @@ def by_position(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def compile_binder(name: str, parameters: Iterable[inspect.Parameter]) -> Callable[..., tuple[Any, ...]]:
     """Return a function of these parameters that returns its arguments in their order, defaults filled in, or raises a
-    SignatureError, which names `name`. Python itself binds them: quickly, and as a compiler follows."""
+    SignatureError, which names `name`."""
     plain = inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in parameters])
+    # Python itself binds them, as a compiler follows: 1.2 us for the 7 arguments of expert_swiglu, where
+    # `Signature.bind` takes 20 and a loop over names 1.8.
     bind = eval(f"lambda {str(plain)[1:-1]}: ({', '.join(plain.parameters)},)")
     bind.__qualname__ = name
 
@@ -81,80 +54,38 @@ def compile_binder(name: str, parameters: Iterable[inspect.Parameter]) -> Callab
     return bind_arguments
 
 
-def row_letter(run: Callable[..., Any]) -> str:
-    """Return the letter that counts rows, which a shape with "..." leaves out: T, where the operation names none."""
-    spec = read_annotations(run)[0][0].shape_spec.split()
-    return "T" if spec[0] == "..." else spec[0]
-
-
-def letters_of(run: Callable[..., Any], case: Any) -> dict[str, Any]:
-    return {"...": (getattr(case, row_letter(run)),), **vars(case)}
-
-
-def streaming_cost(run: Callable[..., Any], flops: Callable[[Any], int]) -> Callable[[Any, torch.dtype], Cost]:
-    """Return `Op.cost` for an operation that reads each required argument once and writes each result once."""
-
-    def cost(case: Any, dtype: torch.dtype) -> Cost:
-        total, letters = 0, letters_of(run, case)
-        for a in (a for part in read_annotations(run) for a in part if a.tensor and not a.optional):
-            *rows, columns = checks.shape_of(a.shape_spec, letters)
-            weights = letters[a.name] if a.kind == Matrix else None
-            stored = dtype if a.dtypes is None or dtype in a.dtypes else a.dtypes[0]
-            total += matrix_bytes(weights, math.prod(rows), columns, stored.itemsize)
-        return Cost(flops=flops(case), bytes=total)
-
-    return cost
-
-
 class SignatureError(ValueError, TypeError):
     """A call that does not fit the signature: Python's TypeError, and a ValueError like an operation's other errors."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Op:
-    """What is known of an operation. Its signature is that of `run` and stands nowhere else: the checks, torch's
+    """What a call of an operation needs. Its signature is that of `run` and stands nowhere else: the checks, torch's
     operator, the shapes of its results and the torch backend derive from the annotations there (checks.py).
 
     name               its name in `mixtral_triton.ops` and in `torch.ops.mixtral_triton`
     run                launches the Triton kernels, its arguments already checked, and each of them also by position
     reference          the same in plain torch; it takes the arguments it shares with `run`, by name
-    case               the dataclass of what draws inputs: sizes by shape letter, and flags. `inputs` and `cost` take a
-                       mapping of its fields, too
-    inputs             inputs(case, dtype, device, generator) -> keyword arguments of `run`
-    cost               cost(case, dtype) -> Cost
-    test_shapes        cases that the interpreted tests run
-    bench_shapes       cases of Mixtral's sizes, compiled offline and timed
-    dtypes             dtypes of the floating-point arguments
     mutates            names of the arguments that the operation writes into
-    derived_outputs    derived_outputs(args, results) -> what the last results must equal exactly, given those before
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
     truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
                        depend on the length of the others
     growing            growing(args) -> where tensors grow from call to call, the key of a call without their sizes,
                        the paths of the kernel arguments that have these, as "keys.stride_kb", and their values;
                        None: as any other call
+    gradients          backward and setup_context of `torch.library.register_autograd`; None: a backward raises
     error_name         the public name, with which errors start; empty: `name`
     """
 
     name: str
     run: Callable[..., Any]
     reference: Callable[..., Any]
-    case: type[Any]
-    inputs: Callable[..., dict[str, Any]]
-    cost: Callable[[Any, torch.dtype], Cost]
-    test_shapes: Sequence[Any]
-    bench_shapes: Sequence[Any]
-    dtypes: tuple[torch.dtype, ...] = checks.FLOATS
     mutates: tuple[str, ...] = ()
-    derived_outputs: Callable[[Any, Any], Any] | None = None
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
     truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     growing: Callable[[Sequence[Any]], tuple[tuple[Any, ...], Sequence[str], tuple[int, ...]] | None] | None = None
+    gradients: tuple[Callable[..., Any], Callable[..., None]] | None = None
     error_name: str = ""
-
-    def case_of(self, fields: Any) -> Any:
-        """Return the case of a mapping of its fields, or a case as it is."""
-        return self.case(**fields) if isinstance(fields, Mapping) else fields
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -218,20 +149,15 @@ class Op:
         )
         return results if len(results) > 1 else results[0] if results else None
 
-    def plain_signature(self, composite: Any = None) -> inspect.Signature:
-        """Return the public signature with plain types: Tensor, int, ...
-
-        composite  the type for a Matrix or a Cache in torch's operator, which takes all arguments by position; None:
-                   the public signature
-        """
+    @property
+    def public_signature(self) -> inspect.Signature:
+        """The signature with plain types: Tensor, int, ..."""
         results: dict[int, Any] = {0: None, 1: torch.Tensor}
         returned = results.get(len(self.results), tuple[(torch.Tensor,) * len(self.results)])  # type: ignore[misc]
-        parameters: list[inspect.Parameter] = []
-        for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True):
-            kind = argument.kind if composite is None or argument.kind not in COMPOSITE_PARTS else composite
-            if composite is not None:
-                parameter = parameter.replace(kind=parameter.POSITIONAL_OR_KEYWORD)
-            parameters.append(parameter.replace(annotation=kind | None if argument.optional else kind))
+        parameters = [
+            parameter.replace(annotation=argument.kind | None if argument.optional else argument.kind)
+            for argument, parameter in zip(self.arguments, self.signature.parameters.values(), strict=True)
+        ]
         return inspect.Signature(parameters, return_annotation=returned)
 
     @cached_property

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launching import launch
 from ..launching.launch import CompiledLaunch
-from ..weights.composites import COMPOSITES
+from ..weights.composite_args import COMPOSITES
 from .declaration import Op
 
 PLANS_MAX = 4096

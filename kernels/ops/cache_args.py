@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launching.kernel_args import Pointer
+from ..operation.cases import draw
 from ..operation.checks import FP32, INTS, Within, fail
-from ..operation.inputs import draw
-from ..weights.composites import Cache, first_part
+from ..weights.composite_args import Cache, first_part
 
 # The greatest position: far beyond any model's, and a tile of keys past it still fits int32.
 POSITIONS_MAX = tl.constexpr(1 << 30)

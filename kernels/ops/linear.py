@@ -19,10 +19,8 @@ from ..launching.arch import family, max_multiprocessors
 from ..launching.kernel_args import Rows
 from ..launching.launch import LaunchConfig, describe, launch, select_configs, target_arch
 from ..launching.pdl import prefetch_rows
-from ..operation.call import operation
-from ..operation.declaration import Cost
-from ..operation.inputs import shapes
-from ..weights.composites import Matrix
+from ..operation.cases import Cost, operation, shapes
+from ..weights.composite_args import Matrix
 from ..weights.formats import CODE_PRODUCTS, QUANT_NAMES, matrix_bytes, multiplies_codes
 from ..weights.weight_args import Weight, WeightRows, add_products, program_tile, row_products, times_scales
 from .tiles import (
@@ -180,7 +178,7 @@ def cost(case: LinearSizes, dtype: torch.dtype) -> Cost:
 @operation(
     reference=reference.linear,
     case=LinearSizes,
-    cost=cost,
+    count=cost,
     test_shapes=(
         *shapes(LinearSizes, "1 512 40, 3 100 64, 16 256 33"),
         *shapes(LinearSizes, "1 128 70, 70 100 64", deterministic=True),

@@ -17,10 +17,8 @@ from torch import Tensor
 from .. import reference
 from ..launching.kernel_args import Pointer, Rows, dense_rows
 from ..launching.launch import LaunchConfig, launch, select_configs
-from ..operation.call import operation
+from ..operation.cases import Cost, operation, shapes
 from ..operation.checks import INTS, Within
-from ..operation.declaration import Cost, Op
-from ..operation.inputs import shapes
 from .cache_args import POSITIONS_MAX, New
 from .tiles import power_of_2
 
@@ -148,7 +146,7 @@ class RmsNorm:
     >>> y, total = ops.rms_norm(torch.randn(2, 64), torch.randn(64), 1e-5, residual=torch.randn(2, 64))
     """
 
-    op: Op = _norm.op
+    op = _norm.op
     __name__ = "rms_norm"
 
     def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
@@ -256,8 +254,8 @@ Embedded = Annotated[Tensor, "B T H"]
 @operation(
     reference=reference.embed_rms_norm,
     case=EmbedSizes,
-    inputs=_embed_inputs,
-    cost=embed_cost,
+    draw=_embed_inputs,
+    count=embed_cost,
     test_shapes=shapes(EmbedSizes, "3 1 50 128 7, 2 3 30 1000 0, 2 5 9 80"),
     bench_shapes=shapes(EmbedSizes, "1 1 32000 4096 100, 1 2048 32000 4096 100"),
 )

@@ -15,11 +15,9 @@ from torch import Tensor
 from .. import reference
 from ..launching.kernel_args import Heads
 from ..launching.launch import LaunchConfig, launch, select_configs
-from ..operation.call import operation
+from ..operation.cases import Cost, operation, shapes
 from ..operation.checks import INTS, Within
-from ..operation.declaration import Cost
-from ..operation.inputs import shapes
-from ..weights.composites import Cache, quantized_vectors, vector_bytes
+from ..weights.composite_args import Cache, quantized_vectors, vector_bytes
 from .cache_args import (
     CacheArgs,
     HeadNorm,
@@ -210,8 +208,8 @@ def append_cost(case: AppendCase, dtype: torch.dtype) -> Cost:
 @operation(
     reference=reference.rope,
     case=RopeSizes,
-    inputs=_inputs,
-    cost=cost,
+    draw=_inputs,
+    count=cost,
     test_shapes=(
         *shapes(RopeSizes, "2 1 4 4 64 96, 2 5 8 2 80 96, 2 3 4 1 96 96, 2 4 4 4 128 96, 2 2 8 2 32 96"),
         *shapes(RopeSizes, "2 1 4 4 64 96, 2 5 8 2 80 96", norms=True),
@@ -274,8 +272,8 @@ def rope(
 @operation(
     reference=reference.append,
     case=AppendCase,
-    inputs=cache_inputs,
-    cost=append_cost,
+    draw=cache_inputs,
+    count=append_cost,
     test_shapes=(
         *(AppendCase(2, T, 2, 80, 16, past) for past in (0, 13) for T in (1, 15, 40)),
         *shapes(AppendCase, "2 1 2 80 64 40, 2 15 2 80 64 40, 2 40 2 80 64 40"),

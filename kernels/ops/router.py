@@ -18,9 +18,8 @@ from .. import reference
 from ..launching.kernel_args import Rows
 from ..launching.launch import LaunchConfig, launch, select_configs
 from ..launching.pdl import pdl_wait
-from ..operation.call import operation
+from ..operation.cases import operation, shapes
 from ..operation.checks import INT32, RoutingWeights, Tokens, Within
-from ..operation.inputs import shapes
 from .norm import FusedNorm, NormWeight, apply_norm
 from .tiles import power_of_2
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from .. import reference
 from ..launching.kernel_args import Rows
 from ..launching.launch import LaunchConfig, launch, select_configs
-from ..operation.call import operation
+from ..operation.cases import operation, shapes
 from ..operation.checks import INT32, INTS, Within
-from ..operation.inputs import shapes
 from .tiles import power_of_2
 
 
@@ -112,7 +111,7 @@ def _inputs(case: SortSizes, dtype: torch.dtype, device: Any, generator: Any) ->
 @operation(
     reference=reference.sort_by_expert,
     case=SortSizes,
-    inputs=_inputs,
+    draw=_inputs,
     test_shapes=shapes(SortSizes, "1 8 2, 77 8 2, 40 4 1, 3000 8 2, 9 64 6, 5 1 1, 150 256 8"),
     bench_shapes=shapes(SortSizes, "128 8 2, 1024 8 2, 8192 8 2, 4096 256 8"),
     dtypes=INTS,

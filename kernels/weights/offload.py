@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..launching.cuda_runtime import call_runtime
 from ..launching.kernel_args import ALIGNMENT
 from .quantized import QuantizedWeight
 
@@ -33,13 +34,6 @@ PORTABLE_MAPPED = 3  # flags of cudaHostRegister: every GPU may read the memory,
 OFFLOADED = "offloaded "  # how `layout` starts
 _weights: weakref.WeakValueDictionary[int, OffloadedWeight] = weakref.WeakValueDictionary()  # by id
 _copy_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def call_runtime(function: str, *args: Any) -> int:
-    """Call the CUDA or HIP runtime that torch uses, for what torch does not offer, and return its status."""
-    runtime = ctypes.CDLL(torch._C.__file__)  # symbols of a library's dependencies count
-    status: int = getattr(runtime, ("hip" if torch.version.hip else "cuda") + function)(*args)
-    return status
 
 
 @dataclass(eq=False)

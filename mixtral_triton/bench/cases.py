@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..kernels.operation.cases import Cost, OpWithCases, as_dict
 from ..kernels.operation.checks import dtype_name
-from ..kernels.operation.declaration import Cost, Op, as_dict
 from ..kernels.registry import OPS
 from ..terminal import check_known
 from .compile import check_sizes, parse_sizes
@@ -17,7 +17,7 @@ from .decode_step import STEP, costs, of_model
 from .fit import KNOWN
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-BENCHED: dict[str, Op] = {**OPS, STEP.name: STEP}
+BENCHED: dict[str, OpWithCases] = {**OPS, STEP.name: STEP}
 CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
 
 
@@ -25,7 +25,7 @@ CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 an
 class Case:
     """One call of an operation at some sizes in one dtype."""
 
-    op: Op
+    op: OpWithCases
     sizes: Any  # a case of the operation
     dtype: torch.dtype = torch.bfloat16
 
@@ -85,14 +85,14 @@ def cases(
     return all_cases
 
 
-def _table(op: Op) -> list[Any]:
+def _table(op: OpWithCases) -> list[Any]:
     letters = {field.name for field in fields(op.case)}
     if "T" in letters and not {"S", "C"} & letters:  # only the tokens vary
         return [*dict.fromkeys(replace(shape, T=T) for shape in op.bench_shapes for T in TOKENS)]
     return [*dict.fromkeys(op.bench_shapes)]
 
 
-def _read_sizes(op: Op, text: str) -> Any:
+def _read_sizes(op: OpWithCases, text: str) -> Any:
     """Return the case of 8x7B with the sizes that a user wrote."""
     sizes = parse_sizes("--sizes", text.split(","))
     check_known(f"{op.name}: a name of --sizes", sizes, (field.name for field in fields(op.case)))

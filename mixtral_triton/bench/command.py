@@ -12,7 +12,7 @@ import torch
 from rich.console import Group
 from rich.text import Text
 
-from ..kernels.operation.declaration import runs_on
+from ..kernels.operation.cases import runs_on
 from ..kernels.registry import OPS
 from ..terminal import Bar, check_known, check_writable, console, table_of
 from . import measure

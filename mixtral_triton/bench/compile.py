@@ -18,7 +18,7 @@ import triton
 from ..kernels.launching.arch import ARCHS, amd, family
 from ..kernels.launching.kernel_args import flatten
 from ..kernels.launching.launch import Launch
-from ..kernels.operation.declaration import Op, as_dict, runs_on
+from ..kernels.operation.cases import OpWithCases, as_dict, runs_on
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..kernels.weights.packing import GROUPS
@@ -132,7 +132,7 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
 
 
 def collect(
-    ops: Iterable[Op], arch: str, widths: bool = True, choices: Mapping[str, Sequence[Any]] | None = None
+    ops: Iterable[OpWithCases], arch: str, widths: bool = True, choices: Mapping[str, Sequence[Any]] | None = None
 ) -> dict[str, tuple[str, Launch]]:
     """Return the operation's name and a launch of each kernel, over bench shapes and dtypes, by `kernel_key`.
     `choices`: sizes in place of those of the shapes, one or several of a name; ValueError where an operation has none
@@ -154,7 +154,7 @@ def collect(
     return kernels
 
 
-def check_sizes(option: str, op: Op, sizes: Any, dtype: Any) -> None:
+def check_sizes(option: str, op: OpWithCases, sizes: Any, dtype: Any) -> None:
     """Raise ValueError where a user's sizes make no arguments of the operation."""
     try:
         if hasattr(sizes, "K"):

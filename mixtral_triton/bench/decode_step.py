@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.config import MixtralConfig
-from ..kernels.operation.declaration import Cost, Op
+from ..kernels.operation.cases import Cost, OpWithCases
 from ..kernels.weights.offload import OffloadedWeight
 from ..model.cache import KVCache
 from ..model.generate import can_capture, capture
@@ -112,13 +112,13 @@ SMALL = StepCase(B=3, S=12, L=2, H=64, I=96, E=4, K=2, Hq=4, Hkv=2, D=16, V=100)
 MIXTRAL = StepCase(B=1, S=1024, L=1, H=4096, I=14336, E=8, K=2, Hq=32, Hkv=8, D=128, V=32000)
 # B, S, L: two depths of one step give the time of a layer.
 STEPS = [(1, 1024, 1), *product((1, 8, 32), (1024, 4096, 32768), (4,))]
-STEP = Op(
+STEP = OpWithCases(
     name="decode_step",
     run=decode_step,
     reference=decode_step,
     case=StepCase,
-    inputs=inputs,
-    cost=lambda case, dtype: sum(costs(case, dtype), Cost(0, 0)),
+    draw=inputs,
+    count=lambda case, dtype: sum(costs(case, dtype), Cost(0, 0)),
     test_shapes=(SMALL, replace(SMALL, offload=2), replace(SMALL, cache="int8")),
     bench_shapes=tuple(replace(MIXTRAL, B=B, S=S, L=L) for B, S, L in STEPS),
 )

@@ -20,7 +20,7 @@ from rich.text import Text
 from ..checkpoint.arguments import default_dtype, in_decimal, weight_bytes
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..checkpoint.tensors import parameter_shapes
-from ..kernels.operation.declaration import Cost
+from ..kernels.operation.cases import Cost
 from ..kernels.ops.attention.op import CachedCase
 from ..kernels.ops.experts.op import ExpertCase
 from ..kernels.ops.linear import LinearSizes

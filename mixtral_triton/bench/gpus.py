@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..kernels.operation.declaration import Cost
+    from ..kernels.operation.cases import Cost
 
 MIB = 2**20
 # Bytes/s from host memory to a GPU, by the specifications of PCI Express 4 and 5 (16 lanes of 16 and 32 GT/s, 128 of

@@ -13,7 +13,8 @@ from triton.testing import do_bench
 
 from ..kernels.launching.interpret import every_launch_corrected
 from ..kernels.launching.launch import target_arch
-from ..kernels.operation.declaration import Cost, Op
+from ..kernels.operation.cases import Cost
+from ..kernels.operation.declaration import Op
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS, dispatched
 from ..terminal import print_message

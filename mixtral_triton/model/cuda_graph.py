@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.weights.offload import call_runtime as _call_runtime
+from ..kernels.launching.cuda_runtime import call_runtime as _call_runtime
 
 _lock = threading.Lock()  # captures take turns, as they share a stream
 _streams: dict[int, torch.cuda.Stream] = {}  # by device: torch draws streams from a pool, where others get the same

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import reference
 from ..checkpoint.config import PREFILL_CHUNK
 from ..kernels.launching.launch import DEFAULT_ARCH, Launch, target_arch
-from ..kernels.operation.call import unflatten_args
+from ..kernels.operation.torch_operator import unflatten_args
 from ..kernels.ops.experts.tiles import decode_tokens
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.operation.declaration import Op
+from ..kernels.operation.cases import OpWithCases
 from ..kernels.registry import OPS
 from ..kernels.weights.fp8 import W8A8
 from ..kernels.weights.quantized import QuantizedWeight
@@ -126,12 +126,12 @@ class ConvertedExperts:
         return rows.to(self.dtype) if isinstance(rows, Tensor) else rows
 
 
-def _fp64_results(op: Op, args: Args) -> list[Tensor]:
+def _fp64_results(op: OpWithCases, args: Args) -> list[Tensor]:
     convert = dict.fromkeys(("gate_up_proj", "down_proj"), ConvertedExperts)
     return _results(op, op.call_reference, {key: convert.get(key, to_fp64)(value) for key, value in args.items()})
 
 
-def _results(op: Op, function: Callable[..., Any], args: Args) -> list[Tensor]:
+def _results(op: OpWithCases, function: Callable[..., Any], args: Args) -> list[Tensor]:
     """Return the results of `function`, then copies of the arguments that the operation mutates; caches dequantized."""
     args = {name: value.clone() if name in op.mutates else value for name, value in args.items()}
     out = function(**args)

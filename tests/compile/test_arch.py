@@ -14,7 +14,7 @@ from mixtral_triton.bench.gpus import GPUS
 from mixtral_triton.kernels.launching import arch as arch_module
 from mixtral_triton.kernels.launching.arch import ARCHS, family, has_less_shared_memory, max_multiprocessors, tma
 from mixtral_triton.kernels.launching.launch import launch_context, override_configs, target_arch, tma_can_read
-from mixtral_triton.kernels.operation.declaration import runs_on
+from mixtral_triton.kernels.operation.cases import runs_on
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 

@@ -25,7 +25,7 @@ from mixtral_triton.bench.compile import collect, compile_launch, compile_ops
 from mixtral_triton.cli.commands import main
 from mixtral_triton.kernels.launching.arch import ARCHS
 from mixtral_triton.kernels.launching.launch import Launch
-from mixtral_triton.kernels.operation.declaration import Op
+from mixtral_triton.kernels.operation.cases import OpWithCases
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.model import ahead
 from tests.cli.commands import heed_interrupts
@@ -43,7 +43,7 @@ JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_w
 CASES = [(name, arch, dtype) for name, op in OPS.items() for arch, dtype in product(FAMILIES, op.dtypes)]
 
 
-def launches_of(op: Op, arch: str, dtype: torch.dtype | None = None, widths: bool = True) -> list[Launch]:
+def launches_of(op: OpWithCases, arch: str, dtype: torch.dtype | None = None, widths: bool = True) -> list[Launch]:
     """Return a launch of each kernel of `op`, in one dtype or in all; `widths` as in `collect`."""
     op = op if dtype is None else replace(op, dtypes=(dtype,))
     return [launch for _, launch in collect([op], arch, widths).values()]

@@ -9,7 +9,7 @@ import torch
 
 from mixtral_triton.bench.compile import collect, compile_launch
 from mixtral_triton.kernels.launching.arch import ARCHS
-from mixtral_triton.kernels.operation.declaration import runs_on
+from mixtral_triton.kernels.operation.cases import runs_on
 from mixtral_triton.kernels.registry import OPS
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]

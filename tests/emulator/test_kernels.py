@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.bench.compile import compile_launch
 from mixtral_triton.kernels.launching.launch import override_configs
-from mixtral_triton.kernels.operation.declaration import Op, runs_on
+from mixtral_triton.kernels.operation.cases import OpWithCases, runs_on
 from mixtral_triton.kernels.ops import linear
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
@@ -36,7 +36,7 @@ ARCHS = ("sm_90", "sm_80")
 BOUND = 0.97  # of the instructions of one variant with the tiles of 8x7B, for each kernel
 
 
-def check_error(op: Op, sizes: Any, dtype: torch.dtype = BF16) -> float:
+def check_error(op: OpWithCases, sizes: Any, dtype: torch.dtype = BF16) -> float:
     """Check that the error is at most twice that of the torch backend; return its share of this limit."""
     args = inputs_without_padding(op.name, sizes, GPU_DEVICE, dtype)
     error, limit = Tolerance(op.name, args).measure(dispatched(op.name, args))
@@ -44,7 +44,7 @@ def check_error(op: Op, sizes: Any, dtype: torch.dtype = BF16) -> float:
     return float(error) / max(float(limit), 1e-30)
 
 
-def supported(op: Op, dtype: torch.dtype) -> torch.dtype:
+def supported(op: OpWithCases, dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in op.dtypes else op.dtypes[0]
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mixtral_triton import KVCache, Mixtral, ops
 from mixtral_triton.kernels.launching.launch import INTERPRETED, LaunchConfig
-from mixtral_triton.kernels.operation.declaration import row_letter
 from mixtral_triton.kernels.ops import linear
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS, dispatched
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("unguarded")  # other tests run the same ke
 
 def batch_letter(name: str) -> str:
     """The letter that counts the rows, or the sequences, of a batch."""
-    return row_letter(OPS[name].run)
+    return OPS[name].row_letter
 
 
 # Odd sizes: rows start at any address, on which the products of plain torch depend.

@@ -8,7 +8,7 @@ import torch
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference
 from mixtral_triton.kernels.launching.launch import INTERPRETED
-from mixtral_triton.kernels.operation.inputs import sample_quantized
+from mixtral_triton.kernels.operation.cases import sample_quantized
 from mixtral_triton.kernels.ops.experts import activations, backward
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS

@@ -25,7 +25,7 @@ NAMES = {
     r"QuantizedCache|quantized_cache": {"quantized_cache"},
     r"[Oo]ffload|OFFLOADED|on_host|\bstaged\b": {"offload"},
 }
-REGISTRY = {"formats", "composites"}
+REGISTRY = {"formats", "composite_args"}
 EXCEPTIONS = {
     "ops/linear.py": "its cases name the formats that tests and benchmarks draw",
     "ops/experts/op.py": "the same",

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operation.call import operation
+from ..operation.cases import operation
 from ..launching.launch import LaunchConfig, launch, select_configs
 
 @triton.jit

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from mixtral_triton.kernels.operation import call
-from mixtral_triton.kernels.operation.declaration import row_letter
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from tests.support.calls import as_tuple, copies, inputs, public, tensors
@@ -72,7 +71,7 @@ def test_registered(name: str, device: torch.device, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", OPS)
 def test_no_tokens(name: str, device: torch.device) -> None:
-    letter = "T" if "T" in SIZES[name] and name != "rope_append_attention" else row_letter(OPS[name].run)
+    letter = "T" if "T" in SIZES[name] and name != "rope_append_attention" else OPS[name].row_letter
     sizes = dict(SIZES[name]) | {letter: 0}
     args, empty = make_inputs(name, device, sizes), OPS[name].empty(**make_inputs(name, META, sizes))
     got = as_tuple(public(name)(**args))
@@ -225,7 +224,7 @@ def test_operations_of_equal_arguments_share_no_check() -> None:
         bounds = {"bounds": lambda args, high=high: [("ids", 0, high)], "bind_by_name": lambda ids: {"ids": ids}}
         op = SimpleNamespace(run=lambda: None, names=("ids",), public_name="toy", **bounds)
         with nullcontext() if high == 5 else pytest.raises(ValueError, match="toy: argument 'ids'"):
-            call._check(op, (ids,))  # type: ignore[arg-type]
+            call.check(op, (ids,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", (Tensor.clone, partial(Parameter, requires_grad=False), Subclass), ids=str)

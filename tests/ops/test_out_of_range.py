@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixtral_triton import Mixtral, ops
 from mixtral_triton.kernels.operation import checks
-from mixtral_triton.kernels.operation.declaration import as_dict
+from mixtral_triton.kernels.operation.cases import as_dict
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.model.generate import sample

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mixtral_triton.kernels.launching import launch
 from mixtral_triton.kernels.launching.launch import LaunchConfig
 from mixtral_triton.kernels.operation import plan
-from mixtral_triton.kernels.operation.declaration import Op
+from mixtral_triton.kernels.operation.cases import OpWithCases
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
@@ -38,7 +38,7 @@ def to_gpu(x: Any, device: torch.device = GPU_0) -> Any:
     return x.to(device) if isinstance(x, (Tensor, QuantizedWeight, QuantizedCache)) else x
 
 
-def arguments(op: Op, sizes: Any, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+def arguments(op: OpWithCases, sizes: Any, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
     """All arguments of a call in the order of `run`, on the GPU."""
     dtype = dtype or (torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0])
     args = op.bind(**op.inputs(sizes, dtype, "cpu", torch.Generator().manual_seed(seed)))
@@ -77,7 +77,7 @@ def launches(gpu: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> list[
     return [*found, *map(describe, results)]
 
 
-def planned(op: Op) -> Callable[..., Any]:
+def planned(op: OpWithCases) -> Callable[..., Any]:
     return lambda *args: plan.run(op, args)
 
 
@@ -116,7 +116,7 @@ SIZES: dict[str, Any] = {
     "attention": {"B": 2, "T": 40, "S": 40, "Hq": 4, "Hkv": 2, "D": 64, "window": 0},
 }
 # The first five are in the order of a tensor's elements in the key.
-CHANGES: dict[str, Callable[[Op, tuple[Any, ...]], tuple[Any, ...]]] = {
+CHANGES: dict[str, Callable[[OpWithCases, tuple[Any, ...]], tuple[Any, ...]]] = {
     "shape": lambda op, args: (args[0][:, :2] if op is ATTENTION else args[0][:3], *args[1:]),
     "stride": lambda op, args: with_wider_rows(args),
     "dtype": lambda op, args: arguments(op, SIZES[op.name], dtype=torch.float32),
@@ -126,7 +126,7 @@ CHANGES: dict[str, Callable[[Op, tuple[Any, ...]], tuple[Any, ...]]] = {
 }
 
 
-def check_change(gpu: Any, op: Op, change: str) -> None:
+def check_change(gpu: Any, op: OpWithCases, change: str) -> None:
     """A call with `change` after the usual one launches what the operation would."""
     gpu.driver.executes, args = False, arguments(op, SIZES[op.name])
     plan.run(op, args)

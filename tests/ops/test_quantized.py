@@ -12,7 +12,7 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.launching.kernel_args import Groups, Rows
-from mixtral_triton.kernels.operation.inputs import sample_quantized
+from mixtral_triton.kernels.operation.cases import sample_quantized
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights import formats

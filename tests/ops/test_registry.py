@@ -11,7 +11,7 @@ import torch
 
 from mixtral_triton import ops
 from mixtral_triton.kernels.launching.launch import INTERPRETED
-from mixtral_triton.kernels.operation.declaration import Op
+from mixtral_triton.kernels.operation.cases import OpWithCases
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPERATIONS, OPS, dispatched
 from mixtral_triton.verification.tolerance import Tolerance
@@ -52,7 +52,7 @@ def describe(out: Any) -> list[tuple[torch.Size, torch.dtype]]:
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_declarations_of_an_operation_are_consistent(op: Op) -> None:
+def test_declarations_of_an_operation_are_consistent(op: OpWithCases) -> None:
     for sizes in (*op.test_shapes, *op.bench_shapes):
         for dtype in op.dtypes:
             args = op.inputs(sizes, dtype, "meta")

@@ -14,7 +14,7 @@ from torch import Tensor
 from mixtral_triton import ops
 from mixtral_triton.kernels import reference as kernel_reference
 from mixtral_triton.kernels.launching.launch import describe, tma_can_read
-from mixtral_triton.kernels.operation.declaration import Op, as_dict
+from mixtral_triton.kernels.operation.cases import OpWithCases, as_dict
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
@@ -26,7 +26,7 @@ LARGEST = {"H": 24, "I": 20, "N": 24, "E": 8, "V": 20, "Hq": 4, "Hkv": 2, "D": 1
 QUANTIZED = {"weight", "gate_up", "down"}
 
 
-def representative_sizes(op: Op) -> Iterator[Sizes]:
+def representative_sizes(op: OpWithCases) -> Iterator[Sizes]:
     """Of each set of kernels and arguments, the sizes with the fewest dimensions of 1, which have no stride."""
     found: dict[Any, list[tuple[int, int, Sizes]]] = {}
     for shape in op.test_shapes:

@@ -91,6 +91,6 @@ def module_with_fault(module: ModuleType, folder: Path, *changes: tuple[str, str
     faulty = module_from_spec(spec)
     sys.modules[name] = faulty  # dataclasses and the JIT look modules up there
     # torch's operator stays that of the right module.
-    with mock.patch("mixtral_triton.kernels.operation.call._register"):
+    with mock.patch("mixtral_triton.kernels.operation.call.register"):
         spec.loader.exec_module(faulty)
     return faulty

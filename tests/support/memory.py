@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mixtral_triton.kernels.operation.call import unflatten_args
+from mixtral_triton.kernels.operation.torch_operator import unflatten_args
 from mixtral_triton.kernels.registry import OPS
 from tests.cli.commands import python
 

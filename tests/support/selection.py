@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mixtral_triton.kernels.launching.launch import INTERPRETED
-from mixtral_triton.kernels.operation.declaration import Op
+from mixtral_triton.kernels.operation.cases import OpWithCases
 from mixtral_triton.kernels.registry import OPS
 
 NOT_SIMULATED = {  # tests for a GPU that the simulated one cannot run, and why
@@ -58,7 +58,7 @@ def operations_of(value: Any) -> set[str]:
     """Return the names of the operations that a test's parameter names, or holds."""
     if isinstance(value, str):
         return {value} & OPS.keys()
-    if isinstance(value, Op):
+    if isinstance(value, OpWithCases):
         return {value.name}
     if isinstance(value, Sequence):
         return set[str]().union(*map(operations_of, value))

@@ -10,7 +10,7 @@ from mixtral_triton.bench import measure
 from mixtral_triton.bench.fit import KNOWN, step_costs
 from mixtral_triton.bench.gpus import GPUS, LINKS, find_gpu, floor
 from mixtral_triton.checkpoint.tensors import parameter_shapes
-from mixtral_triton.kernels.operation.declaration import Cost
+from mixtral_triton.kernels.operation.cases import Cost
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.quantize import select_specs
 

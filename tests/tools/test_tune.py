@@ -15,7 +15,6 @@ from mixtral_triton.bench import measure
 from mixtral_triton.bench.cases import Case, cases
 from mixtral_triton.kernels.launching import launch
 from mixtral_triton.kernels.launching.launch import LaunchConfig, target_arch
-from mixtral_triton.kernels.operation.declaration import row_letter
 from mixtral_triton.kernels.ops import tiles
 from mixtral_triton.kernels.ops.experts.tiles import PREFILL as PREFILL_TILES
 from mixtral_triton.kernels.ops.linear import LinearSizes
@@ -78,7 +77,7 @@ def test_times_are_appended_and_the_row_is_a_tile_of_the_tables(tmp_path: Path, 
 def small(name: str) -> list[Case]:
     """Return a case with one token, and one with several."""
     op = OPS[name]
-    rows = "T" if hasattr(op.test_shapes[0], "T") else row_letter(op.run)
+    rows = "T" if hasattr(op.test_shapes[0], "T") else op.row_letter
     shapes = sorted(
         op.test_shapes, key=lambda s: (getattr(s, rows), sum(x for x in vars(s).values() if isinstance(x, int)))
     )

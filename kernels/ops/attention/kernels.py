@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...launching.kernel_args import Heads, Pointer
 from ...launching.pdl import pdl_wait
-from ...weights.composites import quantized_vectors
+from ...weights.composite_args import quantized_vectors
 from ..cache_args import POSITIONS_MAX, RotaryTables, angles, sequence_position
 from .softmax import Kind, Queries, SequenceKeys, Softmax, Span, normalize, sweep, take_keys, take_sinks, unit_of
 

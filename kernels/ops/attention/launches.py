@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...launching.kernel_args import Heads, dense_rows
 from ...launching.launch import describe, launch, multiprocessors, select_configs, target_arch
-from ...weights.composites import Cache
+from ...weights.composite_args import Cache
 from ..cache_args import CacheArgs, HeadNorms, cache_parts
 from .kernels import Bounds, Keys, Newest, attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
 from .tiles import AttentionSizes, configs

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from ... import reference
 from ...launching.kernel_args import ALIGNMENT, Heads
-from ...operation.call import operation
+from ...operation.cases import Cost, draw, operation, shapes
 from ...operation.checks import INTS, Within, fail
-from ...operation.declaration import Cost
-from ...operation.inputs import draw, shapes
 from ...operation.plan import call_key
-from ...weights.composites import vector_bytes
+from ...weights.composite_args import vector_bytes
 from ..cache_args import (
     CacheArgs,
     HeadNorm,
@@ -200,8 +198,8 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
 @operation(
     reference=reference.attention,
     case=AttentionCase,
-    inputs=_inputs,
-    cost=cost,
+    draw=_inputs,
+    count=cost,
     test_shapes=(
         *shapes(AttentionCase, "1 40 40 4 4 64 0, 1 150 150 2 1 32 33, 1 40 90 2 2 128 24, 1 1 90 4 4 80 30"),
         *shapes(AttentionCase, "1 20 9 2 1 64 0, 2 70 70 4 2 80 16, 3 33 50 4 1 96 0", ragged=True),
@@ -270,8 +268,8 @@ _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
 @operation(
     reference=reference.cached_attention,
     case=CachedCase,
-    inputs=_cached_inputs,
-    cost=cost,
+    draw=_cached_inputs,
+    count=cost,
     test_shapes=(
         *shapes(CachedCase, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100, 2 17 4 2 32 64 0 20"),
         *shapes(CachedCase, "2 5 4 2 64 16 16 0, 2 20 4 2 80 16 16 13, 2 40 2 2 96 16 16 100", cache="int8"),
@@ -330,8 +328,8 @@ def cached_attention(
 @operation(
     reference=reference.rope_append_attention,
     case=CachedCase,
-    inputs=_step_inputs,
-    cost=step_cost,
+    draw=_step_inputs,
+    count=step_cost,
     mutates=("k_cache", "v_cache"),
     test_shapes=(
         *shapes(CachedCase, "3 1 8 2 128 16 16 0, 3 1 8 2 96 16 16 13, 2 1 4 2 80 16 16 77, 2 1 4 4 64 64 0 40"),

@@ -20,10 +20,8 @@ from ... import reference
 from ...launching.arch import tma
 from ...launching.kernel_args import Groups, Rows
 from ...launching.launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
-from ...operation.call import operation
+from ...operation.cases import Cost, operation, shapes
 from ...operation.checks import FP32, SlotWeights, Tokens
-from ...operation.declaration import Cost
-from ...operation.inputs import shapes
 from ...weights.formats import QUANT_NAMES, matrix_bytes, without_code_products
 from ...weights.weight_args import Weight
 from ..sort import expected_distinct_experts, sort_by_expert
@@ -60,8 +58,8 @@ def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
 @operation(
     reference=reference.expert_swiglu_backward,
     case=ExpertCase,
-    inputs=draw_routes,
-    cost=cost,
+    draw=draw_routes,
+    count=cost,
     test_shapes=(
         *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 40 8 3, 130 90 70 4 2, 24 64 32 32 8"),
         *(ExpertCase(20, 128, 256, 4, 2, gate_up=name, down=name) for name in QUANT_NAMES),
@@ -196,23 +194,3 @@ def launch_transposed(
         LAYOUT=weight.layout(arch),
         BLOCK_E=power_of_2(sizes.E),
     )
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, gate_up, down, ids, weights, ctx.activation, _, *parts = inputs
-    ctx.save_for_backward(x, ids, weights)
-    ctx.experts, ctx.parts = (gate_up, down), parts
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """What torch's operator of `expert_swiglu` calls, also in a compiler's graph of a training step."""
-    if any(ctx.needs_input_grad[1:3]):
-        needs = "needs frozen ones: it has gradients of x and of weights alone"
-        raise ValueError(f"mixtral_triton.ops.expert_swiglu has experts that require gradients, {needs}")
-    x, ids, weights = ctx.saved_tensors
-    operator = torch.ops.mixtral_triton.expert_swiglu_backward
-    grad_x, grad_weights = operator(grad, x, *ctx.experts, ids, weights, ctx.activation, *ctx.parts)
-    return grad_x, None, None, None, grad_weights.to(weights.dtype), *[None] * (2 + len(ctx.parts))
-
-
-torch.library.register_autograd("mixtral_triton::expert_swiglu", _gradients, setup_context=_save_inputs)

@@ -21,17 +21,15 @@ from ... import reference
 from ...launching.arch import tma
 from ...launching.kernel_args import Groups, Rows
 from ...launching.launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
-from ...operation.call import operation
+from ...operation.cases import Cost, draw, operation, shapes
 from ...operation.checks import INTS, SlotWeights, Tokens, Within
-from ...operation.declaration import Cost
-from ...operation.inputs import draw, shapes
-from ...weights.composites import Matrix
+from ...weights.composite_args import Matrix
 from ...weights.formats import CODE_PRODUCTS, QUANT_NAMES, matrix_bytes, multiplies_codes
 from ...weights.weight_args import Weight
 from ..norm import FusedNorm, NormWeight
 from ..sort import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..tiles import power_of_2
-from . import kernels
+from . import gradients, kernels
 from .activations import check_activation, constants
 from .tiles import ExpertSizes, configs
 
@@ -104,8 +102,8 @@ _MANY_EXPERTS = (
 @operation(
     reference=reference.expert_swiglu,
     case=ExpertCase,
-    inputs=draw_routes,
-    cost=cost,
+    draw=draw_routes,
+    count=cost,
     test_shapes=(
         *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 65 128 256 8 2, 130 90 70 4 2, 200 64 48 2 2"),
         *shapes(ExpertCase, "3 128 96 4 2", gate_up="int4:128", down="int4:32"),
@@ -128,6 +126,7 @@ _MANY_EXPERTS = (
         *(ExpertCase(T, **MIXTRAL, activation=name) for T in (1, 4096) for name in ACTIVATIONS),
     ),
     rule=check_activation,
+    gradients=(gradients.backward, gradients.save_inputs),
 )
 def expert_swiglu(
     x: Tokens,
@@ -164,8 +163,8 @@ def expert_swiglu(
 @operation(
     reference=reference.experts_add_rms_norm,
     case=ExpertCase,
-    inputs=draw_routes,
-    cost=cost_norm,
+    draw=draw_routes,
+    count=cost_norm,
     test_shapes=shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 100 8 3, 130 90 70 4 2"),
     bench_shapes=tuple(case for case in _DENSE_SHAPES if case.T in (1, 64, 4096)),
     rule=check_activation,

@@ -11,6 +11,7 @@ from mixtral_triton.bench import measure
 from mixtral_triton.kernels.launching.interpret import interpreting as interpreting
 from mixtral_triton.kernels.launching.launch import INTERPRETED as INTERPRETED
 from mixtral_triton.kernels.operation import call, plan
+from mixtral_triton.kernels.operation.torch_operator import unflatten_args
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights import offload
 from mixtral_triton.kernels.weights.weight_args import Layout as Layout
@@ -24,7 +25,7 @@ forget_launches = plan.clear  # remembered launches are of one driver
 def call_operator(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an operator of the project as a caller of its Python function does."""
     op = OPS[name]
-    return call.call_checked(op, op.bind(*call.unflatten_args(op.arguments, args), **kwargs))
+    return call.call_checked(op, op.bind(*unflatten_args(op.arguments, args), **kwargs))
 
 
 def memories_of(table: torch.Tensor) -> tuple[torch.Tensor, ...]:
