@@ -15,11 +15,12 @@ from .fp8 import without_code_products as without_code_products
 from .fp8_rows import quantize_rows as quantize_rows
 from .int4 import Int4, int4_values
 from .int8 import Int8, int8_values
+from .names import FORMAT_NAMES
 from .packing import Format
 
 FORMATS: dict[str, Format] = {format.name: format for format in (Int4(), Int8(), Fp8(), Fp8Products())}
 # Bits of a code by the formats that a weight is quantized to; the others are views of them.
-BITS = {name: format.bits for name, format in FORMATS.items() if not format.multiplies_codes}
+BITS = {name: FORMATS[name].bits for name in FORMAT_NAMES}
 QUANT_NAMES = ("int4:128", "int8", "fp8")  # `QuantizedWeight.name`s that quantizing makes, benchmarked and compiled
 CODE_PRODUCTS = W8A8  # the format whose products multiply codes, those of x, too
 
@@ -28,6 +29,11 @@ def parse_name(name: str, K: int) -> tuple[Format, int]:
     """Return the format and the group of a `QuantizedWeight.name` with K columns."""
     format, _, group = name.partition(":")
     return FORMATS[format], int(group or K)
+
+
+def find_format(bits: int, floats: bool = False) -> str:
+    """Return the name of the format of codes of so many bits, integers or floats."""
+    return next(name for name in BITS if BITS[name] == bits and floats == (FORMATS[name].float_dtype is not None))
 
 
 def multiplies_codes(name: Any) -> bool:

@@ -33,7 +33,7 @@ VALUES_FP16 = ptx(
 
 
 class Fp8(Format):
-    name, bits, largest, typical = "fp8", 8, FP8_MAX, 0.5
+    name, bits, largest, typical, float_dtype = "fp8", 8, FP8_MAX, 0.5, torch.float8_e4m3fn
 
     def values(self, codes: Tensor, zeros: Any = None) -> Tensor:
         return codes.view(torch.float8_e4m3fn).float()
@@ -41,12 +41,15 @@ class Fp8(Format):
     def codes(self, values: Tensor) -> Tensor:
         return values.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
+    def fault(self, codes: Tensor) -> str | None:
+        return "a weight is NaN (0x7F or 0xFF in fp8)" if ((codes & 127) == 127).any() else None
+
     def sample(self, bits: Tensor) -> Tensor:
         return bits & -16449  # without the highest exponent bit no code is NaN
 
 
 class Fp8Products(Fp8):
-    name, multiplies_codes = W8A8, True
+    name, multiplies_codes, stored_groups = W8A8, True, ()
 
     def elements(self, data: Tensor) -> Tensor:
         """Return float8_e4m3fn [(E,) N, K'], in the order of the weight's bytes."""
@@ -77,11 +80,14 @@ def encoded_bytes(K: int) -> int:
     return 2 * Fp8().row_elements(K, K) + 4
 
 
+def takes_fp8_activations(weight: Any, K: int) -> bool:
+    """Return whether products of a weight of K columns, or of a spec of one, may quantize activations."""
+    return getattr(weight, "format", None) == Fp8.name and weight.group == K
+
+
 def with_fp8_activations(weight: Any) -> Any:
     """Return the view of an fp8 weight with one scale a row whose products quantize activations; others as they are."""
-    if getattr(weight, "format", None) != Fp8.name or weight.group != weight.shape[-1]:
-        return weight
-    return weight.viewed_as(W8A8)
+    return weight.viewed_as(W8A8) if takes_fp8_activations(weight, weight.shape[-1]) else weight
 
 
 def without_code_products(weight: Any) -> Any:

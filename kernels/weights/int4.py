@@ -26,7 +26,7 @@ MINUS_FP16 = ptx("mov.b32 c, 0xBC00BC00; fma.rn.f16x2 $0, $2, c, $1;")
 
 class Int4(Format):
     name, bits, largest, typical, scale_dtype = "int4", 4, 7.0, 4.0, torch.bfloat16
-    groups, has_zeros, code_of_zero = GROUPS, True, 8
+    groups, has_zeros, code_of_zero, scale_error = GROUPS, True, 8, 1.01 * 2**-8
 
     def unit_columns(self, K: int, group: int) -> int:
         return 256 if group >= 64 and K % 256 == 0 else 128

@@ -31,8 +31,11 @@ class Format(ABC):
     bits: ClassVar[int]  # of a code
     largest: ClassVar[float]  # value at scale 1
     typical: ClassVar[float]  # magnitude there of random codes' values
+    float_dtype: ClassVar[torch.dtype | None] = None  # whose numbers the codes are; None: integers
     scale_dtype: ClassVar[torch.dtype] = torch.float32  # of the scales that quantizing makes
+    scale_error: ClassVar[float] = 1e-6  # of rounding such a scale, relative to it
     groups: ClassVar[tuple[int, ...]] = ()  # columns that share one of these; (): a row has one
+    stored_groups: ClassVar[tuple[int, ...]] = GROUPS  # columns that may share a stored scale, besides a full row
     has_zeros: ClassVar[bool] = False  # whether a group may have a zero of its own
     code_of_zero: ClassVar[int] = 0
     multiplies_codes: ClassVar[bool] = False  # whether products take codes as they lie in memory, those of x, too
@@ -85,6 +88,15 @@ class Format(ABC):
     @abstractmethod
     def codes(self, values: Tensor) -> Tensor:
         """Return the nearest codes uint8 of values at scale 1."""
+
+    def fault(self, codes: Tensor) -> str | None:
+        """Return what a product with these stored codes would not bear, or None."""
+        return None
+
+    @property
+    def offset_bit(self) -> int:
+        """The bit that differs between a code and value + 2 ** (bits - 1), which the hub packs."""
+        return self.code_of_zero ^ 1 << self.bits - 1
 
     def elements(self, data: Tensor) -> Tensor:
         """Return the rows of a weight as kernels read them."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats import BITS, FORMATS, multiplies_codes
-from .packing import GROUPS, Format
+from .packing import Format
 
 SCALES = torch.float32, torch.bfloat16, torch.float16  # dtypes
 
@@ -48,13 +48,18 @@ class QuantizedWeight(nn.Module):
         *lead, K = self.shape
         if self.format not in FORMATS:
             raise ValueError(f"QuantizedWeight: format is {self.format!r}, needs one of {', '.join(BITS)}")
-        groups = () if self.kind.multiplies_codes else GROUPS
+        groups = self.kind.stored_groups
         if self.group != K and not (self.group in groups and K % self.group == 0):
             needs = f"{' or '.join(map(str, groups))} that divide {K}, or {K}" if groups else f"{K}: one scale a row"
             raise ValueError(f"QuantizedWeight: group is {self.group}, {self.format} needs {needs}")
         scales, elements = (*lead, K // self.group), (*lead, self.kind.row_elements(K, self.group))
         zeros = (torch.bfloat16,) if self.kind.has_zeros else ()
-        needed = {"data": (elements, (torch.int16,)), "scales": (scales, SCALES), "zeros": (scales, zeros)}
+        of_scales = tuple(dict.fromkeys((*SCALES, self.kind.scale_dtype)))
+        needed = {
+            "data": (elements, (torch.int16,)),
+            "scales": (scales, of_scales),
+            "zeros": (scales, zeros),
+        }
         for name, (shape, dtypes) in needed.items():
             x = getattr(self, name)
             if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes):

@@ -15,6 +15,7 @@ from typing import Any
 from ..checkpoint.arguments import default_dtype, in_decimal, weight_bytes
 from ..checkpoint.config import MixtralConfig
 from ..checkpoint.tensors import parameter_shapes
+from ..kernels.weights.formats import BITS
 from ..model.offload_plan import AUTO_CONTEXT, usable_bytes
 from ..terminal import console, table_of
 from .fit import STORED, QuantSpecs, Request, free_bytes, select_gpus
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"fit --train: {request.name} is quantized already, needs a dense checkpoint")
     context = min(AUTO_CONTEXT, request.context) if args.context is None else request.context
     rows, lines = list[dict[str, Any]](), list[Any]()
-    for name in (name for name in (STORED, "fp8", "int8", "int4") if name in request.specs):
+    for name in (name for name in (STORED, *reversed(BITS)) if name in request.specs):
         config, specs = request.config, request.specs[name]
         need = training_need(config, specs, request.batch, context)
         gpus = [device.name for device in devices if need["total"] <= usable_bytes(free_bytes(device))]

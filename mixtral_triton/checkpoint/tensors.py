@@ -19,8 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..kernels.weights.packing import GROUPS
-from ..kernels.weights.quantized import QuantizedWeight
+from ..kernels.weights.quantized import QuantizedWeight, QuantSpec
 from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, escape, read_index
 from .shard import UNSHARDED, Shard
 
@@ -267,7 +266,7 @@ def _fill(
 
 def one_scale_a_row(weight: QuantizedWeight, K: int) -> bool:
     """Whether quantizing gives a full row of K columns one scale, of which `weight` may hold a part."""
-    return weight.format != "int4" or K in GROUPS
+    return QuantSpec.default_for(weight.format, K).group == K
 
 
 def check_tied_head(

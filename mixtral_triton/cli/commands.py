@@ -20,6 +20,7 @@ from rich.console import Console
 from .. import __version__
 from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from ..kernels.launching.arch import ARCHS
+from ..kernels.weights.names import FORMAT_NAMES
 from ..model.tokenizer import load_tokenizer
 from ..terminal import Bar, check_range, compile_shown, did_you_mean, exit_status, print_message, select_backend
 from .prompt import encode, read_prompt, read_text, render
@@ -27,10 +28,10 @@ from .prompt import encode, read_prompt, read_text, render
 if TYPE_CHECKING:
     from ..model.mixtral import Mixtral
 
-FORMATS = "int4", "int8", "fp8"  # the keys of BITS, which would import torch
 # Texts of the help.
 FOLDER = "checkpoint folder, or a name on the hub with or without @revision"
-QUANTIZE = "int4, int8 or fp8 for the experts', or experts=int4,linear=int8: those of attention and the head, too"
+QUANTIZE = f"{', '.join(FORMAT_NAMES[:-1])} or {FORMAT_NAMES[-1]} for the experts', or experts=int4,linear=int8: "
+QUANTIZE += "those of attention and the head, too"
 ACTIVATIONS = "prefill products of fp8 weights quantize their activations, too; default: they do not"
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
 PROMPT = "text to run, or - to read standard input"
@@ -53,9 +54,9 @@ def parse_weights(text: str) -> str | dict[str, str]:
     """Read `--weights` for `Mixtral.from_pretrained`: a format, or a format for each part of the model."""
     parts = (text if "=" in text else f"experts={text}").split(",")
     formats = {name: format for name, _, format in (part.partition("=") for part in parts)}
-    known = formats.keys() <= {"experts", "linear"} and {*formats.values()} <= {*FORMATS}
+    known = formats.keys() <= {"experts", "linear"} and {*formats.values()} <= {*FORMAT_NAMES}
     if not known or len(formats) < len(parts):
-        form = f"one of {', '.join(FORMATS)}, in a form like int4, or experts=int4,linear=int8"
+        form = f"one of {', '.join(FORMAT_NAMES)}, in a form like int4, or experts=int4,linear=int8"
         raise argparse.ArgumentTypeError(f"{text!r} needs {form}")
     return formats if "=" in text else text
 

@@ -15,6 +15,7 @@ from ..checkpoint.config import MixtralConfig, checkpoint_folder
 from ..checkpoint.shard import UNSHARDED
 from ..kernels.launching.arch import check_multiplies_fp8
 from ..kernels.launching.launch import target_arch
+from ..kernels.weights.fp8 import takes_fp8_activations
 from ..quantize import Formats, QuantSpec, hub
 from .model import Model
 from .offload_plan import MemoryRequest, movable_bytes, place, table_bytes
@@ -76,7 +77,7 @@ def check_activations(
 ) -> None:
     """Raise ValueError where no product of a layer takes activations of 8 bits, or `device` has no such products."""
     caller = f"Mixtral.from_pretrained: activations is {activations!r}"
-    quantized = (name for name, spec in specs.items() if spec.format == "fp8" and spec.group == shapes[name][-1])
+    quantized = (name for name, spec in specs.items() if takes_fp8_activations(spec, shapes[name][-1]))
     if not any(name.startswith("layers.") for name in quantized):
         needs = "needs weights='fp8', or a checkpoint that stores them so"
         raise ValueError(f"{caller}, and no layer has fp8 weights with one scale a row: {needs}")

@@ -21,6 +21,7 @@ from ..checkpoint import tensors as checkpoint
 from ..checkpoint.config import MixtralConfig, checkpoint_folder, error_prefix
 from ..checkpoint.shard import UNSHARDED, Shard
 from ..checkpoint.tensors import Destination, Headers, Stored
+from ..kernels.weights.formats import FORMATS
 from ..kernels.weights.quantized import QuantizedWeight
 from . import QUANTIZED_PARTS, Formats, QuantSpec, put, quantize_into, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
@@ -202,8 +203,8 @@ def fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) ->
             codes, scales, zeros = layout.rows(read, piece, columns if exact else slice(0, K), K)
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")
-            if layout.format == "fp8" and ((codes & 127) == 127).any():
-                raise ValueError("a weight is NaN (0x7F or 0xFF in fp8): this file is damaged")
+            if fault := FORMATS[layout.format].fault(codes):
+                raise ValueError(f"{fault}: this file is damaged")
             destination = weight[kept_rows]
             if exact:
                 put(destination, codes, scales, zeros)

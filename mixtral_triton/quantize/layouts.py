@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.config import Field, check_value, is_size, read_json_object
-from ..kernels.weights.formats import FORMATS
-from ..kernels.weights.packing import GROUPS
+from ..kernels.weights.formats import FORMATS, find_format
 from . import QuantSpec
 
 Read = Callable[..., Tensor]  # read(part, *index) returns a part of the linear, or a slice of it
@@ -133,8 +132,9 @@ class HubLayout:
     def spec(self, K: int, scales: torch.dtype) -> QuantSpec:
         """Return the QuantizedWeight's spec; ValueError where none has these groups."""
         group = self.group_columns(K)
-        need = f"32, 64, 128 or a scale per row{self.advice}"
-        check_value("the group size", group, need, group == K or group in GROUPS)
+        groups = sorted(FORMATS[self.format].stored_groups)
+        need = f"{', '.join(map(str, groups))} or a scale per row{self.advice}"
+        check_value("the group size", group, need, group == K or group in groups)
         return QuantSpec(self.format, group, scales, not self.symmetric)
 
     def check(self, read: Read, N: int, K: int, parts: Collection[str], exact: bool = True) -> Tensor:
@@ -161,8 +161,8 @@ class HubLayout:
         """Return rows of these columns: whole groups, or a part of a row that is one group."""
         groups = enclosing_blocks(columns, self.group_columns(K))
         codes, scales = self.codes.read(read, rows, columns).view(torch.uint8), self.scales.read(read, rows, groups)
-        if self.format == "int8" and self.codes.columns > 1:  # int32 elements hold code + 128
-            codes = codes ^ 128
+        if self.codes.columns > 1:  # elements of int32
+            codes = codes ^ FORMATS[self.format].offset_bit
         if self.zeros is None:
             return codes, scales, None
         zeros = self.zeros.read(read, rows, groups)
@@ -271,16 +271,16 @@ def _group_layout(format: str, weights: Config) -> HubLayout:
         codes, scales = Plane("weight_packed", I32, columns=32 // bits), Plane("weight_scale", FLOATS)
         zeros = Plane("weight_zero_point", I32, rows=8) if symmetric is False else None
         reordered = weights.get("actorder") in ("group", "dynamic", True)
-        form = "int4" if bits == 4 else "int8", codes, scales, zeros, group if strategy == "group" else None
+        form = find_format(bits), codes, scales, zeros, group if strategy == "group" else None
         return HubLayout(*form, zeros is None, reordered=reordered, extras=("weight_shape", "weight_g_idx"))
     check_value("block_structure", block, BLOCK.need, strategy != "block" or block is not None)
     block = block if strategy == "block" else None
-    return _eight_bits("fp8" if weights.get("type") == "float" else "int8", block=block)
+    return _eight_bits(weights.get("type") == "float", block=block)
 
 
-def _eight_bits(format: str, scale: str = "weight_scale", block: Sequence[int] | None = None) -> HubLayout:
-    """Return the layout of fp8 (e4m3) or int8 codes [N,K] with a scale per tensor, row or block [rows, columns]."""
-    codes = Plane("weight", ("F8_E4M3",) if format == "fp8" else ("I8",))
+def _eight_bits(floats: bool, scale: str = "weight_scale", block: Sequence[int] | None = None) -> HubLayout:
+    """Return the layout of codes [N,K], floats (e4m3) or int8, with a scale a tensor, row or block [rows, columns]."""
+    format, codes = find_format(8, floats), Plane("weight", ("F8_E4M3",) if floats else ("I8",))
     if block is None:
         return HubLayout(format, codes, Plane(scale, FLOATS, any_shape=True))
     return HubLayout(format, codes, Plane(scale, FLOATS, rows=block[0]), group=block[1])
@@ -300,12 +300,12 @@ def _fp8(config: Config) -> Scheme:
     _check(config, FP8)
     block = config.get("weight_block_size")
     name, scale = ("fp8", "weight_scale") if block is None else ("fp8 in blocks", "weight_scale_inv")
-    return Scheme(name, [((), _eight_bits("fp8", scale, block))])
+    return Scheme(name, [((), _eight_bits(True, scale, block))])
 
 
 def _modelopt(config: Config) -> Scheme:
     _check(config, MODELOPT)
-    return Scheme("modelopt FP8", [((), _eight_bits("fp8"))])
+    return Scheme("modelopt FP8", [((), _eight_bits(True))])
 
 
 def _gptq(config: Config) -> Scheme:
@@ -315,14 +315,15 @@ def _gptq(config: Config) -> Scheme:
     codes = Plane("qweight", I32, columns=8, transposed=True)
     zeros = Plane("qzeros", I32, rows=8, transposed=True)
     symmetric, reordered = config.get("sym") is not False, config.get("desc_act") is True and group not in (None, -1)
-    form = "int4", codes, COLUMN_SCALES, zeros, group, symmetric, int(version == "gptq")
+    form = find_format(4), codes, COLUMN_SCALES, zeros, group, symmetric, int(version == "gptq")
     return Scheme(version, [((), HubLayout(*form, reordered, ("g_idx", "bias")))])
 
 
 def _awq(config: Config) -> Scheme:
     _check(config, AWQ)
     codes, zeros = (Plane(name, I32, rows=8, transposed=True, ordered=True) for name in ("qweight", "qzeros"))
-    layout = HubLayout("int4", codes, COLUMN_SCALES, zeros, config["group_size"], symmetric=False, extras=("bias",))
+    form = find_format(4), codes, COLUMN_SCALES, zeros, config["group_size"]
+    layout = HubLayout(*form, symmetric=False, extras=("bias",))
     return Scheme("awq", [((), layout)])
 
 

@@ -1,6 +1,6 @@
 """Write a quantized checkpoint, in compressed-tensors' layouts, with one shard in memory at a time.
 
-int4 and int8: pack-quantized. fp8: float-quantized, for engines that also quantize activations, token by token.
+Integers: pack-quantized. Floats: float-quantized, for engines that also quantize activations, token by token.
 """
 
 import itertools
@@ -22,15 +22,13 @@ from ..checkpoint import tensors as checkpoint
 from ..checkpoint.arguments import usable_device
 from ..checkpoint.config import MixtralConfig, checkpoint_folder, read_json_object
 from ..checkpoint.tensors import Destination
-from ..kernels.weights.packing import GROUPS
+from ..kernels.weights.formats import FORMATS
 from ..kernels.weights.quantized import QuantizedWeight
 from . import QUANTIZED_PARTS, QuantSpec, encode, hub, pieces, select_specs
 
 # A README is of the format that the folder had.
 NOT_COPIED = ("*.safetensors", "*.gguf", "README*", "config.json", checkpoint.INDEX_FILE, *checkpoint.PICKLED, ".*")
 LINEARS = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate", "lm_head")
-# compressed-tensors' format, bits and type of each format. int8 is packed: readers of 16-bit activations take that.
-KINDS = {"int4": ("pack", 4, "int"), "int8": ("pack", 8, "int"), "fp8": ("float", 8, "float")}
 # Patterns of the linears of each of QUANTIZED_PARTS, where their formats differ.
 TARGETS = {"experts": [r"re:.*\.experts\..*"], "linear": [r"re:.*\.self_attn\..*_proj", "lm_head"]}
 
@@ -72,7 +70,7 @@ def write(
     for part, names in QUANTIZED_PARTS.items():
         if members := {name: spec for name, spec in specs.items() if name.endswith(names)}:
             part_specs[part] = min(members.values(), key=lambda spec: spec.group)
-            if part_specs[part].format == "int4":  # compressed-tensors has one group size for all linears of a part
+            if FORMATS[part_specs[part].format].groups:  # compressed-tensors has one size of a part's groups
                 specs |= dict.fromkeys(members, part_specs[part])
     if "experts" not in part_specs:
         raise ValueError(f"quantize: weights is {quantization!r}, needs a format of the experts")
@@ -155,19 +153,19 @@ def pack_linear(weight: QuantizedWeight, kind: Kind) -> dict[str, Tensor]:
 
 def _parts(codes: Tensor, scales: Tensor, format: str, shape: list[int]) -> dict[str, Tensor]:
     """Return the tensors of a linear by the last part of their names. codes: as `_pack` returns them."""
-    if format == "fp8":
-        return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scales}
+    if (floats := FORMATS[format].float_dtype) is not None:
+        return {"weight": codes.view(floats), "weight_scale": scales}
     return {"weight_packed": codes.view(torch.int32), "weight_scale": scales, "weight_shape": torch.tensor(shape)}
 
 
 def _pack(codes: Tensor, format: str) -> Tensor:
-    """Pack codes uint8 [n,K] into bytes: those of int32 rows, padded with 0, or of fp8."""
-    if format == "fp8":
+    """Pack codes uint8 [n,K] into bytes: those of int32 rows, padded with 0, or of floats. int8 is packed, too: readers
+    of 16-bit activations take that."""
+    kind = FORMATS[format]
+    if kind.float_dtype is not None:
         return codes
-    if format == "int8":
-        return nn.functional.pad(codes ^ 128, (0, -codes.shape[1] % 4))
-    codes = nn.functional.pad(codes, (0, -codes.shape[1] % 8))
-    return codes[:, 0::2] | codes[:, 1::2] << 4
+    codes = nn.functional.pad(codes ^ kind.offset_bit, (0, -codes.shape[1] % (32 // kind.bits)))
+    return codes if kind.bits == 8 else codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def _write_other_files(
@@ -188,7 +186,7 @@ def _write_other_files(
     groups = []
     for part, spec in specs.items():
         targets = ["Linear"] if len(specs) == 1 else [target for target in TARGETS[part] if target not in dense]
-        groups.append(config_group(Kind(spec.format, spec.group if spec.format == "int4" else None), targets))
+        groups.append(config_group(Kind(spec.format, spec.group if FORMATS[spec.format].groups else None), targets))
     texts["config.json"] = config | {"quantization_config": quantization_config(groups, dense)}
     for name, value in texts.items():
         (out / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
@@ -197,9 +195,9 @@ def _write_other_files(
 def kind_of(weight: QuantizedWeight, linears: Iterable[QuantizedWeight]) -> Kind:
     """Return how compressed-tensors stores a weight of these linears."""
     group, rows = None if weight.group == weight.shape[-1] else weight.group, 1
-    if weight.format == "int4" and weight.group in GROUPS:
+    if weight.group in weight.kind.groups:
         group = weight.group
-    if weight.format == "fp8" and group:  # the scales of blocks, which a QuantizedWeight has for each row
+    if weight.kind.float_dtype is not None and group:  # the scales of blocks, which a QuantizedWeight has for each row
         scales = [linear.scales for linear in linears]
         square = all(torch.equal(x, x[::group].repeat_interleave(group, 0)[: len(x)]) for x in scales)
         rows = group if square else 1
@@ -208,8 +206,9 @@ def kind_of(weight: QuantizedWeight, linears: Iterable[QuantizedWeight]) -> Kind
 
 def config_group(kind: Kind, targets: list[str]) -> dict[str, Any]:
     """Return the group of compressed-tensors' `config_groups` for linears of a kind with these patterns of names."""
-    format, bits, type = KINDS[kind.format]
-    form = {"num_bits": bits, "type": type}
+    stored = FORMATS[kind.format]
+    type = "int" if stored.float_dtype is None else "float"
+    form = {"num_bits": stored.bits, "type": type}  # as compressed-tensors names them
     strategy, block = ("group" if kind.group else "channel"), {}
     if type == "float" and kind.group:
         strategy, block = "block", {"block_structure": [kind.rows, kind.group]}
@@ -220,7 +219,7 @@ def config_group(kind: Kind, targets: list[str]) -> dict[str, Any]:
         "weights": weights | {"strategy": strategy} | block,
         "input_activations": inputs if type == "float" else None,
         "output_activations": None,
-        "format": f"{format}-quantized",
+        "format": "pack-quantized" if type == "int" else "float-quantized",
     }
 
 

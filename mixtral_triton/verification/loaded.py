@@ -14,8 +14,6 @@ from .stored_tensors import LAYER, Source, config_row
 from .tolerance import largest
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.\w+\.weight")
-# A format's largest value, and the error that rounding the scale (int4's to bf16) adds, relative to a group's largest.
-ROUNDING = {"int4": (7.0, 1.01 * 2**-8), "int8": (127.0, 1e-6), "fp8": (448.0, 1e-6)}
 
 
 def check_weights(target: ModelUnderTest, folder: Any, step: Step) -> list[Row]:
@@ -74,7 +72,7 @@ def _compare_layer(source: Source, target: ModelUnderTest, index: int | None) ->
             if list(weight.shape) != shape:
                 raise ValueError(f"verify: {source.folder} is another model's: {name} has shape {shape} there")
             if isinstance(loaded, QuantizedWeight) and (len(files) == 1 or name in target.model.requantized):
-                result = "quantized", _rounding_error(loaded, from_file), ROUNDING[loaded.format][1]
+                result = "quantized", _rounding_error(loaded, from_file), loaded.kind.scale_error
             else:
                 loaded = _dense(loaded)
                 rounded = torch.promote_types(loaded.dtype, from_file.dtype) != loaded.dtype
@@ -108,10 +106,11 @@ def locate_weight(model: Any, name: str) -> Any:
 def _rounding_error(loaded: QuantizedWeight, from_file: Tensor) -> float:
     """The RMS error, beyond that of the nearest codes at the scale that clips nothing, relative to the largest value,
     of the worst group of columns that loading gives one scale."""
-    group, top = QuantSpec.default_for(loaded.format, from_file.shape[-1]).group, ROUNDING[loaded.format][0]
+    group, top = QuantSpec.default_for(loaded.format, from_file.shape[-1]).group, loaded.kind.largest
     groups = from_file.to(loaded.device, torch.float32).unflatten(-1, (-1, group))
     unit = (groups.abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(torch.float32).tiny)
     groups = groups / unit
-    nearest = groups.to(torch.float8_e4m3fn).float() if loaded.format == "fp8" else groups.round()
+    floats = loaded.kind.float_dtype
+    nearest = groups.round() if floats is None else groups.to(floats).float()
     error = (loaded.dequantize().view_as(groups) / unit - groups).square().mean(-1).sqrt()
     return largest((error - (nearest - groups).square().mean(-1).sqrt()).clamp(min=0)) / top

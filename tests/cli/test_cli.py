@@ -187,7 +187,7 @@ def test_version_and_help_without_a_command() -> None:
 
 
 def test_formats_are_those_of_quantized_weights_and_far_names_are_not_suggested() -> None:
-    assert tuple(BITS) == cli.FORMATS
+    assert tuple(BITS) == cli.FORMAT_NAMES
     message = "argument 'OP' is 'nonsense', needs one of rms_norm, linear"
     assert terminal.did_you_mean(message) == message
     assert terminal.did_you_mean("--temperature is -1.0, needs 0") == "--temperature is -1.0, needs 0"

@@ -1,8 +1,9 @@
-"""Formats are leaves: in kernels/ the name of a format of weights, of the cache's, of what lies elsewhere stands in its
-own file and in the registry. A kernel sees tiles; a launch asks the weight.
+"""Formats are leaves: the name of a format of weights, of the cache's, of what lies elsewhere stands in its own file
+and in the registry. A kernel sees tiles; a launch asks the weight; the runtime asks the format.
 
 And the PTX of each format: the emulator runs the strings that are compiled, for every pair of 16-bit halves."""
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import triton.language as tl
 
 from mixtral_triton.kernels.weights import formats, fp8, int4, int8, packing
+from tests.cli.commands import ROOT
 from tests.emulator.harness import run
 
 KERNELS = Path(formats.__file__).parents[1]
@@ -25,7 +27,7 @@ NAMES = {
     r"QuantizedCache|quantized_cache": {"quantized_cache"},
     r"[Oo]ffload|OFFLOADED|on_host|\bstaged\b": {"offload"},
 }
-REGISTRY = {"formats", "composite_args"}
+REGISTRY = {"formats", "names", "composite_args"}
 EXCEPTIONS = {
     "ops/linear.py": "its cases name the formats that tests and benchmarks draw",
     "ops/experts/op.py": "the same",
@@ -59,6 +61,32 @@ def test_a_format_is_named_in_its_file_and_in_the_registry_alone() -> None:
 def test_a_name_in_another_file_is_found(line: str) -> None:
     files = sources()
     assert [*misplaced({"ops/sort.py": f"{files['ops/sort.py']}\n{line}\n"})] == [f"ops/sort.py: {line}"]
+
+
+RUNTIME = ROOT / "mixtral_triton"
+# Where the runtime has the name of a format as a value, not in a sentence.
+NAMED_IN_RUNTIME = {
+    "bench/compile.py": "the cache's",
+    "bench/decode_step.py": "the cache's",
+    "bench/fit.py": "the mixtures that fit compares",
+    "cli/commands.py": "the activations' and the cache's",
+    "hf/quantizer.py": "the public default",
+    "model/mixtral.py": "the activations'",
+    "quantize/layouts.py": "transformers' name of a quantization",
+}
+
+
+def named_in_runtime(text: str) -> set[str]:
+    names = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+    return {name for name in formats.FORMATS if name in names}
+
+
+def test_the_runtime_names_no_format() -> None:
+    files = [path for path in RUNTIME.rglob("*.py") if "kernels" not in path.relative_to(RUNTIME).parts]
+    found = {str(path.relative_to(RUNTIME)) for path in files if named_in_runtime(path.read_text())}
+    assert found == {*NAMED_IN_RUNTIME}
+    assert named_in_runtime('groups = weight.format != "int4"') == {"int4"} and not named_in_runtime('"int4 or int8"')
+    assert [*formats.BITS] == [name for name, format in formats.FORMATS.items() if not format.multiplies_codes]
 
 
 LEAVES: dict[str, Any] = {"int4": int4, "int8": int8, "fp8": fp8}
