@@ -1,11 +1,15 @@
 """Corrections to Triton's interpreter, active during our launches.
 
+They replace what is private there, as read in Triton 3.6, 3.7 and 3.9 (`_replacements`). Where one of these is missing,
+Triton's own interpreter runs, with a warning once.
+
 The interpreter stores bfloat16 as raw 16-bit integers: `tl.dot` multiplies those integers, and a cast from float32
 truncates where hardware rounds to nearest even. So does a cast to e4m3, whose NaN `tl.dot` reads as 480. It also
 derives the same few types and shapes anew in each operation, which takes a third of its time: here they are remembered.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from math import prod
@@ -14,8 +18,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
-from triton.runtime import interpreter
+
+try:
+    from triton.runtime import interpreter
+except ImportError:
+    interpreter = None  # type: ignore[assignment]
 
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -102,11 +111,14 @@ def _patch_tensor(patch_tensor: Any) -> Any:
     return patch_new
 
 
-_scalar_dtype = cache(interpreter._get_np_dtype)
+@cache
+def _remember_dtypes(numpy_dtype: Any) -> Any:
+    of_scalar = cache(numpy_dtype)
 
+    def patch_new(dtype: Any) -> np.dtype[Any]:
+        return np.dtype(np.uint64) if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
 
-def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
-    return np.dtype(np.uint64) if dtype.scalar.is_ptr() else _scalar_dtype(dtype.scalar)
+    return patch_new
 
 
 @cache
@@ -129,24 +141,38 @@ def _init_tensor(self: Any, handle: Any, type: Any) -> None:
     self.shape, self.numel = type.constants if type.is_block() else _shape(())["constants"]
 
 
+def _replacements(builder: Any) -> list[tuple[Any, str, Callable[[Any], Any]]]:
+    """Return what is replaced: a place, its attribute's name, and what makes the new attribute from the old one."""
+    return [
+        (builder, "options", lambda _: interpreter.InterpreterOptions(sanitize_overflow=False)),  # integers wrap
+        (builder, "cast_impl", lambda _: partial(_cast, builder)),
+        (builder, "create_fp_to_fp", lambda _: partial(_cast_by_bits, builder)),
+        (builder, "create_dot", lambda _: partial(_dot, builder)),
+        (interpreter, "_patch_lang", _patch_once),
+        (interpreter, "_patch_lang_tensor", _patch_tensor),
+        (interpreter, "_get_np_dtype", _remember_dtypes),
+        (tl.block_type, "__init__", lambda _: _init_block_type),
+        (tl.tensor, "__init__", lambda _: _init_tensor),
+    ]
+
+
+@cache
+def _warn(missing: str) -> None:
+    text = f"mixtral_triton: the interpreter of Triton {triton.__version__} has no {missing}"
+    warnings.warn(f"{text}: kernels run in it uncorrected, and bfloat16 is wrong there", stacklevel=4)
+
+
 @contextmanager
 def interpreting() -> Iterator[Any]:
     """Correct bfloat16 casts and dots within the block, let integers wrap; yield the interpreter's builder."""
-    builder = interpreter.interpreter_builder
-    changes: list[tuple[Any, str, Any]] = [
-        (builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)),
-        (builder, "cast_impl", partial(_cast, builder)),
-        (builder, "create_fp_to_fp", partial(_cast_by_bits, builder)),
-        (builder, "create_dot", partial(_dot, builder)),
-        (interpreter, "_patch_lang", _patch_once(interpreter._patch_lang)),
-        (interpreter, "_patch_lang_tensor", _patch_tensor(interpreter._patch_lang_tensor)),
-        (interpreter, "_get_np_dtype", _numpy_dtype),
-        (tl.block_type, "__init__", _init_block_type),
-        (tl.tensor, "__init__", _init_tensor),
-    ]
+    builder = getattr(interpreter, "interpreter_builder", None)
+    changes = _replacements(builder)
+    if missing := [name for place, name, _ in changes if not hasattr(place, name)]:
+        _warn(", ".join(missing))
+        changes = []
     with ExitStack() as stack, np.errstate(all="ignore"):  # a GPU gives inf and NaN without a warning
-        for change in changes:
-            stack.enter_context(patch.object(*change))
+        for place, name, make in changes:
+            stack.enter_context(patch.object(place, name, make(getattr(place, name))))
         yield builder
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mixtral_triton.kernels.launching import interpret
 from mixtral_triton.kernels.launching.interpret import bf16_to_f32, f32_to_bf16
 from mixtral_triton.kernels.launching.launch import LaunchConfig, launch
 
@@ -64,6 +65,13 @@ FAULTS: list[tuple[str, Callable[[], Any]]] = [
 def test_fault_is_caught(message: str, run: Callable[[], Any]) -> None:
     with pytest.raises((AssertionError, triton.runtime.errors.InterpreterError), match=message):
         run()
+
+
+def test_interpreter_without_what_is_replaced_runs_uncorrected_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpret, "_replacements", lambda builder: [(builder, "cast_of_another_version", None)])
+    with pytest.warns(UserWarning, match=r"Triton .* has no cast_of_another_version: .* bfloat16 is wrong") as warned:
+        assert [run_double(1, 8).tolist() for _ in range(2)] == [[9.0] * 8] * 2
+    assert len(warned) == 1
 
 
 def test_bf16_rounding_is_to_nearest_even() -> None:

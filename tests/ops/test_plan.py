@@ -16,7 +16,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mixtral_triton.kernels.launching import launch
+from mixtral_triton.kernels.launching import launch, relaunch
 from mixtral_triton.kernels.launching.launch import LaunchConfig
 from mixtral_triton.kernels.operation import plan
 from mixtral_triton.kernels.operation.cases import OpWithCases
@@ -24,6 +24,7 @@ from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
+from tests.cli.commands import python
 from tests.support.calls import as_tuple
 from tests.support.stub.driver import LaunchError
 
@@ -246,6 +247,26 @@ def test_call_that_no_plan_can_repeat_is_not_cached(function: str, gpu: Any) -> 
     for _ in range(2):
         assert launches(gpu, planned(op), args) == launches(gpu, op.run, args)
     assert not count_plans()
+
+
+def test_without_private_calls_the_jit_launches_each_time_and_warns_once(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relaunch, "OF_KERNEL", (*relaunch.OF_KERNEL, "run_of_another_version"))
+    gpu.driver.executes, args = False, arguments(NORM, SIZES["rms_norm"])
+    with pytest.warns(UserWarning, match=r"Triton .* have no run_of_another_version") as warned:
+        for _ in range(2):
+            assert launches(gpu, planned(NORM), args) == launches(gpu, NORM.run, args)
+        plan.run(LINEAR, arguments(LINEAR, SIZES["linear"]))
+    assert not count_plans() and sum("have no" in str(each.message) for each in warned) == 1
+
+
+def test_package_is_imported_without_what_is_private_in_the_interpreter() -> None:
+    """What the corrections replace, and the whole module, may be missing where kernels are compiled."""
+    for change in ("del interpreter._get_np_dtype, interpreter.InterpreterOptions", "sys.modules[name] = None"):
+        code = f"import sys; from triton.runtime import interpreter; name = interpreter.__name__; {change}"
+        done = python("-c", f"{code}; del sys.modules['triton.runtime'].interpreter; import mixtral_triton.ops")
+        assert done.returncode == 0, done.stderr
 
 
 def test_rejected_launch_is_rejected_again(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
