@@ -25,7 +25,7 @@ from ..launching.launch import INTERPRETED, in_pdl_region, launch_context
 from ..weights.composite_args import COMPOSITES
 from . import plan
 from .checks import check_values
-from .declaration import Op, compile_binder
+from .declaration import Op, SignatureError, compile_binder
 from .plan import call_key
 from .row_by_row import sequential
 from .torch_operator import flatten_args, register
@@ -54,7 +54,10 @@ class Unchecked(Generic[P, R]):
         self.__signature__ = op.public_signature
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        bound = self.bind(*args, **kwargs)
+        try:
+            bound = self.bind(*args, **kwargs)
+        except TypeError as error:
+            raise SignatureError(f"{self.op.public_name}: {error}") from None
         return call_unchecked(self.op, bound) if untraced() else self.dispatch(bound)  # type: ignore[no-any-return]
 
     def dispatch(self, args: tuple[Any, ...]) -> Any:
@@ -78,7 +81,11 @@ class Operation(Unchecked[P, R]):
         self.unchecked: Unchecked[P, R] = Unchecked(op, self.operator)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        bound, op = self.bind(*args, **kwargs), self.op
+        op = self.op
+        try:
+            bound = self.bind(*args, **kwargs)
+        except TypeError as error:
+            raise SignatureError(f"{op.public_name}: {error}") from None
         if untraced() and transformed():
             reject_transforms(f"mixtral_triton.ops.{op.name}", bound)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in bound):
