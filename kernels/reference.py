@@ -139,7 +139,7 @@ def expert_swiglu_backward(
         if begin < end:
             slots = order[begin:end].long()
             token = slots // ids.shape[1]
-            gate_up, down = _dequantized(gate_up_proj[expert], x), _dequantized(down_proj[expert], x)
+            gate_up, down = (_dequantized(weight[expert], x.dtype) for weight in (gate_up_proj, down_proj))
             gate, up = _wide(F.linear(x[token], gate_up)).chunk(2, dim=-1)
             grad_h = _wide(grad[token] @ down)  # for a routing weight of 1
             grad_weights[slots] = (grad_h * activate(gate, up, activation)).sum(-1)
@@ -148,8 +148,8 @@ def expert_swiglu_backward(
     return grad_x.to(x.dtype), grad_weights.view_as(weights)
 
 
-def _dequantized(weight: Any, x: Tensor) -> Tensor:
-    return weight if isinstance(weight, Tensor) else weight.dequantize().to(x.dtype)
+def _dequantized(x: Any, dtype: torch.dtype) -> Tensor:
+    return x if isinstance(x, Tensor) else x.dequantize().to(dtype)
 
 
 def experts_add_rms_norm(
@@ -310,10 +310,6 @@ def append(k: Tensor, v: Tensor, k_cache: Any, v_cache: Any, past: Tensor, new: 
             t += run
 
 
-def _read(cache: Any, dtype: torch.dtype) -> Tensor:
-    return cache if isinstance(cache, Tensor) else cache.dequantize().to(dtype)
-
-
 def cached_attention(
     q: Tensor,
     k: Tensor | None,
@@ -339,7 +335,7 @@ def cached_attention(
     cached = past + new if fresh is None else past
     written = [min(C, length) for length in cached.tolist()]  # slots of each sequence
     used = max(written, default=0)
-    keys, values = (_read(cache[:, :, :used], q.dtype) for cache in (k_cache, v_cache))
+    keys, values = (_dequantized(cache[:, :, :used], q.dtype) for cache in (k_cache, v_cache))
     if fresh is None and T == n == 1 and min(written) == used <= (window or used):
         return _attend(q, keys, values, None, None, False, sinks)  # the newest token sees every slot
     t, slot = torch.arange(T, device=q.device), torch.arange(used, device=q.device)

@@ -26,7 +26,7 @@ from ...weights.formats import QUANT_NAMES, matrix_bytes, without_code_products
 from ...weights.weight_args import Weight
 from ..sort import expected_distinct_experts, sort_by_expert
 from ..tiles import power_of_2
-from . import backward_kernels, kernels
+from . import backward_kernels
 from .activations import check_activation, constants
 from .backward_tiles import configs
 from .op import (
@@ -39,8 +39,8 @@ from .op import (
     Ids,
     combine,
     draw_routes,
+    launch_down,
     prefill_grid,
-    row_descriptors,
 )
 from .tiles import ExpertSizes
 
@@ -110,30 +110,11 @@ def expert_swiglu_backward(
     by_tma = by_tma and H * size % 16 == 0 and 2 * I * size % 16 == 0
     sizes = ExpertSizes(T, H, I, E, K, gate_up.name, down.name, not by_tma, deterministic=False, norm=False)
     selected = select_configs(configs, sizes, x.dtype, x.device)
-
-    order, offsets = sort_by_expert.op.run(ids, E)
-    groups = Groups(order, offsets, E)
+    groups = Groups(*sort_by_expert.op.run(ids, E), E)  # type: ignore[call-arg]  # mypy counts no star
     rows = torch.empty((T * K, H), dtype=x.dtype, device=x.device)  # of x, then of grad, then of each slot's grad of x
     gather_rows(x, rows, groups, selected["gather_rows_kernel"])
     both = torch.empty((T * K, 2 * I), dtype=x.dtype, device=x.device)  # gate and up, then their gradients
-    config = selected["experts_down_kernel"]
-    x_desc, short_desc = row_descriptors(rows if gate_up.multiplied_as_stored else None, config, arch)
-    launch(
-        kernels.experts_down_kernel,
-        prefill_grid(T * K, E, 2 * I, config),
-        config,
-        h=Rows.of(rows),
-        h_desc=x_desc,
-        short_desc=short_desc,
-        down=gate_up.args_for_many_rows,
-        down_desc=gate_up.descriptor(1, config, arch),
-        y_ptr=both,
-        groups=groups._replace(order=None),
-        H=2 * I,
-        I=H,
-        LAYOUT=gate_up.layout(arch),
-        BLOCK_E=power_of_2(E),
-    )
+    launch_down(Rows.of(rows), gate_up, both, groups._replace(order=None), selected)
     gather_rows(grad, rows, groups, selected["gather_rows_kernel"])
     grad_h = torch.empty((T * K, I), dtype=x.dtype, device=x.device)
     launch_transposed(backward_kernels.experts_grad_h_kernel, rows, down, grad_h, groups, sizes, selected)

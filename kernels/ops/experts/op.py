@@ -315,7 +315,7 @@ def _launch_prefill(
 ) -> Tensor:
     """Return each slot's expert output [1, N, H]."""
     H, I, E, N = sizes.H, sizes.I, sizes.E, ids.numel()
-    arch, block_e = target_arch(ids.device), power_of_2(E)
+    arch = target_arch(ids.device)
     h = torch.empty((N, I), dtype=x.ptr.dtype, device=ids.device)
     gather = selected.get("gather_by_expert_kernel")
     in_order = gather is not None
@@ -346,20 +346,26 @@ def _launch_prefill(
         I=I,
         LAYOUT=gate_up.layout(arch),
         **constants(activation),
-        BLOCK_E=block_e,
+        BLOCK_E=power_of_2(E),
     )
     y = torch.empty((1, N, H), dtype=h.dtype, device=ids.device)
     # A row's scale needs all of its columns, and a program of the up kernel has BLOCK_N: a pass reads h and writes its
     # codes, 3 bytes an element of 16 bits, where reading h itself would take 2 for each column tile.
-    rows = down.rows_of(Rows.of(h), groups)
-    config = selected["experts_down_kernel"]
+    launch_down(down.rows_of(Rows.of(h), groups), down, y, groups, selected)
+    return y
+
+
+def launch_down(h: Rows, down: Weight, y: Tensor, groups: Groups, selected: Configs) -> None:
+    """Multiply rows h [N, I], in sorted order, by a weight [E, H, I] -> y [(1,) N, H], by slot; sorted where `groups`
+    has no order."""
+    config, arch, (N, H) = selected["experts_down_kernel"], target_arch(y.device), y.shape[-2:]
     # With several products a unit, TMA of h takes more instructions than pointers: int4 1,990 FLOP each, and not 2,400.
-    h_desc, short_desc = row_descriptors(rows.ptr if down.multiplied_as_stored else None, config, arch)
+    h_desc, short_desc = row_descriptors(h.ptr if down.multiplied_as_stored else None, config, arch)
     launch(
         kernels.experts_down_kernel,
-        prefill_grid(N, E, H, config),
+        prefill_grid(N, groups.E, H, config),
         config,
-        h=rows,
+        h=h,
         h_desc=h_desc,
         short_desc=short_desc,
         down=down.args_for_many_rows,
@@ -367,11 +373,10 @@ def _launch_prefill(
         y_ptr=y,
         groups=groups,
         H=H,
-        I=rows.ptr.shape[1],
+        I=h.ptr.shape[1],
         LAYOUT=down.layout(arch),
-        BLOCK_E=block_e,
+        BLOCK_E=power_of_2(groups.E),
     )
-    return y
 
 
 def prefill_grid(N: int, E: int, columns: int, config: LaunchConfig) -> tuple[int]:
