@@ -41,16 +41,13 @@ def draw_case(seed: int) -> tuple[str, dict[str, Any], torch.dtype]:
     return name, sizes | {"gate_up": quantized, "down": quantized}, dtype
 
 
+INT4 = {"gate_up": "int4:128", "down": "int4:128"}
 # What spilled before these sizes were drawn.
-KNOWN = [
-    (
-        "expert_swiglu",
-        {"T": 48, "H": 4096, "I": 14336, "E": 8, "K": 2, "gate_up": "int4:128", "down": "int4:128"},
-        "bf16",
-    ),
-    ("attention", {"B": 1, "T": 1, "S": 4096, "Hq": 64, "Hkv": 1, "D": 256}, "fp32"),
-    ("expert_swiglu", {"T": 4, "H": 4096, "I": 512, "E": 32, "K": 22}, "bf16"),
-    ("expert_swiglu", {"T": 4, "H": 2001, "I": 500, "E": 8, "K": 2}, "bf16"),
+KNOWN: list[tuple[str, dict[str, Any], torch.dtype]] = [
+    ("expert_swiglu", {"T": 48, "H": 4096, "I": 14336, "E": 8, "K": 2, **INT4}, torch.bfloat16),
+    ("attention", {"B": 1, "T": 1, "S": 4096, "Hq": 64, "Hkv": 1, "D": 256}, torch.float32),
+    ("expert_swiglu", {"T": 4, "H": 4096, "I": 512, "E": 32, "K": 22}, torch.bfloat16),
+    ("expert_swiglu", {"T": 4, "H": 2001, "I": 500, "E": 8, "K": 2}, torch.bfloat16),
 ]
 
 
@@ -63,24 +60,12 @@ def check(name: str, sizes: dict[str, Any], dtype: torch.dtype, arch: str) -> No
     for _, launch in collect([op], arch, True).values():
         compiled = compile_launch(launch, arch)
         fits = not compiled.error and compiled.shared_bytes <= ARCHS[arch].shared_bytes
-        assert fits and not compiled.loop_spills and compiled.spills <= OUTSIDE_LOOPS, (
-            name,
-            sizes,
-            dtype,
-            arch,
-            compiled,
-        )
+        assert fits and not compiled.loop_spills and compiled.spills <= OUTSIDE_LOOPS, (name, sizes, dtype, compiled)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("number", range(len(KNOWN)))
-def test_known_sizes(number: int, arch: str) -> None:
-    name, sizes, dtype = KNOWN[number]
-    check(name, sizes, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], arch)
-
-
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("first", range(0, 50, SIZES_PER_TEST))
-def test_random_sizes(first: int, arch: str) -> None:
-    for seed in range(first, first + SIZES_PER_TEST):
-        check(*draw_case(1000 * TARGETS.index(arch) + seed), arch)
+@pytest.mark.parametrize("first", [None, *range(0, 50, SIZES_PER_TEST)])
+def test_known_and_random_sizes(first: int | None, arch: str) -> None:
+    seeds = range(0) if first is None else range(first, first + SIZES_PER_TEST)
+    for case in [draw_case(1000 * TARGETS.index(arch) + seed) for seed in seeds] or KNOWN:
+        check(*case, arch)

@@ -59,6 +59,14 @@ def imported(name: str) -> set[str]:
 GRAPH = {name: imported(name) for name in MODULES}
 
 
+def test_a_call_does_not_import_cases() -> None:
+    """What tests, compile and bench draw of an operation is no part of its call."""
+    reached = {"kernels.operation.call"}
+    while more := {other for name in reached for other in GRAPH[name]} - reached:
+        reached |= more
+    assert "kernels.operation.plan" in reached and "kernels.operation.cases" not in reached
+
+
 def place(name: str) -> str:
     """The folder or file of docs/structure.md that a module belongs to."""
     parts = name.split(".")

@@ -26,25 +26,17 @@ def arguments(format: str | None, T: int, dtype: torch.dtype, H: int = 64) -> Ar
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8", "fp8_w8a8"])
-@pytest.mark.parametrize(("T", "deterministic"), [(1, False), (4, False), (70, False), (3, True)])
+@pytest.mark.parametrize(("T", "deterministic"), [*((T, False) for T in (1, 4, 70, 112, 130, 200, 512)), (3, True)])
 def test_same_bits_as_stacked(format: str | None, T: int, deterministic: bool) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        args = arguments(format, T, dtype) | {"deterministic": deterministic}
+    """Of many rows, resident weights are read by TMA's tiles and offloaded ones by pointers', in the same order of each
+    sum."""
+    for dtype in (torch.float32, torch.bfloat16) if T < 112 else (torch.bfloat16,):
+        args = arguments(format, T, dtype, 64 if T < 112 else 128) | {"deterministic": deterministic}
         expected = ops.expert_swiglu(**args)
         assert torch.equal(ops.expert_swiglu(**with_offload(args, ON_HOST)), expected)
         flattened = dispatched("expert_swiglu", with_offload(args, ON_HOST))
         assert torch.equal(flattened(**with_offload(args, (0,))), expected)
         assert torch.equal(ops.expert_swiglu(**with_offload(args, (3, 0))), expected), "experts in any order"
-
-
-@pytest.mark.exhaustive
-@pytest.mark.interpreted
-@pytest.mark.parametrize("format", [None, "int4", "int8", "fp8", "fp8_w8a8"])
-@pytest.mark.parametrize("T", [112, 130, 200, 512])
-def test_same_bits_as_stacked_for_many_rows(format: str | None, T: int, unguarded: None) -> None:
-    """Resident weights are read by TMA's tiles and offloaded ones by pointers', in the same order of each sum."""
-    args = arguments(format, T, torch.bfloat16, H=128)
-    assert torch.equal(ops.expert_swiglu(**with_offload(args, ON_HOST)), ops.expert_swiglu(**args))
 
 
 @pytest.mark.interpreted

@@ -191,6 +191,8 @@ VALUES = {  # checked on the CPU only
     ("sort_by_expert", "ids"): [zeros(3, 2, dtype=I32) + 6],
     ("expert_swiglu", "ids"): [zeros(3, 2, dtype=I64) - 1],
     ("rope", "positions"): [zeros(2, 3, dtype=I64) + 9, zeros(2, 3, dtype=I32) - 1],
+    ("embed_rms_norm", "new"): [zeros(2, dtype=I32) + 4],
+    ("embed_rms_norm", "past"): [zeros(2, dtype=I64) + 100],
 }
 TENSORS = [(name, key) for name in OPS for key in tensors(make_inputs(name, META))]
 
@@ -233,7 +235,7 @@ def test_value_out_of_range_raises_value_error(place: tuple[str, str], kind: Any
     name, argument = place
     for value in VALUES[place] * 2:
         public(name)(**make_inputs(name))
-        check_rejected(name, make_inputs(name) | {argument: kind(value)}, argument, str(int(value[0, 0])))
+        check_rejected(name, make_inputs(name) | {argument: kind(value)}, argument, str(int(value.flatten()[0])))
 
 
 UNSUITABLE: list[tuple[Callable[[Tensor], Any], str]] = [
