@@ -19,6 +19,11 @@ def is_int(value: Any, least: int) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(value >= least)
 
 
+def is_id(value: Any) -> bool:
+    """Return whether `value` is an integer that a token id's int64 holds."""
+    return is_int(value, 0) and value < 1 << 63
+
+
 def default_device() -> str:
     """Return "cuda" where there is a GPU and the kernels are compiled, else "cpu": the interpreter runs there."""
     return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -43,39 +48,6 @@ def named_dtype(dtype: Any) -> Any:
         return dtype
     name = dtype.removeprefix("torch.")
     return None if name == "auto" else getattr(torch, name) if name in DTYPES else dtype
-
-
-# What does here what an argument of transformers does there.
-GENERATE_HINTS = {
-    "do_sample": "temperature: 0 is greedy, above 0 samples",
-    "max_length": "max_new_tokens",
-    "streamer": "model.stream(...), an iterator over tokens",
-    "stopping_criteria": "model.stream(...), which a caller leaves",
-    "output_scores": "logprobs=N",
-    "output_logits": "logprobs=N",
-    "return_dict_in_generate": "logprobs=N, which returns a NamedTuple",
-    "past_key_values": "cache, a KVCache",
-    "use_cache": "cache, a KVCache that goes on; there is one in any case",
-    "pad_token_id": "nothing: a sequence is padded with its EOS",
-    "generation_config": "its fields as arguments: temperature, top_k, top_p, ...",
-    "num_return_sequences": "the prompt as often in a list",
-}
-FORWARD_HINTS = {
-    "attention_mask": "lengths, with a cache and padding on the right; generate and score take prompts of any lengths",
-    "labels": "model.score(texts): the log probability of each token",
-    "output_hidden_states": "model.layers[i].register_forward_hook: a layer returns its hidden state and the next norm",
-    "past_key_values": "cache, a KVCache",
-    "use_cache": "cache, a KVCache",
-    "position_ids": "cache and lengths, from which positions follow",
-}
-LOAD_HINTS = {
-    "torch_dtype": "dtype",
-    "device_map": "device, or mesh for several GPUs, or offload for experts in host memory",
-    "quantization_config": "weights: 'int4', 'int8' or 'fp8'",
-    "load_in_4bit": "weights='int4'",
-    "load_in_8bit": "weights='int8'",
-    "revision": "the folder as 'NAME@REVISION'",
-}
 
 
 def reject_unknown(caller: str, unknown: Mapping[str, Any], hints: Mapping[str, str]) -> None:

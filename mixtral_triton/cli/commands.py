@@ -287,7 +287,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from ..model.offload_plan import AUTO_CONTEXT
-    from .chat import Conversation, check_system, run
+    from .chat import Chat, check_system, run
     from .text_stream import Writer, check_options
 
     check_options(args)
@@ -299,7 +299,7 @@ def _chat(args: argparse.Namespace) -> int:
     args.context = context if auto else None
     writer = Writer(args, _load(args), note)
     writer.notes.append(f"the chat has room for {limit:,} tokens")
-    return run(args, Conversation(writer, args.system, limit))
+    return run(args, Chat(writer, args.system, limit))
 
 
 def _perplexity(args: argparse.Namespace) -> int:

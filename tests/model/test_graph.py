@@ -63,7 +63,7 @@ def test_the_next_replay_is_launched_before_a_token_is_returned(gpu: Any) -> Non
         if len(replays) == NEW - 2:
             steps.close()  # type: ignore[attr-defined]
     assert replays == [*range(NEW - 2)] and found == want[: len(found)]
-    assert cache.lengths.tolist() == [len(found)] and cache.held_tokens() == [found]
+    assert cache.lengths.tolist() == [len(found)] and cache.conversation.held_tokens(cache) == [found]
     assert model.generate([found], 2, cache=cache)[0].tolist() == want and cache.reused == [len(found) - 1]
 
 
