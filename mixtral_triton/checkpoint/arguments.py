@@ -1,8 +1,7 @@
-"""Checks of a caller's arguments: devices, memory, token ids, lengths."""
+"""Checks of a caller's arguments: devices, dtypes, token ids, lengths."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from ..kernels.launching.launch import INTERPRETED
 from ..kernels.operation.checks import FLOATS, INTS, fail, readable
-from ..kernels.weights.quantized import QuantSpec
 from .config import DTYPES, MixtralConfig
 
 
@@ -82,45 +80,6 @@ def check_dtype(argument: str, dtype: Any, *others: Any) -> None:
 def default_dtype(config: MixtralConfig) -> torch.dtype:
     """Return the dtype that config.json names, else bfloat16: what is known before the tensors are read."""
     return getattr(torch, config.dtype or "bfloat16")
-
-
-def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
-    """Return the bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
-    quantized = (specs[name].empty(shape, "meta").nbytes for name, shape in shapes.items() if name in specs)
-    dense = (math.prod(shape) * dtype.itemsize for name, shape in shapes.items() if name not in specs)
-    return sum(quantized) + sum(dense)
-
-
-def in_decimal(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return a CUDA device's free bytes, those that torch keeps of freed memory included; None for another device."""
-    if device.type != "cuda":
-        return None
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
-
-
-def check_memory(device: torch.device, needed: int) -> None:
-    """Raise ValueError, before anything is allocated, where `needed` bytes of weights exceed a CUDA device's memory."""
-    free = free_memory(device)
-    if free is not None and needed > free:
-        got = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
-        raise ValueError(f"Mixtral.from_pretrained: {got}: `mixtral-triton fit` says which formats fit")
-
-
-@contextmanager
-def explain_out_of_memory(caller: str, device: torch.device, batch: int, context: int) -> Iterator[None]:
-    """Raise ValueError where torch finds no memory for `batch` sequences of `context` tokens."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        got = f"{batch} {'sequence' if batch == 1 else 'sequences'} of {context} tokens"
-        needs = "fewer of them, weights of fewer bits or offload: `mixtral-triton fit` says what fits"
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{caller}: no memory is left on {device} for {got} ({reason}), needs {needs}") from error
 
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..model.cache import KVCache
+from ..model.conversation import Conversation
 from ..terminal import print_message
 from .batch import is_message
 from .prompt import PROMPT_CHARACTERS, decode, read_text, render
@@ -150,7 +151,7 @@ class Chat:
         while sizes and sizes[-1] < self.limit and model.config.window is None:
             sizes.append(self._slots(sizes[-1] + 1))
         cache = self._reserve(len(ids) + 1)
-        (held,) = cache.conversation.begin(cache, model.identity(), [ids])
+        (held,) = Conversation.of(cache).begin(cache, model.identity(), [ids])
         self.writer.begin(1, len(ids), cache.max_len, held)
         for slots in sizes[1:]:
             self.writer.begin(1, len(ids), slots, len(ids) - 1)

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from .. import __version__
 from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
+from ..checkpoint.tokenizer import load_tokenizer
 from ..kernels.launching.arch import ARCHS
-from ..model.tokenizer import load_tokenizer
 from ..terminal import Bar, check_range, compile_shown, did_you_mean, exit_status, print_message, select_backend
 from .prompt import encode, read_prompt, read_text, render
 
@@ -175,8 +175,7 @@ def parser() -> argparse.ArgumentParser:
     option("--gpu", action="append", metavar="NAME", help=text)
     option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
-    option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
-    option("--train", action="store_true", help="what LoRA over frozen experts takes")
+    option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
     text = f"{', '.join(ARCHS)}; repeatable"
@@ -201,8 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "folder", None) is not None:
                 args.folder = checkpoint_folder(args.folder)
             if args.command in TOOLS:
-                tool = "bench.fit_train" if vars(args).get("train") else TOOLS[args.command]
-                return import_module(f"..{tool}", __package__).run(args)
+                return import_module(f"..{TOOLS[args.command]}", __package__).run(args)
             with warnings.catch_warnings():  # as lines of the command
                 warnings.simplefilter("always", RuntimeWarning)
                 warnings.showwarning = lambda text, *_, **__: print_message(f"note: {text}")
@@ -286,7 +284,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
-    from ..model.offload_plan import AUTO_CONTEXT
+    from ..model.memory_plan import AUTO_CONTEXT
     from .chat import Chat, check_system, run
     from .text_stream import Writer, check_options
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..model.ahead import launch_text
 from ..model.cache import KVCache
 from ..model.mixtral import Mixtral
+from ..model.precompile import launch_text
 from ..model.sampling import Logprobs, SamplingOptions
 from ..terminal import check_range, compile_shown, print_message
 from .prompt import decode, encode, read_sampling, speed_of

@@ -12,7 +12,6 @@ from ..checkpoint.arguments import check_dtype, default_dtype, is_int, usable_de
 from ..checkpoint.config import MixtralConfig
 from ..kernels.operation.checks import check_values, readable
 from ..kernels.weights.quantized_cache import QuantizedCache, vector_bytes
-from .conversation import Conversation
 
 Slots = torch.Tensor | QuantizedCache  # of one layer, keys or values [B, Hkv, C, D]
 
@@ -53,7 +52,7 @@ class KVCache:
                   tokens behind it; where a ring has wrapped only 0 does, since they took the slots of earlier ones. A
                   higher one adds tokens whose keys and values are what the slots hold: zeros, where nothing wrote them
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
-    conversation  what the tokens are, by which `generate` goes on
+    conversation  what the tokens are, by which `generate` goes on: conversation.py
     """
 
     def __init__(
@@ -91,11 +90,11 @@ class KVCache:
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version = 0, _version(self.lengths)
         self.replayed = False  # whether a captured graph, which a caller may replay, appends
-        self.conversation = Conversation(batch)
+        self.conversation: Any = None
         self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that may have written some
-        # Of each sequence, the least length but 0 with which no key is overwritten that its next token sees. None: its
-        # length has that. A forward that failed, or tokens that were dropped, have written beyond the length.
-        self.valid_from: list[int] | None = None
+        # Of each sequence, the least length but 0 with which no key is overwritten that its next token sees, where what
+        # was written beyond `lengths`, by a forward that failed or by tokens that were dropped, may have taken one.
+        self.valid_from = [0] * batch
 
     def _zeros(self, shape: tuple[int, ...], device: torch.device) -> Slots:
         """Return the slots of a layer's keys or values [B, Hkv, C, D]: zeros, so that none holds uninitialized bits."""
@@ -117,7 +116,7 @@ class KVCache:
     @property
     def reused(self) -> list[int]:
         """Of each sequence, the tokens that the last `generate` with this cache did not compute again."""
-        return self.conversation.reused
+        return [0] * self.batch if self.conversation is None else list(self.conversation.reused)
 
     def reserve(self, new: torch.Tensor | int) -> None:
         """Raise ValueError where a sequence has no room for `new` more tokens, int [B] or one number for all.
@@ -126,8 +125,6 @@ class KVCache:
         cannot know (ragged chunks, lengths written by hand, replays of a graph) the kernels check: a sequence beyond
         `max_len` becomes NaN, and its slots of the ring are overwritten.
         """
-        if torch.compiler.is_compiling():
-            return
         self.check_intact()
         check_values("KVCache", "lengths", self.lengths, 0, self.max_len)
         if readable(self.lengths):
@@ -139,13 +136,12 @@ class KVCache:
     def check_intact(self) -> None:
         """Raise ValueError where a forward failed after it had overwritten keys of the ring that its tokens see."""
         self.note_failure()
-        if self.valid_from is None:
+        if not any(self.valid_from):  # then nothing is read
             return
         lengths = self.lengths.tolist()
         # A sequence that starts anew needs no key, and one that has gone on since has its own.
-        known = [least if n and n <= least else 0 for least, n in zip(self.valid_from, lengths, strict=True)]
-        self.valid_from = known if any(known) else None
-        if any(n < least for least, n in zip(known, lengths, strict=True)):
+        self.valid_from = [least if 0 < n <= least else 0 for least, n in zip(self.valid_from, lengths, strict=True)]
+        if any(n < least for least, n in zip(self.valid_from, lengths, strict=True)):
             got = "a forward failed after it had overwritten keys of the ring that its tokens see"
             raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
 
@@ -168,7 +164,7 @@ class KVCache:
         """Return `least_lengths` where slots were written up to these positions. One token may go: it took the slot of
         a key that its own query does not see either."""
         least = [n - 1 if self.window and n > self.slots else 0 for n in written]
-        return [*map(max, least, self.valid_from or least)]
+        return [*map(max, least, self.valid_from)]
 
     def set_back(self, lengths: list[int]) -> None:
         """Drop the tokens behind these lengths, each 0 or at least its `least_lengths`."""
@@ -190,7 +186,6 @@ class KVCache:
         """Count the `new` [B] tokens that every layer appended; `common`: the least number of any sequence."""
         if torch.compiler.is_compiling():  # a host counter would compile a graph for each count
             self.lengths += new
-            self.conversation.texts = None
             return
         known = self._min_length() + common
         self.lengths += new

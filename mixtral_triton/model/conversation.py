@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..kernels.operation.checks import readable
-
-if TYPE_CHECKING:
-    from .cache import KVCache
+from .cache import KVCache
 
 Identity = tuple[weakref.ref[Any], torch.dtype]  # of a model, and its dtype: `Model.identity`
 
@@ -26,11 +24,17 @@ class Conversation:
     reused     of each sequence: the tokens that the last `generate` did not compute again
     """
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, cache: KVCache) -> None:
         self.filled_by: Identity | None = None
-        self.texts: list[list[int]] | None = [[] for _ in range(batch)]
+        self.texts: list[list[int]] | None = [[] for _ in range(cache.batch)]
         self.drawn: list[torch.Tensor] = []
-        self.reused = [0] * batch
+        self.reused = [0] * cache.batch
+        cache.conversation = self
+
+    @classmethod
+    def of(cls, cache: KVCache) -> Conversation:
+        """Return the conversation that a cache holds, or a new one."""
+        return cls(cache) if cache.conversation is None else cache.conversation
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"filled_by": None}  # a weak reference cannot be pickled

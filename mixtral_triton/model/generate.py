@@ -22,7 +22,6 @@ from ..checkpoint.arguments import (
     check_vocabulary,
     describe,
     drop_padding,
-    explain_out_of_memory,
     is_id,
 )
 from ..kernels.launching.launch import launch_context, launches_dependently
@@ -31,6 +30,7 @@ from ..kernels.operation.checks import readable
 from .cache import KVCache, select_dtype
 from .conversation import Conversation
 from .cuda_graph import CapturedGraph, CaptureLost, capture, is_out_of_memory
+from .memory_plan import explain_out_of_memory
 from .model import Model
 from .sampling import Logprobs, SamplingOptions, measure, penalize, sample, stack_steps
 
@@ -165,7 +165,7 @@ def _read_prompts(model: Model, rows: list[Tensor], options: SamplingOptions, ca
     if cache is None:
         cache = KVCache(model.config, len(rows), max(map(len, rows)) + n, model.device, options.cache_dtype)
     else:
-        conversation = cache.conversation
+        conversation = Conversation.of(cache)
         kept = conversation.begin(cache, model.identity(), [row.tolist() for row in rows])
         texts = [row[start : len(row) - (n == 0)] for row, start in zip(rows, kept, strict=True)]
     step = Step(model, cache, options, conversation) if n else None
@@ -174,7 +174,7 @@ def _read_prompts(model: Model, rows: list[Tensor], options: SamplingOptions, ca
         for seen, row in zip(step.seen, rows, strict=True) if step.penalizes else ():
             seen[row] = True
         step.pick(h)
-        cache.valid_from = None  # every sequence has gone on by a token at least
+        cache.valid_from = [0] * cache.batch  # every sequence has gone on by a token at least
     return step
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..checkpoint.arguments import reject_unknown
+from ..checkpoint.tokenizer import load_tokenizer
 from .generate import generate, stream
 from .load import load
+from .memory_plan import MemoryRequest
 from .model import Model
-from .offload_plan import MemoryRequest
 from .parallel import Ranks
 from .score import score
-from .tokenizer import load_tokenizer
 from .trace import trace
 
 LOAD_HINTS = {  # what does here what an argument of transformers does there

@@ -27,9 +27,9 @@ from ..kernels.operation.checks import check_values
 from ..kernels.ops.cache_args import rope_tables
 from ..quantize import OffloadedWeight, QuantizedWeight, QuantSpec
 from .cache import KVCache
-from .conversation import Identity
+from .conversation import Conversation, Identity
 from .layer import ForwardContext, Layer, WeightTensor
-from .offload_plan import RESIDENT, Placement, offloaded_weights
+from .memory_plan import RESIDENT, Placement, offloaded_weights
 from .parallel import Ranks
 
 if TYPE_CHECKING:
@@ -232,13 +232,16 @@ class Model(nn.Module):
             if lengths is not None:
                 check_lengths("Mixtral", lengths, B, self.device)
                 check_values("Mixtral", "lengths", lengths, 0, T)
-            conversation, traced = cache.conversation, torch.compiler.is_compiling()
-            if not traced and conversation.is_of_another(cache, self.identity()):
+            if torch.compiler.is_compiling():
+                if cache.conversation is not None:
+                    cache.conversation.texts = None
+                return
+            conversation = Conversation.of(cache)
+            if conversation.is_of_another(cache, self.identity()):
                 got = "keys that another model filled in, or this one in another dtype"
                 raise ValueError(f"Mixtral: argument 'cache' has {got}, needs a new cache, or lengths of 0")
             cache.reserve(T if lengths is None else lengths)
-            if not traced:
-                conversation.note_forward(cache, self.identity(), input_ids, lengths)
+            conversation.note_forward(cache, self.identity(), input_ids, lengths)
 
     def identity(self) -> Identity:
         """Return what a cache keeps of the model that filled it."""

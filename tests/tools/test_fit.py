@@ -20,7 +20,7 @@ from mixtral_triton.cli import commands
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.model.cache import cache_bytes
 from mixtral_triton.model.generate import prefill, sample
-from mixtral_triton.model.offload_plan import (
+from mixtral_triton.model.memory_plan import (
     GRAPH_BYTES,
     LOGIT_BYTES,
     MARGIN,
@@ -59,6 +59,7 @@ def test_the_published_counts_and_sizes() -> None:
     assert parameters(SMALLER) == (46_702_792_704, 12_879_925_248)
     # Published with 32,000 words: 768 more in the embedding, and as many in the head.
     assert parameters(LARGER)[0] == 140_620_634_112 + 2 * 768 * 6144
+    assert parameters(KNOWN["qwen3-30b-a3b"])[0] == 30_532_122_624
     for config, want in ((SMALLER, [93.4, 48.3, 48.3, 26.5]), (LARGER, [281.3, 146.0, 146.0, 80.4])):
         sizes = [size(config, FORMATS[name]) / GB for name in ("as stored", "fp8", "int8", "int4")]
         assert [round(one, 1) for one in sizes] == want

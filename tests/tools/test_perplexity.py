@@ -12,7 +12,7 @@ import torch
 
 from mixtral_triton import Mixtral
 from mixtral_triton.checkpoint.config import SMALL
-from mixtral_triton.model.tokenizer import load_tokenizer
+from mixtral_triton.checkpoint.tokenizer import load_tokenizer
 from tests.cli.commands import output, run, run_json
 from tests.support.models import HELD_OUT
 
