@@ -236,12 +236,12 @@ class Model(nn.Module):
                 if cache.conversation is not None:
                     cache.conversation.texts = None
                 return
-            conversation = Conversation.of(cache)
-            if conversation.is_of_another(cache, self.identity()):
+            conversation, identity = Conversation.of(cache), self.identity()
+            if conversation.is_of_another(cache, identity):
                 got = "keys that another model filled in, or this one in another dtype"
                 raise ValueError(f"Mixtral: argument 'cache' has {got}, needs a new cache, or lengths of 0")
             cache.reserve(T if lengths is None else lengths)
-            conversation.note_forward(cache, self.identity(), input_ids, lengths)
+            conversation.note_forward(cache, identity, input_ids, lengths)
 
     def identity(self) -> Identity:
         """Return what a cache keeps of the model that filled it."""
