@@ -238,7 +238,8 @@ class Step:
         self.drawn = None if conversation is None else conversation.drawn
         self.taken, self.no_pdl, self.penalizes = 0, False, options.repetition_penalty != 1.0
         B, device = cache.batch, model.device
-        self.stops = torch.tensor(sorted(options.stops(model.config)), dtype=torch.int64, device=device)
+        stops = sorted(options.stops(model.config))
+        self.stops, self.may_end = torch.tensor(stops, dtype=torch.int64, device=device), bool(stops)
         self.token = torch.zeros(B, dtype=torch.int64, device=device)
         self.ended = torch.zeros(B, dtype=torch.bool, device=device)
         self.new = torch.ones(B, dtype=torch.int32, device=device)
@@ -277,7 +278,7 @@ class Step:
             self.drawn.append(self.token.clone())
         self.taken += 1
         token, *measured = (tensor.clone() for tensor in (self.token, *self.measured))
-        last = self.taken == self.options.max_new_tokens or (len(self.stops) > 0 and bool(self.ended.all()))
+        last = self.taken == self.options.max_new_tokens or (self.may_end and bool(self.ended.all()))
         return Logprobs(token, *measured) if measured else token, last
 
     def check_cache(self) -> None:
