@@ -109,30 +109,26 @@ def most_alive(
     return live.peak
 
 
-@pytest.mark.parametrize("weights", [None, "int4", "fp8", FORMATS["int4, linear int8"]], ids=str)
+NARROW, WIDE = {"intermediate_size": 256, "num_experts_per_tok": 1}, {"head_dim": 256, "intermediate_size": 512}
+# Formats of weights and activations, and sizes. Quantized weights need no more: none is dequantized anywhere.
+PREFILLS = [(None, None, sizes) for sizes in ({}, NARROW, WIDE)]
+PREFILLS += [(weights, None, {}) for weights in ("int4", "fp8", FORMATS["int4, linear int8"])]
+PREFILLS += [("fp8", "fp8", sizes) for sizes in ({}, NARROW | {"hidden_size": 4160, "intermediate_size": 200})]
+
+
+@pytest.mark.parametrize(("weights", "activations", "sizes"), PREFILLS, ids=str)
 @pytest.mark.parametrize(
     ("batch", "context", "chunk"),
     [(1, 5000, 2048), (1, 4096, 2048), (3, 700, 2048), (64, 2048, 2048), (1, 129, 2048), (3, 1100, 512)],
 )
-def test_the_workspace_is_what_a_prefill_takes(batch: int, context: int, chunk: int, weights: Any) -> None:
-    """Quantized weights need no more: no kernel writes a dequantized weight anywhere."""
-    narrow, wide = {"intermediate_size": 256, "num_experts_per_tok": 1}, {"head_dim": 256, "intermediate_size": 512}
-    for sizes in ({}, narrow, wide) if weights is None else ({},):
-        config = replace(SMALLER, num_hidden_layers=3, **sizes)
-        found, said = most_alive(config, batch, context, weights, chunk), workspace_bytes(config, batch, context, chunk)
-        assert found <= said and (weights is not None or said <= 1.02 * found + 4096), sizes
-
-
-@pytest.mark.parametrize(
-    "sizes", [{}, {"hidden_size": 4160, "intermediate_size": 200, "num_experts_per_tok": 1}], ids=str
-)
-@pytest.mark.parametrize(("batch", "context", "chunk"), [(1, 5000, 2048), (1, 129, 2048), (3, 1100, 512)])
-def test_the_workspace_of_quantized_activations(batch: int, context: int, chunk: int, sizes: dict[str, int]) -> None:
+def test_the_workspace_is_what_a_prefill_takes(
+    batch: int, context: int, chunk: int, weights: Any, activations: Any, sizes: dict[str, int]
+) -> None:
     config = replace(SMALLER, num_hidden_layers=3, **sizes)
-    found = most_alive(config, batch, context, "fp8", chunk, "fp8")
-    said = workspace_bytes(config, batch, context, chunk, "fp8")
-    assert found <= said <= 1.02 * found + 4096
-    assert found > 1.05 * most_alive(config, batch, context, "fp8", chunk) or sizes
+    found = most_alive(config, batch, context, weights, chunk, activations)
+    said = workspace_bytes(config, batch, context, chunk, activations)
+    assert found <= said and ((weights and not activations) or said <= 1.02 * found + 4096)
+    assert not activations or sizes or found > 1.05 * most_alive(config, batch, context, weights, chunk)
 
 
 @pytest.mark.parametrize("weights", [None, "int4"])
