@@ -27,7 +27,8 @@ pytestmark = [
 IDS = torch.arange(2, 20).view(2, 9)
 INT4 = "ct int4 32 False"
 # Families whose files, as transformers writes them, have no tensor an expert, and those with another conversion.
-FUSED = {"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "inkling_text", "zaya"}
+FUSED = {"gemma4_text", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hy_v4"}
+FUSED |= {"inkling_text", "minimax_m3_vl_text", "zaya"}
 register()
 
 
