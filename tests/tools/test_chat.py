@@ -22,7 +22,6 @@ from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.checkpoint.tokenizer import load_tokenizer
 from mixtral_triton.cli import chat
-from mixtral_triton.cli.chat import Chat
 from mixtral_triton.cli.prompt import speed_of
 from mixtral_triton.cli.text_stream import Writer
 from mixtral_triton.model import generate
@@ -333,13 +332,9 @@ def test_a_cache_grows_layer_by_layer(dtype: torch.dtype, monkeypatch: pytest.Mo
 
 def test_offload_auto_plans_the_context_of_a_chat(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixtral_triton.model.memory_plan.AUTO_CONTEXT", 100)
-    monkeypatch.setattr(Chat, "__init__", lambda self, writer, system, limit: _raise(f"limit {limit}"))
+    monkeypatch.setattr(chat, "Chat", made := mock.Mock(side_effect=ValueError))
     for options, want in (("--offload auto", 100), ("", 1024), ("--offload auto --context 50", 50)):
-        assert run(f"{CHAT} {options}", chat_folder)[2].endswith(f"limit {want}\n")
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)
+        assert run(f"{CHAT} {options}", chat_folder)[0] == 2 and made.call_args.args[2] == want
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
