@@ -108,7 +108,8 @@ class Writer:
 
 class Text:
     """A text as its tokens come, behind the tokens `after`, up to an EOS or a text of --stop. Only those are decoded
-    again whose text may change: the last ones, where they end in half a character, and as many before them.
+    again whose text may change: the last ones, where they end in half a character, and as many before them. tokenizers'
+    DecodeStream does not serve: it raises behind bytes that are no character, and never gives the last half of one.
 
     text           that of the tokens, without the stop string
     finish_reason  "stop": an EOS or a stop string, "length", or "interrupted"
