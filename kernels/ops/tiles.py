@@ -3,8 +3,8 @@ which linear and the experts share.
 
 A table has a tuple of tiles for each family of architectures but those that take another's (EARLIER), one for "fp32",
 which has no tensor cores at that precision (that of codes needs none: they multiply codes whatever x was), and where
-they differ one for "<family> fp32", "<family> pointers", "<family> deterministic", and "<family> 100 KB": its GPUs with
-less shared memory. Another tile is another row.
+they differ one for "<family> fp32", "<family> pointers", "<family> deterministic", "<family> <architecture>", and
+"<family> 100 KB": its GPUs with less shared memory. Another tile is another row.
 
 A row's last column says where it comes from. "measured: FILE": a GPU measured it as the fastest in vLLM's or SGLang's
 kernel, for some number of tokens; benchmarks/tiles/measured.csv has the file. Its GROUP_M counts row tiles of all
