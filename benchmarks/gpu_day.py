@@ -37,7 +37,9 @@ Commands = dict[str, tuple[float, str]]  # the limit in seconds and the command,
 def commands(arch: str) -> Commands:
     """Return the commands in order of importance."""
     layer = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 8, 64, 512, 1024, 1536, 2048, 4096))
-    layer += f" --sizes {LAYER.format(2048)},gate_up=fp8_w8a8,down=fp8_w8a8" * multiplies_fp8(arch)
+    tuned = "".join(f" --sizes {LAYER.format(T)}" for T in (1, 24, 48, 512, 2048))
+    tuned += f" --sizes {LAYER.format(2048)},gate_up=fp8_w8a8,down=fp8_w8a8" * multiplies_fp8(arch)
+    tuned += "".join(f" --kernel experts_{name}" for name in ("up", "down", "up_decode", "down_decode"))
 
     def bench(name: str, options: str = "") -> str:
         return f"{PYTHON} -m mixtral_triton bench --json {name} {options}"
@@ -46,7 +48,8 @@ def commands(arch: str) -> Commands:
     tests = f"{PYTHON} -m pytest -m gpu -p no:cacheprovider --maxfail 3 -n 4"
     return {  # nothing is timed while another core compiles
         "compile": (80, f"{PYTHON} -m mixtral_triton compile expert_swiglu --arch {arch}"),
-        "bench experts": (50, bench("expert_swiglu", layer)),
+        "tune": (150, f"{PYTHON} benchmarks/tune.py expert_swiglu{tuned}"),
+        "bench experts": (40, bench("expert_swiglu", layer)),
         **{f"test {file.stem}": (60, f"{tests} {file.relative_to(ROOT)}") for file in files},
         "bench decode": (60, bench("decode_step")),
         "bench decode offloaded": (20, bench("decode_step", "--sizes offload=2")),

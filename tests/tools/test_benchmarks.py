@@ -61,16 +61,17 @@ time.sleep(60)"""
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_commands_cover_every_operation_and_begin_with_the_experts(arch: str) -> None:
+def test_commands_cover_every_operation_and_begin_with_the_tuner(arch: str) -> None:
     found = commands(arch)
-    assert [*found][:2] == ["compile", "bench experts"]
+    assert [*found][:3] == ["compile", "tune", "bench experts"]
     assert {name.removeprefix("bench ") for name in found} >= set(OPS) and "bench decode" in found
     for _, text in found.values():
         words = shlex.split(text)
         if words[1:3] == ["-m", "mixtral_triton"]:
             parser().parse_args(words[3:])
         assert "pytest" not in words or (ROOT / words[-1]).is_file()
-    assert found["bench experts"][1].count("--sizes") == (9 if arch == "sm_90" else 8)
+    assert found["tune"][1].count("--sizes") == (6 if arch == "sm_90" else 5)
+    assert found["tune"][1].count("--kernel") == 4
 
 
 @pytest.mark.slow
