@@ -113,10 +113,10 @@ def exit_status(error: BaseException, command: str | None) -> int:
 
 def compile_shown(launch: Callable[..., object], model: Any, *args: Any) -> None:
     """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
-    from .model.ahead import compile_ahead
+    from .model.precompile import precompile
 
     with Bar("compiling") as progress:
-        compile_ahead(model, lambda: launch(model, *args), progress.set)
+        precompile(model, lambda: launch(model, *args), progress.set)
 
 
 def check_range(name: str, value: float, least: float, most: float | None = None, what: str = "") -> None:

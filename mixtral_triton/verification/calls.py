@@ -21,9 +21,9 @@ from ..kernels.registry import OPS
 from ..kernels.weights.fp8 import W8A8, with_fp8_activations
 from ..kernels.weights.quantized import QuantizedWeight
 from ..kernels.weights.weight_args import Weight
-from ..model.ahead import on_meta
 from ..model.cache import KVCache, cache_shape
 from ..model.mixtral import Mixtral
+from ..model.precompile import on_meta
 from .tolerance import Args, ConvertedExperts, to_fp64
 
 Call = tuple[str, str, Args]  # operation, case, arguments
