@@ -269,7 +269,7 @@ class TransformersUnderTest(ModelUnderTest):
     @contextmanager
     def forward(self, config: Any, probe: Any, probe_layers: bool = False) -> Iterator[Callable[..., Tensor]]:
         from .. import hf
-        from ..hf.attention import CACHE
+        from ..hf.masks import CACHE
         from .families import short_windows
 
         def enter(index: int, layer: Any, args: Any) -> Any:
