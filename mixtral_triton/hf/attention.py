@@ -32,8 +32,8 @@ def check_attention(
     its mask is a user's."""
     D = query.shape[-1]
     faults: list[str] = []  # torch's compiler does not follow a call of list[str]
-    for key in ADDED:
-        if key in added and added[key] is not None and not (dense and key in INDICES):
+    for key, given in added.items():
+        if given is not None and key in ADDED and not (dense and key in INDICES):
             faults.append(ADDED[key])
     if not getattr(module, "is_causal", True) or (added.get("is_causal") is False and not dense):
         faults.append("attention that is not causal")
@@ -71,40 +71,34 @@ def attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     attend, mask = fused(ops.attention, query, key, value, s_aux), IntervalMask.decode(attention_mask)
     check_attention(module, query, value, mask is None, 0.0 if attend is None else dropout, kwargs)
-    T, S, window = query.shape[2], key.shape[2], None if mask is None else mask.window(module, key, sliding_window)
+    (_, _, T, D), S = query.shape, key.shape[2]
+    window = None if mask is None else mask.window(module, S, sliding_window)
     if attention_mask is None and 1 < T < S:
         key, value = key[:, :, :T], value[:, :, :T]
-    causal = mask is not None and mask.starts is None and window is None and T in (1, key.shape[2])
-    fits = causal and s_aux is None  # torch's own causal attention, where gradients are recorded
     if attend is not None:  # padding behind the text sees what no window says
         fits = mask is not None and (mask.text_ends is None or window is None)
+    else:  # where gradients are recorded: torch's own causal attention
+        fits = mask is not None and mask.starts is None and window is None and s_aux is None and T in (1, key.shape[2])
     weights = seen = None
     if output_attentions or not fits:
         seen = check_dense(attention_mask, query, key) if mask is None else mask.dense(query, key, window)
     if output_attentions:
         weights = pad(attention_weights(query, key, seen, scaling, s_aux), (0, S - key.shape[2]))
-    if fits and attend is not None:
-        return interval_attention(attend, query, key, value, mask, window, scaling, s_aux), weights
-    if attend is None and not is_compiling():  # a warning would end the graph
-        warn_of_gradients()
-    seen, dropout = None if fits else seen, dropout if attend is None else 0.0
-    return dense_attention(module, query, key, value, seen, scaling, dropout, s_aux), weights
-
-
-def interval_attention(
-    attend: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, window: int | None, scaling: Any, sinks: Any
-) -> Tensor:
-    """`ops.attention` of query, key and value [B,heads,·,D] with an IntervalMask -> [B,T,Hq,as value]."""
-    T, D, columns = *query.shape[2:], value.shape[-1]
-    value = pad(value, (0, D - columns)) if columns < D else value
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    call: dict[str, Any] = {"scale": scaling, "sinks": sinks, "starts": mask.starts}
-    out = attend(q, k, v, window=window, lengths=mask.ends, **call)
-    if mask.text_ends is not None:  # padding sees the whole text, and nothing else
-        padding = attend(q, k, v, causal=False, lengths=mask.text_ends, **call)
-        behind = torch.arange(1 - T, 1, device=q.device) + mask.ends[:, None] > mask.text_ends[:, None]
+    if mask is None or attend is None or not fits:
+        if attend is None and not is_compiling():  # a warning would end the graph
+            warn_of_gradients()
+        seen, dropout = None if fits else seen, dropout if attend is None else 0.0
+        return dense_attention(module, query, key, value, seen, scaling, dropout, s_aux), weights
+    if (columns := value.shape[-1]) < D:
+        value = pad(value, (0, D - columns))
+    q, k, v, ends, text_ends = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *mask[1:3]
+    call: dict[str, Any] = {"scale": scaling, "sinks": s_aux, "starts": mask.starts}
+    out = attend(q, k, v, window=window, lengths=ends, **call)
+    if ends is not None and text_ends is not None:  # padding sees the whole text, and nothing else
+        padding = attend(q, k, v, causal=False, lengths=text_ends, **call)
+        behind = torch.arange(1 - T, 1, device=q.device) + ends[:, None] > text_ends[:, None]
         out = torch.where(behind[..., None, None], padding, out)
-    return out[..., :columns]  # type: ignore[no-any-return]
+    return out[..., :columns], weights
 
 
 def attention_weights(query: Tensor, key: Tensor, seen: Any, scaling: Any, sinks: Tensor | None) -> Tensor:

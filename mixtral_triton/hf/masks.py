@@ -51,7 +51,7 @@ class IntervalMask(NamedTuple):
     def decode(cls, mask: Any) -> "IntervalMask | None":
         """Return the mask that `encode` encoded, that of no mask at all, and None for a user's."""
         if mask is None:
-            return cls()
+            return NO_MASK
         if not isinstance(mask, Tensor) or mask.dtype != MARK:
             return None
         windowed, keys = mask.shape[1] == 2, mask.shape[3]
@@ -60,13 +60,13 @@ class IntervalMask(NamedTuple):
         starts, *text_ends, ends = mask[:, 0, :, 0].view(torch.int32).unbind(1)
         return cls(starts, ends, text_ends[0] if text_ends else None, windowed, keys)
 
-    def window(self, module: Any, key: Tensor, sliding_window: int | None) -> int | None:
+    def window(self, module: Any, keys: int, sliding_window: int | None) -> int | None:
         """Return the window of a layer: the mask says whether there is one, and the layer, or its config, how long it
         is. ValueError for another number of keys than the mask's."""
         if self.windowed is None:
             return sliding_window
-        if self.keys != key.shape[2]:
-            got, need = f"{type(module).__name__} has {key.shape[2]} keys", f"{self.keys}, as its mask says"
+        if self.keys != keys:
+            got, need = f"{type(module).__name__} has {keys} keys", f"{self.keys}, as its mask says"
             raise ValueError(f"mixtral_triton: {got}, needs {need}; or another attn_implementation")
         if not self.windowed:
             return None
@@ -85,6 +85,9 @@ class IntervalMask(NamedTuple):
         i = i + self.ends[:, None, None, None]
         seen = (j >= self.starts[:, None, None, None]) & (j <= i) & (j > i - (window or S))
         return seen if self.text_ends is None else seen & (j < self.text_ends[:, None, None, None])
+
+
+NO_MASK = IntervalMask()
 
 
 def check_dense(mask: Any, query: Tensor | None = None, key: Tensor | None = None) -> Tensor:
