@@ -14,7 +14,8 @@ import torch
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
 from ..model.score import score_padded
-from ..terminal import Bar, check_range, compile_shown, console, print_message, table_of
+from ..terminal import Bar, check_range, console, print_message, table_of
+from .compiling import compile_shown
 
 WINDOW = 2048  # the most tokens of a window that is not given
 # Options that change the model's numbers.

@@ -15,7 +15,8 @@ from rich.text import Text
 from ..kernels.launching.launch import launch_context
 from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
-from ..terminal import Bar, compile_shown, print_message
+from ..terminal import Bar, print_message
+from .compiling import compile_shown
 
 
 @dataclass(frozen=True)

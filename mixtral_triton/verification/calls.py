@@ -36,6 +36,7 @@ SEQUENCES = 64  # of `generate` in one batch, at most
 CACHE_SLOTS = 4096  # slots of the caches, of more than MANY sequences a quarter
 MANY = 8
 FEW = 10  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
+SHORTEST = 5  # tokens that make a chunk of several behind another
 EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
 TABLES = {"table", "cos", "sin"}  # arguments of which a call reads a row for each token: in every size as recorded
 OVERWRITTEN = {"k_cache", "v_cache", "past"}  # arguments that a forward writes into after a call
@@ -228,18 +229,20 @@ class SizedCalls:
         return KVCache(self.model.config, B, C, device, torch.int8 if self.target.quantized else self.model.dtype)
 
     def record_text(self, check: LayerCheck) -> dict[bool, list[Call]]:
-        """The calls of a step (True) and of the chunk before it, which read the text. Slots of the cache that neither
-        these nor the chunk before them have written hold other keys of the text."""
+        """The calls of a step (True) and of the chunk before it, which read the text, a short one several times. Slots
+        of the cache that nothing has written hold other keys of the text."""
         (B, T), rows, (model, names) = check.token_rows.shape, check.token_rows, self.layer_model(check)
-        cache, calls = self.make_cache(B, T, rows.device), dict[bool, list[Call]]()
+        length = max(T, min(SHORTEST, len(model.cos)))
+        ids = rows[:, torch.arange(length, device=rows.device) % T]
+        cache, calls = self.make_cache(B, length, rows.device), dict[bool, list[Call]]()
         slots = torch.arange(B * cache.slots, device=rows.device).view(B, -1) % (B * T)
         cache.keys[0][:] = check.rk.flatten(0, 1)[slots].transpose(1, 2)
         cache.values[0][:] = check.values.v.flatten(0, 1)[slots].transpose(1, 2)
-        for begin, end in pairwise(sorted({0, T // 2, T - 1, T})):
+        for begin, end in pairwise(sorted({0, length // 2, length - 1, length})):
             n, b = end - begin, torch.arange(B, device=rows.device)
             # Deterministic torch computes the chunk's padding in another way.
             lengths = n - b % n * (not model.deterministic)
-            recorded = self.record_calls(model, rows[:, begin:end].contiguous(), cache, lengths)
+            recorded = self.record_calls(model, ids[:, begin:end].contiguous(), cache, lengths)
             calls[n == 1] = [(op, self._prefix(op, args, names), args) for op, args, _ in recorded]
         return calls
 
@@ -301,7 +304,7 @@ class SizedCalls:
             slots = f", {size[2]} slots" if size[2] > CACHE_SLOTS else ""
             case, tokens = f"{name}{size[0]} x {size[1]} tokens{slots}", size[0] * size[1] if op != "linear" else N
             if self.limit < tokens or op != op_of_text:
-                needs = f"a GPU or --tokens {tokens}" if self.limit < tokens else "a text of 5 tokens"
+                needs = f"a GPU or --tokens {tokens}" if self.limit < tokens else f"a text of {SHORTEST} tokens"
                 kernels = " and ".join(sorted({kernel for (kernel, *_), *_ in new}))
                 self.not_run[f"{op} ({case}): {kernels}; needs {needs}"] = None
                 continue

@@ -23,9 +23,9 @@ from ..model.mixtral import Mixtral
 from ..model.tokenizer import load_tokenizer
 from ..quantize.hub import read_headers
 from .calls import SizedCalls
+from .compare_weights import check_weights
 from .generation import check_generate
 from .layers import LayerProbe, Step, compare_in_fp32, compare_layers
-from .loaded import check_weights
 from .models_under_test import ModelUnderTest, TransformersUnderTest, in_evaluation, model_in_fp32
 from .report import END_RATIO, FP32, TORCH, Report, Row, kinds_not_run
 from .tolerance import Fp64Reference, to_fp64
