@@ -1,4 +1,5 @@
-"""Time the host's part of a decode layer outside a graph: ours, and transformers' Mixtral with `apply`.
+"""Time the host's part of a decode layer outside a graph: ours, transformers' Mixtral with `apply`, and its Qwen3-MoE
+with attention and experts by name.
 
 Triton's JIT runs against the driver of a simulated GPU (tests/support/stub), whose launches do nothing, and torch's
 operations on the CPU, on tiny tensors. A step of one token is timed and divided by the layers. The unit is a plain
@@ -21,9 +22,10 @@ import torch
 import transformers
 import triton
 import triton.language as tl
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
-from mixtral_triton import KVCache, Mixtral, apply
+from mixtral_triton import KVCache, Mixtral, apply, register
 from mixtral_triton.bench.measure import wall_seconds
 from mixtral_triton.hf.masks import CACHE
 from mixtral_triton.terminal import console, table_of
@@ -36,7 +38,14 @@ LAYERS, PROMPT, LAUNCHES = 8, 64, 32
 SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096, "sliding_window": None}
 SIZES |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+MANY_EXPERTS = {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 64, "head_dim": 16}
+PAIRS = {  # attention and experts of Qwen3-MoE, by name
+    "by name": ("mixtral_triton", "mixtral_triton"),
+    "sdpa, our experts": ("sdpa", "mixtral_triton"),
+    "sdpa, grouped_mm": ("sdpa", "grouped_mm"),
+    "sdpa, batched_mm": ("sdpa", "batched_mm"),
+    "eager": ("eager", "eager"),
+}
 
 
 class SilentLauncher:
@@ -48,6 +57,9 @@ class SilentLauncher:
 
 class SilentDriver(Driver):
     launcher_cls = SilentLauncher
+
+
+RIVALS = {"of eager": "eager", "of grouped_mm": "sdpa, grouped_mm"}
 
 
 @triton.jit
@@ -62,9 +74,18 @@ def launch_plain() -> None:
         copy_kernel[(1,)](x, y, 128, BLOCK=128)
 
 
-def steps() -> dict[str, Call]:
-    """Return a step of one token on a cache that holds a prompt, of each model, on the same weights in fp32."""
-    eager = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, **EAGER)).eval()
+def step_of(hf: Any, attention: str | None, experts: str | None, ids: Tensor) -> Call:
+    """Return a step of a model of transformers with these implementations, None: those it has, and its own cache."""
+    if attention is not None:
+        hf.set_attn_implementation(attention)
+        hf.set_experts_implementation(experts)
+    return partial(hf, ids[:, :1], use_cache=True, **{CACHE: hf(ids, use_cache=True)[1]})
+
+
+def steps() -> dict[str, dict[str, Call]]:
+    """Return a step of one token on a cache that holds a prompt, by model, on the same weights in fp32."""
+    register()
+    eager = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES)).eval()
     ids = torch.randint(SIZES["vocab_size"], (1, PROMPT))
     with tempfile.TemporaryDirectory() as folder:
         eager.save_pretrained(folder)
@@ -72,9 +93,11 @@ def steps() -> dict[str, Call]:
     cache = KVCache(model.config, 1, model.config.max_position_embeddings, device="cpu", dtype=model.dtype)
     model(ids, cache=cache)
     calls: dict[str, Call] = {"ours": partial(model, ids[:, :1], cache=cache)}
-    for name, hf in (("applied", apply(deepcopy(eager))), ("eager", eager)):
-        calls[name] = partial(hf, ids[:, :1], use_cache=True, **{CACHE: hf(ids, use_cache=True)[1]})
-    return calls
+    calls["eager"] = step_of(eager, "eager", "eager", ids)
+    calls["applied"] = step_of(apply(deepcopy(eager)), None, None, ids)
+    qwen3 = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES | MANY_EXPERTS)).eval()
+    by_name = {name: step_of(deepcopy(qwen3), *pair, ids) for name, pair in PAIRS.items()}
+    return {"Qwen3-MoE": by_name, "Mixtral": calls}
 
 
 @torch.no_grad()
@@ -86,19 +109,24 @@ def main() -> None:
     # CPU tensors take the path of a GPU's: only the memory differs.
     triton.runtime.driver.set_active(SilentDriver(GPU()))
     with mock.patch("mixtral_triton.kernels.operation.call.INTERPRETED", True):
-        calls = {"plain": launch_plain, **steps()}
+        models = steps()
+        calls = {("", "plain"): launch_plain}
+        calls |= {(model, name): call for model, layers in models.items() for name, call in layers.items()}
         for call in calls.values():
             for _ in range(min(20, args.rounds)):  # compiles, and fills caches
                 call()
         # All run in each round, so a change of the machine's speed hits all.
-        rounds = [{name: wall_seconds(call) for name, call in calls.items()} for _ in range(args.rounds)]
-    plain, lines = [times["plain"] / LAUNCHES for times in rounds], []
-    for name in (name for name in calls if name != "plain"):
-        layer = [times[name] / LAYERS for times in rounds]
+        rounds = [{key: wall_seconds(call) for key, call in calls.items()} for _ in range(args.rounds)]
+    plain, lines = [times["", "plain"] / LAUNCHES for times in rounds], []
+    for model, name in (key for key in calls if key[0]):
+        layer = [times[model, name] / LAYERS for times in rounds]
         row = {"us": 1e6 * statistics.median(layer)}
         row["plain launches"] = statistics.median(map(truediv, layer, plain))
-        row["of eager"] = statistics.median(times[name] / times["eager"] for times in rounds)
-        lines.append(({"layer": name, **{title: f"{value:.2f}" for title, value in row.items()}}, ""))
+        for title, rival in RIVALS.items():
+            if rival in models[model]:
+                row[title] = statistics.median(times[model, name] / times[model, rival] for times in rounds)
+        figures = {title: f"{value:.2f}" for title, value in row.items()}
+        lines.append(({"layer": f"{model}, {name}", **figures}, ""))
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (triton, torch, transformers))
     title = f"{versions}; a plain launch takes {1e6 * statistics.median(plain):.2f} us"
     console().print(table_of(title, lines))

@@ -28,6 +28,13 @@ TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
 
 
 @triton.jit
+def _share(logits, largest):
+    """The numerators of a softmax. An infinite maximum has none: the experts that have it share the weight."""
+    undefined = (largest == float("inf")) | (largest == float("-inf"))
+    return tl.where(undefined, (logits == largest).to(tl.float32), tl.exp(logits - largest))
+
+
+@triton.jit
 def select_top_k(
     logits,  # [BLOCK_T, BLOCK_E] fp32
     E,
@@ -40,25 +47,19 @@ def select_top_k(
     logits = tl.where(logits == logits, logits, float("-inf"))
     # A flag marks selected experts and padding: their logits may equal the -inf of another.
     taken = tl.broadcast_to((offs_e >= E)[None, :], (BLOCK_T, BLOCK_E))
-    largest = tl.zeros((BLOCK_T,), tl.float32)
-    shares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    values = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
     ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
     for k in tl.static_range(TOP_K):
         value = tl.max(tl.where(taken, float("-inf"), logits), axis=1)
         first = tl.min(tl.where((logits == value[:, None]) & (taken == 0), offs_e[None, :], BLOCK_E), axis=1)
         taken = taken | (offs_e[None, :] == first[:, None])
-        if k == 0:
-            largest = value
-        undefined = (largest == float("inf")) | (largest == float("-inf"))
-        # An infinite maximum has no softmax: the experts that share it share the weight.
-        share = tl.where(undefined, (value == largest).to(tl.float32), tl.exp(value - largest))
-        shares = tl.where(offs_k[None, :] == k, share[:, None], shares)
+        values = tl.where(offs_k[None, :] == k, value[:, None], values)
         ids = tl.where(offs_k[None, :] == k, first[:, None], ids)
+    largest = tl.max(values, axis=1)[:, None]
+    shares = tl.where((offs_k < TOP_K)[None, :], _share(values, largest), 0.0)
     total = tl.sum(shares, axis=1)
     if not RENORMALIZE:
-        undefined = ((largest == float("inf")) | (largest == float("-inf")))[:, None]
-        share = tl.where(undefined, (logits == largest[:, None]).to(tl.float32), tl.exp(logits - largest[:, None]))
-        total = tl.sum(tl.where((offs_e < E)[None, :], share, 0.0), axis=1)
+        total = tl.sum(tl.where((offs_e < E)[None, :], _share(logits, largest), 0.0), axis=1)
     return shares / total[:, None], ids
 
 
@@ -192,11 +193,9 @@ def configs(sizes: RouteSizes, dtype: torch.dtype, arch: str) -> dict[str, Launc
 
 
 def gate_configs(sizes: GateSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's. To choose among 64 or more takes
-    up to 255 registers on Triton 3.6 and 3.7, so half as many warps."""
+    """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's."""
     block_e = power_of_2(sizes.E)
-    elements = TILE_ELEMENTS if block_e < 64 else TILE_ELEMENTS // 2
-    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes.H, high=max(16, elements // block_e))}
+    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes.H, high=max(16, TILE_ELEMENTS // block_e))}
     warps = power_of_2(block_e * tiles["BLOCK_H"] // 2048, high=16)
     return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes.K)}, num_warps=warps)}
 

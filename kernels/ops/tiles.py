@@ -3,8 +3,8 @@ which linear and the experts share.
 
 A table has a tuple of tiles for each family of architectures but those that take another's (EARLIER), one for "fp32",
 which has no tensor cores at that precision (that of codes needs none: they multiply codes whatever x was), and where
-they differ one for "<family> fp32", "<family> pointers", "<family> deterministic", and "<family> 100 KB": its GPUs with
-less shared memory. Another tile is another row.
+they differ one for "<family> fp32", "<family> pointers", "<family> deterministic", "<family> <architecture>", and
+"<family> 100 KB": its GPUs with less shared memory. Another tile is another row.
 
 A row's last column says where it comes from. "measured: FILE": a GPU measured it as the fastest in vLLM's or SGLang's
 kernel, for some number of tokens; benchmarks/tiles/measured.csv has the file. Its GROUP_M counts row tiles of all
@@ -103,12 +103,12 @@ QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
     4: {
         "sm_80": (
             PrefillTile(0, 16, 64, 0, 4, 3, "compiled: 80 registers, 387 FLOP"),
-            PrefillTile(8, 32, 64, 0, 4, 3, "compiled: 96 registers, 724 FLOP"),
+            PrefillTile(8, 32, 64, 0, 4, 3, "compiled: 96 registers, 718 FLOP"),
             PrefillTile(24, 64, 128, 0, 8, 2, "compiled: 126 registers, 1,369 FLOP"),
         ),
         "sm_90": (
             PrefillTile(0, 16, 64, 0, 4, 3, "compiled: 80 registers, 387 FLOP"),
-            PrefillTile(8, 32, 64, 0, 4, 3, "compiled: 96 registers, 724 FLOP"),
+            PrefillTile(8, 32, 64, 0, 4, 3, "compiled: 96 registers, 718 FLOP"),
             PrefillTile(24, 64, 128, 0, 4, 2, "compiled: 168 registers, 981 FLOP"),
             PrefillTile(64, 128, 128, 0, 8, 2, "compiled: 168 registers, 2,356 FLOP"),
         ),
@@ -173,7 +173,7 @@ FP8_PREFILL: Table[PrefillTile] = {
     ),
     "sm_100": (
         PrefillTile(0, 64, 128, 128, 4, 4, "compiled: 160 registers, 3,427 FLOP"),
-        PrefillTile(64, 128, 256, 128, 8, 4, "compiled: 248 registers"),
+        PrefillTile(64, 128, 256, 128, 8, 4, "compiled: 246 registers"),
     ),
 }
 

@@ -50,7 +50,10 @@ STORED = "as stored"
 WEIGHT_FORMATS: dict[str, Any] = {STORED: None, "fp8": "fp8", "int8": "int8"}  # values of `weights`
 WEIGHT_FORMATS |= {"int4, linear int8": {"experts": "int4", "linear": "int8"}, "int4": "int4"}
 StepFormats = tuple[str | None, str | None, str | None, str | None]  # of qkv, o, gate_up, down
-FORMAT_NOTE = "The formats fp8, int8 and int4 are the experts'; linear is of attention and the head, too."
+FORMAT_NOTE = (
+    "offload counts experts in host memory, where the embedding lies, too. The formats fp8, int8 and int4 are "
+)
+FORMAT_NOTE += "the experts'; linear is of attention and the head, too."
 BOUND = "tokens/s bounds all sequences together, by bytes over the data sheet's bandwidth and over the link."
 CELLS = "A number alone is of a format that fits. 20 (62) has 62 of all experts in host memory, and the embedding."
 COLOURS = {"no": "red", "fits": "green"}
@@ -111,6 +114,7 @@ class Request:
     batch: int
     context: int
     cache: str | None = None  # of `memory_need`
+    title, note = "Tokens/s at most, by format", f"{BOUND} {FORMAT_NOTE}"
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Request:
@@ -165,6 +169,16 @@ class Request:
     def __str__(self) -> str:
         text = "{model}: {parameters:,} parameters, {active_parameters:,} active a token; {batch} x {context:,} tokens."
         return text.format_map(self.as_dict())
+
+    def command(self, plan: MemoryPlan) -> str:
+        """Return the command that runs a plan. A model of KNOWN is run from its folder."""
+        parts = plan.weights if isinstance(plan.weights, dict) else {}
+        weights = ",".join(f"{part}={x}" for part, x in parts.items()) or plan.weights
+        name = "FOLDER" if self.name.lower() in KNOWN else shlex.quote(self.name)
+        options = {"--weights": weights, "--cache-dtype": self.cache, "--offload": "auto" if plan.offload else None}
+        options["--context"] = str(self.context) if self.context < self.config.max_position_embeddings else None
+        words = (f"{option} {value}" for option, value in options.items() if value)
+        return " ".join(["mixtral-triton chat", name, *words])
 
 
 def step_costs(
@@ -226,9 +240,10 @@ def _stored_bytes(format: str | None, elements: int, dtype: torch.dtype) -> int:
     return elements * dtype.itemsize if format is None else elements * BITS[format.partition(":")[0]] // 8
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the command -> exit status: 1 where no format fits, with experts in host memory neither."""
-    request, gpus = Request.of(args), select_gpus(args)
+def run(args: argparse.Namespace, request: Any = None) -> int:
+    """Run the command -> exit status: 1 where no format fits, with experts in host memory neither. request: of the
+    arguments; None: a Request."""
+    request, gpus = request or Request.of(args), select_gpus(args)
     plans = {device: [request.memory_plan(format, device) for format in request.specs] for device in gpus}
     if args.json:
         entries = list[dict[str, Any]]()
@@ -264,50 +279,40 @@ def _speed(bound: float | None) -> str:
     return "" if bound is None else f"{bound:,.{int(bound < 10)}f}"
 
 
-def _print(request: Request, gpu: GPU, plans: list[MemoryPlan]) -> None:
+def _print(request: Any, gpu: GPU, plans: list[MemoryPlan]) -> None:
     out, need = console(), plans[0].bytes
-    parts = (f"{name} {in_decimal(need[name])}" for name in ("tables", "cache", "workspace", "logits", "graph"))
+    parts = (f"{name} {in_decimal(size)}" for name, size in need.items() if name not in ("weights", "total"))
     out.print(Text(str(request)))
     free = free_bytes(gpu)
     held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
     out.print(f"Beside the weights: {', '.join(parts)}. {in_decimal(free)} of {in_decimal(gpu.bytes)} are free{held}.")
     caption = f"used is the share of what is free, of which a format that fits leaves {100 * MARGIN:.0f} %. longest is "
-    caption += "the most tokens of a sequence. offload counts experts in host memory, where the embedding lies, too. "
+    caption += "the most tokens of a sequence. "
     rows, plans = [], sorted(plans, key=lambda plan: plan.bytes["weights"])
     for plan in plans:
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": plan.format, "weights": in_decimal(weights), "in all": in_decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
-        cells["tokens/s"], word = _speed(plan.tokens_per_second_bound), plan.verdict
+        cells |= {"tokens/s": _speed(plan.tokens_per_second_bound)} if isinstance(request, Request) else {}
+        word = plan.verdict
         if offload := plan.offload:
             word = f"offload {offload['experts']} of {offload['of']}, {in_decimal(offload['host_bytes'])}"
         rows.append((cells | {"verdict": word}, COLOURS[plan.verdict]))
-    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, f"{caption}{BOUND} {FORMAT_NOTE}"))
+    out.print(table_of(f"{gpu.name}: {gpu.mib:,} MiB", rows, f"{caption}{request.note}"))
     if request.batch == 1 and (plans[0].verdict == "fits" or plans[0].offload):
-        out.print(Text(f"To run it: {chat_command(request, plans[0])}"))
+        out.print(Text(f"To run it: {request.command(plans[0])}"))
 
 
-def chat_command(request: Request, plan: MemoryPlan) -> str:
-    """Return the command that runs a plan. A model of KNOWN is run from its folder."""
-    weights = (
-        plan.weights
-        if isinstance(plan.weights, str)
-        else ",".join(f"{part}={x}" for part, x in (plan.weights or {}).items())
-    )
-    name = "FOLDER" if request.name.lower() in KNOWN else shlex.quote(request.name)
-    options = {"--weights": weights, "--cache-dtype": request.cache, "--offload": "auto" if plan.offload else None}
-    options["--context"] = str(request.context) if request.context < request.config.max_position_embeddings else None
-    return " ".join(["mixtral-triton chat", name, *(f"{option} {value}" for option, value in options.items() if value)])
-
-
-def _print_all(request: Request, plans: Mapping[GPU, list[MemoryPlan]]) -> None:
+def _print_all(request: Any, plans: Mapping[GPU, list[MemoryPlan]]) -> None:
     """Print which formats each listed GPU holds, and the bounds of their tokens/s."""
     rows = []
     for gpu, of_gpu in plans.items():
         cells = {"gpu": gpu.name}
         for plan in sorted(of_gpu, key=lambda plan: plan.bytes["weights"]):
             hosted = f" ({plan.offload['experts']})" if plan.offload else ""
-            cells[plan.format] = _speed(plan.tokens_per_second_bound) + hosted
+            longest = f"{plan.longest_context:,}" if plan.longest_context else ""
+            own = isinstance(request, Request)
+            cells[plan.format] = _speed(plan.tokens_per_second_bound) + hosted if own else longest
         rows.append((cells, ""))
-    table = table_of("Tokens/s at most, by format", rows, f"{CELLS} {BOUND} {FORMAT_NOTE}")
+    table = table_of(request.title, rows, f"{CELLS if isinstance(request, Request) else ''} {request.note}".strip())
     console().print(Text(str(request)), table, sep="\n")

@@ -36,7 +36,7 @@ OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all 
 PROMPT = "text to run, or - to read standard input"
 OF_LOADING = "deterministic", "offload", "context", "cache_dtype", "activations"  # keywords of from_pretrained
 # Modules whose `run` is the command; the others are functions below.
-TOOLS = {"bench": "bench.command", "fit": "bench.fit", "compile": "bench.compile"}
+TOOLS = {"bench": "bench.command", "fit": "bench.fit_family", "compile": "bench.compile"}
 
 
 class Parser(argparse.ArgumentParser):

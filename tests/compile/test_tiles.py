@@ -15,6 +15,7 @@ import torch
 import triton
 
 from mixtral_triton.bench.compile import Compiled, collect, compile_launch
+from mixtral_triton.kernels.launching.arch import ARCHS
 from mixtral_triton.kernels.ops import linear, tiles
 from mixtral_triton.kernels.ops.experts import backward_tiles
 from mixtral_triton.kernels.ops.experts import tiles as experts
@@ -102,7 +103,7 @@ def kernels_of(row: Row, monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
     for name in row.names:
         family, _, variant = name.rpartition(" ") if name.endswith("fp32") else name.partition(" ")
         smaller = variant == "100 KB" or (kind == "fp8" and family == "sm_80")
-        arch = "sm_89" if smaller else family or "sm_90"
+        arch = "sm_89" if smaller else variant if variant in ARCHS else family or "sm_90"
         dtype = torch.float32 if variant == "fp32" else torch.bfloat16
         if variant == "pointers":
             monkeypatch.setattr(kernel_weight.Weight, "takes_tma", lambda *args: False)

@@ -27,7 +27,8 @@ pytestmark = [
 IDS = torch.arange(2, 20).view(2, 9)
 INT4 = "ct int4 32 False"
 # Families whose files, as transformers writes them, have no tensor an expert, and those with another conversion.
-FUSED = {"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "inkling_text", "zaya"}
+FUSED = {"gemma4_text", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hy_v4"}
+FUSED |= {"inkling_text", "minimax_m3_vl_text", "zaya"}
 register()
 
 
@@ -214,7 +215,7 @@ def test_a_stored_model_is_saved_and_read_bit_for_bit(layout: str, family: str, 
 @pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
 def test_a_saved_mixtral_is_what_quantize_writes(weights: str, tmp_path: Path) -> None:
     _, dense = write_quantized("mixtral", tmp_path, *LAYOUTS[INT4])
-    write(dense, tmp_path / "by quantize", weights)
+    write(dense, tmp_path / "by quantize", weights, "cpu")
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=ExpertsConfig(weights))
     config = saved(model, tmp_path / "out")
     by_quantize = json.loads((tmp_path / "by quantize" / "config.json").read_text())["quantization_config"]
@@ -262,7 +263,7 @@ def test_adapters_over_stored_experts_are_saved_alone_and_merged(tmp_path: Path)
         model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
     model.eval().save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(load(stored), tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(stored), tmp_path / "adapter", torch_device="cpu")
     with torch.no_grad():
         want = model(IDS).logits
         assert torch.equal(again(IDS).logits, want) and not torch.equal(load(stored)(IDS).logits, want)

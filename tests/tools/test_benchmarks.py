@@ -86,11 +86,15 @@ def test_the_bench_times_on_a_simulated_gpu(name: str, shape: int) -> None:
     assert row["time_us"] and row["sizes"] == sizes and (row["host_bytes"] > 0) == ("offload" in sizes)
 
 
+LAYERS = [f"Mixtral, {name}" for name in ("ours", "applied", "eager")]
+LAYERS += [f"Qwen3-MoE, {name}" for name in ("by name", "sdpa, our experts", "sdpa, grouped_mm", "eager")]
+
+
 @pytest.mark.slow
-def test_host_times_of_three_layers() -> None:
+def test_host_times_of_layers() -> None:
     done = start("benchmarks/host_time.py", "--rounds", 1)
     assert done.returncode == 0 and "a plain launch takes" in done.stdout, done.stderr
-    assert all(re.search(rf"^{layer} +\d+\.\d\d", done.stdout, re.M) for layer in ("ours", "applied", "eager"))
+    assert all(re.search(rf"^{layer} +\d+\.\d\d", done.stdout, re.M) for layer in LAYERS)
 
 
 def test_a_machine_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
