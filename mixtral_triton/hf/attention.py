@@ -30,7 +30,7 @@ def check_attention(
 ) -> None:
     """Raise ValueError that names a layer's class and what `ops.attention` does not compute of its attention. dense:
     its mask is a user's."""
-    D = query.shape[-1]
+    D, columns = query.shape[-1], value.shape[-1]
     faults: list[str] = []  # torch's compiler does not follow a call of list[str]
     for key, given in added.items():
         if given is not None and key in ADDED and not (dense and key in INDICES):
@@ -39,8 +39,8 @@ def check_attention(
         faults.append("attention that is not causal")
     if dropout and module.training:
         faults.append(f"dropout of {dropout} in training")
-    if max(D, value.shape[-1]) > MAX_HEAD or value.shape[-1] > D:
-        faults.append(f"heads of {D} and values of {value.shape[-1]} columns")
+    if columns > D or D > MAX_HEAD:
+        faults.append(f"heads of {D} and values of {columns} columns")
     if faults:
         layer = f" of layer {layer_idx}" if (layer_idx := getattr(module, "layer_idx", None)) is not None else ""
         needs = f'needs causal attention, at most {MAX_HEAD} columns, or another attn_implementation, as "eager"'

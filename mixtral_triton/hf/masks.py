@@ -20,6 +20,7 @@ CAUSAL = {"causal_mask_function", "sliding_window_overlay", "and_masks"}
 # The keyword of a forward's cache, which transformers 5.24 renamed.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 MARK = torch.uint32  # the dtype of encoded masks: torch computes nothing with it, so no user's mask has it
+ROWS = 0, 2, 3  # of an encoded mask: none, those of starts and ends, and of the text's ends between them
 
 
 class IntervalMask(NamedTuple):
@@ -54,8 +55,11 @@ class IntervalMask(NamedTuple):
             return NO_MASK
         if not isinstance(mask, Tensor) or mask.dtype != MARK:
             return None
-        windowed, keys = mask.shape[1] == 2, mask.shape[3]
-        if not mask.shape[2]:
+        shape = mask.shape
+        if len(shape) != 4 or shape[1] > 2 or shape[2] not in ROWS:
+            return None
+        windowed, keys = shape[1] == 2, shape[3]
+        if not shape[2]:
             return cls(None, None, None, windowed, keys)
         starts, *text_ends, ends = mask[:, 0, :, 0].view(torch.int32).unbind(1)
         return cls(starts, ends, text_ends[0] if text_ends else None, windowed, keys)

@@ -190,6 +190,9 @@ def test_a_users_mask_of_integers_is_refused_by_name_with_and_without_gradients(
         mask = torch.ones(T, T, dtype=dtype).tril()[None, None]
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"attention_mask is {dtype} of shape"):
             model(torch.arange(2, 2 + T)[None], attention_mask=mask)
+    mask = torch.zeros(1, 1, 9, 9, dtype=masks.MARK)  # of no shape that an encoded mask has
+    with pytest.raises(ValueError, match=f"attention_mask is {masks.MARK} of shape"):
+        model(torch.arange(2, 11)[None], attention_mask=mask)
 
 
 @once
