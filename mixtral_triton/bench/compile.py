@@ -22,7 +22,7 @@ from ..kernels.operation.declaration import Op, as_dict, runs_on
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
 from ..kernels.weights.packing import GROUPS
-from ..model.ahead import Progress, build, kernel_key, on_all_cores, source_of
+from ..model.precompile import Progress, build, kernel_key, on_all_cores, source_of
 from ..terminal import Bar, Table, check_known, check_range, console, table_of
 from .sass import Loop, main_loops
 

@@ -15,8 +15,8 @@ from ..kernels.operation.declaration import Cost, Op
 from ..kernels.weights.offload import OffloadedWeight
 from ..model.cache import KVCache
 from ..model.generate import can_capture, capture
+from ..model.memory_plan import Placement, select_experts
 from ..model.mixtral import Mixtral
-from ..model.offload_plan import Placement, select_experts
 from ..terminal import check_range
 from .fit import KNOWN, step_costs
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from ..checkpoint.arguments import default_dtype, in_decimal, weight_bytes
+from ..checkpoint.arguments import default_dtype
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, checkpoint_folder
 from ..checkpoint.tensors import parameter_shapes
 from ..kernels.operation.declaration import Cost
@@ -29,7 +29,17 @@ from ..kernels.ops.router import GateSizes
 from ..kernels.ops.sort import expected_distinct_experts
 from ..kernels.registry import OPS
 from ..kernels.weights.formats import BITS
-from ..model.offload_plan import MARGIN, estimated_free, fewest, movable_bytes, running_bytes, table_bytes, usable_bytes
+from ..model.memory_plan import (
+    MARGIN,
+    estimated_free,
+    fewest,
+    in_decimal,
+    movable_bytes,
+    running_bytes,
+    table_bytes,
+    usable_bytes,
+    weight_bytes,
+)
 from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
 from ..quantize.layouts import read_scheme
 from ..terminal import check_range, console, table_of

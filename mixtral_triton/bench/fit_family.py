@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..checkpoint.arguments import weight_bytes
 from ..checkpoint.config import check_value, checkpoint_folder, read_json_object
 from ..checkpoint.families import FAMILIES
 from ..kernels.weights.formats import BITS
 from ..kernels.weights.quantized import QuantSpec
-from ..model.offload_plan import LOGIT_BYTES, usable_bytes
+from ..model.memory_plan import LOGIT_BYTES, usable_bytes, weight_bytes
 from ..quantize.layouts import read_scheme
 from ..terminal import check_range
 from . import fit

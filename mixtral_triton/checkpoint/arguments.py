@@ -1,8 +1,7 @@
-"""Checks of a caller's arguments: devices, memory, token ids, lengths."""
+"""Checks of a caller's arguments: devices, dtypes, token ids, lengths."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,13 +9,17 @@ from torch import Tensor
 
 from ..kernels.launching.launch import INTERPRETED
 from ..kernels.operation.checks import FLOATS, INTS, fail, readable
-from ..kernels.weights.quantized import QuantSpec
 from .config import DTYPES, MixtralConfig
 
 
 def is_int(value: Any, least: int) -> bool:
     """Return whether `value` is an integer, or a compiler's symbolic one, of at least `least`."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and bool(value >= least)
+
+
+def is_id(value: Any) -> bool:
+    """Return whether `value` is an integer that a token id's int64 holds."""
+    return is_int(value, 0) and value < 1 << 63
 
 
 def default_device() -> str:
@@ -43,39 +46,6 @@ def named_dtype(dtype: Any) -> Any:
         return dtype
     name = dtype.removeprefix("torch.")
     return None if name == "auto" else getattr(torch, name) if name in DTYPES else dtype
-
-
-# What does here what an argument of transformers does there.
-GENERATE_HINTS = {
-    "do_sample": "temperature: 0 is greedy, above 0 samples",
-    "max_length": "max_new_tokens",
-    "streamer": "model.stream(...), an iterator over tokens",
-    "stopping_criteria": "model.stream(...), which a caller leaves",
-    "output_scores": "logprobs=N",
-    "output_logits": "logprobs=N",
-    "return_dict_in_generate": "logprobs=N, which returns a NamedTuple",
-    "past_key_values": "cache, a KVCache",
-    "use_cache": "cache, a KVCache that goes on; there is one in any case",
-    "pad_token_id": "nothing: a sequence is padded with its EOS",
-    "generation_config": "its fields as arguments: temperature, top_k, top_p, ...",
-    "num_return_sequences": "the prompt as often in a list",
-}
-FORWARD_HINTS = {
-    "attention_mask": "lengths, with a cache and padding on the right; generate and score take prompts of any lengths",
-    "labels": "model.score(texts): the log probability of each token",
-    "output_hidden_states": "model.layers[i].register_forward_hook: a layer returns its hidden state and the next norm",
-    "past_key_values": "cache, a KVCache",
-    "use_cache": "cache, a KVCache",
-    "position_ids": "cache and lengths, from which positions follow",
-}
-LOAD_HINTS = {
-    "torch_dtype": "dtype",
-    "device_map": "device, or mesh for several GPUs, or offload for experts in host memory",
-    "quantization_config": "weights: 'int4', 'int8' or 'fp8'",
-    "load_in_4bit": "weights='int4'",
-    "load_in_8bit": "weights='int8'",
-    "revision": "the folder as 'NAME@REVISION'",
-}
 
 
 def reject_unknown(caller: str, unknown: Mapping[str, Any], hints: Mapping[str, str]) -> None:
@@ -110,45 +80,6 @@ def check_dtype(argument: str, dtype: Any, *others: Any) -> None:
 def default_dtype(config: MixtralConfig) -> torch.dtype:
     """Return the dtype that config.json names, else bfloat16: what is known before the tensors are read."""
     return getattr(torch, config.dtype or "bfloat16")
-
-
-def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
-    """Return the bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
-    quantized = (specs[name].empty(shape, "meta").nbytes for name, shape in shapes.items() if name in specs)
-    dense = (math.prod(shape) * dtype.itemsize for name, shape in shapes.items() if name not in specs)
-    return sum(quantized) + sum(dense)
-
-
-def in_decimal(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return a CUDA device's free bytes, those that torch keeps of freed memory included; None for another device."""
-    if device.type != "cuda":
-        return None
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
-
-
-def check_memory(device: torch.device, needed: int) -> None:
-    """Raise ValueError, before anything is allocated, where `needed` bytes of weights exceed a CUDA device's memory."""
-    free = free_memory(device)
-    if free is not None and needed > free:
-        got = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
-        raise ValueError(f"Mixtral.from_pretrained: {got}: `mixtral-triton fit` says which formats fit")
-
-
-@contextmanager
-def explain_out_of_memory(caller: str, device: torch.device, batch: int, context: int) -> Iterator[None]:
-    """Raise ValueError where torch finds no memory for `batch` sequences of `context` tokens."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        got = f"{batch} {'sequence' if batch == 1 else 'sequences'} of {context} tokens"
-        needs = "fewer of them, weights of fewer bits or offload: `mixtral-triton fit` says what fits"
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{caller}: no memory is left on {device} for {got} ({reason}), needs {needs}") from error
 
 
 def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:

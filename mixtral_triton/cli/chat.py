@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..model.cache import KVCache
+from ..model.conversation import Conversation
 from ..terminal import print_message
 from .batch import is_message
 from .prompt import PROMPT_CHARACTERS, decode, read_text, render
@@ -41,7 +42,7 @@ def check_system(tokenizer: Any, text: str | None) -> None:
     render(tokenizer, [*system_message(text), {"role": "user", "content": "x"}])
 
 
-class Conversation:
+class Chat:
     """Messages, and the cache and the tokens of what the model has read and written of them. limit: the most tokens, at
     which an answer ends."""
 
@@ -146,11 +147,11 @@ class Conversation:
 
     def _compile(self, ids: list[int]) -> None:
         """Compile ahead what the turn launches, in the first one over each size that the cache may grow to."""
-        sizes = [self._slots(len(ids) + 1)] if self.cache is None else []
-        while sizes and sizes[-1] < self.limit and self.writer.model.config.window is None:
+        model, sizes = self.writer.model, [self._slots(len(ids) + 1)] if self.cache is None else []
+        while sizes and sizes[-1] < self.limit and model.config.window is None:
             sizes.append(self._slots(sizes[-1] + 1))
         cache = self._reserve(len(ids) + 1)
-        (held,) = cache.set_back([ids])
+        (held,) = Conversation.of(cache).begin(cache, model.identity(), [ids])
         self.writer.begin(1, len(ids), cache.max_len, held)
         for slots in sizes[1:]:
             self.writer.begin(1, len(ids), slots, len(ids) - 1)
@@ -168,7 +169,7 @@ class Conversation:
         cache, self.cache = self.cache, None  # one whose growth fails is lost
         try:
             if cache is None:
-                cache = KVCache(model.config, 1, slots, model.device, self.writer.dtype)
+                cache = KVCache(model.config, 1, slots, model.device, self.writer.options.cache_dtype or model.dtype)
             elif length > cache.max_len:
                 cache.grow(slots)
         except torch.OutOfMemoryError:
@@ -197,7 +198,7 @@ def read_line(prompt: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def run(args: argparse.Namespace, chat: Conversation) -> int:
+def run(args: argparse.Namespace, chat: Chat) -> int:
     """Answer lines of standard input until it ends. What is wrong with one is a line, and the chat goes on."""
     print_message("\n".join([*chat.writer.notes, HELP.partition("\n")[0]]))
     chat.writer.notes = []
@@ -224,7 +225,7 @@ def run(args: argparse.Namespace, chat: Conversation) -> int:
                 print_message(f"mixtral-triton chat: {message}")
 
 
-def _answer(args: argparse.Namespace, chat: Conversation, line: str) -> tuple[dict[str, Any], str]:
+def _answer(args: argparse.Namespace, chat: Chat, line: str) -> tuple[dict[str, Any], str]:
     """Answer a line, a turn or a command -> what `--json` prints, and what else is shown on stderr."""
     shown = None if args.json else ""
     name, _, text = line.partition(" ") if line.startswith("/") else ("", "", line)
@@ -239,13 +240,13 @@ def _answer(args: argparse.Namespace, chat: Conversation, line: str) -> tuple[di
         )
     if name == "/retry":
         answer, line = chat.turn(chat.last_message(), shown, again=True)
-        greedy = chat.writer.options["temperature"] == 0.0
+        greedy = chat.writer.options.temperature == 0.0
         return answer, f"{line}; the text is the same: --temperature is 0" if greedy else line
     message = _command(chat, name, text)
     return {"message": message}, message
 
 
-def _command(chat: Conversation, name: str, text: str) -> str:
+def _command(chat: Chat, name: str, text: str) -> str:
     """Run a command that answers nothing -> what it did."""
     if name == "/system":
         chat.set_system(text)

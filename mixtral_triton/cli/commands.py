@@ -19,8 +19,8 @@ from rich.console import Console
 
 from .. import __version__
 from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
+from ..checkpoint.tokenizer import load_tokenizer
 from ..kernels.launching.arch import ARCHS
-from ..model.tokenizer import load_tokenizer
 from ..terminal import Bar, check_range, did_you_mean, exit_status, print_message, select_backend
 from .prompt import encode, read_prompt, read_text, render
 
@@ -75,47 +75,61 @@ def parse_source(text: str) -> str | Path:
     return text if text == "-" else Path(text)
 
 
+# Options of several commands.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "folder": {"nargs": "?", "default": SMALL, "help": f"{FOLDER}; default: small, the package's"},
+    "--device": {"help": "cpu, cuda, cuda:1, ...; default: the GPU if there is one"},
+    "--dtype": {"choices": DTYPES, "help": "default: as stored"},
+    "--weights": {"type": parse_weights, "metavar": "FORMAT", "help": f"{QUANTIZE}; default: as stored"},
+    "--activations": {"choices": ("fp8",), "help": ACTIVATIONS},
+    "--offload": {"type": count_or_auto("experts", 0), "default": 0, "metavar": "N|auto", "help": OFFLOAD},
+    "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
+    "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
+    "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
+    "--prompt": {"action": "append", "default": [], "metavar": "TEXT", "help": PROMPT},
+    "--prompt-file": {"dest": "prompt", "action": "append", "type": Path, "metavar": "FILE", "help": "text to run"},
+    "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
+}
+MODEL, PROMPTS = "folder --device --dtype --weights --activations ", "--prompt --prompt-file --interpret "
+MEMORY, CACHE = "--offload --context ", "--cache-dtype "
+Command = Callable[..., Callable[..., Any]]  # command(name, help, names of OPTIONS) -> add_argument
+
+
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mixtral-triton", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shared: dict[str, dict[str, Any]] = {
-        "folder": {"nargs": "?", "default": SMALL, "help": f"{FOLDER}; default: small, the package's"},
-        "--device": {"help": "cpu, cuda, cuda:1, ...; default: the GPU if there is one"},
-        "--dtype": {"choices": DTYPES, "help": "default: as stored"},
-        "--weights": {"type": parse_weights, "metavar": "FORMAT", "help": f"{QUANTIZE}; default: as stored"},
-        "--activations": {"choices": ("fp8",), "help": ACTIVATIONS},
-        "--offload": {"type": count_or_auto("experts", 0), "default": 0, "metavar": "N|auto", "help": OFFLOAD},
-        "--context": {"type": int, "metavar": "S", "help": "tokens that --offload auto has room for; default: 4096"},
-        "--cache-dtype": {"choices": ("int8",), "help": "keys and values in 8 bits; default: the model's dtype"},
-        "ops": {"nargs": "*", "metavar": "OP", "help": "default: all"},
-        "--prompt": {"action": "append", "default": [], "metavar": "TEXT", "help": PROMPT},
-        "--prompt-file": {"dest": "prompt", "action": "append", "type": Path, "metavar": "FILE", "help": "text to run"},
-        "--interpret": {"action": "store_true", "help": "the Triton kernels, interpreted on the CPU"},
-    }
-    model, prompt = "folder --device --dtype --weights --activations ", "--prompt --prompt-file --interpret "
-    memory, cache = "--offload --context ", "--cache-dtype "
 
     def command(name: str, help: str, names: str = "") -> Callable[..., Any]:
         sub = commands.add_parser(name, help=help, description=help, conflict_handler="resolve")
         form = "JSON lines" if name in ("bench", "compile") else "one JSON document"
         sub.add_argument("--json", action="store_true", help=f"print {form} for a program to read")
         for option in names.split():
-            sub.add_argument(option, **shared[option])
+            sub.add_argument(option, **OPTIONS[option])
         return sub.add_argument
 
-    option = command("verify", "compare tensors with files, operations and layers with torch", model + memory + cache)
+    _add_verify(command)
+    _add_generate_and_chat(command)
+    _add_other_readers(command)
+    _add_tools(command)
+    return parser
+
+
+def _add_verify(command: Command) -> None:
+    option = command("verify", "compare tensors with files, operations and layers with torch", MODEL + MEMORY + CACHE)
     text = "of the fixed pseudo-random text, default: 66, and of the longest call: 144, GPU: 8192"
     option("--tokens", type=int, metavar="N", help=text)
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
     option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
 
+
+def _add_generate_and_chat(command: Command) -> None:
     stored = "default: generation_config.json's, else"
     for name, help, names in (
         ("generate", "stream the continuation of a prompt", "--prompt --prompt-file"),
         ("chat", "talk with an instruction-tuned checkpoint", ""),
     ):
-        option = command(name, help, f"{model} {memory} {cache} {names} --interpret")
+        option = command(name, help, f"{MODEL} {MEMORY} {CACHE} {names} --interpret")
         option("--system", metavar="TEXT", help="the system message of the chat; default: none")
         most = "what the context leaves" if name == "chat" else 64
         text = f"fewer where the text ends; {stored} {most}"
@@ -142,13 +156,16 @@ def parser() -> argparse.ArgumentParser:
             text = "prompts of --batch at a time, fewer where no memory is left; auto, the default: 32, CPU: 8"
             option("--batch-size", type=count_or_auto("prompts", 1), default="auto", metavar="N|auto", help=text)
 
-    option = command("perplexity", "how well the model predicts a text", model + memory + cache + "--interpret")
+
+def _add_other_readers(command: Command) -> None:
+    """Add the other commands that read a checkpoint's weights."""
+    option = command("perplexity", "how well the model predicts a text", MODEL + MEMORY + CACHE + "--interpret")
     text = "a text in UTF-8, or - for standard input"
     option("--text", required=True, type=parse_source, metavar="FILE", help=text)
     option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
     option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
 
-    command("trace", "which experts each token of a prompt took, by layer", model + memory + prompt)
+    command("trace", "which experts each token of a prompt took, by layer", MODEL + MEMORY + PROMPTS)
 
     option = command("quantize", "write a checkpoint with quantized experts, as compressed-tensors has it", "--device")
     option("folder", help=f"{FOLDER}, not quantized")
@@ -156,8 +173,11 @@ def parser() -> argparse.ArgumentParser:
     text = f"{QUANTIZE}; int4: in groups of 128, 64 or 32"
     option("--weights", type=parse_weights, required=True, metavar="FORMAT", help=text)
 
+
+def _add_tools(command: Command) -> None:
+    """Add the commands of TOOLS."""
     option = command("bench", "operations and a decode step by peers and floors", "ops")
-    option("--dtype", **shared["--dtype"] | {"help": "default: bfloat16"})
+    option("--dtype", **OPTIONS["--dtype"] | {"help": "default: bfloat16"})
     option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
     text = "a case of these sizes instead, the others as in Mixtral 8x7B; repeatable"
     option("--sizes", action="append", default=[], metavar="T=N,...", help=text)
@@ -175,8 +195,7 @@ def parser() -> argparse.ArgumentParser:
     option("--gpu", action="append", metavar="NAME", help=text)
     option("--memory", type=float, metavar="GIB", help="a GPU of so many GiB; default: see --gpu")
     option("--batch", type=int, default=1, metavar="B", help="sequences at a time; default: 1")
-    option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions, 4096 with --train")
-    option("--train", action="store_true", help="what LoRA over frozen experts takes")
+    option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
     text = f"{', '.join(ARCHS)}; repeatable"
@@ -184,7 +203,6 @@ def parser() -> argparse.ArgumentParser:
     option("--kernel", metavar="NAME", help="this kernel alone")
     option("--at", action="append", default=[], metavar="T=N", help="a size in place of Mixtral's; repeatable")
     option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,8 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "folder", None) is not None:
                 args.folder = checkpoint_folder(args.folder)
             if args.command in TOOLS:
-                tool = "bench.fit_train" if vars(args).get("train") else TOOLS[args.command]
-                return import_module(f"..{tool}", __package__).run(args)
+                return import_module(f"..{TOOLS[args.command]}", __package__).run(args)
             with warnings.catch_warnings():  # as lines of the command
                 warnings.simplefilter("always", RuntimeWarning)
                 warnings.showwarning = lambda text, *_, **__: print_message(f"note: {text}")
@@ -287,8 +304,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
-    from ..model.offload_plan import AUTO_CONTEXT
-    from .chat import Conversation, check_system, run
+    from ..model.memory_plan import AUTO_CONTEXT
+    from .chat import Chat, check_system, run
     from .text_stream import Writer, check_options
 
     check_options(args)
@@ -300,7 +317,7 @@ def _chat(args: argparse.Namespace) -> int:
     args.context = context if auto else None
     writer = Writer(args, _load(args), note)
     writer.notes.append(f"the chat has room for {limit:,} tokens")
-    return run(args, Conversation(writer, args.system, limit))
+    return run(args, Chat(writer, args.system, limit))
 
 
 def _perplexity(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from ..terminal import Bar
 
 def compile_shown(launch: Callable[..., object], model: Any, *args: Any) -> None:
     """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
-    from ..model.ahead import compile_ahead  # the backend is set before kernels are imported
+    from ..model.precompile import precompile  # the backend is set before kernels are imported
 
     with Bar("compiling") as progress:
-        compile_ahead(model, lambda: launch(model, *args), progress.set)
+        precompile(model, lambda: launch(model, *args), progress.set)

@@ -6,16 +6,13 @@ import argparse
 import gc
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
-from ..model.score import score_padded
 from ..terminal import Bar, check_range, console, print_message, table_of
-from .compiling import compile_shown
 
 WINDOW = 2048  # the most tokens of a window that is not given
 # Options that change the model's numbers.
@@ -34,14 +31,6 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[Span]:
         if end == tokens:
             return
         counted = end
-
-
-def launch_scores(model: Mixtral, lengths: Collection[int], cache_dtype: Any) -> None:
-    """Launch on the meta device what `Mixtral.score` launches for a text of each of these lengths."""
-    model = on_meta_by_kind(model)
-    for length in lengths:
-        ids, held = (torch.empty((1, n), dtype=torch.int64, device="meta") for n in (length, 1))
-        score_padded(model, [ids[0]], ids, held[0], cache_dtype or model.dtype)
 
 
 def measure(
@@ -88,7 +77,6 @@ def run(
                 print_message(f"mixtral-triton perplexity: no baseline: {error}")
                 break
         cache_dtype = torch.int8 if options.cache_dtype else None
-        compile_shown(launch_scores, model, {end - start for start, _, end in spans}, cache_dtype)
         results[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}")
     result, *baseline = results.values()
     if args.json:

@@ -78,15 +78,16 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     return text
 
 
-SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-# Other fields of generation_config.json that change a text as they do in transformers, or change none.
+# Fields of generation_config.json that are options of the command line, and others that change a text as they do in
+# transformers, or change none.
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 HONOURED = {"max_new_tokens", "do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
 
 
-def select_options(args: Any) -> tuple[dict[str, Any], int | None, str]:
-    """Return the options of sampling, given, in the folder's generation_config.json or default; the most new tokens, or
-    None; and a note with the names of what changes transformers' texts and none here. ValueError for a file that
-    transformers refuses."""
+def read_sampling(args: Any) -> tuple[dict[str, Any], int | None, str]:
+    """Return the arguments of `SamplingOptions` that are given or in the folder's generation_config.json; the most new
+    tokens, or None; and a note with the names of what changes transformers' texts and none here. ValueError for a file
+    that transformers refuses."""
     stored, defaults, file = dict[str, Any](), dict[str, Any](), Path(args.folder) / GENERATION_FILE
     if file.is_file():
         from transformers import GenerationConfig, logging
@@ -99,15 +100,15 @@ def select_options(args: Any) -> tuple[dict[str, Any], int | None, str]:
             reason = escape(f"{type(error).__name__}: {error}", 200)
             raise ValueError(f"{file}: transformers cannot read it: {reason}") from error
         defaults = config._get_default_generation_params()
-    explicit = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     taken = defaults | stored if stored.get("do_sample") else stored | {"temperature": 0.0}
-    options = SAMPLING | {name: taken[name] for name in SAMPLING if name in taken} | explicit
+    options = {name: taken[name] for name in SAMPLING if name in taken} | given
+    options["top_k"] = options.get("top_k") or None  # 0: of all tokens
     limit = stored.get("max_new_tokens") if args.max_new_tokens is None else args.max_new_tokens
-    unsupported = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING.keys()}
+    unsupported = {name: value for name, value in stored.items() if name not in HONOURED | SAMPLING}
     changed = (name for name, value in unsupported.items() if (value != defaults[name] if name in defaults else value))
     ignored = escape(", ".join(changed), 400)
-    note = f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}" if ignored else ""
-    return options | {"top_k": options["top_k"] or None}, limit, note  # 0: of all tokens
+    return options, limit, f"{GENERATION_FILE} sets what is not supported and is ignored: {ignored}" if ignored else ""
 
 
 def speed_of(times: Sequence[float], prompt_tokens: int, reused: int = 0) -> tuple[dict[str, Any], str]:

@@ -7,18 +7,18 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..model.ahead import launch_text
 from ..model.cache import KVCache
-from ..model.generate import eos_ids
 from ..model.mixtral import Mixtral
-from ..model.sampling import Logprobs
+from ..model.precompile import launch_text
+from ..model.sampling import Logprobs, SamplingOptions
 from ..terminal import check_range, print_message
 from .compiling import compile_shown
-from .prompt import decode, encode, select_options, speed_of
+from .prompt import decode, encode, read_sampling, speed_of
 
 NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more
 
@@ -36,17 +36,19 @@ def check_options(args: argparse.Namespace) -> None:
 class Writer:
     """A model that continues texts with the options of a command.
 
-    notes  lines to print before the first text: `note`, and what is ignored of generation_config.json
-    limit  the most new tokens of a text: --max-new-tokens, else generation_config.json's, else None
+    notes    lines to print before the first text: `note`, and what is ignored of generation_config.json
+    options  how a text goes on
+    limit    the most new tokens of a text: --max-new-tokens, else generation_config.json's, else None
     """
 
     def __init__(self, args: argparse.Namespace, model: Mixtral, note: str) -> None:
         self.args, self.model, self.tokenizer = args, model, model.tokenizer
-        self.eos, self.dtype = eos_ids(None, model.config), args.cache_dtype or model.dtype
-        sampling, self.limit, ignored = select_options(args)
+        sampling, self.limit, ignored = read_sampling(args)
         self.new_tokens = NEW_TOKENS if self.limit is None else self.limit
         generator = torch.Generator(model.device).manual_seed(args.seed)
-        self.options = sampling | {"generator": generator, "logprobs": args.logprobs}
+        of_args = {"generator": generator, "cache_dtype": args.cache_dtype, "logprobs": args.logprobs}
+        self.options = SamplingOptions(self.new_tokens, **sampling, **of_args)
+        self.eos = self.options.stops(model.config)
         self.notes = [*filter(None, (note, ignored))]
 
     def encode(self, text: str, template: bool = False) -> list[int]:
@@ -56,9 +58,8 @@ class Writer:
     def stream(self, rows: Sequence[list[int]], n: int, cache: KVCache | None = None) -> Iterator[list[dict[str, Any]]]:
         """Return an iterator over what `--json` prints of the next token of each text, at most n; the arguments are
         checked at once."""
-        return map(
-            read_step, self.model.stream(rows, n, **self.options, cache=cache, cache_dtype=self.args.cache_dtype)
-        )
+        options = vars(replace(self.options, max_new_tokens=n))
+        return map(read_step, self.model.stream(rows, **options, cache=cache))
 
     def begin(self, B: int, T: int, slots: int, held: int = 0) -> None:
         """Print the notes once, and compile what B texts of T tokens, `held` of them in a cache, launch with so many
@@ -108,7 +109,8 @@ class Writer:
 
 class Text:
     """A text as its tokens come, behind the tokens `after`, up to an EOS or a text of --stop. Only those are decoded
-    again whose text may change: the last ones, where they end in half a character, and as many before them.
+    again whose text may change: the last ones, where they end in half a character, and as many before them. tokenizers'
+    DecodeStream does not serve: it raises behind bytes that are no character, and never gives the last half of one.
 
     text           that of the tokens, without the stop string
     finish_reason  "stop": an EOS or a stop string, "length", or "interrupted"

@@ -12,11 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.text import Text
 
-from ..kernels.launching.launch import launch_context
-from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
 from ..terminal import Bar, print_message
-from .compiling import compile_shown
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,11 @@ def token_texts(tokenizer: Any, text: str) -> list[str]:
     return [(name(token) or str(token)) if added else text[begin:end] for token, added, begin, end in tokens]
 
 
-def launch_trace(model: Mixtral, tokens: int) -> None:
-    """Launch on the meta device what `trace` launches for so many tokens: under a dispatch mode none is dependent."""
-    model = on_meta_by_kind(model)
-    with launch_context(no_pdl=True):
-        model.hidden(torch.empty((1, tokens), dtype=torch.int64, device="meta"), head=model.head)
-
-
 def run(args: argparse.Namespace, model: Mixtral, prompt: list[int], note: str) -> int:
     """Run the command on the prompt's tokens -> exit status. `note` precedes the work."""
     ids = torch.tensor(prompt, device=model.device)
     tokens = token_texts(model.tokenizer, args.prompt)
     print_message(note)
-    compile_shown(launch_trace, model, len(ids))
     with Bar("tracing", model.config.num_hidden_layers) as progress:
         routes = model.trace(ids, progress.update)
     if args.json:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -54,7 +52,7 @@ class KVCache:
                   tokens behind it; where a ring has wrapped only 0 does, since they took the slots of earlier ones. A
                   higher one adds tokens whose keys and values are what the slots hold: zeros, where nothing wrote them
     max_len       tokens that a sequence can reach: the slots, or with a window the model's positions
-    reused        of each sequence: the tokens that the last `generate` with this cache did not compute again
+    conversation  what the tokens are, by which `generate` goes on: conversation.py
     """
 
     def __init__(
@@ -82,8 +80,6 @@ class KVCache:
         dtype = default_dtype(config) if dtype is None else dtype
         check_dtype("KVCache: dtype", dtype, torch.int8)
         self.config, self.dtype = config, dtype
-        # The model whose keys these are, and its dtype then; None: not known.
-        self.filled_by: tuple[weakref.ref[Any], torch.dtype] | None = None
         self.window, limit = config.window, config.max_position_embeddings
         shape = cache_shape(config, batch, max_len or limit)
         self.slots = shape[4]
@@ -94,15 +90,11 @@ class KVCache:
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._known, self._version = 0, _version(self.lengths)
         self.replayed = False  # whether a captured graph, which a caller may replay, appends
-        self.reused = [0] * batch
-        # The tokens of each sequence, `drawn` int64 [B] each behind them: the first `lengths` of these are held. None:
-        # a forward on a GPU, where the host reads no value, or in a graph has appended others.
-        self.texts: list[list[int]] | None = [[] for _ in range(batch)]
-        self.drawn: list[torch.Tensor] = []
+        self.conversation: Any = None
         self.appending: torch.Tensor | None = None  # int [B]: the tokens of a forward that may have written some
-        # Of each sequence, the position up to which slots may have been written, where that is beyond `lengths`: by a
-        # forward that failed, or by tokens that were dropped.
-        self.written: list[int] | None = None
+        # Of each sequence, the least length but 0 with which no key is overwritten that its next token sees, where what
+        # was written beyond `lengths`, by a forward that failed or by tokens that were dropped, may have taken one.
+        self.valid_from = [0] * batch
 
     def _zeros(self, shape: tuple[int, ...], device: torch.device) -> Slots:
         """Return the slots of a layer's keys or values [B, Hkv, C, D]: zeros, so that none holds uninitialized bits."""
@@ -121,8 +113,10 @@ class KVCache:
     def batch(self) -> int:
         return len(self.lengths)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"filled_by": None}  # a weak reference cannot be pickled
+    @property
+    def reused(self) -> list[int]:
+        """Of each sequence, the tokens that the last `generate` with this cache did not compute again."""
+        return [0] * self.batch if self.conversation is None else list(self.conversation.reused)
 
     def reserve(self, new: torch.Tensor | int) -> None:
         """Raise ValueError where a sequence has no room for `new` more tokens, int [B] or one number for all.
@@ -131,8 +125,6 @@ class KVCache:
         cannot know (ragged chunks, lengths written by hand, replays of a graph) the kernels check: a sequence beyond
         `max_len` becomes NaN, and its slots of the ring are overwritten.
         """
-        if torch.compiler.is_compiling():
-            return
         self.check_intact()
         check_values("KVCache", "lengths", self.lengths, 0, self.max_len)
         if readable(self.lengths):
@@ -141,33 +133,45 @@ class KVCache:
             reached = 0 if isinstance(new, torch.Tensor) else self._min_length() + new
         self.check_length(reached)
 
-    def has_keys_of_another(self, identity: tuple[weakref.ref[Any], torch.dtype]) -> bool:
-        """Return whether tokens here are not those of the model of this `Model.identity`, as far as the cache knows."""
-        return self.filled_by not in (None, identity) and bool(self.lengths.any())
-
     def check_intact(self) -> None:
         """Raise ValueError where a forward failed after it had overwritten keys of the ring that its tokens see."""
         self.note_failure()
-        if self.written is None:
+        if not any(self.valid_from):  # then nothing is read
             return
         lengths = self.lengths.tolist()
-        # A sequence that starts anew needs no key, and one whose ring was not full has lost none.
-        known = [w if w > max(n, self.slots) and n else 0 for w, n in zip(self.written, lengths, strict=True)]
-        self.written = known if any(known) else None
-        if any(w > n + 1 for w, n in zip(known, lengths, strict=True)):  # one key may go: the window has left it
+        # A sequence that starts anew needs no key, and one that has gone on since has its own.
+        self.valid_from = [least if 0 < n <= least else 0 for least, n in zip(self.valid_from, lengths, strict=True)]
+        if any(n < least for least, n in zip(self.valid_from, lengths, strict=True)):
             got = "a forward failed after it had overwritten keys of the ring that its tokens see"
             raise ValueError(f"KVCache: {got}: needs a new cache, or lengths of 0")
 
     def note_failure(self) -> None:
-        """Keep in mind what a forward that failed may have written, before anyone changes its tensors."""
+        """Move `valid_from` by what a forward that failed may have written, before anyone changes its tensors."""
         if self.appending is None:
             return
         capturing = self.lengths.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing has run
         if self.window and not capturing:
             with suppress(RuntimeError):  # of a GPU that no longer answers; the caller has its first error
-                reached = (self.lengths + self.appending).tolist()
-                self.written = [*map(max, reached, self.written or reached)]
+                self.valid_from = self._least_behind((self.lengths + self.appending).tolist())
         self.appending = None
+
+    def least_lengths(self) -> list[int]:
+        """Return of each sequence the least length, but 0, that it can be set back to."""
+        self.note_failure()
+        return self._least_behind(self.lengths.tolist())
+
+    def _least_behind(self, written: list[int]) -> list[int]:
+        """Return `least_lengths` where slots were written up to these positions. One token may go: it took the slot of
+        a key that its own query does not see either."""
+        least = [n - 1 if self.window and n > self.slots else 0 for n in written]
+        return [*map(max, least, self.valid_from)]
+
+    def set_back(self, lengths: list[int]) -> None:
+        """Drop the tokens behind these lengths, each 0 or at least its `least_lengths`."""
+        least = self.least_lengths()
+        if lengths != self.lengths.tolist():
+            self.lengths.copy_(torch.tensor(lengths))
+        self.valid_from = [least if n else 0 for least, n in zip(least, lengths, strict=True)]
 
     def check_length(self, reached: int) -> None:
         """Raise ValueError where `reached` tokens of a sequence are more than the cache can hold."""
@@ -182,7 +186,6 @@ class KVCache:
         """Count the `new` [B] tokens that every layer appended; `common`: the least number of any sequence."""
         if torch.compiler.is_compiling():  # a host counter would compile a graph for each count
             self.lengths += new
-            self.texts = None
             return
         known = self._min_length() + common
         self.lengths += new
@@ -200,51 +203,6 @@ class KVCache:
     def lengths_written(self) -> bool:
         """Whether a caller has written `lengths` since the last forward, as far as torch counts writes."""
         return _version(self.lengths) != self._version
-
-    def record(self, ids: torch.Tensor, new: torch.Tensor | None) -> None:
-        """Note the tokens of a forward, ids [B,T] and the `new` [B] of them that exist; None: all."""
-        texts = self.held_tokens() if readable(ids) and readable(self.lengths) else None
-        if texts is not None:
-            counts = [ids.shape[1]] * len(texts) if new is None else new.tolist()
-            texts = [text + row[:count] for text, row, count in zip(texts, ids.tolist(), counts, strict=True)]
-        self.texts, self.drawn = texts, []
-
-    def held_tokens(self) -> list[list[int]] | None:
-        """Return the tokens of each sequence that are held; None where the host does not know them."""
-        lengths = self.lengths.tolist()
-        if not any(lengths):
-            return [[] for _ in lengths]
-        if self.texts is None or self.replayed:
-            return None
-        drawn = torch.stack(self.drawn, dim=1).tolist() if self.drawn else [[]] * len(lengths)
-        texts = [(text + ids)[:length] for text, ids, length in zip(self.texts, drawn, lengths, strict=True)]
-        return texts if [*map(len, texts)] == lengths else None  # else a caller wrote a larger length
-
-    def set_back(self, texts: list[list[int]]) -> list[int]:
-        """Drop what is not the beginning of each text -> the number of tokens that stay, at most all but the last of a
-        text, whose logits are wanted. Warns where none can stay: a ring has lost keys, or tokens are unknown."""
-        self.note_failure()
-        held, lengths, reused, reasons = self.held_tokens(), self.lengths.tolist(), list[int](), set[str]()
-        written = [*map(max, lengths, self.written or lengths)]
-        for text, old, reached in zip(texts, held or [[]] * len(texts), written, strict=True):
-            pairs = enumerate(zip(old, text[:-1], strict=False))
-            same = next((i for i, (a, b) in pairs if a != b), min(len(old), len(text) - 1))
-            # One token may go: it took the slot of a key that its own query does not see either.
-            lost = self.window and reached > self.slots and 0 < same < reached - 1
-            if held is None or lost:
-                what = f"other tokens are in the cache from {same} on, and its ring has moved on"
-                reasons.add(
-                    what if lost else "a forward on a GPU or a graph has appended tokens that the host does not know"
-                )
-            reused.append(0 if lost else same)
-        if reasons:
-            message = f"generate: a text is computed from its start: {'; '.join(sorted(reasons))}"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-        if reused != lengths:
-            self.lengths.copy_(torch.tensor(reused))
-        self.texts, self.drawn, self.reused = texts, [], reused
-        self.written = [w if n else 0 for w, n in zip(written, reused, strict=True)]
-        return reused
 
     def grow(self, max_len: int) -> None:
         """Make room for `max_len` tokens, at most the model's positions, layer by layer: beside the new slots are the

@@ -6,9 +6,10 @@ read on the device, and the host waits for at most one value a token, whether ev
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,25 +17,25 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.arguments import (
-    GENERATE_HINTS,
     check_ids,
     check_positions,
     check_vocabulary,
     describe,
     drop_padding,
-    explain_out_of_memory,
-    is_int,
-    reject_unknown,
+    is_id,
 )
 from ..kernels.launching.launch import launch_context, launches_dependently
 from ..kernels.operation.call import untraced
 from ..kernels.operation.checks import readable
 from .cache import KVCache, select_dtype
+from .conversation import Conversation
 from .cuda_graph import CapturedGraph, CaptureLost, capture, is_out_of_memory
+from .memory_plan import explain_out_of_memory
 from .model import Model
-from .sampling import Logprobs, Sampling, measure, penalize, sample, stack_steps
+from .sampling import Logprobs, SamplingOptions, measure, penalize, sample, stack_steps
 
 Prompt = Tensor | Sequence[int] | str
+Explain = Callable[[], AbstractContextManager[None]]  # ValueError where no memory is left
 GRAPH_MIN_TOKENS = 4  # remaining tokens that are worth a capture, which takes the host time of about two steps
 
 
@@ -78,17 +79,17 @@ def generate(
               `generate(**tokenizer(texts, return_tensors="pt", padding=True))`; a result [B,T+n] keeps it
     An argument of transformers' that there is not raises ValueError, which names the one that does it here.
     """
-    options: Any = {"attention_mask": attention_mask, **unknown}
-    options |= {"generator": generator, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
-    options |= {"cache": cache, "cache_dtype": cache_dtype, "logprobs": logprobs}
-    steps = [*stream(model, input_ids, max_new_tokens, temperature, top_p, eos_token_id, **options)]
-    rows, eos = to_rows(model, input_ids, attention_mask), eos_ids(eos_token_id, model.config)
+    named = {"top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty, "cache_dtype": cache_dtype}
+    args = max_new_tokens, temperature, top_p, eos_token_id, generator
+    options = SamplingOptions.of(*args, **named, logprobs=logprobs, **unknown)
+    rows, stops = to_rows(model, input_ids, attention_mask), options.stops(model.config)
+    steps = [*_checked_stream(model, rows, options, cache)]
     new, *measured = stack_steps(steps, len(rows), max_new_tokens, logprobs or 0)
     if isinstance(input_ids, Tensor):
         device = rows[0].device
         results = [torch.cat((input_ids, new.to(device)), dim=1), *(tensor.to(device) for tensor in measured)]
     else:
-        tails = [(row, b, _end_of(new[b, : len(steps)], eos)) for b, row in enumerate(rows)]
+        tails = [(row, b, _end_of(new[b, : len(steps)], stops)) for b, row in enumerate(rows)]
         results = [[torch.cat((row, new[b, :end].to(row.device))) for row, b, end in tails]]  # type: ignore[list-item]
         results += [[tensor[b, :end].to(row.device) for row, b, end in tails] for tensor in measured]  # type: ignore[misc]
     return results[0] if logprobs is None else Logprobs(*results)
@@ -97,140 +98,124 @@ def generate(
 def stream(
     model: Model,
     input_ids: Tensor | Sequence[Prompt],
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
-    *,
-    top_k: int | None = None,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    *args: Any,
     cache: KVCache | None = None,
-    cache_dtype: torch.dtype | None = None,
-    logprobs: int | None = None,
     attention_mask: Any = None,
-    **unknown: Any,
+    **options: Any,
 ) -> Iterator[Any]:
-    """Check the arguments, those of `generate`, then return an iterator over the next tokens, int64 [B] on the model's
-    device, or with `logprobs` over `Logprobs` of a step. A sequence that has ended repeats its EOS; the iterator ends
-    once every sequence has. A cache is right wherever the caller stops."""
-    reject_unknown("generate", unknown, GENERATE_HINTS)
-    eos, rows = eos_ids(eos_token_id, model.config), to_rows(model, input_ids, attention_mask)
-    vocabulary, penalty = model.config.vocab_size, repetition_penalty
-    finite = _is_number(temperature) and 0.0 <= temperature <= sys.float_info.max
-    penalizes = _is_number(penalty) and 0.0 < penalty <= torch.finfo(torch.float32).max
-    is_generator = generator is None or isinstance(generator, torch.Generator)
-    same_device = not isinstance(generator, torch.Generator) or generator.device.type == model.device.type
-    measures = logprobs is None or (is_int(logprobs, 0) and logprobs <= vocabulary)
+    """Check the arguments, those of `generate` in its order, then return an iterator over the next tokens, int64 [B] on
+    the model's device, or with `logprobs` over `Logprobs` of a step. A sequence that has ended repeats its EOS; the
+    iterator ends once every sequence has. A cache is right wherever the caller stops."""
+    sampling = SamplingOptions.of(*args, **options)
+    return _checked_stream(model, to_rows(model, input_ids, attention_mask), sampling, cache)
+
+
+def _checked_stream(model: Model, rows: list[Tensor], options: SamplingOptions, cache: KVCache | None) -> Iterator[Any]:
+    """Check what takes a model -> `_stream`, of which nothing has run."""
+    vocabulary, n, drawn = model.config.vocab_size, options.max_new_tokens, options.generator
+    place, same = getattr(drawn, "device", model.device), f"the model's device, {model.device}"
     for name, got, valid, need in (
-        ("max_new_tokens", repr(max_new_tokens), is_int(max_new_tokens, 0), "an integer of at least 0"),
-        ("temperature", repr(temperature), finite, "a finite number of at least 0"),
-        ("top_p", repr(top_p), _is_number(top_p) and 0.0 < top_p <= 1.0, "a number above 0, at most 1"),
-        ("top_k", repr(top_k), top_k is None or is_int(top_k, 1), "an integer of at least 1, or None"),
-        ("min_p", repr(min_p), _is_number(min_p) and 0.0 <= min_p <= 1.0, "a number from 0 to 1"),
-        ("repetition_penalty", repr(penalty), penalizes, "a finite number above 0"),
-        ("logprobs", repr(logprobs), measures, f"an integer from 0 to {vocabulary}, the vocabulary, or None"),
+        ("logprobs", options.logprobs, (options.logprobs or 0) <= vocabulary, f"at most the vocabulary, {vocabulary}"),
         ("the model", "on the meta device, which holds no numbers", model.device.type != "meta", "a CPU or a GPU"),
-        ("generator", f"a {type(generator).__name__}", is_generator, "a torch.Generator"),
-        ("generator", f"on {getattr(generator, 'device', None)}", same_device, f"the model's device, {model.device}"),
+        ("generator", f"on {place}", place.type == model.device.type, same),
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")
     check_rows(model, rows, "generate: prompt")
     longest = max(map(len, rows))
-    got = f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones"
-    check_positions(got, longest + max_new_tokens, model.config)
+    check_positions(f"generate: a prompt of {longest} tokens and {n} new ones", longest + n, model.config)
     if cache is not None:
         model._check_cache(cache, len(rows))
         cache.check_intact()
-        cache.check_length(longest + max(0, max_new_tokens - 1))
-    dtype = select_dtype("generate", cache_dtype, model.dtype, cache)
-    if generator is None and temperature > 0.0 and model.device.type == "cuda":
+        cache.check_length(longest + max(0, n - 1))
+    dtype = select_dtype("generate", options.cache_dtype, model.dtype, cache)
+    if drawn is None and options.temperature > 0.0 and model.device.type == "cuda":
         # Not torch's own, in which another thread cannot draw during a capture: seeded by it, as a data loader is.
-        generator = torch.Generator(model.device).manual_seed(int(torch.randint(1 << 62, (), device="cpu")))
-    sampling = Sampling(temperature, top_p, generator, top_k, min_p, penalty)
-    return _stream(model, rows, max_new_tokens, eos, sampling, cache or dtype, logprobs)
+        drawn = torch.Generator(model.device).manual_seed(int(torch.randint(1 << 62, (), device="cpu")))
+    return _stream(model, rows, replace(options, generator=drawn, cache_dtype=dtype), cache)
 
 
 @torch.inference_mode(False)  # outermost: leaving inference mode turns gradients on
 @torch.no_grad()
-def _stream(
-    model: Model,
-    rows: list[Tensor],
-    n: int,
-    eos: frozenset[int],
-    sampling: Sampling,
-    cache: KVCache | torch.dtype,
-    logprobs: int | None,
-) -> Iterator[Any]:
-    drawn, texts, context = None, rows, max(map(len, rows)) + n
-    explain = partial(explain_out_of_memory, "generate", model.device, len(rows), context)
-    if isinstance(cache, torch.dtype):
-        if n == 0:
-            return
-        with explain():
-            cache = KVCache(model.config, len(rows), context, model.device, cache)
-    else:
-        identity = model.identity()
-        if cache.has_keys_of_another(identity):
-            what = "the cache was filled by another model, or in another dtype"
-            warnings.warn(f"generate: a text is computed from its start: {what}", RuntimeWarning, stacklevel=2)
-            cache.lengths.zero_()
-        kept = cache.set_back([row.tolist() for row in rows])
-        texts = [row[start : len(row) - (n == 0)] for row, start in zip(rows, kept, strict=True)]
-        cache.filled_by, drawn = identity, cache.drawn
-        if n == 0:  # the newest token is the prompt's last
-            with explain():
-                prefill(model, cache, *pad(texts, model.device))
-            return
+def _stream(model: Model, rows: list[Tensor], options: SamplingOptions, cache: KVCache | None) -> Iterator[Any]:
+    """Read the prompts, then decode: by launches, and once there is a graph of the step, by its replays."""
+    n = options.max_new_tokens
+    if n == 0 and cache is None:
+        return
+    explain = partial(explain_out_of_memory, "generate", model.device, len(rows), max(map(len, rows)) + n)
     with explain():
-        step = Step(model, cache, eos, sampling, logprobs)
+        step = _read_prompts(model, rows, options, cache)
+    if step is None:
+        return
+    graph, replayed = None, step.cache.replayed
+    try:
+        graph = yield from _decode_eagerly(step, explain)
+        if graph is not None:
+            yield from _replay(step, graph, explain)
+    finally:
+        step.cache.replayed = replayed  # no replay follows
+        if graph is not None:  # `destroy_process_group` waits for a graph that holds collectives
+            graph.reset()
+
+
+def _read_prompts(model: Model, rows: list[Tensor], options: SamplingOptions, cache: KVCache | None) -> Step | None:
+    """Run what a cache does not hold of the prompts -> the step with the first new tokens; None where there are none to
+    be: the cache then holds all but each prompt's last token."""
+    n, texts, conversation = options.max_new_tokens, rows, None
+    if cache is None:
+        cache = KVCache(model.config, len(rows), max(map(len, rows)) + n, model.device, options.cache_dtype)
+    else:
+        conversation = Conversation.of(cache)
+        kept = conversation.begin(cache, model.identity(), [row.tolist() for row in rows])
+        texts = [row[start : len(row) - (n == 0)] for row, start in zip(rows, kept, strict=True)]
+    step = Step(model, cache, options, conversation) if n else None
+    h = prefill(model, cache, *pad(texts, model.device))
+    if step is not None:
         for seen, row in zip(step.seen, rows, strict=True) if step.penalizes else ():
             seen[row] = True
-        replayed = cache.replayed
-        step.pick(prefill(model, cache, *pad(texts, model.device)))
-        cache.written = None  # every sequence has gone on by a token at least
-    replay: CapturedGraph | None = None
-    captures = 1 + (model.ranks is None and launches_dependently(model.device))
-    try:
-        for done in range(1, n + 1):
-            if model.ranks is not None:
-                model.ranks.synchronize(model.device)
-            if drawn is not None:
-                drawn.append(step.token.clone())
-            result, last = step.result(), done == n or (bool(eos) and bool(step.ended.all()))
-            if replay is not None and not last:  # here, so that the GPU computes while the caller prints a token
-                with explain():
-                    replay()
-            yield result
-            if drawn is not None and (cache.drawn is not drawn or cache.lengths_written):
-                got = "cache has gone on in another call, or its lengths were written"
-                raise ValueError(f"generate: {got}, needs a cache that only this one uses")
-            if last:
-                return
-            if replay is not None:
-                continue
+        step.pick(h)
+        cache.valid_from = [0] * cache.batch  # every sequence has gone on by a token at least
+    return step
+
+
+def _decode_eagerly(step: Step, explain: Explain) -> Generator[Any, None, CapturedGraph | None]:
+    """Yield tokens, and launch a step behind each -> the graph of the step once it is captured; None at the end."""
+    model, captures = step.model, 1 + (step.model.ranks is None and launches_dependently(step.model.device))
+    for done in range(1, step.options.max_new_tokens + 1):
+        result, last = step.take()
+        yield result
+        step.check_cache()
+        if last:
+            return None
+        with explain():
+            step()
+        # A step that ran eagerly has its kernels compiled.
+        to_capture = done <= captures and step.options.max_new_tokens - done > GRAPH_MIN_TOKENS
+        if to_capture and not can_capture(model):
+            captures = 0
+        elif to_capture:
+            try:
+                return capture(step, step.options.generator, model.device)
+            except CaptureLost:
+                raise
+            except RuntimeError as error:
+                captures = 0 if is_out_of_memory(error) else captures
+                step.no_pdl = done < captures
+                what = "capturing without dependent launches" if step.no_pdl else "decoding without a CUDA graph"
+                warnings.warn(f"generate: {what}, slower: {error}", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def _replay(step: Step, graph: CapturedGraph, explain: Explain) -> Iterator[Any]:
+    """Yield the other tokens, whose steps are replays."""
+    last = False
+    while not last:
+        result, last = step.take()
+        if not last:  # here, so that the GPU computes while the caller prints a token
             with explain():
-                step()
-            # A step that ran eagerly has its kernels compiled.
-            to_capture = done <= captures and n - done > GRAPH_MIN_TOKENS
-            if to_capture and not can_capture(model):
-                captures = 0
-            elif to_capture:
-                try:
-                    replay = capture(step, sampling.generator, model.device)
-                except CaptureLost:
-                    raise
-                except RuntimeError as error:
-                    captures = 0 if is_out_of_memory(error) else captures
-                    step.no_pdl = done < captures
-                    what = "capturing without dependent launches" if step.no_pdl else "decoding without a CUDA graph"
-                    warnings.warn(f"generate: {what}, slower: {error}", RuntimeWarning, stacklevel=2)
-    finally:
-        cache.replayed = replayed  # no replay follows
-        if replay is not None:  # `destroy_process_group` waits for a graph that holds collectives
-            replay.reset()
+                graph()
+        yield result
+        step.check_cache()
 
 
 class Step:
@@ -241,23 +226,27 @@ class Step:
     new       int32 [B]: tokens that the step appends, none of a sequence that has ended
     seen      bool [B,V]: the tokens of each sequence, with a repetition penalty
     measured  the token's log probability [B], the likeliest tokens [B,N] and theirs, with `logprobs`
+    taken     tokens of each sequence that the caller has
     no_pdl    whether no launch is dependent
     """
 
     def __init__(
-        self, model: Model, cache: KVCache, eos: frozenset[int], sampling: Sampling, logprobs: int | None = None
+        self, model: Model, cache: KVCache, options: SamplingOptions, conversation: Conversation | None = None
     ) -> None:
-        self.model, self.cache, self.sampling, self.no_pdl = model, cache, sampling, False
-        self.penalizes = sampling.repetition_penalty != 1.0
+        """`conversation`: that of a cache of the caller, which keeps the tokens."""
+        self.model, self.cache, self.options, self.conversation = model, cache, options, conversation
+        self.drawn = None if conversation is None else conversation.drawn
+        self.taken, self.no_pdl, self.penalizes = 0, False, options.repetition_penalty != 1.0
         B, device = cache.batch, model.device
-        self.stops = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
+        stops = sorted(options.stops(model.config))
+        self.stops, self.may_end = torch.tensor(stops, dtype=torch.int64, device=device), bool(stops)
         self.token = torch.zeros(B, dtype=torch.int64, device=device)
         self.ended = torch.zeros(B, dtype=torch.bool, device=device)
         self.new = torch.ones(B, dtype=torch.int32, device=device)
         self.measured: tuple[Tensor, ...] = ()
         self.seen = torch.zeros((B, model.config.vocab_size), dtype=torch.bool, device=device)
-        if logprobs is not None:
-            no_steps = Logprobs(*(tensor[:, 0] for tensor in stack_steps([], B, 1, logprobs)))
+        if options.logprobs is not None:
+            no_steps = Logprobs(*(tensor[:, 0] for tensor in stack_steps([], B, 1, options.logprobs)))
             self.measured = tuple(tensor.to(device, copy=True) for tensor in no_steps[1:])
 
     def __call__(self) -> None:
@@ -267,9 +256,9 @@ class Step:
 
     def pick(self, h: Tensor) -> None:
         """Pick the next tokens from the hidden states h [B,H]."""
-        logits = self.model.head(h)
-        scores = penalize(logits, self.seen, self.sampling.repetition_penalty) if self.penalizes else logits
-        token = sample(scores, *self.sampling[:5])
+        logits, options = self.model.head(h), self.options
+        scores = penalize(logits, self.seen, options.repetition_penalty) if self.penalizes else logits
+        token = sample(scores, options.temperature, options.top_p, options.generator, options.top_k, options.min_p)
         if self.model.ranks is not None:
             token = self.model.ranks.broadcast(token)
         self.token.copy_(torch.where(self.ended, self.token, token))
@@ -281,10 +270,22 @@ class Step:
         if self.penalizes:
             self.seen.scatter_(1, self.token[:, None], True)
 
-    def result(self) -> Any:
-        """Return what `stream` yields, in memory of its own."""
+    def take(self) -> tuple[Any, bool]:
+        """Return what `stream` yields, in memory of its own, and whether it is the last."""
+        if self.model.ranks is not None:
+            self.model.ranks.synchronize(self.model.device)
+        if self.drawn is not None:
+            self.drawn.append(self.token.clone())
+        self.taken += 1
         token, *measured = (tensor.clone() for tensor in (self.token, *self.measured))
-        return Logprobs(token, *measured) if measured else token
+        last = self.taken == self.options.max_new_tokens or (self.may_end and bool(self.ended.all()))
+        return Logprobs(token, *measured) if measured else token, last
+
+    def check_cache(self) -> None:
+        """Raise ValueError where the caller has used the cache since."""
+        if self.conversation is not None and (self.conversation.drawn is not self.drawn or self.cache.lengths_written):
+            got = "cache has gone on in another call, or its lengths were written"
+            raise ValueError(f"generate: {got}, needs a cache that only this one uses")
 
 
 def can_capture(model: Model) -> bool:
@@ -321,12 +322,11 @@ def to_rows(model: Model, ids: Any, mask: Any = None, argument: str = "generate:
     if not right or len(ids) == 0:
         raise ValueError(f"{argument} is {describe(ids)}, needs a tensor [B, T] or a list of texts [T], at least one")
 
-    def is_ids(row: Any) -> bool:
-        return isinstance(row, (list, tuple)) and all(is_int(token, 0) and token < 1 << 63 for token in row)
-
     with_tokenizer: Any = model  # a Mixtral
     ids = [with_tokenizer.tokenizer(row).input_ids if isinstance(row, str) else row for row in ids]
-    rows = [torch.tensor(row, dtype=torch.int64, device=model.device) if is_ids(row) else row for row in ids]
+    lists = [isinstance(row, (list, tuple)) and all(map(is_id, row)) for row in ids]
+    make = partial(torch.tensor, dtype=torch.int64, device=model.device)
+    rows = [make(row) if is_list else row for row, is_list in zip(ids, lists, strict=True)]
     return rows if mask is None else drop_padding(rows, mask)
 
 
@@ -344,21 +344,6 @@ def pad(texts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad 1-D texts on the right with token 0 -> ids [B,T], lengths int64 [B], both on the device."""
     lengths = torch.tensor([len(row) for row in texts], device=device)
     return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True), lengths
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def eos_ids(eos_token_id: int | Sequence[int] | None, config: Any) -> frozenset[int]:
-    """Return the ids that end a sequence, by default the config's; raise ValueError for anything but ids."""
-    value: Any = config.eos_token_id if eos_token_id is None else eos_token_id
-    if value is None:
-        return frozenset()
-    ids = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not all(is_int(token, 0) and token < 1 << 63 for token in ids):
-        raise ValueError(f"generate: eos_token_id is {eos_token_id!r}, needs a token id or a list of them")
-    return frozenset(ids)
 
 
 def _end_of(tail: Tensor, eos: frozenset[int]) -> int:

@@ -1,4 +1,4 @@
-"""Load a checkpoint into a model: what is quantized, and whether the memory suffices (offload_plan.py)."""
+"""Load a checkpoint into a model: what is quantized, and whether the memory suffices (memory_plan.py)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 
 from ..checkpoint import tensors as checkpoint
-from ..checkpoint.arguments import check_dtype, check_memory, named_dtype, usable_device, weight_bytes
+from ..checkpoint.arguments import check_dtype, named_dtype, usable_device
 from ..checkpoint.config import MixtralConfig, checkpoint_folder
 from ..checkpoint.shard import UNSHARDED
 from ..kernels.launching.arch import check_multiplies_fp8
 from ..kernels.launching.launch import target_arch
 from ..quantize import Formats, QuantSpec, hub
+from .memory_plan import MemoryRequest, check_memory, movable_bytes, place, table_bytes, weight_bytes
 from .model import Model
-from .offload_plan import MemoryRequest, movable_bytes, place, table_bytes
 from .parallel import Ranks
 
 M = TypeVar("M", bound=Model)

@@ -9,15 +9,24 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.arguments import LOAD_HINTS, reject_unknown
+from ..checkpoint.arguments import reject_unknown
+from ..checkpoint.tokenizer import load_tokenizer
 from .generate import generate, stream
 from .load import load
+from .memory_plan import MemoryRequest
 from .model import Model
-from .offload_plan import MemoryRequest
 from .parallel import Ranks
 from .score import score
-from .tokenizer import load_tokenizer
 from .trace import trace
+
+LOAD_HINTS = {  # what does here what an argument of transformers does there
+    "torch_dtype": "dtype",
+    "device_map": "device, or mesh for several GPUs, or offload for experts in host memory",
+    "quantization_config": "weights: 'int4', 'int8' or 'fp8'",
+    "load_in_4bit": "weights='int4'",
+    "load_in_8bit": "weights='int8'",
+    "revision": "the folder as 'NAME@REVISION'",
+}
 
 
 class Mixtral(Model):

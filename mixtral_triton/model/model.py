@@ -18,14 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..checkpoint import tensors as checkpoint
-from ..checkpoint.arguments import (
-    FORWARD_HINTS,
-    check_dtype,
-    check_ids,
-    check_lengths,
-    check_positions,
-    reject_unknown,
-)
+from ..checkpoint.arguments import check_dtype, check_ids, check_lengths, check_positions, reject_unknown
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig
 from ..checkpoint.shard import UNSHARDED
 from ..kernels.launching.launch import pdl_region
@@ -34,8 +27,9 @@ from ..kernels.operation.checks import check_values
 from ..kernels.ops.cache_args import rope_tables
 from ..quantize import OffloadedWeight, QuantizedWeight, QuantSpec
 from .cache import KVCache
+from .conversation import Conversation, Identity
 from .layer import ForwardContext, Layer, WeightTensor
-from .offload_plan import RESIDENT, Placement, offloaded_weights
+from .memory_plan import RESIDENT, Placement, offloaded_weights
 from .parallel import Ranks
 
 if TYPE_CHECKING:
@@ -43,6 +37,14 @@ if TYPE_CHECKING:
 
 # Rows of a forward up to which activations="fp8" keeps 16 bits: its products are then bound by the weights' bytes.
 SIXTEEN_BIT_ROWS = 64
+FORWARD_HINTS = {  # what does here what an argument of transformers does there
+    "attention_mask": "lengths, with a cache and padding on the right; generate and score take prompts of any lengths",
+    "labels": "model.score(texts): the log probability of each token",
+    "output_hidden_states": "model.layers[i].register_forward_hook: a layer returns its hidden state and the next norm",
+    "past_key_values": "cache, a KVCache",
+    "use_cache": "cache, a KVCache",
+    "position_ids": "cache and lengths, from which positions follow",
+}
 
 
 @cache
@@ -230,16 +232,18 @@ class Model(nn.Module):
             if lengths is not None:
                 check_lengths("Mixtral", lengths, B, self.device)
                 check_values("Mixtral", "lengths", lengths, 0, T)
-            identity = None if torch.compiler.is_compiling() else self.identity()
-            if identity is not None and cache.has_keys_of_another(identity):
+            if torch.compiler.is_compiling():
+                if cache.conversation is not None:
+                    cache.conversation.texts = None
+                return
+            conversation, identity = Conversation.of(cache), self.identity()
+            if conversation.is_of_another(cache, identity):
                 got = "keys that another model filled in, or this one in another dtype"
                 raise ValueError(f"Mixtral: argument 'cache' has {got}, needs a new cache, or lengths of 0")
             cache.reserve(T if lengths is None else lengths)
-            if identity is not None:
-                cache.filled_by = identity
-                cache.record(input_ids, lengths)
+            conversation.note_forward(cache, identity, input_ids, lengths)
 
-    def identity(self) -> tuple[weakref.ref[Model], torch.dtype]:
+    def identity(self) -> Identity:
         """Return what a cache keeps of the model that filled it."""
         return weakref.ref(self), self.dtype
 

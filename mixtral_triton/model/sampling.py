@@ -1,23 +1,85 @@
 """The next token from the logits: repetition penalty, then greedy or sampled; and log probabilities."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.arguments import is_id, is_int, reject_unknown
+from ..checkpoint.config import MixtralConfig
+
 MIN_TEMPERATURE = 1e-30
 TINY = torch.finfo(torch.float32).tiny  # in fp32 a smaller number may be 0
+GENERATE_HINTS = {  # what does here what an argument of transformers does there
+    "do_sample": "temperature: 0 is greedy, above 0 samples",
+    "max_length": "max_new_tokens",
+    "streamer": "model.stream(...), an iterator over tokens",
+    "stopping_criteria": "model.stream(...), which a caller leaves",
+    "output_scores": "logprobs=N",
+    "output_logits": "logprobs=N",
+    "return_dict_in_generate": "logprobs=N, which returns a NamedTuple",
+    "past_key_values": "cache, a KVCache",
+    "use_cache": "cache, a KVCache that goes on; there is one in any case",
+    "pad_token_id": "nothing: a sequence is padded with its EOS",
+    "generation_config": "its fields as arguments: temperature, top_k, top_p, ...",
+    "num_return_sequences": "the prompt as often in a list",
+}
 
 
-class Sampling(NamedTuple):
-    """The arguments of `generate` that select the next token."""
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How texts go on: the arguments of `generate`, which explains them. ValueError for a wrong one."""
 
+    max_new_tokens: int = 32
     temperature: float = 0.0
     top_p: float = 1.0
+    eos_token_id: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
     top_k: int | None = None
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    cache_dtype: torch.dtype | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        temperature, penalty, largest = self.temperature, self.repetition_penalty, torch.finfo(torch.float32).max
+        finite = _is_number(temperature) and 0 <= temperature <= sys.float_info.max
+        eos = () if self.eos_token_id is None else self.eos_token_id
+        stops = eos if isinstance(eos, (list, tuple)) else [eos]
+        for name, valid, need in (
+            ("max_new_tokens", is_int(self.max_new_tokens, 0), "an integer of at least 0"),
+            ("temperature", finite, "a finite number of at least 0"),
+            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0, at most 1"),
+            ("top_k", self.top_k is None or is_int(self.top_k, 1), "an integer of at least 1, or None"),
+            ("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", _is_number(penalty) and 0 < penalty <= largest, "a finite number above 0"),
+            ("logprobs", self.logprobs is None or is_int(self.logprobs, 0), "an integer of at least 0, or None"),
+            ("eos_token_id", all(map(is_id, stops)), "a token id or a list of them"),
+            ("generator", isinstance(self.generator, (torch.Generator, type(None))), "a torch.Generator, or None"),
+        ):
+            if not valid:
+                raise ValueError(f"generate: {name} is {getattr(self, name)!r}, needs {need}")
+
+    @classmethod
+    def of(cls, *args: Any, **named: Any) -> SamplingOptions:
+        """Return the options of these arguments; ValueError for one that there is not, with what does the same here."""
+        known = {field.name for field in fields(cls)}
+        reject_unknown("generate", {name: named[name] for name in named if name not in known}, GENERATE_HINTS)
+        return cls(*args, **named)
+
+    def stops(self, config: MixtralConfig) -> frozenset[int]:
+        """Return the ids that end a sequence, by default the config's."""
+        ids = config.eos_token_id if self.eos_token_id is None else self.eos_token_id
+        return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Logprobs(NamedTuple):

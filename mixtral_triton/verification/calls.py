@@ -23,10 +23,10 @@ from ..kernels.weights.composites import first_part
 from ..kernels.weights.quantized import QuantizedWeight
 from ..kernels.weights.quantized_cache import QuantizedCache
 from ..kernels.weights.weight_args import Weight
-from ..model.ahead import on_meta
 from ..model.cache import KVCache
 from ..model.layer import Layer
 from ..model.mixtral import Mixtral
+from ..model.precompile import on_meta
 from .tolerance import Args, ConvertedExperts, to_fp64
 
 Call = tuple[str, str, Args]  # operation, case, arguments

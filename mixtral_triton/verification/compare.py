@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..checkpoint.arguments import check_ids, check_vocabulary
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
+from ..checkpoint.tokenizer import load_tokenizer
 from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
 from ..kernels.operation.checks import dtype_name
 from ..kernels.registry import dispatched
-from ..model.ahead import on_meta_by_kind
 from ..model.mixtral import Mixtral
-from ..model.tokenizer import load_tokenizer
+from ..model.precompile import on_meta_by_kind
 from ..quantize.hub import read_headers
 from .calls import SizedCalls
 from .compare_weights import check_weights

@@ -27,7 +27,7 @@ from mixtral_triton.kernels.launching.arch import ARCHS
 from mixtral_triton.kernels.launching.launch import Launch
 from mixtral_triton.kernels.operation.declaration import Op
 from mixtral_triton.kernels.registry import OPS
-from mixtral_triton.model import ahead
+from mixtral_triton.model import precompile
 from tests.cli.commands import heed_interrupts
 
 pytestmark = pytest.mark.compiled
@@ -263,16 +263,16 @@ def test_gpus_that_run_on_another_family_s_tiles(arch: str) -> None:
 def test_the_cache_key_is_that_of_triton_s_jit(name: str, arch: str) -> None:
     """Triton's key of what is compiled here is the one that its JIT makes of the same call."""
     jit = pytest.importorskip("triton.runtime.jit")
-    backend = ahead.make_backend(ahead.target_of(arch))
+    backend = precompile.make_backend(precompile.target_of(arch))
     for launch in launches_of(OPS[name], arch):
         program = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
         call = {**launch.args, **launch.constexprs, **program, "debug": False}
         bind = jit.create_function_from_signature(launch.fn.signature, launch.fn.params, backend)
         options, *packed = launch.fn._pack_args(backend, call, *bind(**call))
         again = backend.parse_options(dict(options.__dict__))
-        key = get_cache_key(ahead.ASTSource(launch.fn, *packed), backend, again, {})
-        ours = backend.parse_options(ahead.options_of(launch))
-        assert get_cache_key(ahead.source_of(launch, arch), backend, ours, {}) == key
+        key = get_cache_key(precompile.ASTSource(launch.fn, *packed), backend, again, {})
+        ours = backend.parse_options(precompile.options_of(launch))
+        assert get_cache_key(precompile.source_of(launch, arch), backend, ours, {}) == key
 
 
 @pytest.fixture
@@ -344,13 +344,13 @@ def test_a_fault_is_printed_and_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_no_collection_lets_another_thread_parse_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Triton does in each thread. Some releases of CPython fail then: "AST constructor recursion depth mismatch"."""
-    source = Path(ahead.__file__).read_text()
+    source = Path(precompile.__file__).read_text()
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4))
     collections = list[str]()
     callback = lambda phase, info: (collections.append(phase), time.sleep(0))  # noqa: E731
     gc.callbacks.append(callback)
     try:
-        ahead.on_all_cores(lambda _: ast.parse(source), range(100))
+        precompile.on_all_cores(lambda _: ast.parse(source), range(100))
     finally:
         gc.callbacks.remove(callback)
     assert gc.isenabled() and len(collections) <= 2

@@ -234,6 +234,6 @@ def test_a_cache_after_other_use(window: int | None, device: torch.device) -> No
         with pytest.raises(ValueError, match="reach 17 tokens, beyond the cache's slots, 16"):
             model.generate(want, 4, cache=cache)
     longer = torch.cat((want, ids), 1)[:, :16]
-    cache.texts = None  # as after a forward in a graph
+    cache.conversation.texts = None  # as after a forward in a graph
     with pytest.warns(RuntimeWarning, match="host does not know"):
         assert torch.equal(model.generate(longer, 1, cache=cache), model.generate(longer, 1))

@@ -14,10 +14,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mixtral_triton import Mixtral
+from mixtral_triton.checkpoint.tokenizer import load_tokenizer
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.cli.prompt import decode, encode, read_text
 from mixtral_triton.cli.text_stream import Text, Writer
-from mixtral_triton.model.tokenizer import load_tokenizer
 from mixtral_triton.verification import verify
 from mixtral_triton.verification.compare import token_ids
 from tests.cli.commands import error_line, output, run, run_json

@@ -16,9 +16,10 @@ import torch
 from tokenizers import Tokenizer
 
 from mixtral_triton import Mixtral, MixtralConfig, verify
-from mixtral_triton.checkpoint import arguments
 from mixtral_triton.checkpoint.config import SIZES, checkpoint_folder
 from mixtral_triton.cli.commands import SMALL
+from mixtral_triton.model.mixtral import LOAD_HINTS
+from mixtral_triton.model.sampling import GENERATE_HINTS
 from mixtral_triton.quantize.write import write
 from tests.cli.commands import error_line, output
 from tests.quantize.test_quantize_write import sharded
@@ -276,11 +277,11 @@ def test_a_batch_encoding_is_generated_from() -> None:
 
 def test_arguments_of_transformers_name_ours() -> None:
     model, ids = random_model(), torch.tensor([[1, 2]])
-    for name, need in arguments.GENERATE_HINTS.items():
+    for name, need in GENERATE_HINTS.items():
         for call in (model.generate, model.stream):
             with pytest.raises(ValueError, match=re.escape(f"generate: there is no argument {name!r}, needs {need}")):
                 call(ids, **{name: 1})
-    for name, need in arguments.LOAD_HINTS.items():
+    for name, need in LOAD_HINTS.items():
         message = re.escape(f"Mixtral.from_pretrained: there is no argument {name!r}, needs {need}")
         with pytest.raises(ValueError, match=message):
             Mixtral.from_pretrained(SMALL, **{name: 1})

@@ -2,6 +2,7 @@
 probabilities, and what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,7 +15,7 @@ from mixtral_triton import SMALL, KVCache, Mixtral, reference
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.model import generate
 from mixtral_triton.model.cache import cache_bytes
-from mixtral_triton.model.sampling import Logprobs, penalize
+from mixtral_triton.model.sampling import Logprobs, SamplingOptions, penalize
 from tests.support.faults import Inject, in_step, replace_by
 from tests.support.models import HELD_OUT, cache_of, computed, random_model, seeded, tokens
 
@@ -105,7 +106,9 @@ END_FAULTS: dict[str, Inject] = {
     "EOS is cut off": replace_by(generate, "_end_of", without_eos),
     "an ended sequence goes on": in_step("pick", lambda _, step: step.ended.zero_()),
     "EOS of the config is ignored": replace_by(
-        generate, "eos_ids", lambda f: lambda given, config: f([] if given is None else given, config)
+        SamplingOptions,
+        "stops",
+        lambda f: lambda options, config: f(replace(options, eos_token_id=options.eos_token_id or []), config),
     ),
     "the last EOS is unknown": in_step("__init__", lambda _, step: setattr(step, "stops", step.stops[:-1])),
     "all sequences end together": in_step("pick", lambda _, step: step.ended.fill_(bool(step.ended.any()))),

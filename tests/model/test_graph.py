@@ -63,19 +63,8 @@ def test_the_next_replay_is_launched_before_a_token_is_returned(gpu: Any) -> Non
         if len(replays) == NEW - 2:
             steps.close()  # type: ignore[attr-defined]
     assert replays == [*range(NEW - 2)] and found == want[: len(found)]
-    assert cache.lengths.tolist() == [len(found)] and cache.held_tokens() == [found]
+    assert cache.lengths.tolist() == [len(found)] and cache.conversation.held_tokens(cache) == [found]
     assert model.generate([found], 2, cache=cache)[0].tolist() == want and cache.reused == [len(found) - 1]
-
-
-def test_replays_end_with_the_last_sequence(gpu: Any) -> None:
-    model = build(5, GPU_DEVICE)
-    free = [text[-NEW:] for text in texts(model, max_new_tokens=NEW)]
-    eos = [free[1][2]]
-    gpu.replays = 0
-    ends = [next(i for i, token in enumerate(row) if token in eos) for row in free]
-    ended = texts(model, max_new_tokens=NEW, eos_token_id=eos)
-    assert [len(text) - len(p) for text, p in zip(ended, prompts("cpu"), strict=True)] == [end + 1 for end in ends]
-    assert gpu.replays == max(ends) - 1 and len({*ends}) == 3  # later replays know which sequences have ended
 
 
 def test_replays_draw_new_tokens_and_take_the_top_k(gpu: Any) -> None:
@@ -92,26 +81,28 @@ def test_replays_draw_new_tokens_and_take_the_top_k(gpu: Any) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("window", [None, 5])
 def test_replays_go_on_in_a_cache_with_penalty_and_log_probabilities(window: int | None, gpu: Any) -> None:
-    """Sequences end at different replays, and a second turn continues where each stands."""
+    """Sequences end at different replays, replays with the last one; a second turn goes on where each stands."""
     settings: dict[str, Any] = {"max_new_tokens": NEW, "repetition_penalty": 1.4}
     plain = texts(build(window, "cpu"), **settings)
     assert plain != texts(build(window, "cpu"), max_new_tokens=NEW)
-    settings |= {"eos_token_id": [plain[1][3]], "logprobs": 2}
+    settings |= {"eos_token_id": [text[at] for text, at in zip(plain, (-4, -6, -2), strict=True)], "logprobs": 2}
     found = []
     for device in ("cpu", GPU_DEVICE):
         model, turns, ids = build(window, device), list[Any](), prompts(device)
         cache = KVCache(model.config, len(ids), 40, device, model.dtype)
         for _ in range(2):
-            held = cache.lengths.tolist()
+            held, replays = cache.lengths.tolist(), gpu.replays
             got = model.generate(ids, cache=cache, **settings)
-            assert cache.reused == held
+            new = [len(text) - len(prompt) for text, prompt in zip(got.ids, ids, strict=True)]
+            assert cache.reused == held and len({*new}) > 1 and max(new) < NEW
+            assert device == "cpu" or gpu.replays - replays == max(new) - 2
             assert cache.lengths.tolist() == [len(text) - 1 for text in got.ids]
             turns += [[each.tolist() for each in part] for part in got[::2]]
             turns.append(torch.cat(got.logprobs).tolist())
             ids = [torch.cat((text, text[-3:])) for text in got.ids]
         found.append(turns)
-    (cpu, on_gpu), replays = found, gpu.replays
-    assert cpu[::3] == on_gpu[::3] and cpu[1::3] == on_gpu[1::3] and replays > NEW
+    cpu, on_gpu = found
+    assert cpu[::3] == on_gpu[::3] and cpu[1::3] == on_gpu[1::3]
     assert all(a == pytest.approx(b, abs=1e-4) for a, b in zip(cpu[2::3], on_gpu[2::3], strict=True))
 
 

@@ -17,8 +17,8 @@ from mixtral_triton.bench.gpus import parse_gpu
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.weights.offload import OffloadedWeight, _pinned
-from mixtral_triton.model import offload_plan
-from mixtral_triton.model.offload_plan import MemoryRequest
+from mixtral_triton.model import memory_plan
+from mixtral_triton.model.memory_plan import MemoryRequest
 from tests.support.memory import needs_proc
 from tests.support.models import random_model
 
@@ -51,7 +51,7 @@ def test_wrong_count_or_context_raises_value_error(options: dict[str, Any], mess
 
 def test_host_memory_is_checked_before_allocating(monkeypatch: pytest.MonkeyPatch) -> None:
     per_expert = 4 * 3 * 128 * 256 * 2
-    monkeypatch.setattr(offload_plan, "host_memory", lambda: 2 * per_expert)
+    monkeypatch.setattr(memory_plan, "host_memory", lambda: 2 * per_expert)
     with pytest.raises(ValueError, match=r"12 of 32 experts in host memory take .* available"):
         Mixtral.from_pretrained(SMALL, "cpu", offload=3)
     assert Mixtral.from_pretrained(SMALL, "cpu", offload=2).layers[0].down_proj.on_host == (6, 7)
@@ -66,8 +66,8 @@ def test_host_memory_is_what_the_system_has_available(
 ) -> None:
     if text is not None:
         (tmp_path / "meminfo").write_text(text)
-    monkeypatch.setattr(offload_plan, "MEMINFO", tmp_path / "meminfo")
-    assert offload_plan.host_memory() == available
+    monkeypatch.setattr(memory_plan, "MEMINFO", tmp_path / "meminfo")
+    assert memory_plan.host_memory() == available
 
 
 def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,17 +75,17 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(Mixtral.from_pretrained(SMALL, "cpu", offload="auto").layers[0].down_proj, torch.nn.Parameter)
     model = Mixtral.from_pretrained(SMALL, "cpu")
     needed, sizes = 10_000_000, ([250_000] * 4, 400_000)  # the buffers hold the experts of the layer with the most
-    context = sum(offload_plan.running_bytes(model.config, 1, 1024).values())
+    context = sum(memory_plan.running_bytes(model.config, 1, 1024).values())
     cases = [(10_000_000, [], False), (9_999_999, [0] * 4, True), (9_600_000, [0] * 4, True)]
     # Freed are 400,000 and each 250,000, without the buffers, 250,000 up to four experts and 500,000 up to eight.
     cases += [(9_599_999, [0, 1, 0, 1], True), (9_350_000, [0, 1, 0, 1], True), (9_349_999, [0, 1, 1, 1], True)]
     cases += [(9_100_000, [0, 1, 1, 1], True), (8_850_000, [1] * 4, True), (8_849_999, [1, 2, 1, 2], True)]
     cases += [(1, [7] * 4, True)]
     for available, counts, embedding in cases:
-        monkeypatch.setattr(offload_plan, "available_bytes", lambda device, free=available: free + context)
+        monkeypatch.setattr(memory_plan, "available_bytes", lambda device, free=available: free + context)
         args = (MemoryRequest("auto"), model.config, None, torch.device("cpu"), needed, sizes)
         with pytest.warns(UserWarning, match=f"{sum(counts)} of 32 experts {'and' if counts else 'in'}"):
-            found = offload_plan.place(*args)
+            found = memory_plan.place(*args)
         assert ([*map(len, found.experts)], found.embedding) == (counts, embedding), available
         host = sum(counts) * 250_000 + 400_000 * embedding
         assert (found.host_bytes, found.staging_bytes) == (host, 250_000 * max(counts, default=0))
@@ -94,9 +94,9 @@ def test_auto_takes_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
     for tied, size in ((False, 23 * 16 * 4), (True, 0)):
         model = random_model("meta", tie_word_embeddings=tied)
-        each, embedding = offload_plan.movable_bytes(model.config, parameter_shapes(model.config), {}, model.dtype)
+        each, embedding = memory_plan.movable_bytes(model.config, parameter_shapes(model.config), {}, model.dtype)
         assert (each, embedding) == ([3 * 16 * 12 * 4], size)
-        assert offload_plan.Placement.of([[]], each, embedding).embedding is not tied
+        assert memory_plan.Placement.of([[]], each, embedding).embedding is not tied
 
 
 @pytest.mark.parametrize(
@@ -104,19 +104,19 @@ def test_an_embedding_that_is_the_head_stays_on_the_gpu() -> None:
 )
 def test_auto_takes_what_fit_says(name: str, format: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the GPU has as much free memory as the table says, once its context exists."""
-    monkeypatch.setattr(offload_plan, "host_memory", lambda: None)  # that of this machine may not suffice
+    monkeypatch.setattr(memory_plan, "host_memory", lambda: None)  # that of this machine may not suffice
     gpu_of_fit, config, synchronized = parse_gpu(name), fit.KNOWN["mixtral-8x7b"], list[Any]()
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
-    free = lambda device: offload_plan.estimated_free(gpu_of_fit.bytes) if synchronized else gpu_of_fit.bytes  # noqa: E731
+    free = lambda device: memory_plan.estimated_free(gpu_of_fit.bytes) if synchronized else gpu_of_fit.bytes  # noqa: E731
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free(device), gpu_of_fit.bytes))
     specs, shapes = fit.format_specs(config)[format], parameter_shapes(config)
     offload = fit.Request("", config, {format: specs}, 1, 4096).memory_plan(format, gpu_of_fit).offload
     need = fit.memory_need(config, specs, 1, 4096)
-    sizes = offload_plan.movable_bytes(config, shapes, specs, torch.bfloat16)
+    sizes = memory_plan.movable_bytes(config, shapes, specs, torch.bfloat16)
     args = (MemoryRequest("auto"), config, None, torch.device("cuda"), need["weights"] + need["tables"], sizes)
     said = f"offload='auto': {offload['experts']} of {offload['of']} experts and the embedding in host memory ("
     with pytest.warns(UserWarning, match=re.escape(said)):
-        found = offload_plan.place(*args)
+        found = memory_plan.place(*args)
     names = ("count", "embedding", "host_bytes", "staging_bytes")
     assert [getattr(found, name) for name in names] == [offload[name] for name in ("experts", *names[1:])]
 

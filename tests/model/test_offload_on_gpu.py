@@ -23,8 +23,8 @@ from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.operation import plan
 from mixtral_triton.kernels.weights import offload
 from mixtral_triton.kernels.weights.offload import OffloadedWeight
-from mixtral_triton.model import generate, offload_plan
-from mixtral_triton.model.offload_plan import MARGIN, Placement, movable_bytes
+from mixtral_triton.model import generate, memory_plan
+from mixtral_triton.model.memory_plan import MARGIN, Placement, movable_bytes
 from tests.cli.commands import run
 from tests.support.models import random_model, tokens
 from tests.support.stub.gpu import Stream
@@ -253,7 +253,7 @@ def test_embedding_in_host_memory_is_loaded_by_the_host(gpu: Any, monkeypatch: p
         fill(part, name, stored, target, destination, *rest)
 
     monkeypatch.setattr(checkpoint, "_fill", recorded)
-    monkeypatch.setattr(offload_plan, "available_bytes", lambda *args: 1)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda *args: 1)
     with pytest.warns(UserWarning, match="and the embedding in host memory"):
         model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload="auto")
     assert destinations["embed_tokens"] == "cpu" and destinations["norm"] == "cuda" and model.embed_tokens.is_cuda

@@ -16,7 +16,7 @@ from mixtral_triton import Mixtral
 from mixtral_triton.bench.decode_step import STEP, decode_step, inputs, replayed_step
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.operation import plan
-from mixtral_triton.model import cuda_graph, offload_plan
+from mixtral_triton.model import cuda_graph, memory_plan
 from tests.support.models import cache_of, random_model, tokens
 
 pytestmark = pytest.mark.gpu
@@ -104,7 +104,7 @@ def test_experts_in_host_memory_give_the_bits_of_resident_ones(weights: str | No
     ids, repeats, new = (torch.arange(3, 83), 1, 4) if simulated else (torch.arange(3, 203), 50, 64)
     ids = ids.to("cuda")[None]
     for offload in (0, 3, "auto"):
-        with mock.patch.object(offload_plan, "available_bytes", return_value=1):
+        with mock.patch.object(memory_plan, "available_bytes", return_value=1):
             model = Mixtral.from_pretrained(SMALL, "cuda", weights=weights, offload=offload)
         logits = model(ids)
         assert all(torch.equal(model(ids), logits) for _ in range(repeats))

@@ -13,7 +13,7 @@ from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.kernels.weights.offload import OffloadedWeight
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
-from mixtral_triton.model.offload_plan import Placement
+from mixtral_triton.model.memory_plan import Placement
 from mixtral_triton.quantize import quantize_into, select_specs
 from mixtral_triton.verification.compare_weights import check_weights
 from mixtral_triton.verification.models_under_test import ModelUnderTest

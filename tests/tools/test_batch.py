@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,17 +18,11 @@ from mixtral_triton import Mixtral
 from mixtral_triton.cli import batch
 from mixtral_triton.cli.text_stream import read_step
 from mixtral_triton.model.sampling import Logprobs
-from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
+from tests.cli.commands import error_line, heed_interrupts, output, run, run_json
+from tests.cli.test_cli import command
 
 pytestmark = pytest.mark.compiled
 BATCH = "generate --device cpu --max-new-tokens 5 --deterministic --batch-size 3"
-
-
-def start(*words: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "mixtral_triton", *map(str, words)]
-    pipes: dict[str, Any] = {"stdin": -1, "stdout": -1, "stderr": -1, "text": True, "bufsize": 0}
-    return subprocess.Popen(command, env=environment, preexec_fn=heed_interrupts, **pipes)
 
 
 def write_jobs(folder: Path, count: int = 40) -> Path:
@@ -75,7 +68,8 @@ def test_an_interrupted_batch_is_continued(chat_folder: Path, appended: list[int
     jobs, out = write_jobs(chat_folder), chat_folder / "out.jsonl"
     long = BATCH.replace("--max-new-tokens 5", "--max-new-tokens 40")  # the rest takes longer than a signal
     whole = output(long, chat_folder, "--batch", jobs, status=1)
-    process = start(*long.split(), chat_folder, "--batch", jobs, "--out", out)
+    words = command(*long.split(), *map(str, (chat_folder, "--batch", jobs, "--out", out)), TRITON_INTERPRET="0")
+    process = subprocess.Popen(**words, preexec_fn=heed_interrupts, stdout=-1, stderr=-1, text=True)
     while not out.exists() or out.read_bytes().count(b"\n") < 12:  # a window's lines are written one by one
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.01)

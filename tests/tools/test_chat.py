@@ -20,13 +20,12 @@ import torch
 
 from mixtral_triton import KVCache, Mixtral
 from mixtral_triton.checkpoint.config import SMALL
+from mixtral_triton.checkpoint.tokenizer import load_tokenizer
 from mixtral_triton.cli import chat
-from mixtral_triton.cli.chat import Conversation
 from mixtral_triton.cli.prompt import speed_of
 from mixtral_triton.cli.text_stream import Writer
 from mixtral_triton.model import generate
 from mixtral_triton.model.layer import Layer
-from mixtral_triton.model.tokenizer import load_tokenizer
 from tests.cli.commands import ROOT, error_line, heed_interrupts, output, run, run_json
 from tests.support.models import random_model
 from tests.tools.conftest import TEMPLATE, change
@@ -326,20 +325,16 @@ def test_a_cache_grows_layer_by_layer(dtype: torch.dtype, monkeypatch: pytest.Mo
     monkeypatch.setattr(KVCache, "_zeros", count)
     cache.grow(20)
     assert (cache.slots, cache.max_len, cache.keys[2].shape[2]) == (20, 20, 20) and most == [*range(6, 0, -1)]
-    assert torch.equal(model(ids[:, :1], cache=cache), want) and cache.held_tokens() == [
+    assert torch.equal(model(ids[:, :1], cache=cache), want) and cache.conversation.held_tokens(cache) == [
         [*row, row[0]] for row in ids.tolist()
     ]
 
 
 def test_offload_auto_plans_the_context_of_a_chat(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtral_triton.model.offload_plan.AUTO_CONTEXT", 100)
-    monkeypatch.setattr(Conversation, "__init__", lambda self, writer, system, limit: _raise(f"limit {limit}"))
+    monkeypatch.setattr("mixtral_triton.model.memory_plan.AUTO_CONTEXT", 100)
+    monkeypatch.setattr(chat, "Chat", made := mock.Mock(side_effect=ValueError))
     for options, want in (("--offload auto", 100), ("", 1024), ("--offload auto --context 50", 50)):
-        assert run(f"{CHAT} {options}", chat_folder)[2].endswith(f"limit {want}\n")
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)
+        assert run(f"{CHAT} {options}", chat_folder)[0] == 2 and made.call_args.args[2] == want
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")

@@ -20,7 +20,7 @@ from mixtral_triton.cli import commands
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.model.cache import cache_bytes
 from mixtral_triton.model.generate import prefill, sample
-from mixtral_triton.model.offload_plan import (
+from mixtral_triton.model.memory_plan import (
     GRAPH_BYTES,
     LOGIT_BYTES,
     MARGIN,
@@ -59,6 +59,7 @@ def test_the_published_counts_and_sizes() -> None:
     assert parameters(SMALLER) == (46_702_792_704, 12_879_925_248)
     # Published with 32,000 words: 768 more in the embedding, and as many in the head.
     assert parameters(LARGER)[0] == 140_620_634_112 + 2 * 768 * 6144
+    assert parameters(KNOWN["qwen3-30b-a3b"])[0] == 30_532_122_624
     for config, want in ((SMALLER, [93.4, 48.3, 48.3, 26.5]), (LARGER, [281.3, 146.0, 146.0, 80.4])):
         sizes = [size(config, FORMATS[name]) / GB for name in ("as stored", "fp8", "int8", "int4")]
         assert [round(one, 1) for one in sizes] == want
@@ -108,30 +109,26 @@ def most_alive(
     return live.peak
 
 
-@pytest.mark.parametrize("weights", [None, "int4", "fp8", FORMATS["int4, linear int8"]], ids=str)
+NARROW, WIDE = {"intermediate_size": 256, "num_experts_per_tok": 1}, {"head_dim": 256, "intermediate_size": 512}
+# Formats of weights and activations, and sizes. Quantized weights need no more: none is dequantized anywhere.
+PREFILLS = [(None, None, sizes) for sizes in ({}, NARROW, WIDE)]
+PREFILLS += [(weights, None, {}) for weights in ("int4", "fp8", FORMATS["int4, linear int8"])]
+PREFILLS += [("fp8", "fp8", sizes) for sizes in ({}, NARROW | {"hidden_size": 4160, "intermediate_size": 200})]
+
+
+@pytest.mark.parametrize(("weights", "activations", "sizes"), PREFILLS, ids=str)
 @pytest.mark.parametrize(
     ("batch", "context", "chunk"),
     [(1, 5000, 2048), (1, 4096, 2048), (3, 700, 2048), (64, 2048, 2048), (1, 129, 2048), (3, 1100, 512)],
 )
-def test_the_workspace_is_what_a_prefill_takes(batch: int, context: int, chunk: int, weights: Any) -> None:
-    """Quantized weights need no more: no kernel writes a dequantized weight anywhere."""
-    narrow, wide = {"intermediate_size": 256, "num_experts_per_tok": 1}, {"head_dim": 256, "intermediate_size": 512}
-    for sizes in ({}, narrow, wide) if weights is None else ({},):
-        config = replace(SMALLER, num_hidden_layers=3, **sizes)
-        found, said = most_alive(config, batch, context, weights, chunk), workspace_bytes(config, batch, context, chunk)
-        assert found <= said and (weights is not None or said <= 1.02 * found + 4096), sizes
-
-
-@pytest.mark.parametrize(
-    "sizes", [{}, {"hidden_size": 4160, "intermediate_size": 200, "num_experts_per_tok": 1}], ids=str
-)
-@pytest.mark.parametrize(("batch", "context", "chunk"), [(1, 5000, 2048), (1, 129, 2048), (3, 1100, 512)])
-def test_the_workspace_of_quantized_activations(batch: int, context: int, chunk: int, sizes: dict[str, int]) -> None:
+def test_the_workspace_is_what_a_prefill_takes(
+    batch: int, context: int, chunk: int, weights: Any, activations: Any, sizes: dict[str, int]
+) -> None:
     config = replace(SMALLER, num_hidden_layers=3, **sizes)
-    found = most_alive(config, batch, context, "fp8", chunk, "fp8")
-    said = workspace_bytes(config, batch, context, chunk, "fp8")
-    assert found <= said <= 1.02 * found + 4096
-    assert found > 1.05 * most_alive(config, batch, context, "fp8", chunk) or sizes
+    found = most_alive(config, batch, context, weights, chunk, activations)
+    said = workspace_bytes(config, batch, context, chunk, activations)
+    assert found <= said and ((weights and not activations) or said <= 1.02 * found + 4096)
+    assert not activations or sizes or found > 1.05 * most_alive(config, batch, context, weights, chunk)
 
 
 @pytest.mark.parametrize("weights", [None, "int4"])

@@ -6,13 +6,14 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from mixtral_triton import Mixtral
 from mixtral_triton.checkpoint.config import SMALL
-from mixtral_triton.model.tokenizer import load_tokenizer
+from mixtral_triton.checkpoint.tokenizer import load_tokenizer
 from tests.cli.commands import output, run, run_json
 from tests.support.models import HELD_OUT
 
@@ -67,15 +68,10 @@ def test_a_format_is_beside_the_baseline(text: Path, monkeypatch: pytest.MonkeyP
     assert re.search(r"[+-]\d\.\d\d%", table)
     monkeypatch.setattr("sys.stdin", io.StringIO(text.read_text()))
     assert run_json(f"{COMMAND} --text -") == stored
-    load = Mixtral.from_pretrained
-    fails = lambda *args, **options: load(*args, **options) if args[3] else _raise("no memory")  # noqa: E731
-    monkeypatch.setattr(Mixtral, "from_pretrained", fails)
+    models = [Mixtral.from_pretrained(SMALL, "cpu", weights="int4"), ValueError("no memory")]
+    monkeypatch.setattr(Mixtral, "from_pretrained", Mock(side_effect=models))
     status, out, error = run(f"{COMMAND} --weights int4 --json --text", text)
     assert status == 0 and json.loads(out)["baseline"] is None and "no baseline: no memory" in error
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import math
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.arguments import default_dtype, free_memory, in_decimal, is_int, usable_device
+from ..checkpoint.arguments import default_dtype, is_int, usable_device
 from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig
 from ..kernels.weights.fp8 import encoded_bytes
 from ..kernels.weights.offload import OffloadedWeight, empty_on_host
@@ -22,8 +23,6 @@ from .cache import cache_bytes
 from .parallel import Ranks
 
 MIB = 2**20
-
-
 GRAPH_BYTES = 256 * MIB  # by estimate: a decode step's buffers, by tests/tools/test_fit.py, and as much for its kernels
 MARGIN = 0.02  # of the free memory: what an allocator rounds up, and the error of the estimates
 # Of each logit: in the model's dtype, in fp32, and what a draw by temperature and top_p makes of it, its sort included.
@@ -31,6 +30,45 @@ LOGIT_BYTES = 64
 MEMINFO = Path("/proc/meminfo")
 AUTO_CONTEXT = 4096  # tokens of one sequence, which offload="auto" leaves memory for by default
 Movable = tuple[Sequence[int], int]  # bytes of an expert of each layer, and of the embedding
+
+
+def weight_bytes(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, QuantSpec], dtype: torch.dtype) -> int:
+    """Return the bytes of the parameters of these shapes: those in `specs` quantized, the others in `dtype`."""
+    quantized = (specs[name].empty(shape, "meta").nbytes for name, shape in shapes.items() if name in specs)
+    dense = (math.prod(shape) * dtype.itemsize for name, shape in shapes.items() if name not in specs)
+    return sum(quantized) + sum(dense)
+
+
+def in_decimal(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return a CUDA device's free bytes, those that torch keeps of freed memory included; None for another device."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def check_memory(device: torch.device, needed: int) -> None:
+    """Raise ValueError, before anything is allocated, where `needed` bytes of weights exceed a CUDA device's memory."""
+    free = free_memory(device)
+    if free is not None and needed > free:
+        got = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
+        raise ValueError(f"Mixtral.from_pretrained: {got}: `mixtral-triton fit` says which formats fit")
+
+
+@contextmanager
+def explain_out_of_memory(caller: str, device: torch.device, batch: int, context: int) -> Iterator[None]:
+    """Raise ValueError where torch finds no memory for `batch` sequences of `context` tokens."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        got = f"{batch} {'sequence' if batch == 1 else 'sequences'} of {context} tokens"
+        needs = "fewer of them, weights of fewer bits or offload: `mixtral-triton fit` says what fits"
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{caller}: no memory is left on {device} for {got} ({reason}), needs {needs}") from error
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def launch_text(
     model.head(model.hidden(ids[:, :1], cache)[:, 0])
 
 
-def compile_ahead(model: Mixtral, launch: Callable[[], object], progress: Progress) -> None:
+def precompile(model: Mixtral, launch: Callable[[], object], progress: Progress) -> None:
     """Compile the kernels that `launch` launches on the meta device for the model's GPU, if the compiler can."""
     arch = target_arch(model.device)
     if INTERPRETED or model.device.type != "cuda" or arch not in ARCHS:
