@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own path holds only its folder
 from mixtral_triton import KVCache, Mixtral, apply, register
 from mixtral_triton.bench.measure import wall_seconds
-from mixtral_triton.hf.attention import CACHE
+from mixtral_triton.hf.masks import CACHE
 from mixtral_triton.terminal import console, table_of
 from tests.support.stub.driver import Driver
 from tests.support.stub.gpu import GPU

@@ -19,7 +19,7 @@ from mixtral_triton import SMALL, KVCache, Mixtral, reference
 from mixtral_triton.bench.fit import KNOWN
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.cli.trace import token_texts
-from mixtral_triton.hf.attention import CACHE
+from mixtral_triton.hf.masks import CACHE
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.quantize import select_specs
 

@@ -5,7 +5,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,10 +24,10 @@ CRASHED = 3
 
 def console(stderr: bool = False) -> Console:
     """Return a console for a command's result, as wide as the terminal, or as COLUMNS says; a file takes any width."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True)  # the terminal wraps what is wider
-    if not made.is_terminal and "COLUMNS" not in os.environ:
-        made.width = 1000  # columns, more than a row has
-    return made
+    output = Console(stderr=stderr, highlight=False, soft_wrap=True)  # the terminal wraps what is wider
+    if not output.is_terminal and "COLUMNS" not in os.environ:
+        output.width = 1000  # columns, more than a row has
+    return output
 
 
 def table_of(title: str, rows: Sequence[tuple[Mapping[str, str | Text], str]], caption: str = "") -> Table:
@@ -111,14 +111,6 @@ def exit_status(error: BaseException, command: str | None) -> int:
     return CRASHED
 
 
-def compile_shown(launch: Callable[..., object], model: Any, *args: Any) -> None:
-    """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
-    from .model.precompile import precompile
-
-    with Bar("compiling") as progress:
-        precompile(model, lambda: launch(model, *args), progress.set)
-
-
 def check_range(name: str, value: float, least: float, most: float | None = None, what: str = "") -> None:
     """Raise ValueError where a number is below `least` or above `most`, which is `what`."""
     if not least <= value <= (value if most is None else most):
@@ -128,9 +120,9 @@ def check_range(name: str, value: float, least: float, most: float | None = None
 
 def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raise ValueError for the first of the names that is not known."""
-    every = [*known]
-    if unknown := [name for name in names if name not in every]:
-        raise ValueError(f"{what} is {unknown[0]!r}, needs one of {', '.join(every)}")
+    allowed = [*known]
+    if unknown := [name for name in names if name not in allowed]:
+        raise ValueError(f"{what} is {unknown[0]!r}, needs one of {', '.join(allowed)}")
 
 
 def check_writable(option: str, file: Path) -> None:

@@ -153,8 +153,8 @@ def _model_and_specs(folder: Path) -> tuple[Any, dict[str, QuantSpecs]]:
 @torch.no_grad()
 def _cache_and_experts(model: Any) -> tuple[list[tuple[int, int, int | None]], int]:
     """Return FamilyRequest's layers and K, by forwards of one token and of two."""
-    from ..hf.attention import CACHE
     from ..hf.experts import is_experts
+    from ..hf.masks import CACHE
 
     counts, sizes, windows = [0], list[list[int]](), list[Any]()
     for module in filter(is_experts, model.modules()):

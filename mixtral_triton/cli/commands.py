@@ -22,7 +22,7 @@ from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from ..checkpoint.tokenizer import load_tokenizer
 from ..kernels.launching.arch import ARCHS
 from ..kernels.weights.names import FORMAT_NAMES
-from ..terminal import Bar, check_range, compile_shown, did_you_mean, exit_status, print_message, select_backend
+from ..terminal import Bar, check_range, did_you_mean, exit_status, print_message, select_backend
 from .prompt import encode, read_prompt, read_text, render
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ def _load(args: argparse.Namespace) -> Mixtral:
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     from ..verification import launch_calls, verify
+    from .compiling import compile_shown
 
     model = _load(args)
     quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick

@@ -16,7 +16,8 @@ from ..model.cache import KVCache
 from ..model.mixtral import Mixtral
 from ..model.precompile import launch_text
 from ..model.sampling import Logprobs, SamplingOptions
-from ..terminal import check_range, compile_shown, print_message
+from ..terminal import check_range, print_message
+from .compiling import compile_shown
 from .prompt import decode, encode, read_sampling, speed_of
 
 NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more

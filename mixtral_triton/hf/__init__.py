@@ -6,7 +6,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
-from . import attention, experts
+from . import attention, experts, masks
 from .drop_in import applied, apply, check_mixtral, revert, warn_without_kernels
 from .experts import NAME
 from .quantizer import ExpertsConfig, ExpertsQuantizer
@@ -31,7 +31,7 @@ def register() -> None:
 def _register() -> None:
     ExpertsInterface.register(NAME, experts.experts)
     AttentionInterface.register(NAME, attention.attention)
-    AttentionMaskInterface.register(NAME, attention.interval_mask)
+    AttentionMaskInterface.register(NAME, masks.interval_mask)
     register_quantization_config(NAME)(ExpertsConfig)
     register_quantizer(NAME)(ExpertsQuantizer)
 

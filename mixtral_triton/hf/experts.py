@@ -68,7 +68,7 @@ def own_gate(kind: Any, act_fn: str | None, numbers: tuple[Any, ...]) -> str | N
         act = {"act_fn": partial(activate, up=torch.ones_like(gate), activation=act_fn)} if act_fn else {}
         try:
             want = kind._apply_gate(SimpleNamespace(**act, **held), torch.cat((gate, up)))
-        except Exception:  # of a function that needs more
+        except Exception:  # whatever a model's own code raises on an object that lacks what else it reads
             return None
         for name, (function, _) in ACTIVATIONS.items():
             names = [*signature(function).parameters][2:]

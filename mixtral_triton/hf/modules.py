@@ -21,8 +21,9 @@ from transformers.models.mixtral import modeling_mixtral as modeling
 
 from .. import ops
 from ..kernels.operation.checks import FLOATS
-from .attention import CACHE, attention, causal_mask, check_dense, is_interval
+from .attention import attention
 from .experts import NAME, experts, fused
+from .masks import CACHE, IntervalMask, causal_mask, check_dense
 
 PARTS_ATTRIBUTE = "_mixtral_triton"  # attribute of each module of these classes: the instance's Parts
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache")  # MixtralModel's
@@ -215,7 +216,7 @@ def with_mask(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if tokens is None:  # transformers raises the error
         return args, kwargs
     mask, cache = get("attention_mask"), get("past_key_values") if get("cache") is None else get("cache")
-    if isinstance(mask, Tensor) and mask.dim() == 4 and not is_interval(mask):
+    if isinstance(mask, Tensor) and mask.dim() == 4 and IntervalMask.decode(mask) is None:
         check_dense(mask)
     use_cache = config.use_cache if get("use_cache") is None else get("use_cache")
     packed = None if use_cache else get("position_ids")  # a cache, even an empty one, holds one sequence per row

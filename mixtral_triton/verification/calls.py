@@ -1,14 +1,15 @@
-"""The calls of operations in one layer, on what torch computes in it, and those of `generate`, of every size."""
+"""The calls of operations in a layer: those of forwards over a cache, recorded with what torch computes in them; the
+same in every size that `generate` launches; and parts that no forward calls alone."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from types import SimpleNamespace
+from itertools import chain, pairwise, repeat
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
@@ -18,27 +19,32 @@ from ..kernels.operation.torch_operator import unflatten_args
 from ..kernels.ops.experts.tiles import decode_tokens
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
-from ..kernels.weights.fp8 import W8A8, with_fp8_activations
+from ..kernels.weights.composites import first_part
 from ..kernels.weights.quantized import QuantizedWeight
+from ..kernels.weights.quantized_cache import QuantizedCache
 from ..kernels.weights.weight_args import Weight
-from ..model.cache import KVCache, cache_shape
+from ..model.cache import KVCache
+from ..model.layer import Layer
 from ..model.mixtral import Mixtral
 from ..model.precompile import on_meta
 from .tolerance import Args, ConvertedExperts, to_fp64
 
 Call = tuple[str, str, Args]  # operation, case, arguments
+RecordedCall = tuple[str, Args, list[Launch]]
 
 SEQUENCES = 64  # of `generate` in one batch, at most
 CACHE_SLOTS = 4096  # slots of the caches, of more than MANY sequences a quarter
 MANY = 8
 FEW = 10  # tokens of a sequence in the calls of all layers but the first: layers differ in their weights alone
+SHORTEST = 5  # tokens that make a chunk of several behind another
 EDGE = 8  # rows of a part of a tile: this many are run, and twice as many
-WEIGHTS = {"weight", "norm_weight", "gate", "gate_up_proj", "down_proj", "table", "cos", "sin"}
+TABLES = {"table", "cos", "sin"}  # arguments of which a call reads a row for each token: in every size as recorded
+OVERWRITTEN = {"k_cache", "v_cache", "past"}  # arguments that a forward writes into after a call
 
 
 @dataclass
 class LayerCheck:
-    """The calls of operations in a layer, on what torch computes in it."""
+    """What torch computes in a layer."""
 
     values: reference.Values
     layer: Any  # weights by the names of `layer.Layer`
@@ -53,13 +59,13 @@ class LayerCheck:
         norms = reference.head_norms(self.layer, self.config)
         rotation = self.tables["cos"], self.tables["sin"], self.token_rows % T, *norms
         self.rq, self.rk = reference.rope(values.q, values.k, *rotation)
-        self.norm = {"weight": self.layer.post_attention_layernorm, "eps": self.config.rms_norm_eps}
 
     def calls(self, index: int) -> Iterator[Call]:
         """The calls in layer `index` that no forward of `generate` makes."""
-        layer, values, (B, T) = self.layer, self.values, self.token_rows.shape
-        yield "rms_norm", "input", {"x": values.x, **self.norm, "weight": layer.input_layernorm}
-        yield "add_rms_norm", "with residual", {"x": values.attn_output, "residual": values.x, **self.norm}
+        layer, values, (B, T), eps = self.layer, self.values, self.token_rows.shape, self.config.rms_norm_eps
+        yield "rms_norm", "input", {"x": values.x, "weight": layer.input_layernorm, "eps": eps}
+        norm = {"residual": values.x, "weight": layer.post_attention_layernorm, "eps": eps}
+        yield "add_rms_norm", "with residual", {"x": values.attn_output, **norm}
         keys = {"k": self.rk, "v": values.v, "window": self.config.sliding_window}
         yield "attention", "prefill", {"q": self.rq, **keys}
         yield "attention", "decode", {"q": self.rq[:, -1:], **keys}
@@ -72,8 +78,6 @@ class LayerCheck:
         yield "sort_by_expert", "all tokens", {"ids": values.ids, "num_experts": E}
         proj = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
         experts = {"x": values.h, **proj, "ids": values.ids, "weights": values.weights}
-        norm = {"residual": (values.x + values.attn_output).flatten(0, 1), "norm_weight": self.norm["weight"]}
-        yield "experts_add_rms_norm", "all tokens", {**experts, **norm, "eps": self.config.rms_norm_eps}
         yield "expert_swiglu_backward", "all tokens", {"grad": values.attn_output.flatten(0, 1), **experts}
         gate_up, down = (Weight.of(experts[name]).name for name in ("gate_up_proj", "down_proj"))
         limit = decode_tokens(gate_up, down, K, values.h.dtype, target_arch(values.h.device))
@@ -90,63 +94,6 @@ class LayerCheck:
             rows = torch.arange(size, device=values.x.device) % N
             some = {"x": values.h[rows], "ids": ids.int(), "weights": values.weights[rows]}
             yield "expert_swiglu", f"every expert, {case}", {**experts, **some}
-
-    def derive(self, op: str, recorded: Args, weights: dict[int, Any], size: tuple[int, int, int]) -> Args:
-        """Arguments like those `recorded` on meta tensors in a forward of this size, strides included: `weights`, and
-        rows drawn from the text. KeyError for an argument without values, ValueError for those that do not fit."""
-        OPS[op].check(**recorded)
-        (B, T, C), values, config, device = size, self.values, self.config, self.token_rows.device
-
-        def draw(count: int, seed: int) -> Tensor:
-            generator = torch.Generator().manual_seed(seed)
-            return torch.randint(len(values.h), (B, count), generator=generator).to(device)
-
-        index, slots = draw(T, B * PREFILL_CHUNK + T), cache_shape(config, B, C)[4]
-        b = torch.arange(B, device=device)
-        # Deterministic torch computes the chunk's padding in another way.
-        short = 0 * b if recorded.get("deterministic") else (b + 1) % 3
-        new = (T - short).clamp(min=1)
-        limit = len(self.tables["cos"])  # transformers makes them for the text
-        last = (limit if config.window else min(limit, slots)) - new
-        # The first sequence ends where the cache or the positions do, and its padding is beyond.
-        past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
-        past = torch.where(b == 0, last, past.minimum(last)).clamp(min=0).int()
-        weight = _key(weights.get(_key(recorded.get("weight"))))
-        of_heads = weight in [_key(getattr(self.layer, name, None)) for name in ("o_proj", "q_norm", "k_norm")]
-        x = values.heads if of_heads else values.normed if op == "linear" else values.attn_output
-        residual = values.x if op == "rms_norm_gate_route" else values.x + values.attn_output
-        q, k = (self.rq, self.rk) if op in ("cached_attention", "append") else (values.q, values.k)
-        text = {"x": x, "residual": residual, "q": q, "k": k, "v": values.v}
-        text = {name: part.flatten(0, 1) for name, part in text.items()}
-        if op.startswith("expert"):
-            text |= {"x": values.h, "ids": values.ids, "weights": values.weights}
-        by_argument = {"table": values.x.flatten(0, 1), "input_ids": index, "past": past}
-        positions = (past[:, None] + torch.arange(T, device=device)).clamp(max=limit - 1)
-        by_argument |= {"new": new.int(), "positions": positions}
-        empty_like = partial(torch.empty_like, device=device)
-
-        def value(name: str, like: Any) -> Any:
-            if name in ("k_cache", "v_cache"):
-                cached = self.rk if name == "k_cache" else values.v
-                layer = empty_like(like) if isinstance(like, Tensor) else like.map(empty_like)
-                layer[:] = cached.flatten(0, 1)[draw(slots, slots)].transpose(1, 2)
-                return layer
-            if not (isinstance(like, Tensor) or name in WEIGHTS):
-                return like
-            if name in by_argument:
-                return by_argument[name]
-            if name not in text:
-                if _key(like) not in weights or (name == "cos" and limit < T):
-                    raise KeyError(name)
-                weight = weights[_key(like)]
-                return with_fp8_activations(weight) if getattr(like, "format", None) == W8A8 else weight
-            part = text[name][index.flatten()].flatten()
-            if (count := like.numel()) > len(part):
-                raise ValueError(f"{name}, more than the {len(part)} of the text")
-            out = torch.empty_strided(like.shape, like.stride(), dtype=part.dtype, device=device)
-            return out.copy_(part[:count].view(like.shape))
-
-        return {name: value(name, like) for name, like in recorded.items()}
 
     def fp64(self, x: Tensor) -> reference.Values:
         """Compute the layer on x fp64 [nB,T,H], in fp64 with torch's routes, one matrix, expert and sequence at a
@@ -165,22 +112,52 @@ class LayerCheck:
         return reference.block(self.layer, self.config, x, attend_sequences, ids, convert)
 
 
+def single_layer_model(model: Any, config: Any, weights: Args, outer: Args) -> Any:
+    """`model` with one layer of these weights, and `outer`, what it has outside of its layers: tables and weights."""
+    model = copy.copy(model)
+    model._parameters, model._modules, model._buffers, model.config = {}, {}, {}, config
+    model.layers = nn.ModuleList([Layer(config, weights)])
+    for name, x in outer.items():
+        setattr(model, name, x)
+    return model
+
+
 class CallRecorder(TorchDispatchMode):
-    """Records the calls of operations on meta tensors: the name, the arguments by name, and the launches."""
+    """Records the calls of operations: the name, the arguments by name, and on meta tensors the launches. Elsewhere
+    torch computes the results, so that a fault in one operation does not reach the arguments of the next."""
 
     def __init__(self, arch: str = DEFAULT_ARCH, sms: int | None = None) -> None:
         super().__init__()
-        self.gpu, self.calls = (arch, sms), list[tuple[str, Args, list[Launch]]]()
+        self.gpu, self.calls = (arch, sms), list[RecordedCall]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "mixtral_triton":
             return func(*args, **(kwargs or {}))
         op = OPS[func._opname]
         values = op.bind_by_name(*unflatten_args(op.arguments, args))
+        recorded = {name: x.clone() if name in OVERWRITTEN else x for name, x in values.items()}
         with record_launches(*self.gpu) as records:
-            out = op.run(**values)
-        self.calls.append((op.name, values, records))
+            out = op.run(**values) if args[0].is_meta else op.call_reference(**values)
+        self.calls.append((op.name, recorded, records))
         return out
+
+
+def resize(recorded: Any, like: Any) -> Any:
+    """A recorded argument in the shape and the strides of `like`, a meta tensor: along a dimension of another size its
+    elements are drawn, the same ones of every tensor with these sizes. A number is that of `like`."""
+    if isinstance(like, QuantizedCache):
+        return QuantizedCache(*map(resize, recorded.tensors, like.tensors))
+    if isinstance(like, QuantizedWeight):  # which quantizes activations in a call of many rows
+        return recorded if recorded.format == like.format else recorded.viewed_as(like.format)
+    if not isinstance(like, Tensor):
+        return like
+    if (x := recorded).shape == like.shape:
+        return x
+    for dim, size in enumerate(like.shape):
+        if x.shape[dim] != size:
+            generator = torch.Generator().manual_seed(size)
+            x = x.index_select(dim, torch.randint(x.shape[dim], (size,), generator=generator).to(x.device))
+    return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def forwards(config: Any) -> list[tuple[int, int, int]]:
@@ -211,101 +188,130 @@ class SizedCalls:
         config, dtype = replace(target.config, num_hidden_layers=1), target.embed_tokens.dtype
         self.model: Any = on_meta(target.model, [0]) if target.is_mixtral else Mixtral(config, "meta", dtype)
         self.model.sixteen_bit_rows = Mixtral.sixteen_bit_rows  # as `generate` has it
-        first, outer = self.model.layers[0], ("norm", "embed_tokens", "lm_head", "cos", "sin")
-        on = {name: getattr(first, name) for name in (*first._parameters, *first._modules)}
-        self.on = on | {name: getattr(self.model, name) for name in outer}  # its weights by name
-        self.names = {_key(weight): name for name, weight in self.on.items()}
+        if target.lm_head is None:
+            self.model.lm_head = None
+        self.weight_names = [*self.model.layers[0]._parameters, *self.model.layers[0]._modules]
 
     def __call__(self, check: LayerCheck, index: int) -> Iterator[Call]:
-        few = check
         if self.limit and index:
-            few = self.target.check(self.target.layers[index], check.values.x[:, :FEW].contiguous(), check.config)
-        yield from few.calls(index)
-        yield from self.calls_on_text(few)
+            check = self.target.check(self.target.layers[index], check.values.x[:, :FEW].contiguous(), check.config)
+        yield from check.calls(index)
+        recorded, done = self.record_text(check), {("linear", "lm_head, ")}  # of no layer
+        for step, calls in sorted(recorded.items()):
+            for op, name, args in calls:
+                if (op, name) not in done:
+                    done.add((op, name))
+                    yield op, name + ("one token" if step else "chunk"), args
         if self.limit and not index:
-            yield from self.calls_of_generate(check)
+            yield from self.calls_of_generate(recorded, check.tables)
 
-    def weights(self, check: LayerCheck) -> dict[int, Any]:
-        """The weights of a layer by those of its copy on the meta device."""
-        outer = self.target.model if self.target.is_mixtral else self.target
-        owners = SimpleNamespace(**check.tables), getattr(check.layer, "local", check.layer), outer
-        named = {name: next(x for part in owners if (x := getattr(part, name, self)) is not self) for name in self.on}
-        return {_key(self.on[name]): weight for name, weight in named.items() if weight is not None}
+    def layer_model(self, check: LayerCheck) -> tuple[Any, dict[int, str]]:
+        """A model of the layer alone, whose embedding is the residual stream of the text, a row a token; the names of
+        its weights by the `id` of their first part."""
+        layer, device = getattr(check.layer, "local", check.layer), check.values.x.device
+        weights = {name: getattr(layer, name) for name in self.weight_names}
+        outer = {"embed_tokens": check.values.x.flatten(0, 1), "norm": self.target.norm, "lm_head": self.target.lm_head}
+        outer = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in (outer | check.tables).items()}
+        model = single_layer_model(self.model, self.model.config, weights, outer)
+        return model, {id(first_part(weight)): name for name, weight in (weights | outer).items()}
 
-    def record_calls(self, size: tuple[int, int, int]) -> list[tuple[str, Args, list[Launch]]]:
-        """The calls of a forward over a cache: of B sequences, T tokens each, C slots."""
-        B, T, C = size
-        cache = KVCache(self.model.config, B, C, "meta", torch.int8 if self.target.quantized else self.model.dtype)
+    def record_calls(
+        self, model: Any, ids: Tensor, cache: KVCache, lengths: Tensor | None = None
+    ) -> list[RecordedCall]:
+        """The calls of a forward of `ids` [B,T] over a cache, and of the head."""
         recorder = CallRecorder(*self.gpu)
         with torch.no_grad(), self.target.catch_faults(self.not_run.setdefault), recorder:
-            h = self.model.hidden(torch.empty((B, T), dtype=torch.int64, device="meta"), cache)
-            _ = self.target.lm_head is None or self.model.head(h[:, 0])
+            h = model.hidden(ids, cache, lengths)
+            _ = model.lm_head is None or model.head(h[:, 0])
         return recorder.calls
 
-    def _prefix(self, op: str, recorded: Args) -> str:
+    def make_cache(self, B: int, C: int, device: Any) -> KVCache:
+        return KVCache(self.model.config, B, C, device, torch.int8 if self.target.quantized else self.model.dtype)
+
+    def record_text(self, check: LayerCheck) -> dict[bool, list[Call]]:
+        """The calls of a step (True) and of the chunk before it, which read the text, a short one several times. Slots
+        of the cache that nothing has written hold other keys of the text."""
+        (B, T), rows, (model, names) = check.token_rows.shape, check.token_rows, self.layer_model(check)
+        length = max(T, min(SHORTEST, len(model.cos)))
+        ids = rows[:, torch.arange(length, device=rows.device) % T]
+        cache, calls = self.make_cache(B, length, rows.device), dict[bool, list[Call]]()
+        slots = torch.arange(B * cache.slots, device=rows.device).view(B, -1) % (B * T)
+        cache.keys[0][:] = check.rk.flatten(0, 1)[slots].transpose(1, 2)
+        cache.values[0][:] = check.values.v.flatten(0, 1)[slots].transpose(1, 2)
+        for begin, end in pairwise(sorted({0, length // 2, length - 1, length})):
+            n, b = end - begin, torch.arange(B, device=rows.device)
+            # Deterministic torch computes the chunk's padding in another way.
+            lengths = n - b % n * (not model.deterministic)
+            recorded = self.record_calls(model, ids[:, begin:end].contiguous(), cache, lengths)
+            calls[n == 1] = [(op, self._prefix(op, args, names), args) for op, args, _ in recorded]
+        return calls
+
+    def _prefix(self, op: str, args: Args, names: dict[int, str]) -> str:
         """Return the start of the case of a linear, or of a norm of queries or keys, the name of its weight; of other
         operations nothing."""
-        name = self.names.get(_key(recorded.get("weight")), "another")
+        name = names.get(id(first_part(args.get("weight"))), "another")
         name = name if op == "linear" or name in ("q_norm", "k_norm") else ""
         return name and f"{name.removesuffix('_proj')}, "
 
-    def calls_on_text(self, check: LayerCheck) -> Iterator[Call]:
-        """Calls of a chunk as long as the text and of a step after it: each operation and weight of a layer once."""
-        (B, T), weights = check.token_rows.shape, self.weights(check)
-        done = {("linear", "lm_head, "), ("experts_add_rms_norm", "")}  # of no layer, and among its `calls`
-        C = min(2 * T, self.target.config.max_position_embeddings)
-        for size, case in ((B, T, C), "chunk"), ((B, 1, C), "one token"):
-            for op, recorded, _ in self.record_calls(size):
-                if (key := (op, self._prefix(op, recorded))) in done:
-                    continue
-                done.add(key)
-                try:
-                    args = check.derive(op, recorded, weights, size)
-                except (KeyError, ValueError) as error:
-                    self.not_run[f"{op}; needs values of {error}"] = None
-                    continue
-                yield op, key[1] + case, args
+    def calls_of_size(self, size: tuple[int, int, int]) -> list[RecordedCall]:
+        """The calls of a forward on the meta device: of B sequences, T tokens each, C slots."""
+        B, T, C = size
+        ids = torch.empty((B, T), dtype=torch.int64, device="meta")
+        return self.record_calls(self.model, ids, self.make_cache(B, C, "meta"))
 
-    def calls_of_generate(self, check: LayerCheck) -> Iterator[Call]:
-        weights = self.weights(check)
+    def positions_of_size(self, size: tuple[int, int, int], table: Tensor) -> Args:
+        """`past`, `new` and `positions` of a forward, whose cache has some tokens of each sequence. The first sequence
+        ends where the cache or the positions do, and its padding is beyond."""
+        (B, T, C), config, limit = size, self.model.config, len(table)
+        b, slots = torch.arange(B, device=table.device), config.window or min(C, config.max_position_embeddings)
+        short = 0 * b if self.model.deterministic else (b + 1) % 3  # as in `record_text`
+        new = (T - short).clamp(min=1)
+        last = (limit if config.window else min(limit, slots)) - new
+        past = slots - 1 - (b * 37 % slots if T == 1 else slots // 3 + b % 5)
+        past = torch.where(b == 0, last, past.minimum(last)).clamp(min=0).int()
+        positions = (past[:, None] + torch.arange(T, device=table.device)).clamp(max=limit - 1)
+        return {"past": past, "new": new.int(), "positions": positions}
+
+    def calls_of_generate(self, text: dict[bool, list[Call]], tables: dict[str, Tensor]) -> Iterator[Call]:
+        """The calls of each size in `forwards` that launch something else, with the values of those of the text."""
         calls, needed = list[Any](), defaultdict[Any, set[int]](set)
         for size in forwards(self.target.config):
-            for op, args, records in self.record_calls(size):
-                calls.append((size, op, args, N := _rows(args), launches := configurations(args, records)))
+            of_text = chain(text.get(size[1] == 1, []), repeat(("", "", {})))  # no chunk in a text of few tokens
+            for (op, args, records), same in zip(self.calls_of_size(size), of_text, strict=False):
+                launches, rows = configurations(args, records), _rows(args)
+                calls.append((size, op, args, same, rows, launches))
                 for launch in launches:
-                    needed[launch].add(N)
+                    needed[launch].add(rows)
         beyond = defaultdict[tuple[int, int], set[str]](set)  # kernels, by the rows that run and that a chunk reaches
-        for launch, rows in needed.items():
-            most, reached = (max((n for n in rows if n <= m), default=0) for m in (self.limit, PREFILL_CHUNK))
+        for launch, sizes in needed.items():
+            most, reached = (max((n for n in sizes if n <= m), default=0) for m in (self.limit, PREFILL_CHUNK))
             most = min(most, reached)
             if 0 < most < reached:
                 beyond[most, reached].add(launch[0][0])
             tiled = any(name in ("BLOCK_T", "BLOCK_M") for name, _ in launch[0][3])
-            needed[launch] = rows & {min(rows), most, *((EDGE, 2 * EDGE) if tiled else ())}
+            needed[launch] = sizes & {min(sizes), most, *((EDGE, 2 * EDGE) if tiled else ())}
         for (most, reached), names in beyond.items():
             line = f"{most + 1} to {reached} rows of {', '.join(sorted(names))}; needs a GPU or --tokens {reached}"
             self.not_run[line] = None
-        for size, op, args, N, launches in calls:
+        for size, op, like, (op_of_text, name, values), N, launches in calls:
             new = {launch for launch in launches if N in needed[launch] - self.rows[launch]}
             # More than the most that are needed were run for another launch.
             new -= {launch for launch in new if N == max(needed[launch]) < max(self.rows[launch], default=0)}
             if not new:
                 continue
-            slots = f", {size[2]} slots" if size[2] > CACHE_SLOTS else ""
-            case = f"{self._prefix(op, args)}{size[0]} x {size[1]} tokens{slots}"
-            tokens = size[0] * size[1] if op != "linear" else N
-            needs = f"a GPU or --tokens {tokens}" if self.limit < tokens else ""
-            try:
-                call = op, case, Args() if needs else check.derive(op, args, weights, size)
-            except (KeyError, ValueError) as error:
-                needs = f"values of {error}"
             for launch in launches:
                 self.rows[launch].add(N)
-            if needs:
+            slots = f", {size[2]} slots" if size[2] > CACHE_SLOTS else ""
+            case, tokens = f"{name}{size[0]} x {size[1]} tokens{slots}", size[0] * size[1] if op != "linear" else N
+            if self.limit < tokens or op != op_of_text:
+                needs = f"a GPU or --tokens {tokens}" if self.limit < tokens else f"a text of {SHORTEST} tokens"
                 kernels = " and ".join(sorted({kernel for (kernel, *_), *_ in new}))
                 self.not_run[f"{op} ({case}): {kernels}; needs {needs}"] = None
-            else:
-                yield call
+                continue
+            given = self.positions_of_size(size, tables["cos"])
+            given |= {name: values[name] for name in TABLES & values.keys()}
+            resized = {name: resize(values[name], x) for name, x in like.items() if name not in given}
+            yield op, case, {name: given[name] if name in given else resized[name] for name in like}
 
 
 def configurations(args: Args, records: list[Launch]) -> set[Any]:
@@ -319,8 +325,3 @@ def _rows(args: Args) -> int:
     """The rows that share tiles in a call: tokens of one sequence, or of all, by the shape of its first argument."""
     name, first = next(iter(args.items()))
     return first.shape[1] if name in ("q", "k", "input_ids") else first.shape[:-1].numel()
-
-
-def _key(weight: Any) -> int:
-    """A weight's identity in a call; a quantized one is put together anew there, around its codes."""
-    return id(weight.data if isinstance(weight, QuantizedWeight) else weight)

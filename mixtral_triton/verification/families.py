@@ -26,9 +26,9 @@ from transformers.masking_utils import eager_mask
 from transformers.models.mixtral import modeling_mixtral
 
 from ..checkpoint.config import check_value
-from ..hf.attention import CACHE
 from ..hf.drop_in import is_own_forward
 from ..hf.experts import NAME, PROJECTIONS, is_experts
+from ..hf.masks import CACHE
 from ..hf.modules import Applied
 from .report import END_RATIO, UNCALLED, Row
 from .tolerance import FLOOR, RATIO, ConvertedExperts, Fp64Reference, largest, token_floor

@@ -101,12 +101,12 @@ def test_each_part_alone(part: str, make_hf: Any, calls: set[str]) -> None:
 
 def test_intervals_never_become_a_dense_mask(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding on either side, windows and every kind of cache call none of transformers' masks."""
-    from mixtral_triton.hf import attention
+    from mixtral_triton.hf import masks
 
     def refuse(**kwargs: Any) -> None:
         raise AssertionError("a dense mask was made")
 
-    monkeypatch.setattr(attention, "sdpa_mask", refuse)
+    monkeypatch.setattr(masks, "sdpa_mask", refuse)
     for name in ("eager", "sdpa"):
         monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, name, refuse)
     for window in (6, None):

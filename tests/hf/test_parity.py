@@ -17,7 +17,7 @@ from mixtral_triton import apply
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
-from mixtral_triton.hf.attention import CACHE  # noqa: E402
+from mixtral_triton.hf.masks import CACHE  # noqa: E402
 
 LIMIT = 1e-4  # of the largest value
 T, NEW = (9, 3) if INTERPRETED else (14, 8)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from mixtral_triton import Mixtral, apply, reference
-from mixtral_triton.hf import attention, experts
+from mixtral_triton.hf import attention, experts, masks
 from mixtral_triton.hf.experts import NAME, check_experts
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import quantize
@@ -154,7 +154,7 @@ def test_keys_of_another_length_than_the_mask_says_are_refused() -> None:
     for offset, valid in ((0, None), (2, torch.tensor([[False, True, True, True, True]]))):
         size = 3 + offset
         call = {"q_offset": offset, "attention_mask": valid, "device": "cpu"}
-        mask = attention.interval_mask(1, 3, size, **call)
+        mask = masks.interval_mask(1, 3, size, **call)
         with pytest.raises(ValueError, match=f"Attention has 7 keys, needs {size}, as its mask says"):
             attention.attention(LAYER(), q, k, k, mask, scaling=0.25)
         attention.attention(LAYER(), q, k[:, :, :size], k[:, :, :size], mask, scaling=0.25)
@@ -172,8 +172,8 @@ def test_every_kind_of_mask_with_a_scale_and_with_fewer_columns_of_values(mask: 
     valid[1, at] = False
     seen = valid[:, None, None] & torch.ones(T, T, dtype=torch.bool).tril()
     call = {"attention_mask": valid, "mask_function": masking_utils.causal_mask_function, "device": "cpu"}
-    made: Any = {"none": None, "user's": seen}.get(mask, attention.interval_mask(2, T, T, **call))
-    assert attention.is_interval(made) == (mask in ("left", "right"))
+    made: Any = {"none": None, "user's": seen}.get(mask, masks.interval_mask(2, T, T, **call))
+    assert (made is not None and made.dtype == masks.MARK) == (mask in ("left", "right"))
     got = attention.attention(module, q, k, v, made, scaling=0.4)[0]
     scores = (0.4 * q @ k.repeat_interleave(2, 1).mT).masked_fill(~seen, -1e9)
     want = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
@@ -190,6 +190,9 @@ def test_a_users_mask_of_integers_is_refused_by_name_with_and_without_gradients(
         mask = torch.ones(T, T, dtype=dtype).tril()[None, None]
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"attention_mask is {dtype} of shape"):
             model(torch.arange(2, 2 + T)[None], attention_mask=mask)
+    mask = torch.zeros(1, 1, 9, 9, dtype=masks.MARK)  # of no shape that an encoded mask has
+    with pytest.raises(ValueError, match=f"attention_mask is {masks.MARK} of shape"):
+        model(torch.arange(2, 11)[None], attention_mask=mask)
 
 
 @once
@@ -225,7 +228,7 @@ def test_padding_of_12_lengths_takes_few_graphs(family: str | None) -> None:
 
     def forward(ids: Tensor, attention_mask: Tensor) -> Tensor:
         call = {"attention_mask": attention_mask, "mask_function": masking_utils.causal_mask_function, "device": "cpu"}
-        return attention.interval_mask(*ids.shape, ids.shape[1], **call)
+        return masks.interval_mask(*ids.shape, ids.shape[1], **call)
 
     if family is not None:
         forward = functools.partial(by_name(family, num_hidden_layers=1).forward, use_cache=False)
@@ -248,8 +251,8 @@ def test_the_host_reads_a_mask_once(text: list[list[int]], monkeypatch: pytest.M
     for name in ("tolist", "item", "__bool__", "__int__"):
         read = getattr(Tensor, name)
         monkeypatch.setattr(Tensor, name, lambda x, read=read: (reads.append(x), read(x))[1])
-    plain, first = attention.first_key(valid)
-    mask = attention.interval_mask(2, 3, 3, q_offset=0, attention_mask=valid, device="cpu") if plain else None
+    plain, first = masks.first_key(valid)
+    mask = masks.interval_mask(2, 3, 3, q_offset=0, attention_mask=valid, device="cpu") if plain else None
     assert len(reads) == (2 if plain else 1)  # each call once
     monkeypatch.undo()
     assert plain == (text != TEXTS[3]) and (first is None) == (text == TEXTS[0])
@@ -272,7 +275,7 @@ def test_a_window_of_the_mask_alone_is_the_layers(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(model.config, "sliding_window", None)
         q = draw(1, 4, 3, 16)
         with pytest.raises(ValueError, match="has no sliding_window, and its mask has one"):
-            attention.attention(LAYER(), q, q, q, attention.interval_mask(1, 3, 3, device="cpu", local_size=2))
+            attention.attention(LAYER(), q, q, q, masks.interval_mask(1, 3, 3, device="cpu", local_size=2))
 
 
 @once
@@ -280,7 +283,7 @@ def test_a_window_of_the_mask_alone_is_the_layers(monkeypatch: pytest.MonkeyPatc
 def test_patterns_that_are_not_causal_alone_become_a_dense_mask(kind: str) -> None:
     ids, valid = torch.arange(2, 12).expand(2, 10), torch.arange(10) >= torch.tensor([[0], [3]])
     config: Any = SimpleNamespace(_attn_implementation=NAME, attention_chunk_size=4, sliding_window=4, is_causal=True)
-    call = {"inputs_embeds": torch.zeros(*ids.shape, 1), "attention_mask": None, attention.CACHE: None}
+    call = {"inputs_embeds": torch.zeros(*ids.shape, 1), "attention_mask": None, masks.CACHE: None}
     if kind == "chunked":
         create, more = masking_utils.create_chunked_causal_mask, {}
     else:
@@ -331,7 +334,7 @@ def test_sinks_are_those_of_eager_attention_with_gradients_and_weights(mask: str
     q, k, v, sinks = draw(2, 4, 5, 16), draw(2, 2, 5, 16), draw(2, 2, 5, 16), draw(4)
     valid = torch.arange(5) >= torch.tensor([[0], [2]])
     dense &= valid[:, None, None] if mask == "padding" else torch.tensor(True)
-    interval = attention.interval_mask(2, 5, 5, device=q.device, attention_mask=valid, mask_function=None)
+    interval = masks.interval_mask(2, 5, 5, device=q.device, attention_mask=valid, mask_function=None)
     given = {"causal": None, "padding": interval, "dense": dense}[mask]
     leaves = [x.clone().requires_grad_() for x in (q, k, v, sinks)]
     added = torch.zeros(2, 1, 5, 5).masked_fill(~dense, torch.finfo(torch.float32).min)

@@ -18,7 +18,8 @@ from mixtral_triton.checkpoint.tokenizer import load_tokenizer
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.cli.prompt import decode, encode, read_text
 from mixtral_triton.cli.text_stream import Text, Writer
-from mixtral_triton.verification import _tokens, verify
+from mixtral_triton.verification import verify
+from mixtral_triton.verification.compare import token_ids
 from tests.cli.commands import error_line, output, run, run_json
 
 pytestmark = pytest.mark.compiled
@@ -75,7 +76,8 @@ def test_texts_stand_for_their_tokens() -> None:
         assert torch.equal(got, want)
     for target in (model, original):
         assert (
-            _tokens(target, texts[:1]).tolist() == ids[:1] and _tokens(target, [texts[1]] * 2).tolist() == [ids[1]] * 2
+            token_ids(target, texts[:1]).tolist() == ids[:1]
+            and token_ids(target, [texts[1]] * 2).tolist() == [ids[1]] * 2
         )
         for wrong in (texts, "The", [], [1]):
             with pytest.raises(ValueError, match=r"verify: input_ids is .*, needs int64 .B, T. or a list of texts"):

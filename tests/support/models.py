@@ -15,8 +15,8 @@ from mixtral_triton.kernels.weights.offload import OffloadedWeight
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from mixtral_triton.model.memory_plan import Placement
 from mixtral_triton.quantize import quantize_into, select_specs
-from mixtral_triton.verification.layers import ModelUnderTest
-from mixtral_triton.verification.loaded import check_weights
+from mixtral_triton.verification.compare_weights import check_weights
+from mixtral_triton.verification.models_under_test import ModelUnderTest
 from mixtral_triton.verification.report import Row
 
 SIZES: dict[str, Any] = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1}

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 
 from mixtral_triton import ExpertsConfig, stored_config
-from mixtral_triton.hf.attention import CACHE
+from mixtral_triton.hf.masks import CACHE
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from tests.cli.commands import error_line, output, run_json
 from tests.support.families import NOT_TRIED, VERSION, build, experts_of, marked_families

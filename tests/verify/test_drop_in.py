@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 
 from mixtral_triton import hf, ops, verify
-from mixtral_triton.hf import attention, modules, training
+from mixtral_triton.hf import masks, modules, training
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.verification.models_under_test import STATIC
 from mixtral_triton.verification.report import FP32
@@ -29,8 +29,8 @@ def result(place: Any, name: str, change: Change) -> Inject:
 
 def mask_by(change: Change) -> Inject:
     """The mask of other keyword arguments."""
-    make = lambda **kwargs: attention.interval_mask(**kwargs | change(kwargs))  # noqa: E731
-    return lambda patch: patch.setitem(AttentionMaskInterface._global_mapping, attention.NAME, make)
+    make = lambda **kwargs: masks.interval_mask(**kwargs | change(kwargs))  # noqa: E731
+    return lambda patch: patch.setitem(AttentionMaskInterface._global_mapping, masks.NAME, make)
 
 
 def static_by(change: Change) -> Inject:
@@ -94,12 +94,12 @@ FAULTS: dict[str, dict[str, Inject]] = {
         "offset of a window's keys ignored": mask_by(lambda _: {"kv_offset": 0}),
     },
     "attention, packed": {
-        "boundaries ignored": lambda patch: patch.setattr(attention, "is_causal_pattern", lambda function: True),
+        "boundaries ignored": lambda patch: patch.setattr(masks, "is_causal_pattern", lambda function: True),
         "positions forgotten": mask_without(3),
     },
     "attention, left padding": {
-        "padding ignored": result(attention, "first_key", lambda *_: (True, None)),
-        "one token of padding seen": result(attention, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
+        "padding ignored": result(masks, "first_key", lambda *_: (True, None)),
+        "one token of padding seen": result(masks, "first_key", lambda out, _: (True, (out[1] - 1).relu())),
         "first row's padding for all": attend("interval", first_row),
         "first query's interval for all": attend("interval", first_query),
         "no window beside padding": attend("interval", no_window),

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.moe import ExpertsInterface
 
 from mixtral_triton import ExpertsConfig, ops, register, verify
-from mixtral_triton.hf import attention
+from mixtral_triton.hf import masks
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.verification import families
@@ -121,7 +121,7 @@ FAULTS: dict[str, tuple[str, Inject]] = {
     ),
     "padding is seen": (
         "attention in layer 0 (model.layers.N.self_attn): model.layers.0.self_attn: error",
-        lambda patch, model: patch.setattr(attention, "first_key", lambda valid: (True, None)),
+        lambda patch, model: patch.setattr(masks, "first_key", lambda valid: (True, None)),
     ),
     "the last key before padding on the right": (
         "attention in layer 0 (model.layers.N.self_attn): model.layers.0.self_attn: error",

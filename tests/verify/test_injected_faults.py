@@ -18,7 +18,8 @@ from mixtral_triton.checkpoint import tensors as checkpoint
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.model.layer import ForwardContext, Layer
-from mixtral_triton.verification.layers import CHUNKS, ROUTES, TOKENS, UNCACHED
+from mixtral_triton.verification.layers import ROUTES
+from mixtral_triton.verification.models_under_test import CHUNKS, TOKENS, UNCACHED
 from tests.support import faults
 from tests.support.faults import all_dtypes, change_state, replace_by
 

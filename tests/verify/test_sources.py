@@ -17,7 +17,8 @@ from mixtral_triton import Mixtral, MixtralConfig, quantize, verify
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import layouts
 from mixtral_triton.verification import layers
-from mixtral_triton.verification.layers import ModelUnderTest, compare_layers
+from mixtral_triton.verification.layers import compare_layers
+from mixtral_triton.verification.models_under_test import ModelUnderTest
 from mixtral_triton.verification.stored_tensors import decode
 from mixtral_triton.verification.tolerance import token_floor
 from tests.support import hub
@@ -149,7 +150,7 @@ def test_act_order_is_decoded(off: int) -> None:
 
 
 def test_one_layer_is_in_fp32_at_a_time_and_references_keep_no_more_than_they_hold(monkeypatch: Patch) -> None:
-    alive = one_at_a_time(monkeypatch, layers, "single_layer_model", lambda model: model.layers[0].gate_up_proj)
+    alive = one_at_a_time(monkeypatch, layers, "model_in_fp32", lambda model: model.layers[0].gate_up_proj)
     verify(random_model(dtype=torch.bfloat16, num_hidden_layers=3), IDS[:, :4])
     assert len(alive) == 3
     target = ModelUnderTest(random_model(num_hidden_layers=2))

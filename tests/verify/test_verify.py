@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral_triton import Mixtral, apply, hf, verification, verify
+from mixtral_triton import Mixtral, apply, hf, verify
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from mixtral_triton.model.layer import Layer
-from mixtral_triton.verification import families, layers
-from mixtral_triton.verification.layers import ModelUnderTest
+from mixtral_triton.verification import families, generation, layers, models_under_test
+from mixtral_triton.verification.models_under_test import ModelUnderTest
 from mixtral_triton.verification.report import BITS, Report, Row
 from mixtral_triton.verification.tolerance import Tolerance, largest
 from tests.cli.commands import run_json
@@ -79,7 +79,7 @@ def test_deterministic_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not verify(model, IDS).wrong
     alone = lambda f: lambda layer, h, *args: f(layer, h, *args) * (1.01 if h.shape[1] == 1 else 1)  # noqa: E731
     replace_by(Layer, "attention", alone)(monkeypatch)
-    assert [row.case for row in verification._repeated_rows(model, IDS) if not row.ok] == [BITS]
+    assert [row.case for row in generation.repeated_rows(model, IDS) if not row.ok] == [BITS]
 
 
 def random_case(seed: int, dtype: torch.dtype, *gains: float) -> tuple[Mixtral, Tensor]:
@@ -128,7 +128,7 @@ def test_an_error_just_beyond_its_limit_is_judged_by_torch_on_near_inputs(monkey
         first, raised = layer.references["output"].limit, layer.near_limits()["output"]
         assert first < raised < layers.NEAR_MISS * first
         probe = layers.LayerProbe(text.layers)
-        probe.start(layers.UNCACHED)
+        probe.start(models_under_test.UNCACHED)
         for error in (0.9 * first, (first + raised) / 2, 1.02 * raised, 2 * first):
             probe.record(0, "output", (layer.references["output"].exact * (1 + error)).float())
     assert [row.ok for row in probe.rows] == [True, True, False, False] and len(calls) == 1

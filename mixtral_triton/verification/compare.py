@@ -1,0 +1,225 @@
+"""verify: the runtime against torch on the user's own weights: operations, layers, logits and loaded tensors.
+
+B batch, T tokens of a text, V vocabulary, n new tokens
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.arguments import check_ids, check_vocabulary
+from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, checkpoint_folder
+from ..checkpoint.tokenizer import load_tokenizer
+from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
+from ..kernels.operation.checks import dtype_name
+from ..kernels.registry import dispatched
+from ..model.mixtral import Mixtral
+from ..model.precompile import on_meta_by_kind
+from ..quantize.hub import read_headers
+from .calls import SizedCalls
+from .compare_weights import check_weights
+from .generation import check_generate
+from .layers import LayerProbe, Step, compare_in_fp32, compare_layers
+from .models_under_test import ModelUnderTest, TransformersUnderTest, in_evaluation, model_in_fp32
+from .report import END_RATIO, FP32, TORCH, Report, Row, kinds_not_run
+from .tolerance import Fp64Reference, to_fp64
+
+TEXT_TOKENS = 66  # by default
+CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
+
+Progress = Callable[[int, int, str], None] | None
+
+
+def verify(
+    target: Mixtral | nn.Module | str | os.PathLike[str],
+    input_ids: Tensor | Sequence[str] | None = None,
+    progress: Progress = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    quick: bool = False,
+    tokens: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> Report:
+    """Compare `target` with torch, or a transformers model with transformers' own modules -> Report.
+
+    target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: a Mixtral, applied or not,
+    or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
+    One in training mode is compared in evaluation mode, with the gradients of its experts' inputs, and back in training
+    mode afterwards.
+    input_ids int64 [B,T], or a list of texts of equally many tokens; None: a fixed pseudo-random text.
+    progress: of a Mixtral, called with (steps done, steps, which steps).
+    folder: the checkpoint of a Mixtral, to compare its tensors with.
+    quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
+    tokens: of the pseudo-random text, and of the longest call of an operation.
+    cache_dtype torch.int8: keys and values in 8 bits, in the reference, too.
+    A model with activations="fp8" quantizes them here in forwards of any number of rows, as the reference does, so that
+    one reference serves all of them; the operations that `generate` calls are those of its own rule.
+    ValueError for a Mixtral on a mesh: its ranks compute what one process does.
+    """
+    is_transformers = isinstance(target, nn.Module) and not isinstance(target, Mixtral)
+    check_value("verify: cache_dtype", cache_dtype, "None or torch.int8", cache_dtype in (None, torch.int8))
+    if is_transformers and (folder is not None or cache_dtype is not None):
+        raise ValueError("verify: target is a transformers model, needs neither folder nor cache_dtype")
+    if isinstance(target, nn.Module) and any(parameter.is_meta for parameter in target.parameters()):
+        raise ValueError("verify: some weights are on the meta device; load the model without offloading")
+    if isinstance(target, (str, os.PathLike)):
+        check_value("verify: folder", str(folder), "None: target is a folder itself", folder is None)
+        folder = checkpoint_folder(target)
+        target = Mixtral.from_pretrained(folder)
+    elif not isinstance(target, nn.Module):
+        needs = "a Mixtral, a checkpoint folder or a model of transformers"
+        hint = "; give it the model inside, .model" if isinstance(getattr(target, "model", None), nn.Module) else ""
+        raise ValueError(f"verify: target is a {type(target).__name__}, needs {needs}{hint}")
+    elif folder is not None:
+        folder = checkpoint_folder(folder)
+        MixtralConfig.from_pretrained(folder)  # an error names what is wrong in the files
+        read_headers(folder)
+    if isinstance(target, Mixtral) and target.ranks is not None:
+        needs = "a Mixtral of one process, or its folder"
+        raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
+    if input_ids is not None and not isinstance(input_ids, Tensor):
+        input_ids = token_ids(target, input_ids)
+    if is_transformers and _has_names(target):
+        return _verify_family(target, input_ids, tokens)
+    options = {} if is_transformers else {"cache_dtype": cache_dtype}
+    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest
+    with torch.no_grad():
+        under_test = kind(target, **options)
+        with in_evaluation(target):
+            return _verify(under_test, input_ids, progress, folder, quick, tokens)
+
+
+def token_ids(model: Any, texts: Any) -> Tensor:
+    """Return the tokens [B,T] of texts by the tokenizer of the model's folder; ValueError for other arguments."""
+    ids = []
+    if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+        tokenizer = model.tokenizer if isinstance(model, Mixtral) else load_tokenizer(model.config.name_or_path)
+        ids = [tokenizer(text).input_ids for text in texts]
+    if len({*map(len, ids)}) != 1:
+        got = f"texts of {', '.join(map(str, map(len, ids)))} tokens" if ids else f"a {type(texts).__name__}"
+        raise ValueError(f"verify: input_ids is {got}, needs int64 [B, T] or a list of texts of equally many tokens")
+    return torch.tensor(ids, device=model.device)
+
+
+def _has_names(model: Any) -> bool:
+    """Whether a transformers model selects this package's experts or attention by their name, without `apply`."""
+    from transformers import PreTrainedModel
+
+    from ..hf import applied
+    from ..hf.experts import NAME
+
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    names = {getattr(part.config, f"_{kind}_implementation") for part in parts for kind in ("attn", "experts")}
+    return NAME in names and not applied(model)
+
+
+def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> Report:
+    from .families import FamilyUnderTest, gradient_rows
+
+    config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
+    ids, target = default_text(input_ids, config, model.device, tokens), FamilyUnderTest(model)
+    trains = model.training
+    with torch.no_grad(), in_evaluation(model):
+        rows = target.compare(ids) + (gradient_rows(model, ids) if trains else [])
+    about = backend_name(ids.device), dtype_name(model.dtype), "transformers' own modules", target.not_run
+    return Report(tuple(rows), 0, 0, *about)
+
+
+def backend_name(device: torch.device) -> str:
+    """What computes the operations on this device."""
+    if device.type == "cuda":
+        return f"Triton on {torch.cuda.get_device_name(device)}"
+    return "Triton, interpreted" if INTERPRETED else TORCH
+
+
+def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:
+    """`ids` int64 [B,T], checked; None: two sequences of a fixed pseudo-random text of `tokens` tokens."""
+    limit = config.max_position_embeddings
+    if ids is not None:
+        check_ids(ids, config.vocab_size, device)
+        check_vocabulary(ids, config.vocab_size)
+        if (length := ids.shape[1]) > limit:
+            raise ValueError(f"verify: input_ids has {length} tokens, needs at most {limit}, the model's positions")
+        return ids
+    needs = f"2 to {2 * limit}, in two sequences of {limit} positions"
+    check_value("verify: tokens", tokens, needs, tokens is None or 2 <= tokens <= 2 * limit)
+    length, generator = min((tokens or TEXT_TOKENS) // 2, limit), torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
+
+
+def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any) -> Report:
+    config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
+    ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
+    fp32 = _is_compared_in_fp32(dtype, quick, target.quantized)
+    L = config.num_hidden_layers
+
+    def steps(part: str, total: int) -> Step:
+        """Return what is called after each of so many steps, which take about the same time."""
+        done = count()
+
+        def step() -> None:
+            if progress is not None and total:
+                progress(next(done), total, part)
+
+        step()
+        return step
+
+    kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
+    sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
+    rows = check_weights(target, folder, steps("weights", L if folder is not None else 0))
+    layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
+    if fp32 and not target.is_mixtral:
+        first_rows = compare_layers(target.first_layer_in_fp32(), ids)[0]
+        layer_rows += [replace(row, case=row.case + FP32) for row in first_rows]
+    elif fp32:
+        layer_rows += compare_in_fp32(target, expected, steps("layers in fp32", L))
+    norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
+    layer_rows = [*target.measure(None, "rms_norm", "final", norm), *layer_rows]
+    rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
+    logits = target.head(exact, to_fp64), target.head(expected.x)
+    expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
+    routes, out = LayerProbe(expected.layers), torch.empty(0)
+    routes.start("end to end")
+    with target.catch_faults(routes.fail):
+        out = target.logits(ids, routes)
+    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
+    if target.trains:
+        from .families import gradient_rows  # imports transformers
+
+        rows += gradient_rows(target.model, ids)
+    if target.is_mixtral:
+        with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
+            steps("generate", 1)
+            rows += check_generate(target, ids, *logits)
+    kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
+    routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
+    return Report(tuple(rows), routes.flips, routed, backend_name(device), dtype_name(dtype), target.peer, not_run)
+
+
+def _is_compared_in_fp32(dtype: torch.dtype, quick: bool, quantized: bool) -> bool:
+    return not quick and dtype != torch.float32 and not quantized
+
+
+def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: Any) -> None:
+    """Launch on the meta device the operations that `verify` calls on the model's GPU with the same options, and the
+    text that it has by default. Most of its kernels are among them, and few are those of its forwards alone."""
+    gpu = target_arch(model.device), multiprocessors(model.device)
+    copied = on_meta_by_kind(model)
+    targets = [target := ModelUnderTest(copied, cache_dtype)]
+    text = default_text(None, model.config, model.device, tokens)
+    x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))
+    if _is_compared_in_fp32(model.dtype, quick, target.quantized):
+        targets.append(ModelUnderTest(model_in_fp32(copied, copied.layers[0], x)))
+    for under_test in targets:
+        calls = SizedCalls(under_test, (tokens or CALL_TOKENS[True]) if under_test is target else 0, gpu)
+        x = x.to(under_test.embed_tokens.dtype)
+        for index, layer in enumerate(under_test.layers):
+            for op, _, args in calls(under_test.check(layer, x, under_test.config), index):
+                with under_test.catch_faults(lambda note: None):  # `verify` reports it
+                    dispatched(op, args)(**args)
