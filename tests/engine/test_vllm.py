@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 
-from mixtral_triton import SMALL, Mixtral, ops
+from mixtral_triton import SMALL, ExpertsConfig, Mixtral, ops
 from mixtral_triton.quantize import QuantizedWeight, quantize
 from tests.cli.commands import ROOT
 from tests.support.models import HELD_OUT
@@ -98,6 +98,17 @@ def test_other_families_give_the_tokens_of_transformers(family: str, weights: st
     found = engine({"weights": weights}, prompts, folder=tmp_path, skip_tokenizer_init=True)
     equal, errors = compare(found, tokens_of(model, prompts))
     assert (equal, max(errors) < 1e-4) == (len(prompts), True) if weights is None else equal >= len(prompts) - 1
+
+
+@needs_vllm
+def test_vllm_itself_reads_what_save_pretrained_writes(tmp_path: Path) -> None:
+    """By its own int4 kernel, which computes in bf16: that may turn a text."""
+    settings: Any = {"quantization_config": ExpertsConfig("int4"), "dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(SMALL, **settings)
+    model.save_pretrained(tmp_path)
+    found = engine(None, folder=tmp_path, skip_tokenizer_init=True, dtype="bfloat16")
+    equal, errors = compare(found, tokens_of(model, PROMPTS))
+    assert equal >= len(PROMPTS) - 1 and sorted(errors)[-2] < 0.2
 
 
 def of_mixtral(**options: Any) -> tuple[Mixtral, Tokens]:
