@@ -19,7 +19,7 @@ from ..kernels.operation.torch_operator import unflatten_args
 from ..kernels.ops.experts.tiles import decode_tokens
 from ..kernels.record import record_launches
 from ..kernels.registry import OPS
-from ..kernels.weights.composites import first_part
+from ..kernels.weights.composite_args import first_part
 from ..kernels.weights.quantized import QuantizedWeight
 from ..kernels.weights.quantized_cache import QuantizedCache
 from ..kernels.weights.weight_args import Weight
