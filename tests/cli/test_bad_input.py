@@ -28,7 +28,7 @@ BAD_INPUT = {
     "verfy": "did you mean verify\\?",
     "bench rms_nrm": "did you mean rms_norm\\?",
     "compile rope --arch sm_91": "did you mean sm_90\\?",
-    "compile rope --arch sm_75": "choose from .sm_80",
+    "compile rope --arch sm_75": "choose from .?sm_80",
     "generate --promt x": r"arguments: --promt; did you mean --prompt\? \(see mixtral-triton --help\)",
     "generate --prompt x --top_p=0.9": r"did you mean --top-p\?",
     "chat --batch x": r"arguments: --batch \(see",
