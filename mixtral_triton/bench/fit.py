@@ -124,7 +124,8 @@ class Request:
     batch: int
     context: int
     cache: str | None = None  # of `memory_need`
-    title, note = "Tokens/s at most, by format", f"{BOUND} {FORMAT_NOTE}"
+    has_speeds, note = True, f"{BOUND} {FORMAT_NOTE}"
+    title, caption = "Tokens/s at most, by format", f"{CELLS} {note}"  # of a table of several GPUs
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Request:
@@ -179,6 +180,10 @@ class Request:
     def __str__(self) -> str:
         text = "{model}: {parameters:,} parameters, {active_parameters:,} active a token; {batch} x {context:,} tokens."
         return text.format_map(self.as_dict())
+
+    def cell(self, plan: MemoryPlan) -> str:
+        """Return what a table of several GPUs shows of a plan."""
+        return _speed(plan.tokens_per_second_bound) + (f" ({plan.offload['experts']})" if plan.offload else "")
 
     def command(self, plan: MemoryPlan) -> str:
         """Return the command that runs a plan. A model of KNOWN is run from its folder."""
@@ -303,7 +308,7 @@ def _print(request: Any, gpu: GPU, plans: list[MemoryPlan]) -> None:
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context
         cells = {"format": plan.format, "weights": in_decimal(weights), "in all": in_decimal(total)}
         cells |= {"used": f"{100 * total / free:.0f} %", "longest": f"{longest:,}" if longest else "-"}
-        cells |= {"tokens/s": _speed(plan.tokens_per_second_bound)} if isinstance(request, Request) else {}
+        cells |= {"tokens/s": _speed(plan.tokens_per_second_bound)} if request.has_speeds else {}
         word = plan.verdict
         if offload := plan.offload:
             word = f"offload {offload['experts']} of {offload['of']}, {in_decimal(offload['host_bytes'])}"
@@ -319,10 +324,7 @@ def _print_all(request: Any, plans: Mapping[GPU, list[MemoryPlan]]) -> None:
     for gpu, of_gpu in plans.items():
         cells = {"gpu": gpu.name}
         for plan in sorted(of_gpu, key=lambda plan: plan.bytes["weights"]):
-            hosted = f" ({plan.offload['experts']})" if plan.offload else ""
-            longest = f"{plan.longest_context:,}" if plan.longest_context else ""
-            own = isinstance(request, Request)
-            cells[plan.format] = _speed(plan.tokens_per_second_bound) + hosted if own else longest
+            cells[plan.format] = request.cell(plan)
         rows.append((cells, ""))
-    table = table_of(request.title, rows, f"{CELLS if isinstance(request, Request) else ''} {request.note}".strip())
+    table = table_of(request.title, rows, request.caption)
     console().print(Text(str(request)), table, sep="\n")

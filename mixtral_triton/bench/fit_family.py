@@ -59,7 +59,10 @@ class FamilyRequest:
     batch: int
     context: int
     title = "The most tokens of a sequence, by format"
-    note = "The formats are the experts', by ExpertsConfig; the workspace is an estimate of transformers' prefill."
+    has_speeds = False
+    note = caption = (
+        "The formats are the experts', by ExpertsConfig; the workspace is an estimate of transformers' prefill."
+    )
 
     @classmethod
     def of(cls, args: argparse.Namespace, folder: Path) -> FamilyRequest:
@@ -82,12 +85,17 @@ class FamilyRequest:
     def experts(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, shape in self.shapes.items() if ".experts." in name and len(shape) == 3}
 
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """Bytes by format."""
+        return {format: weight_bytes(self.shapes, specs, self.model.dtype) for format, specs in self.specs.items()}
+
     def memory_need(self, format: str, context: int) -> dict[str, int]:
         """As `fit.memory_need`."""
         dtype, (V, H) = self.model.dtype, self.model.get_input_embeddings().weight.shape
         I = max((shape[-1] for name, shape in self.experts.items() if name.endswith("down_proj")), default=4 * H)
         cache = sum(token * min(context, window or context) + beside for token, beside, window in self.layers)
-        need = {"weights": weight_bytes(self.shapes, self.specs[format], dtype), "cache": self.batch * cache}
+        need = {"weights": self.weights[format], "cache": self.batch * cache}
         need["workspace"] = self.batch * context * dtype.itemsize * (4 * H + max(1, self.K) * (H + I))
         need["logits"] = LOGIT_BYTES * self.batch * V
         return need | {"total": sum(need.values())}
@@ -108,6 +116,10 @@ class FamilyRequest:
         return values | {"batch": self.batch, "context": self.context}
 
     __str__ = fit.Request.__str__
+
+    def cell(self, plan: MemoryPlan) -> str:
+        """As `fit.Request.cell`."""
+        return f"{plan.longest_context:,}" if plan.longest_context else ""
 
     def command(self, plan: MemoryPlan) -> str:
         """Return how the model is loaded in this format."""
