@@ -23,7 +23,8 @@ from ..operation.checks import INT32, RoutingWeights, Tokens, Within
 from .norm import FusedNorm, NormWeight, apply_norm
 from .tiles import power_of_2
 
-TILE_ELEMENTS = 32768  # elements of the gate that a program holds at once
+TILE_BYTES = 65536  # of the gate that a program holds at once
+SELECTED = tl.constexpr(-(2**63))  # less than any expert's key
 
 
 @triton.jit
@@ -34,6 +35,12 @@ def _share(logits, largest):
 
 
 @triton.jit
+def _flip(bits):
+    """The bits of fp32 -> int32 in the order of the numbers, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def select_top_k(
     logits,  # [BLOCK_T, BLOCK_E] fp32
     E,
@@ -41,24 +48,24 @@ def select_top_k(
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The TOP_K largest of each row -> weights, ids [BLOCK_T, BLOCK_K]."""
-    offs_e = tl.arange(0, BLOCK_E)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_e = tl.arange(0, BLOCK_E)[None, :]
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
     logits = tl.where(logits == logits, logits, float("-inf"))
-    # A flag marks selected experts and padding: their logits may equal the -inf of another.
-    taken = tl.broadcast_to((offs_e >= E)[None, :], (BLOCK_T, BLOCK_E))
-    values = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
-    ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    # One integer orders an expert: by its logit, then by its id. So a selection is one reduction, and no two are equal.
+    order = _flip(tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)).to(tl.int64)  # -0 equals 0
+    keys = tl.where(offs_e < E, (order << 32) + (BLOCK_E - 1 - offs_e), SELECTED)
+    best = tl.full((BLOCK_T, BLOCK_K), SELECTED, tl.int64)
     for k in tl.static_range(TOP_K):
-        value = tl.max(tl.where(taken, float("-inf"), logits), axis=1)
-        first = tl.min(tl.where((logits == value[:, None]) & (taken == 0), offs_e[None, :], BLOCK_E), axis=1)
-        taken = taken | (offs_e[None, :] == first[:, None])
-        values = tl.where(offs_k[None, :] == k, value[:, None], values)
-        ids = tl.where(offs_k[None, :] == k, first[:, None], ids)
+        key = tl.max(keys, axis=1)[:, None]
+        keys = tl.where(keys == key, SELECTED, keys)
+        best = tl.where(offs_k == k, key, best)
+    ids = BLOCK_E - 1 - (best & (BLOCK_E - 1)).to(tl.int32)
+    values = tl.where(offs_k < TOP_K, _flip((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True), float("-inf"))
     largest = tl.max(values, axis=1)[:, None]
-    shares = tl.where((offs_k < TOP_K)[None, :], _share(values, largest), 0.0)
+    shares = tl.where(offs_k < TOP_K, _share(values, largest), 0.0)
     total = tl.sum(shares, axis=1)
     if not RENORMALIZE:
-        total = tl.sum(tl.where((offs_e < E)[None, :], _share(logits, largest), 0.0), axis=1)
+        total = tl.sum(tl.where(offs_e < E, _share(logits, largest), 0.0), axis=1)
     return shares / total[:, None], ids
 
 
@@ -192,9 +199,9 @@ def configs(sizes: RouteSizes, dtype: torch.dtype, arch: str) -> dict[str, Launc
 
 
 def gate_configs(sizes: GateSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's."""
+    """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's in 16 bits."""
     block_e = power_of_2(sizes.E)
-    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes.H, high=max(16, TILE_ELEMENTS // block_e))}
+    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes.H, high=max(16, TILE_BYTES // dtype.itemsize // block_e))}
     warps = power_of_2(block_e * tiles["BLOCK_H"] // 2048, high=16)
     return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes.K)}, num_warps=warps)}
 
