@@ -64,6 +64,10 @@ EARLIER = {"sm_90": ("sm_80",), "sm_100": ("sm_90", "sm_80")}
 # selected by instructions per byte (decode) and FLOP per instruction (prefill). Registers bound the tiles of fp32, in
 # decode to 16 rows of x. The experts of up to 128 tokens take these, too. With 2 of 8 an expert then has 32 rows on
 # average, and where it has more than BLOCK_T reads its weight again, through L2.
+_QUANTIZED_FP32 = (
+    DecodeTile(32, 16, 16, 0, 8, 2, "compiled: 88 registers"),
+    DecodeTile(64, 16, 16, 0, 8, 2, "compiled: 80 registers"),
+)
 QUANTIZED_DECODE: Table[DecodeTile] = {
     "sm_80": (
         DecodeTile(16, 16, 128, 0, 8, 4, "compiled: 128 registers, 299 FLOP"),
@@ -87,16 +91,10 @@ QUANTIZED_DECODE: Table[DecodeTile] = {
         DecodeTile(64, 64, 32, 0, 8, 1, "compiled: 253 registers"),
         DecodeTile(128, 16, 32, 0, 4, 1, "compiled: 98 registers"),  # a taller one spills
     ),
-    "fp32": (
-        DecodeTile(16, 16, 16, 0, 8, 2, "compiled: 87 registers"),
-        DecodeTile(32, 16, 16, 0, 8, 2, "compiled: 88 registers"),
-        DecodeTile(64, 16, 16, 0, 8, 2, "compiled: 80 registers"),
-    ),
-    "sm_100 fp32": (  # a narrower one spills with Triton 3.6, where there are many experts
-        DecodeTile(16, 16, 32, 0, 8, 2, "compiled: 87 registers"),
-        DecodeTile(32, 16, 16, 0, 8, 2, "compiled: 88 registers"),
-        DecodeTile(64, 16, 16, 0, 8, 2, "compiled: 80 registers"),
-    ),
+    # Where there are many experts, one family's tile for few tokens spills on the other with Triton 3.6 or 3.7.
+    "fp32": (DecodeTile(16, 16, 16, 0, 8, 2, "compiled: 87 registers"), *_QUANTIZED_FP32),
+    "sm_90 fp32": (DecodeTile(16, 16, 16, 0, 2, 2, "compiled: 184 registers"), *_QUANTIZED_FP32),
+    "sm_100 fp32": (DecodeTile(16, 16, 64, 0, 4, 2, "compiled: 168 registers"), *_QUANTIZED_FP32),
 }
 # A unit's tile of a weight meets as many tiles of x as an element has codes, which take shared memory.
 QUANTIZED_PREFILL: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code
