@@ -66,7 +66,8 @@ def run(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = None) -> An
     numbers: tuple[int, ...] = ()
     if op.growing is not None and (grown := op.growing(args)) is not None:
         key, names, numbers = grown
-        key += tuple([(x == 1, x % 16 == 0, x >> 31) for x in numbers])  # what Triton compiles of an integer
+        # What Triton compiles of an integer: whether it is 1 or a multiple of 16, and its width.
+        key += tuple([(x >> 31 << 2) + (x == 1 if x & 15 else 2) for x in numbers])
     elif key is None:
         key = call_key(args)
     full = (op.run, context, knobs.runtime.debug, knobs.compilation.instrumentation_mode, key)

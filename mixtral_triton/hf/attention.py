@@ -91,14 +91,14 @@ def attention(
         return dense_attention(module, query, key, value, seen, scaling, dropout, s_aux), weights
     if (columns := value.shape[-1]) < D:
         value = pad(value, (0, D - columns))
-    q, k, v, ends, text_ends = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *mask[1:3]
-    call: dict[str, Any] = {"scale": scaling, "sinks": s_aux, "starts": mask.starts}
-    out = attend(q, k, v, window=window, lengths=ends, **call)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    starts, ends, text_ends = mask[:3]
+    out = attend(q, k, v, window=window, scale=scaling, starts=starts, lengths=ends, sinks=s_aux)
     if ends is not None and text_ends is not None:  # padding sees the whole text, and nothing else
-        padding = attend(q, k, v, causal=False, lengths=text_ends, **call)
+        padding = attend(q, k, v, causal=False, scale=scaling, starts=starts, lengths=text_ends, sinks=s_aux)
         behind = torch.arange(1 - T, 1, device=q.device) + ends[:, None] > text_ends[:, None]
         out = torch.where(behind[..., None, None], padding, out)
-    return out[..., :columns], weights
+    return out if columns == D else out[..., :columns], weights
 
 
 def attention_weights(query: Tensor, key: Tensor, seen: Any, scaling: Any, sinks: Tensor | None) -> Tensor:
