@@ -67,7 +67,8 @@ def attention(
     s_aux [Hq]: sinks, as in `ops.attention`. A dense mask goes to torch's attention. The weights are those of
     transformers' eager attention, and the result does not depend on them. ValueError by `check_attention`.
     """
-    if is_autocast_available(device := query.device.type) and torch.is_autocast_enabled(device):
+    device = query.device.type
+    if torch._C._is_any_autocast_enabled() and is_autocast_available(device) and torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     attend, mask = fused(ops.attention, query, key, value, s_aux), IntervalMask.decode(attention_mask)
     check_attention(module, query, value, mask is None, 0.0 if attend is None else dropout, kwargs)

@@ -104,7 +104,7 @@ def test_the_help_prints_every_default() -> None:
             assert action.dest != "logprobs" or text.startswith(f"with {outputs}: ")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [GENERATE, TRACE, ("generate", "--help")], ids=lambda args: args[0])
 def test_a_closed_pipe_is_exit_141_without_a_message(args: tuple[str, ...]) -> None:
     with subprocess.Popen(**command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -169,7 +169,7 @@ def test_an_unexpected_error_is_a_crash_of_one_line(monkeypatch: pytest.MonkeyPa
     assert error.startswith("mixtral-triton generate: crashed: RuntimeError: a fault of ours")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(encoding: str) -> None:
     where = {"PYTHONIOENCODING": encoding, "TRITON_INTERPRET": "0"}
@@ -207,6 +207,7 @@ def test_compile_takes_several_architectures() -> None:
     assert sorted(set(found)) == ["sm_80", "sm_90"] and found.count("sm_80") == found.count("sm_90")
 
 
+@pytest.mark.slow
 def test_compile_refuses_a_process_that_interprets() -> None:
     done = start("compile", "rope", "--arch", "sm_90", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "needs one with TRITON_INTERPRET unset" in done.stderr

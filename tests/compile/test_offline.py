@@ -211,6 +211,7 @@ def test_decode_tiles_leave_an_sm_two_programs(T: int) -> None:
                 assert compiled.programs_per_sm is not None and compiled.programs_per_sm >= 2, compiled
 
 
+@pytest.mark.slow
 def test_one_kernel_at_other_sizes() -> None:
     choices = {"T": [3], "H": [512, 256]}
     rows = [one.as_dict() for one in compile_ops(["linear"], "sm_90", kernel="linear_decode", choices=choices)]
@@ -282,6 +283,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_each_kernel_once_in_a_fixed_order(own_cache: Path) -> None:
     """Compiled by several threads, then from the cache."""
     names, progress = ["rms_norm", "append", "route"], []
@@ -312,6 +314,7 @@ def test_a_crash_of_ptxas_is_a_fault_in_its_row(own_cache: Path, monkeypatch: py
     assert faults == {"does not compile: `ptxas` failed with error code -11"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("arch", "suffixes"), [("sm_90", {".ptx", ".sass", ".cubin"}), ("gfx942", {".amdgcn", ".hsaco"})]
 )

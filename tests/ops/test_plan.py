@@ -261,6 +261,7 @@ def test_without_private_calls_the_jit_launches_each_time_and_warns_once(
     assert not count_plans() and sum("have no" in str(each.message) for each in warned) == 1
 
 
+@pytest.mark.slow
 def test_package_is_imported_without_what_is_private_in_the_interpreter() -> None:
     """What the corrections replace, and the whole module, may be missing where kernels are compiled."""
     for change in ("del interpreter._get_np_dtype, interpreter.InterpreterOptions", "sys.modules[name] = None"):

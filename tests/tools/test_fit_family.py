@@ -73,6 +73,7 @@ def test_a_stored_checkpoint_has_the_bytes_of_its_codes(tmp_path: Path, monkeypa
     assert output("fit", stored, "--gpu", "h100").splitlines()[-1].endswith(f'config=stored_config("{stored}"))')
 
 
+@pytest.mark.slow
 def test_the_longest_text_fits_and_the_last_line_loads_the_model(tmp_path: Path) -> None:
     config = AutoConfig.for_model("glm4_moe", dtype="bfloat16", max_position_embeddings=1 << 20)
     config.save_pretrained(tmp_path)

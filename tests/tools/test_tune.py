@@ -152,6 +152,7 @@ def test_the_fastest_is_right_and_beyond_the_noise(monkeypatch: pytest.MonkeyPat
     assert tuned(lambda config: 1.0 + (config == now)) == now.num_warps
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_what_is_only_compiled_claims_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     tune.main(["route", "--arch", "sm_120"])
