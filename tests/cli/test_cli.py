@@ -123,7 +123,7 @@ def test_a_closed_stdout_is_refused_before_any_work(monkeypatch: pytest.MonkeyPa
     )
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("args", [GENERATE, (*GENERATE, "--json"), TRACE], ids=["generate", "generate --json", "trace"])

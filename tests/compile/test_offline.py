@@ -314,7 +314,7 @@ def test_a_crash_of_ptxas_is_a_fault_in_its_row(own_cache: Path, monkeypatch: py
     assert faults == {"does not compile: `ptxas` failed with error code -11"}
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "suffixes"), [("sm_90", {".ptx", ".sass", ".cubin"}), ("gfx942", {".amdgcn", ".hsaco"})]
 )

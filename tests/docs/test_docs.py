@@ -124,6 +124,7 @@ def test_example_runs(how: str, checkpoint: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_model_of_the_example_writes_the_text_of_the_command() -> None:
     text = python("-m", "examples.mixtral", SMALL, "A list is", CUDA_VISIBLE_DEVICES="")
     assert text.returncode == 0, text.stderr
@@ -201,6 +202,7 @@ def test_recipes_of_other_routers_compute_what_they_say() -> None:
     assert torch.allclose(found["shared"], shared, atol=1e-5) and not torch.allclose(deepseek, shared, atol=0.1)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))

@@ -164,6 +164,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_wheel(built: Path) -> None:
     shipped = ("config.json", "heldout.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     names = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())

@@ -202,7 +202,7 @@ def test_compiles_without_a_graph_break(make_hf: Any, parity: Any) -> None:
     parity("compile: fullgraph, static cache too", "holds")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_exports_with_dynamic_sizes(masked: bool, make_hf: Any, parity: Any) -> None:
     if masked and torch.__version__ < "2.13":

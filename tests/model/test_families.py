@@ -82,7 +82,7 @@ def test_logits_texts_and_scores_equal_transformers(name: str, make: Any, device
     assert torch.allclose(model.score([prompts[0].to(device)])[0].cpu(), logprobs, atol=1e-4)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
 def test_options_of_a_mixtral_work(name: str, make: Any, device: torch.device, tmp_path: Path) -> None:
     """An 8-bit cache, int4 experts with int8 linear layers, deterministic mode, and a checkpoint written so."""

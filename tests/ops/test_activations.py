@@ -52,6 +52,7 @@ def test_derivatives_are_those_of_autograd(name: str, toy: str) -> None:
         assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [5, 150])  # decode and prefill
 def test_a_toy_activation_is_one_entry(T: int, toy: str, device: torch.device) -> None:
     sizes = SIZES | {"T": T}

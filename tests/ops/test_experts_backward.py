@@ -81,7 +81,7 @@ def arguments(sizes: dict[str, Any], change: str, dtype: torch.dtype) -> dict[st
     return args
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize(("sizes", "change"), CASES, ids=str)

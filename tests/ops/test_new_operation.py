@@ -103,6 +103,7 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_toy_operation_passes_the_tests_of_every_operation(copy: Path) -> None:
     options = ("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider")
     files = [f"tests/{name}" for name in (GATES if INTERPRETED else (*GATES, *COMPILED))]

@@ -135,6 +135,7 @@ def test_index_selects_what_a_tensor_s_does_or_is_refused(stacked: Any) -> None:
     assert len([*weight]) == E
 
 
+@pytest.mark.slow
 def test_view_with_fp8_activations_of_offloaded_experts() -> None:
     """It has the weight's addresses and its buffer, and torch's operator finds it by its id."""
     args = arguments("fp8", 70, torch.bfloat16)

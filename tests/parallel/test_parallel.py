@@ -221,6 +221,7 @@ def test_what_is_refused(ranks: Ranks, checkpoint: Checkpoint) -> None:
     assert all("dispatch mode" in said for said in ranks(work.watched, folder, IDS, tp=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["no such file", "cut off", "num_attention_heads"])
 def test_what_is_bad_for_one_rank_ends_all(reason: str, ranks: Ranks, checkpoint: Checkpoint, tmp_path: Path) -> None:
     bad = tmp_path / "bad"

@@ -262,6 +262,7 @@ def test_loading_tensors_of_several_experts_peaks_below_one_of_them(tmp_path: Pa
     assert size == dense and peak < size + 2 * EXPERT, f"{(peak - size) / 1e6:.1f} MB beside the weights"
 
 
+@pytest.mark.slow
 def test_perplexity_of_the_small_checkpoint(covers: Any) -> None:
     bounds = {("int8", None): 0.1, ("fp8", None): 0.3, ("int4", 128): 2.0, ("int4", 32): 1.2}  # per cent of perplexity
     before = perplexity(load(dtype=torch.float32))

@@ -109,6 +109,7 @@ def test_a_launch_that_is_not_reached_is_seen(monkeypatch: pytest.MonkeyPatch) -
     assert not missing and not not_run and "route_kernel" in {name for name, *_ in run}
 
 
+@pytest.mark.slow
 @once
 @pytest.mark.parametrize("rows", [37, 1001])
 def test_a_tile_of_one_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
