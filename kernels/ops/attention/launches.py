@@ -4,17 +4,20 @@ B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ...launching.kernel_args import Heads, dense_rows
+from ...launching.kernel_args import ALIGNMENT, Heads, dense_rows
 from ...launching.launch import describe, launch, multiprocessors, select_configs, target_arch
+from ...operation.plan import call_key
 from ...weights.composite_args import Cache
 from ..cache_args import CacheArgs, HeadNorms, cache_parts
 from .kernels import Bounds, Keys, Newest, attention_combine_kernel, attention_decode_kernel, attention_prefill_kernel
-from .tiles import AttentionSizes, configs
+from .tiles import SPLIT_KEYS, AttentionSizes, configs, fits_decode
 
 
 def keys_of(k: Tensor, v: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> Keys:
@@ -33,6 +36,29 @@ def reach(window: int | None, S: int, T: int) -> int:
     """Return the window as kernels take it; 0, none, where it reaches every key: the kernel subtracts it in int32."""
     window = max(0, window or 0)
     return 0 if window > 2 * (S + T) else window
+
+
+GROWING = {dims: ("S", *(f"keys.stride_{x}{dim}" for x in "kv" for dim in dims)) for dims in ("bth", "bht")}
+
+
+def growing(
+    args: Sequence[Any], heads_first: bool = False
+) -> tuple[tuple[Any, ...], Sequence[str], tuple[int, ...]] | None:
+    """Of decode over a cache that grows by concatenation, S changes the splits alone, which double (tiles.py)."""
+    q, k, v, window, causal, *rest = args
+    if heads_first:
+        (_, Hq, T, _), (B, Hkv, S, D) = q.shape, k.shape
+    else:
+        (_, T, Hq, _), (B, S, Hkv, D) = q.shape, k.shape
+    if not (causal and S and fits_decode(T, Hq, Hkv)) or torch.version.hip:  # HIP's key has the size of the memory
+        return None
+    window = window and reach(window, S, T)
+    splits = ((min(S, window or S) - 1) // SPLIT_KEYS).bit_length()
+    *k_strides, k_last = k.stride()
+    *v_strides, v_last = v.stride()
+    kept = B, Hkv, D, k_last, v_last, k.dtype, k.device, k.data_ptr() % ALIGNMENT, v.data_ptr() % ALIGNMENT
+    names = GROWING["bht" if heads_first else "bth"]
+    return (*call_key((q, *rest)), window, splits, *kept), names, (S, *k_strides, *v_strides)
 
 
 def sizes_of(q: Tensor, keys: Keys, window: int | None, deterministic: bool) -> AttentionSizes:

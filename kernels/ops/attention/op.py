@@ -5,7 +5,7 @@ B batch, T query tokens, S key positions, Hq query heads, Hkv key/value heads, G
 P rows of the rotary tables
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...launching.kernel_args import ALIGNMENT, Heads
+from ...launching.kernel_args import Heads
 from ...operation.cases import Cost, draw, operation, shapes
 from ...operation.checks import INTS, Within, fail
-from ...operation.plan import call_key
 from ...weights.composite_args import vector_bytes
 from ..cache_args import (
     CacheArgs,
@@ -37,8 +36,8 @@ from ..cache_args import (
 )
 from ..rope import launch_append
 from .kernels import Bounds, Newest
-from .launches import keys_of, launch_decode, launch_prefill, reach, sizes_of, slots_of
-from .tiles import SPLIT_KEYS, fits_decode
+from .launches import growing, keys_of, launch_decode, launch_prefill, sizes_of, slots_of
+from .tiles import fits_decode
 
 Positions = Annotated[Tensor, "B S Hkv D"]
 Bound = Annotated[Tensor, "B", INTS, Within(0, "S")]
@@ -90,23 +89,6 @@ def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
     """Cut one sequence's chunk where its new tokens end."""
     end = int(args["new"].sum())
     return {**args, **{name: args[name][:, :end] for name in "qkv"}}
-
-
-GROWING = ("S", *(f"keys.stride_{x}{dim}" for x in "kv" for dim in "bth"))
-
-
-def _growing(args: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[str], tuple[int, ...]] | None:
-    """Of decode over a cache that grows by concatenation, S changes the splits alone, which double (tiles.py)."""
-    q, k, v, window, causal, *rest = args
-    (_, T, Hq, _), (B, S, Hkv, D) = q.shape, k.shape
-    if not (causal and S and fits_decode(T, Hq, Hkv)) or torch.version.hip:  # HIP's key has the size of the memory
-        return None
-    window = window and reach(window, S, T)
-    splits = ((min(S, window or S) - 1) // SPLIT_KEYS).bit_length()
-    *k_strides, k_last = k.stride()
-    *v_strides, v_last = v.stride()
-    kept = B, Hkv, D, k_last, v_last, k.dtype, k.device, k.data_ptr() % ALIGNMENT, v.data_ptr() % ALIGNMENT
-    return (*call_key((q, *rest)), window, splits, *kept), GROWING, (S, *k_strides, *v_strides)
 
 
 @dataclass(frozen=True)
@@ -218,7 +200,7 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
     ),
     rule=_check_attention,
     truncate_sequence=_truncate_keys,
-    growing=_growing,
+    growing=growing,
 )
 def attention(
     q: Queries,
