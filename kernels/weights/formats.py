@@ -74,4 +74,5 @@ def field_values(tile, field, zeros, LAYOUT: tl.constexpr, dtype: tl.constexpr):
     elif LAYOUT.format == "int8":
         return int8_values(tile, field, zeros, dtype, PTX)
     else:
+        tl.static_assert(LAYOUT.format == "fp8", "a format without a branch here")
         return fp8_values(tile, field, zeros, dtype, PTX)
