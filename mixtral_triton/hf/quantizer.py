@@ -85,7 +85,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         path, _, key = param_name.rpartition(".")
-        return path in self.paths and key in PROJECTIONS
+        return self.plan is None and path in self.paths and key in PROJECTIONS
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         spec = None if self.plan is None else self.plan.specs.get(param_name)
@@ -102,6 +102,7 @@ class ExpertsQuantizer(HfQuantizer):
         self.conversions = conversions
         if (stored := self.quantization_config.stored) is not None:
             self.plan = plan = plan_stored(self.model, self.files, stored, conversions)
+            self.pre_quantized = False  # transformers then reads a parameter's tensors when their turn comes
             self.model._keys_to_ignore_on_load_unexpected = {
                 *(self.model._keys_to_ignore_on_load_unexpected or ()),
                 *plan.ignored,

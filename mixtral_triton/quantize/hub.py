@@ -26,7 +26,7 @@ from ..kernels.weights.quantized import QuantizedWeight
 from . import QUANTIZED_PARTS, Formats, QuantSpec, put, quantize_into, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
 
-PIECE = 1 << 22  # codes that are unpacked at once
+PIECE = 1 << 18  # codes that are unpacked at once
 # Last parts of the names of scales of activations and caches, which stay in 16 bits here.
 UNUSED = {f"{what}_scale" for what in ("input", "output", "activation", "q", "k", "v", "kv")} | {"input_zero_point"}
 

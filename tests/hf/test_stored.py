@@ -120,6 +120,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
         lambda x: [x.pop(f"{NAME}.{part}") for part in ("weight_packed", "weight_scale", "weight_shape")],
         "rows of all experts for model.layers.1.mlp.experts.down_proj is 384, needs 512 by the config",
     ),
+    "all experts of a layer": (
+        *LAYOUTS[INT4],
+        lambda x: [x.pop(name) for name in [*x] if "layers.1.mlp.experts." in name],
+        "experts of model.layers.1.mlp.experts.gate_up_proj is 'missing', needs those of the config",
+    ),
     "a part too much": (
         *LAYOUTS[INT4],
         lambda x: x.update({f"{NAME}.odd": torch.zeros(1)}),
