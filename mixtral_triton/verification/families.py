@@ -15,10 +15,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.integrations.moe import ExpertsInterface
@@ -74,17 +76,30 @@ def selected_modules(model: nn.Module) -> dict[nn.Module, str]:
         selects = f"_{'experts' if is_experts(module) else 'attn'}_implementation"
         kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
         calls = [any("get_interface" in names for names in _names(vars(kind)["forward"])) for kind in kinds]
-        if getattr(getattr(module, "config", None), selects, None) != NAME or not any(calls):
+        patched = bool(kinds) and is_patched(kinds[0])
+        selected = any(calls) or is_experts(module) or (patched and "attention" in type(module).__name__.lower())
+        if getattr(getattr(module, "config", None), selects, None) != NAME or not selected:
             continue
         name = "_old_forward" if "_hf_hook" in vars(module) else "forward"  # accelerate keeps what it wraps
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         roots = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
         faults = [f"the hook {x!r:.60}" for x, root in zip(hooks, roots, strict=True) if not root.startswith(OWN)]
         faults += [f"a {name} of its own"] * (name in vars(module) and not is_own_forward(module, name))
-        faults += [f"the forward of {kinds[0].__name__}"] * (not calls[0])
+        faults += [f"the forward of {kinds[0].__name__}"] * (patched or not calls[0])
         check_value(f"verify: {path}", ", ".join(faults), "transformers' own forward, without hooks", not faults)
         modules[module] = path
     return modules
+
+
+def is_patched(kind: type[nn.Module]) -> bool:
+    """Whether a class's forward, or what it wraps, stands in no folder of its class, transformers or this package."""
+    defines, function = getattr(sys.modules.get(kind.__module__), "__file__", None), vars(kind)["forward"]
+    folders = tuple(f"{Path(file or '/').parent}/" for file in (defines, transformers.__file__, Path(__file__).parent))
+    while defines and (code := getattr(function, "__code__", None)) is not None:
+        if not code.co_filename.startswith(folders):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def _names(forward: Any) -> list[tuple[str, ...]]:

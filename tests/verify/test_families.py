@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ FAULTS: dict[str, tuple[str, Inject]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_a_layer_is_named_by_its_path(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     line, inject = FAULTS[fault]
-    model = by_name("qwen3_moe", use_sliding_window=fault == "no window", sliding_window=12, max_window_layers=0)
+    model = by_name("qwen3_moe", use_sliding_window=fault == "no window", sliding_window=40, max_window_layers=0)
     assert verify(model).ok
     inject(monkeypatch, model)
     report = verify(model)
@@ -188,6 +189,21 @@ def subclassed(model: Any) -> None:
         module.__class__ = type("Mine", (kind,), {"forward": forward})
 
 
+def patch_class(name: str, patch: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A change of the class of a layer's module, of which this instance has a copy under the same name."""
+
+    def change(module: Any) -> None:
+        kind: Any = type(module)
+        forward = patch(kind.forward)
+        module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+    return on_layer(name, change)
+
+
+def tenth_more(forward: Any) -> Any:
+    return wraps(forward)(lambda self, *args, **kwargs: forward(self, *args, **kwargs) * 1.1)
+
+
 def on_layer(path: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda model: change(model.model.layers[1].get_submodule(path))
 
@@ -210,6 +226,18 @@ FOREIGN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a hook before attention": (
         "self_attn is 'the hook ",
         on_layer("self_attn", lambda m: m.register_forward_pre_hook(print)),
+    ),
+    "a class patched by a wrapper": (
+        "mlp.experts is 'the forward of OlmoeExperts'",
+        patch_class("mlp.experts", tenth_more),
+    ),
+    "a class that dispatches nothing": (
+        "mlp.experts is 'the forward of OlmoeExperts'",
+        patch_class("mlp.experts", lambda _: lambda self, x, ids, weights: 0 * x),
+    ),
+    "attention that dispatches nothing": (
+        "self_attn is 'the forward of OlmoeAttention'",
+        patch_class("self_attn", lambda _: lambda self, hidden_states, **kwargs: (hidden_states, None)),
     ),
     "a class of its own": ("self_attn is 'the forward of Mine'", subclassed),
 }
