@@ -89,7 +89,7 @@ _DENSE_SHAPES = (
 )
 
 # Many small experts: of Qwen3-30B-A3B, OLMoE-1B-7B and DeepSeek-V3, whose offsets pass 2^31. int4 at 32 tokens, which
-# are 256 slots, is not among them: on gfx942 its down kernel spills 24 bytes.
+# are 256 slots, is not among them: on gfx90a its down kernel spills 8 bytes.
 QWEN3: dict[str, Any] = {"H": 2048, "I": 768, "E": 128, "K": 8}
 _MANY_EXPERTS = (
     *(ExpertCase(T, **QWEN3) for T in (1, 8, 32, 64, 4096)),
