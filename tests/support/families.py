@@ -61,7 +61,7 @@ EXPERTS_REFUSED = {
 ATTENTION_REFUSED = {"gemma4_text": "heads of 512", "inkling_text": "a position bias"}
 MULTIMODAL = "dots3_note", "gemma4", "qwen3_5_moe", "qwen4_exp"
 NOT_TRIED = dict.fromkeys(MULTIMODAL, "text and images; its text model is a family of its own")
-NOT_TRIED |= dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "no tiny config; its experts have another activation")
+NOT_TRIED |= dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "no tiny config; another activation of experts")
 NOT_TRIED |= dict.fromkeys(("bailing_hybrid", "kimi_linear", "qwen4_exp_text"), "no tiny config: pattern of layers")
 NOT_TRIED |= {"beam": "its default has no experts"}
 
