@@ -56,6 +56,15 @@ def test_right_model(dtype: torch.dtype, window: int | None) -> None:
     assert report.flips == 0 or dtype != torch.float32
 
 
+@once
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("T", [1, 2, 3])
+def test_texts_that_are_too_short_for_chunks(T: int) -> None:
+    report = verify(small_model(sliding_window=8), IDS[:, :T])
+    assert not report.wrong, str(report)
+    check_complete(report, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES)
 @pytest.mark.parametrize("window", [6] if INTERPRETED else [6, None])
