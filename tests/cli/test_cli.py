@@ -135,6 +135,7 @@ def test_a_full_disk_under_stdout_is_one_line(args: tuple[str, ...], environment
     assert done.stderr.decode() == f"mixtral-triton {args[0]}: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_line() -> None:
     process = command(*GENERATE[:4], "The return", "--max-new-tokens", "900", TRITON_INTERPRET="0")
     process["preexec_fn"] = heed_interrupts

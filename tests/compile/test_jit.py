@@ -262,6 +262,7 @@ def kernels_of_prompts(gpu: Any, lengths: Sequence[int]) -> Counter[Any]:
     return compiled
 
 
+@pytest.mark.slow
 def test_prompts_of_any_length_share_their_kernels(gpu: Any, covers: Any) -> None:
     """Lengths, rows, slots are not compiled in: neither as 1 nor as a multiple of 16."""
     draw = random.Random(0)

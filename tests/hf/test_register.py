@@ -33,6 +33,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=GENERATOR)
 
 
+@pytest.mark.slow
 @once
 def test_the_names_are_known_after_register_and_after_a_second_one() -> None:
     code = "import mixtral_triton, sys; assert 'transformers' not in sys.modules; mixtral_triton.register()\n"

@@ -162,7 +162,7 @@ REFUSED = [(is_dependent, ["capturing without dependent launches"], NEW - 3)]
 REFUSED += [(lambda graph: True, ["capturing without dependent launches", "decoding without a CUDA graph"], 0)]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(("refuses", "said", "replays"), REFUSED)
 def test_graph_that_cannot_be_instantiated(refuses: Any, said: list[str], replays: int, gpu: Any) -> None:
     """A driver without programmatic edges, and one without memory: both fallbacks are tried, in order."""
@@ -221,7 +221,7 @@ def test_graphs_that_live_together_share_no_memory(gpu: Any) -> None:
     assert len({graph.memory_pool for graph in gpu.captures}) == 3
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["capture", "instantiate"])
 @pytest.mark.parametrize("frees", [True, False])
 def test_a_capture_without_memory_takes_what_earlier_graphs_kept(

@@ -269,6 +269,7 @@ def test_verify_refuses_a_mesh_by_name(ranks: Ranks, checkpoint: Checkpoint) -> 
         assert said == f"verify: target is a Mixtral on a mesh (rank {rank} of 4), {needs}"
 
 
+@pytest.mark.slow
 def test_ranks_draw_the_tokens_of_the_first(ranks: Ranks, checkpoint: Checkpoint) -> None:
     for fault in (None, work.skip_broadcast):
         first, second, *_ = ranks(work.drawn, checkpoint(), IDS, fault=fault, tp=2)

@@ -337,6 +337,7 @@ def test_offload_auto_plans_the_context_of_a_chat(chat_folder: Path, monkeypatch
         assert run(f"{CHAT} {options}", chat_folder)[0] == 2 and made.call_args.args[2] == want
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
 def test_ctrl_c_ends_the_answer_and_ctrl_d_the_chat_on_a_terminal(whole_folder: Path) -> None:
     import pty

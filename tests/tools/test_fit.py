@@ -226,6 +226,7 @@ def test_absurd_sizes_end_at_once(field: str, status: int, tmp_path: Path) -> No
     assert run("fit --gpu b300", tmp_path)[0] == status
 
 
+@pytest.mark.slow
 def test_without_a_gpu_all_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "80")

@@ -178,7 +178,7 @@ def test_adapters_on_parameters_are_refused_by_name_until_they_are_merged(parame
     assert not report.wrong
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(("index", "gradient"), [(0, "x"), (4, "routing weights")])
 def test_an_applied_model_in_training_mode_has_its_gradients_judged(
     index: int, gradient: str, make_hf: Any, monkeypatch: pytest.MonkeyPatch
