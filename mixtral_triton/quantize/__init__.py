@@ -23,7 +23,7 @@ __all__ = ["OffloadedWeight", "QuantSpec", "QuantizedWeight", "quantize"]
 QUANTIZED_PARTS = {"experts": ("gate_up_proj", "down_proj"), "linear": ("qkv_proj", "o_proj", "lm_head")}
 ALLOWED = f"None, one of {', '.join(BITS)} (the experts), or a dict of these with the keys {', '.join(QUANTIZED_PARTS)}"
 Formats = str | Mapping[str, str] | None  # the experts' format, or one for each of QUANTIZED_PARTS; None: as stored
-# Elements that are quantized at once: in fp32 they fit a CPU's cache, or keep a GPU busy.
+# Elements that are quantized, or unpacked, at once: in fp32 they fit a CPU's cache, or keep a GPU busy.
 PIECE, GPU_PIECE = 1 << 18, 1 << 23
 
 
@@ -87,8 +87,12 @@ def quantize_into(weight: QuantizedWeight, x: Tensor, columns: slice | None = No
 
 def pieces(N: int, K: int, device: torch.device) -> Iterator[slice]:
     """Return slices of N rows of K columns that `encode` processes efficiently."""
-    step = max(1, (PIECE if device.type == "cpu" else GPU_PIECE) // K)
+    step = piece_rows(K, device)
     return (slice(start, min(start + step, N)) for start in range(0, N, step))
+
+
+def piece_rows(K: int, device: torch.device) -> int:
+    return max(1, (PIECE if device.type == "cpu" else GPU_PIECE) // K)
 
 
 def encode(x: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,9 @@ from ..checkpoint.shard import UNSHARDED, Shard
 from ..checkpoint.tensors import Destination, Headers, Stored
 from ..kernels.weights.formats import FORMATS
 from ..kernels.weights.quantized import QuantizedWeight
-from . import QUANTIZED_PARTS, Formats, QuantSpec, put, quantize_into, select_specs
+from . import QUANTIZED_PARTS, Formats, QuantSpec, piece_rows, put, quantize_into, select_specs
 from .layouts import FLOATS, HubLayout, read_scheme
 
-PIECE = 1 << 18  # codes that are unpacked at once
 # Last parts of the names of scales of activations and caches, which stay in 16 bits here.
 UNUSED = {f"{what}_scale" for what in ("input", "output", "activation", "q", "k", "v", "kv")} | {"input_zero_point"}
 
@@ -199,7 +198,7 @@ def fill(weight: Any, linear: Linear, files: Mapping[Path, Any], exact: bool) ->
 
     with error_prefix(f"{linear.parts[layout.codes.name].file}: {linear.name}"):
         groups = layout.check(read, N, K, linear.parts, exact)
-        for piece, kept_rows in checkpoint.cut(rows, max(1, PIECE // K)):
+        for piece, kept_rows in checkpoint.cut(rows, piece_rows(K, weight.device)):
             codes, scales, zeros = layout.rows(read, piece, columns if exact else slice(0, K), K)
             if not torch.isfinite(scales).all():
                 raise ValueError("a scale is NaN or infinite: this file is damaged")

@@ -47,7 +47,7 @@ def test_each_layout_loads_exactly(tmp_path: Path, layout: str, monkeypatch: pyt
     layer = load(tmp_path).layers[0]
     assert all(isinstance(at, QuantizedWeight) for at in (layer.gate_up_proj, layer.down_proj, layer.qkv_proj))
     assert isinstance(layer.gate, torch.nn.Parameter)
-    monkeypatch.setattr("mixtral_triton.quantize.hub.PIECE", 3000)
+    monkeypatch.setattr("mixtral_triton.quantize.PIECE", 3000)
     assert differs(tmp_path, meaning) == []
 
 

@@ -218,7 +218,7 @@ QUANTIZED_PARTS = dict.fromkeys(EXPERTS, "int4") | dict.fromkeys(("qkv_proj", "o
 @pytest.mark.parametrize("case", UNSUPPORTED)
 def test_unsupported_layouts_are_quantized_anew_with_weights(tmp_path: Path, case: str, monkeypatch: Any) -> None:
     layout, message = UNSUPPORTED[case]
-    monkeypatch.setattr("mixtral_triton.quantize.hub.PIECE", 5000)
+    monkeypatch.setattr("mixtral_triton.quantize.PIECE", 5000)
     meaning = hub.write(tmp_path, *layout)
     message = rf"{tmp_path}.*{message}.*; or quantize it anew with weights=\"int8\""
     with pytest.raises(ValueError, match=message) as caught:
