@@ -132,10 +132,11 @@ def plan_stored(model: Any, files: Any, stored: Any, conversions: list[Any]) -> 
             places = {str(linear.target.index) for linear in filling}
             right = rows == all_rows and len(places) == len(filling)
             check_value(f"{folder}: rows of all experts for {key}", rows, f"{all_rows} by the config", right)
-    renamed = (rename_source_key(x, renamings, converters, model.base_model_prefix, state) for x in headers.tensors)
-    read = {*linears, *(target.parameter for target in dense.values()), *(key for key, _ in renamed)}
-    experts = [x for conversion in converters if merges_experts(conversion) for x in conversion.target_patterns]
-    for key in (key for key in state if key.endswith(tuple(experts))):  # transformers would leave random ones
+    experts = tuple(x for conversion in converters if merges_experts(conversion) for x in conversion.target_patterns)
+    stacked = (name for name in headers.tensors if name.endswith(experts))
+    renamed = (rename_source_key(x, renamings, converters, model.base_model_prefix, state)[0] for x in stacked)
+    read = {*linears, *(target.parameter for target in dense.values()), *renamed}
+    for key in (key for key in state if key.endswith(experts)):  # transformers would leave random ones
         check_value(f"{folder}: experts of {key}", "missing", "those of the config", key in read)
     plan = StoredPlan(folder, linears, specs, unused, [], set())
     _convert_by(plan, conversions, dense)

@@ -99,9 +99,10 @@ def token_ids(model: Any, texts: Any) -> Tensor:
     """Return the tokens [B,T] of texts by the tokenizer of the model's folder; ValueError for other arguments."""
     ids = []
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
-        if not (isinstance(model, Mixtral) or model.config.name_or_path):
+        folder = None if isinstance(model, Mixtral) else model.config.name_or_path or ""
+        if folder == "":
             raise ValueError("verify: input_ids is texts, needs int64 [B, T]: the model has no folder with a tokenizer")
-        tokenizer = model.tokenizer if isinstance(model, Mixtral) else load_tokenizer(model.config.name_or_path)
+        tokenizer = model.tokenizer if folder is None else load_tokenizer(folder)
         ids = [tokenizer(text).input_ids for text in texts]
     if len({*map(len, ids)}) != 1:
         got = f"texts of {', '.join(map(str, map(len, ids)))} tokens" if ids else f"a {type(texts).__name__}"

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import CodeType
 from typing import Any
 from unittest import mock
 
@@ -74,11 +75,12 @@ def selected_modules(model: nn.Module) -> dict[nn.Module, str]:
                 f"verify: {path} has PEFT's target_parameters, needs them merged: model.merge_and_unload()"
             )
         selects = f"_{'experts' if is_experts(module) else 'attn'}_implementation"
+        if getattr(getattr(module, "config", None), selects, None) != NAME:
+            continue
         kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
-        calls = [any("get_interface" in names for names in _names(vars(kind)["forward"])) for kind in kinds]
-        patched = bool(kinds) and is_patched(kinds[0])
-        selected = any(calls) or is_experts(module) or (patched and "attention" in type(module).__name__.lower())
-        if getattr(getattr(module, "config", None), selects, None) != NAME or not selected:
+        calls = [any("get_interface" in code.co_names for code in _codes(kind)) for kind in kinds]
+        patched = is_patched(kinds[0])
+        if not (any(calls) or is_experts(module) or (patched and "attention" in type(module).__name__.lower())):
             continue
         name = "_old_forward" if "_hf_hook" in vars(module) else "forward"  # accelerate keeps what it wraps
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
@@ -93,18 +95,19 @@ def selected_modules(model: nn.Module) -> dict[nn.Module, str]:
 
 def is_patched(kind: type[nn.Module]) -> bool:
     """Whether a class's forward, or what it wraps, stands in no folder of its class, transformers or this package."""
-    defines, function = getattr(sys.modules.get(kind.__module__), "__file__", None), vars(kind)["forward"]
-    folders = tuple(f"{Path(file or '/').parent}/" for file in (defines, transformers.__file__, Path(__file__).parent))
-    while defines and (code := getattr(function, "__code__", None)) is not None:
-        if not code.co_filename.startswith(folders):
-            return True
+    if (file := getattr(sys.modules.get(kind.__module__), "__file__", None)) is None:  # a notebook's class
+        return False
+    folders = Path(file).parent, Path(transformers.__file__).parent, Path(__file__).parents[1]
+    roots = tuple(f"{folder}/" for folder in folders)
+    return not all(code.co_filename.startswith(roots) for code in _codes(kind))
+
+
+def _codes(kind: type[nn.Module]) -> Iterator[CodeType]:
+    """The code of a class's own forward, and of what that wraps."""
+    function = vars(kind)["forward"]
+    while (code := getattr(function, "__code__", None)) is not None:
+        yield code
         function = getattr(function, "__wrapped__", None)
-    return False
-
-
-def _names(forward: Any) -> list[tuple[str, ...]]:
-    """The names that a function and what it wraps look up."""
-    return [getattr(function, "__code__", _names.__code__).co_names for function in (forward, inspect.unwrap(forward))]
 
 
 class FamilyUnderTest:

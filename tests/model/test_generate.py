@@ -18,6 +18,7 @@ from mixtral_triton.model.cache import cache_bytes
 from mixtral_triton.model.sampling import Logprobs, SamplingOptions, penalize
 from tests.support.faults import Inject, in_step, replace_by
 from tests.support.models import HELD_OUT, cache_of, computed, random_model, seeded, tokens
+from tests.support.selection import slow_interpreted
 
 V, P = 23, 30
 NEW = 3 if INTERPRETED else 12
@@ -234,7 +235,7 @@ CACHED: dict[str, dict[str, Any]] = {"plain": {"sliding_window": None}, "ring": 
 CACHED |= {"deterministic": {"deterministic": True}, "int8": {"sliding_window": None}, "int8 ring": {}}
 
 
-@(pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive)
+@slow_interpreted
 @pytest.mark.parametrize("case", CACHED)
 def test_a_cache_goes_on_and_computes_new_tokens_alone(
     case: str, make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -265,7 +266,7 @@ def test_a_cache_goes_on_and_computes_new_tokens_alone(
         model.generate(texts, 1, cache=cache, cache_dtype=torch.int8 if dtype != torch.int8 else model.dtype)
 
 
-@(pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive)
+@slow_interpreted
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {}, {"temperature": 1.5, "top_p": 0.8}], ids=str)
 def test_log_probabilities_are_those_of_a_forward(settings: Any, make: Make, device: torch.device) -> None:
     """Before temperature and penalty. Behind an EOS they are 0, so that a sum is the text's."""
@@ -294,7 +295,7 @@ def test_log_probabilities_are_those_of_a_forward(settings: Any, make: Make, dev
     assert [list(each.shape) for each in none] == [[2, 6], [2, 0], [2, 0, 0], [2, 0, 0]]
 
 
-@(pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive)
+@slow_interpreted
 @pytest.mark.parametrize("chunk", (2048, 3))
 def test_score_is_the_log_softmax_of_each_text(chunk: int, make: Make, device: torch.device, monkeypatch: Any) -> None:
     model, texts = make(), [tokens(T, seed=T, device=device) for T in (9, 1, 5)]

@@ -17,6 +17,7 @@ from mixtral_triton.kernels.launching.launch import INTERPRETED
 from tests.conftest import HF_SIZES
 from tests.support.models import cache_of as make_cache
 from tests.support.models import tokens as random_tokens
+from tests.support.selection import slow_interpreted
 
 pytest.importorskip("transformers")
 
@@ -153,14 +154,14 @@ RAGGED = [(name, PLAN, pad, 19) for name in ("window", "no window") for pad in (
 RAGGED += [(name, plan, pad, SHORT) for name in ("short", "short, no window") for plan, pad in ENDS]
 
 
-@(pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive)
+@slow_interpreted
 @pytest.mark.parametrize(("name", "plan", "pad", "T"), RAGGED)
 def test_ragged_chunks(name: str, plan: list[list[int]], pad: int, T: int, load: Any, device: Any) -> None:
     model, B = load(name), len(plan[0])
     ragged(model, tokens(B, T, device=device), plan, pad, cache_of(model, B))
 
 
-@(pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive)
+@slow_interpreted
 @pytest.mark.usefixtures("unguarded")
 @pytest.mark.parametrize("name", ("window", "no window"))
 def test_cache_again_and_in_inference_mode(name: str, load: Callable[..., Mixtral], device: torch.device) -> None:

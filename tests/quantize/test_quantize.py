@@ -211,7 +211,7 @@ def test_tied_head_stays_dense_and_casts_keep_the_values(tmp_path: Path) -> None
     "weights", ["int3", 4, {}, {"experts": "nf4"}, {"experts": ["int4"]}, {"heads": "int4"}, ["int4"], torch.ones(2)]
 )
 def test_wrong_weights_raise_value_error(weights: Any) -> None:
-    with pytest.raises(ValueError, match=r"weights is .*, needs None, one of .*int4, int8, fp8.* \(the experts\), or"):
+    with pytest.raises(ValueError, match=r"weights is .*, needs None, one of int4, int8, fp8 \(the experts\), or"):
         load(weights)
 
 

@@ -31,6 +31,8 @@ NOT_SIMULATED = {  # tests for a GPU that the simulated one cannot run, and why
     "test_sequence_of_a_model_at_any_place[cuda-1001]": "takes an hour; the interpreted run has 1,001 sequences, too",
     "test_two_threads_generate_what_each_generates_alone": "a simulated GPU's tensors are one thread's",
 }
+# The quick run takes the first case with compiled kernels, and none interpreted.
+slow_interpreted = pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 

@@ -158,6 +158,8 @@ def test_a_model_that_is_not_judged_says_why() -> None:
     needs = re.escape('experts_implementation="mixtral_triton"')
     with pytest.raises(ValueError, match=f"verify: model is a OlmoeForCausalLM, .*{needs}"):
         verify(build("olmoe"))
+    with pytest.raises(ValueError, match=r"^verify: input_ids is texts, .*: the model has no folder with a tokenizer$"):
+        verify(by_name("olmoe"), ["a text"])
 
 
 def test_in_training_mode_gradients_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:

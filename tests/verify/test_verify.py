@@ -24,6 +24,7 @@ from mixtral_triton.verification.tolerance import Tolerance, largest
 from tests.cli.commands import run_json
 from tests.support.faults import DTYPES, replace_by, small_model
 from tests.support.models import random_model, tokens
+from tests.support.selection import slow_interpreted
 
 IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
 # Of the registry; verify skips operations that no layer of a model has a call for.
@@ -41,7 +42,7 @@ def check_complete(report: Report, layers: int) -> None:
         assert {row.op for row in report.rows if row.layer == layer} - {"weights"} == {*OPERATIONS, "layer"}
 
 
-@(pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive)
+@slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [8] if INTERPRETED else [8, 100, None])
 def test_right_model(dtype: torch.dtype, window: int | None) -> None:
@@ -114,7 +115,7 @@ SHARP = [(208, 8.0), (224, 16.0), (240, 4.0), (240, 8.0), (240, 16.0)]  # softma
 RANDOM = [(seed, (), (DTYPES[seed % 3],) if INTERPRETED else DTYPES) for seed in range(2 if INTERPRETED else 20)]
 
 
-@(pytest.mark.slow if INTERPRETED else pytest.mark.exhaustive)
+@slow_interpreted
 @pytest.mark.parametrize(
     ("seed", "gains", "dtypes"), RANDOM + [(seed, (gain,), DTYPES[:2]) for seed, gain in SHARP if not INTERPRETED]
 )

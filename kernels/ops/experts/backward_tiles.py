@@ -46,7 +46,7 @@ TRANSPOSED: Mapping[int, Table[PrefillTile]] = {  # by the bits of a code; 16: d
             PrefillTile(0, 64, 128, 32, 4, 2, "compiled: 167 registers, 790 FLOP"),
             PrefillTile(64, 128, 128, 32, 4, 2, "compiled: 255 registers, 1,448 FLOP"),
         ),
-        # Odd sizes, in which four warps spill on sm_120 with Triton 3.7.
+        # Odd sizes, in which four warps spill on sm_120 with Triton 3.7 and 3.9.
         "sm_80 pointers": (PrefillTile(0, 128, 128, 32, 8, 2, "compiled: 128 registers, 1,181 FLOP"),),
         "sm_90": (
             PrefillTile(0, 64, 128, 64, 4, 2, "compiled: 154 registers, 846 FLOP"),
