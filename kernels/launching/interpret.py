@@ -126,14 +126,32 @@ def _shape(sizes: tuple[int, ...]) -> dict[str, Any]:
     """Return the attributes of a block's type that depend on its shape alone, and `constants`, those of its tensors."""
     shape = tl.tuple(sizes)
     constants = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(prod(sizes))
-    return {"shape": shape, "numel": tl.core.validate_block_shape(shape), "constants": constants}
+    attributes = {"shape": shape, "numel": tl.core.validate_block_shape(shape), "constants": constants}
+    vars(shape)["attributes"] = f"<{sizes}, ", attributes
+    return attributes
 
 
 def _init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
-    sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
-    if not sizes:
-        raise TypeError("0d block_type is forbidden")
-    vars(self).update(_shape(sizes), element_ty=element_ty, name=f"<{sizes}, {element_ty}>")
+    if (known := vars(shape).get("attributes") if type(shape) is tl.tuple else None) is None:
+        sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        if not sizes:
+            raise TypeError("0d block_type is forbidden")
+        known = vars(_shape(sizes)["shape"])["attributes"]
+    name, attributes = known
+    vars(self).update(attributes, element_ty=element_ty, name=f"{name}{element_ty}>")
+
+
+def _unwrap(unwrap: Any) -> Any:
+    plain = frozenset((tl.tensor, int, bool, tl.dtype, type(None)))
+    return lambda x: x if type(x) in plain else x.value if type(x) is tl.constexpr else unwrap(x)
+
+
+def _equal_dtypes(equal: Any) -> Any:
+    return lambda self, other: self is other or equal(self, other)
+
+
+def _equal_shapes(equal: Any) -> Any:
+    return lambda self, other: tl.constexpr(self.values == other) if type(other) is list else equal(self, other)
 
 
 def _init_tensor(self: Any, handle: Any, type: Any) -> None:
@@ -152,6 +170,10 @@ def _replacements(builder: Any) -> list[tuple[Any, str, Callable[[Any], Any]]]:
         (interpreter, "_patch_lang_tensor", _patch_tensor),
         (interpreter, "_get_np_dtype", _remember_dtypes),
         (tl.block_type, "__init__", lambda _: _init_block_type),
+        (tl.core, "_unwrap_if_constexpr", _unwrap),
+        (tl.block_type, "to_ir", lambda _: lambda self, builder: self),
+        (tl.dtype, "__eq__", _equal_dtypes),
+        (tl.tuple, "__eq__", _equal_shapes),
         (tl.tensor, "__init__", lambda _: _init_tensor),
     ]
 
