@@ -40,13 +40,31 @@ def compressed_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, weight in weights.items():
         check_value(f"save_pretrained: device of {name}", str(weight.device), "memory", weight.device.type != "meta")
         linears = {linear: weight[expert][rows] for linear, expert, rows in _linears(model, name, weight)}
-        kind = kind_of(weight, linears.values())
+        kind, shapes = kind_of(weight, linears.values()), dict[Any, dict[str, Tensor]]()
         for linear, part in linears.items():
-            state |= {f"{linear}.{suffix}": x for suffix, x in pack_linear(part, kind).items()}
+            if part.shape not in shapes:
+                shapes[part.shape] = pack_linear(part, kind)
+            state |= {f"{linear}.{x}": y for x, y in _pack_later(part, kind, shapes[part.shape]).items()}
         names[kind] += revert_weight_conversion(model, {f"{linear}.weight": torch.empty(0) for linear in linears})
     groups = [config_group(kind, _targets(names, kind)) for kind in names]
     dense_linears = {name.removesuffix(".weight") for name in ignored if name.endswith(".weight")}
     return state, quantization_config(groups, sorted({"lm_head", *dense_linears}))
+
+
+def _pack_later(part: QuantizedWeight, kind: Kind, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a packed linear, like those of another linear of this shape. Matrices are packed by their
+    `contiguous`, which transformers calls while it writes a shard; until then they take no memory."""
+
+    def later(name: str, x: Tensor) -> Any:
+        if x.dim() == 1:  # the linear's shape
+            return x.clone()
+        if min(x.shape) == 1:
+            return pack_linear(part, kind)[name]
+        tensor: Any = torch.empty_like(x.t(), memory_format=torch.contiguous_format).t()  # which cannot be written
+        tensor.contiguous = lambda: pack_linear(part, kind)[name]
+        return tensor
+
+    return {name: later(name, x) for name, x in like.items()}
 
 
 def _linears(model: Any, name: str, weight: QuantizedWeight) -> Iterable[tuple[str, int, slice]]:
