@@ -27,12 +27,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.mixtral import modeling_mixtral
+from transformers.utils import cached_file
 
 from ..checkpoint.config import check_value
 from ..hf.drop_in import is_own_forward
 from ..hf.experts import NAME, PROJECTIONS, is_experts
 from ..hf.masks import CACHE
 from ..hf.modules import Applied
+from ..kernels.weights.quantized import QuantizedWeight
+from .compare_weights import check_stored
 from .report import END_RATIO, UNCALLED, Row
 from .tolerance import FLOOR, PERTURBED, RATIO, ConvertedExperts, Fp64Reference, largest, perturb, token_floor
 
@@ -140,7 +143,7 @@ class FamilyUnderTest:
             self.masks = masks
         uncalled = [path for module, path in self.selected.items() if module not in self.experts | self.attention]
         self.not_run += tuple(f"{path}{UNCALLED}" for path in uncalled)
-        rows, paths = nonfinite_rows(self.model), self.paths
+        rows, paths = nonfinite_rows(self.model) + self._stored_rows(), self.paths
         for module in self.experts:
             rows.append(worst_call("experts", paths[module], self._experts_errors(module)))
         for module in self.attention:
@@ -152,6 +155,24 @@ class FamilyUnderTest:
             floor = token_floor(baseline[case].dtype, False)
             rows.append(Row(None, "logits", case, reference.measure(got[case])[0], max(limit, floor)))
         return rows
+
+    def _stored_rows(self) -> list[Row]:
+        """The rows of the experts of a stored checkpoint against its files, where they are on this machine."""
+        config = self.model.config
+        if getattr(getattr(config, "quantization_config", None), "stored", None) is None:
+            return []
+        settings: Any = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+        settings["revision"] = getattr(config, "_commit_hash", None)
+        file = cached_file(config.name_or_path, "config.json", **settings)
+        quantized = [
+            x for x in self.selected if all(isinstance(getattr(x, key, None), QuantizedWeight) for key in PROJECTIONS)
+        ]
+        numbers = [re.search(r"\.(\d+)\.", self.paths[module]) for module in quantized]
+        layers = {int(number[1]): module for number, module in zip(numbers, quantized, strict=True) if number}
+        if file is None or len(layers) < len(quantized):
+            self.not_run += ("weights against their files; needs their folder, and one module of experts a layer",)
+            return []
+        return check_stored(layers, Path(file).parent)
 
     def _recording(self) -> tuple[Any, Any, None]:
         run_experts, run_attention = self.ours

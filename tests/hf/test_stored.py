@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, modeling_utils
 
 from mixtral_triton import ExpertsConfig, Mixtral, register, stored_config, verify
 from mixtral_triton.hf.experts import PROJECTIONS
+from mixtral_triton.kernels.weights.formats import FORMATS
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from mixtral_triton.quantize.write import write
 from tests.support.families import EXPERTS_REFUSED, LIMIT, NOT_TRIED, VERSION, experts_of, marked_families
@@ -104,6 +105,31 @@ def test_a_stored_model_runs_verify_and_keeps_its_scales_in_16_bits(tmp_path: Pa
     assert model.dtype == torch.bfloat16 and weight.scales.dtype == torch.float16 and weight.zeros is not None
     report = verify(model)
     assert report.ok, str(report)
+    assert [row.layer for row in report.rows if row.op == "weights"] == [0, 1]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"ct act-order"}))
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_verify_compares_stored_experts_with_their_files(family: str, layout: str, tmp_path: Path) -> None:
+    stored, _ = write_quantized(family, tmp_path, *LAYOUTS[layout])
+    model = load(stored)
+    experts: Any = [*experts_of(model).values()]
+
+    def right() -> list[bool]:
+        return [row.ok for row in verify(model).rows if row.op == "weights"]
+
+    assert right() == [True, True]
+    if FORMATS[experts[1].down_proj.format].float_dtype is None:
+        experts[1].down_proj.data[2, 5, 3] ^= 16
+        assert right() == [True, False]
+        experts[1].down_proj.data[2, 5, 3] ^= 16
+    experts[0].gate_up_proj.scales[3] *= 2
+    assert right() == [False, True]
+    experts[0].gate_up_proj, experts[1].gate_up_proj = experts[1].gate_up_proj, experts[0].gate_up_proj
+    assert right() == [False, False]
+    (stored / "config.json").unlink()
+    assert right() == [] and "needs their folder" in str(verify(model))
 
 
 NAME = "model.layers.1.mlp.experts.3.down_proj"
