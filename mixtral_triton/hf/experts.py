@@ -85,9 +85,9 @@ def known_gate(*args: Any) -> str | None:
     return own_gate(*args)
 
 
-def check_experts(module: Any, name: str = "") -> str:
-    """Return the activation of `module`, a module of experts. Raise ValueError that names it unless
-    `ops.expert_swiglu` computes its forward."""
+def check_experts(module: Any, name: str = "", instead: str = 'experts_implementation="grouped_mm"') -> str:
+    """Return the activation of `module`, a module of experts. Raise ValueError that names it, and what would do
+    `instead`, unless `ops.expert_swiglu` computes its forward."""
     flags, fault = vars(module), None  # read here: each attribute of a module that is a module costs a call
     if [*map(flags.get, DECLARED)] != NEEDED:  # as in releases of transformers that lack a flag
         fault = next((what for flag, (need, what) in DECLARED.items() if flags.get(flag, need) is not need), None)
@@ -109,9 +109,7 @@ def check_experts(module: Any, name: str = "") -> str:
     if method in PACKED and not all(getattr(x, "_is_hf_initialized", False) for x in flags["_parameters"].values()):
         fault = f"random weights: transformers did not read them from the {method:s} checkpoint"
     if fault is not None:
-        needs = (
-            'needs SiLU or GELU experts [E, 2I, H] and [E, H, I], gate first, or experts_implementation="grouped_mm"'
-        )
+        needs = f"needs SiLU or GELU experts [E, 2I, H] and [E, H, I], gate first, or {instead}"
         raise ValueError(f"mixtral_triton: {name or type(module).__name__} has {fault}, {needs}")
     return str(activation)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class ExpertsQuantizer(HfQuantizer):
         needs = "a model with experts that transformers marks with use_experts_implementation"
         check_value("ExpertsConfig: model", type(model).__name__, needs, bool(experts))
         for name, module in experts.items():
-            check_experts(module, name)
+            check_experts(module, name, 'a 16-bit checkpoint and experts_implementation="grouped_mm"')
             for key in PROJECTIONS if stored is None else ():
                 with error_prefix(f"{name}.{key}"):
                     QuantSpec.default_for(self.quantization_config.weights, getattr(module, key).shape[-1])
@@ -122,7 +123,8 @@ class ExpertsQuantizer(HfQuantizer):
                 raise plan.fault
             if plan.unused:
                 warn_unused(plan.folder, plan.unused, stacklevel=5)
-            if not plan.specs:  # the model is dense
+            if not plan.specs:
+                warnings.warn(f"{plan.folder}: its experts are not quantized one by one: all is dense", stacklevel=5)
                 self.remove_quantization_config(model)
         used = () if self.conversions is None else model.__dict__.pop("_weight_conversions", ())
         if any("".join(conversion.target_patterns).endswith(PROJECTIONS) for conversion in used):

@@ -164,9 +164,8 @@ class FamilyUnderTest:
         settings: Any = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
         settings["revision"] = getattr(config, "_commit_hash", None)
         file = cached_file(config.name_or_path, "config.json", **settings)
-        quantized = [
-            x for x in self.selected if all(isinstance(getattr(x, key, None), QuantizedWeight) for key in PROJECTIONS)
-        ]
+        experts = [module for module in self.selected if is_experts(module)]
+        quantized = [x for x in experts if all(isinstance(getattr(x, key), QuantizedWeight) for key in PROJECTIONS)]
         numbers = [re.search(r"\.(\d+)\.", self.paths[module]) for module in quantized]
         layers = {int(number[1]): module for number, module in zip(numbers, quantized, strict=True) if number}
         if file is None or len(layers) < len(quantized):

@@ -67,7 +67,8 @@ def test_every_family_is_read_exactly(family: str, tmp_path: Path) -> None:
     only = EXPERTS if family == "lara_mini" else ""  # its attention has another conversion
     stored, exact = write_quantized(family, tmp_path, *LAYOUTS[INT4], only=only)
     if family in FUSED | {"lara_mini"}:
-        assert agrees(load(stored), exact, quantized=False)
+        with pytest.warns(UserWarning, match="its experts are not quantized one by one: all is dense"):
+            assert agrees(load(stored), exact, quantized=False)
     else:
         assert agrees(load(stored), exact)
 
