@@ -1,7 +1,7 @@
 """The loaded weights against the files, without the loader's tables of names and places."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,9 +14,6 @@ from .stored_tensors import LAYER, Source, config_row
 from .tolerance import largest
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.\w+\.weight")
-LAYER_EXPERT = re.compile(r"\D*\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight")
-# A linear of an expert by its name in any family, and its place among gate, up and down.
-LINEARS = {"w1": 0, "gate_proj": 0, "fc1": 0, "w3": 1, "up_proj": 1, "fc3": 1, "w2": 2, "down_proj": 2, "fc2": 2}
 
 
 def check_weights(target: ModelUnderTest, folder: Any, step: Step) -> list[Row]:
@@ -33,26 +30,6 @@ def check_weights(target: ModelUnderTest, folder: Any, step: Step) -> list[Row]:
         if index is not None:
             step()
     return rows
-
-
-def check_stored(experts: Mapping[int, Any], folder: Any) -> list[Row]:
-    """The rows of modules of experts as stored, by the numbers of their layers, against the files of any family."""
-    source, rows = Source(folder), list[Row]()
-    missing = {layer: len(module.down_proj) * len(set(LINEARS.values())) for layer, module in experts.items()}
-    for name, files in (item for tensors in source.layers.values() for item in tensors.items()):
-        place = LAYER_EXPERT.fullmatch(name)
-        if place is None or (layer := int(place[1])) not in experts or place[3] not in LINEARS:
-            continue
-        part, (E, _, I) = LINEARS[place[3]], experts[layer].down_proj.shape
-        weight, rows_of = experts[layer].gate_up_proj, slice(part * I, (part + 1) * I)
-        if part == 2:
-            weight, rows_of = experts[layer].down_proj, slice(None)
-        from_file, expert = source.read(files, weight.device).float(), int(place[2])
-        same = expert < E and torch.equal(weight[expert][rows_of].dequantize(), from_file)
-        rows.append(Row.exact(layer, "weights", "as stored", same, f"{name} is another in the files" * (not same)))
-        missing[layer] -= 1
-    rows += [Row.exact(layer, "weights", "as stored", count == 0) for layer, count in missing.items()]
-    return worst_rows(rows)
 
 
 def _weights(target: ModelUnderTest, index: int | None) -> dict[str, Any]:

@@ -35,8 +35,8 @@ from ..hf.experts import NAME, PROJECTIONS, is_experts
 from ..hf.masks import CACHE
 from ..hf.modules import Applied
 from ..kernels.weights.quantized import QuantizedWeight
-from .compare_weights import check_stored
 from .report import END_RATIO, UNCALLED, Row
+from .stored_tensors import check_stored
 from .tolerance import FLOOR, PERTURBED, RATIO, ConvertedExperts, Fp64Reference, largest, perturb, token_floor
 
 CASES = "whole text", "right padding", "in chunks", "static cache"  # the first two without a cache

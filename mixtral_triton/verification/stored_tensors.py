@@ -6,7 +6,7 @@ N rows, K columns (the depth of the sum), G groups of columns that share a scale
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .report import Row
+from .report import Row, worst_rows
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each 4 bits of a word, lowest first (AutoAWQ's GEMM)
 UNUSED = ("_scale", "_zero_point")  # ends of names of what quantizes activations and caches
+LAYER_EXPERT = re.compile(r"\D*\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight")
+# A linear of an expert by its name in any family, and its place among gate, up and down.
+LINEARS = {"w1": 0, "gate_proj": 0, "fc1": 0, "w3": 1, "up_proj": 1, "fc3": 1, "w2": 2, "down_proj": 2, "fc2": 2}
 # Fields of other families' config.json by the names of Mixtral's, and what they are where they are missing.
 NAMES = {"num_experts": "num_local_experts", "norm_topk_prob": "renormalize"}
 OTHERS: dict[str, Any] = {
@@ -143,3 +146,23 @@ def config_row(source: Source, target: Any) -> Row:
     name, x = next(differing, ("values", None))
     note = "" if name == "values" else f"the model has {x!r}, declared is {raw[name]!r}"
     return Row.exact(None, "config", name, not note, note)
+
+
+def check_stored(experts: Mapping[int, Any], folder: Any) -> list[Row]:
+    """The rows of modules of experts as stored, by the numbers of their layers, against the files of any family."""
+    source, rows = Source(folder), list[Row]()
+    missing = {layer: len(module.down_proj) * len(set(LINEARS.values())) for layer, module in experts.items()}
+    for name, files in (item for tensors in source.layers.values() for item in tensors.items()):
+        place = LAYER_EXPERT.fullmatch(name)
+        if place is None or (layer := int(place[1])) not in experts or place[3] not in LINEARS:
+            continue
+        part, (E, _, I) = LINEARS[place[3]], experts[layer].down_proj.shape
+        weight, rows_of = experts[layer].gate_up_proj, slice(part * I, (part + 1) * I)
+        if part == 2:
+            weight, rows_of = experts[layer].down_proj, slice(None)
+        from_file, expert = source.read(files, weight.device).float(), int(place[2])
+        same = expert < E and torch.equal(weight[expert][rows_of].dequantize(), from_file)
+        rows.append(Row.exact(layer, "weights", "as stored", same, f"{name} is another in the files" * (not same)))
+        missing[layer] -= 1
+    rows += [Row.exact(layer, "weights", "as stored", count == 0) for layer, count in missing.items()]
+    return worst_rows(rows)

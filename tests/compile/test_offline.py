@@ -157,6 +157,7 @@ def test_main_loops_do_little_beside_their_dots(kernel: str, arch: str, covers: 
     covers("main loops", f"{kernel}, {arch}: {figure:,.0f} FLOP per other instruction (bound {least:,})")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 @pytest.mark.parametrize("kernel", ["attention_prefill_kernel", "experts_up_kernel"])
 def test_main_loops_of_other_tensor_cores(kernel: str, arch: str) -> None:
@@ -182,6 +183,7 @@ CLOCKS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("tile", CLOCKS)
 def test_clocks_of_shared_memory_and_tensor_cores(tile: tuple[int, int, int]) -> None:
     rows, columns, stages = tile
@@ -236,6 +238,7 @@ def test_the_gate_catches_a_spill() -> None:
     assert halved[0].loop_spills and f"by {halved[0].loop_spills} instructions in main loops" in str(halved[0].fault)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("arch", "most"), [("sm_80", 64), ("sm_90", 16), ("gfx942", 0)])
 def test_few_spilled_bytes_outside_main_loops_are_no_fault(arch: str, most: int) -> None:
     """The gate's two sides, on a kernel said to spill: it has no spill in its loops."""
@@ -259,6 +262,7 @@ def test_gpus_that_run_on_another_family_s_tiles(arch: str) -> None:
         assert compiled.fault is None, compiled
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", OPS)
 def test_the_cache_key_is_that_of_triton_s_jit(name: str, arch: str) -> None:

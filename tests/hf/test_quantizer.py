@@ -169,7 +169,7 @@ def test_gate_comes_first_in_whatever_order_the_file_has_them() -> None:
     assert torch.equal(module.gate_up_proj.data, want.data)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3", "mixtral"])
 def test_a_static_cache_has_one_graph_and_equal_tokens(family: str, tmp_path: Path) -> None:
     build(family, num_hidden_layers=2).save_pretrained(tmp_path)

@@ -78,7 +78,7 @@ def test_replays_draw_new_tokens_and_take_the_top_k(gpu: Any) -> None:
     assert gpu.replays == 14 + NEW - 2
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 5])
 def test_replays_go_on_in_a_cache_with_penalty_and_log_probabilities(window: int | None, gpu: Any) -> None:
     """Sequences end at different replays, replays with the last one; a second turn goes on where each stands."""
@@ -128,7 +128,7 @@ def synchronizes(step: Any) -> None:
 FAILURES = [(looks, "not permitted"), (raises, "registers"), (synchronizes, "in another thread")]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("callers_stream", [False, True])
 @pytest.mark.parametrize(("fault", "said"), FAILURES)
 def test_failed_capture_leaves_everything_usable(
@@ -260,7 +260,7 @@ ONE_RANK = SimpleNamespace(
 )
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["its end", "close", "collection"])
 def test_the_end_of_a_stream_resets_its_graph(end: str, gpu: Any) -> None:
     """`destroy_process_group` waits for a graph with collectives, which an exception's traceback may keep alive."""
@@ -329,7 +329,7 @@ def change_layer(model: Mixtral, change: str, called: list[Any]) -> Any:
     return None
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["hook", "hook of all modules", "forward", "experts", "subclass"])
 def test_no_capture_and_no_pdl_where_a_layer_is_changed(change: str, gpu: Any) -> None:
     found: list[Any] = []
@@ -371,6 +371,7 @@ def test_every_method_that_an_instance_replaces_is_a_change(monkeypatch: pytest.
     assert "layer 0" in str(model.find_change())
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_forward_compiles_whole_and_once() -> None:
     torch._dynamo.reset()

@@ -55,6 +55,7 @@ OPTIONS += [{"weights": {"experts": each, "linear": each}} for each in ("int4", 
 OPTIONS += [{"weights": {"experts": "fp8", "linear": "fp8"}, "activations": "fp8"}]
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("phase", "T", "triton_max", "total_max"), PHASES)
 def test_launches_per_layer(phase: str, T: int, triton_max: int, total_max: int, options: Any, covers: Any) -> None:

@@ -53,6 +53,7 @@ def test_address_outside_an_expert_is_seen(address: Any) -> None:
         ops.expert_swiglu(**args)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.interpreted
 @pytest.mark.parametrize("format", [None, "int4"])
 @pytest.mark.parametrize("T", [1, 4, 16, 64])
@@ -69,6 +70,7 @@ def test_each_selected_byte_crosses_the_link_once(format: str | None, T: int, co
     covers("traffic", f"link, {format or 'bf16'}, T {T}: 1.00 of the selected offloaded experts' bytes (bound 1.00)")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.interpreted
 @pytest.mark.parametrize("T", [1, 4, 16, 64])
 def test_each_token_s_row_of_the_embedding_crosses_the_link_once(T: int, covers: Any) -> None:

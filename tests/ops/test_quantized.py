@@ -240,6 +240,7 @@ def test_experts(case: Any, T: int, deterministic: bool, dtype: torch.dtype) -> 
     check("expert_swiglu", layer(*case, T, dtype) | {"deterministic": deterministic})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.interpreted
 @pytest.mark.parametrize("zeros", [True, False])
 def test_experts_whose_splits_have_several_units(zeros: bool) -> None:

@@ -19,7 +19,7 @@ from tests.support.calls import as_tuple, inputs_without_padding, selected_confi
 
 
 def slow(op: OpWithCases, sizes: Any, dtype: torch.dtype) -> bool:
-    """The quick run takes shapes in fp32 and in bf16 by turns, and of fp16, which has bf16's tiles, the first. Of experts
+    """The quick run takes shapes in fp32 and bf16 by turns, and the first in fp16, which has bf16's tiles. Of experts
     with 20 tokens and more it takes the first shape, in fp32."""
     if hasattr(sizes, "gate_up") and sizes.T >= 20:
         many = next(each for each in op.test_shapes if each.T >= 20)

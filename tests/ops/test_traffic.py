@@ -318,7 +318,7 @@ def test_gather_is_linear_in_tokens(experts: int, tokens: int, within: Any) -> N
 GROUPS = (0, 1, 64, 65, 128, 129, 192, 193, 257, 330, 384)  # rows of an expert: short, upper part, whole, and more
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("block_m", [128, 192])
 def test_last_tiles_of_every_height(block_m: int) -> None:
     """A group's last tile rounds up to 64 rows, or to 128 where they fit a tile's upper part; results are right."""

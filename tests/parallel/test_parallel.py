@@ -315,6 +315,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_thread_of_a_group_outlives_the_program(tmp_path: Path) -> None:
     """A gloo thread that frees a tensor while the interpreter shuts down aborts the process; the model lives until

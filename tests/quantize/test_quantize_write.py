@@ -160,6 +160,7 @@ def test_files_are_removed_after_an_error(tmp_path: Path, there: bool) -> None:
     assert out.exists() == there and (not there or not list(out.iterdir()))
 
 
+@pytest.mark.slow
 def test_full_disk_names_the_file_and_removes_it(tmp_path: Path) -> None:
     """The system limits files to half a megabyte."""
     pytest.importorskip("resource")

@@ -152,6 +152,7 @@ def test_floor_of_a_decode_step_with_experts_in_host_memory(hosted: int) -> None
     assert not hosted or 1e6 * row["host_bytes"] / LINKS[H100.link] < row["floor_us"]
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_only_right_peers_are_timed_and_a_wrong_result_exits_1(folder: Path, timed: Mock, monkeypatch: Any) -> None:
     names = ["--peer", "torch", "--peer", EXAMPLE]

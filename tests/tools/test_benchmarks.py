@@ -44,6 +44,7 @@ def test_a_summary_of_what_ran(tmp_path: Path) -> None:
     assert day({"late": python("print(1)")}, tmp_path, budget_s=0)["late"]["status"] == "not started"
 
 
+@pytest.mark.slow
 def test_a_command_over_its_limit_is_killed_with_its_children(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     child = f"""

@@ -125,7 +125,7 @@ def test_fault_in_the_drop_in(case: str, fault: str, make_hf: Any, monkeypatch: 
         assert first is not None and (first.op, first.case) == ("layer", case), (dtype, first)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "dtypes"), [("self_attn", DTYPES), ("mlp", DTYPES), ("lm_head", DTYPES[:1])])
 def test_an_applied_model_that_is_3_percent_wrong_fails(part: str, dtypes: Any, make_hf: Any) -> None:
     for dtype, factor in product(dtypes, (1.03, 1.0)):

@@ -45,6 +45,7 @@ def test_right_model_is_right_and_stays_as_it_was(family: str) -> None:
         assert model.config.to_dict() == config
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
 def test_quantized_experts_are_judged_beside_their_dequantized_values(format: str, tmp_path: Path) -> None:
     build("olmoe").save_pretrained(tmp_path)

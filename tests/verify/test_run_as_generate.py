@@ -91,6 +91,7 @@ def test_every_launch_of_generate_is_run(arch: str, sizes: Any, deterministic: b
         assert deterministic or f"('SPLITS', {n})" in constants
 
 
+@pytest.mark.slow
 @once
 def test_a_launch_that_is_not_reached_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit of tokens, which the report names; a call that is new in a layer is run without a line for it."""
