@@ -203,6 +203,7 @@ def test_the_small_checkpoint_has_a_name_in_every_folder(tmp_path: Path, monkeyp
         Mixtral.from_pretrained("small", "meta")  # a folder of the user's has precedence
 
 
+@pytest.mark.slow
 def test_compile_takes_several_architectures() -> None:
     found = [line["arch"] for line in run_json("compile append --arch sm_80 --arch sm_90 --arch sm_80")]
     assert sorted(set(found)) == ["sm_80", "sm_90"] and found.count("sm_80") == found.count("sm_90")

@@ -69,6 +69,7 @@ def test_compile_table() -> None:
     assert table.row_count == 2 and holds(printed(table, 120), "down", "12,345", "163,872", "128x256", "1,088/1,024")
 
 
+@pytest.mark.slow
 def test_progress_is_drawn_on_a_terminal_and_in_a_log_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of another part are counted anew."""
     for terminal_at_hand, interval, shows in ((True, 10.0, True), (False, 0.0, True), (False, 10.0, False)):

@@ -74,6 +74,7 @@ def test_a_family_fits_its_gpus() -> None:
     assert {family(arch) for arch in less} == {"sm_80"} and {gpu.arch for gpu in GPUS.values()} <= set(ARCHS)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("arch", FALLBACK_FAMILIES)
 def test_unknown_gpu_warns_once(arch: str) -> None:
     with pytest.warns(UserWarning, match=f"^{arch} .*{FALLBACK_FAMILIES[arch]}'s$") as said:

@@ -139,6 +139,7 @@ def cache_instructions_a_byte(arch: str, sizes: Any) -> float:
     return 32 * (launch.num_warps or 0) * (loop.tensor + loop.other) / (keys * size)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("window", [0, 4096])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_cache_of_8_bits_spends_few_instructions_a_byte(arch: str, window: int, covers: Any) -> None:

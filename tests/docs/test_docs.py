@@ -131,7 +131,7 @@ def test_the_model_of_the_example_writes_the_text_of_the_command() -> None:
     assert text.stdout == output("generate --device cpu --prompt", "A list is")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "need"), [("mesh", "torchrun --nproc-per-node 2"), ("expert_swiglu", "TRITON_INTERPRET=1")]
 )

@@ -29,6 +29,7 @@ from tests.support.families import (
     table,
     with_int4_experts,
 )
+from tests.support.selection import slow_interpreted
 
 register()
 OTHERS = [name for name in marked_families() if name not in NAMED and name not in NOT_TRIED]
@@ -118,7 +119,7 @@ def test_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
     covers("families", check_family(family, tmp_path, monkeypatch))
 
 
-@pytest.mark.exhaustive
+@slow_interpreted
 @pytest.mark.parametrize("family", OTHERS)
 def test_any_other_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, covers: Any) -> None:
     covers("families", check_family(family, tmp_path, monkeypatch))

@@ -99,6 +99,7 @@ def wrong_after_failures(seed: int) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_random_failures_leave_a_right_result_or_a_value_error() -> None:
     assert {seed: wrong for seed in range(30) if (wrong := wrong_after_failures(seed))} == {}
 

@@ -155,6 +155,7 @@ def generate(folder: Path, *args: str) -> tuple[list[int], str, str]:
     return found["tokens"], found["text"], error
 
 
+@pytest.mark.slow
 def test_sampling_of_generation_config_is_the_default_of_the_command_line(folder: Path) -> None:
     greedy, _, error = generate(folder)
     assert "generation_config.json" not in error

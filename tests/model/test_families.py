@@ -24,6 +24,7 @@ from tests.ops import test_launches
 from tests.quantize.test_quantize_hub import differs
 from tests.support import hub
 from tests.support.models import check_loaded, random_model, tokens
+from tests.support.selection import slow_interpreted
 
 V, NEW = 48, 3 if INTERPRETED else 8
 SIZES: dict[str, Any] = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -64,7 +65,7 @@ def load(folder: Path, device: torch.device, **options: Any) -> Mixtral:
     return Mixtral.from_pretrained(folder, device, **options)
 
 
-@pytest.mark.exhaustive
+@slow_interpreted
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_texts_and_scores_equal_transformers(name: str, make: Any, device: torch.device) -> None:
     folder, theirs = make(name)
@@ -155,6 +156,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.compiled
 @pytest.mark.parametrize("fault", ["", *FAULTS])
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])

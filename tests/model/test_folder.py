@@ -48,6 +48,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(remote=remote, cache=cache, downloads=downloads)
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_stands_for_its_folder(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixtral_triton.checkpoint.arguments.default_device", lambda: "cpu")
     assert MixtralConfig.from_pretrained(NAME) == MixtralConfig.from_pretrained(SMALL)

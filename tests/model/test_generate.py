@@ -80,6 +80,7 @@ def check_eos(model: Mixtral, ids: Tensor, stops: set[int], **options: Any) -> N
 EOS = ("int", "list", "tuple", "config", "config's list", "over the config's", "never")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.compiled
 @pytest.mark.parametrize("step", (0, 1, NEW - 1))
 @pytest.mark.parametrize("source", EOS)
@@ -321,6 +322,7 @@ def test_score_is_the_log_softmax_of_each_text(chunk: int, make: Make, device: t
     assert 0 < eighth.abs().max() < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_penalty_equals_that_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")

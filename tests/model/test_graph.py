@@ -50,6 +50,7 @@ def test_replays_give_the_text_of_the_plain_loop(more: dict[str, Any], gpu: Any)
     assert len({token for text in got for token in text[-NEW:]}) > 4  # else any frozen number would do
 
 
+@pytest.mark.slow
 def test_the_next_replay_is_launched_before_a_token_is_returned(gpu: Any) -> None:
     """The first step runs eagerly. A caller who stops early leaves a cache with the token that it has seen, too."""
     model, prompt = build(None, GPU_DEVICE), prompts(GPU_DEVICE)[:1]
@@ -67,6 +68,7 @@ def test_the_next_replay_is_launched_before_a_token_is_returned(gpu: Any) -> Non
     assert model.generate([found], 2, cache=cache)[0].tolist() == want and cache.reused == [len(found) - 1]
 
 
+@pytest.mark.slow
 def test_replays_draw_new_tokens_and_take_the_top_k(gpu: Any) -> None:
     """The filter reads no value from the host."""
     model, drawn = build(None, GPU_DEVICE), torch.Generator(GPU_DEVICE).manual_seed(0)

@@ -119,7 +119,7 @@ def in_chunks(model: Mixtral, ids: Tensor, cache: KVCache, sizes: tuple[int, ...
     return torch.cat(logits, 1)
 
 
-@pytest.mark.exhaustive
+@slow_interpreted
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("name", ("window", "no window", "three layers")[: 2 if INTERPRETED else 3])
 def test_cache_in_chunks(name: str, sizes: tuple[int, ...], load: Callable[..., Mixtral], device: torch.device) -> None:

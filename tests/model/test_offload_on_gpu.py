@@ -208,6 +208,7 @@ def test_decode_copies_nothing_and_waits_for_nothing(gpu: Any) -> None:
     assert launched[0] == launched[1] and "a copy" not in launched[1] and len(launched[1]) <= 8 * 4 + 3
 
 
+@pytest.mark.slow
 def test_host_memory_is_pinned_at_its_size_and_returned(gpu: Any) -> None:
     model = Mixtral.from_pretrained(SMALL, GPU_DEVICE, offload=3)
     weights = [each for layer in model.layers for each in (layer.gate_up_proj, layer.down_proj)]
@@ -295,7 +296,7 @@ def test_threads_and_streams_share_no_buffer(gpu: Any) -> None:
     assert len({rows.data_ptr() for rows in found}) == 3
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("inference", [False, True])
 def test_prefill_of_a_model_loaded_in_inference_mode(inference: bool, gpu: Any) -> None:
     """Its tensors have no version counter."""

@@ -110,6 +110,7 @@ def test_row_at_any_place(name: str, sizes: Sizes, n: int, dtype: torch.dtype, d
     check(name, sizes, n, dtype, device)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("arch", ("sm_90", "sm_80", "gfx942"))
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)

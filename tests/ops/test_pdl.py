@@ -96,7 +96,7 @@ def find_fault(launch: Launch, found: Any) -> str | None:
     return f"{sorted(late)} after the wait" if late else None
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_kernels_prefetch_only_weights_before_the_wait(arch: str) -> None:
     kernels = set()

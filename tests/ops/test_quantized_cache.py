@@ -138,6 +138,7 @@ def test_wrong_cache_dtype_raises_value_error(bad: Any, monkeypatch: pytest.Monk
             Mixtral.from_pretrained(SMALL, "meta", cache_dtype=bad)
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_perplexity_is_within_a_thousandth() -> None:
     model = Mixtral.from_pretrained(SMALL, "cpu", torch.float32)

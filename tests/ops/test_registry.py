@@ -63,6 +63,7 @@ def describe(out: Any) -> list[tuple[torch.Size, torch.dtype]]:
     return [(x.shape, x.dtype) for x in as_tuple(out)]
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_declarations_of_an_operation_are_consistent(op: OpWithCases) -> None:
     for sizes in (*op.test_shapes, *op.bench_shapes):

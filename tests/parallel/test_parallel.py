@@ -86,7 +86,7 @@ def expert_bytes(sizes: dict[str, int]) -> int:
     return sum(size for name, size in sizes.items() if name.endswith(("gate_up_proj", "down_proj")))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "per_expert"), [("window", True), ("no window, tied", False), ("qwen3", True)])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_mesh_equals_one_rank(mesh: str, name: str, per_expert: bool, ranks: Ranks, checkpoint: Checkpoint) -> None:

@@ -282,6 +282,7 @@ def test_perplexity_of_the_small_checkpoint(covers: Any) -> None:
     check("experts int4, linear int8", load(dtype=torch.float32, weights={"experts": "int4", "linear": "int8"}), 2.0)
 
 
+@pytest.mark.slow
 def test_loading_checks_memory_before_it_allocates(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = MixtralConfig.from_pretrained(SMALL)
     specs = select_specs("int4", parameter_shapes(config))

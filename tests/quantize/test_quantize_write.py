@@ -182,7 +182,7 @@ def test_command_writes_a_checkpoint_for_other_commands(tmp_path: Path) -> None:
         assert run_json(f"{command} {prompt} {out}")[field] == run_json(f"{command} {prompt} --weights int4")[field]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["int4", MIXED], ids=str)
 def test_verify_accepts_the_written_checkpoint(tmp_path: Path, format: Any) -> None:
     write(SMALL, tmp_path / "out", format, "cpu")

@@ -116,6 +116,7 @@ PREFILLS += [(weights, None, {}) for weights in ("int4", "fp8", FORMATS["int4, l
 PREFILLS += [("fp8", "fp8", sizes) for sizes in ({}, NARROW | {"hidden_size": 4160, "intermediate_size": 200})]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("weights", "activations", "sizes"), PREFILLS, ids=str)
 @pytest.mark.parametrize(
     ("batch", "context", "chunk"),

@@ -129,6 +129,7 @@ def test_a_tile_of_one_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name for name, *_ in missing} == ({kernel} if rows > 64 else set())
 
 
+@pytest.mark.slow
 @once
 def test_a_lost_row_of_any_size_is_run() -> None:
     """Of up to 16 rows: the last one, row 7 or row 15, and the last one of a full part of 8."""

@@ -198,6 +198,7 @@ def test_other_and_applied_transformers_models(make_hf: Any) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 @once
 def test_report_names_every_kind_of_row_that_did_not_run(make_hf: Any) -> None:
     def not_run(report: Report) -> set[str]:
