@@ -295,6 +295,7 @@ def run(device: Any) -> list[torch.Tensor]:
     return [x.cpu() for x in (model(ids), chunk[0], chunk[1, :2], model(ids[:, :1], cache=cache))]
 
 
+@pytest.mark.slow
 def test_model_on_another_than_the_current_gpu(gpu: Any) -> None:
     got, want = run(OTHER), run("cpu")
     for ours, plain in zip(got, want, strict=True):
@@ -341,6 +342,7 @@ def test_generate_reads_back_once_a_prompt_and_once_a_token(gpu: Any) -> None:
     assert len([sync for sync in gpu.syncs if sync != "synchronize"]) <= free + 6
 
 
+@pytest.mark.slow
 def test_an_applied_model_over_two_gpus(gpu: Any, make_hf: Any) -> None:
     """accelerate's hooks carry activations, masks and tables over; each layer's kernels run where its weights are."""
     accelerate = pytest.importorskip("accelerate")

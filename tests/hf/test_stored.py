@@ -109,7 +109,7 @@ def test_a_stored_model_runs_verify_and_keeps_its_scales_in_16_bits(tmp_path: Pa
     assert [row.layer for row in report.rows if row.op == "weights"] == [0, 1]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"ct act-order"}))
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 def test_verify_compares_stored_experts_with_their_files(family: str, layout: str, tmp_path: Path) -> None:

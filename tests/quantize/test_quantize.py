@@ -187,6 +187,7 @@ def fused(folder: Path) -> Path:
     return checkpoint(folder, tensors)
 
 
+@pytest.mark.slow
 def test_fused_layout_in_small_chunks_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, folder, read = load("int8"), fused(tmp_path), []
     monkeypatch.setattr("mixtral_triton.checkpoint.tensors.CHUNK_BYTES", 3000)

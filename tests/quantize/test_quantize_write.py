@@ -174,6 +174,7 @@ def test_full_disk_names_the_file_and_removes_it(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_command_writes_a_checkpoint_for_other_commands(tmp_path: Path) -> None:
     out, prompt = str(tmp_path / "out"), "--device cpu --prompt 'The return statement'"
     sizes = run_json("quantize small --weights int4 --device cpu", out)

@@ -117,6 +117,7 @@ def test_every_candidate_gives_the_right_result_or_covers_too_little(name: str) 
         assert candidates or name not in TILED
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_spills_shared_memory_and_compile_errors_have_notes() -> None:
     case = next(case for case in cases(["expert_swiglu"]) if case.sizes.T == 4096)

@@ -79,7 +79,7 @@ def left_out(
     return needed - run, sized.not_run, run
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @once
 @pytest.mark.parametrize(("sizes", "deterministic"), [(SIZES, False), (SIZES, True), EVERY_LENGTH])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
