@@ -72,6 +72,8 @@ def test_value_out_of_range(name: str, sizes: Sizes, argument: str, dtype: Any, 
         weights[row, -1] = 0.0
         right = call(name, args | {"weights": weights})
         rest.append(row)
+        if name == "expert_swiglu_backward":  # a routing weight of zero has a gradient, an expert out of range none
+            right[1][row, -1] = 0.0
     for bad in (low - 1, high + 1, *FAR[dtype]) if dtype == torch.int32 else FAR[dtype]:
         wrong = args[argument].clone()
         wrong.view(len(wrong), -1)[row, -1] = bad
