@@ -127,18 +127,19 @@ def _shape(sizes: tuple[int, ...]) -> dict[str, Any]:
     shape = tl.tuple(sizes)
     constants = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(prod(sizes))
     attributes = {"shape": shape, "numel": tl.core.validate_block_shape(shape), "constants": constants}
-    vars(shape)["attributes"] = f"<{sizes}, ", attributes
+    attributes["prefix"] = f"<{sizes}, "  # of the type's name
+    vars(shape)["attributes"] = attributes
     return attributes
 
 
 def _init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
-    if (known := vars(shape).get("attributes") if type(shape) is tl.tuple else None) is None:
+    attributes = vars(shape).get("attributes") if type(shape) is tl.tuple else None
+    if attributes is None:
         sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
         if not sizes:
             raise TypeError("0d block_type is forbidden")
-        known = vars(_shape(sizes)["shape"])["attributes"]
-    name, attributes = known
-    vars(self).update(attributes, element_ty=element_ty, name=f"{name}{element_ty}>")
+        attributes = _shape(sizes)
+    vars(self).update(attributes, element_ty=element_ty, name=f"{attributes['prefix']}{element_ty}>")
 
 
 def _unwrap(unwrap: Any) -> Any:

@@ -5,7 +5,8 @@ transformers' own conversions give the names: they split a tensor of row numbers
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +37,7 @@ def compressed_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     dense = {name: x.to("meta") for name, x in state.items() if x.dim() > 1 and name not in embeddings}
     ignored = {name for name, x in revert_weight_conversion(model, dense).items() if x.squeeze(0).dim() == 2}
-    names = defaultdict[Kind, list[str]](list)
+    names, pack = defaultdict[Kind, list[str]](list), lru_cache(maxsize=1)(pack_linear)  # once for all its tensors
     for name, weight in weights.items():
         check_value(f"save_pretrained: device of {name}", str(weight.device), "memory", weight.device.type != "meta")
         linears = {linear: weight[expert][rows] for linear, expert, rows in _linears(model, name, weight)}
@@ -44,24 +45,25 @@ def compressed_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for linear, part in linears.items():
             if part.shape not in shapes:
                 shapes[part.shape] = pack_linear(part, kind)
-            state |= {f"{linear}.{x}": y for x, y in _pack_later(part, kind, shapes[part.shape]).items()}
+            tensors = _pack_later(partial(pack, part, kind), shapes[part.shape])
+            state |= {f"{linear}.{suffix}": x for suffix, x in tensors.items()}
         names[kind] += revert_weight_conversion(model, {f"{linear}.weight": torch.empty(0) for linear in linears})
     groups = [config_group(kind, _targets(names, kind)) for kind in names]
     dense_linears = {name.removesuffix(".weight") for name in ignored if name.endswith(".weight")}
     return state, quantization_config(groups, sorted({"lm_head", *dense_linears}))
 
 
-def _pack_later(part: QuantizedWeight, kind: Kind, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a packed linear, like those of another linear of this shape. Matrices are packed by their
+def _pack_later(pack: Callable[[], dict[str, Tensor]], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that `pack` returns, like those of another linear of this shape. Matrices are packed by their
     `contiguous`, which transformers calls while it writes a shard; until then they take no memory."""
 
     def later(name: str, x: Tensor) -> Any:
         if x.dim() == 1:  # the linear's shape
             return x.clone()
         if min(x.shape) == 1:
-            return pack_linear(part, kind)[name]
+            return pack()[name]
         tensor: Any = torch.empty_like(x.t(), memory_format=torch.contiguous_format).t()  # which cannot be written
-        tensor.contiguous = lambda: pack_linear(part, kind)[name]
+        tensor.contiguous = lambda: pack()[name]
         return tensor
 
     return {name: later(name, x) for name, x in like.items()}

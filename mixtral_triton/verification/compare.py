@@ -99,10 +99,12 @@ def token_ids(model: Any, texts: Any) -> Tensor:
     """Return the tokens [B,T] of texts by the tokenizer of the model's folder; ValueError for other arguments."""
     ids = []
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
-        folder = None if isinstance(model, Mixtral) else model.config.name_or_path or ""
-        if folder == "":
+        if isinstance(model, Mixtral):
+            tokenizer = model.tokenizer
+        elif model.config.name_or_path:
+            tokenizer = load_tokenizer(model.config.name_or_path)
+        else:
             raise ValueError("verify: input_ids is texts, needs int64 [B, T]: the model has no folder with a tokenizer")
-        tokenizer = model.tokenizer if folder is None else load_tokenizer(folder)
         ids = [tokenizer(text).input_ids for text in texts]
     if len({*map(len, ids)}) != 1:
         got = f"texts of {', '.join(map(str, map(len, ids)))} tokens" if ids else f"a {type(texts).__name__}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..quantize import QuantizedWeight, QuantSpec
 from .layers import ModelUnderTest, Step
 from .report import ROUNDED, Row, worst_rows
-from .stored_tensors import LAYER, Source, config_row
+from .stored_tensors import LAYER, Source, config_row, linear_of_expert
 from .tolerance import largest
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.\w+\.weight")
@@ -89,16 +89,13 @@ def locate_weight(model: Any, name: str) -> Any:
     try:
         if layer_match is None:
             return getattr(model, parameter)
-        layer, I, D = model.layers[int(layer_match[1])], model.config.intermediate_size, model.config.head_dim
-        queries, keys = model.config.num_attention_heads * D, model.config.num_key_value_heads * D
-        gate, up = slice(0, I), slice(I, None)
-        rows = {"w1": gate, "gate_proj": gate, "w3": up, "up_proj": up, "q_proj": slice(0, queries)}
-        rows |= {"k_proj": slice(queries, queries + keys), "v_proj": slice(queries + keys, None)}
+        layer, D = model.layers[int(layer_match[1])], model.config.head_dim
         if expert := EXPERT.search(name):
-            weight = (layer.gate_up_proj if parameter in rows else layer.down_proj)[int(expert[1])]
-        else:
-            weight = layer.qkv_proj if parameter in rows else getattr(layer, parameter)
-        return weight[rows[parameter]] if parameter in rows else weight
+            return linear_of_expert(layer, int(expert[1]), parameter)
+        queries, keys = model.config.num_attention_heads * D, model.config.num_key_value_heads * D
+        rows = {"q_proj": slice(0, queries), "k_proj": slice(queries, queries + keys)}
+        rows["v_proj"] = slice(queries + keys, None)
+        return layer.qkv_proj[rows[parameter]] if parameter in rows else getattr(layer, parameter)
     except (AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(f"verify: the files hold {name}, and this model has no place for it") from error
 

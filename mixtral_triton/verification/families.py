@@ -166,9 +166,8 @@ class FamilyUnderTest:
         file = cached_file(config.name_or_path, "config.json", **settings)
         experts = [module for module in self.selected if is_experts(module)]
         quantized = [x for x in experts if all(isinstance(getattr(x, key), QuantizedWeight) for key in PROJECTIONS)]
-        numbers = [re.search(r"\.(\d+)\.", self.paths[module]) for module in quantized]
-        layers = {int(number[1]): module for number, module in zip(numbers, quantized, strict=True) if number}
-        if file is None or len(layers) < len(quantized):
+        layers = {layer_number(self.paths[module]): module for module in quantized}
+        if file is None or len(layers) < len(quantized) or None in layers:
             self.not_run += ("weights against their files; needs their folder, and one module of experts a layer",)
             return []
         return check_stored(layers, Path(file).parent)
@@ -245,9 +244,14 @@ def worst_call(op: str, path: str, calls: Iterator[Results]) -> Row:
         scale = max(largest(exact), 1e-30)
         error = max(error, largest(got.double() - exact) / scale)
         limit = max(limit, RATIO * largest(baseline.double() - exact) / scale, FLOOR[got.dtype])
-    layer, case = re.search(r"\.(\d+)\.", path), re.sub(r"\.\d+\.", ".N.", path)
     note = "" if error <= limit else f"{path}: error {error:.1e}, limit {limit:.1e}"
-    return Row(int(layer[1]) if layer else None, op, case, error, limit, note)
+    return Row(layer_number(path), op, re.sub(r"\.\d+\.", ".N.", path), error, limit, note)
+
+
+def layer_number(path: str) -> int | None:
+    """Return the number of the layer that a module's path is in."""
+    layer = re.search(r"\.(\d+)\.", path)
+    return int(layer[1]) if layer else None
 
 
 def nonfinite_rows(model: nn.Module) -> list[Row]:

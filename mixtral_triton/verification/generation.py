@@ -38,13 +38,11 @@ def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) ->
     options: Any = {"eos_token_id": [], **target.generate_options}
     if new < 1 or not math.isfinite(limit):  # where torch overflows, the row of the logits says so
         return []
-    texts = model.generate(prompts, new, **options)
-    lengths = torch.tensor([len(text) - 1 for text in texts])
-    padded = torch.nn.utils.rnn.pad_sequence([text[:-1] for text in texts], batch_first=True)
-    cache = target.make_cache(target.config, *padded.shape)
-    logits_of_texts = target.model(padded, cache, lengths.int().to(padded.device))
-    next_logits = torch.stack([x[n - new : n] for x, n in zip(logits_of_texts, lengths.tolist(), strict=True)])
-    tokens = torch.stack([text[-new:] for text in texts])
+    texts, parts = model.generate(prompts, new, **options), list[Tensor]()
+    for text in texts:
+        cache = target.make_cache(target.config, 1, len(text))
+        parts.append(target.model(text[None, :-1], cache)[0, -new:])
+    next_logits, tokens = torch.stack(parts), torch.stack([text[-new:] for text in texts])
     shortfall = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     scale = max(largest(logits), 1e-30)
     rows = [Row(None, "generate", "greedy", shortfall / scale, limit / scale)]

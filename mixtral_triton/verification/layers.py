@@ -209,8 +209,8 @@ class LayerProbe:
         return self.record(index, "attn_output", forward(*args))
 
     def experts(self, index: int, forward: Callable[..., Any], h: Tensor, x: Tensor, *args: Any) -> Any:
-        # Without the residual stream. How a text is split changes its number of rows alone: many and one are enough.
-        if self.case == UNCACHED or (self.case == ALONE and self.valid.numel() == 1):
+        # Without the residual stream. How a text is split changes its number of rows alone: many and few are enough.
+        if self.case in (UNCACHED, ALONE):
             self.record(index, "y", forward(h, torch.zeros_like(x), *args)[1])
         return forward(h, x, *args)
 

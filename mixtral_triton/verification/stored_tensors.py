@@ -148,20 +148,24 @@ def config_row(source: Source, target: Any) -> Row:
     return Row.exact(None, "config", name, not note, note)
 
 
-def check_stored(experts: Mapping[int, Any], folder: Any) -> list[Row]:
+def linear_of_expert(module: Any, expert: int, name: str) -> Any:
+    """Return the part of gate_up_proj or down_proj that a linear of one of LINEARS' names fills."""
+    part, I = LINEARS[name], module.down_proj.shape[-1]
+    return module.down_proj[expert] if part == 2 else module.gate_up_proj[expert][part * I : (part + 1) * I]
+
+
+def check_stored(experts: Mapping[int | None, Any], folder: Any) -> list[Row]:
     """The rows of modules of experts as stored, by the numbers of their layers, against the files of any family."""
     source, rows = Source(folder), list[Row]()
-    missing = {layer: len(module.down_proj) * len(set(LINEARS.values())) for layer, module in experts.items()}
+    missing = {layer: 3 * len(module.down_proj) for layer, module in experts.items()}  # gate, up and down
     for name, files in (item for tensors in source.layers.values() for item in tensors.items()):
         place = LAYER_EXPERT.fullmatch(name)
         if place is None or (layer := int(place[1])) not in experts or place[3] not in LINEARS:
             continue
-        part, (E, _, I) = LINEARS[place[3]], experts[layer].down_proj.shape
-        weight, rows_of = experts[layer].gate_up_proj, slice(part * I, (part + 1) * I)
-        if part == 2:
-            weight, rows_of = experts[layer].down_proj, slice(None)
-        from_file, expert = source.read(files, weight.device).float(), int(place[2])
-        same = expert < E and torch.equal(weight[expert][rows_of].dequantize(), from_file)
+        module, expert = experts[layer], int(place[2])
+        from_file = source.read(files, module.down_proj.device).float()
+        known = expert < len(module.down_proj)
+        same = known and torch.equal(linear_of_expert(module, expert, place[3]).dequantize(), from_file)
         rows.append(Row.exact(layer, "weights", "as stored", same, f"{name} is another in the files" * (not same)))
         missing[layer] -= 1
     rows += [Row.exact(layer, "weights", "as stored", count == 0) for layer, count in missing.items()]

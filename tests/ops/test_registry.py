@@ -24,9 +24,9 @@ def slow(op: OpWithCases, sizes: Any, dtype: torch.dtype) -> bool:
     if hasattr(sizes, "gate_up") and sizes.T >= 20:
         many = next(each for each in op.test_shapes if each.T >= 20)
         return sizes is not many or dtype != torch.float32
-    number = next(number for number, shape in enumerate(op.test_shapes) if shape is sizes)
-    if dtype in (torch.float32, torch.bfloat16):
-        return len(op.dtypes) > 1 and number % 2 != (dtype == torch.bfloat16)
+    number, turns = op.test_shapes.index(sizes), (torch.float32, torch.bfloat16)
+    if dtype in turns and len(op.dtypes) > 1:
+        return dtype != turns[number % 2]
     return dtype == torch.float16 and number > 0
 
 
