@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .parser import Imm, Instruction, Reg, Symbol, Unmodelled, Vector
+from .parser import Imm, Instruction, Pair, Reg, Symbol, Unmodelled, Vector
 from .values import SPECIALS, TYPES, UNSIGNED, Array, assign, by_type, elementwise, executes, per_lane, read, suffix
 
 F32, F64, U16, U32 = np.float32, np.float64, np.uint16, np.uint32
@@ -149,6 +149,20 @@ elementwise("cvt.rn.satfinite.e4m3x2.f32", _cvt_e4m3_pair, "f32", "f32")
 # Towards zero, saturated; a NaN is 0.
 elementwise("cvt.rzi.s16.f32", lambda a: np.clip(np.nan_to_num(a), -(1 << 15), (1 << 15) - 1).astype(np.int16), "f32")
 by_type({"cvt.rn.f32": lambda a: a.astype(F32)}, 1, "s32", "u32", "s64", "u64", "s16", "u16")
+elementwise("cvt.rn.f16.s16", lambda a: from_fp32(a.astype(F32), "f16"), "s16")
+
+
+@executes(*(f"{name}.{kind}x2" for name in COMPARE for kind in HALVES))
+def compare_pairs(inst: Instruction, frame: Any, mask: Any) -> None:
+    """Compare the low halves for the first predicate, the high halves for the second."""
+    (predicates, *pairs), kind = inst.operands, suffix(inst)
+    if not isinstance(predicates, Pair):
+        raise Unmodelled(f"one predicate of a pair: {inst.text}")
+    halves = (per_lane(frame, read(frame, pair, "b32")).copy().view(U16).reshape(-1, 2) for pair in pairs)
+    holds = _in_fp32(COMPARE[inst.opcode.removesuffix(f".{kind}")], *halves, kind.removesuffix("x2"))
+    for i, predicate in enumerate(predicates.items):
+        assign(frame, predicate, holds[:, i], mask)
+
 
 NARROW = ("s16", "u16", "s32", "u32")
 INTS = (*NARROW, "s64", "u64")

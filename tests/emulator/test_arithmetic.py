@@ -96,6 +96,14 @@ def test_comparisons_with_nan(kind: str) -> None:
     got = run(body, {"%a": as_bits(A, kind), "%b": as_bits(B, kind)}, {f"%{name}": 1 for name in table}, threads=64)
     for name, want in table.items():
         assert (got[f"%{name}"] == want).all(), name
+    if kind in HALVES:
+        bits = [as_bits(x, kind).astype(np.uint32) for x in (A, B)]
+        inputs = {name: x | x[::-1] << 16 for name, x in zip(("%a", "%b"), bits, strict=True)}
+        table |= {f"{name}_high": want[::-1] for name, want in table.items()}
+        body = " ".join(f"setp.{name}.{kind}x2 %{name}|%{name}_high, %a, %b;" for name in table if "_" not in name)
+        got = run(body, inputs, {f"%{name}": 1 for name in table}, threads=64)
+        for name, want in table.items():
+            assert (got[f"%{name}"] == want).all(), name
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -158,6 +166,8 @@ def test_conversions_of_integers() -> None:
     for lane in range(256):
         for name, integer in (("%s", int(x.view(np.int32)[lane])), ("%u", int(x[lane]))):
             assert got[name].view("f4")[lane] == rounded(Fraction(integer), "f32")
+    got = run("cvt.rn.f16.s16 %h, %x;", {"%x": x}, {"%h": 16}, threads=256)["%h"].view("f2")
+    assert [float(h) for h in got] == [rounded(Fraction(int(integer)), "f16") for integer in x.astype(np.int16)]
 
 
 def value(x: int, kind: str) -> int:
