@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import activate
-
 
 def _wide(x: Tensor) -> Tensor:
     """Widen to fp32, the papers' precision; fp64 stays."""
@@ -89,6 +87,16 @@ def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return flat.argsort(stable=True).int(), F.pad(counts.cumsum(0), (1, 0)).int()
 
 
+ACTIVATIONS: dict[str, Any] = {}  # by name: ops/experts/activations.py has an entry each, with the kernel
+
+
+def activate(gate: Tensor, up: Tensor, activation: str, derivatives: bool = False) -> Any:
+    """Return the activation of a name and its numbers, or its derivatives in gate and in up."""
+    name, *numbers = activation.split(":")
+    entry = ACTIVATIONS[name]
+    return (entry.slopes if derivatives else entry.formula)(gate, up, *map(float, numbers))
+
+
 def expert_swiglu(
     x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor, activation: str = "silu"
 ) -> Tensor:
@@ -96,7 +104,7 @@ def expert_swiglu(
 
     x [T,H], gate_up_proj [E,2I,H] (gate rows, then up rows), down_proj [E,H,I], ids [T,K], weights [T,K] (fp32 or x's
     dtype) -> [T,H]. Either projection may be quantized (`linear`). An expert out of range contributes nothing.
-    activation: a name and its numbers, as in activations.py.
+    activation: a name and its numbers, as in ops/experts/activations.py.
     """
     if x.is_meta:  # routes have no values there
         return torch.empty_like(x)
@@ -120,7 +128,7 @@ def expert_swiglu(
 def _expert(x: Tensor, gate_up: Any, down: Any, activation: str) -> Tensor:
     """down(silu(gate(x)) * up(x)) of one expert, or another activation."""
     gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return linear(activate(gate, up, activation), down)
+    return linear(F.silu(gate) * up if activation == "silu" else activate(gate, up, activation), down)
 
 
 def expert_swiglu_backward(

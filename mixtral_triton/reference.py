@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.ops.experts import activations as activations  # whose formulas the reference takes by name
 from .kernels.reference import attention, expert_swiglu, linear, rms_norm, rope, route
 from .kernels.reference import sort_by_expert as sort_by_expert
 from .kernels.weights.fp8 import with_fp8_activations

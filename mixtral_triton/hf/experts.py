@@ -4,7 +4,6 @@ T tokens, K experts per token, E experts, H hidden, I intermediate
 """
 
 from functools import cache, partial
-from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +15,15 @@ from transformers.activations import ACT2FN
 from transformers.integrations import moe
 
 from .. import ops
-from ..kernels.activations import ACTIVATIONS, activate
 from ..kernels.operation.call import transformed, untraced
+from ..kernels.ops.experts.activations import ACTIVATIONS, number_names
+from ..kernels.reference import activate
 from .training import FrozenExperts, is_recorded, own_routes
 
 NAME = "mixtral_triton"  # among transformers' implementations of experts and attention, and its quantizers
 PROJECTIONS = ("gate_up_proj", "down_proj")
 # Activations by the class of act_fn, and the attributes that hold the numbers of a class's own `_apply_gate`.
-ACT_FNS = {nn.SiLU: "silu", type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh"}
+ACT_FNS = {nn.SiLU: "silu"} | {type(ACT2FN[x.act_fn]): name for name, x in ACTIVATIONS.items() if x.act_fn}
 NUMBERS = "limit", "swiglu_limit", "alpha", "swiglu_alpha"
 # What transformers' decorator of experts says of a module, the value that the operation needs, and what another means.
 DECLARED = {
@@ -70,9 +70,8 @@ def own_gate(kind: Any, act_fn: str | None, numbers: tuple[Any, ...]) -> str | N
             want = kind._apply_gate(SimpleNamespace(**act, **held), torch.cat((gate, up)))
         except Exception:  # whatever a model's own code raises on an object that lacks what else it reads
             return None
-        for name, (function, _) in ACTIVATIONS.items():
-            names = [*signature(function).parameters][2:]
-            activation = ":".join((name, *(str(by_name.get(number, 0.0)) for number in names)))
+        for name in ACTIVATIONS:
+            activation = ":".join((name, *(str(by_name.get(number, 0.0)) for number in number_names(name))))
             ours = activate(gate, up, activation)
             if want.shape == ours.shape and torch.allclose(ours, want, rtol=1e-12, atol=1e-12):
                 return activation

@@ -1,5 +1,6 @@
-"""The activations of experts: their derivatives, their names, and a toy that one entry in each table adds."""
+"""The activations of experts: their derivatives, their names, and a toy that one entry adds."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,17 +10,16 @@ import triton.language as tl
 
 from mixtral_triton import ops, reference
 from mixtral_triton.bench.compile import compile_launch
-from mixtral_triton.kernels import activations as formulas
-from mixtral_triton.kernels.activations import activate
-from mixtral_triton.kernels.launching.launch import INTERPRETED
-from mixtral_triton.kernels.ops.experts import activations
-from mixtral_triton.kernels.ops.experts.op import ACTIVATIONS
+from mixtral_triton.kernels.launching.launch import INTERPRETED, LaunchConfig, launch
+from mixtral_triton.kernels.ops.experts.activations import ACTIVATIONS, CASES, Activation
+from mixtral_triton.kernels.ops.experts.activations import constants as activation_constants
 from mixtral_triton.kernels.record import record_launches
+from mixtral_triton.kernels.reference import activate
 from mixtral_triton.kernels.registry import OPS
 from tests.support.calls import inputs
 
 SIZES: dict[str, Any] = {"T": 5, "H": 64, "I": 32, "E": 4, "K": 2}
-NAMES = "silu", *ACTIVATIONS
+NAMES = "silu", *CASES
 
 
 @triton.jit
@@ -32,24 +32,33 @@ def squared_relu(gate, up, NUMBERS: tl.constexpr):
 def toy(monkeypatch: pytest.MonkeyPatch) -> str:
     plain = lambda gate, up, factor: factor * gate.relu() ** 2 * up  # noqa: E731
     slopes = lambda gate, up, factor: (2 * factor * gate.relu() * up, factor * gate.relu() ** 2)  # noqa: E731
-    monkeypatch.setitem(formulas.ACTIVATIONS, "squared_relu", (plain, slopes))
-    monkeypatch.setitem(activations.KERNELS, "squared_relu", squared_relu)
+    monkeypatch.setitem(ACTIVATIONS, "squared_relu", Activation(plain, slopes, squared_relu, (0.5,)))
     return "squared_relu:0.5"
 
 
-def test_each_name_has_a_formula_a_kernel_and_a_case() -> None:
-    named = [name.partition(":")[0] for name in NAMES]
-    assert named == [*formulas.ACTIVATIONS] == [*activations.KERNELS]
+@triton.jit
+def apply_kernel(x_ptr, out_ptr, n, ACTIVATION: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    results = ACTIVATION(tl.load(x_ptr + offs, mask=offs < n), tl.load(x_ptr + n + offs, mask=offs < n), NUMBERS)
+    for i in tl.static_range(3):
+        tl.store(out_ptr + i * n + offs, results[i], mask=offs < n)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "toy"])
-def test_derivatives_are_those_of_autograd(name: str, toy: str) -> None:
+def test_derivatives_are_those_of_autograd(name: str, toy: str, device: torch.device) -> None:
+    """In plain torch, and in the kernel, of gates and ups of all sizes, those at a limit included."""
     name = toy if name == "toy" else name
-    steps = torch.linspace(-5, 5, 101, dtype=torch.float64)
-    gate, up = (x.requires_grad_() for x in (steps.repeat(101), steps.repeat_interleave(101)))
-    want = torch.autograd.grad(activate(gate, up, name).sum(), (gate, up))
-    for x, y in zip(activate(gate.detach(), up.detach(), name, True), want, strict=True):
-        assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)
+    steps = torch.cat((torch.linspace(-5, 5, 81), torch.tensor([0.75, -0.75])))
+    x = torch.stack((steps.repeat(len(steps)), steps.repeat_interleave(len(steps))))
+    gate, up = (part.double().requires_grad_() for part in x)
+    h = activate(gate, up, name)
+    slopes = torch.autograd.grad(h.sum(), (gate, up))
+    assert all(map(partial(torch.allclose, rtol=1e-12, atol=1e-12), activate(gate, up, name, True), slopes))
+    if INTERPRETED or device.type == "cuda":
+        got, n = torch.empty(3, x.shape[1], device=device), x.shape[1]
+        config = LaunchConfig({**activation_constants(name), "BLOCK": 1024}, num_warps=4)
+        launch(apply_kernel, (triton.cdiv(n, 1024),), config, x_ptr=x.to(device), out_ptr=got, n=n)
+        assert torch.allclose(got.cpu().double(), torch.stack((h, *slopes)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

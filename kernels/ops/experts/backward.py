@@ -27,10 +27,10 @@ from ...weights.weight_args import Weight
 from ..sort import expected_distinct_experts, sort_by_expert
 from ..tiles import power_of_2
 from . import backward_kernels
+from .activations import CASES as ACTIVATION_CASES
 from .activations import check_activation, constants
 from .backward_tiles import configs
 from .op import (
-    ACTIVATIONS,
     MIXTRAL,
     QWEN3,
     Down,
@@ -64,7 +64,7 @@ def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
         *shapes(ExpertCase, "1 128 256 8 2, 7 80 96 4 1, 33 72 40 8 3, 130 90 70 4 2, 24 64 32 32 8"),
         *(ExpertCase(20, 128, 256, 4, 2, gate_up=name, down=name) for name in QUANT_NAMES),
         *(ExpertCase(9, 96, 64, 4, 2, gate_up=name) for name in QUANT_NAMES[1:]),
-        *(ExpertCase(33, 72, 40, 4, 2, activation=name) for name in ACTIVATIONS),
+        *(ExpertCase(33, 72, 40, 4, 2, activation=name) for name in ACTIVATION_CASES),
     ),
     bench_shapes=tuple(
         ExpertCase(T, **sizes, gate_up=name, down=name)
@@ -72,7 +72,7 @@ def cost(case: ExpertCase, dtype: torch.dtype) -> Cost:
         for name in (None, *QUANT_NAMES)
         for T in (128, 4096)
     )
-    + tuple(ExpertCase(128, **MIXTRAL, activation=name) for name in ACTIVATIONS),
+    + tuple(ExpertCase(128, **MIXTRAL, activation=name) for name in ACTIVATION_CASES),
     rule=check_activation,
 )
 def expert_swiglu_backward(

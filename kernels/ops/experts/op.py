@@ -30,6 +30,7 @@ from ..norm import FusedNorm, NormWeight
 from ..sort import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..tiles import power_of_2
 from . import gradients, kernels
+from .activations import CASES as ACTIVATION_CASES
 from .activations import check_activation, constants
 from .tiles import ExpertSizes, configs
 
@@ -80,7 +81,6 @@ def cost_norm(case: ExpertCase, dtype: torch.dtype) -> Cost:
     return replace(experts, flops=experts.flops + 5 * T * H, bytes=total)
 
 
-ACTIVATIONS = "gelu_tanh", "clamped_silu:0.75", "clamped_swish:1.702:0.75"  # of cases; random values pass the limits
 MIXTRAL: dict[str, Any] = {"H": 4096, "I": 14336, "E": 8, "K": 2}
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _DENSE_SHAPES = (
@@ -116,14 +116,14 @@ _MANY_EXPERTS = (
         *shapes(ExpertCase, "24 64 32 32 8, 70 64 32 40 8"),
         *shapes(ExpertCase, "20 64 32 12 8", gate_up="int4:32", down="int4:32"),
         *shapes(ExpertCase, "5 64 32 8 2", narrow_weights=True),
-        *(ExpertCase(T, 90, 70, 4, 2, activation=name) for T in (7, 130) for name in ACTIVATIONS),
+        *(ExpertCase(T, 90, 70, 4, 2, activation=name) for T in (7, 130) for name in ACTIVATION_CASES),
     ),
     bench_shapes=(
         *_DENSE_SHAPES,
         *_MANY_EXPERTS,
         *(ExpertCase(T, **MIXTRAL, gate_up=name, down=name) for T in (1, 128, 4096) for name in QUANT_NAMES),
         *(ExpertCase(T, **MIXTRAL, gate_up=CODE_PRODUCTS, down=CODE_PRODUCTS) for T in (128, 4096)),
-        *(ExpertCase(T, **MIXTRAL, activation=name) for T in (1, 4096) for name in ACTIVATIONS),
+        *(ExpertCase(T, **MIXTRAL, activation=name) for T in (1, 4096) for name in ACTIVATION_CASES),
     ),
     rule=check_activation,
     gradients=(gradients.backward, gradients.save_inputs),
