@@ -28,7 +28,6 @@ from ..kernels.ops.norm import EmbedSizes, NormSizes
 from ..kernels.ops.router import GateSizes
 from ..kernels.ops.sort import expected_distinct_experts
 from ..kernels.registry import OPS
-from ..kernels.weights.formats import BITS
 from ..model.memory_plan import (
     MARGIN,
     estimated_free,
@@ -215,13 +214,14 @@ def step_costs(
     specs, H, L = specs or {}, config.hidden_size, config.num_hidden_layers
     E, K, V = config.num_local_experts, config.num_experts_per_tok, config.vocab_size
     distinct = expected_distinct_experts(batch, K / E, E)
+    expert_bytes, _ = movable_bytes(config, parameter_shapes(config), specs, dtype)
 
     def format_of(name: str, columns: int) -> str | None:
         spec = specs.get(name)
         return None if spec is None else spec.format if spec.group == columns else f"{spec.format}:{spec.group}"
 
     @functools.cache  # layers are few of a kind
-    def layer(formats: StepFormats, away: int) -> list[Cost]:
+    def layer(formats: StepFormats, hosted_bytes: int) -> list[Cost]:
         qkv, o, gate_up, down = formats
         D, Hq, Hkv = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         I = config.intermediate_size
@@ -230,8 +230,7 @@ def step_costs(
         rows = [NormSizes(batch, heads * D) for heads in (Hq, Hkv)] if norms == "row" else []
         case = ExpertCase(batch, H, I, E, K, gate_up, down, distinct=distinct)
         experts = OPS["experts_add_rms_norm"].cost(case, dtype)
-        share = distinct * away / E
-        host = int(share * (_stored_bytes(gate_up, 2 * I * H, dtype) + _stored_bytes(down, I * H, dtype)))
+        host = int(distinct / E * hosted_bytes)
         return [
             OPS["linear"].cost(LinearSizes(batch, H, (Hq + 2 * Hkv) * D, weight=qkv), dtype),
             *(OPS["rms_norm"].cost(sizes, dtype) for sizes in rows),
@@ -246,13 +245,8 @@ def step_costs(
     costs = [OPS["embed_rms_norm"].cost(EmbedSizes(batch, 1, V, H), dtype)]
     for index in range(L):
         formats = tuple(format_of(f"layers.{index}.{name}", columns) for name, columns in widths.items())
-        costs += layer(formats, hosted[index] if hosted else 0)  # type: ignore[arg-type]
+        costs += layer(formats, hosted[index] * expert_bytes[index] if hosted else 0)  # type: ignore[arg-type]
     return [*costs, OPS["linear"].cost(LinearSizes(batch, H, V, weight=format_of("lm_head", H)), dtype)]
-
-
-def _stored_bytes(format: str | None, elements: int, dtype: torch.dtype) -> int:
-    """Return the bytes of values or codes: scales stay on the device."""
-    return elements * dtype.itemsize if format is None else elements * BITS[format.partition(":")[0]] // 8
 
 
 def run(args: argparse.Namespace, request: Any = None) -> int:

@@ -252,7 +252,7 @@ def _load(args: argparse.Namespace) -> Mixtral:
 def _verify(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=True)
     from ..verification import launch_calls, verify
-    from .compiling import compile_shown
+    from .text_stream import compile_shown
 
     model = _load(args)
     quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick

@@ -14,10 +14,9 @@ import torch
 
 from ..model.cache import KVCache
 from ..model.mixtral import Mixtral
-from ..model.precompile import launch_text
+from ..model.precompile import launch_text, precompile
 from ..model.sampling import Logprobs, SamplingOptions
-from ..terminal import check_range, print_message
-from .compiling import compile_shown
+from ..terminal import Bar, check_range, print_message
 from .prompt import decode, encode, read_sampling, speed_of
 
 NEW_TOKENS = 64  # the most of a text, where neither an option nor a file says more
@@ -31,6 +30,12 @@ def check_options(args: argparse.Namespace) -> None:
     if args.logprobs is not None and not (args.json or getattr(args, "batch", None)):
         needs = "--json or --batch" if "batch" in args else "--json"
         raise ValueError(f"--logprobs is given, and prints numbers for a program: needs {needs}")
+
+
+def compile_shown(launch: Callable[..., object], model: Mixtral, *args: Any) -> None:
+    """Compile on a GPU what `launch(model, *args)` launches on the meta device; show the progress."""
+    with Bar("compiling") as progress:
+        precompile(model, lambda: launch(model, *args), progress.set)
 
 
 class Writer:

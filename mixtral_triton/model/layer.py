@@ -118,19 +118,17 @@ class ForwardContext:
     def __init__(
         self,
         config: MixtralConfig,
-        cos: Tensor,
-        sin: Tensor,
+        tables: tuple[Tensor, Tensor],
+        shape: tuple[int, int],
         ranks: Ranks | None,
         deterministic: bool,
         quantizes: bool,
-        B: int,
-        T: int,
         cache: KVCache | None,
         num_new: Tensor | None,
     ) -> None:
         self.window, self.deterministic, self.quantizes = config.sliding_window, deterministic, quantizes
-        self.cos, self.sin, self.ranks, device = cos, sin, ranks, cos.device
-        self.shape, self.cache = (B, T, config.hidden_size), cache
+        (self.cos, self.sin), (B, T), self.ranks, self.cache = tables, shape, ranks, cache
+        self.shape, device = (B, T, config.hidden_size), self.cos.device
         # A decode step's bits may depend on the rest of the batch; those of a chunk in deterministic mode do not.
         self.decodes = cache is not None and T == 1 and not deterministic
         self.num_new = torch.full((B,), T, dtype=torch.int32, device=device) if num_new is None else num_new
@@ -144,7 +142,7 @@ class ForwardContext:
                 self.note_append()
             else:
                 t = torch.arange(T, device=device)
-                self.positions = (self.positions + t).clamp_(max=len(cos) - 1)
+                self.positions = (self.positions + t).clamp_(max=len(self.cos) - 1)
 
     def all_reduce(self, part: Tensor) -> Tensor:
         """Sum a rank's part over the mesh."""

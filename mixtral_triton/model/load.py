@@ -17,7 +17,7 @@ from ..kernels.launching.arch import check_multiplies_fp8
 from ..kernels.launching.launch import target_arch
 from ..kernels.weights.fp8 import takes_fp8_activations
 from ..quantize import Formats, QuantSpec, hub
-from .memory_plan import MemoryRequest, check_memory, movable_bytes, place, table_bytes, weight_bytes
+from .memory_plan import MemoryRequest, movable_bytes, place, table_bytes, weight_bytes
 from .model import Model
 from .parallel import Ranks
 
@@ -62,7 +62,6 @@ def load(
     needed = table_bytes(config) + weight_bytes(local_shapes, specs, dtype)
     sizes = movable_bytes(config, local_shapes, specs, dtype)
     placement = place(request, config, ranks, target_device, needed, sizes)
-    check_memory(target_device, needed - placement.freed_bytes)
     try:
         model = cls(config, target_device, dtype, deterministic, specs, ranks, placement)
     except torch.OutOfMemoryError as error:  # another process has taken what was free

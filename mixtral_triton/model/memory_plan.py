@@ -51,14 +51,6 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def check_memory(device: torch.device, needed: int) -> None:
-    """Raise ValueError, before anything is allocated, where `needed` bytes of weights exceed a CUDA device's memory."""
-    free = free_memory(device)
-    if free is not None and needed > free:
-        got = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
-        raise ValueError(f"Mixtral.from_pretrained: {got}: `mixtral-triton fit` says which formats fit")
-
-
 @contextmanager
 def explain_out_of_memory(caller: str, device: torch.device, batch: int, context: int) -> Iterator[None]:
     """Raise ValueError where torch finds no memory for `batch` sequences of `context` tokens."""
@@ -246,8 +238,8 @@ def place(
     needed: int,
     sizes: Movable,
 ) -> Placement:
-    """Return what lies in host memory, where `needed` bytes would be on the device without offload; ValueError where
-    that is impossible, before any allocation."""
+    """Return what lies in host memory, where `needed` bytes would be on the device without offload; ValueError, before
+    any allocation, where that is impossible, or the rest exceeds a CUDA device's memory."""
     offload, context = request.offload, request.context
     caller, most = "Mixtral.from_pretrained", 0 if ranks is not None else config.num_local_experts - 1
     if (offload != "auto" or ranks is not None) and (type(offload) is not int or not 0 <= offload <= most):
@@ -274,6 +266,10 @@ def place(
         raise ValueError(f"{caller}: {got}, needs as much host memory: {in_decimal(host)} are available")
     if offload == "auto":
         warnings.warn(f"offload='auto': {text} ({size})", stacklevel=4)
+    free, needed = free_memory(device), needed - placement.freed_bytes
+    if free is not None and needed > free:
+        got = f"the weights take {in_decimal(needed)}, and {device} has {in_decimal(free)} free"
+        raise ValueError(f"{caller}: {got}: `mixtral-triton fit` says which formats fit")
     return placement
 
 

@@ -164,7 +164,7 @@ class Model(nn.Module):
         eps = self.config.rms_norm_eps
         num_new = None if lengths is None else lengths.to(torch.int32).contiguous()
         options = self.ranks, self.deterministic, self.quantizes_activations(B * T)
-        context = ForwardContext(self.config, self.cos, self.sin, *options, B, T, cache, num_new)
+        context = ForwardContext(self.config, (self.cos, self.sin), (B, T), *options, cache, num_new)
         new, limit = context.num_new if lengths is None else lengths, self.config.max_position_embeddings
         bounds = context.cache_lengths, new, limit if cache is None else cache.max_len
         norm = self.layers[0].input_layernorm
