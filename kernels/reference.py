@@ -128,7 +128,8 @@ def expert_swiglu(
 def _expert(x: Tensor, gate_up: Any, down: Any, activation: str) -> Tensor:
     """down(silu(gate(x)) * up(x)) of one expert, or another activation."""
     gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return linear(F.silu(gate) * up if activation == "silu" else activate(gate, up, activation), down)
+    h = F.silu(gate) * up if activation == "silu" else activate(gate, up, activation)
+    return linear(h, down)
 
 
 def expert_swiglu_backward(
