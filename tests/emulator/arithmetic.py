@@ -148,7 +148,7 @@ for _kind in HALVES:
 elementwise("cvt.rn.satfinite.e4m3x2.f32", _cvt_e4m3_pair, "f32", "f32")
 # Towards zero, saturated; a NaN is 0.
 elementwise("cvt.rzi.s16.f32", lambda a: np.clip(np.nan_to_num(a), -(1 << 15), (1 << 15) - 1).astype(np.int16), "f32")
-by_type({"cvt.rn.f32": lambda a: a.astype(F32)}, 1, "s32", "u32", "s64", "u64", "s16", "u16")
+by_type({"cvt.rn.f32": lambda a: a.astype(F32)}, 1, "s32", "u32", "s64", "u64", "s16", "u16", "s8", "u8")
 elementwise("cvt.rn.f16.s16", lambda a: from_fp32(a.astype(F32), "f16"), "s16")
 
 

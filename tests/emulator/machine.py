@@ -87,7 +87,7 @@ class Frame:
         self.grid = dict(zip("xyz", machine.grid, strict=True))
         self.begins = self.block * machine.shared.stride
         # Unwritten registers are NaN and invalid addresses.
-        unwritten = {width: ~np.zeros(self.n, UNSIGNED[width]) for width in (1, 16, 32, 64)}
+        unwritten = {width: ~np.zeros(self.n, UNSIGNED[width]) for width in UNSIGNED}
         self.R = [unwritten[width] for width in program.widths]
         self.ready: Queue = {0: np.ones(self.n, bool)}
         self.at_barrier: Queue = {}

@@ -92,7 +92,7 @@ class _Parser:
             self.raw.append((text, self.scope))
 
     def _registers(self, text: str) -> None:
-        found = re.fullmatch(r"\.reg\s+\.(pred|[bsuf](?:16|32|64))\s+(.*)", text, re.S)
+        found = re.fullmatch(r"\.reg\s+\.(pred|[bsu]8|[bsuf](?:16|32|64))\s+(.*)", text, re.S)
         if found is None:
             raise Unmodelled(f"registers: {text}")
         width = 1 if found[1] == "pred" else int(found[1][1:])

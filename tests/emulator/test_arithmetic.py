@@ -268,6 +268,17 @@ def test_moves_split_and_join_registers() -> None:
         assert (got[name] == constant).all(), name
 
 
+def test_bytes_of_a_register_become_floats() -> None:
+    """As Triton 3.9 converts four codes of int8 to bf16 on sm_80."""
+    x = samples(32, 256)
+    body = """{ .reg .s8 s<4>; mov.b32 {s0, s1, s2, s3}, %x; cvt.rn.f32.s8 %a, s0; cvt.rn.f32.s8 %d, s3;
+        cvt.rn.f32.u8 %u, s3; }"""
+    got = run(body, {"%x": x}, dict.fromkeys(("%a", "%d", "%u"), 32), threads=256)
+    bytes_of_x = x.view(np.int8).reshape(-1, 4)
+    wants = {"%a": bytes_of_x[:, 0], "%d": bytes_of_x[:, 3], "%u": bytes_of_x[:, 3].view(np.uint8)}
+    assert all((got[name].view(np.float32) == want).all() for name, want in wants.items())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
