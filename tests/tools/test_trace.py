@@ -37,6 +37,13 @@ def test_the_routes_are_those_of_transformers() -> None:
         own.trace([[1, 2]])
 
 
+def test_a_layer_that_runs_a_caller_s_code_is_traced_too() -> None:
+    model, ids = Mixtral.from_pretrained(SMALL, "cpu", torch.float32), torch.arange(1, 20)
+    want, forward = model.trace(ids), model.layers[1].forward
+    model.layers[1].forward = lambda *args: forward(*args)
+    assert all(map(torch.equal, model.trace(ids), want)) and len(want.ids) == len(model.layers)
+
+
 def test_text_on_a_terminal_has_each_layer() -> None:
     experts = torch.tensor([[[0, 1], [1, 0], [11, 0]]] * 3)
     trace = Trace(("<s>", "def\n", "\n"), experts, 12)
