@@ -214,7 +214,7 @@ def step_costs(
     specs, H, L = specs or {}, config.hidden_size, config.num_hidden_layers
     E, K, V = config.num_local_experts, config.num_experts_per_tok, config.vocab_size
     distinct = expected_distinct_experts(batch, K / E, E)
-    expert_bytes, _ = movable_bytes(config, parameter_shapes(config), specs, dtype)
+    expert_bytes = movable_bytes(config, parameter_shapes(config), specs, dtype)[0] if hosted else ()
 
     def format_of(name: str, columns: int) -> str | None:
         spec = specs.get(name)

@@ -132,7 +132,7 @@ def clamped_swish(gate, up, NUMBERS: tl.constexpr):
 
 
 ACTIVATIONS["clamped_swish"] = Activation(_clamped_swish, _clamped_slopes, clamped_swish, (1.702, 0.75))
-CASES = [":".join((name, *map(str, x.numbers))) for name, x in ACTIVATIONS.items() if name != "silu"]
+ACTIVATION_CASES = [":".join((name, *map(str, x.numbers))) for name, x in ACTIVATIONS.items() if name != "silu"]
 
 
 def number_names(name: str) -> list[str]:

@@ -27,8 +27,7 @@ from ...weights.weight_args import Weight
 from ..sort import expected_distinct_experts, sort_by_expert
 from ..tiles import power_of_2
 from . import backward_kernels
-from .activations import CASES as ACTIVATION_CASES
-from .activations import check_activation, constants
+from .activations import ACTIVATION_CASES, check_activation, constants
 from .backward_tiles import configs
 from .op import (
     MIXTRAL,

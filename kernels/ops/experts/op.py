@@ -30,8 +30,7 @@ from ..norm import FusedNorm, NormWeight
 from ..sort import expected_distinct_experts, gather_by_expert, sample_ids, sort_by_expert
 from ..tiles import power_of_2
 from . import gradients, kernels
-from .activations import CASES as ACTIVATION_CASES
-from .activations import check_activation, constants
+from .activations import ACTIVATION_CASES, check_activation, constants
 from .tiles import ExpertSizes, configs
 
 GateUp = Annotated[Matrix, "E 2*I H"]
