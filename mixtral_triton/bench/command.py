@@ -101,7 +101,8 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
 
     panels = [list(group) for _, group in groupby(rows, key=lambda row: row.case.op.name)]
     heights = [1.5 + 0.18 * len(panel) for panel in panels] or [4.0]
-    figure = Figure(figsize=(6.7, sum(heights)), layout="constrained")
+    longest = max((len(sizes_text(row.case.as_dict())) for row in rows), default=0)  # labels of 0.055 inches a letter
+    figure = Figure(figsize=(3.7 + 0.055 * longest, sum(heights)), layout="constrained")
     grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
     for axes, panel in zip(grid.flat, panels, strict=False):
         panel = sorted(panel, key=lambda row: row.floor_s)
@@ -112,7 +113,7 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
             if not all(map(math.isnan, times)):
                 axes.plot(times, range(len(panel)), "o", ms=4, label=name)
         axes.set_yticks(range(len(panel)), [sizes_text(row.case.as_dict()) for row in panel], fontsize=7)
-        axes.set(xscale="log", xlabel="time, us")
+        axes.set(xscale="log", xlabel="time, us", ylim=(-0.7, len(panel) - 0.3))  # no margin that grows with the rows
         axes.set_title(f"{panel[0].case.op.name}, {panel[0].case.dtype_name}", fontsize=8)
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     timed = any(outcome.seconds for row in rows for outcome in (row.ours, *row.peers.values()))

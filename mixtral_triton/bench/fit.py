@@ -39,7 +39,7 @@ from ..model.memory_plan import (
     usable_bytes,
     weight_bytes,
 )
-from ..quantize import QUANTIZED_PARTS, QuantSpec, hub, select_specs
+from ..quantize import QUANTIZED_PARTS, QuantSpec, formats_text, hub, select_specs
 from ..quantize.layouts import read_scheme
 from ..terminal import check_range, console, table_of
 from .gpus import GPU, GPUS, MIB, find_gpu, floor, parse_gpu
@@ -63,7 +63,8 @@ FORMAT_NOTE = (
     "offload counts experts in host memory, where the embedding lies, too. The formats fp8, int8 and int4 are "
 )
 FORMAT_NOTE += "the experts'; linear is of attention and the head, too."
-BOUND = "tokens/s bounds all sequences together, by bytes over the data sheet's bandwidth and over the link."
+BOUND = "tokens/s bounds all sequences together, by bytes over the data sheet's bandwidth and over the link; blank "
+BOUND += "where a GPU's rates are not known (--memory), and for a format that does not fit."
 CELLS = "A number alone is of a format that fits. 20 (62) has 62 of all experts in host memory, and the embedding."
 COLOURS = {"no": "red", "fits": "green"}
 
@@ -186,11 +187,11 @@ class Request:
 
     def command(self, plan: MemoryPlan) -> str:
         """Return the command that runs a plan. A model of KNOWN is run from its folder."""
-        parts = plan.weights if isinstance(plan.weights, dict) else {}
-        weights = ",".join(f"{part}={x}" for part, x in parts.items()) or plan.weights
+        weights = plan.weights and formats_text(plan.weights)
         name = "FOLDER" if self.name.lower() in KNOWN else shlex.quote(self.name)
         options = {"--weights": weights, "--cache-dtype": self.cache, "--offload": "auto" if plan.offload else None}
-        options["--context"] = str(self.context) if self.context < self.config.max_position_embeddings else None
+        fewer = self.context < self.config.max_position_embeddings  # than a chat has where it is not told
+        options["--context"] = str(self.context) if fewer or plan.offload else None
         words = (f"{option} {value}" for option, value in options.items() if value)
         return " ".join(["mixtral-triton chat", name, *words])
 
@@ -296,7 +297,7 @@ def _print(request: Any, gpu: GPU, plans: list[MemoryPlan]) -> None:
     held = "" if gpu.free else "; the driver and a context take the rest, by estimate"
     out.print(f"Beside the weights: {', '.join(parts)}. {in_decimal(free)} of {in_decimal(gpu.bytes)} are free{held}.")
     caption = f"used is the share of what is free, of which a format that fits leaves {100 * MARGIN:.0f} %. longest is "
-    caption += "the most tokens of a sequence. "
+    caption += "the most tokens of a sequence without offload; no: too large, with experts in host memory, too. "
     rows, plans = [], sorted(plans, key=lambda plan: plan.bytes["weights"])
     for plan in plans:
         weights, total, longest = plan.bytes["weights"], plan.bytes["total"], plan.longest_context

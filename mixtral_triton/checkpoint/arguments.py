@@ -27,15 +27,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
-def usable_device(device: torch.device | str | None) -> torch.device:
-    """Return the device; None means `default_device()`. Raise ValueError if it does not exist."""
+def usable_device(device: torch.device | str | None, meta: bool = True) -> torch.device:
+    """Return the device; None means `default_device()`. Raise ValueError if it does not exist. meta: whether one that
+    holds no numbers is offered."""
     usable = None
     with suppress(RuntimeError, TypeError):  # what torch does not know
         usable = torch.device(default_device() if device is None else device)
     known = usable is not None and usable.type in ("cpu", "cuda", "meta")
     # GPUs are counted, by the driver, only where one is meant.
     if usable is None or not known or (usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count()):
-        need = f"cpu, meta, or cuda, cuda:1, ... (CUDA or ROCm) of {torch.cuda.device_count()} GPUs"
+        others = "cpu, meta" if meta else "cpu"
+        need = f"{others}, or cuda, cuda:1, ... (CUDA or ROCm) of {torch.cuda.device_count()} GPUs"
         raise ValueError(f"device {device!r} does not exist here: needs {need}")
     return usable
 

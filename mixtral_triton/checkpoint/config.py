@@ -19,7 +19,7 @@ FIT_NAMES = "mixtral-8x7b", "mixtral-8x22b", "qwen3-30b-a3b"  # what the command
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # `mistralai/Mixtral-8x7B-v0.1`, and perhaps a branch, tag or commit after an @.
-NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 GENERATION_FILE = "generation_config.json"
 CONFIG_FILES = ["config.json", GENERATION_FILE, "hf_quant_config.json"]
 TEXT_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
@@ -235,6 +235,7 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"folder is a {type(folder).__name__}, needs the path of a folder, or a name on the hub")
     path = SMALL if folder == SMALL.name and not os.path.lexists(folder) else Path(folder)
+    _reject_other_files(path)
     if not path.is_dir():
         if not isinstance(folder, str) or NAME.fullmatch(folder) is None or path.is_file():
             needs = "a local checkpoint, or a name on the hub like mistralai/Mixtral-8x7B-v0.1"
@@ -242,6 +243,17 @@ def checkpoint_folder(folder: str | os.PathLike[str], tensors: bool = True) -> P
             raise FileNotFoundError(f"{path}: no such folder{note}, needs {needs}")
         return _snapshot(folder, tensors)
     return path
+
+
+def _reject_other_files(path: Path) -> None:
+    """Raise ValueError for GGUF files, and for a folder with an adapter and no model."""
+    files = {file.name for file in path.iterdir()} if path.is_dir() else {path.name} if path.is_file() else set()
+    ends = {os.path.splitext(name)[1] for name in files}
+    if ".gguf" in ends and ".safetensors" not in ends:
+        raise ValueError(f"{path} is of GGUF, which llama.cpp runs, needs the .safetensors files that it was made from")
+    if "adapter_config.json" in files and "config.json" not in files:
+        need = "a whole model: PEFT's merge_and_unload and then save_pretrained, with the tokenizer, write one"
+        raise ValueError(f"{path} is an adapter of PEFT, needs {need}")
 
 
 def _snapshot(name: str, tensors: bool) -> Path:
@@ -255,7 +267,8 @@ def _snapshot(name: str, tensors: bool) -> Path:
             path = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
         except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise FileNotFoundError(f"{name}: is no folder here, and the hub says {text}") from error
+            known = f"; the command fit knows {', '.join(FIT_NAMES)} without a network"
+            raise FileNotFoundError(f"{name}: is no folder here, and the hub says {text}{known}") from error
         if not tensors or needed:
             break
         MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from .text_stream import Text, Writer
 BATCH = 32  # the most sequences of a batch without --batch-size
 CPU_BATCH = 8
 WINDOW = 4  # batches of which lengths are sorted: so many are lost where the command is interrupted
+JUDGED = 16  # digits of a digest that decide; those behind them say what differs
 MOST_BYTES = 1 << 30  # of the prompts
 # Fields of a result, which no line of --batch may have; and options on which no text depends but by rounding.
 RESULT = ("digest", "text", "tokens", "finish_reason", "logprobs", "error")
@@ -58,17 +60,37 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ValueError(f"--batch {args.batch} has more than {MOST_BYTES} bytes, needs several files")
-    of_all = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
-    names = {*CONFIG_FILES, *TEXT_FILES}
-    files = [file for file in sorted(args.folder.iterdir()) if file.name in names or file.suffix == ".safetensors"]
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    same = json.dumps([of_all, str(args.folder.resolve()), states], sort_keys=True, default=str).encode()
-    lines = enumerate(data.split(b"\n"), 1)
+    settings, lines = _settings(args), enumerate(data.split(b"\n"), 1)
+    same, hashes = json.dumps(settings).encode(), "".join(map(_digits, settings.values()))
     return [
-        _read_job(number, line, hashlib.sha256(same + line.strip()).hexdigest()[:16])
+        _read_job(number, line, f"{hashlib.sha256(same + line.strip()).hexdigest()[:JUDGED]}-{hashes}")
         for number, line in lines
         if line.strip()
     ]
+
+
+def _settings(args: argparse.Namespace) -> dict[str, str]:
+    """Return the options on which texts depend, and the folder with its files' states, as texts by name."""
+    names = {*CONFIG_FILES, *TEXT_FILES}
+    files = [file for file in sorted(args.folder.iterdir()) if file.name in names or file.suffix == ".safetensors"]
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    values = {f"--{name.replace('_', '-')}": x for name, x in sorted(vars(args).items()) if name not in FREE_OPTIONS}
+    values["folder"] = [args.folder.resolve(), states]
+    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+
+
+def _digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:2]
+
+
+def _difference(args: argparse.Namespace, line: bytes) -> str:
+    """Return what tells a result's line from this job's, by the hashes in its digest; "" for any other line."""
+    settings, match = _settings(args), re.match(rb'\{"digest": "[0-9a-f]+-([0-9a-f]*)"', line)
+    if match is None or len(match[1]) != 2 * len(settings):
+        return ""
+    hashes = (match[1].decode()[start : start + 2] for start in range(0, len(match[1]), 2))
+    differing = [name for name, hash in zip(settings, hashes, strict=True) if hash != _digits(settings[name])]
+    return f"; it was written with another {', '.join(differing) or 'prompt'}"
 
 
 def _read_job(number: int, line: bytes, digest: str = "") -> Job:
@@ -98,10 +120,10 @@ def is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
 
 
-def read_done(file: Path | None, jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], int]:
-    """Return the results that an output file has, and the bytes of their lines: behind these may be a line that was not
-    written to its end. ValueError for a file with anything else."""
-    if file is None:
+def read_done(args: argparse.Namespace, jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], int]:
+    """Return the results that the file of --out has, and the bytes of their lines: behind these may be a line that was
+    not written to its end. ValueError for a file with anything else."""
+    if (file := args.out) is None:
         return [], 0
     if file.exists() and not file.is_file():  # it may never end
         need = "a regular file; without --out the results go to standard output"
@@ -109,7 +131,7 @@ def read_done(file: Path | None, jobs: Sequence[Job]) -> tuple[list[dict[str, An
     check_writable("--out", file)
     whole, done = file.read_bytes() if file.exists() else b"", list[dict[str, Any]]()
     *lines, last = whole.split(b"\n")
-    starts = [f'{{"digest": "{job.digest}", '.encode() for job in jobs]
+    starts = [f'{{"digest": "{job.digest[:JUDGED]}'.encode() for job in jobs]
     try:
         for line, start in zip(lines, starts[: len(lines)], strict=True):
             result = json.loads(line)
@@ -123,6 +145,7 @@ def read_done(file: Path | None, jobs: Sequence[Job]) -> tuple[list[dict[str, An
     start = starts[len(done)] if len(done) < len(starts) else b""
     if not same or (last and not (start and (last.startswith(start) or (done and start.startswith(last))))):
         need = "results of the same prompts, folder and options, to be continued, or a new file"
+        need += _difference(args, lines[len(done)] if len(done) < len(lines) else b"")
         raise ValueError(f"--out {file}: line {len(done) + 1} is not of this job, needs {need}")
     return done, len(whole) - len(last)
 

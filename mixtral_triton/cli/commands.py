@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from .. import __version__
+from ..bench.gpus import GPUS, find_gpu
 from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from ..checkpoint.tokenizer import load_tokenizer
 from ..kernels.launching.arch import ARCHS
@@ -36,14 +38,27 @@ ACTIVATIONS = "prefill products of fp8 weights quantize their activations, too; 
 OFFLOAD = "experts of each layer in pinned host memory; auto: the fewest of all layers that have to; default: 0"
 PROMPT = "text to run, or - to read standard input"
 OF_LOADING = "deterministic", "offload", "context", "cache_dtype", "activations"  # keywords of from_pretrained
+# What other programs call an option.
+SAME_OPTIONS = {"--load-in-4bit": "--weights experts=int4", "--load-in-8bit": "--weights experts=int8"}
 # Modules whose `run` is the command; the others are functions below.
 TOOLS = {"bench": "bench.command", "fit": "bench.fit_family", "compile": "bench.compile"}
+
+
+class StoreOnce(argparse._StoreAction):
+    """The action of an option that changes what is compared: a second value is refused, not taken in silence."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) not in (self.default, values):
+            raise argparse.ArgumentError(self, f"is given twice, as {getattr(namespace, self.dest)} and {values}")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line, with what may have been meant."""
 
     def error(self, message: str) -> NoReturn:
+        for option, same in SAME_OPTIONS.items():
+            message = re.sub(rf"{option}\b", f"{option} (here {same})", message)
         subs = (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
         options = {name: None for choices in subs for sub in choices.values() for name in sub._option_string_actions}
         line = did_you_mean(" ".join(message.split()), options)
@@ -59,6 +74,14 @@ def parse_weights(text: str) -> str | dict[str, str]:
         form = f"one of {', '.join(FORMAT_NAMES)}, in a form like int4, or experts=int4,linear=int8"
         raise argparse.ArgumentTypeError(f"{text!r} needs {form}")
     return formats if "=" in text else text
+
+
+def parse_arch(text: str) -> str:
+    """Return an architecture by its name or by a GPU's that `fit` knows."""
+    if (gpu := find_gpu(text)) is None and text not in ARCHS:
+        known = ARCHS if text.startswith(("sm", "gfx")) else GPUS  # of what was meant
+        raise argparse.ArgumentTypeError(f"{text!r} needs one of {', '.join(known)}")
+    return text if gpu is None else gpu.arch
 
 
 def count_or_auto(noun: str, least: int) -> Callable[[str], int | str]:
@@ -148,7 +171,8 @@ def _add_generate_and_chat(command: Command) -> None:
         option("--logprobs", type=int, metavar="N", help=text)
         option("--deterministic", action="store_true", help="the mode in which bits do not depend on the batch")
         if name == "chat":
-            option("--context", type=int, metavar="S", help="tokens of the chat; default: the model's positions")
+            text = "tokens of the chat; default: the model's positions, with --offload auto at most 4096"
+            option("--context", type=int, metavar="S", help=text)
         else:
             option("--chat", action="store_true", help="answer the prompt in the checkpoint's chat template")
             text = 'JSON lines with a "prompt" or "messages": print one with a "text" for each'
@@ -165,6 +189,9 @@ def _add_other_readers(command: Command) -> None:
     option("--text", required=True, type=parse_source, metavar="FILE", help=text)
     option("--window", type=int, metavar="N", help="tokens that are seen at once; default: all positions, at most 2048")
     option("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
+    option("--weights", **OPTIONS["--weights"] | {"action": "append", "help": f"{QUANTIZE}; repeatable: a row each"})
+    text = f"another {FOLDER}, as stored: a row of the same text; repeatable"
+    option("--against", action="append", default=[], metavar="FOLDER", help=text)
 
     command("trace", "which experts each token of a prompt took, by layer", MODEL + MEMORY + PROMPTS)
 
@@ -178,16 +205,16 @@ def _add_other_readers(command: Command) -> None:
 def _add_tools(command: Command) -> None:
     """Add the commands of TOOLS."""
     option = command("bench", "operations and a decode step by peers and floors", "ops")
-    option("--dtype", **OPTIONS["--dtype"] | {"help": "default: bfloat16"})
+    option("--dtype", **OPTIONS["--dtype"] | {"help": "default: bfloat16", "action": StoreOnce})
     option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
     text = "a case of these sizes instead, the others as in Mixtral 8x7B; repeatable"
     option("--sizes", action="append", default=[], metavar="T=N,...", help=text)
-    option(
-        "--model", metavar="NAME", help="of a decode step: the sizes of a model that fit knows; default: mixtral-8x7b"
-    )
+    text = "of a decode step: the sizes of a model that fit knows; default: mixtral-8x7b"
+    option("--model", action=StoreOnce, metavar="NAME", help=text)
     text = "torch, transformers, or your function, checked before it is timed; repeatable; default: the first two"
     option("--peer", action="append", default=[], metavar="NAME", help=text)
-    option("--gpu", metavar="NAME", help="measure nothing, floors by a data sheet: h100, ..., as in fit")
+    text = "measure nothing, floors by a data sheet: h100, ..., as in fit"
+    option("--gpu", action=StoreOnce, metavar="NAME", help=text)
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, the longest text", "--cache-dtype")
     text = "a folder, a name on the hub, mixtral-8x22b or qwen3-30b-a3b; default: mixtral-8x7b"
@@ -199,8 +226,8 @@ def _add_tools(command: Command) -> None:
     option("--context", type=int, metavar="S", help="tokens a sequence; default: all the positions")
 
     option = command("compile", "compile every kernel for a GPU that need not be there", "ops")
-    text = f"{', '.join(ARCHS)}; repeatable"
-    option("--arch", required=True, action="append", choices=ARCHS, metavar="ARCH", help=text)
+    text = f"{', '.join(ARCHS)}, or a GPU: h100, rtx4090, ..., as in fit; repeatable"
+    option("--arch", required=True, action="append", type=parse_arch, metavar="ARCH", help=text)
     option("--kernel", metavar="NAME", help="this kernel alone")
     option("--at", action="append", default=[], metavar="T=N", help="a size in place of Mixtral's; repeatable")
     option("--out", type=Path, help="folder that keeps .ptx, .cubin and .sass (AMD: .amdgcn, .hsaco)")
@@ -239,14 +266,17 @@ def _load(args: argparse.Namespace) -> Mixtral:
     from ..model.mixtral import Mixtral
     from ..quantize.hub import read_headers
 
-    device = usable_device(args.device)
+    device = usable_device(args.device, meta=False)
     if device.type == "meta":
         raise ValueError("--device is 'meta', which holds no numbers, needs cpu or cuda")
     args.cache_dtype = torch.int8 if getattr(args, "cache_dtype", None) else None
     options: dict[str, Any] = {name: getattr(args, name) for name in OF_LOADING if name in args}
     with Bar("loading", total_bytes(read_headers(args.folder)), "B") as progress:
         options["progress"] = progress.update
-        return Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, **options)
+        model = Mixtral.from_pretrained(args.folder, device, args.dtype, args.weights, **options)
+    if device.type == "cpu" and options.get("offload"):
+        print_message("--offload moves nothing on a CPU, where all memory is the host's")
+    return model
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -277,7 +307,7 @@ def _generate(args: argparse.Namespace) -> int:
     check_options(args)
     if args.batch is not None:
         jobs = batch.read_jobs(args)
-        done, size = batch.read_done(args.out, jobs)
+        done, size = batch.read_done(args, jobs)
         return batch.run(args, Writer(args, _load(args), note), jobs, done, size)
     for name, given in (("--out", args.out is not None), ("--batch-size", args.batch_size != "auto")):
         if given:
@@ -325,9 +355,8 @@ def _perplexity(args: argparse.Namespace) -> int:
     note = select_backend(args, interpret=False)
     from .perplexity import run
 
-    text, config = read_text(args.text, f"--text {args.text}"), MixtralConfig.from_pretrained(args.folder)
-    ids = encode(load_tokenizer(args.folder), text, config.vocab_size)
-    return run(args, text, ids, config.max_position_embeddings, _load, note)
+    args.against = [checkpoint_folder(folder) for folder in args.against]
+    return run(args, read_text(args.text, f"--text {args.text}"), _load, note)
 
 
 def _trace(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The command `perplexity`: how well a model predicts a text, and what its formats cost beside the model as stored."""
+"""The command `perplexity`: how well a model predicts a text, in several formats and beside other models."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.config import MixtralConfig
+from ..checkpoint.tokenizer import load_tokenizer
 from ..model.mixtral import Mixtral
+from ..quantize import formats_text
 from ..terminal import Bar, check_range, console, print_message, table_of
+from .prompt import encode
 
 WINDOW = 2048  # the most tokens of a window that is not given
-# Options that change the model's numbers.
-STORED: dict[str, Any] = {"weights": None, "cache_dtype": None, "activations": None}
+# Options that change the model's numbers, and the row of a model without them.
+CHANGES: dict[str, Any] = {"weights": None, "cache_dtype": None, "activations": None}
+STORED = "as stored"
 COLUMNS = {"tokens": "tokens", "nats": "nats a token", "perplexity": "perplexity", "bits_per_byte": "bits a byte"}
 Span = tuple[int, int, int]
 
@@ -49,46 +54,67 @@ def measure(
     return {"tokens": tokens, "nats": mean, "perplexity": math.exp(min(mean, 700)), "bits_per_byte": bits}
 
 
-def run(
-    args: argparse.Namespace, text: str, ids: list[int], limit: int, load: Callable[..., Mixtral], note: str
-) -> int:
-    """Measure a text with the model of the options, and as stored where they change it -> exit status. limit: the
-    model's positions; load(args) returns a model."""
+def select_models(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """Return the options of each model by the name of its row: the folder's in each format, as stored, and the others'
+    as stored. The last one is what the others are compared with."""
+    options, models, formats = vars(args), dict[str, argparse.Namespace](), args.weights or [None]
+    for weights in formats if any(options[name] is not None for name in CHANGES) else ():
+        name = f"weights {formats_text(weights)}" if len(formats) > 1 else "with these options"
+        models[name] = argparse.Namespace(**options | {"weights": weights})
+    stored = options | CHANGES
+    models[f"{args.folder}" if args.against and not models else STORED] = argparse.Namespace(**stored)
+    return models | {str(folder): argparse.Namespace(**stored | {"folder": folder}) for folder in args.against}
+
+
+def run(args: argparse.Namespace, text: str, load: Callable[..., Mixtral], note: str) -> int:
+    """Measure a text with the models of the options -> exit status. load(options) returns one of them."""
+    models = select_models(args)
+    configs = {options.folder: MixtralConfig.from_pretrained(options.folder) for options in models.values()}
+    ids = {folder: encode(load_tokenizer(folder), text, x.vocab_size) for folder, x in configs.items()}
+    limit = min(config.max_position_embeddings for config in configs.values())
     window = min(limit, WINDOW) if args.window is None else args.window
     stride = max(1, window // 2) if args.stride is None else args.stride
     check_range("--window", window, 2, limit, "the model's positions")
     check_range("--stride", stride, 1, window - 1, "since each token has one before it in its window")
-    if len(ids) < 2:
+    if min(map(len, ids.values())) < 2:
         raise ValueError("--text is one token, needs at least two: the first has nothing before it")
-    spans, size, results = list(windows(len(ids), window, stride)), len(text.encode()), dict[str, Any]()
-    changes = {name: getattr(args, name) for name in STORED if getattr(args, name) != STORED[name]}
-    model, models = None, {"with these options": args} if changes else {}
-    models["as stored"] = argparse.Namespace(**vars(args) | STORED)
+    model, loaded, results, size = None, None, dict[str, Any](), len(text.encode())
     print_message(note)
-    for number, (name, options) in enumerate(models.items()):
-        if model is None or changes.keys() != {"cache_dtype"}:
-            model = None
-            gc.collect()  # the memory is the next model's
-            try:
-                model = load(options)
-            except ValueError as error:
-                if number == 0:
-                    raise
-                print_message(f"mixtral-triton perplexity: no baseline: {error}")
-                break
+    for name, options in models.items():
+        of_model, tokens = (options.folder, options.weights, options.activations), ids[options.folder]
+        try:
+            if model is None or of_model != loaded:  # a cache in 8 bits is of the same model
+                model = None
+                gc.collect()  # the memory is the next model's
+                model, loaded = load(options), of_model
+        except ValueError as error:
+            if name != STORED or not results:
+                raise
+            print_message(f"mixtral-triton perplexity: no baseline: {error}")
+            results[name] = None
+            continue
         cache_dtype = torch.int8 if options.cache_dtype else None
-        results[name] = measure(model, ids, size, spans, cache_dtype, f"perplexity {name}")
-    result, *baseline = results.values()
-    if args.json:
-        print(json.dumps(result | ({"baseline": [*baseline, None][0]} if changes else {})))
-    else:
-        rows = []
-        for name, values in results.items():
+        spans = [*windows(len(tokens), window, stride)]
+        results[name] = measure(model, tokens, size, spans, cache_dtype, f"perplexity {name}")
+    _print(results, f"windows of {window} tokens, every {stride} tokens", args.json)
+    return 0
+
+
+def _print(results: dict[str, Any], title: str, as_json: bool) -> None:
+    """Print the results, each with the difference of its perplexity from the last one's, as a table or a document."""
+    *others, last = results.values()
+    for values in others if last else ():
+        if values["tokens"] == last["tokens"]:  # of other tokenizers bits a byte compare
+            values["difference"] = values["perplexity"] / last["perplexity"] - 1
+    if as_json:
+        first, baseline = next(iter(results.values())), {"baseline": results[STORED]} if STORED in results else {}
+        print(json.dumps(first | (baseline | {"models": results} if others else {})))
+        return
+    rows = []
+    for name, values in results.items():
+        if values is not None:
             cells = {"": name}
             cells |= {title: f"{values[key]:,.{0 if key == 'tokens' else 4}f}" for key, title in COLUMNS.items()}
-            if baseline:
-                cost = values["perplexity"] / baseline[0]["perplexity"] - 1
-                cells["cost"] = f"{cost:+.2%}" if values is result else ""
+            cells |= {"difference": f"{values['difference']:+.2%}" if "difference" in values else ""} if others else {}
             rows.append((cells, ""))
-        console().print(table_of(f"{len(spans)} windows of {window} tokens, every {stride} tokens", rows))
-    return 0
+    console().print(table_of(title, rows))

@@ -27,6 +27,12 @@ Formats = str | Mapping[str, str] | None  # the experts' format, or one for each
 PIECE, GPU_PIECE = 1 << 18, 1 << 23
 
 
+def formats_text(weights: Formats) -> str:
+    """Return formats as `--weights` takes them: int4, or experts=int4,linear=int8."""
+    parts = weights if isinstance(weights, Mapping) else {}
+    return ",".join(f"{part}={format}" for part, format in parts.items()) or str(weights)
+
+
 def put(weight: QuantizedWeight, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
     """Fill `weight` [..., K] from its device: codes uint8 [..., K], scales [..., G], zeros uint8 [..., G] if any."""
     weight.data.copy_(weight.kind.pack(codes.contiguous(), weight.group))

@@ -18,6 +18,7 @@ from .tolerance import share_of_limit
 FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
 TORCH = "plain torch"  # the backend without kernels
 UNCALLED = "; the model never called it"  # the end of a line on a module that selects this package
+QUALITY = "; how good the weights are, `perplexity` says"  # since a damaged checkpoint is computed rightly, too
 BITS, REPEATED = "bits in any batch", "repeated"
 ROUNDED = "as stored, rounded"  # the case of tensors that the model's dtype cannot hold exactly
 END_RATIO = 4.0  # in the place of RATIO for a whole model, where rounding errors have grown from layer to layer
@@ -130,11 +131,12 @@ class Report:
             if row.overflows:
                 return f"OVERFLOW: plain torch overflows in {self.dtype} in {row.where}: use bfloat16"
         if not self.compared:
-            return "NOTHING WAS COMPARED: no kernel ran, so plain torch was compared with itself"
+            why = "no kernel ran, so plain torch was compared with itself"
+            return f"NOTHING WAS COMPARED: {why}; needs TRITON_INTERPRET=1 before the import, or a GPU"
         ran = f" ({TORCH}; no kernel ran)" if self.backend == TORCH else ""
         uncalled = sum(line.endswith(UNCALLED) for line in self.not_run)
         but = f"; selected modules that never ran: {uncalled}" if uncalled else ""
-        return f"RIGHT{ran}: all {len(self.rows)} comparisons are within their limits{but}"
+        return f"RIGHT{ran}: all {len(self.rows)} comparisons are within their limits{but}{QUALITY}"
 
     def as_dict(self) -> dict[str, Any]:
         rows = [asdict(row, dict_factory=_for_json) | {"ok": row.ok} for row in self.rows]
@@ -149,7 +151,8 @@ class Report:
             groups.setdefault((row.op, row.case.removesuffix(FP32)), []).append(row)
         table = Table(box=box.SIMPLE_HEAD, padding=0)
         for name in ("operation", "case", "error", "limit", "layer", "right"):
-            table.add_column(name, justify="left" if name in ("operation", "case") else "right", no_wrap=True)
+            justify: Any = "left" if name in ("operation", "case") else "right"
+            table.add_column(name, justify=justify, no_wrap=name != "case", overflow="fold")  # errors stay whole
         for (op, case), rows in groups.items():
             worst, right = max(rows, key=lambda row: row.share), sum(row.ok for row in rows)
             layer = "-" if worst.layer is None else str(worst.layer)

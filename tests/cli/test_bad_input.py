@@ -28,7 +28,12 @@ BAD_INPUT = {
     "verfy": "did you mean verify\\?",
     "bench rms_nrm": "did you mean rms_norm\\?",
     "compile rope --arch sm_91": "did you mean sm_90\\?",
-    "compile rope --arch sm_75": "choose from .?sm_80",
+    "compile rope --arch sm_75": "'sm_75' needs one of sm_80",
+    "compile rope --arch rtx4900": "needs one of .*; did you mean rtx4090\\?",
+    "bench rope --gpu h100 --gpu a100": "--gpu: is given twice, as h100 and a100",
+    "verify --load-in-4bit": r"--load-in-4bit \(here --weights experts=int4\)",
+    "verify ./missing": "missing: no such folder, needs a local checkpoint",
+    "verify --device cuda": r"needs cpu, or cuda, cuda:1, \.\.\. \(CUDA or ROCm\) of 0 GPUs",
     "generate --promt x": r"arguments: --promt; did you mean --prompt\? \(see mixtral-triton --help\)",
     "generate --prompt x --top_p=0.9": r"did you mean --top-p\?",
     "chat --batch x": r"arguments: --batch \(see",
@@ -41,7 +46,7 @@ BAD_INPUT = {
         for text in ("expert=int4", "experts=int4,experts=int8", "experts=int4,", "=")
     },
     "verify --weights experts=int3": r"'experts=int3' needs one of .*; did you mean experts=int4\?",
-    "verify --device gpu": "'gpu' does not exist here: needs cpu, meta, or cuda, cuda:1, ...",
+    "verify --device gpu": "'gpu' does not exist here: needs cpu, or cuda, cuda:1, ...",
     "verify no/such/folder": "no/such/folder",
     **{f"verify {name}": "only the command fit takes this name.*, needs a local" for name in KNOWN},
     "verify --device cuda:99": "cuda:99",
@@ -152,6 +157,12 @@ def targeting(pattern: str) -> Harm:
 
 # What is wrong in the folder, the command, and a part of its one line. tests/model has what else can be wrong.
 HARM: list[tuple[Harm, str, str]] = [
+    (lambda folder: (folder / MODEL).rename(folder / "model.gguf"), VERIFY, "is of GGUF, which llama.cpp runs, needs"),
+    (
+        lambda folder: (folder / CONFIG).rename(folder / "adapter_config.json"),
+        VERIFY,
+        "is an adapter of PEFT, needs a whole model: PEFT's merge_and_unload",
+    ),
     (holds(MODEL, (SMALL / MODEL).read_bytes()[: 10**6]), VERIFY, MODEL),
     (holds(GENERATION, b"[1]"), GENERATE, "generation_config.json: the value is [1], needs a JSON object"),
     (holds(GENERATION, b"\xff"), GENERATE, "generation_config.json: not readable as JSON"),

@@ -16,6 +16,8 @@ from mixtral_triton.bench.compile import resources_table
 from mixtral_triton.bench.gpus import GPUS
 from mixtral_triton.bench.measure import Outcome, untimed_row
 from mixtral_triton.terminal import table_of
+from mixtral_triton.verification.report import Report, Row
+from tests.cli.commands import shown
 
 pytestmark = pytest.mark.compiled
 
@@ -43,6 +45,15 @@ def test_cells_wider_than_the_terminal_are_folded(width: int) -> None:
     text = printed(table, width)
     assert text.count("z") == 50 and [each.justify for each in table.columns] == ["left", "right", "right"]
     assert width < 80 or holds(text, "one two three [red]", "words " * 9)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_errors_of_a_report_are_whole_on_a_narrow_terminal(width: int) -> None:
+    case = "every expert, decode, int4 with linear layers in int8"
+    rows = Row(31, "rope_append_attention", case, 1.5e-3, 3.0e-3), Row(None, "logits", case, 2.5e-5, 1.0e-4)
+    text = shown(Report(rows, 0, 0, "Triton", "bfloat16"), width)
+    assert holds(text, case, case, "rope_append_attention", "1.5e-03", "3.0e-03", "2.5e-05", "1.0e-04", "1/1", "1/1")
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
 
 
 def test_bench_table() -> None:

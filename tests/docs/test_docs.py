@@ -26,6 +26,7 @@ OUTPUT = {  # of the examples
     "drop_in.py": ["The return statement", "the same text before, with and after apply: True"],
     "batch.py": ["A list is", "the same from both: True"],
     "continuous_batch.py": ["A list is", "the same texts before and after apply: True"],
+    "expert_load.py": ["expert_load.png: the fullest expert of a layer has 1."],
     "qlora.py": ["the loss falls: True", "with experts in 8 bits: "],
     "qwen3.py": ["QuantizedWeight(int4, [8, 128, 64]", "RIGHT"],
     "mixtral.py": ["The return statement"],

@@ -22,7 +22,7 @@ NAMES = "silu", *ACTIVATION_CASES
 
 
 @triton.jit
-def squared_relu(gate, up, NUMBERS: tl.constexpr):
+def toy_scaled_square(gate, up, NUMBERS: tl.constexpr):
     relu = tl.maximum(gate, 0.0) * NUMBERS[0]
     return relu * gate * up, 2 * relu * up, relu * gate
 
@@ -31,8 +31,8 @@ def squared_relu(gate, up, NUMBERS: tl.constexpr):
 def toy(monkeypatch: pytest.MonkeyPatch) -> str:
     plain = lambda gate, up, factor: factor * gate.relu() ** 2 * up  # noqa: E731
     slopes = lambda gate, up, factor: (2 * factor * gate.relu() * up, factor * gate.relu() ** 2)  # noqa: E731
-    monkeypatch.setitem(ACTIVATIONS, "squared_relu", Activation(plain, slopes, squared_relu, (0.5,)))
-    return "squared_relu:0.5"
+    monkeypatch.setitem(ACTIVATIONS, "toy_scaled_square", Activation(plain, slopes, toy_scaled_square, (0.5,)))
+    return "toy_scaled_square:0.5"
 
 
 @triton.jit

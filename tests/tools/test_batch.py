@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -122,13 +123,16 @@ def test_results_of_another_job_are_refused(chat_folder: Path) -> None:
     status, _, error = run(BATCH.replace("--batch-size 3", "--batch-size 1"), chat_folder, *words)
     assert status == 0 and "2 results kept\n" in error and out.read_bytes() == before
     for options in ("--seed 1", "--weights int8", "--logprobs 0", "--stop x", "--max-new-tokens 4", "--temperature 1"):
-        assert "line 1 is not of this job" in error_line(f"{BATCH} {options}", chat_folder, *words)
+        line = error_line(f"{BATCH} {options}", chat_folder, *words)
+        assert "line 1 is not of this job" in line and line.endswith(
+            f"; it was written with another {options.split()[0]}"
+        )
     jobs.write_text(jobs.read_text().replace("A list", "A tuple"))
-    assert "line 2 is not of this job" in error_line(BATCH, chat_folder, *words)
+    assert re.search("line 2 is not of this job.*with another prompt$", error_line(BATCH, chat_folder, *words))
     jobs.write_text(jobs.read_text().replace("A tuple", "A list"))
     assert output(BATCH, chat_folder, *words) == "" and out.read_bytes() == before
     os.utime(chat_folder / "model.safetensors", ns=(1, 1))
-    assert "line 1 is not of this job" in error_line(BATCH, chat_folder, *words)
+    assert re.search("line 1 is not of this job.*with another folder$", error_line(BATCH, chat_folder, *words))
 
 
 def test_errors_are_tried_again_and_stand_in_their_place(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

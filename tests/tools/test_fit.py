@@ -18,6 +18,7 @@ from mixtral_triton.bench.gpus import GPU, GPUS, LINKS, MIB, parse_gpu
 from mixtral_triton.checkpoint.tensors import parameter_shapes
 from mixtral_triton.cli import commands
 from mixtral_triton.cli.commands import SMALL
+from mixtral_triton.model import memory_plan
 from mixtral_triton.model.cache import cache_bytes
 from mixtral_triton.model.generate import prefill, sample
 from mixtral_triton.model.memory_plan import (
@@ -26,6 +27,7 @@ from mixtral_triton.model.memory_plan import (
     MARGIN,
     estimated_free,
     table_bytes,
+    usable_bytes,
     workspace_bytes,
 )
 from mixtral_triton.quantize import select_specs
@@ -193,6 +195,7 @@ RUNS = {
     "--gpu h100": "FOLDER --weights experts=int4,linear=int8",
     "--gpu rtx4090 --context 4096 --cache-dtype int8": "FOLDER --weights experts=int4,linear=int8 --cache-dtype int8 "
     "--offload auto --context 4096",
+    "qwen3-30b-a3b --memory 16": "FOLDER --weights experts=int4,linear=int8 --offload auto --context 40960",
     f"{SMALL} --gpu h100": f"{SMALL} --weights experts=int4,linear=int8",
     "--gpu h100 --batch 3": None,
     "--memory 1": None,
@@ -206,6 +209,22 @@ def test_the_last_line_is_the_command_that_runs_the_first_format(options: str) -
     assert last == want if RUNS[options] else "mixtral-triton" not in last
     if RUNS[options]:
         assert commands.parser().parse_args(want.split()[4:]).command == "chat"
+
+
+@pytest.mark.parametrize("options", ["qwen3-30b-a3b --memory 16", "mixtral-8x7b --gpu rtx4090 --context 5000"])
+def test_the_command_places_the_experts_of_the_plan(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading decides on its own, by what is free."""
+    words = run(f"fit {options}")[1].splitlines()[-1].split()
+    args, found = commands.parser().parse_args(words[4:]), run_json(f"fit {options}")
+    config, plan = KNOWN[found["model"]], min(found["formats"], key=lambda each: each["bytes"]["weights"])
+    of_format, free = specs(config, args.weights), usable_bytes(found["gpu"]["free"])
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: free)
+    request = memory_plan.MemoryRequest(args.offload, args.context)
+    sizes = memory_plan.movable_bytes(config, parameter_shapes(config), of_format, BF16)
+    held = plan["bytes"]["weights"] + plan["bytes"]["tables"]
+    with pytest.warns(UserWarning, match="in host memory"):
+        placed = memory_plan.place(request, config, None, torch.device("meta"), held, sizes)
+    assert placed.count == plan["offload"]["experts"] > 0
 
 
 def test_json_is_exact() -> None:

@@ -10,10 +10,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mixtral_triton import Mixtral
 from mixtral_triton.checkpoint.config import SMALL
 from mixtral_triton.checkpoint.tokenizer import load_tokenizer
+from mixtral_triton.verification.report import Report, Row
 from tests.cli.commands import output, run, run_json
 from tests.support.models import HELD_OUT
 
@@ -72,6 +74,22 @@ def test_a_format_is_beside_the_baseline(text: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Mixtral, "from_pretrained", Mock(side_effect=models))
     status, out, error = run(f"{COMMAND} --weights int4 --json --text", text)
     assert status == 0 and json.loads(out)["baseline"] is None and "no baseline: no memory" in error
+
+
+def test_damage_shows_beside_the_original_and_not_to_verify(text: Path, folder: Path) -> None:
+    """Two experts swapped in each layer are other weights, which the runtime computes rightly."""
+    text.write_text(text.read_text()[:600])
+    tensors = load_file(folder / "model.safetensors")
+    swap = {"experts.0.": "experts.1.", "experts.1.": "experts.0."}
+    renamed = {re.sub(r"experts\.[01]\.", lambda match: swap[match[0]], name): x for name, x in tensors.items()}
+    save_file(renamed, folder / "model.safetensors")
+    found = run_json(f"{COMMAND} --weights int8 --weights int4 --text", text, folder, "--against", SMALL)["models"]
+    assert [*found] == ["weights int8", "weights int4", "as stored", str(SMALL)]
+    assert all(values["difference"] > 0.5 for values in [*found.values()][:3])
+    table = output(f"{COMMAND} --text", text, folder, "--against", SMALL)
+    assert str(folder) in table and str(SMALL) in table and re.search(r"\+\d+\.\d\d%", table)
+    verdict = Report((Row.exact(None, "weights", "as stored", True),), 0, 0, "Triton", "bfloat16").verdict
+    assert verdict == "RIGHT: all 1 comparisons are within their limits; how good the weights are, `perplexity` says"
 
 
 @pytest.mark.slow
