@@ -13,10 +13,11 @@ from ..kernels.operation.checks import dtype_name
 from ..kernels.registry import OPS
 from ..terminal import check_known
 from .compile import check_sizes, parse_sizes
-from .decode_step import STEP, costs, of_model
+from .decode_step import FIELDS, STEP, costs, of_model
 from .fit import KNOWN
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+FIRST_TOKENS, FIRST_MODELS = (1, 64, 4096), ("mixtral-8x7b", "qwen3-30b-a3b")  # what people run
 BENCHED: dict[str, OpWithCases] = {**OPS, STEP.name: STEP}
 CPU_FLOPS, CPU_BYTES = 2e10, 1 << 28  # what a CPU checks in seconds, in fp64 and with the torch backend
 
@@ -86,10 +87,27 @@ def cases(
 
 
 def _table(op: OpWithCases) -> list[Any]:
-    letters = {field.name for field in fields(op.case)}
+    letters, shapes = {field.name for field in fields(op.case)}, [*dict.fromkeys(op.bench_shapes)]
     if "T" in letters and not {"S", "C"} & letters:  # only the tokens vary
-        return [*dict.fromkeys(replace(shape, T=T) for shape in op.bench_shapes for T in TOKENS)]
-    return [*dict.fromkeys(op.bench_shapes)]
+        shapes = [*dict.fromkeys(replace(shape, T=T) for shape in shapes for T in TOKENS)]
+        shapes.sort(key=lambda shape: (shape.T not in FIRST_TOKENS, not _is_of(shape, FIRST_MODELS)))
+    return shapes
+
+
+def _is_of(shape: Any, models: Sequence[str]) -> bool:
+    """Return whether a layer's sizes are those of one of these models that `fit` knows."""
+    names = {letter: name for name, letter in FIELDS.items() if letter in "HIEK" and hasattr(shape, letter)}
+    sizes = [getattr(shape, letter) for letter in names]
+    return sizes in [[getattr(KNOWN[model], name) for name in names.values()] for model in models]
+
+
+def select_cases(found: Sequence[Case], only: str) -> list[Case]:
+    """Return the cases that have all sizes of a text such as "T=64,E=128"; ValueError where none has."""
+    sizes = parse_sizes("--only", only.split(","))
+    kept = [case for case in found if all(getattr(case.sizes, name, None) == size for name, size in sizes.items())]
+    if not kept:
+        raise ValueError(f"--only is {only!r}, needs sizes that a case of these operations has")
+    return kept
 
 
 def _read_sizes(op: OpWithCases, text: str) -> Any:

@@ -16,7 +16,7 @@ from ..kernels.operation.cases import runs_on
 from ..kernels.registry import OPS
 from ..terminal import Bar, check_known, check_writable, console, table_of
 from . import measure
-from .cases import cases
+from .cases import cases, select_cases
 from .gpus import GPU, parse_gpu
 from .measure import Outcome, Row
 from .peers import PEERS, find_peer
@@ -25,6 +25,7 @@ from .peers import PEERS, find_peer
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where an operation or a user's peer is wrong or fails."""
     selected = cases(args.ops, args.sizes, getattr(torch, args.dtype) if args.dtype else None, args.model)
+    selected = select_cases(selected, args.only) if args.only else selected
     if any(name not in PEERS for name in args.peer) and (len(args.ops) != 1 or args.ops[0] not in OPS):
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
     gpu, timed = parse_gpu(args.gpu or "h100"), args.gpu is None and torch.cuda.is_available()

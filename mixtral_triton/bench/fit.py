@@ -44,15 +44,26 @@ from ..quantize.layouts import read_scheme
 from ..terminal import check_range, console, table_of
 from .gpus import GPU, GPUS, MIB, find_gpu, floor, parse_gpu
 
-# mistralai/Mixtral-8x7B-v0.1, mistralai/Mixtral-8x22B-Instruct-v0.1 and Qwen/Qwen3-30B-A3B, by their config.json
+# mistralai/Mixtral-8x7B-v0.1, Mixtral-8x22B-Instruct-v0.1, Qwen/Qwen3-30B-A3B and allenai/OLMoE-1B-7B-0924, by
+# their config.json
 SAME: dict[str, Any] = {"rope_theta": 1e6, "dtype": "bfloat16"}
 LARGER: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384, **SAME}
 LARGER |= {"num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65536}
 QWEN3: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 768, "num_hidden_layers": 48}
 QWEN3 |= {"num_key_value_heads": 4, "head_dim": 128, "num_local_experts": 128, "num_experts_per_tok": 8, **SAME}
 QWEN3 |= {"model_type": "qwen3_moe", "rms_norm_eps": 1e-6, "max_position_embeddings": 40960}
+OLMOE: dict[str, Any] = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16}
+OLMOE |= {"num_attention_heads": 16, "num_key_value_heads": 16, "num_local_experts": 64, "num_experts_per_tok": 8}
+OLMOE |= {
+    "model_type": "olmoe",
+    "renormalize": False,
+    "rope_theta": 1e4,
+    "dtype": "bfloat16",
+    "max_position_embeddings": 4096,
+}
 KNOWN = {"mixtral-8x7b": MixtralConfig(**SAME), "mixtral-8x22b": MixtralConfig(**LARGER)}
 KNOWN["qwen3-30b-a3b"] = MixtralConfig(**QWEN3)
+KNOWN["olmoe-1b-7b"] = MixtralConfig(**OLMOE)
 LAYERS_MAX = 10_000  # a config with more is broken, and its parameters take too long to list
 QuantSpecs = Mapping[str, QuantSpec]  # of the parameters that are quantized, by name
 STORED = "as stored"

@@ -209,6 +209,7 @@ def _add_tools(command: Command) -> None:
     option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
     text = "a case of these sizes instead, the others as in Mixtral 8x7B; repeatable"
     option("--sizes", action="append", default=[], metavar="T=N,...", help=text)
+    option("--only", action=StoreOnce, metavar="T=N,...", help="of the usual cases those of these sizes")
     text = "of a decode step: the sizes of a model that fit knows; default: mixtral-8x7b"
     option("--model", action=StoreOnce, metavar="NAME", help=text)
     text = "torch, transformers, or your function, checked before it is timed; repeatable; default: the first two"
@@ -217,7 +218,7 @@ def _add_tools(command: Command) -> None:
     option("--gpu", action=StoreOnce, metavar="NAME", help=text)
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, the longest text", "--cache-dtype")
-    text = "a folder, a name on the hub, mixtral-8x22b or qwen3-30b-a3b; default: mixtral-8x7b"
+    text = "a folder, a name on the hub, mixtral-8x22b, qwen3-30b-a3b or olmoe-1b-7b; default: mixtral-8x7b"
     option("model", nargs="?", default="mixtral-8x7b", metavar="MODEL", help=text)
     text = "h100, rtx4090, ...; repeatable; default: the GPU there is, else all that are known"
     option("--gpu", action="append", metavar="NAME", help=text)
