@@ -52,32 +52,33 @@ def launch_as_recorded(op: Op, sizes: Any, dtype: torch.dtype, gpu: Any) -> None
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_every_operation_at_its_test_shapes(name: str, gpu: Any) -> None:
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["first", "every"])
+def test_operations_at_their_test_shapes(every: bool, name: str, gpu: Any) -> None:
     """In bf16 at all of them, in other dtypes at one: by dtype tiles and descriptors differ, not shapes."""
     op = OPS[name]
     first = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
-    for dtype in op.dtypes:
-        for sizes in op.test_shapes if dtype == first else op.test_shapes[:1]:
+    for dtype in op.dtypes if every else [first]:
+        for sizes in op.test_shapes if every and dtype == first else op.test_shapes[:1]:
             launch_as_recorded(op, sizes, dtype, gpu)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("T", [1, 40, 70])
 @pytest.mark.parametrize("format", [None, "int4", "int8", "fp8"])
-def test_experts_in_host_memory(format: str | None, gpu: Any) -> None:
+def test_experts_in_host_memory(format: str | None, T: int, gpu: Any) -> None:
     """Their kernels are compiled for a table of addresses, from which no fact about an expert's memory is taken."""
     gpu.driver.executes, op = False, OPS["expert_swiglu"]
-    for T in (1, 40, 70):
-        sizes = {"T": T, "H": 128, "I": 64, "E": 4, "K": 2, "gate_up": format, "down": format}
-        args = inputs("expert_swiglu", sizes, GPU_DEVICE, torch.bfloat16)
-        begin, kernels = len(gpu.driver.launches), []
-        for on_host in ((), (1, 3), (2,)):
-            op.run(**with_offload(args, on_host) if on_host else args)
-            launched = [each for each in gpu.driver.launches[begin:] if "LAYOUT" in each.args]
-            kernels.append([(each.kernel, each.args["LAYOUT"].table, each.launcher) for each in launched])
-            begin = len(gpu.driver.launches)
-        assert kernels[1] == kernels[2], "compiled again for other experts"
-        names, tables = ([[each[at] for each in one] for one in kernels[:2]] for at in (0, 1))
-        assert names[0] == names[1] and tables == [[False, False], [True, True]]
+    sizes = {"T": T, "H": 128, "I": 64, "E": 4, "K": 2, "gate_up": format, "down": format}
+    args = inputs("expert_swiglu", sizes, GPU_DEVICE, torch.bfloat16)
+    begin, kernels = len(gpu.driver.launches), []
+    for on_host in ((), (1, 3), (2,)):
+        op.run(**with_offload(args, on_host) if on_host else args)
+        launched = [each for each in gpu.driver.launches[begin:] if "LAYOUT" in each.args]
+        kernels.append([(each.kernel, each.args["LAYOUT"].table, each.launcher) for each in launched])
+        begin = len(gpu.driver.launches)
+    assert kernels[1] == kernels[2], "compiled again for other experts"
+    names, tables = ([[each[at] for each in one] for one in kernels[:2]] for at in (0, 1))
+    assert names[0] == names[1] and tables == [[False, False], [True, True]]
 
 
 @pytest.fixture

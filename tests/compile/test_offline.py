@@ -229,6 +229,7 @@ def test_one_kernel_at_other_sizes() -> None:
         compile_ops(["linear"], "sm_90", choices={"S": [3]})
 
 
+@pytest.mark.slow
 def test_the_gate_catches_a_spill() -> None:
     """Half the warps for the same tiles: the accumulators alone take every register that a thread can have."""
     up, attention = prefill("experts_up_kernel"), prefill("attention_prefill_kernel")
