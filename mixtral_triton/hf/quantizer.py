@@ -1,6 +1,7 @@
 """`ExpertsConfig`: transformers' `from_pretrained` quantizes the experts of any family while it reads them."""
 
 import copy
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.config import check_value, error_prefix
 from ..kernels.weights.formats import BITS
-from ..kernels.weights.quantized import QuantSpec
+from ..kernels.weights.quantized import QuantizedWeight, QuantSpec
 from ..quantize import quantize_into
 from ..quantize.hub import warn_unused
 from .experts import NAME, PROJECTIONS, check_experts, is_experts
@@ -117,8 +118,13 @@ class ExpertsQuantizer(HfQuantizer):
         ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Raise the error of a linear that could not be read. Let the model save by transformers' conversions."""
-        if (plan := self.plan) is not None:
+        """Raise the error of a linear that could not be read, and ValueError for what the files lack or is not finite,
+        which transformers leaves random or takes. Let the model save by transformers' conversions."""
+        if (plan := self.plan) is None:
+            for path, key in itertools.product(sorted(self.paths), PROJECTIONS):
+                read = isinstance(getattr(model.get_submodule(path), key), QuantizedWeight)
+                check_value(f"ExpertsConfig: {path}.{key} in the files", "missing", "those of the config", read)
+        else:
             if plan.fault is not None:
                 raise plan.fault
             if plan.unused:
@@ -126,6 +132,9 @@ class ExpertsQuantizer(HfQuantizer):
             if not plan.specs:
                 warnings.warn(f"{plan.folder}: its experts are not quantized one by one: all is dense", stacklevel=5)
                 self.remove_quantization_config(model)
+        for name, x in model.state_dict().items():
+            finite = not x.is_floating_point() or x.is_meta or bool(x.sum().isfinite() or x.isfinite().all())
+            check_value(f"{name} in {x.dtype}", "not finite everywhere", "finite numbers in the files", finite)
         used = () if self.conversions is None else model.__dict__.pop("_weight_conversions", ())
         if any("".join(conversion.target_patterns).endswith(PROJECTIONS) for conversion in used):
             model._weight_conversions = [x for x in self.conversions if merges_experts(x) or x.was_used()]

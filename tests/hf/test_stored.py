@@ -134,6 +134,7 @@ def test_verify_compares_stored_experts_with_their_files(family: str, layout: st
 
 
 NAME = "model.layers.1.mlp.experts.3.down_proj"
+PARTS = "weight_packed", "weight_scale", "weight_shape"
 Change = Callable[[dict[str, Tensor]], Any]
 REFUSED: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
     "a missing part": (
@@ -144,13 +145,13 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
     "missing codes": (*LAYOUTS[INT4], lambda x: x.pop(f"{NAME}.weight_packed"), "needs weight_packed of codes"),
     "a missing linear": (
         *LAYOUTS[INT4],
-        lambda x: [x.pop(f"{NAME}.{part}") for part in ("weight_packed", "weight_scale", "weight_shape")],
+        lambda x: [x.pop(f"{NAME}.{part}") for part in PARTS],
         "rows of all experts for model.layers.1.mlp.experts.down_proj is 384, needs 512 by the config",
     ),
     "all experts of a layer": (
         *LAYOUTS[INT4],
         lambda x: [x.pop(name) for name in [*x] if "layers.1.mlp.experts." in name],
-        "experts of model.layers.1.mlp.experts.gate_up_proj is 'missing', needs those of the config",
+        r"2 missing \(model.layers.1.mlp.experts.down_proj, model.layers.1.mlp.experts.gate_up_proj\)",
     ),
     "a part too much": (
         *LAYOUTS[INT4],
@@ -188,10 +189,50 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", REFUSED)
+LAST = "model.layers.1."
+TENSORS = [LAST + name for name in ("self_attn.v_proj", "mlp.gate", "input_layernorm")]
+TENSORS += ["model.norm", "model.embed_tokens", "lm_head"]
+
+
+def half(x: dict[str, Tensor]) -> None:
+    """As of another number of heads."""
+    x[f"{LAST}self_attn.k_proj.weight"] = x[f"{LAST}self_attn.k_proj.weight"][:32].clone()
+
+
+def one_more(x: dict[str, Tensor]) -> None:
+    x |= {name.replace(".3.", ".4."): x[name].clone() for name in [*x] if f"{LAST}mlp.experts.3." in name}
+
+
+# What is dense in a file whose linears of these names are quantized.
+REFUSED_DENSE: dict[str, tuple[str, Change, str]] = {
+    **{f"no {x}": (EXPERTS, lambda y, x=x: y.pop(f"{x}.weight"), rf"1 missing \({x}.weight\)") for x in TENSORS},
+    "no q_proj": (
+        "",
+        lambda x: [x.pop(f"{LAST}self_attn.q_proj.{y}") for y in PARTS],
+        rf"1 missing \({LAST}self_attn.q_proj.weight\)",
+    ),
+    "heads": (EXPERTS, half, r"k_proj.weight has shape \(32, 128\), not \(64, 128\)"),
+    "NaN": (EXPERTS, lambda x: x["lm_head.weight"][3, 2].fill_(math.nan), "lm_head.weight in .* is 'not finite"),
+    "an expert more": ("self_attn", one_more, "experts.4.down_proj: expert is '4', needs 0 to 3 by the config"),
+    "an expert less": (
+        "self_attn",
+        lambda x: x.pop(f"{NAME}.weight"),
+        "rows of all experts for model.layers.1.mlp.experts.down_proj is 384, needs 512",
+    ),
+    "a linear more": (
+        "",
+        lambda x: x.update({f"{LAST}mlp.odd.{y}": x[f"{NAME}.{y}"].clone() for y in PARTS}),
+        "mlp.odd is 'quantized'",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [*REFUSED, *REFUSED_DENSE])
 def test_faults_reach_the_user_in_one_line(fault: str, tmp_path: Path) -> None:
-    packer, config, change, message = REFUSED[fault]
-    stored, _ = write_quantized("qwen3_moe", tmp_path, packer, config, change=change)
+    dense = REFUSED_DENSE.get(fault)
+    only, *others = ("", *REFUSED[fault]) if dense is None else (dense[0], *LAYOUTS[INT4], *dense[1:])
+    packer, config, change, message = others
+    stored, _ = write_quantized("qwen3_moe", tmp_path, packer, config, only, change)
     with pytest.raises(ValueError, match=message) as error:
         load(stored)
     print(error.value)
