@@ -17,7 +17,7 @@ from mixtral_triton.hf.experts import PROJECTIONS
 from mixtral_triton.kernels.weights.formats import FORMATS
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from mixtral_triton.quantize.write import write
-from tests.support.families import EXPERTS_REFUSED, LIMIT, NOT_TRIED, VERSION, experts_of, marked_families
+from tests.support.families import EXPERTS_REFUSED, LIMIT, NOT_TRIED, VERSION, build, experts_of, marked_families
 from tests.support.hub import LAYOUTS, compressed, compressed_config, fp8, gptq, gptq_config, pack_config
 from tests.support.stored import EXPERTS, write_quantized
 
@@ -300,6 +300,27 @@ def test_a_saved_mixtral_is_what_quantize_writes(weights: str, tmp_path: Path) -
     ours, theirs = Mixtral.from_pretrained(tmp_path / "out", device="cpu"), load(tmp_path / "out")
     with torch.no_grad():
         assert torch.allclose(ours(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(VERSION < (5, 24), reason="earlier ones leave gates and experts in bfloat16")
+@pytest.mark.parametrize("weights", ["fp8", "int8"])
+@pytest.mark.parametrize("family", ["laguna", "qwen2_moe", "qwen3_next", "hy_v3", "mixtral"])
+def test_transformers_reads_what_is_saved(family: str, weights: str, tmp_path: Path) -> None:
+    """Experts of 32, 64 and 96 columns, beside gates [1, H] and modules named otherwise than their tensors."""
+    pytest.importorskip("compressed_tensors")
+    build(family).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=ExpertsConfig(weights))
+    config = saved(model, tmp_path / "out")
+    for group in config["config_groups"].values():
+        group["input_activations"] = None  # transformers would quantize them
+    values = json.loads((tmp_path / "out" / "config.json").read_text()) | {"quantization_config": config}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        want, got = model(IDS).logits, theirs(IDS).logits
+    print(f"{family} {weights}: {float((got - want).abs().max() / want.abs().max()):.0e} of the largest logit")
+    assert (got - want).abs().max() <= LIMIT * want.abs().max()
 
 
 def test_an_interrupted_save_leaves_no_folder_that_loads(tmp_path: Path, monkeypatch: Any) -> None:
