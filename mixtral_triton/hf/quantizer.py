@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.config import check_value, error_prefix
+from ..checkpoint.config import INDEX_FILE, SINGLE_FILE, check_one_source, check_value, error_prefix
 from ..kernels.weights.formats import BITS
 from ..kernels.weights.quantized import QuantizedWeight, QuantSpec
 from ..quantize import quantize_into
@@ -148,12 +149,20 @@ class ExpertsQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # which saves the adapter alone
             return None, {}
         state, model.config.quantization_config.saved = compressed_state(model)
+        caller = sys._getframe(1).f_locals  # the arguments of `save_pretrained`, which passes no folder on
+        for name in (
+            (SINGLE_FILE, INDEX_FILE) if caller["is_main_process"] else ()
+        ):  # it would leave the one it replaces
+            (Path(caller["save_directory"]) / name).unlink(missing_ok=True)
         return state, {}
 
 
 def check_dense_checkpoint(files: Any) -> None:
     """Raise ValueError that names what the folder of these files says of quantization; files of dense experts have
-    nothing, and transformers would read the codes of a method that it does not know as weights."""
+    nothing, and transformers would read the codes of a method that it does not know as weights. ValueError for a single
+    file beside shards, too."""
+    if files:
+        check_one_source(Path(files[0]).parent)
     for name in ("config.json", "hf_quant_config.json") if files else ():
         raw = json.loads(path.read_text()) if (path := Path(files[0]).parent / name).is_file() else {}
         for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, modeling_utils
 
 from mixtral_triton import ExpertsConfig, Mixtral, register, stored_config, verify
 from mixtral_triton.hf.experts import PROJECTIONS
+from mixtral_triton.hf.quantizer import check_dense_checkpoint
 from mixtral_triton.kernels.weights.formats import FORMATS
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from mixtral_triton.quantize.write import write
@@ -321,6 +322,24 @@ def test_transformers_reads_what_is_saved(family: str, weights: str, tmp_path: P
         want, got = model(IDS).logits, theirs(IDS).logits
     print(f"{family} {weights}: {float((got - want).abs().max() / want.abs().max()):.0e} of the largest logit")
     assert (got - want).abs().max() <= LIMIT * want.abs().max()
+
+
+def test_a_save_leaves_no_weights_of_an_older_one(tmp_path: Path) -> None:
+    out, (stored, _) = tmp_path / "out", write_quantized("olmoe", tmp_path, *LAYOUTS[INT4], only=EXPERTS)
+    model = load(stored)
+    for size in ("1GB", "300KB", "1GB"):  # one file, shards, one file
+        with torch.no_grad():
+            model.lm_head.weight += 1
+        model.save_pretrained(out, max_shard_size=size)
+        assert torch.equal(load(out).lm_head.weight, model.lm_head.weight)
+    (out / "model.safetensors.index.json").write_text("{}")
+    message = r"files is \['model.safetensors', 'model.safetensors.index.json'\], needs one of the two"
+    with pytest.raises(ValueError, match=message):
+        load(out)
+    with pytest.raises(ValueError, match=message):
+        check_dense_checkpoint([out / "model.safetensors"])
+    with pytest.raises(ValueError, match=message):
+        Mixtral.from_pretrained(out, "cpu")
 
 
 def test_an_interrupted_save_leaves_no_folder_that_loads(tmp_path: Path, monkeypatch: Any) -> None:
