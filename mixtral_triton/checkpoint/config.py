@@ -285,6 +285,12 @@ def _snapshot(name: str, tensors: bool) -> Path:
     return Path(path)
 
 
+def check_one_source(folder: Path) -> None:
+    """Raise ValueError where a folder has a single file and an index of shards, either of which may be older."""
+    both = all(os.path.lexists(folder / name) for name in (SINGLE_FILE, INDEX_FILE))
+    check_value(f"{folder}: files", [SINGLE_FILE, INDEX_FILE] if both else [], "one of the two, the newer", not both)
+
+
 def read_index(index: Path) -> dict[str, list[str]]:
     """Return the names of the tensors in each file of `weight_map` (tensor name -> plain name of a file here)."""
     weight_map: Any = read_json_object(index).get("weight_map")

@@ -15,6 +15,7 @@ FIXED: Fixed = {
     "attention_bias": ((False, None), "projections have no bias"),
     "mlp_bias": ((False, None), "experts have no bias"),
     "partial_rotary_factor": ((1, None), "full heads are rotated"),
+    "is_causal": ((True, None), "no query sees later keys"),
 }
 
 
@@ -71,7 +72,10 @@ FAMILIES = {
         fields=EXPERTS,
         required=(*SIZES, "renormalize"),
         defaults={"bos_token_id": None, "eos_token_id": 50279, "pad_token_id": 1},
-        fixed={"clip_qkv": ((None,), "queries, keys and values are not clipped")},
+        fixed={
+            "clip_qkv": ((None,), "queries, keys and values are not clipped"),
+            "sliding_window": ((None, 0, -1), "the family has no window"),
+        },
         norms="row",
     ),
 }

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..kernels.weights.quantized import QuantizedWeight, QuantSpec
-from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, checkpoint_folder, escape, read_index
+from .config import INDEX_FILE, SINGLE_FILE, MixtralConfig, check_one_source, checkpoint_folder, escape, read_index
 from .shard import UNSHARDED, Shard
 
 KeyLayout = Literal["per_expert", "fused"]
@@ -155,13 +155,13 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     """Read the headers of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
     `scheme`: how the folder is quantized; it then may hold integers and fp8 (`quantize.hub.read_headers` finds it).
-    Raises FileNotFoundError for missing files; ValueError for an index that disagrees with its shards
+    Raises FileNotFoundError for missing files; ValueError for both, an index that disagrees with its shards
     or points out of the folder, a truncated or padded file, a dtype other than F32, BF16 or F16, mixed dtypes.
     """
     path = checkpoint_folder(folder)
     names: dict[str, list[str]] = {SINGLE_FILE: []}
-    # A single file is preferred over an index, as in transformers.
-    if not os.path.lexists(path / SINGLE_FILE) and os.path.lexists(path / INDEX_FILE):
+    check_one_source(path)
+    if os.path.lexists(path / INDEX_FILE):
         names = read_index(path / INDEX_FILE)
     tensors: dict[str, Stored] = {}
     for file, expected in names.items():

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import is_autocast_available
 from torch.compiler import is_compiling
 from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -15,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .. import ops
 from ..kernels.ops.attention.heads_first import attend_heads_first
 from ..kernels.reference import with_sinks
-from .experts import fused
+from .experts import autocast_dtype, fused
 from .masks import IntervalMask, check_dense
 from .training import warn_of_gradients
 
@@ -68,9 +67,8 @@ def attention(
     s_aux [Hq]: sinks, as in `ops.attention`. A dense mask goes to torch's attention. The weights are those of
     transformers' eager attention, and the result does not depend on them. ValueError by `check_attention`.
     """
-    device = query.device.type
-    if torch._C._is_any_autocast_enabled() and is_autocast_available(device) and torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if (dtype := autocast_dtype(query)) is not None:
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     attend, mask = fused(ops.attention, query, key, value, s_aux), IntervalMask.decode(attention_mask)
     check_attention(module, query, value, mask is None, 0.0 if attend is None else dropout, kwargs)
     (_, _, T, D), S = query.shape, key.shape[2]

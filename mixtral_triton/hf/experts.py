@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.activations import ACT2FN
@@ -48,6 +49,14 @@ def fused(operation: Any, *tensors: Any) -> Any:
         if isinstance(x, Tensor) and x.is_neg():
             return operation
     return operation.unchecked
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast selects for x, None without autocast."""
+    device = x.device.type
+    if torch._C._is_any_autocast_enabled() and is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -118,8 +127,9 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     which contribute nothing. ValueError that names the module's class for experts that `check_experts` refuses."""
     activation = check_experts(module)
     gate_up, down = module.gate_up_proj, module.down_proj
-    if isinstance(down, Tensor) and hidden_states.dtype != down.dtype:  # by autocast; "grouped_mm" does the same
-        x = hidden_states.to(down.dtype)
+    dtype = down.dtype if isinstance(down, Tensor) else autocast_dtype(hidden_states)
+    if dtype not in (None, hidden_states.dtype):  # by autocast; "grouped_mm" casts to the dtype of its weights, too
+        x = hidden_states.to(dtype)
         return experts(module, x, top_k_index, top_k_weights).to(hidden_states.dtype)
     run = fused(ops.expert_swiglu, hidden_states, top_k_weights, gate_up, down)
     if run is None:

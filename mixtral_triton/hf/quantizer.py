@@ -1,7 +1,9 @@
 """`ExpertsConfig`: transformers' `from_pretrained` quantizes the experts of any family while it reads them."""
 
 import copy
+import itertools
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.config import check_value, error_prefix
+from ..checkpoint.config import INDEX_FILE, SINGLE_FILE, check_one_source, check_value, error_prefix
 from ..kernels.weights.formats import BITS
-from ..kernels.weights.quantized import QuantSpec
+from ..kernels.weights.quantized import QuantizedWeight, QuantSpec
 from ..quantize import quantize_into
 from ..quantize.hub import warn_unused
 from .experts import NAME, PROJECTIONS, check_experts, is_experts
@@ -117,8 +119,13 @@ class ExpertsQuantizer(HfQuantizer):
         ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Raise the error of a linear that could not be read. Let the model save by transformers' conversions."""
-        if (plan := self.plan) is not None:
+        """Raise the error of a linear that could not be read, and ValueError for what the files lack or is not finite,
+        which transformers leaves random or takes. Let the model save by transformers' conversions."""
+        if (plan := self.plan) is None:
+            for path, key in itertools.product(sorted(self.paths), PROJECTIONS):
+                read = isinstance(getattr(model.get_submodule(path), key), QuantizedWeight)
+                check_value(f"ExpertsConfig: {path}.{key} in the files", "missing", "those of the config", read)
+        else:
             if plan.fault is not None:
                 raise plan.fault
             if plan.unused:
@@ -126,6 +133,9 @@ class ExpertsQuantizer(HfQuantizer):
             if not plan.specs:
                 warnings.warn(f"{plan.folder}: its experts are not quantized one by one: all is dense", stacklevel=5)
                 self.remove_quantization_config(model)
+        for name, x in model.state_dict().items():
+            finite = not x.is_floating_point() or x.is_meta or bool(x.sum().isfinite() or x.isfinite().all())
+            check_value(f"{name} in {x.dtype}", "not finite everywhere", "finite numbers in the files", finite)
         used = () if self.conversions is None else model.__dict__.pop("_weight_conversions", ())
         if any("".join(conversion.target_patterns).endswith(PROJECTIONS) for conversion in used):
             model._weight_conversions = [x for x in self.conversions if merges_experts(x) or x.was_used()]
@@ -139,12 +149,20 @@ class ExpertsQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # which saves the adapter alone
             return None, {}
         state, model.config.quantization_config.saved = compressed_state(model)
+        caller = sys._getframe(1).f_locals  # the arguments of `save_pretrained`, which passes no folder on
+        for name in (
+            (SINGLE_FILE, INDEX_FILE) if caller["is_main_process"] else ()
+        ):  # it would leave the one it replaces
+            (Path(caller["save_directory"]) / name).unlink(missing_ok=True)
         return state, {}
 
 
 def check_dense_checkpoint(files: Any) -> None:
     """Raise ValueError that names what the folder of these files says of quantization; files of dense experts have
-    nothing, and transformers would read the codes of a method that it does not know as weights."""
+    nothing, and transformers would read the codes of a method that it does not know as weights. ValueError for a single
+    file beside shards, too."""
+    if files:
+        check_one_source(Path(files[0]).parent)
     for name in ("config.json", "hf_quant_config.json") if files else ():
         raw = json.loads(path.read_text()) if (path := Path(files[0]).parent / name).is_file() else {}
         for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):

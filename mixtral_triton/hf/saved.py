@@ -36,7 +36,10 @@ def compressed_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = {name: x for name, x in model.state_dict().items() if not name.startswith(inside)}
     embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     dense = {name: x.to("meta") for name, x in state.items() if x.dim() > 1 and name not in embeddings}
-    ignored = {name for name, x in revert_weight_conversion(model, dense).items() if x.squeeze(0).dim() == 2}
+    stored = revert_weight_conversion(model, dense)
+    files = {name for name, x in stored.items() if x.dim() == 2 or (x.dim() == 3 and len(x) == 1)}
+    # transformers' reader looks a linear up by its module's name in the model, others by its tensor's in the files.
+    modules = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     names, pack = defaultdict[Kind, list[str]](list), lru_cache(maxsize=1)(pack_linear)  # once for all its tensors
     for name, weight in weights.items():
         check_value(f"save_pretrained: device of {name}", str(weight.device), "memory", weight.device.type != "meta")
@@ -49,7 +52,7 @@ def compressed_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
             state |= {f"{linear}.{suffix}": x for suffix, x in tensors.items()}
         names[kind] += revert_weight_conversion(model, {f"{linear}.weight": torch.empty(0) for linear in linears})
     groups = [config_group(kind, _targets(names, kind)) for kind in names]
-    dense_linears = {name.removesuffix(".weight") for name in ignored if name.endswith(".weight")}
+    dense_linears = {name.removesuffix(".weight") for name in files | modules if name.endswith(".weight")}
     return state, quantization_config(groups, sorted({"lm_head", *dense_linears}))
 
 

@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 
 from ..checkpoint import tensors as checkpoint
 from ..checkpoint.config import check_value, read_json_object
-from ..checkpoint.tensors import Destination
+from ..checkpoint.tensors import Destination, Stored
 from ..kernels.weights.quantized import QuantizedWeight, QuantSpec
 from ..quantize import hub
 from ..quantize.hub import Linear
@@ -89,55 +89,88 @@ class StoredPlan:
     fault: Exception | None = None
 
 
+class Names:
+    """How transformers' conversions name a checkpoint's tensors in a model, which is on the meta device."""
+
+    def __init__(self, model: Any, conversions: list[Any]) -> None:
+        self.model, self.state, self.filled = model, model.state_dict(), set[str]()
+        self.renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+        self.converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+        self.by_pattern = {pattern: x for x in self.converters for pattern in x.source_patterns}
+
+    def find(self, name: str) -> tuple[str, Any, str | None]:
+        """Return a tensor's key in the model's state, the conversion that changes the tensor, and its pattern."""
+        prefix, state = self.model.base_model_prefix, self.state
+        key, pattern = rename_source_key(name, self.renamings, self.converters, prefix, state)
+        if key not in state and name in state:  # as transformers' own loop does
+            key, pattern = rename_source_key(name, [], [], prefix, state)
+        conversion, targets = self.by_pattern.get(pattern or ""), [""]
+        if conversion is not None:
+            targets = conversion.target_patterns
+        self.filled |= {key.replace(targets[0], target) for target in targets}
+        return key, conversion, pattern
+
+    def dense(self, name: str, stored: Stored) -> dict[str, Destination]:
+        """Return where a dense tensor goes, by its name; nothing where the model has no place for it."""
+        key, conversion, pattern = self.find(name)
+        shape = tuple(getattr(self.state.get(key), "shape", ()))
+        if conversion is not None and merges_experts(conversion) and key in self.state:
+            return {name: _destination(name.removesuffix(".weight"), key, shape, conversion, pattern)}
+        return {name: Destination(key, (), stored.shape if conversion else shape, ())} if key in self.state else {}
+
+    def missing(self) -> set[str]:
+        """Return the keys of the model that no tensor fills, which transformers would leave random."""
+        tied: dict[str, str] = self.model.all_tied_weights_keys
+        filled = self.filled.union(*({*pair} for pair in tied.items() if self.filled.intersection(pair)))
+        known = re.compile("|".join(self.model._keys_to_ignore_on_load_missing or ["(?!)"]))
+        return {key for key in self.state.keys() - filled if not known.search(key)}
+
+
 def plan_stored(model: Any, files: Any, stored: Any, conversions: list[Any]) -> StoredPlan:
     """Return the plan, from the headers alone. ValueError in one line for tensors that config and layouts do not need,
     for those that are missing, and for what no QuantizedWeight holds. model: on the meta device."""
-    names = [str(file) for file in files or ()]
-    right = bool(names) and all(name.endswith(".safetensors") for name in names)
-    check_value("stored_config: files", names[:1], "safetensors of a folder", right)
-    folder = Path(names[0]).parent
+    paths = [str(file) for file in files or ()]
+    right = bool(paths) and all(path.endswith(".safetensors") for path in paths)
+    check_value("stored_config: files", paths[:1], "safetensors of a folder", right)
+    folder = Path(paths[0]).parent
     scheme = parse_scheme(stored, folder, DENSE)
-    headers, state = checkpoint.read_headers(folder, scheme), model.state_dict()
+    headers, names = checkpoint.read_headers(folder, scheme), Names(model, conversions)
     modules, unused = hub.group_by_linear(headers)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    by_pattern = {pattern: conversion for conversion in converters for pattern in conversion.source_patterns}
     skipped = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["(?!)"]))
     linears: dict[str, list[Linear]] = defaultdict(list)
     dense, need, got = dict[str, Destination](), dict[str, Any](), dict[str, Any]()
     for prefix, parts in modules.items():
         layout = replace(scheme.layout(prefix), advice=f"; {DENSE}")
-        key, pattern = rename_source_key(f"{prefix}.weight", renamings, converters, model.base_model_prefix, state)
-        codes, shape = parts.get(layout.codes.name), tuple(getattr(state.get(key), "shape", ()))
+        codes = parts.get(layout.codes.name)
         if codes is None or codes.dtype in FLOATS:
             odd = parts.keys() & {plane.name for plane in (layout.codes, layout.scales, layout.zeros) if plane}
             check_value(f"{folder}: {prefix}: parts", sorted(odd), f"{layout.codes.name} of codes", odd <= {"weight"})
-            dense[f"{prefix}.weight"] = Destination(key, (), shape, ())
+            for part, tensor in parts.items():
+                dense |= names.dense(f"{prefix}.{part}", tensor)
             continue
-        if key not in state and skipped.search(key):  # as layers that only predict more tokens
+        key, conversion, pattern = names.find(f"{prefix}.weight")
+        if key not in names.state and skipped.search(key):  # as layers that only predict more tokens
             continue
-        check_value(f"{folder}: {prefix}", "quantized", "a linear that the model has", key in state)
-        target = _destination(prefix, key, shape, by_pattern.get(pattern or ""), pattern)
-        if key.removesuffix("weight") + "bias" in state:  # transformers reads it
+        check_value(f"{folder}: {prefix}", "quantized", "a linear that the model has", key in names.state)
+        target = _destination(prefix, key, tuple(names.state[key].shape), conversion, pattern)
+        if "bias" in parts and key.removesuffix("weight") + "bias" in names.state:  # transformers reads it
+            dense |= names.dense(f"{prefix}.bias", parts["bias"])
             parts = {part: tensor for part, tensor in parts.items() if part != "bias"}
         linears[key].append(linear := Linear(prefix, target, parts, layout))
         need |= hub.required_shapes(folder, linear)
         got |= {f"{prefix}.{part}": tensor.shape for part, tensor in parts.items()}
+    need |= {name: target.shape for name, target in dense.items()} | dict.fromkeys(names.missing())
+    got |= {name: headers.tensors[name].shape for name in dense}
     checkpoint.compare(str(folder), f"the config ({scheme.name})", need, got)
-    specs = {}
-    for key, filling in linears.items():
-        if key.endswith(PROJECTIONS):
-            specs[key] = hub.common_spec(folder, filling, dense)
-            rows, all_rows = sum(linear.target.shape[0] for linear in filling), state[key].shape[:2].numel()
-            places = {str(linear.target.index) for linear in filling}
-            right = rows == all_rows and len(places) == len(filling)
-            check_value(f"{folder}: rows of all experts for {key}", rows, f"{all_rows} by the config", right)
-    experts = tuple(x for conversion in converters if merges_experts(conversion) for x in conversion.target_patterns)
-    stacked = (name for name in headers.tensors if name.endswith(experts))
-    renamed = (rename_source_key(x, renamings, converters, model.base_model_prefix, state)[0] for x in stacked)
-    read = {*linears, *(target.parameter for target in dense.values()), *renamed}
-    for key in (key for key in state if key.endswith(experts)):  # transformers would leave random ones
-        check_value(f"{folder}: experts of {key}", "missing", "those of the config", key in read)
+    specs = {key: hub.common_spec(folder, x, dense) for key, x in linears.items() if key.endswith(PROJECTIONS)}
+    filling = defaultdict[str, list[Destination]](list)
+    for target in (*dense.values(), *(linear.target for linears_of in linears.values() for linear in linears_of)):
+        if target.index:
+            filling[target.parameter].append(target)
+    for key, targets in filling.items():
+        rows, all_rows = sum(target.shape[0] for target in targets), names.state[key].shape[:2].numel()
+        right = rows == all_rows and len({str(target.index) for target in targets}) == len(targets)
+        check_value(f"{folder}: rows of all experts for {key}", rows, f"{all_rows} by the config", right)
     plan = StoredPlan(folder, linears, specs, unused, [], set())
     _convert_by(plan, conversions, dense)
     return plan

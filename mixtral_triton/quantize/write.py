@@ -154,7 +154,7 @@ def pack_linear(weight: QuantizedWeight, kind: Kind) -> dict[str, Tensor]:
 def _parts(codes: Tensor, scales: Tensor, format: str, shape: list[int]) -> dict[str, Tensor]:
     """Return the tensors of a linear by the last part of their names. codes: as `_pack` returns them."""
     if (floats := FORMATS[format].float_dtype) is not None:
-        return {"weight": codes.view(floats), "weight_scale": scales}
+        return {"weight": codes.contiguous().view(floats), "weight_scale": scales}
     return {"weight_packed": codes.view(torch.int32), "weight_scale": scales, "weight_shape": torch.tensor(shape)}
 
 

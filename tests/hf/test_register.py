@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from mixtral_triton import Mixtral, apply, reference
+from mixtral_triton import Mixtral, apply, ops, reference
 from mixtral_triton.hf import attention, experts, masks
 from mixtral_triton.hf.experts import NAME, check_experts
 from mixtral_triton.kernels.launching.launch import INTERPRETED
@@ -219,6 +219,23 @@ def test_autocast_without_gradients(family: str, dtype: torch.dtype) -> None:
             logits.append(model(ids).logits.double())
     exact, baseline, got = logits
     assert (got - exact).norm() <= 2 * (baseline - exact).norm()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=once)])
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+def test_quantized_experts_compute_in_the_dtype_of_autocast(
+    format: str, compiled: bool, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of x in fp32, as the norms of `prepare_model_for_kbit_training` return it."""
+    for key in experts.PROJECTIONS:
+        setattr(module, key, quantize(module._parameters.pop(key), format))
+    (x, ids, weights), run, dtypes = routed(module), ops.expert_swiglu, list[torch.dtype]()
+    want = module(x.bfloat16(), ids, weights).float()
+    monkeypatch.setattr(ops, "expert_swiglu", lambda x, *args: dtypes.append(x.dtype) or run(x, *args))
+    forward = torch.compile(module, fullgraph=True, backend="eager") if compiled else module
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.equal(forward(x, ids, weights), want)
+    assert dtypes == [torch.bfloat16]
 
 
 @once

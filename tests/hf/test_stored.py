@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, modeling_utils
 
 from mixtral_triton import ExpertsConfig, Mixtral, register, stored_config, verify
 from mixtral_triton.hf.experts import PROJECTIONS
+from mixtral_triton.hf.quantizer import check_dense_checkpoint
 from mixtral_triton.kernels.weights.formats import FORMATS
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from mixtral_triton.quantize.write import write
-from tests.support.families import EXPERTS_REFUSED, LIMIT, NOT_TRIED, VERSION, experts_of, marked_families
+from tests.support.families import EXPERTS_REFUSED, LIMIT, NOT_TRIED, VERSION, build, experts_of, marked_families
 from tests.support.hub import LAYOUTS, compressed, compressed_config, fp8, gptq, gptq_config, pack_config
 from tests.support.stored import EXPERTS, write_quantized
 
@@ -134,6 +135,7 @@ def test_verify_compares_stored_experts_with_their_files(family: str, layout: st
 
 
 NAME = "model.layers.1.mlp.experts.3.down_proj"
+PARTS = "weight_packed", "weight_scale", "weight_shape"
 Change = Callable[[dict[str, Tensor]], Any]
 REFUSED: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
     "a missing part": (
@@ -144,13 +146,13 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
     "missing codes": (*LAYOUTS[INT4], lambda x: x.pop(f"{NAME}.weight_packed"), "needs weight_packed of codes"),
     "a missing linear": (
         *LAYOUTS[INT4],
-        lambda x: [x.pop(f"{NAME}.{part}") for part in ("weight_packed", "weight_scale", "weight_shape")],
+        lambda x: [x.pop(f"{NAME}.{part}") for part in PARTS],
         "rows of all experts for model.layers.1.mlp.experts.down_proj is 384, needs 512 by the config",
     ),
     "all experts of a layer": (
         *LAYOUTS[INT4],
         lambda x: [x.pop(name) for name in [*x] if "layers.1.mlp.experts." in name],
-        "experts of model.layers.1.mlp.experts.gate_up_proj is 'missing', needs those of the config",
+        r"2 missing \(model.layers.1.mlp.experts.down_proj, model.layers.1.mlp.experts.gate_up_proj\)",
     ),
     "a part too much": (
         *LAYOUTS[INT4],
@@ -188,10 +190,50 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", REFUSED)
+LAST = "model.layers.1."
+TENSORS = [LAST + name for name in ("self_attn.v_proj", "mlp.gate", "input_layernorm")]
+TENSORS += ["model.norm", "model.embed_tokens", "lm_head"]
+
+
+def half(x: dict[str, Tensor]) -> None:
+    """As of another number of heads."""
+    x[f"{LAST}self_attn.k_proj.weight"] = x[f"{LAST}self_attn.k_proj.weight"][:32].clone()
+
+
+def one_more(x: dict[str, Tensor]) -> None:
+    x |= {name.replace(".3.", ".4."): x[name].clone() for name in [*x] if f"{LAST}mlp.experts.3." in name}
+
+
+# What is dense in a file whose linears of these names are quantized.
+REFUSED_DENSE: dict[str, tuple[str, Change, str]] = {
+    **{f"no {x}": (EXPERTS, lambda y, x=x: y.pop(f"{x}.weight"), rf"1 missing \({x}.weight\)") for x in TENSORS},
+    "no q_proj": (
+        "",
+        lambda x: [x.pop(f"{LAST}self_attn.q_proj.{y}") for y in PARTS],
+        rf"1 missing \({LAST}self_attn.q_proj.weight\)",
+    ),
+    "heads": (EXPERTS, half, r"k_proj.weight has shape \(32, 128\), not \(64, 128\)"),
+    "NaN": (EXPERTS, lambda x: x["lm_head.weight"][3, 2].fill_(math.nan), "lm_head.weight in .* is 'not finite"),
+    "an expert more": ("self_attn", one_more, "experts.4.down_proj: expert is '4', needs 0 to 3 by the config"),
+    "an expert less": (
+        "self_attn",
+        lambda x: x.pop(f"{NAME}.weight"),
+        "rows of all experts for model.layers.1.mlp.experts.down_proj is 384, needs 512",
+    ),
+    "a linear more": (
+        "",
+        lambda x: x.update({f"{LAST}mlp.odd.{y}": x[f"{NAME}.{y}"].clone() for y in PARTS}),
+        "mlp.odd is 'quantized'",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [*REFUSED, *REFUSED_DENSE])
 def test_faults_reach_the_user_in_one_line(fault: str, tmp_path: Path) -> None:
-    packer, config, change, message = REFUSED[fault]
-    stored, _ = write_quantized("qwen3_moe", tmp_path, packer, config, change=change)
+    dense = REFUSED_DENSE.get(fault)
+    only, *others = ("", *REFUSED[fault]) if dense is None else (dense[0], *LAYOUTS[INT4], *dense[1:])
+    packer, config, change, message = others
+    stored, _ = write_quantized("qwen3_moe", tmp_path, packer, config, only, change)
     with pytest.raises(ValueError, match=message) as error:
         load(stored)
     print(error.value)
@@ -259,6 +301,45 @@ def test_a_saved_mixtral_is_what_quantize_writes(weights: str, tmp_path: Path) -
     ours, theirs = Mixtral.from_pretrained(tmp_path / "out", device="cpu"), load(tmp_path / "out")
     with torch.no_grad():
         assert torch.allclose(ours(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(VERSION < (5, 24), reason="earlier ones leave gates and experts in bfloat16")
+@pytest.mark.parametrize("weights", ["fp8", "int8"])
+@pytest.mark.parametrize("family", ["laguna", "qwen2_moe", "qwen3_next", "hy_v3", "mixtral"])
+def test_transformers_reads_what_is_saved(family: str, weights: str, tmp_path: Path) -> None:
+    """Experts of 32, 64 and 96 columns, beside gates [1, H] and modules named otherwise than their tensors."""
+    pytest.importorskip("compressed_tensors")
+    build(family).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=ExpertsConfig(weights))
+    config = saved(model, tmp_path / "out")
+    for group in config["config_groups"].values():
+        group["input_activations"] = None  # transformers would quantize them
+    values = json.loads((tmp_path / "out" / "config.json").read_text()) | {"quantization_config": config}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        want, got = model(IDS).logits, theirs(IDS).logits
+    print(f"{family} {weights}: {float((got - want).abs().max() / want.abs().max()):.0e} of the largest logit")
+    assert (got - want).abs().max() <= LIMIT * want.abs().max()
+
+
+def test_a_save_leaves_no_weights_of_an_older_one(tmp_path: Path) -> None:
+    out, (stored, _) = tmp_path / "out", write_quantized("olmoe", tmp_path, *LAYOUTS[INT4], only=EXPERTS)
+    model = load(stored)
+    for size in ("1GB", "300KB", "1GB"):  # one file, shards, one file
+        with torch.no_grad():
+            model.lm_head.weight += 1
+        model.save_pretrained(out, max_shard_size=size)
+        assert torch.equal(load(out).lm_head.weight, model.lm_head.weight)
+    (out / "model.safetensors.index.json").write_text("{}")
+    message = r"files is \['model.safetensors', 'model.safetensors.index.json'\], needs one of the two"
+    with pytest.raises(ValueError, match=message):
+        load(out)
+    with pytest.raises(ValueError, match=message):
+        check_dense_checkpoint([out / "model.safetensors"])
+    with pytest.raises(ValueError, match=message):
+        Mixtral.from_pretrained(out, "cpu")
 
 
 def test_an_interrupted_save_leaves_no_folder_that_loads(tmp_path: Path, monkeypatch: Any) -> None:

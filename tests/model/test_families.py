@@ -210,6 +210,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sparse step": ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, needs 1: every layer"),
     "bias": ("qwen3_moe", {"attention_bias": True}, "attention_bias is True, needs False"),
     "clip": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, needs None: queries, keys and values are not clipped"),
+    "window": ("olmoe", {"sliding_window": 5}, "sliding_window is 5, needs None: the family has no window"),
+    **{f"not causal {x}": (x, {"is_causal": False}, "is_causal is False, needs True") for x in ("qwen3_moe", "olmoe")},
     "scaling": (
         "qwen3_moe",
         {"rope_scaling": {"rope_type": "yarn"}},
@@ -249,4 +251,6 @@ def test_both_spellings_and_a_window_that_is_switched_off(make: Any) -> None:
     assert MixtralConfig.from_dict(values | {"sliding_window": 4096, "use_sliding_window": False}) == config
     assert MixtralConfig.from_dict(values | {"sliding_window": 7, "use_sliding_window": True}).sliding_window == 7
     assert (config.intermediate_size, config.renormalize, config.eos_token_id) == (24, True, None)
+    del values["rms_norm_eps"]  # its default is not a Mixtral's
+    assert MixtralConfig.from_dict(values).rms_norm_eps == transformers.Qwen3MoeConfig().rms_norm_eps == 1e-6
     assert [*FAMILIES] == ["mixtral", "qwen3_moe", "olmoe"]

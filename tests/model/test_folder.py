@@ -218,6 +218,7 @@ REJECTED = [
     ({"model_type": "mistral"}, "model_type is 'mistral', needs one of mixtral, qwen3_moe, olmoe: in transformers"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', needs 'silu'"),
     ({"attention_bias": True}, "attention_bias is True, needs False"),
+    ({"is_causal": False}, "is_causal is False, needs True"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling\.type is 'linear'"),
     ({"rope_scaling": {"factor": 2.0}}, r"a key of rope_scaling is \['factor'\], needs one of"),
     ({"rope_parameters": ROPE | {"rope_type": "yarn"}}, r"rope_parameters\.rope_type is 'yarn'"),
