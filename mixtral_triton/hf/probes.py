@@ -34,12 +34,12 @@ class Norm(NamedTuple):
 
 
 class Router(NamedTuple):
-    """`gate_route` with these keyword arguments, and the dtypes of logits and routing weights where x has 16 bits: None
-    is that of x."""
+    """`gate_route` with these keyword arguments; wide: of x and weight in fp32, by which other experts may be the largest;
+    logits: their dtype, None: that of the product."""
 
     options: tuple[tuple[str, Any], ...]
+    wide: bool
     logits: torch.dtype | None
-    weights: torch.dtype | None
 
 
 class Rotation(NamedTuple):
@@ -136,25 +136,25 @@ def router_of(module: Any, generator: torch.Generator) -> Router | None:
     results = list[tuple[Tensor, Tensor, Any]]()
     for dtype in DTYPES:
         same = stand_in(module, generator, dtype)
-        x = torch.randn(1, 16, same.weight.shape[1], generator=generator).to(dtype)
+        x = torch.randn(16, same.weight.shape[1], generator=generator).to(dtype)
         same.weight.copy_(torch.randn(same.weight.shape, generator=generator) * same.weight.shape[1] ** -0.5)
-        results.append((x[0], same.weight, type(module).forward(same, x)))
-    logits, weights, _ = results[1][2]
-    if not torch.equal(logits.float(), logits.bfloat16().float()):
-        return None  # computed in fp32, by which other experts may be the largest
-    dtypes = [None if out.dtype == torch.bfloat16 else out.dtype for out in (logits, weights)]
+        results.append((x, same.weight, type(module).forward(same, x)))
+    logits = results[1][2][0]
+    wide = not torch.equal(logits.float(), logits.bfloat16().float())
 
     def fits(options: dict[str, Any]) -> bool:
         for x, weight, (logits, weights, ids) in results:
-            want = reference.gate_route(x, weight, module.top_k, **options)
-            order, want_order = ids.argsort(-1), want[2].argsort(-1)
-            pairs = [(logits, want[0]), (weights.gather(-1, order), want[1].gather(-1, want_order))]
-            same_ids = ids.dtype == torch.int64 and torch.equal(ids.gather(-1, order), want[2].long().gather(-1, want_order))
+            inputs = (x.float(), weight.float()) if wide else (x, weight)
+            want_logits, want_weights, want_ids = reference.gate_route(*inputs, module.top_k, **options)
+            order, want_order = ids.argsort(-1), want_ids.argsort(-1)
+            same_ids = torch.equal(ids.gather(-1, order), want_ids.gather(-1, want_order).long())
+            pairs = (logits, want_logits), (weights.gather(-1, order), want_weights.gather(-1, want_order))
             if not same_ids or not all(agree(*pair, x.dtype) for pair in pairs):
                 return False
         return True
 
-    return next((Router(tuple(options.items()), *dtypes) for options in ROUTES if fits(options)), None)
+    dtype = torch.float32 if logits.dtype == torch.float32 and not wide else None
+    return next((Router(tuple(options.items()), wide, dtype) for options in ROUTES if fits(options)), None)
 
 
 def half_columns(x: Tensor, tables: str) -> Tensor:

@@ -89,11 +89,12 @@ def router_forward(original: Any, kind: Router) -> Any:
     options = dict(kind.options)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and not torch._C._is_any_autocast_enabled():
+        if len(args) == 1 and not kwargs and not self.training and not torch._C._is_any_autocast_enabled():
             x, weight = args[0], self.weight
             run = fused(ops.gate_route, x, weight)
-            if run is not None and x.dtype == weight.dtype:
-                logits, routing_weights, ids = run(x.reshape(-1, x.shape[-1]), weight, self.top_k, **options)
+            if run is not None and x.dim() == 2 and (kind.wide or x.dtype == weight.dtype):
+                x, weight = (x.float(), weight.float()) if kind.wide else (x, weight)
+                logits, routing_weights, ids = run(x, weight, self.top_k, **options)
                 logits = logits if kind.logits is None else logits.to(kind.logits)
                 return logits, routing_weights, ids.long()  # int64, as hooks of the gate expect
         return original(self, *args, **kwargs)
