@@ -153,8 +153,8 @@ class RmsNorm:
     residual  [..., H] in x's dtype, added to x first, or None
     offset    the weight is offset + weight: 1.0 in Gemma and Qwen3-Next
 
-    Returns y, or y and the sum x + residual. Computed in fp32 and rounded to x's dtype before and after the weight, with
-    an offset after it alone.
+    Returns y, or y and the sum x + residual. Computed in fp32 and rounded to x's dtype before and after the weight, or
+    with an offset after it alone.
     Raises ValueError for another shape, dtype or device.
 
     >>> y, total = ops.rms_norm(torch.randn(2, 64), torch.randn(64), 1e-5, residual=torch.randn(2, 64))

@@ -23,7 +23,6 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ..checkpoint.config import check_value
 from ..kernels.launching.launch import INTERPRETED
-from ..kernels.operation.checks import FLOATS
 from .attention import ADDED, INDICES, MAX_HEAD
 from .experts import NAME, check_experts, is_experts
 from .probes import tables_of
@@ -63,8 +62,8 @@ def apply(
 ) -> Model:
     """Make this instance of one of transformers' models use the package's operations -> the same instance.
 
-    attention: attention and its masks; experts: routers and experts; rms_norm: norms, also with 1 + weight; rope: rotary
-    embedding. The last of several calls decides. A class is served where its own forward gives on random numbers what
+    attention: attention and its masks; experts: routers and experts; rms_norm: norms, also with 1 + weight; rope:
+    rotary embedding. The last of several calls decides. A class is served where its own forward gives on random numbers what
     the operation gives, or declares it; the rest stays transformers' own, and so does what has a forward of its own:
     `verify(model)` lists both. Parameters, their names, hooks and every other instance stay; the instance has configs
     of its own, where transformers' `set_attn_implementation` and `set_experts_implementation` select as ever.
@@ -83,8 +82,9 @@ def apply(
     selected = select_configs(model, parts)
     tables = rotary_tables(model) if rope else None
     for module in model.modules():
+        original: Any = type(module)
         if not is_changed(module) and (kind := kind_of(module, tables, parts)) is not None:
-            _set_class(module, replacement(type(module), kind))
+            set_class(module, replacement(original, kind))
     _copy_configs(model, selected)
     return model
 
@@ -99,7 +99,7 @@ def revert(model: Model) -> Model:
             got, need = f"{name or 'the model'} is a {type(module).__name__}", "needs the class that apply gave it"
             raise ValueError(f"revert: {got}, {need}: remove first what was put on it after apply")
     for module in fused.values():
-        _set_class(module, module.original)
+        set_class(module, module.original)
     for module in model.modules():
         for name, (config, own) in module.__dict__.pop(CONFIGS, {}).items():
             if module.__dict__.get(name) is config:
@@ -111,6 +111,12 @@ def revert(model: Model) -> Model:
 def applied(model: nn.Module) -> bool:
     """Whether `apply` changed any module of this instance."""
     return any(isinstance(module, Replaced) or CONFIGS in vars(module) for module in model.modules())
+
+
+def runs_here(model: nn.Module) -> bool:
+    """Whether a model runs this package's operations, by `apply` or by name."""
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return applied(model) or NAME in {getattr(config, x) for config in configs for x in IMPLEMENTATIONS.values()}
 
 
 def check_model(function: str, model: Any) -> None:
@@ -200,10 +206,12 @@ def dispatches(kind: type[nn.Module]) -> bool:
 
 
 def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class's forward, or what it wraps, stands in no folder of its class, transformers or this package."""
+    """Whether a class's forward, or what it wraps, stands in no folder of its class, transformers, torch or this
+    package."""
     if (file := getattr(sys.modules.get(kind.__module__), "__file__", None)) is None:  # a notebook's class
         return False
-    folders = Path(file).parent, Path(transformers.__file__).parent, Path(__file__).parents[1]
+    files = file, transformers.__file__, torch.__file__  # torch has decorators, as no_grad
+    folders = *(Path(each).parent for each in files), Path(__file__).parents[1]
     roots = tuple(f"{folder}/" for folder in folders)
     return not all(code.co_filename.startswith(roots) for code in codes(kind))
 
@@ -250,7 +258,7 @@ def is_own_forward(module: nn.Module, name: str) -> bool:
     return bool(module.__dict__.get(name) == MethodType(type(module).forward, module))
 
 
-def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change the module's class, and the bound forward that hooks of accelerate keep."""
     bound = [name for name in ("forward", "_old_forward") if is_own_forward(module, name)]
     module.__class__ = kind

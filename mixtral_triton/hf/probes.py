@@ -34,8 +34,8 @@ class Norm(NamedTuple):
 
 
 class Router(NamedTuple):
-    """`gate_route` with these keyword arguments; wide: of x and weight in fp32, by which other experts may be the largest;
-    logits: their dtype, None: that of the product."""
+    """`gate_route` with these keyword arguments; wide: of x and weight in fp32, by which other experts may be the
+    largest; logits: their dtype, None: that of the product."""
 
     options: tuple[tuple[str, Any], ...]
     wide: bool
@@ -43,9 +43,9 @@ class Router(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """`rope` with the columns of q and k in another order: each column of the first half stands beside its partner of the
-    second in the arguments (`pairs`), in the results (`paired`), and in cos and sin (`tables`: "halves", "pairs", or
-    "once" where they have each angle once). partial: columns beyond cos and sin stay."""
+    """`rope` with the columns of q and k in another order: each column of the first half stands beside its partner of
+    the second in the arguments (`pairs`), in the results (`paired`), and in cos and sin (`tables`: "halves", "pairs",
+    or "once" where they have each angle once). partial: columns beyond cos and sin stay."""
 
     pairs: bool
     paired: bool
@@ -54,8 +54,8 @@ class Rotation(NamedTuple):
 
 
 def on_cpu(probe: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a probe with random numbers of its own, outside of the caller's modes. What a class's own code raises on random
-    numbers means None."""
+    """Run a probe with random numbers of its own, outside of the caller's modes. What a class's own code raises on
+    random numbers means None."""
 
     @wraps(probe)
     def run(*args: Any) -> Any:
@@ -70,7 +70,9 @@ def on_cpu(probe: Callable[..., Any]) -> Callable[..., Any]:
 
 def settings_of(module: nn.Module) -> tuple[Any, ...]:
     """What decides, beside the class, what a module's forward computes."""
-    plain = {name: x for name, x in vars(module).items() if isinstance(x, PLAIN) and name not in ("training", "layer_idx")}
+    plain = {
+        name: x for name, x in vars(module).items() if isinstance(x, PLAIN) and name not in ("training", "layer_idx")
+    }
     tensors = {name: tuple(x.shape) for name, x in (*module.named_parameters(), *module.named_buffers())}
     return type(module), *sorted((name, repr(x)) for name, x in (plain | tensors).items())
 
@@ -153,8 +155,8 @@ def router_of(module: Any, generator: torch.Generator) -> Router | None:
                 return False
         return True
 
-    dtype = torch.float32 if logits.dtype == torch.float32 and not wide else None
-    return next((Router(tuple(options.items()), wide, dtype) for options in ROUTES if fits(options)), None)
+    converted = torch.float32 if logits.dtype == torch.float32 and not wide else None
+    return next((Router(tuple(options.items()), wide, converted) for options in ROUTES if fits(options)), None)
 
 
 def half_columns(x: Tensor, tables: str) -> Tensor:
@@ -165,8 +167,8 @@ def half_columns(x: Tensor, tables: str) -> Tensor:
 @by_settings
 @on_cpu
 def tables_of(module: Any, generator: torch.Generator) -> str | None:
-    """Return how a rotary embedding's cos and sin hold their angles, a value of `Rotation.tables`; None where it gives no
-    pair of them, and "mixed" where its types of layers differ."""
+    """Return how a rotary embedding's cos and sin hold their angles, a value of `Rotation.tables`; None where it gives
+    no pair of them, and "mixed" where its types of layers differ."""
     forward, same = inspect.unwrap(type(module).forward), stand_in(module, generator)
     per_layer = "layer_type" in inspect.signature(forward).parameters
     kinds = set[str]()
@@ -174,7 +176,11 @@ def tables_of(module: Any, generator: torch.Generator) -> str | None:
         pair = forward(same, torch.zeros(1, 3, 1), torch.arange(1, 4)[None], *([layer_type] if per_layer else []))
         if not isinstance(pair, tuple) or pair[0].dim() != 3:
             return None
-        equal = [kind for kind in ("halves", "pairs") if all(torch.equal(x, repeated(half_columns(x, kind), kind)) for x in pair)]
+        equal = [
+            kind
+            for kind in ("halves", "pairs")
+            if all(torch.equal(x, repeated(half_columns(x, kind), kind)) for x in pair)
+        ]
         kinds.add(equal[0] if equal else "once")
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
@@ -216,7 +222,7 @@ def rotation_of(function: Any, tables: str, generator: torch.Generator) -> Rotat
             angles = 3 * torch.rand(2, 3, R // 2, generator=generator)
             cos, sin = (x.to(dtype) for x in (1.1 * angles.cos(), 1.1 * angles.sin()))
             rows = [x.float().flatten(0, 1) for x in (cos, sin)]
-            run = lambda q, k, rows=rows: reference.rope(q, k, *rows, torch.arange(6).view(2, 3))  # noqa: E731
+            run = lambda q, k, rows=rows: reference.rope(q, k, rows[0], rows[1], torch.arange(6).view(2, 3))  # noqa: E731
             want = rotate(run, q, k, kind, R)
             heads = (q, k) if dim == 2 else (q.transpose(1, 2), k.transpose(1, 2))
             dims = {"unsqueeze_dim": dim} if "unsqueeze_dim" in known else {}

@@ -4,12 +4,11 @@ signatures, and run the class's own forward where the operation does not serve a
 B batch, T tokens, H hidden, D head size, R rotated columns of a head
 """
 
-import dis
 import inspect
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from types import CellType, FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +46,11 @@ def rebuild(original: Any, kind: Any) -> Any:
 
 
 @cache
-def replacement(original: Any, kind: Norm | Router | Rotations) -> Any:
-    """Return the subclass of `original` that runs operations. It has the name by which transformers looks a class up."""
+def replacement(original: Any, kind: Any) -> Any:
+    """Return the subclass of `original` that runs operations, under the name by which transformers looks it up."""
     makes: dict[Any, Callable[..., Any]] = {Norm: norm_forward, Router: router_forward, tuple: rotary_forward}
     body = {name: getattr(original, name) for name in ("__module__", "__qualname__")}
-    body |= {"original": original, "kind": kind, "forward": makes[type(kind)](original.forward, kind)}
+    body |= {"original": original, "kind": kind, "forward": makes[type(kind)](original, kind)}
     return type(original.__name__, (Replaced, original), body)
 
 
@@ -72,7 +71,7 @@ def kind_of(module: nn.Module, tables: str | None, parts: Any) -> Norm | Router 
 
 
 def norm_forward(original: Any, kind: Norm) -> Any:
-    eps, offset = kind
+    (eps, offset), run_original = kind, original.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -80,13 +79,13 @@ def norm_forward(original: Any, kind: Norm) -> Any:
             run = fused(ops.rms_norm, x, weight)
             if run is not None and x.dtype == weight.dtype:
                 return run(x, weight, getattr(self, eps), None, offset)
-        return original(self, *args, **kwargs)
+        return run_original(self, *args, **kwargs)
 
-    return update_wrapper(forward, original)
+    return update_wrapper(forward, run_original)
 
 
 def router_forward(original: Any, kind: Router) -> Any:
-    options = dict(kind.options)
+    options, run_original = dict(kind.options), original.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and not self.training and not torch._C._is_any_autocast_enabled():
@@ -97,20 +96,34 @@ def router_forward(original: Any, kind: Router) -> Any:
                 logits, routing_weights, ids = run(x, weight, self.top_k, **options)
                 logits = logits if kind.logits is None else logits.to(kind.logits)
                 return logits, routing_weights, ids.long()  # int64, as hooks of the gate expect
-        return original(self, *args, **kwargs)
+        return run_original(self, *args, **kwargs)
 
-    return update_wrapper(forward, original)
+    return update_wrapper(forward, run_original)
+
+
+class Rotary(NamedTuple):
+    """A function that rotates, the globals of its file, and its name and that of ours there."""
+
+    original: Any
+    file: dict[str, Any]
+    name: str
+    ours: str
+
+
+def rotary_functions_of(original: Any, kind: Rotations) -> list[Rotary]:
+    """The functions that a replaced class calls, for which its file gets ours under other names."""
+    file = inspect.unwrap(original.forward).__globals__
+    found = [Rotary(file[name], file, name, f"_mixtral_triton_{name}_{'_'.join(map(str, x))}") for name, x in kind]
+    for rotary, (_, rotation) in zip(found, kind, strict=True):
+        if rotary.ours not in file:
+            file[rotary.ours] = rotary_function(rotary.original, rotation)
+    return found
 
 
 def rotary_forward(original: Any, kind: Rotations) -> Any:
-    """The forward with other names of the functions that rotate, under which its file has ours: transformers has no hook
-    of an instance, and what the file's own names mean stays for every other model."""
-    code, names = inspect.unwrap(original), dict[str, str]()
-    for name, rotation in kind:
-        names[name] = f"_mixtral_triton_{name}_{'_'.join(map(str, rotation))}"
-        if names[name] not in code.__globals__:
-            code.__globals__[names[name]] = rotary_function(code.__globals__[name], rotation)
-    return with_names(original, names)
+    """The forward with our names of the functions that rotate: transformers has no hook of an instance, and what the
+    file's own names mean stays for every other model."""
+    return with_names(original.forward, {rotary.name: rotary.ours for rotary in rotary_functions_of(original, kind)})
 
 
 def with_names(function: Any, names: dict[str, str]) -> Any:
@@ -122,7 +135,7 @@ def with_names(function: Any, names: dict[str, str]) -> Any:
         code = code.replace(co_names=tuple(names.get(name, name) for name in code.co_names))
     else:
         cells = tuple(CellType(renamed) if cell.cell_contents is inner else cell for cell in cells)
-    same = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, cells)
+    same: Any = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, cells)
     same.__kwdefaults__ = function.__kwdefaults__
     same = update_wrapper(same, function)
     if inner is None:
@@ -152,8 +165,8 @@ def rotary_function(original: Any, kind: Rotation) -> Any:
 
 
 def token_tables(cos: Tensor, sin: Tensor, batch: int, tables: str) -> tuple[Tensor, Tensor, Tensor]:
-    """cos and sin [B or 1,T,R] of transformers -> what `rope` reads: fp32 [P,R/2], a row per token, and the rows' numbers
-    [B,T]. Computed once a forward, whose layers share cos."""
+    """cos and sin [B or 1,T,R] of transformers -> what `rope` reads: fp32 [P,R/2], a row per token, and the rows'
+    numbers [B,T]. Computed once a forward, whose layers share cos."""
     if not is_compiling():
         known = getattr(cos, TABLES, None)
         if known is not None and known[0] is sin and known[3].shape[0] == batch:
