@@ -18,15 +18,16 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: float = 0.0) -> Any:
     """Root mean square norm (Zhang & Sennrich 2019, eq. 4), after adding `residual` where there is one.
 
-    x [..., H], weight [H] -> y, or (y, x + residual). Computed in fp32, cast to x's dtype, then times weight.
+    x [..., H], weight [H] -> y, or (y, x + residual). Computed in fp32, cast to x's dtype, then times weight; with an
+    offset (Gemma) times offset + weight in fp32, then cast.
     """
     total = x if residual is None else x + residual
     values = _wide(total)
     normed = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    y = weight * normed.to(x.dtype)
+    y = ((offset + _wide(weight)) * normed).to(x.dtype) if offset else weight * normed.to(x.dtype)
     return y if residual is None else (y, total)
 
 

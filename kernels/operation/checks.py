@@ -6,7 +6,7 @@ The annotations of an operation's `run` say what each argument must be:
     w: Annotated[Tensor, "E 2*I H"]           a size may be an expression of others
     ids: Annotated[Tensor, "T K", INTS, Within(0, "E - 1")]   of these dtypes; each element within the bounds
     top_k: Annotated[int, "K", Within(1, "E")]                a number that is a size
-    eps: float                                                finite and above 0
+    eps: float                                                finite and above 0; with bounds it may be 0
 """
 
 from __future__ import annotations
@@ -191,7 +191,9 @@ class Binder:
         if argument.kind is bool:
             fits, needs = isinstance(value, bool), "True or False"
         elif argument.kind is float:
-            fits, needs = isinstance(value, (int, float)) and 0 < value < math.inf, "a finite number above 0"
+            zero = argument.rule is not None  # may be 0
+            fits = isinstance(value, (int, float)) and (0 < value < math.inf or (zero and value == 0))
+            needs = "a finite number, 0 or above" if zero else "a finite number above 0"
             fits = fits and not isinstance(value, bool) and (isinstance(value, float) or value < 1 << 63)
         elif argument.rule is not None:
             low, high = argument.rule.low, evaluate(argument.rule.high, {**values, **self.sizes})

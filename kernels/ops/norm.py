@@ -43,12 +43,14 @@ def normed_rows(
     values,  # [BLOCK_M, BLOCK_H] fp32, zero beyond H
     weight_ptr,  # [H]
     H, eps,
-    dtype: tl.constexpr, BLOCK_H: tl.constexpr,
+    dtype: tl.constexpr, BLOCK_H: tl.constexpr, OFFSET: tl.constexpr = 0.0,
 ):  # fmt: skip
-    """Normalize rows, rounding to `dtype` before and after the weight, as the reference does."""
+    """Normalize rows, rounding to `dtype` before and after the weight, or with an offset after it, as the reference."""
     offs_h = tl.arange(0, BLOCK_H)
     scale = tl.rsqrt(tl.sum(values * values, axis=1) / H + eps)
     weight = tl.load(weight_ptr + offs_h, mask=offs_h < H, other=0.0)
+    if OFFSET != 0.0:
+        return (values * scale[:, None] * (weight.to(tl.float32) + OFFSET)[None, :]).to(dtype)
     return apply_norm(values, scale[:, None], weight[None, :], dtype)
 
 
@@ -66,7 +68,7 @@ def rms_norm_kernel(
     total_ptr,  # [T, H] out: x + residual, or None
     T, H,
     eps,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+    OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
@@ -81,13 +83,14 @@ def rms_norm_kernel(
         total = (values + added.to(tl.float32)).to(dtype)
         tl.store(total_ptr + out, total, mask=mask)
         values = total.to(tl.float32)
-    tl.store(y_ptr + out, normed_rows(values, weight_ptr, H, eps, dtype, BLOCK_H), mask=mask)
+    tl.store(y_ptr + out, normed_rows(values, weight_ptr, H, eps, dtype, BLOCK_H, OFFSET), mask=mask)
 
 
 @dataclass(frozen=True)
 class NormSizes:
     T: int
     H: int
+    offset: float = 0.0
 
 
 def configs(sizes: NormSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
@@ -100,35 +103,44 @@ def configs(sizes: NormSizes, dtype: torch.dtype, arch: str) -> dict[str, Launch
 
 Features = Annotated[Tensor, "... H"]
 NormWeight = Annotated[Tensor, "H"]
+Offset = Annotated[float, Within(0, "inf")]
 
 
 _FIELDS: dict[str, Any] = {
     "reference": reference.rms_norm,
     "case": NormSizes,
     "flops": lambda case: 4 * case.T * case.H,
-    "test_shapes": shapes(NormSizes, "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
-    "bench_shapes": shapes(NormSizes, "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
+    "test_shapes": (
+        *shapes(NormSizes, "1 128, 17 128, 5 80, 3 1000, 2 4096, 33 1"),
+        *shapes(NormSizes, "5 80, 2 4096", offset=1.0),
+    ),
+    "bench_shapes": (
+        *shapes(NormSizes, "1 4096, 64 4096, 4096 4096, 1 6144, 64 6144, 4096 6144"),
+        *shapes(NormSizes, "1 2048", offset=1.0),  # of Qwen3-Next-80B-A3B
+    ),
 }
 
 
 @operation(name="rms_norm", **_FIELDS)
-def _norm(x: Features, weight: NormWeight, eps: float) -> Features:
-    return _launch(x, None, weight, eps)[0]
+def _norm(x: Features, weight: NormWeight, eps: float, offset: Offset = 0.0) -> Features:
+    return _launch(x, None, weight, eps, offset)[0]
 
 
 @operation(error_name="rms_norm", **_FIELDS)
-def add_rms_norm(x: Features, residual: Features, weight: NormWeight, eps: float) -> tuple[Features, Features]:
+def add_rms_norm(
+    x: Features, residual: Features, weight: NormWeight, eps: float, offset: Offset = 0.0
+) -> tuple[Features, Features]:
     """Add a residual and normalize the sum: `rms_norm` with a residual, as an operator of its own, since the schema of
     torch's operator has a fixed number of results.
 
     x, residual  [..., H], fp32, bf16 or fp16
-    weight       [H] in x's dtype; eps above 0
+    weight       [H] in x's dtype; eps above 0; offset as in `rms_norm`
 
     Returns the norm y and the sum. Raises ValueError for another shape, dtype or device.
 
     >>> y, total = ops.add_rms_norm(torch.randn(2, 64), torch.randn(2, 64), torch.randn(64), 1e-5)
     """
-    return _launch(x, residual, weight, eps)
+    return _launch(x, residual, weight, eps, offset)
 
 
 class RmsNorm:
@@ -139,8 +151,10 @@ class RmsNorm:
     weight    [H] in x's dtype
     eps       above 0
     residual  [..., H] in x's dtype, added to x first, or None
+    offset    the weight is offset + weight: 1.0 in Gemma and Qwen3-Next
 
-    Returns y, or y and the sum x + residual. Computed in fp32 and rounded to x's dtype before and after the weight.
+    Returns y, or y and the sum x + residual. Computed in fp32 and rounded to x's dtype before and after the weight, or
+    with an offset after it alone.
     Raises ValueError for another shape, dtype or device.
 
     >>> y, total = ops.rms_norm(torch.randn(2, 64), torch.randn(64), 1e-5, residual=torch.randn(2, 64))
@@ -149,24 +163,30 @@ class RmsNorm:
     op = _norm.op
     __name__ = "rms_norm"
 
-    def __call__(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-        return _norm(x, weight, eps) if residual is None else add_rms_norm(x, residual, weight, eps)
-
-    def unchecked(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+    def __call__(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: float = 0.0
+    ) -> Any:
         if residual is None:
-            return _norm.unchecked(x, weight, eps)
-        return add_rms_norm.unchecked(x, residual, weight, eps)
+            return _norm(x, weight, eps, offset)
+        return add_rms_norm(x, residual, weight, eps, offset)
+
+    def unchecked(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: float = 0.0
+    ) -> Any:
+        if residual is None:
+            return _norm.unchecked(x, weight, eps, offset)
+        return add_rms_norm.unchecked(x, residual, weight, eps, offset)
 
 
 rms_norm = RmsNorm()
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Any]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
     rows = Rows.of(x.reshape(-1, x.shape[-1]))
     T, H = rows.ptr.shape
-    config = select_configs(configs, NormSizes(T, H), x.dtype, x.device)["rms_norm_kernel"]
+    config = select_configs(configs, NormSizes(T, H, offset), x.dtype, x.device)["rms_norm_kernel"]
     launch(
         rms_norm_kernel,
         (triton.cdiv(T, config.constexprs["BLOCK_M"]),),
@@ -179,6 +199,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
         T=T,
         H=H,
         eps=eps,
+        OFFSET=offset,
     )
     return y, total
 

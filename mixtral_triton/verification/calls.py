@@ -4,7 +4,7 @@ same in every size that `generate` launches; and parts that no forward calls alo
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, pairwise, repeat
 from typing import Any
 
@@ -185,8 +185,7 @@ class SizedCalls:
         self.target, self.limit, self.gpu = target, limit, gpu
         self.rows: dict[Any, set[int]] = defaultdict(set)  # that were run, by launch
         self.not_run: dict[str, None] = {}  # each line once
-        config, dtype = replace(target.config, num_hidden_layers=1), target.embed_tokens.dtype
-        self.model: Any = on_meta(target.model, [0]) if target.is_mixtral else Mixtral(config, "meta", dtype)
+        self.model: Any = on_meta(target.model, [0])
         self.model.sixteen_bit_rows = Mixtral.sixteen_bit_rows  # as `generate` has it
         if target.lm_head is None:
             self.model.lm_head = None

@@ -6,7 +6,6 @@ B batch, T tokens of a text, V vocabulary, n new tokens
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -26,8 +25,8 @@ from .calls import SizedCalls
 from .compare_weights import check_weights
 from .generation import check_generate
 from .layers import LayerProbe, Step, compare_in_fp32, compare_layers
-from .models_under_test import ModelUnderTest, TransformersUnderTest, in_evaluation, model_in_fp32
-from .report import END_RATIO, FP32, TORCH, Report, Row, kinds_not_run
+from .models_under_test import ModelUnderTest, in_evaluation, model_in_fp32
+from .report import END_RATIO, TORCH, Report, Row, kinds_not_run
 from .tolerance import Fp64Reference, to_fp64
 
 TEXT_TOKENS = 66  # by default
@@ -48,12 +47,12 @@ def verify(
 ) -> Report:
     """Compare `target` with torch, or a transformers model with transformers' own modules -> Report.
 
-    target: a Mixtral, a checkpoint folder, or a transformers model, which is left as it is: a Mixtral, applied or not,
-    or one of any family that runs "mixtral_triton" by its name, whose experts and attention are judged, and its logits.
-    One in training mode is compared in evaluation mode, with the gradients of its experts' inputs, and back in training
-    mode afterwards.
+    target: a Mixtral, a checkpoint folder, or a transformers model of any family, which is left as it is. One that runs
+    nothing of this package, by `apply` or by name, is applied for the time. Its experts, attention, logits and each
+    module that `apply` replaced are judged, and the classes that are transformers' own are listed. One in training
+    mode is compared in evaluation mode, with the gradients of its experts' inputs, and back in training mode afterwards.
     input_ids int64 [B,T], or a list of texts of equally many tokens; None: a fixed pseudo-random text.
-    progress: of a Mixtral, called with (steps done, steps, which steps).
+    progress: of the package's Mixtral, called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
     quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
@@ -85,14 +84,10 @@ def verify(
         raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
     if input_ids is not None and not isinstance(input_ids, Tensor):
         input_ids = token_ids(target, input_ids)
-    if is_transformers and _has_names(target):
+    if is_transformers:
         return _verify_family(target, input_ids, tokens)
-    options = {} if is_transformers else {"cache_dtype": cache_dtype}
-    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest
-    with torch.no_grad():
-        under_test = kind(target, **options)
-        with in_evaluation(target):
-            return _verify(under_test, input_ids, progress, folder, quick, tokens)
+    with torch.no_grad(), in_evaluation(target):
+        return _verify(ModelUnderTest(target, cache_dtype), input_ids, progress, folder, quick, tokens)
 
 
 def token_ids(model: Any, texts: Any) -> Tensor:
@@ -112,28 +107,24 @@ def token_ids(model: Any, texts: Any) -> Tensor:
     return torch.tensor(ids, device=model.device)
 
 
-def _has_names(model: Any) -> bool:
-    """Whether a transformers model selects this package's experts or attention by their name, without `apply`."""
-    from transformers import PreTrainedModel
-
-    from ..hf import applied
-    from ..hf.experts import NAME
-
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    names = {getattr(part.config, f"_{kind}_implementation") for part in parts for kind in ("attn", "experts")}
-    return NAME in names and not applied(model)
-
-
 def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> Report:
+    from .. import hf
     from .families import FamilyUnderTest, gradient_rows
 
-    config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
-    ids, target = default_text(input_ids, config, model.device, tokens), FamilyUnderTest(model)
-    trains = model.training
-    with torch.no_grad(), in_evaluation(model):
-        rows = target.compare(ids) + (gradient_rows(model, ids) if trains else [])
+    runs = hf.runs_here(model)
+    if not runs:
+        hf.apply(model)
+    try:
+        config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()
+        ids, target = default_text(input_ids, config, model.device, tokens), FamilyUnderTest(model)
+        trains = model.training
+        with torch.no_grad(), in_evaluation(model):
+            rows = target.compare(ids) + (gradient_rows(model, ids) if trains else [])
+    finally:
+        if not runs:
+            hf.revert(model)
     about = backend_name(ids.device), dtype_name(model.dtype), "transformers' own modules", target.not_run
-    return Report(tuple(rows), 0, 0, *about)
+    return Report(tuple(rows), target.flips, target.routed, *about)
 
 
 def backend_name(device: torch.device) -> str:
@@ -179,10 +170,7 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
     sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
     rows = check_weights(target, folder, steps("weights", L if folder is not None else 0))
     layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
-    if fp32 and not target.is_mixtral:
-        first_rows = compare_layers(target.first_layer_in_fp32(), ids)[0]
-        layer_rows += [replace(row, case=row.case + FP32) for row in first_rows]
-    elif fp32:
+    if fp32:
         layer_rows += compare_in_fp32(target, expected, steps("layers in fp32", L))
     norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
     layer_rows = [*target.measure(None, "rms_norm", "final", norm), *layer_rows]
@@ -193,18 +181,13 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
     routes.start("end to end")
     with target.catch_faults(routes.fail):
         out = target.logits(ids, routes)
-    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
-    if target.trains:
-        from .families import gradient_rows  # imports transformers
-
-        rows += gradient_rows(target.model, ids)
-    if target.is_mixtral:
-        with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
-            steps("generate", 1)
-            rows += check_generate(target, ids, *logits)
+    rows.append(Row(None, "logits", "end to end", *expected_logits.measure(out)))
+    with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
+        steps("generate", 1)
+        rows += check_generate(target, ids, *logits)
     kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
     routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
-    return Report(tuple(rows), routes.flips, routed, backend_name(device), dtype_name(dtype), target.peer, not_run)
+    return Report(tuple(rows), routes.flips, routed, backend_name(device), dtype_name(dtype), TORCH, not_run)
 
 
 def _is_compared_in_fp32(dtype: torch.dtype, quick: bool, quantized: bool) -> bool:

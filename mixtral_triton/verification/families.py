@@ -1,13 +1,15 @@
-"""`verify` of a transformers model of any family that runs this package's experts or attention by their name.
+"""`verify` of a transformers model of any family that runs this package's operations, by `apply` or by name.
 
 The name stands in turn for this package's functions, for the model's own eager ones in its dtype, and for these in
-fp64. A module's call is compared on the activations that the model gave it, and the logits with the first run's routes.
+fp64, and so do the classes of norms, routers and modules that rotate. A call is compared on the activations that the
+model gave it, and the logits with the first run's routes.
 
 B batch, T tokens
 """
 
 import copy
 import inspect
+import math
 import re
 import sys
 from collections import defaultdict
@@ -16,12 +18,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import CodeType
 from typing import Any
 from unittest import mock
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.integrations.moe import ExpertsInterface
@@ -30,16 +30,17 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.utils import cached_file
 
 from ..checkpoint.config import check_value
-from ..hf.drop_in import is_own_forward
+from ..hf.drop_in import codes, is_changed, is_patched, set_class
 from ..hf.experts import NAME, PROJECTIONS, is_experts
 from ..hf.masks import CACHE
-from ..hf.modules import Applied
+from ..hf.probes import Norm, Router
+from ..hf.replaced import Replaced, rotary_functions_of
 from ..kernels.weights.quantized import QuantizedWeight
 from .report import END_RATIO, UNCALLED, Row
 from .stored_tensors import check_stored
 from .tolerance import FLOOR, PERTURBED, RATIO, ConvertedExperts, Fp64Reference, largest, perturb, token_floor
 
-CASES = "whole text", "right padding", "in chunks", "static cache"  # the first two without a cache
+CASES = "whole text", "right padding", "packed", "in chunks", "static cache"  # the first three without a cache
 GRADIENTS = "x", "routing weights"  # of the experts
 OWN = "transformers.", "accelerate.", "mixtral_triton."  # packages whose hooks are right
 Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
@@ -51,8 +52,7 @@ def eager_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) ->
     same = copy.copy(module)
     vars(same).update(_parameters={}, _modules={k: v for k, v in module._modules.items() if k not in PROJECTIONS})
     vars(same).update({name: ConvertedExperts(getattr(module, name), x.dtype) for name in PROJECTIONS})
-    kind = module.original if isinstance(module, Applied) else type(module)
-    return inspect.unwrap(kind.forward)(same, x, ids, weights.to(x.dtype))
+    return inspect.unwrap(type(module).forward)(same, x, ids, weights.to(x.dtype))
 
 
 def eager_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -69,62 +69,67 @@ def fp32_mask(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def selected_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules of experts and attention that dispatch to this package by its name, with their paths. ValueError for
-    one with another forward or a hook, which all runs of `verify` would call."""
+    """The modules that run this package's operations, with their paths: experts and attention that dispatch to it by
+    name, and those whose class `apply` replaced. ValueError for one with another forward or a hook, which all runs of
+    `verify` would call."""
     modules = dict[nn.Module, str]()
     for path, module in model.named_modules():
-        if type(module).__name__ == "ParamWrapper" and any(map(is_experts, module.modules())):
+        if type(module).__name__ == "ParamWrapper" and any(
+            is_experts(x) or isinstance(x, Replaced) for x in module.modules()
+        ):
             raise ValueError(
                 f"verify: {path} has PEFT's target_parameters, needs them merged: model.merge_and_unload()"
             )
+        replaced = isinstance(module, Replaced)
         selects = f"_{'experts' if is_experts(module) else 'attn'}_implementation"
-        if getattr(getattr(module, "config", None), selects, None) != NAME:
+        if getattr(getattr(module, "config", None), selects, None) != NAME and not replaced:
             continue
         kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
-        calls = [any("get_interface" in code.co_names for code in _codes(kind)) for kind in kinds]
+        calls = [replaced or any("get_interface" in code.co_names for code in codes(kind)) for kind in kinds]
         patched = is_patched(kinds[0])
         if not (any(calls) or is_experts(module) or (patched and "attention" in type(module).__name__.lower())):
             continue
-        name = "_old_forward" if "_hf_hook" in vars(module) else "forward"  # accelerate keeps what it wraps
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         roots = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
         faults = [f"the hook {x!r:.60}" for x, root in zip(hooks, roots, strict=True) if not root.startswith(OWN)]
-        faults += [f"a {name} of its own"] * (name in vars(module) and not is_own_forward(module, name))
+        faults += ["a forward of its own"] * is_changed(module)
         faults += [f"the forward of {kinds[0].__name__}"] * (patched or not calls[0])
         check_value(f"verify: {path}", ", ".join(faults), "transformers' own forward, without hooks", not faults)
         modules[module] = path
     return modules
 
 
-def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class's forward, or what it wraps, stands in no folder of its class, transformers or this package."""
-    if (file := getattr(sys.modules.get(kind.__module__), "__file__", None)) is None:  # a notebook's class
-        return False
-    folders = Path(file).parent, Path(transformers.__file__).parent, Path(__file__).parents[1]
-    roots = tuple(f"{folder}/" for folder in folders)
-    return not all(code.co_filename.startswith(roots) for code in _codes(kind))
+@contextmanager
+def originals(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give modules that `apply` replaced their original classes."""
+    kinds = {module: type(module) for module in modules if isinstance(module, Replaced)}
+    try:
+        for module, kind in kinds.items():
+            set_class(module, kind.original)
+        yield
+    finally:
+        for module, kind in kinds.items():
+            set_class(module, kind)
 
 
-def _codes(kind: type[nn.Module]) -> Iterator[CodeType]:
-    """The code of a class's own forward, and of what that wraps."""
-    function = vars(kind)["forward"]
-    while (code := getattr(function, "__code__", None)) is not None:
-        yield code
-        function = getattr(function, "__wrapped__", None)
+def own_classes(model: nn.Module, selected: dict[nn.Module, str]) -> str:
+    """The classes of a model with weights of their own, or that rotate, that are transformers' own."""
+    own = {type(x).__name__ for x in model.modules() if x not in selected and (x._parameters or x._buffers)}
+    return ", ".join(sorted(own))
 
 
 class FamilyUnderTest:
-    """A transformers model with this package's names in its config, left as it is."""
-
-    not_run: tuple[str, ...] = ("norms, rotary embedding, router, generate; they are transformers' own",)
+    """A transformers model that runs this package's operations, left as it is."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.paths = model, {module: name for name, module in model.named_modules()}
-        self.selected = selected_modules(model)
-        self.cases = CASES[: 3 + getattr(model, "_can_compile_fullgraph", False)]
+        self.selected, self.flips, self.routed = selected_modules(model), 0, 0
+        self.cases = CASES[: 4 + getattr(model, "_can_compile_fullgraph", False)]
+        self.not_run: tuple[str, ...] = (f"{own_classes(model, self.selected)}, generate; they are transformers' own",)
         self.not_run += tuple(f"{case}; transformers has none for this family" for case in CASES[len(self.cases) :])
         self.ours: Any = tuple(kind._global_mapping[NAME] for kind in (ExpertsInterface, AttentionInterface))
         self.experts, self.attention, self.masks = Calls(), Calls(), defaultdict[nn.Module, list[Any]](list)
+        self.replaced, self.rotations = Calls(), Calls()  # the latter of functions, by the module that calls them
 
     def compare(self, ids: Tensor) -> list[Row]:
         """The rows of experts and attention of each layer, and of the logits, on ids [B,T] with padding on the left, of
@@ -132,22 +137,31 @@ class FamilyUnderTest:
         T, B = ids.shape[1], len(ids)
         valid = torch.arange(T, device=ids.device) >= torch.arange(B, device=ids.device)[:, None] * T // (3 * B)
         with short_windows(self.model, max(1, T // 2)):
-            got = self._logits(ids, valid, *self._recording())
-            baseline = self._logits(ids, valid, *self._eager())
-            exact, masks = dict[str, Tensor](), self.masks.copy()
-            try:
-                with in_fp64(self.model):
-                    exact = self._logits(ids, valid, *self._eager())
-            except RuntimeError as error:  # as where a module multiplies with the weight of another
-                self.not_run += (f"logits; in fp64 the model raises {error}"[:100],)
+            with self._recording_replaced():
+                got = self._logits(ids, valid, *self._recording())
+            with originals(self.selected):
+                baseline = self._logits(ids, valid, *self._eager())
+                exact, masks = dict[str, Tensor](), self.masks.copy()
+                try:
+                    with in_fp64(self.model):
+                        exact = self._logits(ids, valid, *self._eager())
+                except RuntimeError as error:  # as where a module multiplies with the weight of another
+                    self.not_run += (f"logits; in fp64 the model raises {error}"[:100],)
             self.masks = masks
-        uncalled = [path for module, path in self.selected.items() if module not in self.experts | self.attention]
+        called = self.experts | self.attention | self.replaced | self.rotations
+        uncalled = [path for module, path in self.selected.items() if module not in called]
         self.not_run += tuple(f"{path}{UNCALLED}" for path in uncalled)
         rows, paths = nonfinite_rows(self.model) + self._stored_rows(), self.paths
         for module in self.experts:
             rows.append(worst_call("experts", paths[module], self._experts_errors(module)))
         for module in self.attention:
             rows.append(worst_call("attention", paths[module], self._attention_errors(module)))
+        for module in self.replaced:
+            is_norm = isinstance(module.kind, Norm)
+            errors = self._norm_errors(module) if is_norm else self._router_errors(module)
+            rows.append(worst_call("rms_norm" if is_norm else "gate_route", paths[module], errors))
+        for module in self.rotations:
+            rows.append(worst_call("rope", paths[module], self._rotation_errors(module)))
         rows.sort(key=lambda row: row.layer if row.layer is not None else -1)
         for case in exact:
             reference = Fp64Reference(exact[case], 0.0, float(exact[case].norm(dim=-1).median()))
@@ -187,6 +201,44 @@ class FamilyUnderTest:
 
         return experts, attention, None
 
+    @contextmanager
+    def _recording_replaced(self) -> Iterator[None]:
+        """Record the calls of norms and routers, and of functions that rotate, within the block."""
+        running = list[nn.Module]()
+
+        def record(module: nn.Module, args: Any, out: Any) -> None:
+            self.replaced.setdefault(module, []).append((args[0].clone(), out))
+
+        def recording(function: Any, original: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                out = function(*args, **kwargs)
+                call = partial(original, **kwargs), [x.clone() for x in args], out
+                self.rotations.setdefault(running[-1], []).append(call)
+                return out
+
+            return run
+
+        replaced: list[Any] = [module for module in self.selected if isinstance(module, Replaced)]
+        rotary = {
+            fn.ours: fn for x in replaced if type(x.kind) is tuple for fn in rotary_functions_of(x.original, x.kind)
+        }
+        with ExitStack() as stack:
+            for fn in rotary.values():
+                ours = recording(fn.file[fn.ours], fn.original)
+                stack.enter_context(mock.patch.dict(fn.file, {fn.ours: ours}))
+            for module in replaced:
+                hooks = (
+                    [module.register_forward_hook(record)]
+                    if isinstance(module.kind, Norm | Router)
+                    else [
+                        module.register_forward_pre_hook(lambda module, args: running.append(module)),
+                        module.register_forward_hook(lambda *_: running.pop() and None),
+                    ]
+                )
+                for hook in hooks:
+                    stack.callback(hook.remove)
+            yield
+
     def _eager(self) -> tuple[Any, Any, Any]:
         """Eager functions, which keep their masks, with the routes of the recorded calls."""
         counts = defaultdict[nn.Module, int](int)
@@ -215,9 +267,12 @@ class FamilyUnderTest:
                     stack.enter_context(mock.patch.dict(interface._global_mapping, dict.fromkeys(names, function)))
             for case, mask in zip(CASES[:2], (valid, valid.flip(1)), strict=True):
                 logits[case] = self.model(ids, attention_mask=mask.long(), use_cache=False)[0][mask]
-            for case in self.cases[2:]:  # of a static cache some slots stay empty
+            if CASES[2] in self.cases:
+                row, positions = ids.view(1, -1), torch.arange(T, device=ids.device).repeat(1, len(ids))
+                logits[CASES[2]] = self.model(row, position_ids=positions, use_cache=False)[0]
+            for case in self.cases[3:]:  # of a static cache some slots stay empty
                 config, chunks = self.model.config.get_text_config(), list[Tensor]()
-                cached = {} if case == CASES[2] else {CACHE: StaticCache(config=config, max_cache_len=T + 3)}
+                cached = {} if case == CASES[3] else {CACHE: StaticCache(config=config, max_cache_len=T + 3)}
                 for begin, end in pairwise(sorted({0, T // 2, T - 1, T})):
                     out = self.model(ids[:, begin:end], attention_mask=valid[:, :end].long(), use_cache=True, **cached)
                     cached = {CACHE: getattr(out, CACHE)}
@@ -235,6 +290,40 @@ class FamilyUnderTest:
             exact = eager_attention(module, q.double(), k.double(), v.double(), mask, **kwargs)[0]
             baseline = eager_attention(module, q, k, v, mask, **kwargs)[0]
             yield out[sees], baseline[sees], exact[sees]
+
+    def _norm_errors(self, module: Any) -> Iterator[Results]:
+        for x, out in self.replaced[module]:
+            yield out, run_original(module, x), run_original(module, x.double())
+
+    def _router_errors(self, module: Any) -> Iterator[Results]:
+        """Of logits and routing weights. Another choice of experts counts as a flip where their logits are as close as
+        the logits' limit, and else as a wrong result."""
+        for x, (logits, weights, ids) in self.replaced[module]:
+            baseline, exact = run_original(module, x), run_original(module, x.double())
+            yield logits, baseline[0], exact[0]
+            limit = RATIO * largest(baseline[0].double() - exact[0]) + FLOOR[x.dtype] * largest(exact[0])
+            chosen, best = (exact[0].gather(-1, i).sort(-1).values for i in (ids, exact[2]))
+            same = [(ids.sort(-1).values == other[2].sort(-1).values).all(-1) for other in (exact, baseline)]
+            self.flips, self.routed = self.flips + int((~same[0]).sum()), self.routed + len(x)
+            if not same[0].all() and largest((chosen - best)[~same[0]]) > 2 * limit:
+                yield logits.new_tensor([math.inf]), logits.new_zeros(1), exact[0].new_zeros(1)
+            both, order = same[0] & same[1], [i.argsort(-1) for i in (ids, baseline[2], exact[2])]
+            by_id = (w.gather(-1, i)[both] for w, i in zip((weights, baseline[1], exact[1]), order, strict=True))
+            if both.any():
+                yield tuple(by_id)  # type: ignore[misc]
+
+    def _rotation_errors(self, module: Any) -> Iterator[Results]:
+        for original, args, out in self.rotations[module]:
+            baseline, exact = original(*args), original(*(x.double() for x in args))
+            yield from zip(out, baseline, exact, strict=True)
+
+
+def run_original(module: Any, x: Tensor) -> Any:
+    """The forward of a replaced module's original class, in x's dtype."""
+    same = copy.copy(module)
+    parameters = {name: weight.to(x.dtype) for name, weight in module._parameters.items()}
+    vars(same).update(_parameters=parameters)
+    return type(module).original.forward(same, x)
 
 
 def worst_call(op: str, path: str, calls: Iterator[Results]) -> Row:

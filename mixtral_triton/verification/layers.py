@@ -103,19 +103,17 @@ def compare_layers(
         step()
         if index == 0:  # it has all sizes
             step = steps("operations of other layers", len(target.layers) - 1)
-    logits, count = None, len(list(target.forward_calls(probe_config, *ids.shape)))
+    count = len(list(target.forward_calls(probe_config, *ids.shape)))
     probe = LayerProbe(probe_expected.layers, steps("layers of forwards", count * len(target.layers)))
-    if target.is_mixtral:
-        pair = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
-        logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.coarse)
+    pair = target.head(probe_expected.exact, to_fp64), target.head(probe_expected.x)
+    logits = Fp64Reference.from_baseline(*pair, END_RATIO, target.coarse)
     with target.forward(probe_config, probe, probe_layers=True) as forward:
         for case, tokens, valid, cache, kwargs in target.forward_calls(probe_config, *ids.shape):
             probe.start(case, tokens, valid)
             with target.catch_faults(probe.fail):
                 out = forward(ids[probe.where], cache, **{name: x.to(ids.device) for name, x in kwargs.items()})
-                if logits is not None:
-                    measured = probe.measure(logits, out) if out.dtype == torch.float32 else (math.inf, logits.limit)
-                    probe.rows.append(Row(None, "logits", case, *measured))
+                measured = probe.measure(logits, out) if out.dtype == torch.float32 else (math.inf, logits.limit)
+                probe.rows.append(Row(None, "logits", case, *measured))
     return rows + probe.as_rows(), expected, exact
 
 

@@ -71,22 +71,21 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
 def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -> list[str]:
     """A line for each kind of row that `target`, a ModelUnderTest, could have and `rows` do not, with what would run
     it. half: its weights have 16 bits."""
-    op_cases, mixtral, quantized = {(row.op, row.case) for row in rows}, target.is_mixtral, target.quantized
+    op_cases, quantized = {(row.op, row.case) for row in rows}, target.quantized
     activations = target.activations is not None
     ops, cases = {op for op, _ in op_cases}, {case for _, case in op_cases}
-    alone, fp32 = any(case.startswith("experts,") for case in cases), any(case.endswith(FP32) for case in cases)
+    fp32 = any(case.endswith(FP32) for case in cases)
     kinds = (  # the line, whether what was verified could have such rows, and whether it has
         ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", True, kernels),
-        ("config.json and tensors; needs folder=, the checkpoint", mixtral, "config" in ops),
-        ("digits of the files that the model's dtype has not; needs no --dtype", mixtral, ROUNDED not in cases),
+        ("config.json and tensors; needs folder=, the checkpoint", True, "config" in ops),
+        ("digits of the files that the model's dtype has not; needs no --dtype", True, ROUNDED not in cases),
         ("layers in fp32; needs --no-quick, and no --cache-dtype", half, fp32),
-        ("caches of 8 bits; needs --cache-dtype int8", mixtral, quantized),
-        ("caches of the model's dtype; needs no --cache-dtype", mixtral, not quantized),
+        ("caches of 8 bits; needs --cache-dtype int8", True, quantized),
+        ("caches of the model's dtype; needs no --cache-dtype", True, not quantized),
         ("layers of activations in 16 bits, as in forwards of few rows; needs no --activations", activations, False),
-        ("experts alone in each layer; needs 24 tokens of text", True, alone),
         ("generate; needs a Mixtral, and positions for new tokens", True, "generate" in ops),
-        ("captured and repeated steps, staging, launch plans; needs a GPU", mixtral, REPEATED in cases),
-        ("deterministic mode; needs --deterministic", mixtral, ("generate", BITS) in op_cases),
+        ("captured and repeated steps, staging, launch plans; needs a GPU", True, REPEATED in cases),
+        ("deterministic mode; needs --deterministic", True, ("generate", BITS) in op_cases),
     )
     uncalled = [f"{op}; needs a case in LayerCheck.calls (verification/calls.py)" for op in OPS if op not in ops]
     return uncalled + [line for line, possible, ran in kinds if possible and not ran]
