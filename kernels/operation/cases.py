@@ -129,7 +129,9 @@ def operation(name: str | None = None, **fields: Any) -> Callable[[Callable[P, R
 
 def as_dict(case: Any) -> dict[str, Any]:
     """Return the fields of a case: its sizes, and the flags and formats that are not at their default."""
-    flags = {field.name: field.default for field in fields(case) if isinstance(field.default, bool | str | None)}
+    flags = {
+        field.name: field.default for field in fields(case) if isinstance(field.default, bool | str | float | None)
+    }
     return {name: value for name, value in vars(case).items() if name not in flags or value != flags[name]}
 
 
