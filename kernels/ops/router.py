@@ -219,7 +219,7 @@ def gate_configs(sizes: GateSizes, dtype: torch.dtype, arch: str) -> dict[str, L
     else:
         part = power_of_2(block_e * T // PROGRAMS, high=block_e) if free and E * sizes.H > WHOLE else block_e
         tiles = {"BLOCK_E": part, "BLOCK_H": power_of_2(sizes.H, high=max(16, TILE_BYTES // dtype.itemsize // part))}
-        warps = power_of_2(part * tiles["BLOCK_H"] // 2048, high=16)
+        warps = power_of_2(part * tiles["BLOCK_H"] // (2048 if part == block_e else 512), high=16)
         kernel, config = "gate_route_kernel", LaunchConfig(tiles, num_warps=warps)
     gate = {kernel: LaunchConfig(tiles | {"BLOCK_K": block_k}, config.num_warps, config.num_stages)}
     return gate if part == block_e else gate | configs(sizes, dtype, arch)
