@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference_route import route as route
+
 
 def _wide(x: Tensor) -> Tensor:
     """Widen to fp32, the papers' precision; fp64 stays."""
@@ -46,27 +48,19 @@ def linear(x: Tensor, weight: Any) -> Tensor:
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight.product(x)
 
 
-def route(logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor]:
-    """Mixtral's gate, Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1): weights fp32 [T,K], ids int32 [T,K].
-
-    The softmax over the top k equals the softmax over all, renormalized; without `renormalize` it is the latter (OLMoE,
-    Muennighoff et al. 2024, section 2). Larger first, ties to the lower index.
-    """
-    if not 1 <= top_k <= logits.shape[-1]:  # a slice would be shorter
-        raise ValueError(f"route: argument 'top_k' is {top_k}, needs an integer in 1..{logits.shape[-1]}")
-    values = _wide(logits) + 0.0  # -0.0 + 0.0 is 0.0: the two zeros tie
-    values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    values, ids = values.sort(dim=-1, descending=True, stable=True)
-    values = values[:, :top_k] if renormalize else values
-    # An infinite maximum has no softmax (inf - inf is NaN): the experts that share it share the weight.
-    shifted = (values - values[:, :1]).nan_to_num(nan=0.0, neginf=-math.inf)
-    return shifted.softmax(-1)[:, :top_k], ids[:, :top_k].int()
-
-
-def gate_route(x: Tensor, gate: Tensor, top_k: int, renormalize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def gate_route(
+    x: Tensor,
+    gate: Tensor,
+    top_k: int,
+    renormalize: bool = True,
+    scoring: str = "softmax",
+    bias: Tensor | None = None,
+    groups: tuple[int, int] | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """x [T,H], gate [E,H] -> logits [T,E] in x's dtype, and their `route`: weights fp32 [T,K], ids int32 [T,K]."""
     logits = linear(x, gate)
-    return logits, *route(logits, top_k, renormalize)
+    return logits, *route(logits, top_k, renormalize, scoring, bias, groups, scale)
 
 
 def rms_norm_gate_route(

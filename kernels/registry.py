@@ -18,9 +18,9 @@ from .ops.norm import embed_rms_norm as embed_rms_norm
 from .ops.norm import rms_norm as rms_norm
 from .ops.rope import append as append
 from .ops.rope import rope as rope
+from .ops.route import route as route
 from .ops.router import gate_route as gate_route
 from .ops.router import rms_norm_gate_route as rms_norm_gate_route
-from .ops.router import route as route
 from .ops.sort import sort_by_expert as sort_by_expert
 from .weights.composite_args import COMPOSITES
 

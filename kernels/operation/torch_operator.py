@@ -13,6 +13,7 @@ from .checks import Argument
 from .declaration import Op
 
 TYPES = {Tensor: "Tensor", Matrix: "Tensor", Cache: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
+TYPES[tuple[int, int]] = "int[]"
 
 
 def register(op: Op, run: Callable[[tuple[Any, ...]], Any]) -> Any:
@@ -95,4 +96,5 @@ def flatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[An
 def unflatten_args(arguments: Sequence[Argument], args: Sequence[Any]) -> tuple[Any, ...]:
     """Turn the arguments of torch's operator into those of `run`."""
     parts: Iterator[Any] = iter(args[len(arguments) :])
-    return tuple(compose(argument.kind, x, parts) for argument, x in zip(arguments, args, strict=False))
+    pairs = zip(arguments, args, strict=False)
+    return tuple(tuple(x) if isinstance(x, list) else compose(argument.kind, x, parts) for argument, x in pairs)

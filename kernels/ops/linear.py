@@ -39,6 +39,7 @@ from .tiles import (
 
 SKINNY_M = 16  # up to here always the skinny kernel: the narrowest side of a tensor core tile
 SKINNY_M_MAX = 64  # beyond it never
+PROGRAMS = 64  # at least, of a quantized weight and few rows: a narrower tile than the table's where it has few rows
 
 
 # Each program reads all rows of x through L2: fewer weight rows give more programs, but x may take at most 0.3 of the
@@ -151,6 +152,9 @@ def use_skinny_kernel(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> bool
 def configs(sizes: LinearSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     T, quantized = sizes.T, sizes.weight
     few = decode_tile(QUANTIZED_DECODE if quantized else DECODE, T, dtype, arch)
+    block_n = power_of_2(sizes.N // PROGRAMS, low=32)
+    if quantized and few.BLOCK_T == 16 and block_n < few.BLOCK_N:
+        few = few._replace(BLOCK_N=block_n, num_warps=4)
     many = prefill_tile(
         quantized_prefill(quantized, arch) if quantized else PREFILL,
         DETERMINISTIC_ROWS if sizes.deterministic else T,

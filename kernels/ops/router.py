@@ -1,13 +1,14 @@
-"""route; gate_route, the gate's logits and their routing; rms_norm_gate_route, the residual add and norm before them.
+"""gate_route, the gate's logits and their `route`; rms_norm_gate_route, the residual add and norm before them.
 
 T tokens, H hidden, E experts, K experts a token. PDL is set by `launch` (pdl.py).
 
-The gate's kernel has one token a program against the whole gate: a tile of several tokens would have padding and keep
-fewer SMs busy. So a token's bits never depend on the other tokens.
+A gate of few experts, and deterministic mode, have one token a program against the whole gate: a tile of several tokens
+would have padding and keep fewer SMs busy, and so a token's bits never depend on the other tokens. Of many experts a
+program of few tokens has a part, and `route_kernel` selects; many tokens are tiles for tensor cores.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import triton
@@ -19,118 +20,104 @@ from ..launching.kernel_args import Rows
 from ..launching.launch import LaunchConfig, launch, select_configs
 from ..launching.pdl import pdl_wait
 from ..operation.cases import operation, shapes
-from ..operation.checks import INT32, RoutingWeights, Tokens, Within
+from ..operation.checks import RoutingWeights, Tokens
 from .norm import FusedNorm, NormWeight, apply_norm
+from .route import (
+    ROUTERS,
+    Bias,
+    Ids,
+    Logits,
+    Router,
+    TopGroups,
+    TopK,
+    check_router,
+    configs,
+    empty_routes,
+    launch_route,
+    route_flops,
+    select_top_k,
+    store_routes,
+)
 from .tiles import power_of_2
 
 TILE_BYTES = 65536  # of the gate that a program holds at once
-SELECTED = tl.constexpr(-(2**63))  # less than any expert's key
+WHOLE = 49152  # weights of a gate that one program reads
+PROGRAMS = 128  # that few tokens' parts of the gate make: about one an SM
+
+
+class GateTile(NamedTuple):
+    """A tile for many tokens in 16 bits, and 16 experts or more. No GPU has measured them."""
+
+    T: int  # the fewest tokens
+    BLOCK_T: int
+    BLOCK_E: int  # experts of a program; as many as there are: it also selects
+    BLOCK_H: int
+    num_warps: int
+    num_stages: int
+
+
+class GateResults(NamedTuple):
+    logits_ptr: Any  # [T, E]
+    weights_ptr: Any  # [T, K], fp32
+    ids_ptr: Any  # [T, K], int32; None, as `weights_ptr`: `route_kernel` selects
+
+
+# By what passes L2 and an SM: a part of the gate for each SM, then fewer reads of the gate and of x.
+GATE_TILES = (GateTile(128, 16, 32, 128, 4, 3), GateTile(1024, 16, 128, 64, 4, 3), GateTile(2048, 32, 128, 64, 4, 3))
 
 
 @triton.jit
-def _share(logits, largest):
-    """The numerators of a softmax. An infinite maximum has none: the experts that have it share the weight."""
-    undefined = (largest == float("inf")) | (largest == float("-inf"))
-    return tl.where(undefined, (logits == largest).to(tl.float32), tl.exp(logits - largest))
-
-
-@triton.jit
-def _flip(bits):
-    """The bits of fp32 -> int32 in the order of the numbers, and back."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def select_top_k(
-    logits,  # [BLOCK_T, BLOCK_E] fp32
-    E,
-    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The TOP_K largest of each row -> weights, ids [BLOCK_T, BLOCK_K]."""
-    offs_e = tl.arange(0, BLOCK_E)[None, :]
-    offs_k = tl.arange(0, BLOCK_K)[None, :]
-    logits = tl.where(logits == logits, logits, float("-inf"))
-    # One integer orders an expert: by its logit, then by its id. So a selection is one reduction, and no two are equal.
-    order = _flip(tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)).to(tl.int64)  # -0 equals 0
-    keys = tl.where(offs_e < E, (order << 32) + (BLOCK_E - 1 - offs_e), SELECTED)
-    best = tl.full((BLOCK_T, BLOCK_K), SELECTED, tl.int64)
-    for k in tl.static_range(TOP_K):
-        key = tl.max(keys, axis=1)[:, None]
-        keys = tl.where(keys == key, SELECTED, keys)
-        best = tl.where(offs_k == k, key, best)
-    ids = BLOCK_E - 1 - (best & (BLOCK_E - 1)).to(tl.int32)
-    values = tl.where(offs_k < TOP_K, _flip((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True), float("-inf"))
-    largest = tl.max(values, axis=1)[:, None]
-    shares = tl.where(offs_k < TOP_K, _share(values, largest), 0.0)
-    total = tl.sum(shares, axis=1)
-    if not RENORMALIZE:
-        total = tl.sum(tl.where(offs_e < E, _share(logits, largest), 0.0), axis=1)
-    return shares / total[:, None], ids
-
-
-@triton.jit
-def store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    offs_k = tl.arange(0, BLOCK_K)
-    out = offs_t[:, None] * TOP_K + offs_k[None, :]
-    mask = (offs_t < T)[:, None] & (offs_k < TOP_K)[None, :]
-    tl.store(weights_ptr + out, weights, mask=mask)
-    tl.store(ids_ptr + out, ids, mask=mask)
-
-
-@triton.jit(do_not_specialize=["T"])
-def route_kernel(
-    logits_ptr,  # [T, E]
-    weights_ptr,  # [T, K] out, fp32
-    ids_ptr,  # [T, K] out, int32
-    T, E,
-    stride_lt, stride_le,
-    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    offs_e = tl.arange(0, BLOCK_E)
-    ptrs = logits_ptr + offs_t[:, None] * stride_lt + offs_e[None, :] * stride_le
-    logits = tl.load(ptrs, mask=(offs_t < T)[:, None] & (offs_e < E)[None, :], other=0.0).to(tl.float32)
-    weights, ids = select_top_k(logits, E, TOP_K, RENORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K)
-    store_routes(weights_ptr, ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
-
-
-@triton.jit
-def _load_gate(gate, offs_h, E, H: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Load columns of the gate, [BLOCK_E, columns]."""
-    offs_e = tl.arange(0, BLOCK_E)
+def _load_gate(gate, offs_e, offs_h, E, H: tl.constexpr):
+    """Load columns of the gate, [experts, columns]."""
     ptrs = gate.ptr + offs_e.to(tl.int64)[:, None] * gate.stride + offs_h[None, :]
     return tl.load(ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
 
 
 @triton.jit
-def _load_sum(x_ptr, residual_ptr, offs_h, H: tl.constexpr):
-    """Load columns of a row, the residual added: fp32 holding values rounded to x's dtype."""
-    x = tl.load(x_ptr + offs_h, mask=offs_h < H, other=0.0)
+def _load_sum(x_ptr, residual_ptr, offs_h, H: tl.constexpr, live=None):
+    """Load columns of rows, the residual added: fp32 holding values rounded to x's dtype."""
+    mask = offs_h < H if live is None else (offs_h < H) & live
+    x = tl.load(x_ptr + offs_h, mask=mask, other=0.0)
     values = x.to(tl.float32)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offs_h, mask=offs_h < H, other=0.0)
+        residual = tl.load(residual_ptr + offs_h, mask=mask, other=0.0)
         # The next layer reads the rounded sum, so the norm must use it, too.
         values = (values + residual.to(tl.float32)).to(x.dtype).to(tl.float32)
     return values
 
 
 @triton.jit
-def _store_and_square(total_ptr, values, offs_h, H: tl.constexpr):
-    """Store columns of a row and return the sum of their squares."""
-    tl.store(total_ptr + offs_h, values.to(total_ptr.dtype.element_ty), mask=offs_h < H)
+def _store_and_square(total_ptr, values, offs_h, end):
+    """Store columns of a row before `end` and return the sum of their squares."""
+    tl.store(total_ptr + offs_h, values.to(total_ptr.dtype.element_ty), mask=offs_h < end)
     return tl.sum(values * values, axis=0)
 
 
 @triton.jit
-def _products(y_ptr, values, scale, gate, weight, offs_h, H: tl.constexpr):
+def _products(y_ptr, values, scale, gate, weight, offs_h, end):
     """Multiply columns of a row with the gate's -> [BLOCK_E]; with a norm, normalize and store them first."""
     if weight is not None:
         y = apply_norm(values, scale, weight, y_ptr.dtype.element_ty)
-        tl.store(y_ptr + offs_h, y, mask=offs_h < H)
+        tl.store(y_ptr + offs_h, y, mask=offs_h < end)
         values = y.to(tl.float32)
     return tl.sum(gate.to(tl.float32) * values[None, :], axis=1)
+
+
+@triton.jit
+def _store_logits_and_routes(
+    acc, out, bias_ptr, offs_t, offs_e, T, E,
+    TOP_K: tl.constexpr, ROUTER: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Store acc [tokens, experts], and the routes where one program has all experts: where `out` has their places."""
+    logits = acc.to(out.logits_ptr.dtype.element_ty)
+    mask = (offs_t < T)[:, None] & (offs_e < E)[None, :]
+    tl.store(out.logits_ptr + offs_t[:, None] * E + offs_e[None, :], logits, mask=mask)
+    if out.ids_ptr is not None:
+        # Route by the rounded logits, which the caller receives.
+        weights, ids = select_top_k(
+            logits.to(tl.float32), bias_ptr, E, TOP_K, ROUTER, acc.shape[0], acc.shape[1], BLOCK_K
+        )
+        store_routes(out.weights_ptr, out.ids_ptr, weights, ids, offs_t, T, TOP_K, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -138,16 +125,18 @@ def gate_route_kernel(
     x,  # Rows [T, H]
     norm,  # FusedNorm of x + residual, or None
     gate,  # Rows [E, H]
+    bias_ptr,  # [E], or None
     y_ptr,  # [T, H] out: that norm, or None
-    logits_ptr,  # [T, E] out
-    weights_ptr,  # [T, K] out, fp32
-    ids_ptr,  # [T, K] out, int32
+    out,  # GateResults
     T, E,
-    H: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr,
+    H: tl.constexpr, TOP_K: tl.constexpr, ROUTER: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    t, offs_h = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H)
-    gate_tile = _load_gate(gate, offs_h, E, H, BLOCK_E)
+    t, offs_h, offs_e, end = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_E), H
+    if out.ids_ptr is None:  # a part of the experts, of which the first stores the norm
+        offs_e += tl.program_id(1) * BLOCK_E
+        end = tl.where(tl.program_id(1) == 0, H, 0)
+    gate_tile = _load_gate(gate, offs_e, offs_h, E, H)
     weight = None if norm is None else tl.load(norm.weight + offs_h, mask=offs_h < H, other=0.0)
     pdl_wait(PDL)
     x_row, residual, y = x.ptr + t * x.stride, None, y_ptr
@@ -156,158 +145,155 @@ def gate_route_kernel(
     values, scale = _load_sum(x_row, residual, offs_h, H), 1.0
     if norm is not None:
         total = norm.total_ptr + t * H
-        squares = _store_and_square(total, values, offs_h, H)
+        squares = _store_and_square(total, values, offs_h, end)
         for h in range(BLOCK_H, H, BLOCK_H):
-            squares += _store_and_square(total, _load_sum(x_row, residual, h + offs_h, H), h + offs_h, H)
+            squares += _store_and_square(total, _load_sum(x_row, residual, h + offs_h, H), h + offs_h, end)
         scale = tl.rsqrt(squares / H + norm.eps)
-    acc = _products(y, values, scale, gate_tile, weight, offs_h, H)
+    acc = _products(y, values, scale, gate_tile, weight, offs_h, end)
     for h in range(BLOCK_H, H, BLOCK_H):
         columns = h + offs_h
-        next_gate = _load_gate(gate, columns, E, H, BLOCK_E)
+        next_gate = _load_gate(gate, offs_e, columns, E, H)
         norm_weight = None if norm is None else tl.load(norm.weight + columns, mask=columns < H, other=0.0)
-        acc += _products(y, _load_sum(x_row, residual, columns, H), scale, next_gate, norm_weight, columns, H)
-    logits, offs_e = acc[None, :].to(logits_ptr.dtype.element_ty), tl.arange(0, BLOCK_E)
-    tl.store(logits_ptr + t * E + offs_e[None, :], logits, mask=(offs_e < E)[None, :])
-    # Route by the rounded logits, which the caller receives.
-    weights, ids = select_top_k(logits.to(tl.float32), E, TOP_K, RENORMALIZE, 1, BLOCK_E, BLOCK_K)
-    store_routes(weights_ptr, ids_ptr, weights, ids, t + tl.arange(0, 1), T, TOP_K, BLOCK_K)
+        acc += _products(y, _load_sum(x_row, residual, columns, H), scale, next_gate, norm_weight, columns, end)
+    offs_t = t + tl.arange(0, 1)
+    _store_logits_and_routes(acc[None, :], out, bias_ptr, offs_t, offs_e, T, E, TOP_K, ROUTER, BLOCK_K)
 
 
-@dataclass(frozen=True)
-class RouteSizes:
-    T: int
-    E: int
-    K: int
-    renormalize: bool = True
+@triton.jit(do_not_specialize=["T"])
+def gate_route_tile_kernel(
+    x, norm, gate, bias_ptr, y_ptr, out, T, E,  # as of `gate_route_kernel`
+    H: tl.constexpr, TOP_K: tl.constexpr, ROUTER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    offs_e, offs_h = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_H)
+    rows, live, residual = x.ptr + offs_t[:, None] * x.stride, (offs_t < T)[:, None], None
+    stored, scale = (offs_t < tl.where(tl.program_id(1) == 0, T, 0))[:, None], 1.0
+    if norm is not None:
+        residual = norm.residual + offs_t[:, None] * norm.stride
+        squares = tl.zeros((BLOCK_T,), tl.float32)
+        for h in range(0, H, BLOCK_H):
+            columns = h + offs_h[None, :]
+            total = _load_sum(rows, residual, columns, H, live)
+            places = norm.total_ptr + offs_t[:, None] * H + columns
+            tl.store(places, total.to(norm.total_ptr.dtype.element_ty), mask=stored & (columns < H))
+            squares += tl.sum(total * total, axis=1)
+        scale = tl.rsqrt(squares / H + norm.eps)[:, None]
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for h in range(0, H, BLOCK_H):
+        columns = h + offs_h[None, :]
+        y = _load_sum(rows, residual, columns, H, live).to(out.logits_ptr.dtype.element_ty)
+        if norm is not None:
+            weight = tl.load(norm.weight + columns, mask=columns < H, other=0.0)
+            y = apply_norm(y.to(tl.float32), scale, weight, y.dtype)
+            tl.store(y_ptr + offs_t[:, None] * H + columns, y, mask=stored & (columns < H))
+        acc = tl.dot(y, _load_gate(gate, offs_e, h + offs_h, E, H).T, acc)
+    _store_logits_and_routes(acc, out, bias_ptr, offs_t, offs_e, T, E, TOP_K, ROUTER, BLOCK_K)
 
 
 @dataclass(frozen=True)
 class GateSizes:
+    """As RouteSizes (route.py)."""
+
     T: int
     H: int
     E: int
     K: int
     renormalize: bool = True
-
-
-def configs(sizes: RouteSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
-    """The tile does not depend on T, so a token's bits do not either."""
-    block_e, block_k = power_of_2(sizes.E), power_of_2(sizes.K)
-    block_t = power_of_2(1024 // block_e, high=128)
-    tiles = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": block_k}
-    return {"route_kernel": LaunchConfig(tiles, num_warps=4 if block_t * block_e >= 512 else 1)}
+    deterministic: bool = False
+    scoring: str = "softmax"
+    bias: bool = False
+    groups: tuple[int, int] | None = None
+    scale: float = 1.0
 
 
 def gate_configs(sizes: GateSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     """A tile holds as much of the gate as registers allow: all of Mixtral 8x7B's in 16 bits."""
-    block_e = power_of_2(sizes.E)
-    tiles = {"BLOCK_E": block_e, "BLOCK_H": power_of_2(sizes.H, high=max(16, TILE_BYTES // dtype.itemsize // block_e))}
-    warps = power_of_2(block_e * tiles["BLOCK_H"] // 2048, high=16)
-    return {"gate_route_kernel": LaunchConfig(tiles | {"BLOCK_K": power_of_2(sizes.K)}, num_warps=warps)}
+    T, E, free = sizes.T, sizes.E, not sizes.deterministic
+    block_e, block_k = power_of_2(E), power_of_2(sizes.K)
+    tile = next((tile for tile in reversed(GATE_TILES) if tile.T <= T), None)
+    if tile is not None and free and E >= 16 and dtype.itemsize == 2:
+        part = min(block_e, tile.BLOCK_E)
+        tiles = {"BLOCK_T": tile.BLOCK_T, "BLOCK_E": part, "BLOCK_H": power_of_2(sizes.H, low=16, high=tile.BLOCK_H)}
+        kernel, config = "gate_route_tile_kernel", LaunchConfig(tiles, tile.num_warps, tile.num_stages)
+    else:
+        part = power_of_2(block_e * T // PROGRAMS, high=block_e) if free and E * sizes.H > WHOLE else block_e
+        tiles = {"BLOCK_E": part, "BLOCK_H": power_of_2(sizes.H, high=max(16, TILE_BYTES // dtype.itemsize // part))}
+        warps = power_of_2(part * tiles["BLOCK_H"] // (2048 if part == block_e else 512), high=16)
+        kernel, config = "gate_route_kernel", LaunchConfig(tiles, num_warps=warps)
+    gate = {kernel: LaunchConfig(tiles | {"BLOCK_K": block_k}, config.num_warps, config.num_stages)}
+    return gate if part == block_e else gate | configs(sizes, dtype, arch)
 
 
-Logits = Annotated[Tensor, "T E"]
 Gate = Annotated[Tensor, "E H"]
-TopK = Annotated[int, "K", Within(1, "E")]
-Ids = Annotated[Tensor, "T K", INT32]
-
-
-def _flops(case: RouteSizes | GateSizes) -> int:
-    return case.T * case.E * (case.K + 4)
 
 
 def _gate_flops(case: GateSizes) -> int:
-    return _flops(case) + 2 * case.T * case.E * case.H
+    return route_flops(case) + 2 * case.T * case.E * case.H
 
 
-@operation(
-    reference=reference.route,
-    case=RouteSizes,
-    flops=_flops,
-    test_shapes=(
-        *shapes(RouteSizes, "1 8 2, 67 8 2, 5 4 1, 9 6 6, 130 16 3, 3 1 1, 4 160 6"),
-        *shapes(RouteSizes, "67 8 2, 4 160 6", renormalize=False),
-    ),
-    bench_shapes=(
-        *shapes(RouteSizes, "1 8 2, 64 8 2, 4096 8 2"),
-        *shapes(RouteSizes, "1 64 8, 4096 64 8", renormalize=False),  # of OLMoE-1B-7B
-    ),
-)
-def route(logits: Logits, top_k: TopK, renormalize: bool = True) -> tuple[RoutingWeights, Ids]:
-    """Select each token's experts: Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1).
-
-    logits       [T, E], fp32, bf16 or fp16; NaN counts as -inf
-    top_k        K, in 1..E
-    renormalize  False: TopK(Softmax(logits)), whose weights are those of the softmax over all experts (OLMoE,
-                 Muennighoff et al. 2024, section 2)
-
-    Returns routing weights fp32 [T, K], which sum to 1 with `renormalize`, and expert ids int32 [T, K]: larger logits
-    first, ties to the lower id. Where the softmax is undefined, the infinite logits share equally. Raises ValueError
-    for another shape or dtype, and for a top_k out of range.
-
-    >>> ops.route(torch.tensor([[0.0, 3.0, 1.0]]), top_k=2)[1].tolist()
-    [[1, 2]]
-    """
-    T, E = logits.shape
-    weights, ids = _empty_routes(T, top_k, logits.device)
-    sizes = RouteSizes(T, E, top_k, renormalize)
-    config = select_configs(configs, sizes, logits.dtype, logits.device)["route_kernel"]
-    launch(
-        route_kernel,
-        (triton.cdiv(T, config.constexprs["BLOCK_T"]),),
-        config,
-        logits_ptr=logits,
-        weights_ptr=weights,
-        ids_ptr=ids,
-        T=T,
-        E=E,
-        stride_lt=logits.stride(0),
-        stride_le=logits.stride(1),
-        TOP_K=top_k,
-        RENORMALIZE=renormalize,
-    )
-    return weights, ids
-
-
-def _empty_routes(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    weights = torch.empty((T, K), dtype=torch.float32, device=device)
-    return weights, torch.empty((T, K), dtype=torch.int32, device=device)
-
-
+_NAMES = "renormalize", "scoring", "bias", "groups", "scale"
 _GATE_FIELDS: dict[str, Any] = {
     "case": GateSizes,
     # Of the returned logits.
-    "derived_outputs": lambda args, results: reference.route(results[-3], args["top_k"], args.get("renormalize", True)),
+    "derived_outputs": lambda args, results: reference.route(
+        results[-3], args["top_k"], **{name: args[name] for name in _NAMES if name in args}
+    ),
     "test_shapes": (
         *shapes(GateSizes, "1 128 8 2, 19 80 8 2, 33 300 16 3, 2 64 160 6, 3 64 1 1, 2 4200 8 2"),
         *shapes(GateSizes, "19 80 8 2", renormalize=False),
+        # A part of the experts a program; tiles of tokens, with a part and with all.
+        *shapes(GateSizes, "1 520 100 4, 3 520 100 4, 130 80 40 2, 1030 40 20 2, 2050 24 16 2"),
     ),
     "bench_shapes": (
         *(GateSizes(T, H, 8, 2) for T in (1, 64, 4096) for H in (4096, 6144)),
-        *shapes(GateSizes, "1 2048 128 8, 4096 2048 128 8"),  # of Qwen3-30B-A3B
-        *shapes(GateSizes, "1 2048 64 8", renormalize=False),  # of OLMoE-1B-7B
+        *shapes(GateSizes, "1 2048 128 8, 8 2048 128 8, 64 2048 128 8, 256 2048 128 8"),  # of Qwen3-30B-A3B
+        *shapes(GateSizes, "1024 2048 128 8, 4096 2048 128 8"),
+        *shapes(GateSizes, "1 2048 128 8, 4096 2048 128 8", deterministic=True),
+        *shapes(GateSizes, "1 2048 64 8, 4096 2048 64 8", renormalize=False),  # of OLMoE-1B-7B
     ),
 }
 
 
-@operation(reference=reference.gate_route, flops=_gate_flops, **_GATE_FIELDS)
+@operation(
+    reference=reference.gate_route,
+    flops=_gate_flops,
+    rule=check_router,
+    **_GATE_FIELDS
+    | {
+        "test_shapes": (
+            *_GATE_FIELDS["test_shapes"],
+            *(GateSizes(T, 72, 32, 3, **ROUTERS[0]) for T in (5, 1030)),
+        ),
+        "bench_shapes": (*_GATE_FIELDS["bench_shapes"], *(GateSizes(T, 7168, 256, 8, **ROUTERS[0]) for T in (1, 4096))),
+    },
+)
 def gate_route(
-    x: Tokens, gate: Gate, top_k: TopK, deterministic: bool = False, renormalize: bool = True
+    x: Tokens,
+    gate: Gate,
+    top_k: TopK,
+    deterministic: bool = False,
+    renormalize: bool = True,
+    scoring: str = "softmax",
+    bias: Bias | None = None,
+    groups: TopGroups | None = None,
+    scale: float = 1.0,
 ) -> tuple[Logits, RoutingWeights, Ids]:
-    """Multiply tokens with the gate and select their experts (`route`), in one launch.
+    """Multiply tokens with the gate and select their experts (`route`), in one launch, or in two for few tokens
+    and many experts.
 
     x              [T, H], fp32, bf16 or fp16
     gate           [E, H] in x's dtype
     top_k          K, in 1..E
-    deterministic  read by the torch backend alone: this kernel's bits of a token never depend on the others
-    renormalize    as in `route`
+    deterministic  a token's bits do not depend on the other tokens: one token a program
+    renormalize, scoring, bias, groups, scale  as in `route`
 
     Returns logits [T, E] in x's dtype, routing weights fp32 [T, K] and expert ids int32 [T, K]. Raises ValueError for
     another shape, dtype or device.
 
     >>> logits, routing_weights, ids = ops.gate_route(torch.randn(3, 64), torch.randn(8, 64), top_k=2)
     """
-    return _launch_gate(x, gate, top_k, renormalize)
+    return _launch_gate(x, gate, top_k, deterministic, Router.of(renormalize, scoring, groups, scale), bias)
 
 
 @operation(
@@ -325,7 +311,7 @@ def rms_norm_gate_route(
     deterministic: bool = False,
     renormalize: bool = True,
 ) -> tuple[Tokens, Tokens, Logits, RoutingWeights, Ids]:
-    """Add the residual, normalize the sum (`rms_norm`), and route the norm (`gate_route`), in one launch.
+    """Add the residual, normalize the sum (`rms_norm`), and route the norm (`gate_route`), in as many launches as that.
 
     x, residual    [T, H], fp32, bf16 or fp16
     weight         [H] of the norm, in x's dtype; eps above 0
@@ -339,32 +325,44 @@ def rms_norm_gate_route(
     >>> y, total, logits, routing_weights, ids = ops.rms_norm_gate_route(x, x, weight, 1e-5, gate, top_k=2)
     """
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    return y, total, *_launch_gate(x, gate, top_k, renormalize, y, FusedNorm.of(residual, weight, total, eps))
+    norm = FusedNorm.of(residual, weight, total, eps)
+    router = Router.of(renormalize, "softmax", None, 1.0)
+    return y, total, *_launch_gate(x, gate, top_k, deterministic, router, None, y, norm)
 
 
 def _launch_gate(
-    x: Tensor, gate: Tensor, top_k: int, renormalize: bool, y: Tensor | None = None, norm: FusedNorm | None = None
+    x: Tensor,
+    gate: Tensor,
+    top_k: int,
+    deterministic: bool,
+    router: Router,
+    bias: Tensor | None,
+    y: Tensor | None = None,
+    norm: FusedNorm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, H), E = x.shape, len(gate)
     logits = torch.empty((T, E), dtype=x.dtype, device=x.device)
-    weights, ids = _empty_routes(T, top_k, x.device)
-    sizes = GateSizes(T, H, E, top_k, renormalize)
-    config = select_configs(gate_configs, sizes, x.dtype, x.device)["gate_route_kernel"]
+    weights, ids = empty_routes(T, top_k, x.device)
+    selected = select_configs(gate_configs, GateSizes(T, H, E, top_k, deterministic=deterministic), x.dtype, x.device)
+    selects = "route_kernel" not in selected
+    kernel = gate_route_tile_kernel if "gate_route_tile_kernel" in selected else gate_route_kernel
+    config = selected[kernel.__name__]
     launch(
-        gate_route_kernel,
-        (T,),
+        kernel,
+        (triton.cdiv(T, config.constexprs.get("BLOCK_T", 1)), triton.cdiv(E, config.constexprs["BLOCK_E"])),
         config,
         x=Rows.of(x),
         norm=norm,
         gate=Rows.of(gate),
+        bias_ptr=bias.contiguous() if selects and bias is not None else None,
         y_ptr=y,
-        logits_ptr=logits,
-        weights_ptr=weights,
-        ids_ptr=ids,
+        out=GateResults(logits, weights if selects else None, ids if selects else None),
         T=T,
         E=E,
         H=H,
         TOP_K=top_k,
-        RENORMALIZE=renormalize,
+        ROUTER=router,
     )
+    if not selects:
+        launch_route(logits, bias, weights, ids, router)
     return logits, weights, ids

@@ -298,7 +298,7 @@ def attention_combine_kernel(
     D: tl.constexpr, PDL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pdl_wait(PDL)
-    row, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    row, offs_d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     out, total, largest = tl.zeros((BLOCK_D,), tl.float32), 0.0, float("-inf")
     for first in range(0, SPLITS, BLOCK_S):
         splits = first + tl.arange(0, BLOCK_S)

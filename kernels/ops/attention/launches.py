@@ -179,5 +179,6 @@ def launch_decode(
     if splits > 1:
         config = selected["attention_combine_kernel"]
         args = {"part_ptr": part, "lse_ptr": lse, "out_ptr": out, "D": D, "SPLITS": splits}
-        launch(attention_combine_kernel, (B * T * Hq,), config, **args)
+        grid = B * T * Hq, triton.cdiv(D, config.constexprs["BLOCK_D"])
+        launch(attention_combine_kernel, grid, config, **args)
     return out

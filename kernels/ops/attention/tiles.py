@@ -33,7 +33,7 @@ class AttentionSizes:
 
 DETERMINISTIC_SPLITS = 8  # for any batch and any length
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
-SPLIT_KEYS = 256  # of a decode at least
+SPLIT_KEYS = 64  # of a decode at least: a tile
 
 
 class AttentionTile(NamedTuple):
@@ -258,5 +258,5 @@ def configs(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> dict[str, L
     return {
         "attention_prefill_kernel": _prefill_config(sizes, dtype, arch),
         "attention_decode_kernel": _decode_config(sizes, dtype, arch),
-        "attention_combine_kernel": LaunchConfig({"BLOCK_S": 8, "BLOCK_D": _width(sizes)}, num_warps=2),
+        "attention_combine_kernel": LaunchConfig({"BLOCK_S": 8, "BLOCK_D": min(64, _width(sizes))}, num_warps=1),
     }

@@ -40,6 +40,7 @@ from .op import (
     draw_routes,
     launch_down,
     prefill_grid,
+    row_descriptors,
 )
 from .tiles import ExpertSizes
 
@@ -155,16 +156,18 @@ def launch_transposed(
     kernel: Any, x: Tensor, weight: Weight, out: Tensor, groups: Groups, sizes: ExpertSizes, selected: Configs
 ) -> None:
     """Multiply x [N, depth], in sorted order, by a weight [E, depth, columns] -> out [N, columns]."""
-    config, arch, x_desc, weight_desc = selected[kernel.__name__], target_arch(x.device), None, None
+    config, arch = selected[kernel.__name__], target_arch(x.device)
+    x_desc, short_desc, weight_desc = None, None, None
     if tma(arch) and not sizes.by_pointers and weight.multiplied_as_stored:
-        m, n, k = (config.constexprs[constant] for constant in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        x_desc, weight_desc = describe(x, (m, k), arch), describe(weight.data, (1, k, n), arch)
+        n, k = (config.constexprs[constant] for constant in ("BLOCK_N", "BLOCK_K"))
+        (x_desc, short_desc), weight_desc = row_descriptors(x, config, arch), describe(weight.data, (1, k, n), arch)
     launch(
         kernel,
         prefill_grid(len(x), sizes.E, out.shape[1], config),
         config,
         x_ptr=x,
         x_desc=x_desc,
+        short_desc=short_desc,
         weight=weight.args_for_many_rows,
         weight_desc=weight_desc,
         out_ptr=out,

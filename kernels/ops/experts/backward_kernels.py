@@ -100,59 +100,109 @@ def _add_fields(
 
 
 @triton.jit
-def _transposed_product(
-    x_ptr, x_desc, weight, w_desc, y_ptr, order_ptr, groups,
-    DEPTH: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+def _transposed_tile(
+    x_ptr, x_desc, weight, w_desc, y_ptr, order_ptr, place,
+    DEPTH: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rows of x [N, DEPTH], in sorted order, by their experts of a weight [E, DEPTH, COLUMNS]."""
+    """`_transposed_product` of ROWS rows at most; place: expert, row, end of the group, column tile."""
+    expert, row, end, pid_n = place
+    FIELDS: tl.constexpr = LAYOUT.fields
+    J: tl.constexpr = BLOCK_N // FIELDS
+    EVEN: tl.constexpr = DEPTH % BLOCK_K == 0
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offs_k, offs_n, index = tl.arange(0, BLOCK_K), pid_n * J + tl.arange(0, J), expert.to(tl.int64)
+    # Rows past the group repeat its last one: valid memory, no mask in the loop, never stored.
+    x_rows = tl.minimum(row + tl.arange(0, ROWS), end - 1).to(tl.int64)
+    x_ptrs = x_ptr + x_rows[:, None] * DEPTH + offs_k[None, :]
+    w_ptrs = expert_rows(weight, index, dtype, LAYOUT)
+    w_ptrs += offs_k.to(tl.int64)[:, None] * weight.stride_n + offs_n[None, :]
+    zeros = tl.zeros((ROWS, J), tl.float32)
+    accs = (zeros,) if FIELDS == 1 else (zeros, zeros) if FIELDS == 2 else (zeros, zeros, zeros, zeros)
+    for k in range(0, DEPTH, BLOCK_K):
+        x = depth_tile(x_ptrs, offs_k[None, :] < DEPTH - k, EVEN) if x_desc is None else x_desc.load([row, k])
+        inside = None if EVEN else offs_k < DEPTH - k
+        if w_desc is not None:
+            tile = w_desc.load([expert, k, pid_n * J]).reshape(BLOCK_K, J)
+        elif FIELDS == 1 and COLUMNS % BLOCK_N:
+            tile = tl.load(w_ptrs, mask=(offs_k < DEPTH - k)[:, None] & (offs_n < COLUMNS)[None, :], other=0.0)
+        else:
+            tile = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=(offs_k < DEPTH - k)[:, None], other=0)
+        if FIELDS == 1:
+            accs = (tl.dot(x, tile, accs[0], input_precision="ieee"),)
+        else:
+            accs = _add_fields(accs, x, tile, weight, index * DEPTH + k + offs_k, inside, pid_n, COLUMNS, LAYOUT)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * weight.stride_n
+    for field in tl.static_range(FIELDS):
+        store_slots(accs[field], y_ptr, order_ptr, row, end, pid_n * FIELDS + field, COLUMNS)
+
+
+@triton.jit
+def _transposed_product(
+    x_ptr, x_desc, short_desc, weight, w_desc, y_ptr, order_ptr, groups,
+    DEPTH: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Multiply rows of x [N, DEPTH], in sorted order, by their experts of a weight [E, DEPTH, COLUMNS]. The last tile
+    of a group has SHORT_M rows, unless that is 0, where they suffice."""
     expert, row, end, pid_n = group_tile(groups, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if expert < groups.E:
-        FIELDS: tl.constexpr = LAYOUT.fields
-        J: tl.constexpr = BLOCK_N // FIELDS
-        EVEN: tl.constexpr = DEPTH % BLOCK_K == 0
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
-        offs_k, offs_n, index = tl.arange(0, BLOCK_K), pid_n * J + tl.arange(0, J), expert.to(tl.int64)
-        # Rows past the group repeat its last one: valid memory, no mask in the loop, never stored.
-        x_rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1).to(tl.int64)
-        x_ptrs = x_ptr + x_rows[:, None] * DEPTH + offs_k[None, :]
-        w_ptrs = expert_rows(weight, index, dtype, LAYOUT)
-        w_ptrs += offs_k.to(tl.int64)[:, None] * weight.stride_n + offs_n[None, :]
-        zeros = tl.zeros((BLOCK_M, J), tl.float32)
-        accs = (zeros,) if FIELDS == 1 else (zeros, zeros) if FIELDS == 2 else (zeros, zeros, zeros, zeros)
-        for k in range(0, DEPTH, BLOCK_K):
-            x = depth_tile(x_ptrs, offs_k[None, :] < DEPTH - k, EVEN) if x_desc is None else x_desc.load([row, k])
-            inside = None if EVEN else offs_k < DEPTH - k
-            if w_desc is not None:
-                tile = w_desc.load([expert, k, pid_n * J]).reshape(BLOCK_K, J)
-            elif FIELDS == 1 and COLUMNS % BLOCK_N:
-                tile = tl.load(w_ptrs, mask=(offs_k < DEPTH - k)[:, None] & (offs_n < COLUMNS)[None, :], other=0.0)
-            else:
-                tile = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=(offs_k < DEPTH - k)[:, None], other=0)
-            if FIELDS == 1:
-                accs = (tl.dot(x, tile, accs[0], input_precision="ieee"),)
-            else:
-                accs = _add_fields(accs, x, tile, weight, index * DEPTH + k + offs_k, inside, pid_n, COLUMNS, LAYOUT)
-            x_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K * weight.stride_n
-        for field in tl.static_range(FIELDS):
-            store_slots(accs[field], y_ptr, order_ptr, row, end, pid_n * FIELDS + field, COLUMNS)
+        place = expert, row, end, pid_n
+        if SHORT_M == 0:
+            _transposed_tile(
+                x_ptr,
+                x_desc,
+                weight,
+                w_desc,
+                y_ptr,
+                order_ptr,
+                place,
+                DEPTH,
+                COLUMNS,
+                LAYOUT,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+        elif end - row <= SHORT_M:
+            _transposed_tile(
+                x_ptr, short_desc, weight, w_desc, y_ptr, order_ptr, place, DEPTH, COLUMNS, LAYOUT, SHORT_M, BLOCK_N,
+                BLOCK_K,
+            )  # fmt: skip
+        else:
+            _transposed_tile(
+                x_ptr,
+                x_desc,
+                weight,
+                w_desc,
+                y_ptr,
+                order_ptr,
+                place,
+                DEPTH,
+                COLUMNS,
+                LAYOUT,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
 
 
 @triton.jit
 def experts_grad_h_kernel(
     x_ptr,  # [N, H] the gradient of the result, in sorted order
     x_desc,  # the same in tiles [BLOCK_M, BLOCK_K], or None: pointers read
+    short_desc,  # the same in tiles [SHORT_M, BLOCK_K], or None
     weight,  # WeightArgs [E, H, I]
     weight_desc,  # the same in tiles [1, BLOCK_K, BLOCK_N], or None
     out_ptr,  # [N, I] out, in sorted order
     groups,  # Groups
-    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     _transposed_product(
-        x_ptr, x_desc, weight, weight_desc, out_ptr, None, groups, H, I, LAYOUT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E,
-        GROUP_M,
+        x_ptr, x_desc, short_desc, weight, weight_desc, out_ptr, None, groups, H, I, LAYOUT, BLOCK_M, SHORT_M, BLOCK_N,
+        BLOCK_K, BLOCK_E, GROUP_M,
     )  # fmt: skip
 
 
@@ -160,14 +210,15 @@ def experts_grad_h_kernel(
 def experts_grad_x_kernel(
     x_ptr,  # [N, 2I] the gradients of gate and up, in sorted order
     x_desc,
+    short_desc,
     weight,  # WeightArgs [E, 2I, H]
     weight_desc,
     out_ptr,  # [N, H] out, by slot
     groups,  # Groups
-    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     _transposed_product(
-        x_ptr, x_desc, weight, weight_desc, out_ptr, groups.order, groups, 2 * I, H, LAYOUT, BLOCK_M, BLOCK_N, BLOCK_K,
-        BLOCK_E, GROUP_M,
+        x_ptr, x_desc, short_desc, weight, weight_desc, out_ptr, groups.order, groups, 2 * I, H, LAYOUT, BLOCK_M,
+        SHORT_M, BLOCK_N, BLOCK_K, BLOCK_E, GROUP_M,
     )  # fmt: skip

@@ -173,7 +173,10 @@ def _decode_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[s
     down = config(sizes.H, sizes.I if sizes.down else cdiv(sizes.I, SPLIT_K), sizes.down)
     fields = parse_name(sizes.down, sizes.I)[0].fields if sizes.down else 1
     units = cdiv(sizes.I, down.constexprs["BLOCK_K"] * fields)
-    splits = {"SPLIT_K": cdiv(units, cdiv(units, SPLIT_K))}  # each has columns
+    # Where the columns of a token's experts fill a GPU, a split has as many units as a pipeline needs.
+    programs = cdiv(sizes.H, down.constexprs["BLOCK_N"]) * sizes.K
+    units_of_split = max(cdiv(units, SPLIT_K), min(units, 3) if programs >= 128 else 1)
+    splits = {"SPLIT_K": cdiv(units, units_of_split)}  # each has columns
     return {
         "experts_up_decode_kernel": config(sizes.I, sizes.H, sizes.gate_up, halves=2),
         "experts_down_decode_kernel": replace(down, constexprs={**down.constexprs, **splits}),
@@ -182,7 +185,9 @@ def _decode_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[s
 
 def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     # The fused norm needs a full row.
-    norm = sizes.norm
-    combine = LaunchConfig({"BLOCK_H": power_of_2(sizes.H, high=1 << 30 if norm else 1024)}, 8 if norm else 4)
+    block_h = power_of_2(
+        sizes.H if sizes.norm else sizes.H * sizes.T // 128, low=32, high=1 << 30 if sizes.norm else 1024
+    )
+    combine = LaunchConfig({"BLOCK_H": block_h}, 8 if sizes.norm else power_of_2(block_h // 128, high=4))
     decode = decode_tokens(sizes.gate_up, sizes.down, sizes.K, dtype, arch) >= sizes.T and not sizes.deterministic
     return {"experts_combine_kernel": combine} | (_decode_configs if decode else prefill_configs)(sizes, dtype, arch)
