@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status, as `fit.run`."""
     name = str(args.model)
     if Path(name).is_dir() or "/" in name:
-        folder = checkpoint_folder(name, tensors=False)
+        try:
+            folder = checkpoint_folder(name, tensors=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; {', '.join(fit.KNOWN)} need no network") from error
         values = read_json_object(file) if (file := folder / "config.json").is_file() else {}
         if values.get("model_type", "mixtral") not in FAMILIES:
             return fit.run(args, FamilyRequest.of(args, folder))

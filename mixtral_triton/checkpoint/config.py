@@ -272,8 +272,7 @@ def _snapshot(name: str, tensors: bool) -> Path:
             path = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
         except Exception as error:  # its network library's errors are neither OSErrors nor ValueErrors
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            known = f"; the command fit knows {', '.join(FIT_NAMES)} without a network"
-            raise FileNotFoundError(f"{name}: is no folder here, and the hub says {text}{known}") from error
+            raise FileNotFoundError(f"{name}: is no folder here, and the hub says {text}") from error
         if not tensors or needed:
             break
         MixtralConfig.from_pretrained(path)  # another architecture is refused before its weights come

@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from .. import ops
 from ..kernels.operation.call import transformed
+from ..kernels.weights.quantized import QuantizedWeight
 
 
 def is_recorded(*tensors: Any) -> bool:
@@ -24,7 +25,16 @@ def is_recorded(*tensors: Any) -> bool:
 @cache
 def warn_of_gradients() -> None:
     text = "while gradients are recorded attention (after apply also norms and rotary embedding) is transformers' own"
-    warnings.warn(f"mixtral_triton: {text}; experts stay this package's, as all is under no_grad", stacklevel=3)
+    need = "an evaluation needs torch.no_grad(), under which all is this package's"
+    warnings.warn(f"mixtral_triton: {text}, and experts are this package's; {need}", stacklevel=3)
+
+
+def untrained_targets(model: Any) -> list[str]:
+    """The paths of quantized weights that an adapter's `target_parameters` name: PEFT finds no parameter there."""
+    configs = getattr(model, "peft_config", None) or {}
+    targets = [name for config in configs.values() for name in getattr(config, "target_parameters", None) or ()]
+    quantized = [path for path, module in model.named_modules() if isinstance(module, QuantizedWeight)]
+    return [path for path in quantized if any(f".{path}".endswith(f".{name}") for name in targets)]
 
 
 def own_routes(ids: Tensor, weights: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:

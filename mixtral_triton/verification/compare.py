@@ -50,7 +50,7 @@ def verify(
     target: a Mixtral, a checkpoint folder, or a transformers model of any family, which is left as it is. One that runs
     nothing of this package, by `apply` or by name, is applied for the time. Its experts, attention, logits and each
     module that `apply` replaced are judged, and the classes that are transformers' own are listed. One in training
-    mode is compared in evaluation mode, with the gradients of its experts' inputs, and back in training mode afterwards.
+    mode is compared in evaluation mode, with the gradients of its experts' inputs, and back in training mode after it.
     input_ids int64 [B,T], or a list of texts of equally many tokens; None: a fixed pseudo-random text.
     progress: of the package's Mixtral, called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
@@ -109,8 +109,12 @@ def token_ids(model: Any, texts: Any) -> Tensor:
 
 def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> Report:
     from .. import hf
+    from ..hf.training import untrained_targets
     from .families import FamilyUnderTest, gradient_rows
 
+    for path in untrained_targets(model):
+        need = "adapters on linears alone, or dense experts"
+        raise ValueError(f"verify: {path} is quantized, and PEFT's target_parameters train nothing there, needs {need}")
     runs = hf.runs_here(model)
     if not runs:
         hf.apply(model)

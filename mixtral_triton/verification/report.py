@@ -135,7 +135,7 @@ class Report:
         ran = f" ({TORCH}; no kernel ran)" if self.backend == TORCH else ""
         uncalled = sum(line.endswith(UNCALLED) for line in self.not_run)
         but = f"; selected modules that never ran: {uncalled}" if uncalled else ""
-        return f"RIGHT{ran}: all {len(self.rows)} comparisons are within their limits{but}{QUALITY}"
+        return f"RIGHT{ran}: all {len(self.rows)} comparisons are within their limits{but or QUALITY}"
 
     def as_dict(self) -> dict[str, Any]:
         rows = [asdict(row, dict_factory=_for_json) | {"ok": row.ok} for row in self.rows]

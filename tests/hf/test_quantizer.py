@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from mixtral_triton import ExpertsConfig, register
+from mixtral_triton import ExpertsConfig, register, verify
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.hf.quantizer import QuantizeExperts, check_dense_checkpoint
 from mixtral_triton.quantize import quantize
@@ -226,3 +226,13 @@ def test_dense_experts_never_lie_in_memory_together(folder: Path, tmp_path: Path
     peak, size = anonymous_peak(READY, LOAD, str(tmp_path), str(folder))
     print(f"peak {peak:,} bytes, quantized model {size:,}, one projection {projection:,}")
     assert peak <= 1.1 * (size + projection)
+
+
+def test_an_adapter_that_would_train_nothing_in_quantized_experts_is_refused_by_verify(folder: Path) -> None:
+    """PEFT itself warns alone, as it finds no such parameter."""
+    peft = pytest.importorskip("peft")
+    settings: Any = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+        adapted = peft.get_peft_model(load(folder, "int8"), peft.LoraConfig(r=4, **settings))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj is quantized.*train nothing there"):
+        verify(adapted)
