@@ -21,7 +21,7 @@ import triton
 from triton.runtime.cache import get_cache_key
 
 from mixtral_triton.bench import compile
-from mixtral_triton.bench.compile import collect, compile_launch, compile_ops
+from mixtral_triton.bench.compile import OUTSIDE_LOOPS, collect, compile_launch, compile_ops
 from mixtral_triton.cli.commands import main
 from mixtral_triton.kernels.launching.arch import ARCHS
 from mixtral_triton.kernels.launching.launch import Launch
@@ -33,7 +33,7 @@ from tests.cli.commands import heed_interrupts
 pytestmark = pytest.mark.compiled
 
 FAMILIES = tuple(dict.fromkeys(known.family for known in ARCHS.values()))
-OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 0  # bytes, where other Tritons spill nothing
+OWN_ROWS = ("sm_120",)  # architectures that a table names beside their family
 MEASURED = {"registers", "spills", "shared_bytes", "limit_bytes", "loop_spills", "loop_flop_per_instruction"}
 MEASURED |= {"programs_per_sm", "loop_clocks"}
 JSON_KEYS = MEASURED | {"fault", "op", "kernel", "arch", "file", "dtype", "num_warps", "num_stages", "constexprs"}
@@ -48,10 +48,12 @@ def launches_of(op: OpWithCases, arch: str, dtype: torch.dtype | None = None, wi
     return [launch for _, launch in collect([op], arch, widths).values()]
 
 
-def members(arch: str) -> list[str]:
-    """The family's `arch`, and that of its architectures with the least shared memory, which may take other tiles."""
-    family = (name for name, known in ARCHS.items() if known.family == arch)
-    return list(dict.fromkeys((arch, min(family, key=lambda name: ARCHS[name].shared_bytes))))
+def members(arch: str) -> dict[str, str]:
+    """The family's `arch`, and that of its architectures with the least shared memory, which may take other tiles, each
+    compiled for `arch`; and those that have rows of their own, compiled as themselves."""
+    family = [name for name, known in ARCHS.items() if known.family == arch]
+    least = min(family, key=lambda name: ARCHS[name].shared_bytes)
+    return {arch: arch, least: arch} | {name: name for name in family if name in OWN_ROWS}
 
 
 @pytest.mark.exhaustive
@@ -63,15 +65,11 @@ def test_no_spill_and_fits_shared_memory(name: str, arch: str, dtype: torch.dtyp
     """In bf16 for sm_90 the kernels of both models, otherwise one of those that differ in H and I alone."""
     widths = (arch, dtype) == ("sm_90", torch.bfloat16)
     compiled = [
-        replace(compile_launch(launch, arch), limit_bytes=ARCHS[member].shared_bytes)
-        for member in members(arch)
+        replace(compile_launch(launch, target), limit_bytes=ARCHS[member].shared_bytes)
+        for member, target in members(arch).items()
         for launch in launches_of(OPS[name], member, dtype, widths)
     ]
-    for kernel in compiled:
-        fits = kernel.shared_bytes <= kernel.limit_bytes
-        harmless = fits and 0 < kernel.spills <= OUTSIDE_LOOPS and not kernel.loop_spills
-        assert kernel.fault is None or harmless, kernel
-    assert compiled
+    assert compiled and not [kernel for kernel in compiled if kernel.fault is not None]
 
 
 EXPERTS = {"I": 14336, "E": 8, "K": 2}
@@ -240,7 +238,7 @@ def test_the_gate_catches_a_spill() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("arch", "most"), [("sm_80", 64), ("sm_90", 16), ("gfx942", 0)])
+@pytest.mark.parametrize(("arch", "most"), [("sm_90", OUTSIDE_LOOPS), ("gfx942", 0)])
 def test_few_spilled_bytes_outside_main_loops_are_no_fault(arch: str, most: int) -> None:
     """The gate's two sides, on a kernel said to spill: it has no spill in its loops."""
     compiled = compile_launch(prefill("experts_down_kernel", arch), arch)

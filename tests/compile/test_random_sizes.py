@@ -8,14 +8,12 @@ import pytest
 import torch
 
 from mixtral_triton.bench.compile import collect, compile_launch
-from mixtral_triton.kernels.launching.arch import ARCHS
 from mixtral_triton.kernels.operation.cases import runs_on
 from mixtral_triton.kernels.registry import OPS
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 SIZES_PER_TEST = 10
-OUTSIDE_LOOPS = 64  # bytes: spilled once a program, not once a turn
 
 
 def draw_case(seed: int) -> tuple[str, dict[str, Any], torch.dtype]:
@@ -59,8 +57,7 @@ def check(name: str, sizes: dict[str, Any], dtype: torch.dtype, arch: str) -> No
     op = replace(op, bench_shapes=(case,), dtypes=(dtype,))
     for _, launch in collect([op], arch, True).values():
         compiled = compile_launch(launch, arch)
-        fits = not compiled.error and compiled.shared_bytes <= ARCHS[arch].shared_bytes
-        assert fits and not compiled.loop_spills and compiled.spills <= OUTSIDE_LOOPS, (name, sizes, dtype, compiled)
+        assert compiled.fault is None, (name, sizes, dtype, compiled)
 
 
 @pytest.mark.parametrize("arch", TARGETS)

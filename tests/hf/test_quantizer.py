@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 from mixtral_triton import ExpertsConfig, register, verify
 from mixtral_triton.hf.experts import NAME
-from mixtral_triton.hf.quantizer import QuantizeExperts, check_dense_checkpoint
+from mixtral_triton.hf.quantizer import ExpertsQuantizer, QuantizeExperts, check_dense_checkpoint
 from mixtral_triton.quantize import quantize
 from tests.support.families import VERSION, build, config_of, experts_of
 from tests.support.memory import anonymous_peak, needs_proc
@@ -109,6 +109,15 @@ def test_models_without_such_experts_are_refused_before_their_files_are_read(tmp
             file.write_bytes(file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")])
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
+
+
+def test_memory_counts_the_bits_of_a_format(folder: Path) -> None:
+    """What transformers asks of a quantizer to fit a `device_map`."""
+    for weights, size in (("int4", 0.5), ("int8", 1), ("fp8", 1)):
+        quantizer, x = ExpertsQuantizer(ExpertsConfig(weights)), torch.empty(2, dtype=torch.bfloat16)
+        quantizer.paths = {"mlp.experts"}
+        assert quantizer.param_element_size(None, "mlp.experts.down_proj", x) == size
+        assert quantizer.param_element_size(None, "mlp.gate.weight", x) == 2
 
 
 STORED = {

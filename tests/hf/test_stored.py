@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 
 from mixtral_triton import ExpertsConfig, Mixtral, register, stored_config, verify
+from mixtral_triton.hf import stored as stored_module
 from mixtral_triton.hf.experts import PROJECTIONS
 from mixtral_triton.hf.quantizer import check_dense_checkpoint
 from mixtral_triton.kernels.weights.formats import FORMATS
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
+from mixtral_triton.quantize import quantize
 from mixtral_triton.quantize.write import write
+from mixtral_triton.verification.stored_tensors import check_stored
 from tests.support.families import EXPERTS_REFUSED, LIMIT, NOT_TRIED, VERSION, build, experts_of, marked_families
 from tests.support.hub import LAYOUTS, compressed, compressed_config, fp8, gptq, gptq_config, pack_config
 from tests.support.stored import EXPERTS, write_quantized
@@ -108,6 +111,11 @@ def test_a_stored_model_runs_verify_and_keeps_its_scales_in_16_bits(tmp_path: Pa
     report = verify(model)
     assert report.ok, str(report)
     assert [row.layer for row in report.rows if row.op == "weights"] == [0, 1]
+    tensors = load_file(stored / "model.safetensors")
+    tensors = {name: x.clone() for name, x in tensors.items() if f"{NAME}." not in name}  # one expert is missing
+    save_file(tensors, stored / "model.safetensors", {"format": "pt"})
+    experts = dict(enumerate(experts_of(model).values()))
+    assert [row.ok for row in check_stored(experts, stored)] == [True, False]
 
 
 @pytest.mark.slow
@@ -322,6 +330,29 @@ def test_transformers_reads_what_is_saved(family: str, weights: str, tmp_path: P
         want, got = model(IDS).logits, theirs(IDS).logits
     print(f"{family} {weights}: {float((got - want).abs().max() / want.abs().max()):.0e} of the largest logit")
     assert (got - want).abs().max() <= LIMIT * want.abs().max()
+
+
+def test_layers_of_two_formats_are_saved_and_a_tied_head_is_ignored(tmp_path: Path) -> None:
+    build("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    settings: Any = {"quantization_config": ExpertsConfig("int4")}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **settings)
+    last = [*experts_of(model).values()][-1]
+    for key in PROJECTIONS:
+        setattr(last, key, quantize(getattr(last, key).dequantize(), "int8"))
+    assert "lm_head" in saved(model, tmp_path / "out")["ignore"]
+
+
+def test_every_file_of_the_hub_is_of_the_revision(tmp_path: Path, monkeypatch: Any) -> None:
+    stored, revisions = write_quantized("olmoe", tmp_path, *LAYOUTS["modelopt"])[0], list[Any]()
+    values = json.loads((stored / "config.json").read_text())
+    (stored / "hf_quant_config.json").write_text(json.dumps({"quantization": values.pop("quantization_config")}))
+    (stored / "config.json").write_text(json.dumps(values))
+    config, cached_file = AutoConfig.from_pretrained, stored_module.cached_file
+    spy = lambda run: lambda *args, **kwargs: revisions.append(kwargs.get("revision")) or run(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(stored_module.AutoConfig, "from_pretrained", spy(config))
+    monkeypatch.setattr(stored_module, "cached_file", spy(cached_file))
+    stored_config(stored, revision="v9")
+    assert revisions == ["v9", "v9"]
 
 
 def test_a_save_leaves_no_weights_of_an_older_one(tmp_path: Path) -> None:

@@ -54,6 +54,16 @@ def test_greedy(T: int, new: int, window: int | None, make: Make, device: torch.
     assert torch.equal(got, argmax_loop(model, ids, new))
 
 
+def test_a_cache_holds_no_padding_and_no_text_that_a_graph_appends(make: Make, device: torch.device) -> None:
+    model, ids = make(), tokens(2, 4, device=device)
+    cache = cache_of(model, 2, 9)
+    model(ids, cache=cache, lengths=torch.tensor([3, 1], device=device))
+    held = [ids[0, :3].tolist(), ids[1, :1].tolist()]
+    assert cache.conversation.held_tokens(cache) == (held if device.type == "cpu" else None)
+    cache.replayed = True
+    assert cache.conversation.held_tokens(cache) is None
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("window", (5, None))
 def test_ragged_prompts_are_as_each_alone(window: int | None, make: Make, device: torch.device) -> None:

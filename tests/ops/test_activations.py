@@ -45,7 +45,7 @@ def apply_kernel(x_ptr, out_ptr, n, ACTIVATION: tl.constexpr, NUMBERS: tl.conste
 
 @pytest.mark.parametrize("name", [*NAMES, "toy"])
 def test_derivatives_are_those_of_autograd(name: str, toy: str, device: torch.device) -> None:
-    """In plain torch, and in the kernel, of gates and ups of all sizes, those at a limit included."""
+    """In plain torch, and in the kernel, of gates and ups of all sizes, those at a limit included. NaN stays NaN."""
     name = toy if name == "toy" else name
     steps = torch.cat((torch.linspace(-5, 5, 101), torch.tensor([0.75, -0.75])))
     x = torch.stack((steps.repeat(len(steps)), steps.repeat_interleave(len(steps))))
@@ -54,11 +54,31 @@ def test_derivatives_are_those_of_autograd(name: str, toy: str, device: torch.de
     slopes = torch.autograd.grad(h.sum(), (gate, up))
     for got_slope, slope in zip(activate(gate, up, name, True), slopes, strict=True):
         assert torch.allclose(got_slope, slope, rtol=1e-12, atol=1e-12)
+    bad = torch.tensor([[torch.nan, 0.5], [0.5, torch.nan]])
+    assert activate(*bad, name).isnan().all()
     if INTERPRETED or device.type == "cuda":
+        x = torch.cat((x, bad), 1)
         got, n = torch.empty(3, x.shape[1], device=device), x.shape[1]
         config = LaunchConfig({**activation_constants(name), "BLOCK": 1024}, num_warps=4)
         launch(apply_kernel, (triton.cdiv(n, 1024),), config, x_ptr=x.to(device), out_ptr=got, n=n)
-        assert torch.allclose(got.cpu().double(), torch.stack((h, *slopes)), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(got[:, :-2].cpu().double(), torch.stack((h, *slopes)), rtol=1e-5, atol=1e-5)
+        assert got[0, -2:].isnan().all()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_graph_has_the_gradients_of_autograd_and_no_others(name: str) -> None:
+    args = {**inputs("expert_swiglu", SIZES), "activation": name}
+    leaves = [args[key].requires_grad_() for key in ("x", "weights")]
+    want = torch.autograd.grad(reference.expert_swiglu(**args).sum(), leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **args: ops.expert_swiglu(**args) + 0, backend="eager", fullgraph=True)
+    for got, slope in zip(torch.autograd.grad(compiled(**args).sum(), leaves), want, strict=True):
+        assert torch.allclose(got, slope, rtol=1e-4, atol=1e-5)
+    for key in ("gate_up_proj", "down_proj") if name == "silu" else ():
+        trained = compiled(**args | {key: args[key].clone().requires_grad_()}).sum()
+        with pytest.raises(ValueError, match="expert_swiglu has experts that require gradients"):
+            trained.backward()
 
 
 @pytest.mark.slow
@@ -90,7 +110,18 @@ def test_a_toy_activation_compiles_and_its_source_is_in_the_cache_key(toy: str) 
 
 
 @pytest.mark.parametrize(
-    "wrong", ["gelu", "silu:1", "clamped_silu", "clamped_silu:x", "clamped_silu:-1", "clamped_silu:nan", "silu:", 3]
+    "wrong",
+    [
+        "gelu",
+        "silu:1",
+        "clamped_silu",
+        "clamped_silu:x",
+        "clamped_silu:-1",
+        "clamped_silu:nan",
+        "clamped_silu:inf",
+        "silu:",
+        3,
+    ],
 )
 def test_another_name_is_a_value_error(wrong: Any, device: torch.device) -> None:
     for name in ("expert_swiglu", "expert_swiglu_backward", "experts_add_rms_norm"):

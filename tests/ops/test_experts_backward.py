@@ -52,6 +52,7 @@ def case(H: int, I: int, E: int = 4, K: int = 2, T: int = 12, **more: Any) -> di
 
 
 CASES: list[tuple[dict[str, Any], str]] = [  # sizes, and what else changes
+    (case(64, 32, E=2, T=7, gate_up="int4:32", down="int4:32"), "zeros"),
     (case(256, 128, gate_up="int4:32", down="int4:128"), "zeros"),
     (case(192, 64, gate_up="int4:64", down="int4:32"), "zeros"),
     (case(96, 72, gate_up="int4:32", down="int8"), ""),  # padded units, a depth off the tile
@@ -81,7 +82,7 @@ def arguments(sizes: dict[str, Any], change: str, dtype: torch.dtype) -> dict[st
     return args
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize(("sizes", "change"), CASES, ids=str)

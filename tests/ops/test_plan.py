@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -167,6 +168,17 @@ def test_attention_over_a_growing_cache_has_a_plan_for_each_number_of_splits(
         assert launches(gpu, planned(op), same) == launches(gpu, ATTENTION.run, args), S
     grown = "window" not in more
     assert count_plans() == len(plan._plans) <= (8 if grown else 4)  # S may be a multiple of 16
+
+
+def test_a_growing_cache_has_plans_for_its_windows_and_alignments(gpu: Any) -> None:
+    """Two windows of as many splits, and values that start 8 bytes behind a multiple of 16."""
+    gpu.driver.executes = False
+    for S, window, gap in product((700, 701), (40, 41), (0, 4)):
+        q, k, v, *rest = cache_of(S, S, window=window)
+        held = v.held.transpose(1, 2)
+        v = to_gpu(torch.cat((held.new_zeros(gap), held.flatten())))[gap:].view(held.shape).transpose(1, 2)
+        args = q, k, v, *rest
+        assert launches(gpu, planned(ATTENTION), args) == launches(gpu, ATTENTION.run, args), (S, window, gap)
 
 
 @pytest.mark.parametrize("missing", CHANGES)

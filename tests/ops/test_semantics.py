@@ -135,6 +135,8 @@ ATTENTION: list[tuple[tuple[int, ...], dict[str, Any]]] = [  # B, T, S, Hq, Hkv,
     # Of no weight, as one key has, and of nearly all weight; with splits, which all but one lack it.
     *(((2, T, S, 4, 2, 16), {"sinks": [-math.inf, 0.5, 9.0, -3.0], **kind}) for T, S in SINKS for kind in KINDS),
     *(((2, T, 20, 4, 2, 16), {"sinks": [0.0, 1.0, 2.0, 3.0], "lengths": [0, 7]}) for T in (1, 21)),
+    # Splits without keys, whose sinks are of no weight.
+    ((2, 1, 600, 4, 2, 16), {"sinks": [-math.inf, 0.5, 9.0, -3.0], "lengths": [7, 600]}),
 ]
 
 

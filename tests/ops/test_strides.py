@@ -174,6 +174,8 @@ def test_attention_of_transformers_layout_reads_by_tma(heads: Any, heads_first: 
 BEYOND = """
 import torch
 from mixtral_triton import ops, reference
+from mixtral_triton.kernels.launching.kernel_args import Rows
+from mixtral_triton.kernels.ops.sort import gather_by_expert, gather_config
 E, I, H, stride = 256, 32, 64, 1 << 24
 weights = []
 for N, K in ((2 * I, H), (H, I)):  # most of it is never touched, and takes no memory
@@ -188,12 +190,15 @@ for T in (1, 70):
     got = ops.expert_swiglu(x, *weights, chosen.repeat(T, 1), routes)
     want = reference.expert_swiglu(x, *(weight[chosen] for weight in weights), torch.arange(3).repeat(T, 1), routes)
     assert torch.allclose(got, want, atol=1e-4), T
+x, ids = torch.empty((40 << 26) + 48).as_strided((41, 48), (1 << 26, 1)).normal_(), torch.arange(82).view(41, 2) % 7
+rows, order, _ = gather_by_expert(Rows(x, 1 << 26), ids, 8, gather_config(48))
+assert torch.equal(rows, x[order.long() // 2])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.interpreted
-def test_offsets_of_experts_pass_2_to_the_31() -> None:
+def test_offsets_of_experts_and_of_gathered_rows_pass_2_to_the_31() -> None:
     """As those of DeepSeek-V3 do, in prefill and decode; 34 GB of addresses, and few pages of memory."""
     done = python("-c", BEYOND, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr

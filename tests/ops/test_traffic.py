@@ -304,11 +304,12 @@ def test_each_byte_moves_once(name: str, sizes: Any, within: Any) -> None:
 @pytest.mark.parametrize(("experts", "tokens"), [(8, 64), (128, 256), (256, 256)])
 def test_gather_is_linear_in_tokens(experts: int, tokens: int, within: Any) -> None:
     """Four times the slots: programs read, and compare, four times the ids, and each slot is stored once."""
-    work, x = [], Rows.of(torch.randn(1024, 16).bfloat16())
+    work, x = [], Rows.of(torch.randn(1024, 48).bfloat16())  # a row is no whole block
     for T in (tokens, 4 * tokens):
         ids = sample_ids(T, experts, 8, "cpu", torch.Generator().manual_seed(0))
         with count_traffic() as traffic:
-            _, order, _ = gather_by_expert(x, ids, experts, gather_config(16))
+            rows, order, _ = gather_by_expert(x, ids, experts, gather_config(48))
+        assert torch.equal(rows, x.ptr[order.long() // 8])
         moved = traffic["gather_by_expert_kernel"].arguments
         assert torch.equal(order, reference.sort_by_expert(ids, experts)[0]) and moved["order"].stored == 4 * 8 * T
         work.append(moved["ids"].loaded + moved["order"].stored)

@@ -16,7 +16,7 @@ from mixtral_triton.hf import masks
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.verification import families
-from tests.support.families import NAMED, build, by_name, experts_of
+from tests.support.families import NAMED, build, by_name, experts_of, with_int4_experts
 
 register()
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about modules and masks, whatever the backend: run once")
@@ -278,10 +278,14 @@ def test_a_selected_module_that_never_ran_is_listed_and_the_verdict_says_so() ->
     assert report.verdict.endswith("within their limits; selected modules that never ran: 1")
 
 
-@pytest.mark.parametrize("path", ["layers.1.mlp.experts.down_proj", "layers.0.self_attn.q_proj.weight", "norm.weight"])
-def test_a_weight_that_is_not_finite_is_named(path: str) -> None:
+PATHS = "layers.1.mlp.experts.down_proj", "layers.0.self_attn.q_proj.weight", "norm.weight"
+
+
+@pytest.mark.parametrize("path", [*PATHS, f"{PATHS[0]}.scales"])
+def test_a_weight_that_is_not_finite_is_named(path: str, tmp_path: Path) -> None:
     model = by_name("olmoe", torch.bfloat16)
-    model.model.get_parameter(path).data.flatten()[-1] = float("nan")
+    model = with_int4_experts(model, tmp_path) if "scales" in path else model
+    model.model.get_parameter_or_buffer(path).data.flatten()[-1] = float("nan")
     report = verify(model)
     assert report.verdict.startswith("WRONG")
     assert report.rows[0].note == f"model.{path} has values that are not finite"

@@ -72,7 +72,7 @@ PREFILL: Table = {
     "sm_80 fp32": (
         AttentionTile(64, 16, 64, 4, 1, T=16),
         AttentionTile(64, 32, 64, 8, 1),
-        AttentionTile(128, 16, 32, 4, 1),
+        AttentionTile(128, 32, 16, 8, 1),
         AttentionTile(256, 16, 16, 4, 1, T=16),
         AttentionTile(256, 32, 16, 8, 1),
     ),
