@@ -82,14 +82,16 @@ def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = Non
     away = experts_on_host(case)
     model = Mixtral(config(case), device, dtype, specs=specs(case), placement=Placement(away, any(away)))
     for weight in model.named_weights().values():
-        if isinstance(weight, QuantizedWeight):
-            drawn = sample_quantized(weight.name, *weight.shape, device=device, generator=generator)
-            weight.data.copy_(drawn.data)
-            weight.scales.copy_(drawn.scales)
-            continue
+        if isinstance(weight, OffloadedWeight) and weight.name is not None:
+            raise ValueError(f"bench: weights is {case.weights!r} with offload of {case.offload}, needs one of the two")
         experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else [weight]
         for part in experts:
-            part.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+            if isinstance(part, QuantizedWeight):
+                drawn = sample_quantized(part.name, *part.shape, device=device, generator=generator)
+                part.data.copy_(drawn.data)
+                part.scales.copy_(drawn.scales)
+            else:
+                part.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
     cache = KVCache(model.config, case.B, case.S, device, torch.int8 if case.cache else dtype)
     cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
     sequences = range(case.B) if cache.lengths.device.type != "meta" else ()  # there, no value is kept
