@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference_route import route as route
-
 
 def _wide(x: Tensor) -> Tensor:
     """Widen to fp32, the papers' precision; fp64 stays."""
@@ -48,16 +46,49 @@ def linear(x: Tensor, weight: Any) -> Tensor:
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight.product(x)
 
 
+def route(
+    logits: Tensor, top_k: int, renormalize: bool = True, scoring: str = "softmax", bias: Tensor | None = None,
+    groups: tuple[int, int] | None = None, scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mixtral's gate, Softmax(TopK(logits)) (Jiang et al. 2024, section 2.1): weights fp32 [T,K], ids int32 [T,K].
+
+    The softmax over the top k equals the softmax over all, renormalized; without `renormalize` it is the latter (OLMoE,
+    Muennighoff et al. 2024, section 2). Larger first, ties to the lower index. "sigmoid" scores, a bias [E] that
+    selects and does not weigh, the k best of n groups=(n, k) and a scale: DeepSeek-V3 (2024, section 2.1.2).
+    """
+    if not 1 <= top_k <= logits.shape[-1]:  # a slice would be shorter
+        raise ValueError(f"route: argument 'top_k' is {top_k}, needs an integer in 1..{logits.shape[-1]}")
+    values = _ordered(_wide(logits))
+    if scoring == "softmax" and bias is None and groups is None:
+        values, ids = values.sort(dim=-1, descending=True, stable=True)
+        values = values[:, :top_k] if renormalize else values
+        return _softmax(values)[:, :top_k] * scale, ids[:, :top_k].int()
+    scores = values.sigmoid() if scoring == "sigmoid" else _softmax(values)
+    choice = scores if bias is None else _ordered(scores + bias)
+    if groups is not None:
+        best = choice.unflatten(-1, (groups[0], -1)).topk(2).values.sum(-1).sort(dim=-1, descending=True, stable=True)
+        outside = torch.ones_like(best.values, dtype=torch.bool).scatter(-1, best.indices[:, : groups[1]], False)
+        choice = choice.masked_fill(outside.repeat_interleave(choice.shape[-1] // groups[0], dim=-1), -math.inf)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = scores.gather(-1, ids)
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) if renormalize else weights
+    return weights * scale, ids.int()
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """NaN as -inf, and one zero: -0.0 + 0.0 is 0.0."""
+    return (values + 0.0).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _softmax(values: Tensor) -> Tensor:
+    """An infinite maximum has no softmax (inf - inf is NaN): the experts that share it share the weight."""
+    return (values - values.amax(-1, keepdim=True)).nan_to_num(nan=0.0, neginf=-math.inf).softmax(-1)
+
+
 def gate_route(
-    x: Tensor,
-    gate: Tensor,
-    top_k: int,
-    renormalize: bool = True,
-    scoring: str = "softmax",
-    bias: Tensor | None = None,
-    groups: tuple[int, int] | None = None,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, gate: Tensor, top_k: int, renormalize: bool = True, scoring: str = "softmax", bias: Tensor | None = None,
+    groups: tuple[int, int] | None = None, scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x [T,H], gate [E,H] -> logits [T,E] in x's dtype, and their `route`: weights fp32 [T,K], ids int32 [T,K]."""
     logits = linear(x, gate)
     return logits, *route(logits, top_k, renormalize, scoring, bias, groups, scale)
@@ -315,16 +346,9 @@ def append(k: Tensor, v: Tensor, k_cache: Any, v_cache: Any, past: Tensor, new: 
 
 
 def cached_attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    k_cache: Any,
-    v_cache: Any,
-    past: Tensor,
-    new: Tensor,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Any, v_cache: Any, past: Tensor, new: Tensor,
+    window: int | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention of queries at past[b] + t over the ring caches [B,Hkv,C,D] and the fresh k, v [B,T,Hkv,D].
 
     With k and v the caches hold the positions before this chunk, up to `past`; without, they also hold the chunk.
@@ -356,21 +380,10 @@ def cached_attention(
 
 
 def rope_append_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Any,
-    v_cache: Any,
-    past: Tensor,
-    new: Tensor,
-    window: int | None = None,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 1e-6,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Any, v_cache: Any, past: Tensor, new: Tensor,
+    window: int | None = None, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
     sinks: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Rotate q and k of one token a sequence at past[b], append k and v to the caches, and attend over them.
 
     A new token beyond the tables cos and sin is NaN. q_norm, k_norm, eps: as in `rope`, sinks as in

@@ -239,8 +239,6 @@ ROUTERS: tuple[dict[str, Any], ...] = (
     bench_shapes=(
         *shapes(RouteSizes, "1 8 2, 64 8 2, 4096 8 2"),
         *shapes(RouteSizes, "1 64 8, 4096 64 8", renormalize=False),  # of OLMoE-1B-7B
-        *(RouteSizes(T, 256, 8, **ROUTERS[0]) for T in (1, 4096)),
-        RouteSizes(1, 64, 6, **ROUTERS[2]),
     ),
     rule=check_router,
 )

@@ -265,7 +265,11 @@ _GATE_FIELDS: dict[str, Any] = {
             *_GATE_FIELDS["test_shapes"],
             *(GateSizes(T, 72, 32, 3, **ROUTERS[0]) for T in (5, 1030)),
         ),
-        "bench_shapes": (*_GATE_FIELDS["bench_shapes"], *(GateSizes(T, 7168, 256, 8, **ROUTERS[0]) for T in (1, 4096))),
+        "bench_shapes": (
+            *_GATE_FIELDS["bench_shapes"],
+            *(GateSizes(T, 7168, 256, 8, **ROUTERS[0]) for T in (1, 4096)),
+            GateSizes(1, 2560, 64, 6, **ROUTERS[2]),
+        ),
     },
 )
 def gate_route(

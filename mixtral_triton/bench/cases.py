@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -62,10 +62,15 @@ class Case:
 
 
 def cases(
-    names: Sequence[str] = (), sizes: Sequence[str] = (), dtype: torch.dtype | None = None, model: str | None = None
+    names: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    model: str | None = None,
+    weights: str | Mapping[str, str] | None = None,
 ) -> list[Case]:
     """Return the distinct cases of the operations `names` (empty: all) at Mixtral's sizes. sizes: a case each in their
-    place ("T=32,H=1024"), the others as in 8x7B; a decode step's as in the `model` that `fit` knows. ValueError for a
+    place ("T=32,H=1024"), the others as in 8x7B; a decode step's as in the `model` that `fit` knows, with `weights`
+    as `from_pretrained` takes them. ValueError for a
     name, sizes or a dtype that there is not."""
     check_known("argument 'OP'", names, BENCHED)
     if sizes and not names:
@@ -80,6 +85,9 @@ def cases(
         use = next((candidate for candidate in (dtype, torch.bfloat16) if candidate in op.dtypes), op.dtypes[0])
         shapes = [_read_sizes(op, text) for text in sizes] or _table(op)
         shapes = shapes if model is None else [of_model(shape, model) for shape in shapes]
+        if weights is not None and op is STEP:
+            text = weights if isinstance(weights, str) else ",".join(map("=".join, weights.items()))
+            shapes = [replace(shape, weights=text) for shape in shapes]
         all_cases += [Case(op, shape, use) for shape in shapes]
     for case in all_cases if sizes else ():
         check_sizes("--sizes", case.op, case.sizes, case.dtype)

@@ -17,6 +17,7 @@ from ..kernels.registry import OPS
 from ..terminal import Bar, check_known, check_writable, console, table_of
 from . import measure
 from .cases import cases, select_cases
+from .decode_step import STEP, layer_table
 from .gpus import GPU, parse_gpu
 from .measure import Outcome, Row
 from .peers import PEERS, find_peer
@@ -24,10 +25,12 @@ from .peers import PEERS, find_peer
 
 def run(args: argparse.Namespace) -> int:
     """Run the command -> exit status: 1 where an operation or a user's peer is wrong or fails."""
-    selected = cases(args.ops, args.sizes, getattr(torch, args.dtype) if args.dtype else None, args.model)
+    selected = cases(args.ops, args.sizes, getattr(torch, args.dtype) if args.dtype else None, args.model, args.weights)
     selected = select_cases(selected, args.only) if args.only else selected
     if any(name not in PEERS for name in args.peer) and (len(args.ops) != 1 or args.ops[0] not in OPS):
         raise ValueError("--peer goes with the one operation that it does: bench expert_swiglu --peer MODULE:FUNCTION")
+    if args.weights is not None or args.floors:
+        check_known("--weights and --floors are of the decode step: OP", args.ops or ["none"], [STEP.name])
     gpu, timed = parse_gpu(args.gpu or "h100"), args.gpu is None and torch.cuda.is_available()
     # Without a GPU nothing is timed, so only what was asked for is checked.
     peers = {name: find_peer(name) for name in args.peer or (PEERS if timed else ())}
@@ -42,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         timer = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"  # type: ignore[assignment]
         out.print(f"No time was measured: {timer}. Floors are those of the GPU below.")
+    if args.floors:
+        console().print(layer_table(selected[0].sizes, selected[0].dtype, gpu))
+        return 0
     selected = selected if args.sizes else [case for case in selected if runs_on(case.sizes, gpu.arch)]
     rates = f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"
     out.print(f"{gpu.name} ({gpu.arch}), {gpu.source}: {rates}")

@@ -4,21 +4,25 @@ L layers and a head of V rows. `verify` checks a model; here its step is timed, 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.config import MixtralConfig
-from ..kernels.operation.cases import Cost, OpWithCases
+from ..checkpoint.tensors import parameter_shapes
+from ..kernels.operation.cases import Cost, OpWithCases, sample_quantized
 from ..kernels.weights.offload import OffloadedWeight
+from ..kernels.weights.quantized import QuantizedWeight
 from ..model.cache import KVCache
 from ..model.generate import can_capture, capture
 from ..model.memory_plan import Placement, select_experts
 from ..model.mixtral import Mixtral
-from ..terminal import check_range
-from .fit import KNOWN, step_costs
+from ..quantize import QuantSpec, select_specs
+from ..terminal import check_range, table_of
+from .fit import KNOWN, layer_launches, step_costs
+from .gpus import GPU, floor
 
 STEPS_MOST = 4096  # positions beyond S that repeated steps may reach
 FIELDS = {"vocab_size": "V", "hidden_size": "H", "intermediate_size": "I", "num_hidden_layers": "L", "head_dim": "D"}
@@ -41,6 +45,7 @@ class StepCase:
     V: int
     offload: int | None = None  # experts of the whole model in host memory, and the embedding with them
     cache: str | None = None  # "int8"
+    weights: str | None = None  # "int4", or "experts=int4,linear=int8"; None: dense
     model_type: str | None = None  # of FAMILIES; None: mixtral
 
 
@@ -48,6 +53,14 @@ def config(case: StepCase) -> MixtralConfig:
     fields: dict[str, Any] = {field: getattr(case, letter) for field, letter in FIELDS.items()}
     fields["model_type"] = case.model_type or "mixtral"
     return MixtralConfig(**fields, rope_theta=1e6, max_position_embeddings=case.S + STEPS_MOST)
+
+
+def specs(case: StepCase) -> dict[str, QuantSpec]:
+    """Return the specs of the quantized parameters, by name."""
+    weights: Any = case.weights
+    if weights and "=" in weights:
+        weights = dict(part.split("=", 1) for part in weights.split(","))
+    return select_specs(weights, parameter_shapes(config(case)), "bench")
 
 
 def of_model(case: StepCase, name: str) -> StepCase:
@@ -67,11 +80,18 @@ def experts_on_host(case: StepCase) -> list[Any]:
 def inputs(case: StepCase, dtype: torch.dtype, device: Any, generator: Any = None) -> dict[str, Any]:
     """Return the model, a cache that holds S - 1 positions, and the next tokens [B,1], all of random values."""
     away = experts_on_host(case)
-    model = Mixtral(config(case), device, dtype, placement=Placement(away, any(away)))
+    model = Mixtral(config(case), device, dtype, specs=specs(case), placement=Placement(away, any(away)))
     for weight in model.named_weights().values():
+        if isinstance(weight, OffloadedWeight) and weight.name is not None:
+            raise ValueError(f"bench: weights is {case.weights!r} with offload of {case.offload}, needs one of the two")
         experts = map(weight.rows, range(len(weight))) if isinstance(weight, OffloadedWeight) else [weight]
         for part in experts:
-            part.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+            if isinstance(part, QuantizedWeight):
+                drawn = sample_quantized(part.name, *part.shape, device=device, generator=generator)
+                part.data.copy_(drawn.data)
+                part.scales.copy_(drawn.scales)
+            else:
+                part.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
     cache = KVCache(model.config, case.B, case.S, device, torch.int8 if case.cache else dtype)
     cache.max_len = model.config.max_position_embeddings  # repeated steps wrap around the ring
     sequences = range(case.B) if cache.lengths.device.type != "meta" else ()  # there, no value is kept
@@ -105,7 +125,27 @@ def replayed_step(args: dict[str, Any]) -> Callable[..., Tensor]:
 
 def costs(case: StepCase, dtype: torch.dtype) -> list[Cost]:
     """Return the work of each launch, with uniform routing."""
-    return step_costs(config(case), case.B, case.S, dtype, None, case.cache, [*map(len, experts_on_host(case))])
+    hosted = [*map(len, experts_on_host(case))]
+    return step_costs(config(case), case.B, case.S, dtype, specs(case), case.cache, hosted)
+
+
+def layer_table(case: StepCase, dtype: torch.dtype, gpu: GPU) -> Any:
+    """Tabulate a layer launch by launch: programs, and at the first of an operation its bytes and floor."""
+    one = replace(case, L=1, offload=None)
+    launches = layer_launches(config(one), case.B, case.S, dtype, specs(one), case.cache, gpu.arch)
+    kind = lambda launch: launch["kernel"].split("_")[0].replace("route", "gate")  # noqa: E731
+    groups, work = [[*group] for _, group in groupby(launches, kind)], costs(one, dtype)[1:-1]
+    if len(work) > len(groups):  # the norms of queries and keys
+        work[1:3] = [work[1] + work[2]]
+    rows = list[tuple[dict[str, str], str]]()
+    for group, cost in zip(groups, work, strict=True):
+        seconds, _ = floor([cost], gpu)
+        floors = {"MB": f"{cost.bytes / 1e6:.2f}", "floor, us": f"{1e6 * seconds:.2f}"}
+        for launch in group:
+            rows.append(({"launch": launch["kernel"], "programs": f"{launch['programs']:,}", **floors}, ""))
+            floors = dict.fromkeys(floors, "")
+    total = f"{len(launches)} launches, floor {1e6 * floor(work, gpu)[0]:.1f} us"
+    return table_of(f"A layer on {gpu.name}, B {case.B}, {case.S:,} keys, weights {case.weights}: {total}", rows)
 
 
 SMALL = StepCase(B=3, S=12, L=2, H=64, I=96, E=4, K=2, Hq=4, Hkv=2, D=16, V=100)
@@ -119,6 +159,6 @@ STEP = OpWithCases(
     case=StepCase,
     draw=inputs,
     count=lambda case, dtype: sum(costs(case, dtype), Cost(0, 0)),
-    test_shapes=(SMALL, replace(SMALL, offload=2), replace(SMALL, cache="int8")),
+    test_shapes=(SMALL, replace(SMALL, offload=2), replace(SMALL, cache="int8"), replace(SMALL, weights="int8")),
     bench_shapes=tuple(replace(MIXTRAL, B=B, S=S, L=L) for B, S, L in STEPS),
 )

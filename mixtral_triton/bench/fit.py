@@ -27,7 +27,9 @@ from ..kernels.ops.linear import LinearSizes
 from ..kernels.ops.norm import EmbedSizes, NormSizes
 from ..kernels.ops.router import GateSizes
 from ..kernels.ops.sort import expected_distinct_experts
+from ..kernels.record import record_launches
 from ..kernels.registry import OPS
+from ..model.cache import KVCache
 from ..model.memory_plan import (
     MARGIN,
     estimated_free,
@@ -39,6 +41,7 @@ from ..model.memory_plan import (
     usable_bytes,
     weight_bytes,
 )
+from ..model.mixtral import Mixtral
 from ..quantize import QUANTIZED_PARTS, QuantSpec, formats_text, hub, select_specs
 from ..quantize.layouts import read_scheme
 from ..terminal import check_range, console, table_of
@@ -182,6 +185,13 @@ class Request:
         verdict = "fits" if excess <= 0 else "no"
         return MemoryPlan(format, WEIGHT_FORMATS[format], need, verdict, longest, hosted, bound)
 
+    def plan_dict(self, plan: MemoryPlan, gpu: GPU) -> dict[str, Any]:
+        """Return what `--json` prints of a plan: with the launches of a decode step's layer on that GPU."""
+        if not gpu.arch:
+            return vars(plan)
+        sizes = self.config, self.batch, self.context, default_dtype(self.config)
+        return vars(plan) | {"launches": layer_launches(*sizes, self.specs[plan.format], self.cache, gpu.arch)}
+
     def as_dict(self) -> dict[str, Any]:
         total, active = parameters(self.config)
         values = {"model": self.name, "parameters": total, "active_parameters": active}
@@ -261,6 +271,26 @@ def step_costs(
     return [*costs, OPS["linear"].cost(LinearSizes(batch, H, V, weight=format_of("lm_head", H)), dtype)]
 
 
+def layer_launches(
+    config: MixtralConfig,
+    batch: int,
+    context: int,
+    dtype: torch.dtype,
+    specs: QuantSpecs,
+    cache: str | None,
+    arch: str,
+) -> list[dict[str, Any]]:
+    """Record the launches of a layer of a decode step, as `step_costs` counts it: the kernel and its programs."""
+    config = replace(config, num_hidden_layers=1)
+    specs = {name: specs[name] for name in parameter_shapes(config) if name in specs}
+    model = Mixtral(config, "meta", dtype, specs=specs)
+    slots = KVCache(config, batch, context, "meta", getattr(torch, cache) if cache else dtype)
+    with record_launches(arch) as launches, torch.no_grad():
+        model.hidden(torch.empty((batch, 1), dtype=torch.int64, device="meta"), slots)
+    kernels = [launch for launch in launches if launch.grid is not None][1:]  # the first is the embedding's
+    return [{"kernel": x.kernel, "programs": math.prod(x.grid or ())} for x in kernels]
+
+
 def run(args: argparse.Namespace, request: Any = None) -> int:
     """Run the command -> exit status: 1 where no format fits, with experts in host memory neither. request: of the
     arguments; None: a Request."""
@@ -270,7 +300,7 @@ def run(args: argparse.Namespace, request: Any = None) -> int:
         entries = list[dict[str, Any]]()
         for device, of_gpu in plans.items():
             sizes = {"name": device.name, "bytes": device.bytes, "free": free_bytes(device)}
-            entries.append({"gpu": sizes, "formats": [vars(plan) for plan in of_gpu]})
+            entries.append({"gpu": sizes, "formats": [request.plan_dict(plan, device) for plan in of_gpu]})
         print(json.dumps(request.as_dict() | (entries[0] if len(gpus) == 1 else {"gpus": entries})))
     elif len(gpus) > 1:
         _print_all(request, plans)

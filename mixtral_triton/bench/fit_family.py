@@ -112,6 +112,10 @@ class FamilyRequest:
         verdict, weights = "fits" if need["total"] <= limit else "no", None if format == STORED else format
         return MemoryPlan(format, weights, need, verdict, longest, None, None)
 
+    def plan_dict(self, plan: MemoryPlan, gpu: GPU) -> dict[str, Any]:
+        """As `fit.Request.plan_dict`; transformers launches what is around the experts."""
+        return vars(plan)
+
     def as_dict(self) -> dict[str, Any]:
         total = sum(map(prod, self.shapes.values()))
         idle = sum((shape[0] - self.K) * prod(shape[1:]) for shape in self.experts.values()) if self.K else 0

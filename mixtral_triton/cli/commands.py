@@ -204,7 +204,7 @@ def _add_other_readers(command: Command) -> None:
 
 def _add_tools(command: Command) -> None:
     """Add the commands of TOOLS."""
-    option = command("bench", "operations and a decode step by peers and floors", "ops")
+    option = command("bench", "operations and a decode step by peers and floors", "ops --weights")
     option("--dtype", **OPTIONS["--dtype"] | {"help": "default: bfloat16", "action": StoreOnce})
     option("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, .pdf)")
     text = "a case of these sizes instead, the others as in Mixtral 8x7B; repeatable"
@@ -216,6 +216,7 @@ def _add_tools(command: Command) -> None:
     option("--peer", action="append", default=[], metavar="NAME", help=text)
     text = "measure nothing, floors by a data sheet: h100, ..., as in fit"
     option("--gpu", action=StoreOnce, metavar="NAME", help=text)
+    option("--floors", action="store_true", help="of a decode step: each launch of a layer, its programs and floor")
 
     option = command("fit", "what fits a GPU's memory: weights by format, cache, the longest text", "--cache-dtype")
     text = "a folder, a name on the hub, mixtral-8x22b, qwen3-30b-a3b or olmoe-1b-7b; default: mixtral-8x7b"

@@ -300,6 +300,33 @@ def test_each_byte_moves_once(name: str, sizes: Any, within: Any) -> None:
     within(f"{name}, {', '.join(f'{name} {size}' for name, size in sizes.items())}", distinct / compulsory, 1.01)
 
 
+QWEN3_GATE = {"H": 2048, "E": 128, "K": 8}
+GATE = 128 * 2048 * BF16.itemsize
+# By tokens, the most bytes of Qwen3's gate that programs read together, and that one reads: whole gates, and KB.
+GATE_BYTES = {1: (1, 4), 8: (8, 32), 64: (64, 256), 128: (8, 128), 1024: (64, 512), 4096: (128, 512)}
+
+
+def gate_bytes(tokens: int) -> tuple[float, float]:
+    """Bytes of the gate that programs read together, and that one reads."""
+    traffic = count("rms_norm_gate_route", QWEN3_GATE | {"T": tokens})
+    kernel = next(kernel for kernel in traffic.kernels if "gate" in kernel.arguments)
+    loaded = kernel.arguments["gate"].loaded
+    return loaded, loaded / (kernel.grid[0] * kernel.grid[1])
+
+
+@pytest.mark.parametrize("T", [1, 8, 128])
+def test_bytes_of_the_gate(T: int, within: Any) -> None:
+    together, of_one = gate_bytes(T)
+    within(f"gate, T {T}, read by all programs", together / GATE, GATE_BYTES[T][0])
+    within(f"gate, T {T}, KB of a program", of_one / 1024, GATE_BYTES[T][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [64, 1024, 4096])
+def test_bytes_of_the_gate_of_more_tokens(T: int, within: Any) -> None:
+    test_bytes_of_the_gate(T, within)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("experts", "tokens"), [(8, 64), (128, 256), (256, 256)])
 def test_gather_is_linear_in_tokens(experts: int, tokens: int, within: Any) -> None:

@@ -33,7 +33,7 @@ class AttentionSizes:
 
 DETERMINISTIC_SPLITS = 8  # for any batch and any length
 PACKED_ROWS = 16  # queries x group heads that one decode tile takes
-SPLIT_KEYS = 64  # of a decode at least: a tile
+SPLIT_KEYS = 256  # of a decode: so many have one split, more keys one for each quarter of these, a tile
 
 
 class AttentionTile(NamedTuple):
@@ -238,11 +238,12 @@ def _prefill_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> Lau
 
 
 def _decode_config(sizes: AttentionSizes, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Splits until every SM has two programs, each of at least SPLIT_KEYS."""
+    """Splits until every SM has two programs; their number changes where the keys double (`growing`)."""
     keys = min(sizes.S, sizes.window or sizes.S)
     programs = max(1, sizes.B * sizes.Hkv)
     sms = sizes.sms or max_multiprocessors(arch)
-    splits = power_of_2(min(triton.cdiv(2 * sms, programs), triton.cdiv(keys, SPLIT_KEYS)), high=64)
+    most = 1 if keys <= SPLIT_KEYS else triton.cdiv(4 * keys, SPLIT_KEYS)
+    splits = power_of_2(min(triton.cdiv(2 * sms, programs), most), high=64)
     if sizes.deterministic:
         splits = DETERMINISTIC_SPLITS
     tile = _select(DECODE_CODES if sizes.quantized else DECODE, sizes, dtype, arch)
