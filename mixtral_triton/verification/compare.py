@@ -5,8 +5,8 @@ B batch, T tokens of a text, V vocabulary, n new tokens
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -18,17 +18,16 @@ from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, check
 from ..checkpoint.tokenizer import load_tokenizer
 from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
 from ..kernels.operation.checks import dtype_name
-from ..kernels.registry import dispatched
 from ..model.mixtral import Mixtral
-from ..model.precompile import on_meta_by_kind
+from ..model.precompile import on_meta, on_meta_by_kind
 from ..quantize.hub import read_headers
-from .calls import SizedCalls
 from .compare_weights import check_weights
+from .forwards import UNCACHED, as_verified, cache_maker, compare_end_to_end, compare_readings, probe_config, readings
 from .generation import check_generate
-from .layers import LayerProbe, Step, compare_in_fp32, compare_layers
-from .models_under_test import ModelUnderTest, TransformersUnderTest, in_evaluation, model_in_fp32
-from .report import END_RATIO, FP32, TORCH, Report, Row, kinds_not_run
-from .tolerance import Fp64Reference, to_fp64
+from .judge import Judge, catch_faults
+from .probe import Step, TextReference, in_order
+from .report import TORCH, Report, Row, kinds_not_run, worst_rows
+from .sizes import SizedForwards, judge_sizes
 
 TEXT_TOKENS = 66  # by default
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
@@ -55,7 +54,7 @@ def verify(
     input_ids int64 [B,T], or a list of texts of equally many tokens; None: a fixed pseudo-random text.
     progress: of a Mixtral, called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
-    quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
+    quick: the model's forwards are not also compared in fp64, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too.
     A model with activations="fp8" quantizes them here in forwards of any number of rows, as the reference does, so that
@@ -85,14 +84,10 @@ def verify(
         raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
     if input_ids is not None and not isinstance(input_ids, Tensor):
         input_ids = token_ids(target, input_ids)
-    if is_transformers and _has_names(target):
+    if is_transformers:
         return _verify_family(target, input_ids, tokens)
-    options = {} if is_transformers else {"cache_dtype": cache_dtype}
-    kind: Any = TransformersUnderTest if is_transformers else ModelUnderTest
     with torch.no_grad():
-        under_test = kind(target, **options)
-        with in_evaluation(target):
-            return _verify(under_test, input_ids, progress, folder, quick, tokens)
+        return _verify(target, input_ids, progress, folder, quick, tokens, cache_dtype)
 
 
 def token_ids(model: Any, texts: Any) -> Tensor:
@@ -112,16 +107,16 @@ def token_ids(model: Any, texts: Any) -> Tensor:
     return torch.tensor(ids, device=model.device)
 
 
-def _has_names(model: Any) -> bool:
-    """Whether a transformers model selects this package's experts or attention by their name, without `apply`."""
-    from transformers import PreTrainedModel
-
-    from ..hf import applied
-    from ..hf.experts import NAME
-
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    names = {getattr(part.config, f"_{kind}_implementation") for part in parts for kind in ("attn", "experts")}
-    return NAME in names and not applied(model)
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Take a model's modules out of training mode, and afterwards back."""
+    trains = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in trains:
+            module.training = True
 
 
 def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> Report:
@@ -158,11 +153,11 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
     return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
 
 
-def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any) -> Report:
-    config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
-    ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
-    fp32 = _is_compared_in_fp32(dtype, quick, target.quantized)
-    L = config.num_hidden_layers
+def _verify(
+    model: Mixtral, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any, cache_dtype: Any
+) -> Report:
+    device, L = model.device, model.config.num_hidden_layers
+    ids, on_gpu = default_text(input_ids, model.config, device, tokens), device.type == "cuda"
 
     def steps(part: str, total: int) -> Step:
         """Return what is called after each of so many steps, which take about the same time."""
@@ -175,56 +170,37 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
         step()
         return step
 
-    kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
-    sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
-    rows = check_weights(target, folder, steps("weights", L if folder is not None else 0))
-    layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
-    if fp32 and not target.is_mixtral:
-        first_rows = compare_layers(target.first_layer_in_fp32(), ids)[0]
-        layer_rows += [replace(row, case=row.case + FP32) for row in first_rows]
-    elif fp32:
-        layer_rows += compare_in_fp32(target, expected, steps("layers in fp32", L))
-    norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
-    layer_rows = [*target.measure(None, "rms_norm", "final", norm), *layer_rows]
+    kernels, not_run = INTERPRETED or on_gpu, dict[str, None]()
+    rows = check_weights(model, folder, steps("weights", L if folder is not None else 0))
+    text = TextReference(model, probe_config(model.config, ids.shape[1]), ids, cache_dtype, steps("reference", L))
+    judge = Judge(model)
+    layer_rows, cache = compare_readings(model, ids, text, judge, quick, steps)
+    if kernels:
+        longest, gpu = tokens or CALL_TOKENS[on_gpu], (target_arch(device), multiprocessors(device))
+        sized = SizedForwards(on_meta(model, [0]), longest, gpu, cache_dtype)
+        judge_sizes(judge, model, ids, cache, sized, steps)
+        not_run = sized.not_run
+    layer_rows = [*worst_rows(judge.rows), *in_order(layer_rows)]
     rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
-    logits = target.head(exact, to_fp64), target.head(expected.x)
-    expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
-    routes, out = LayerProbe(expected.layers), torch.empty(0)
-    routes.start("end to end")
-    with target.catch_faults(routes.fail):
-        out = target.logits(ids, routes)
-    rows.append(Row(None, target.output, "end to end", *expected_logits.measure(out)))
-    if target.trains:
-        from .families import gradient_rows  # imports transformers
-
-        rows += gradient_rows(target.model, ids)
-    if target.is_mixtral:
-        with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
-            steps("generate", 1)
-            rows += check_generate(target, ids, *logits)
-    kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
-    routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
-    return Report(tuple(rows), routes.flips, routed, backend_name(device), dtype_name(dtype), target.peer, not_run)
+    row, flips = compare_end_to_end(model, ids, text)
+    rows.append(row)
+    with catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
+        steps("generate", 1)
+        rows += check_generate(model, ids, text, cache_dtype)
+    kinds = kinds_not_run(rows, kernels, cache_dtype is not None, model.activations is not None)
+    about = backend_name(device), dtype_name(model.dtype), TORCH, (*not_run, *kinds)
+    return Report(tuple(rows), flips, L * ids.numel(), *about)
 
 
-def _is_compared_in_fp32(dtype: torch.dtype, quick: bool, quantized: bool) -> bool:
-    return not quick and dtype != torch.float32 and not quantized
-
-
-def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: Any) -> None:
+def launch_calls(model: Mixtral, tokens: int | None, cache_dtype: Any) -> None:
     """Launch on the meta device the operations that `verify` calls on the model's GPU with the same options, and the
-    text that it has by default. Most of its kernels are among them, and few are those of its forwards alone."""
+    text that it has by default. Most of its kernels are among them."""
     gpu = target_arch(model.device), multiprocessors(model.device)
-    copied = on_meta_by_kind(model)
-    targets = [target := ModelUnderTest(copied, cache_dtype)]
-    text = default_text(None, model.config, model.device, tokens)
-    x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))
-    if _is_compared_in_fp32(model.dtype, quick, target.quantized):
-        targets.append(ModelUnderTest(model_in_fp32(copied, copied.layers[0], x)))
-    for under_test in targets:
-        calls = SizedCalls(under_test, (tokens or CALL_TOKENS[True]) if under_test is target else 0, gpu)
-        x = x.to(under_test.embed_tokens.dtype)
-        for index, layer in enumerate(under_test.layers):
-            for op, _, args in calls(under_test.check(layer, x, under_test.config), index):
-                with under_test.catch_faults(lambda note: None):  # `verify` reports it
-                    dispatched(op, args)(**args)
+    copied, shape = on_meta_by_kind(model), default_text(None, model.config, model.device, tokens).shape
+    judge, config = Judge(copied), probe_config(copied.config, shape[1])
+    with as_verified(copied, config), judge.watching(copied), catch_faults(lambda note: None):  # `verify` reports it
+        for case, tokens_of_text, _, cache, lengths in readings(*shape, cache_maker(copied, config, cache_dtype)):
+            judge.start(case, with_others=case == UNCACHED)
+            copied.head(copied.hidden(tokens_of_text.to("meta"), cache, lengths)[:, 0])
+    for _ in SizedForwards(on_meta(model, [0]), tokens or CALL_TOKENS[True], gpu, cache_dtype).select():
+        pass
