@@ -257,7 +257,7 @@ def _verify(args: argparse.Namespace) -> int:
     model = _load(args)
     quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
     print_message(note)
-    compile_shown(launch_calls, model, quick, args.tokens, args.cache_dtype)
+    compile_shown(launch_calls, model, args.tokens, args.cache_dtype)
     options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
     with Bar("verifying") as progress:
         report = verify(model, None, progress.set, quick=quick, **options)

@@ -30,6 +30,7 @@ from .report import TORCH, Report, Row, kinds_not_run, worst_rows
 from .sizes import SizedForwards, judge_sizes
 
 TEXT_TOKENS = 66  # by default
+SHORTEST = 5  # tokens that make a chunk of several behind another: a shorter text is read several times
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
 
 Progress = Callable[[int, int, str], None] | None
@@ -158,6 +159,8 @@ def _verify(
 ) -> Report:
     device, L = model.device, model.config.num_hidden_layers
     ids, on_gpu = default_text(input_ids, model.config, device, tokens), device.type == "cuda"
+    if (length := ids.shape[1]) < (least := min(SHORTEST, model.config.max_position_embeddings)):
+        ids = ids[:, torch.arange(least, device=device) % length]
 
     def steps(part: str, total: int) -> Step:
         """Return what is called after each of so many steps, which take about the same time."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model.cache import KVCache
-from .judge import Calls, Judge, call_in_fp64, catch_faults
+from .judge import CallsInFp64, Judge, catch_faults
 from .probe import Probe, Step, TextReference
 from .report import FP64, Row
 
@@ -84,7 +84,7 @@ def compare_readings(
     count = sum(1 for _ in readings(B, T, lambda *sizes: None, quantized)) * len(model.layers)
     runs: list[Any] = [(text.layers, text.logits, "", judge.watching(model))]
     if not quick:
-        runs.append((text.fp64_layers, text.fp64_logits, FP64, Calls(call_in_fp64)))
+        runs.append((text.fp64_layers, text.fp64_logits, FP64, CallsInFp64()))
     for layers, logits, suffix, calls in runs:
         probe = Probe(layers, suffix, steps(f"layers of forwards{suffix}", count))
         make_cache = cache_maker(model, text.config, text.cache_dtype, suffix == FP64)

@@ -1,7 +1,7 @@
 """Judges operations as a forward calls them, with the arguments that the model passes.
 
-A dispatch mode sees each call. `Judge` compares it with the reference, `call_in_fp64` computes the reference in fp64 in
-its place. The forward goes on with the reference's result: a fault in one operation reaches no other.
+A dispatch mode sees each call. `Judge` compares it with the reference, `CallsInFp64` computes the reference in fp64
+in its place. The forward goes on with the reference's result: a fault in one operation reaches no other.
 
 N rows, K experts a row, E experts
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..kernels.launching.launch import target_arch
 from ..kernels.operation.torch_operator import unflatten_args
@@ -23,7 +24,7 @@ from ..kernels.registry import OPS, dispatched
 from ..kernels.weights.composite_args import first_part
 from ..kernels.weights.weight_args import Weight
 from .report import Row
-from .tolerance import Args, Tolerance, fp64_args
+from .tolerance import Args, Tolerance, fp64_args, to_fp64
 
 Call = tuple[str, str, Args]  # operation, case, arguments
 ERROR_LENGTH = 200  # characters of a raised error in a row
@@ -38,13 +39,25 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "mixtral_triton":
-            return func(*args, **(kwargs or {}))
+            return self.call_torch(func, args, kwargs or {})
         op = OPS[func._opname]
         return self.function(op, op.bind_by_name(*unflatten_args(op.arguments, args)))
 
+    def call_torch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
 
-def call_in_fp64(op: Any, args: Args) -> Any:
-    return op.call_reference(**fp64_args(args))
+
+class CallsInFp64(Calls):
+    """Computes each operation by its reference in fp64; what else a caller's layer does with its weights, too."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda op, args: op.call_reference(**fp64_args(args)))
+
+    def call_torch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        if not func._schema.is_mutable and any(x.dtype == torch.float64 for x in tensors):
+            args = tree_map_only(torch.Tensor, to_fp64, args)
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -99,11 +112,14 @@ class Judge:
         return out
 
     def measure(self, op: str, case: str, args: Args) -> None:
+        """Append the row of a call. Arguments that do not fit are a fault of the caller, where the error goes."""
+        OPS[op].check(**args)
+        if args[OPS[op].names[0]].is_meta:
+            OPS[op].run(**args)
+            return
+        expected = Tolerance(op, args)
         with catch_faults(lambda note: self.rows.append(Row.exact(self.layer, op, case, False, note))):
-            if args[OPS[op].names[0]].is_meta:
-                OPS[op].run(**args)
-            else:
-                self.rows.append(Row(self.layer, op, case, *Tolerance(op, args).measure(dispatched(op, args))))
+            self.rows.append(Row(self.layer, op, case, *expected.measure(dispatched(op, args))))
 
     def _weight_name(self, op: str, args: Args) -> str:
         """Return the start of the case of a linear, or of a norm of queries or keys; of other operations nothing."""
@@ -118,7 +134,8 @@ def other_calls(op: str, args: Args, out: Any, slow: bool) -> Iterator[Call]:
         q, keys = args["q"], {name: args[name] for name in ("k", "v", "window")}
         B, T = q.shape[:2]
         ends = (T - torch.arange(B, device=q.device)).clamp(min=1).int()
-        yield "attention", "prefill", {"q": q, **keys}
+        if op != "attention":
+            yield "attention", "prefill", {"q": q, **keys}
         yield "attention", "decode", {"q": q[:, -1:], **keys}
         yield "attention", "padded", {"q": q, **keys, "starts": ends // 3, "lengths": ends}
     if op == "rms_norm_gate_route":
@@ -130,7 +147,7 @@ def other_calls(op: str, args: Args, out: Any, slow: bool) -> Iterator[Call]:
     if op == "experts_add_rms_norm":
         experts = {name: args[name] for name in ("x", "gate_up_proj", "down_proj", "ids", "weights")}
         yield "sort_by_expert", "all tokens", {"ids": args["ids"], "num_experts": len(args["down_proj"])}
-        yield "expert_swiglu_backward", "all tokens", {"grad": args["residual"], **experts}
+        yield "expert_swiglu_backward", "all tokens", {"grad": args["x"], **experts}
         for case, some in every_expert(experts, slow):
             yield "expert_swiglu", f"every expert, {case}", {**experts, **some}
 

@@ -64,7 +64,7 @@ class LayerReference:
         limit, logits = 2 * self.logits_limit / scale, self.logits[where]
         ordered = ids.long().sort(-1).values
         out_of_range = ordered.numel() and (ordered.amin() < 0 or ordered.amax() >= logits.shape[-1])
-        same = ids.shape[-1] == self.ids.shape[-1] and weights.dtype == self.weights.dtype
+        same = ids.shape[-1] == self.ids.shape[-1] and self.weights.dtype in (weights.dtype, torch.float64)
         if not same or out_of_range or (ordered[..., 1:] == ordered[..., :-1]).any():
             return math.inf, limit
         left_out = logits.scatter(-1, ordered, -math.inf).amax(-1)

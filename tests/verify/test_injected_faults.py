@@ -18,8 +18,8 @@ from mixtral_triton.checkpoint import tensors as checkpoint
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.model.layer import ForwardContext, Layer
-from mixtral_triton.verification.layers import ROUTES
-from mixtral_triton.verification.models_under_test import CHUNKS, TOKENS, UNCACHED
+from mixtral_triton.verification.forwards import CHUNKS, TOKENS, UNCACHED
+from mixtral_triton.verification.probe import ROUTES
 from tests.support import faults
 from tests.support.faults import all_dtypes, change_state, replace_by
 
@@ -93,7 +93,7 @@ FAULTS: dict[str, tuple[Any, set[int | None], str]] = {
     "no residual": (NoResidual, {LAYER}, f"{ROUTES}, {UNCACHED}"),
     "routes not normalized": (UnnormalizedRoutes, {LAYER}, f"{ROUTES}, {UNCACHED}"),
     "tokens reordered": (ReorderedTokens, {LAYER}, f"attention, {UNCACHED}"),
-    "another next norm": (WrongNextNorm, {LAYER + 1}, UNCACHED),  # the layer before applies it
+    "another next norm": (WrongNextNorm, {LAYER}, UNCACHED),  # which it applies itself
     "window + 1": (change_state(partial(change_window, 1)), {0, 1, 2}, f"attention, {UNCACHED}"),
     "window - 1": (change_state(partial(change_window, -1)), {0, 1, 2}, f"attention, {UNCACHED}"),
     "position + 1 in decode": (change_state(shift_decode_position), {0, 1, 2}, f"attention, {TOKENS}"),
