@@ -85,7 +85,7 @@ def verify(
         raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
     if input_ids is not None and not isinstance(input_ids, Tensor):
         input_ids = token_ids(target, input_ids)
-    if is_transformers:
+    if not isinstance(target, Mixtral):
         return _verify_family(target, input_ids, tokens)
     with torch.no_grad():
         return _verify(target, input_ids, progress, folder, quick, tokens, cache_dtype)
@@ -201,9 +201,11 @@ def launch_calls(model: Mixtral, tokens: int | None, cache_dtype: Any) -> None:
     gpu = target_arch(model.device), multiprocessors(model.device)
     copied, shape = on_meta_by_kind(model), default_text(None, model.config, model.device, tokens).shape
     judge, config = Judge(copied), probe_config(copied.config, shape[1])
-    with as_verified(copied, config), judge.watching(copied), catch_faults(lambda note: None):  # `verify` reports it
-        for case, tokens_of_text, _, cache, lengths in readings(*shape, cache_maker(copied, config, cache_dtype)):
+    make_cache, is_int8 = cache_maker(copied, config, cache_dtype), cache_dtype is not None
+    with as_verified(copied, config), judge.watching(copied):
+        for case, tokens_of_text, _, cache, lengths in readings(shape[0], shape[1], make_cache, is_int8):
             judge.start(case, with_others=case == UNCACHED)
+            lengths = None if lengths is None else lengths.to("meta")
             copied.head(copied.hidden(tokens_of_text.to("meta"), cache, lengths)[:, 0])
     for _ in SizedForwards(on_meta(model, [0]), tokens or CALL_TOKENS[True], gpu, cache_dtype).select():
         pass

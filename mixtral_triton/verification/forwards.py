@@ -17,6 +17,7 @@ from ..model.cache import KVCache
 from .judge import CallsInFp64, Judge, catch_faults
 from .probe import Probe, Step, TextReference
 from .report import FP64, Row
+from .tolerance import to_fp64
 
 UNCACHED, CHUNKS, TOKENS, ALONE = "whole text", "in chunks", "token by token", "one sequence"
 SEPARATE_TOKENS = 2  # tokens that are read one at a time, after the chunks
@@ -68,8 +69,8 @@ def cache_maker(model: Any, config: Any, cache_dtype: torch.dtype | None, fp64: 
 
     def make_cache(batch: int, slots: int) -> KVCache:
         cache = KVCache(config, batch, slots, model.device, cache_dtype or model.dtype)
-        if fp64 and cache_dtype is None:
-            cache.keys, cache.values = (tuple(x.double() for x in part) for part in (cache.keys, cache.values))
+        if fp64:
+            cache.keys, cache.values = (tuple(map(to_fp64, part)) for part in (cache.keys, cache.values))
         return cache
 
     return make_cache
@@ -91,7 +92,8 @@ def compare_readings(
         with as_verified(model, text.config), probe.attached(model), calls:
             for case, tokens, valid, cache, lengths in readings(B, T, make_cache, quantized):
                 probe.start(case, tokens, valid)
-                judge.start(case, with_others=case == UNCACHED)
+                alone = TOKENS if tokens.shape[1] == 1 else CHUNKS
+                judge.start(alone if case == ALONE else case, with_others=case == UNCACHED)
                 if case == TOKENS and suffix == "":
                     cached = cache
                 with catch_faults(probe.fail):

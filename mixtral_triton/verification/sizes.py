@@ -17,6 +17,7 @@ from ..kernels.launching.launch import Launch
 from ..kernels.record import record_launches
 from ..model.cache import KVCache
 from .judge import Calls, Judge, catch_faults
+from .report import Row
 from .tolerance import Args
 
 SEQUENCES = 64  # of `generate` in one batch, at most
@@ -141,8 +142,15 @@ def count_rows(args: Args) -> int:
 def judge_sizes(judge: Judge, model: Any, ids: Tensor, text: KVCache, sized: SizedForwards, steps: Any) -> None:
     """Judge the calls of the model's first layer in the sizes of `generate`, on tokens of `ids`, over caches with the
     keys of `text`."""
-    single = first_layer(model)
-    with catch_faults(sized.not_run.setdefault), torch.no_grad():
+    single, change = first_layer(model), model.find_change()
+
+    def fail(note: str) -> None:
+        if change is None:
+            judge.rows.append(Row.exact(0, "layer", judge.case, False, note))
+        else:
+            sized.not_run[f"sizes of generate; {change}, and the first layer alone raises {note}"] = None
+
+    with catch_faults(fail), torch.no_grad():
         forwards = [*sized.select()]
         step = steps("sizes of generate", len(forwards))
         for (B, T, C), positions in forwards:

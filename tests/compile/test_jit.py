@@ -31,9 +31,11 @@ from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.model import precompile as compiler
 from mixtral_triton.model.precompile import compile_launches
 from mixtral_triton.verification import launch_calls
+from mixtral_triton.verification.judge import Calls
 from tests.support.calls import compilations, inputs, with_offload
 from tests.support.models import WIDER_SIZES, random_model, tokens
 from tests.support.stub.driver import GRID_MOST, LaunchError, check_descriptor
+from tests.support.stub.tensors import Factories
 
 pytestmark = pytest.mark.compiled
 
@@ -134,7 +136,14 @@ def test_most_kernels_of_verify_are_compiled_ahead(case: str, gpu: Any) -> None:
     with torch.no_grad(), record_launches("sm_90", 132) as records:
         launch_calls(model, None, cache_dtype)
     ahead = {kernel_of(each) for each in records if each.fn is not None}
-    with mock.patch.object(launch, "_launch_compiled", record):
+    dispatch = Calls.__torch_dispatch__
+
+    def on_simulated_gpu(*args: Any) -> Any:
+        with Factories():  # torch has disabled the mode
+            return dispatch(*args)
+
+    patch = mock.patch.object
+    with patch(launch, "_launch_compiled", record), patch(Calls, "__torch_dispatch__", on_simulated_gpu):
         verify(model, ids, cache_dtype=cache_dtype)
     assert len(launched) > 40 and 3 * len(launched - ahead) <= len(launched)
 

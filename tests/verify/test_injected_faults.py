@@ -120,6 +120,54 @@ def test_fault_in_the_model(name: str, dtype: torch.dtype, monkeypatch: pytest.M
     assert layers != {None} or {row.op for row in wrong} <= {"logits", "generate"}
 
 
+def by_instance(name: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Replace a method of one layer, or of the model, around what it was."""
+
+    def patch(module: Any) -> None:
+        function = getattr(module, name)
+        setattr(module, name, lambda *args, **kwargs: change(function(*args, **kwargs)))
+
+    return patch
+
+
+def scale_stream(outputs: Any) -> Any:
+    return outputs[0], outputs[1] * 1.02
+
+
+# What a caller changes in one layer, or in the model, and the case of the first wrong row.
+PATCHES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "forward": (by_instance("forward", scale_stream), UNCACHED),
+    "attention": (by_instance("attention", lambda out: out * 1.1), f"attention, {UNCACHED}"),
+    "weights that do not sum to 1": (by_instance("route", lambda out: (*out[:2], out[2] * 1.1, out[3])), "routes"),
+    "ids of other experts": (by_instance("route", lambda out: (*out[:3], (out[3] + 1) % 4)), "routes"),
+    "a hook": (lambda layer: layer.register_forward_hook(lambda *args: scale_stream(args[-1])), UNCACHED),
+    "a hook before": (
+        lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0] * 1.1, *args[1:])),
+        f"attention, {UNCACHED}",
+    ),
+    "nothing": (by_instance("forward", lambda outputs: outputs), ""),
+    "head": (by_instance("head", lambda logits: logits * 1.1), UNCACHED),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_what_a_caller_patched_is_seen_and_kept(name: str) -> None:
+    """In the layer it is in; a forward that is replaced by a right one is right."""
+    (change, case), model = PATCHES[name], small_model(torch.bfloat16)
+    changed: Any = model if name == "head" else model.layers[LAYER]
+    change(changed)
+    before = [dict(vars(module)) for module in (model, *model.layers)]
+    hooks = [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.layers]
+    wrong = verify(model, IDS).wrong
+    assert [dict(vars(module)) for module in (model, *model.layers)] == before
+    assert [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.layers] == hooks
+    assert bool(wrong) == bool(case)
+    if wrong:
+        assert (wrong[0].layer, wrong[0].op) == ((None, "logits") if name == "head" else (LAYER, "layer"))
+        assert wrong[0].case.startswith(case)
+        assert {row.layer for row in wrong if row.op == "layer"} <= {LAYER}
+
+
 def wrong_weights(model: Mixtral) -> list[tuple[int | None, str]]:
     return [(row.layer, row.op) for row in verify(model, IDS[:1, :4], folder=SMALL).wrong]
 
