@@ -176,6 +176,7 @@ def _verify(
     kernels, not_run = INTERPRETED or on_gpu, dict[str, None]()
     rows = check_weights(model, folder, steps("weights", L if folder is not None else 0))
     text = TextReference(model, probe_config(model.config, ids.shape[1]), ids, cache_dtype, steps("reference", L))
+    whole = text if text.config == model.config else TextReference(model, model.config, ids, cache_dtype)
     judge = Judge(model)
     layer_rows, cache = compare_readings(model, ids, text, judge, quick, steps)
     if kernels:
@@ -185,11 +186,11 @@ def _verify(
         not_run = sized.not_run
     layer_rows = [*worst_rows(judge.rows), *in_order(layer_rows)]
     rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
-    row, flips = compare_end_to_end(model, ids, text)
+    row, flips = compare_end_to_end(model, ids, whole)
     rows.append(row)
     with catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
         steps("generate", 1)
-        rows += check_generate(model, ids, text, cache_dtype)
+        rows += check_generate(model, ids, whole, cache_dtype)
     kinds = kinds_not_run(rows, kernels, cache_dtype is not None, model.activations is not None)
     about = backend_name(device), dtype_name(model.dtype), TORCH, (*not_run, *kinds)
     return Report(tuple(rows), flips, L * ids.numel(), *about)
