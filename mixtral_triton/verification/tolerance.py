@@ -141,7 +141,8 @@ def _results(op: OpWithCases, function: Callable[..., Any], args: Args) -> list[
     args = {name: value.clone() if name in op.mutates else value for name, value in args.items()}
     out = function(**args)
     results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
-    if "k_cache" in args and results and (T := results[0].shape[1]) > 1:  # what attention gives for padding is undefined
+    # What attention gives for padding is undefined.
+    if "k_cache" in args and results and (T := results[0].shape[1]) > 1:
         valid = torch.arange(T, device=results[0].device) < args["new"][:, None]
         results[0] = results[0].where(valid[..., None, None], 0.0)
     results += [args[name] for name in op.mutates]
