@@ -144,7 +144,7 @@ def _add_verify(command: Command) -> None:
     text = "of the fixed pseudo-random text, default: 66, and of the longest call: 144, GPU: 8192"
     option("--tokens", type=int, metavar="N", help=text)
     option("--deterministic", action="store_true", help="the mode in which a row's bits do not depend on the batch")
-    option("--quick", action=argparse.BooleanOptionalAction, help="no layers in fp32; default: for small on a CPU")
+    option("--quick", action=argparse.BooleanOptionalAction, default=False, help="no layers in fp64")
 
 
 def _add_generate_and_chat(command: Command) -> None:
@@ -287,12 +287,11 @@ def _verify(args: argparse.Namespace) -> int:
     from .text_stream import compile_shown
 
     model = _load(args)
-    quick = args.folder == SMALL and model.device.type == "cpu" if args.quick is None else args.quick
     print_message(note)
-    compile_shown(launch_calls, model, quick, args.tokens, args.cache_dtype)
-    options = {name: getattr(args, name) for name in ("folder", "tokens", "cache_dtype")}
+    compile_shown(launch_calls, model, args.tokens, args.cache_dtype)
+    options = {name: getattr(args, name) for name in ("folder", "quick", "tokens", "cache_dtype")}
     with Bar("verifying") as progress:
-        report = verify(model, None, progress.set, quick=quick, **options)
+        report = verify(model, None, progress.set, **options)
     if args.json:
         print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
     else:

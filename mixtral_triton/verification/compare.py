@@ -5,7 +5,8 @@ B batch, T tokens of a text, V vocabulary, n new tokens
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -17,19 +18,19 @@ from ..checkpoint.config import PREFILL_CHUNK, MixtralConfig, check_value, check
 from ..checkpoint.tokenizer import load_tokenizer
 from ..kernels.launching.launch import INTERPRETED, multiprocessors, target_arch
 from ..kernels.operation.checks import dtype_name
-from ..kernels.registry import dispatched
 from ..model.mixtral import Mixtral
-from ..model.precompile import on_meta_by_kind
+from ..model.precompile import on_meta, on_meta_by_kind
 from ..quantize.hub import read_headers
-from .calls import SizedCalls
 from .compare_weights import check_weights
+from .forwards import UNCACHED, as_verified, cache_maker, compare_end_to_end, compare_readings, probe_config, readings
 from .generation import check_generate
-from .layers import LayerProbe, Step, compare_in_fp32, compare_layers
-from .models_under_test import ModelUnderTest, in_evaluation, model_in_fp32
-from .report import END_RATIO, TORCH, Report, Row, kinds_not_run
-from .tolerance import Fp64Reference, to_fp64
+from .judge import Judge, catch_faults
+from .probe import Step, TextReference, in_order
+from .report import TORCH, Report, Row, kinds_not_run, worst_rows
+from .sizes import SizedForwards, judge_sizes
 
 TEXT_TOKENS = 66  # by default
+SHORTEST = 5  # tokens that make a chunk of several behind another: a shorter text is read several times
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
 
 Progress = Callable[[int, int, str], None] | None
@@ -54,7 +55,7 @@ def verify(
     input_ids int64 [B,T], or a list of texts of equally many tokens; None: a fixed pseudo-random text.
     progress: of the package's Mixtral, called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
-    quick: layers of 16-bit weights are not also compared in fp32, which shows what 16 bits hide.
+    quick: the model's forwards are not also compared in fp64, which shows what 16 bits hide.
     tokens: of the pseudo-random text, and of the longest call of an operation.
     cache_dtype torch.int8: keys and values in 8 bits, in the reference, too.
     A model with activations="fp8" quantizes them here in forwards of any number of rows, as the reference does, so that
@@ -84,10 +85,10 @@ def verify(
         raise ValueError(f"verify: target is a Mixtral on a mesh ({target.ranks.name}), needs {needs}")
     if input_ids is not None and not isinstance(input_ids, Tensor):
         input_ids = token_ids(target, input_ids)
-    if is_transformers:
+    if not isinstance(target, Mixtral):
         return _verify_family(target, input_ids, tokens)
-    with torch.no_grad(), in_evaluation(target):
-        return _verify(ModelUnderTest(target, cache_dtype), input_ids, progress, folder, quick, tokens)
+    with torch.no_grad():
+        return _verify(target, input_ids, progress, folder, quick, tokens, cache_dtype)
 
 
 def token_ids(model: Any, texts: Any) -> Tensor:
@@ -105,6 +106,18 @@ def token_ids(model: Any, texts: Any) -> Tensor:
         got = f"texts of {', '.join(map(str, map(len, ids)))} tokens" if ids else f"a {type(texts).__name__}"
         raise ValueError(f"verify: input_ids is {got}, needs int64 [B, T] or a list of texts of equally many tokens")
     return torch.tensor(ids, device=model.device)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Take a model's modules out of training mode, and afterwards back."""
+    trains = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in trains:
+            module.training = True
 
 
 def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> Report:
@@ -153,11 +166,13 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
     return torch.randint(config.vocab_size, (2, length), generator=generator).to(device)
 
 
-def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any) -> Report:
-    config, device, dtype = target.config, target.embed_tokens.device, target.embed_tokens.dtype
-    ids, on_gpu = default_text(input_ids, config, device, tokens), device.type == "cuda"
-    fp32 = _is_compared_in_fp32(dtype, quick, target.quantized)
-    L = config.num_hidden_layers
+def _verify(
+    model: Mixtral, input_ids: Any, progress: Progress, folder: Any, quick: bool, tokens: Any, cache_dtype: Any
+) -> Report:
+    device, L = model.device, model.config.num_hidden_layers
+    ids, on_gpu = default_text(input_ids, model.config, device, tokens), device.type == "cuda"
+    if (length := ids.shape[1]) < (least := min(SHORTEST, model.config.max_position_embeddings)):
+        ids = ids[:, torch.arange(least, device=device) % length]
 
     def steps(part: str, total: int) -> Step:
         """Return what is called after each of so many steps, which take about the same time."""
@@ -170,48 +185,40 @@ def _verify(target: Any, input_ids: Any, progress: Progress, folder: Any, quick:
         step()
         return step
 
-    kernels, longest = INTERPRETED or on_gpu, tokens or CALL_TOKENS[on_gpu]
-    sized = SizedCalls(target, longest if kernels else 0, (target_arch(device), multiprocessors(device)))
-    rows = check_weights(target, folder, steps("weights", L if folder is not None else 0))
-    layer_rows, expected, exact = compare_layers(target, ids, sized, steps)
-    if fp32:
-        layer_rows += compare_in_fp32(target, expected, steps("layers in fp32", L))
-    norm = {"x": expected.x, "weight": target.norm, "eps": config.rms_norm_eps}
-    layer_rows = [*target.measure(None, "rms_norm", "final", norm), *layer_rows]
+    kernels, not_run = INTERPRETED or on_gpu, dict[str, None]()
+    rows = check_weights(model, folder, steps("weights", L if folder is not None else 0))
+    text = TextReference(model, probe_config(model.config, ids.shape[1]), ids, cache_dtype, steps("reference", L))
+    whole = text if text.config == model.config else TextReference(model, model.config, ids, cache_dtype)
+    judge = Judge(model)
+    layer_rows, cache = compare_readings(model, ids, text, judge, quick, steps)
+    if kernels:
+        longest, gpu = tokens or CALL_TOKENS[on_gpu], (target_arch(device), multiprocessors(device))
+        sized = SizedForwards(on_meta(model, [0]), longest, gpu, cache_dtype)
+        judge_sizes(judge, model, ids, cache, sized, steps)
+        not_run = sized.not_run
+    layer_rows = [*worst_rows(judge.rows), *in_order(layer_rows)]
     rows += sorted(layer_rows, key=lambda row: math.inf if row.layer is None else row.layer)
-    logits = target.head(exact, to_fp64), target.head(expected.x)
-    expected_logits = Fp64Reference.from_baseline(*logits, END_RATIO, target.coarse)
-    routes, out = LayerProbe(expected.layers), torch.empty(0)
-    routes.start("end to end")
-    with target.catch_faults(routes.fail):
-        out = target.logits(ids, routes)
-    rows.append(Row(None, "logits", "end to end", *expected_logits.measure(out)))
-    with target.catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
+    row, flips = compare_end_to_end(model, ids, whole)
+    rows.append(row)
+    with catch_faults(lambda note: rows.append(Row.exact(None, "generate", "", False, note))):
         steps("generate", 1)
-        rows += check_generate(target, ids, *logits)
-    kinds = kinds_not_run(rows, kernels, target, dtype != torch.float32)
-    routed, not_run = config.num_hidden_layers * ids.numel(), (*sized.not_run, *kinds)
-    return Report(tuple(rows), routes.flips, routed, backend_name(device), dtype_name(dtype), TORCH, not_run)
+        rows += check_generate(model, ids, whole, cache_dtype)
+    kinds = kinds_not_run(rows, kernels, cache_dtype is not None, model.activations is not None)
+    about = backend_name(device), dtype_name(model.dtype), TORCH, (*not_run, *kinds)
+    return Report(tuple(rows), flips, L * ids.numel(), *about)
 
 
-def _is_compared_in_fp32(dtype: torch.dtype, quick: bool, quantized: bool) -> bool:
-    return not quick and dtype != torch.float32 and not quantized
-
-
-def launch_calls(model: Mixtral, quick: bool, tokens: int | None, cache_dtype: Any) -> None:
+def launch_calls(model: Mixtral, tokens: int | None, cache_dtype: Any) -> None:
     """Launch on the meta device the operations that `verify` calls on the model's GPU with the same options, and the
-    text that it has by default. Most of its kernels are among them, and few are those of its forwards alone."""
+    text that it has by default. Most of its kernels are among them."""
     gpu = target_arch(model.device), multiprocessors(model.device)
-    copied = on_meta_by_kind(model)
-    targets = [target := ModelUnderTest(copied, cache_dtype)]
-    text = default_text(None, model.config, model.device, tokens)
-    x = target.embed_tokens.new_empty((*text.shape, model.config.hidden_size))
-    if _is_compared_in_fp32(model.dtype, quick, target.quantized):
-        targets.append(ModelUnderTest(model_in_fp32(copied, copied.layers[0], x)))
-    for under_test in targets:
-        calls = SizedCalls(under_test, (tokens or CALL_TOKENS[True]) if under_test is target else 0, gpu)
-        x = x.to(under_test.embed_tokens.dtype)
-        for index, layer in enumerate(under_test.layers):
-            for op, _, args in calls(under_test.check(layer, x, under_test.config), index):
-                with under_test.catch_faults(lambda note: None):  # `verify` reports it
-                    dispatched(op, args)(**args)
+    copied, shape = on_meta_by_kind(model), default_text(None, model.config, model.device, tokens).shape
+    judge, config = Judge(copied), probe_config(copied.config, shape[1])
+    make_cache, is_int8 = cache_maker(copied, config, cache_dtype), cache_dtype is not None
+    with as_verified(copied, config), judge.watching(copied):
+        for case, tokens_of_text, _, cache, lengths in readings(shape[0], shape[1], make_cache, is_int8):
+            judge.start(case, with_others=case == UNCACHED)
+            lengths = None if lengths is None else lengths.to("meta")
+            copied.head(copied.hidden(tokens_of_text.to("meta"), cache, lengths)[:, 0])
+    for _ in SizedForwards(on_meta(model, [0]), tokens or CALL_TOKENS[True], gpu, cache_dtype).select():
+        pass

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.mixtral import Mixtral
 from ..quantize import QuantizedWeight, QuantSpec
-from .layers import ModelUnderTest, Step
+from .probe import Step
 from .report import ROUNDED, Row, worst_rows
 from .stored_tensors import LAYER, Source, config_row, linear_of_expert
 from .tolerance import largest
@@ -16,36 +17,35 @@ from .tolerance import largest
 EXPERT = re.compile(r"\.experts\.(\d+)\.\w+\.weight")
 
 
-def check_weights(target: ModelUnderTest, folder: Any, step: Step) -> list[Row]:
+def check_weights(model: Mixtral, folder: Any, step: Step) -> list[Row]:
     """The rows of all weights, without a folder whether they are finite."""
-    layers = [None, *range(len(target.layers))]
+    layers = [None, *range(len(model.layers))]
     if folder is None:
-        return [_finite_row(target, index) for index in layers]
+        return [_finite_row(model, index) for index in layers]
     source = Source(folder)
     if extra := source.layers.keys() - layers:
         raise ValueError(f"verify: {source.folder} is another model's: it has a layer {extra.pop()}")
-    rows = [config_row(source, target)]
+    rows = [config_row(source, model)]
     for index in layers:
-        rows += [_finite_row(target, index), *_compare_layer(source, target, index)]
+        rows += [_finite_row(model, index), *_compare_layer(source, model, index)]
         if index is not None:
             step()
     return rows
 
 
-def _weights(target: ModelUnderTest, index: int | None) -> dict[str, Any]:
+def _weights(model: Mixtral, index: int | None) -> dict[str, Any]:
     """The weights of a layer (None: outside the layers) by name. A tied head is left out."""
     if index is None:
-        weights = {name: getattr(target, name) for name in ("embed_tokens", "norm")}
-        tied = target.lm_head is None or target.lm_head is target.embed_tokens
-        return weights if tied else {**weights, "lm_head": target.lm_head}
-    layer = target.layers[index]
+        weights = {name: getattr(model, name) for name in ("embed_tokens", "norm")}
+        return weights if model.lm_head is model.embed_tokens else {**weights, "lm_head": model.lm_head}
+    layer = model.layers[index]
     quantized = {name: module for name, module in layer.named_modules() if isinstance(module, QuantizedWeight)}
     return dict(layer.named_parameters()) | quantized
 
 
-def _finite_row(target: ModelUnderTest, index: int | None) -> Row:
+def _finite_row(model: Mixtral, index: int | None) -> Row:
     """The row of a layer, or None: whether weights are finite, which a text does not show of tokens that it lacks."""
-    weights = _weights(target, index).values()
+    weights = _weights(model, index).values()
     finite = (_dense(weight[expert]).isfinite().all() for weight in weights for expert in _experts(weight))
     return Row.exact(index, "weights", "finite", all(finite))
 
@@ -59,19 +59,19 @@ def _dense(weight: Any) -> Tensor:
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight  # type: ignore[no-any-return]
 
 
-def _compare_layer(source: Source, target: ModelUnderTest, index: int | None) -> list[Row]:
+def _compare_layer(source: Source, model: Mixtral, index: int | None) -> list[Row]:
     """The rows of one layer, or of None, against the files. A part that no tensor or more than one fills is an infinite
     difference. ValueError for another model's folder."""
-    missing, rows = sum(weight.shape.numel() for weight in _weights(target, index).values()), list[Row]()
+    missing, rows = sum(weight.shape.numel() for weight in _weights(model, index).values()), list[Row]()
     for name, files in source.layers[index].items():
-        weight, tied = locate_weight(target, name), name == "lm_head.weight" and target.lm_head is target.embed_tokens
+        weight, tied = locate_weight(model, name), name == "lm_head.weight" and model.lm_head is model.embed_tokens
         missing -= 0 if tied else weight.shape.numel()  # a tied head may be stored, too
         for expert in _experts(weight):
             loaded, from_file = weight[expert], source.read(files, weight.device, expert)
             shape = list(from_file.shape) if expert is ... else files[name].get_slice(name).get_shape()
             if list(weight.shape) != shape:
                 raise ValueError(f"verify: {source.folder} is another model's: {name} has shape {shape} there")
-            if isinstance(loaded, QuantizedWeight) and (len(files) == 1 or name in target.model.requantized):
+            if isinstance(loaded, QuantizedWeight) and (len(files) == 1 or name in model.requantized):
                 result = "quantized", _rounding_error(loaded, from_file), loaded.kind.scale_error
             else:
                 loaded = _dense(loaded)

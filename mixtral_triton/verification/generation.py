@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model.cache import KVCache
 from ..model.generate import GRAPH_MIN_TOKENS, can_capture
+from .probe import TextReference
 from .report import BITS, END_RATIO, REPEATED, Row
 from .tolerance import largest, token_floor
 
@@ -22,27 +23,27 @@ NEW_TOKENS = 3  # and on a GPU as many as make `generate` capture its step
 TEMPERATURE = 0.8  # of the sampled text whose captured step is compared with the eager one
 
 
-def check_generate(target: Any, ids: Tensor, exact: Tensor, baseline: Tensor) -> list[Row]:
+def check_generate(model: Any, ids: Tensor, text: TextReference, cache_dtype: torch.dtype | None) -> list[Row]:
     """Rows for greedy tokens of two prompts of unequal length, cut from ids [B,T]. How far the logit of a right token
-    may be below the greatest of the model's forward, which has rows of its own, is set by the errors of `baseline`
-    [B,T,V] and of `exact` fp64 [2B,T,V]."""
-    model, T = copy.copy(target.model), ids.shape[1]
+    may be below the greatest of the model's forward, which has rows of its own, is set by the errors of the logits of
+    `text`."""
+    given, model, T = model, copy.copy(model), ids.shape[1]
     prompts = [ids[0, : max(1, T // 4)], ids[-1, : max(1, T // 8)]]
     model.prefill_chunk = max(1, 2 * len(prompts[0]) // 3)  # the longer prompt takes two chunks
     most = NEW_TOKENS + GRAPH_MIN_TOKENS * (captures := can_capture(model))
     new = min(most, model.config.max_position_embeddings - len(prompts[0]))
-    logits, perturbed = exact.chunk(2)
-    limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (baseline, perturbed))
-    if target.coarse:
-        limit = max(limit, token_floor(baseline.dtype, True) * largest(logits))
-    options: Any = {"eos_token_id": [], **target.generate_options}
+    logits, perturbed = text.exact_logits.chunk(2)
+    limit = 2 * END_RATIO * max(largest(x.double() - logits) for x in (text.torch_logits, perturbed))
+    if text.coarse:
+        limit = max(limit, token_floor(model.dtype, True) * largest(logits))
+    options: Any = {"eos_token_id": [], "cache_dtype": cache_dtype}
     if new < 1 or not math.isfinite(limit):  # where torch overflows, the row of the logits says so
         return []
     texts, parts = model.generate(prompts, new, **options), list[Tensor]()
-    for text in texts:
-        cache = target.make_cache(target.config, 1, len(text))
-        parts.append(target.model(text[None, :-1], cache)[0, -new:])
-    next_logits, tokens = torch.stack(parts), torch.stack([text[-new:] for text in texts])
+    for tokens_of_text in texts:
+        cache = KVCache(model.config, 1, len(tokens_of_text), model.device, cache_dtype or model.dtype)
+        parts.append(given(tokens_of_text[None, :-1], cache)[0, -new:])
+    next_logits, tokens = torch.stack(parts), torch.stack([tokens[-new:] for tokens in texts])
     shortfall = largest(next_logits.amax(-1) - next_logits.gather(-1, tokens[..., None])[..., 0])
     scale = max(largest(logits), 1e-30)
     rows = [Row(None, "generate", "greedy", shortfall / scale, limit / scale)]

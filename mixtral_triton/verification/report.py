@@ -15,7 +15,7 @@ from rich.text import Text
 from ..kernels.registry import OPS
 from .tolerance import share_of_limit
 
-FP32 = ", fp32"  # the end of a case whose weights were widened from 16 bits
+FP64 = ", fp64"  # the end of a case whose operations are computed by their references in fp64
 TORCH = "plain torch"  # the backend without kernels
 UNCALLED = "; the model never called it"  # the end of a line on a module that selects this package
 QUALITY = "; how good the weights are, `perplexity` says"  # since a damaged checkpoint is computed rightly, too
@@ -68,27 +68,25 @@ def worst_rows(rows: Iterable[Row]) -> list[Row]:
     return [max(same, key=lambda row: (row.share, row.note)) for same in groups.values()]
 
 
-def kinds_not_run(rows: Iterable[Row], kernels: bool, target: Any, half: bool) -> list[str]:
-    """A line for each kind of row that `target`, a ModelUnderTest, could have and `rows` do not, with what would run
-    it. half: its weights have 16 bits."""
-    op_cases, quantized = {(row.op, row.case) for row in rows}, target.quantized
-    activations = target.activations is not None
+def kinds_not_run(rows: Iterable[Row], kernels: bool, quantized: bool, activations: bool) -> list[str]:
+    """A line for each kind of row that a Mixtral could have and `rows` do not, with what would run it. quantized: the
+    cache has 8 bits; activations: those of the layers' products, too."""
+    op_cases = {(row.op, row.case) for row in rows}
     ops, cases = {op for op, _ in op_cases}, {case for _, case in op_cases}
-    fp32 = any(case.endswith(FP32) for case in cases)
-    kinds = (  # the line, whether what was verified could have such rows, and whether it has
-        ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", True, kernels),
-        ("config.json and tensors; needs folder=, the checkpoint", True, "config" in ops),
-        ("digits of the files that the model's dtype has not; needs no --dtype", True, ROUNDED not in cases),
-        ("layers in fp32; needs --no-quick, and no --cache-dtype", half, fp32),
-        ("caches of 8 bits; needs --cache-dtype int8", True, quantized),
-        ("caches of the model's dtype; needs no --cache-dtype", True, not quantized),
-        ("layers of activations in 16 bits, as in forwards of few rows; needs no --activations", activations, False),
-        ("generate; needs a Mixtral, and positions for new tokens", True, "generate" in ops),
-        ("captured and repeated steps, staging, launch plans; needs a GPU", True, REPEATED in cases),
-        ("deterministic mode; needs --deterministic", True, ("generate", BITS) in op_cases),
+    kinds = (  # the line, and whether it ran
+        ("kernels; needs TRITON_INTERPRET=1 before the import, or a GPU", kernels),
+        ("config.json and tensors; needs folder=, the checkpoint", "config" in ops),
+        ("digits of the files that the model's dtype has not; needs no --dtype", ROUNDED not in cases),
+        ("layers in fp64; needs --no-quick", any(case.endswith(FP64) for case in cases)),
+        ("caches of 8 bits; needs --cache-dtype int8", quantized),
+        ("caches of the model's dtype; needs no --cache-dtype", not quantized),
+        ("layers of activations in 16 bits, as in forwards of few rows; needs no --activations", not activations),
+        ("generate; needs positions for new tokens", "generate" in ops),
+        ("captured and repeated steps, staging, launch plans; needs a GPU", REPEATED in cases),
+        ("deterministic mode; needs --deterministic", ("generate", BITS) in op_cases),
     )
-    uncalled = [f"{op}; needs a case in LayerCheck.calls (verification/calls.py)" for op in OPS if op not in ops]
-    return uncalled + [line for line, possible, ran in kinds if possible and not ran]
+    uncalled = [f"{op}; needs a case in other_calls (verification/judge.py)" for op in OPS if op not in ops]
+    return uncalled + [line for line, ran in kinds if not ran]
 
 
 def _for_json(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -147,7 +145,7 @@ class Report:
         yield Text(f"{self.backend}, compared with {self.peer}; {self.dtype}; the worst of all layers")
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            groups.setdefault((row.op, row.case.removesuffix(FP32)), []).append(row)
+            groups.setdefault((row.op, row.case.removesuffix(FP64)), []).append(row)
         table = Table(box=box.SIMPLE_HEAD, padding=0)
         for name in ("operation", "case", "error", "limit", "layer", "right"):
             justify: Any = "left" if name in ("operation", "case") else "right"

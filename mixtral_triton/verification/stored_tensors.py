@@ -135,13 +135,13 @@ def _ids(*fields: Any) -> set[int]:
     return {token for token in ids if token not in (None, -1)}
 
 
-def config_row(source: Source, target: Any) -> Row:
+def config_row(source: Source, model: Any) -> Row:
     """The row of the fields of the model's config against config.json."""
-    raw = declared_fields(source, target.config)
-    used = {name: [getattr(target.config, name)] for name in raw}
-    used |= {"rope_theta": [{target.config.rope_theta}], "dtype": [str(target.config.dtype)]}
-    used["eos_token_id"] = [_ids(target.config.eos_token_id)]
-    used["tie_word_embeddings"].append(target.model.lm_head is target.model.embed_tokens)
+    raw = declared_fields(source, model.config)
+    used = {name: [getattr(model.config, name)] for name in raw}
+    used |= {"rope_theta": [{model.config.rope_theta}], "dtype": [str(model.config.dtype)]}
+    used["eos_token_id"] = [_ids(model.config.eos_token_id)]
+    used["tie_word_embeddings"].append(model.lm_head is model.embed_tokens)
     differing = ((name, x) for name in used for x in used[name] if x != raw[name])
     name, x = next(differing, ("values", None))
     note = "" if name == "values" else f"the model has {x!r}, declared is {raw[name]!r}"

@@ -126,9 +126,14 @@ class ConvertedExperts:
         return rows.to(self.dtype) if isinstance(rows, Tensor) else rows
 
 
-def _fp64_results(op: OpWithCases, args: Args) -> list[Tensor]:
+def fp64_args(args: Args) -> Args:
+    """Return the arguments of an operation in fp64."""
     convert = dict.fromkeys(("gate_up_proj", "down_proj"), ConvertedExperts)
-    return _results(op, op.call_reference, {key: convert.get(key, to_fp64)(value) for key, value in args.items()})
+    return {key: convert.get(key, to_fp64)(value) for key, value in args.items()}
+
+
+def _fp64_results(op: OpWithCases, args: Args) -> list[Tensor]:
+    return _results(op, op.call_reference, fp64_args(args))
 
 
 def _results(op: OpWithCases, function: Callable[..., Any], args: Args) -> list[Tensor]:
@@ -136,6 +141,10 @@ def _results(op: OpWithCases, function: Callable[..., Any], args: Args) -> list[
     args = {name: value.clone() if name in op.mutates else value for name, value in args.items()}
     out = function(**args)
     results = [] if out is None else list(out) if isinstance(out, tuple) else [out]
+    # What attention gives for padding is undefined.
+    if "k_cache" in args and results and (T := results[0].shape[1]) > 1:
+        valid = torch.arange(T, device=results[0].device) < args["new"][:, None]
+        results[0] = results[0].where(valid[..., None, None], 0.0)
     results += [args[name] for name in op.mutates]
     return [x.dequantize() if isinstance(x, QuantizedCache) else x for x in results]
 
@@ -193,38 +202,3 @@ class Fp64Reference:
         # The largest value is no measure: a few channels of a residual stream are a thousand times larger than most.
         distance = (got.double() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=max(self.norm, 1e-30))
         return largest(distance), self.limit
-
-
-@dataclass(frozen=True)
-class LayerReference:
-    """The values of torch in one layer in the weights' dtype, and its references in fp64."""
-
-    x: Tensor  # the layer's input [B,T,H], and its norm
-    h: Tensor
-    ids: Tensor  # the experts of every token [B,T,K], and their weights
-    weights: Tensor
-    logits: Tensor  # the gate's, fp64 [B,T,E]
-    logits_limit: float  # the absolute limit of a logit's error
-    references: dict[str, Fp64Reference]  # by the names of `reference.Values`
-    renormalize: bool  # as in `route`
-    near_limits: Callable[[], dict[str, float]]  # limits by errors of torch on inputs next to x, computed at first use
-
-    def route_error(self, ids: Tensor, where: Any, weights: Tensor) -> tuple[float, float]:
-        """The worse of two errors of routes [M,K] at `where` in [B,T], with its limit: of `weights`, and how far an
-        expert's logit is below one left out, by the largest; infinite where ids are not K distinct experts, or weights
-        of another dtype."""
-        # The limit allows two wrong logits, one too large and one too small.
-        scale = max(largest(self.logits), 1e-30)
-        limit, logits = 2 * self.logits_limit / scale, self.logits[where]
-        ordered = ids.long().sort(-1).values
-        out_of_range = ordered.numel() and (ordered.amin() < 0 or ordered.amax() >= logits.shape[-1])
-        same = ids.shape[-1] == self.ids.shape[-1] and weights.dtype == self.weights.dtype
-        if not same or out_of_range or (ordered[..., 1:] == ordered[..., :-1]).any():
-            return math.inf, limit
-        left_out = logits.scatter(-1, ordered, -math.inf).amax(-1)
-        shortfall = largest((left_out - logits.gather(-1, ordered).amin(-1)).clamp(min=0.0)) / scale
-        # An error d of each logit changes a weight of a softmax by at most d / 2.
-        chosen = ids.long()
-        exact = logits.gather(-1, chosen).softmax(-1) if self.renormalize else logits.softmax(-1).gather(-1, chosen)
-        rounding = FLOOR.get(weights.dtype, 0.0)
-        return worst([(shortfall, limit), (largest(weights.double() - exact), self.logits_limit / 2 + rounding)])

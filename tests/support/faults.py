@@ -2,7 +2,6 @@
 
 import copy
 import sys
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -60,20 +59,6 @@ def in_router(**changes: Any) -> Inject:
         return changed
 
     return replace_by(Layer, "route", faulty)
-
-
-def one_at_a_time(patch: Patch, place: Any, name: str, part: Any = lambda result: result) -> list[weakref.ref[Any]]:
-    """Fail where the function `place.name` is called while a `part` of what it made before is alive -> the parts."""
-    results, make = list[Any](), getattr(place, name)
-
-    def checked(*args: Any) -> Any:
-        assert not any(each() is not None for each in results)
-        result = make(*args)
-        results.append(weakref.ref(part(result)))
-        return result
-
-    patch.setattr(place, name, checked)
-    return results
 
 
 def module_with_fault(module: ModuleType, folder: Path, *changes: tuple[str, str]) -> Any:

@@ -16,7 +16,6 @@ from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from mixtral_triton.model.memory_plan import Placement
 from mixtral_triton.quantize import quantize_into, select_specs
 from mixtral_triton.verification.compare_weights import check_weights
-from mixtral_triton.verification.models_under_test import ModelUnderTest
 from mixtral_triton.verification.report import Row
 
 SIZES: dict[str, Any] = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1}
@@ -82,7 +81,7 @@ def seeded(device: torch.device, seed: int = 0) -> torch.Generator:
 
 def check_loaded(folder: Path, model: Mixtral) -> list[Row]:
     """verify's rows of the loaded tensors against the files of the folder."""
-    rows = check_weights(ModelUnderTest(model), folder, lambda: None)
+    rows = check_weights(model, folder, lambda: None)
     return [row for row in rows if row.case in ("as stored", "quantized")]
 
 

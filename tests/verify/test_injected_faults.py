@@ -18,8 +18,8 @@ from mixtral_triton.checkpoint import tensors as checkpoint
 from mixtral_triton.cli.commands import SMALL
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.model.layer import ForwardContext, Layer
-from mixtral_triton.verification.layers import ROUTES
-from mixtral_triton.verification.models_under_test import CHUNKS, TOKENS, UNCACHED
+from mixtral_triton.verification.forwards import CHUNKS, TOKENS, UNCACHED
+from mixtral_triton.verification.probe import ROUTES
 from tests.support import faults
 from tests.support.faults import all_dtypes, change_state, replace_by
 
@@ -93,7 +93,7 @@ FAULTS: dict[str, tuple[Any, set[int | None], str]] = {
     "no residual": (NoResidual, {LAYER}, f"{ROUTES}, {UNCACHED}"),
     "routes not normalized": (UnnormalizedRoutes, {LAYER}, f"{ROUTES}, {UNCACHED}"),
     "tokens reordered": (ReorderedTokens, {LAYER}, f"attention, {UNCACHED}"),
-    "another next norm": (WrongNextNorm, {LAYER + 1}, UNCACHED),  # the layer before applies it
+    "another next norm": (WrongNextNorm, {LAYER}, UNCACHED),  # which it applies itself
     "window + 1": (change_state(partial(change_window, 1)), {0, 1, 2}, f"attention, {UNCACHED}"),
     "window - 1": (change_state(partial(change_window, -1)), {0, 1, 2}, f"attention, {UNCACHED}"),
     "position + 1 in decode": (change_state(shift_decode_position), {0, 1, 2}, f"attention, {TOKENS}"),
@@ -118,6 +118,54 @@ def test_fault_in_the_model(name: str, dtype: torch.dtype, monkeypatch: pytest.M
     assert wrong[0].layer == min(layers, key=str) and {row.layer for row in wrong if row.case == case} == layers
     assert name != "tokens reordered" or (LAYER, f"{ROUTES}, {UNCACHED}") in {(row.layer, row.case) for row in wrong}
     assert layers != {None} or {row.op for row in wrong} <= {"logits", "generate"}
+
+
+def by_instance(name: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Replace a method of one layer, or of the model, around what it was."""
+
+    def patch(module: Any) -> None:
+        function = getattr(module, name)
+        setattr(module, name, lambda *args, **kwargs: change(function(*args, **kwargs)))
+
+    return patch
+
+
+def scale_stream(outputs: Any) -> Any:
+    return outputs[0], outputs[1] * 1.02
+
+
+# What a caller changes in one layer, or in the model, and the case of the first wrong row.
+PATCHES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "forward": (by_instance("forward", scale_stream), UNCACHED),
+    "attention": (by_instance("attention", lambda out: out * 1.1), f"attention, {UNCACHED}"),
+    "weights that do not sum to 1": (by_instance("route", lambda out: (*out[:2], out[2] * 1.1, out[3])), "routes"),
+    "ids of other experts": (by_instance("route", lambda out: (*out[:3], (out[3] + 1) % 4)), "routes"),
+    "a hook": (lambda layer: layer.register_forward_hook(lambda *args: scale_stream(args[-1])), UNCACHED),
+    "a hook before": (
+        lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0] * 1.1, *args[1:])),
+        f"attention, {UNCACHED}",
+    ),
+    "nothing": (by_instance("forward", lambda outputs: outputs), ""),
+    "head": (by_instance("head", lambda logits: logits * 1.1), UNCACHED),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_what_a_caller_patched_is_seen_and_kept(name: str) -> None:
+    """In the layer it is in; a forward that is replaced by a right one is right."""
+    (change, case), model = PATCHES[name], small_model(torch.bfloat16)
+    changed: Any = model if name == "head" else model.layers[LAYER]
+    change(changed)
+    before = [dict(vars(module)) for module in (model, *model.layers)]
+    hooks = [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.layers]
+    wrong = verify(model, IDS).wrong
+    assert [dict(vars(module)) for module in (model, *model.layers)] == before
+    assert [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.layers] == hooks
+    assert bool(wrong) == bool(case)
+    if wrong:
+        assert (wrong[0].layer, wrong[0].op) == ((None, "logits") if name == "head" else (LAYER, "layer"))
+        assert wrong[0].case.startswith(case)
+        assert {row.layer for row in wrong if row.op == "layer"} <= {LAYER}
 
 
 def wrong_weights(model: Mixtral) -> list[tuple[int | None, str]]:

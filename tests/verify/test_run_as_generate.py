@@ -7,26 +7,25 @@ from collections import Counter
 from contextlib import suppress
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
-from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops, reference, verify
+from mixtral_triton import KVCache, Mixtral, MixtralConfig, ops, verify
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.operation import plan
 from mixtral_triton.kernels.ops import linear
 from mixtral_triton.kernels.ops.experts import op
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.registry import dispatched
 from mixtral_triton.kernels.weights import offload
 from mixtral_triton.model import generate
 from mixtral_triton.model.layer import Layer
 from mixtral_triton.verification import generation
-from mixtral_triton.verification.calls import LayerCheck, SizedCalls, _rows, configurations
-from mixtral_triton.verification.layers import compare_layers
-from mixtral_triton.verification.models_under_test import ModelUnderTest
-from mixtral_triton.verification.report import FP32, Row
+from mixtral_triton.verification.judge import every_expert
+from mixtral_triton.verification.probe import TextReference
+from mixtral_triton.verification.report import FP64, Row
+from mixtral_triton.verification.sizes import SizedForwards, configurations, count_rows, record_forward
 from mixtral_triton.verification.tolerance import Fp64Reference, Tolerance, worst
 from tests.support.faults import Inject, in_router, replace_by, small_model
 from tests.support.models import random_model
@@ -34,15 +33,6 @@ from tests.support.models import random_model
 IDS = torch.randint(1, 48, (2, 20), generator=torch.Generator().manual_seed(0))
 NAN, INF = math.nan, math.inf
 once = pytest.mark.skipif(INTERPRETED, reason="about the comparison: run once, without the interpreter")
-
-
-def meta_check(model: Mixtral) -> LayerCheck:
-    layer, tables = model.layers[0], {"cos": model.cos, "sin": model.sin}
-    x = torch.empty(2, 72, model.config.hidden_size, dtype=torch.bfloat16, device="meta")
-    attend = reference.uncached_attention(None, **tables)
-    with mock.patch.object(reference, "expert_swiglu", lambda h, *_: h):
-        values = reference.block(layer, model.config, x, attend)
-    return LayerCheck(values, layer, model.config, tables)
 
 
 def keys(launches: Any) -> set[Any]:
@@ -65,12 +55,10 @@ def left_out(
     """What forwards of 8x7B launch and the calls of verify do not, what the report says of it, and what they launch."""
     config = MixtralConfig(num_hidden_layers=1, rope_theta=1e6)
     model = Mixtral(config, device="meta", deterministic=deterministic)
-    sized = SizedCalls(ModelUnderTest(model), limit, (arch, None))
-    run, needed = set[Any](), set[Any]()
-    for name, _, args in sized.calls_of_generate(sized.record_text(check := meta_check(model)), check.tables):
-        with record_launches(arch) as records:
-            OPS[name].run(*OPS[name].bind(**args))
-        run |= keys(records)
+    sized, run, needed = SizedForwards(model, limit, (arch, None)), set[Any](), set[Any]()
+    for size, positions in sized.select():
+        forward = record_forward(model, size, (arch, None), None)
+        run |= keys(record for position in positions for record in forward[position][2])
     for B, T, C in sizes:
         cache = KVCache(config, B, C, "meta", torch.bfloat16)
         with record_launches(arch) as records:
@@ -134,13 +122,14 @@ def test_a_tile_of_one_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lost_row_of_any_size_is_run() -> None:
     """Of up to 16 rows: the last one, row 7 or row 15, and the last one of a full part of 8."""
     model = Mixtral(MixtralConfig(num_hidden_layers=1, rope_theta=1e6), device="meta")
-    sized = SizedCalls(ModelUnderTest(model), 8192, ("sm_90", None))
-    assert [*sized(meta_check(model), 0)] and not sized.not_run
+    sized = SizedForwards(model, 8192, ("sm_90", None))
+    assert [*sized.select()] and not sized.not_run
     sizes: dict[Any, list[int]] = {}
     for T in range(1, 17):
-        for _, args, records in (*sized.calls_of_size((1, T, 4096)), *sized.calls_of_size((T, 1, 4096))):
-            for launch in configurations(args, records):
-                sizes.setdefault(launch, []).append(_rows(args))
+        for size in ((1, T, 4096), (T, 1, 4096)):
+            for _, args, records in record_forward(model, size, sized.gpu, None):
+                for launch in configurations(args, records):
+                    sizes.setdefault(launch, []).append(count_rows(args))
     for loses in (lambda T: True, lambda T: T > 7, lambda T: T > 15, lambda T: T % 8 == 0):
         for launch, rows in sizes.items():
             assert any(map(loses, sized.rows[launch])) or not any(map(loses, rows)), (launch, rows)
@@ -149,16 +138,20 @@ def test_a_lost_row_of_any_size_is_run() -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="about a kernel's grid: with the interpreter")
 def test_a_grid_one_tile_short_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of the last tile are memory that nobody wrote."""
-    model = small_model(torch.bfloat16)
-    target = ModelUnderTest(model)
-    x = torch.nn.functional.embedding(IDS, model.embed_tokens)
-    calls = [call for call in target.check(model.layers[0], x, model.config).calls(0) if call[1].endswith("prefill")]
-    calls = [call for call in calls if call[0] == "expert_swiglu"]
-    assert calls and all(row.ok for call in calls for row in target.measure(0, *call))
+    layer, draw = small_model(torch.bfloat16).layers[0], partial(torch.randn, dtype=torch.bfloat16)
+    routes = {"ids": torch.tensor([[0, 1]] * 20).int(), "weights": torch.rand(20, 2)}
+    proj = {"gate_up_proj": layer.gate_up_proj, "down_proj": layer.down_proj}
+    experts = {"x": draw(20, 32), **proj, **routes}
+    args = experts | dict(every_expert(experts, slow=True))["prefill"]
+
+    def ok() -> bool:
+        return Row(0, "", "", *Tolerance("expert_swiglu", args).measure(dispatched("expert_swiglu", args))).ok
+
+    assert ok()
     short = lambda N, E, columns, config: (grid(N, E, columns, config)[0] - grid(1, 1, columns, config)[0],)  # noqa: E731
     grid = op.prefill_grid
     monkeypatch.setattr(op, "prefill_grid", short)
-    assert not any(row.ok for call in calls for row in target.measure(0, *call))
+    assert not ok()
 
 
 def first_row_for_all(argument: int, patch: pytest.MonkeyPatch) -> None:
@@ -232,10 +225,12 @@ FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
     ("layer", "attention, token by token"): {
         "a step is not counted": replace_by(KVCache, "advance", lambda f: lambda kv, n, m: f(kv, n * (m != 1), m)),
     },
-    ("layer", "attention, whole text, fp32"): {"attention 1 % too large": scale_attention(1.01)},
-    ("layer", "experts, whole text"): {"experts 10 % too large": scale_experts(1.1)},
-    ("layer", "experts, whole text, fp32"): {"experts 1 % too large": scale_experts(1.01)},
-    ("layer", "routes, whole text, fp32"): {"eps x 100": in_router(rms_norm_eps=1e-3)},
+    ("layer", "attention, whole text, fp64"): {"attention 1 % too large": scale_attention(1.01)},
+    ("layer", "experts, whole text, fp64"): {
+        "experts 10 % too large": scale_experts(1.1),
+        "experts 1 % too large": scale_experts(1.01),
+    },
+    ("layer", "routes, whole text, fp64"): {"eps x 100": in_router(rms_norm_eps=1e-3)},
     ("layer", "routes, whole text"): {"top_k + 1": replace_by(Layer, "route", one_expert_more)},
     ("logits", "whole text"): {
         "logits are halved": replace_by(Mixtral, "forward", lambda f: lambda *args, **kwargs: f(*args, **kwargs) / 2),
@@ -260,12 +255,12 @@ FAULTS: dict[tuple[str, str], dict[str, Inject]] = {
 )
 @pytest.mark.parametrize(("place", "name"), [(place, name) for place in FAULTS for name in FAULTS[place]])
 def test_injected_fault(place: tuple[str, str], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What 16 bits hide is found in fp32, and fp16 hides less than bf16."""
+    """What 16 bits hide is found in fp64, and fp16 hides less than bf16."""
     (op, case), model = place, small_model(dtype)
     FAULTS[place][name](monkeypatch)
     first = verify(model, IDS).wrong[0]
-    found = case if dtype == torch.bfloat16 else case.removesuffix(FP32)
-    assert first.op == op and first.case in (found, case if dtype != torch.float32 else found)
+    assert first.op == op and first.case.removesuffix(FP64) == case.removesuffix(FP64)
+    assert dtype != torch.bfloat16 or first.case == case
 
 
 @once
@@ -280,10 +275,10 @@ def test_not_finite_is_wrong(value: float) -> None:
     assert not any(Row(0, "", "", *pair).ok for pair in [worst([(value, INF), (0.5, 1.0)]), (0.0, NAN), (value, NAN)])
     assert Row(0, "", "", value, 1.0).share == INF
     model = small_model(torch.float32)
-    _, expected, _ = compare_layers(ModelUnderTest(model), IDS)
-    weights = expected.layers[0].weights.clone()
+    layer = TextReference(model, model.config, IDS).layers[0]
+    weights = layer.weights.clone()
     weights[0, 0, 0] = value
-    assert not Row(0, "layer", "", *expected.layers[0].route_error(expected.layers[0].ids, ..., weights)).ok
+    assert not Row(0, "layer", "", *layer.route_error(layer.ids, ..., weights)).ok
     with torch.no_grad():
         model.embed_tokens[49, 3] = value
     report = verify(model, IDS)

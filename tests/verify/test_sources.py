@@ -2,6 +2,7 @@
 memory at a time."""
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,13 +17,11 @@ from torch import Tensor
 from mixtral_triton import Mixtral, MixtralConfig, quantize, verify
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.quantize import layouts
-from mixtral_triton.verification import layers
-from mixtral_triton.verification.layers import compare_layers
-from mixtral_triton.verification.models_under_test import ModelUnderTest
+from mixtral_triton.verification.probe import TextReference
 from mixtral_triton.verification.stored_tensors import decode
-from mixtral_triton.verification.tolerance import token_floor
+from mixtral_triton.verification.tolerance import ConvertedExperts, token_floor
 from tests.support import hub
-from tests.support.faults import Inject, Patch, all_dtypes, one_at_a_time
+from tests.support.faults import Inject, Patch, all_dtypes
 from tests.support.models import check_loaded, random_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="on the torch backend: run once, without the interpreter")
@@ -149,30 +148,34 @@ def test_act_order_is_decoded(off: int) -> None:
     assert torch.equal(decode(parts, hub.gptq_config(32, off)), meaning)
 
 
-def test_one_layer_is_in_fp32_at_a_time_and_references_keep_no_more_than_they_hold(monkeypatch: Patch) -> None:
-    alive = one_at_a_time(monkeypatch, layers, "model_in_fp32", lambda model: model.layers[0].gate_up_proj)
-    verify(random_model(dtype=torch.bfloat16, num_hidden_layers=3), IDS[:, :4])
-    assert len(alive) == 3
-    target = ModelUnderTest(random_model(num_hidden_layers=2))
+def test_one_expert_is_in_fp64_at_a_time_and_references_keep_no_more_than_they_hold(monkeypatch: Patch) -> None:
+    alive, most, getitem = list[weakref.ref[Tensor]](), [0], ConvertedExperts.__getitem__
+
+    def counted(experts: Any, expert: Any) -> Any:
+        alive.append(weakref.ref(rows := getitem(experts, expert)))
+        alive[:] = [each for each in alive if each() is not None]
+        most[0] = max(most[0], len(alive))
+        return rows
+
+    monkeypatch.setattr(ConvertedExperts, "__getitem__", counted)
+    model = random_model(dtype=torch.bfloat16, num_hidden_layers=2)
+    verify(model, IDS[:, :4])
+    assert most[0] <= 4  # an expert's two projections, and those of the one before: of the layer's 8
     with torch.no_grad():
-        _, expected, _ = compare_layers(target, IDS)
-    for layer in expected.layers:
-        tensors = [x for x in vars(layer).values() if isinstance(x, Tensor)]
-        tensors += [each.exact for each in layer.references.values()]
-        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors) and len(tensors) == 9
+        text = TextReference(model, model.config, IDS)
+    for layer in (*text.layers, *text.fp64_layers):
+        tensors = [*layer.inputs, *layer.outputs, layer.ids, layer.weights, layer.logits]
+        tensors += [each.exact for each in layer.parts.values()]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors) and len(tensors) >= 11
 
 
 def test_every_limit_behind_a_cache_of_8_bits_allows_another_code() -> None:
     """A rounding in fp32 may change a code by one: in the layer, in the norm of the next one, and in the logits."""
-    target, least = ModelUnderTest(random_model(num_hidden_layers=2)), token_floor(torch.float32, quantized=True)
-    target.quantized = True
+    model, least = random_model(num_hidden_layers=2), token_floor(torch.float32, quantized=True)
     with torch.no_grad():
-        rows, expected, _ = compare_layers(target, IDS)
-    first, second = (layer.references for layer in expected.layers)
-    assert first.pop("normed").limit < least  # no cache is in front of it
-    assert all(each.limit >= least for each in (*first.values(), *second.values()))
-    logits = [row for row in rows if row.op == "logits"]
-    assert logits and all(row.limit >= least for row in logits)
+        text = TextReference(model, model.config, IDS, torch.int8)
+    parts = [part for layer in text.layers for part in layer.parts.values()]
+    assert all(part.limit >= least for part in (*parts, text.logits, text.end_to_end))
 
 
 @pytest.mark.parametrize("name", ["linear", "expert_swiglu", "experts_add_rms_norm"])
