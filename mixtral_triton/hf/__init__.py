@@ -7,12 +7,12 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from . import attention, experts, masks
-from .drop_in import applied, apply, revert, runs_here, warn_without_kernels
+from .drop_in import applied, apply, check_model, revert, runs_here, warn_without_kernels
 from .experts import NAME
 from .quantizer import ExpertsConfig, ExpertsQuantizer
 from .stored import stored_config
 
-__all__ = ["ExpertsConfig", "applied", "apply", "register", "revert", "runs_here", "stored_config"]
+__all__ = ["ExpertsConfig", "applied", "apply", "check_model", "register", "revert", "runs_here", "stored_config"]
 
 
 def register() -> None:

@@ -128,7 +128,7 @@ def check_model(function: str, model: Any) -> None:
     inner = next((name for name, module in parts if isinstance(module, PreTrainedModel)), None)
     path = ".".join(filter(None, ("model" if holder is not model else "", inner)))
     hint = f"; give it the model inside, .{path}" if inner is not None else ""
-    raise ValueError(f"{function}: model is a {type(model).__name__}, needs a PreTrainedModel of transformers{hint}")
+    raise ValueError(f"{function}: model is a {type(model).__name__}, needs transformers' PreTrainedModel{hint}")
 
 
 def _faults(model: Any) -> Iterator[str]:

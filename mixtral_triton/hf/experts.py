@@ -17,6 +17,7 @@ from transformers.integrations import moe
 
 from .. import ops
 from ..kernels.operation.call import transformed, untraced
+from ..kernels.operation.checks import FLOATS
 from ..kernels.ops.experts.activations import ACTIVATIONS, number_names
 from ..kernels.reference import activate
 from .training import FrozenExperts, is_recorded, own_routes
@@ -40,7 +41,11 @@ NEEDED = [need for need, _ in DECLARED.values()]
 
 def fused(operation: Any, *tensors: Any) -> Any:
     """Return the operation to run: None where torch records gradients of these tensors, which it does not have; without
-    its checks unless a tracer, derivatives or autocast may change its arguments, or a tensor is a lazy negation."""
+    its checks unless a tracer, derivatives or autocast may change its arguments, or a tensor is a lazy negation.
+    ValueError for another dtype than the operations have, as of a model that was converted."""
+    if tensors[0].dtype not in FLOATS:
+        got = f"{operation.__name__} got {tensors[0].dtype}, as of a converted model"
+        raise ValueError(f"mixtral_triton: {got}, needs fp32, bf16 or fp16; or mixtral_triton.revert(model)")
     if torch.is_grad_enabled():
         return None if is_recorded(*tensors) else operation
     if not untraced() or torch._C._is_any_autocast_enabled() or transformed():

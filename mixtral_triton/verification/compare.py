@@ -51,7 +51,7 @@ def verify(
     target: a Mixtral, a checkpoint folder, or a transformers model of any family, which is left as it is. One that runs
     nothing of this package, by `apply` or by name, is applied for the time. Its experts, attention, logits and each
     module that `apply` replaced are judged, and the classes that are transformers' own are listed. One in training
-    mode is compared in evaluation mode, with the gradients of its experts' inputs, and back in training mode after it.
+    mode is compared in evaluation mode, with the gradients of its experts' inputs, and is back in training mode then.
     input_ids int64 [B,T], or a list of texts of equally many tokens; None: a fixed pseudo-random text.
     progress: of the package's Mixtral, called with (steps done, steps, which steps).
     folder: the checkpoint of a Mixtral, to compare its tensors with.
@@ -130,6 +130,7 @@ def _verify_family(model: Any, input_ids: Tensor | None, tokens: int | None) -> 
         raise ValueError(f"verify: {path} is quantized, and PEFT's target_parameters train nothing there, needs {need}")
     runs = hf.runs_here(model)
     if not runs:
+        hf.check_model("verify", model)
         hf.apply(model)
     try:
         config = next(part.config for part in model.modules() if hasattr(part, "config")).get_text_config()

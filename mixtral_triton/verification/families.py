@@ -122,7 +122,10 @@ class FamilyUnderTest:
     """A transformers model that runs this package's operations, left as it is."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.paths = model, {module: name for name, module in model.named_modules()}
+        has_head = getattr(model, "get_output_embeddings", lambda: None)() is not None
+        self.output = "logits" if has_head else "hidden"  # what the model gives of each token
+        self.model = model if has_head else getattr(model, "base_model", model)
+        self.paths = {module: name for name, module in model.named_modules()}
         self.selected, self.flips, self.routed = selected_modules(model), 0, 0
         self.cases = CASES[: 4 + getattr(model, "_can_compile_fullgraph", False)]
         self.not_run: tuple[str, ...] = (f"{own_classes(model, self.selected)}, generate; they are transformers' own",)
@@ -159,7 +162,8 @@ class FamilyUnderTest:
         for module in self.replaced:
             is_norm = isinstance(module.kind, Norm)
             errors = self._norm_errors(module) if is_norm else self._router_errors(module)
-            rows.append(worst_call("rms_norm" if is_norm else "gate_route", paths[module], errors))
+            op, roundings = ("rms_norm", 2) if is_norm else ("gate_route", 1)  # ours rounds before the weight, too
+            rows.append(worst_call(op, paths[module], errors, roundings))
         for module in self.rotations:
             rows.append(worst_call("rope", paths[module], self._rotation_errors(module)))
         rows.sort(key=lambda row: row.layer if row.layer is not None else -1)
@@ -167,7 +171,7 @@ class FamilyUnderTest:
             reference = Fp64Reference(exact[case], 0.0, float(exact[case].norm(dim=-1).median()))
             limit = END_RATIO * reference.measure(baseline[case])[0]
             floor = token_floor(baseline[case].dtype, False)
-            rows.append(Row(None, "logits", case, reference.measure(got[case])[0], max(limit, floor)))
+            rows.append(Row(None, self.output, case, reference.measure(got[case])[0], max(limit, floor)))
         return rows
 
     def _stored_rows(self) -> list[Row]:
@@ -326,13 +330,13 @@ def run_original(module: Any, x: Tensor) -> Any:
     return type(module).original.forward(same, x)
 
 
-def worst_call(op: str, path: str, calls: Iterator[Results]) -> Row:
-    """The row of the largest error of the module's calls, relative to a result's largest value."""
+def worst_call(op: str, path: str, calls: Iterator[Results], roundings: int = 1) -> Row:
+    """The row of the largest error of the module's calls, relative to a result's largest value. roundings: of a result."""
     error, limit = 0.0, 0.0
     for got, baseline, exact in calls:
         scale = max(largest(exact), 1e-30)
         error = max(error, largest(got.double() - exact) / scale)
-        limit = max(limit, RATIO * largest(baseline.double() - exact) / scale, FLOOR[got.dtype])
+        limit = max(limit, RATIO * largest(baseline.double() - exact) / scale, roundings * FLOOR[got.dtype])
     note = "" if error <= limit else f"{path}: error {error:.1e}, limit {limit:.1e}"
     return Row(layer_number(path), op, re.sub(r"\.\d+\.", ".N.", path), error, limit, note)
 
