@@ -114,7 +114,7 @@ def most_alive(
 NARROW, WIDE = {"intermediate_size": 256, "num_experts_per_tok": 1}, {"head_dim": 256, "intermediate_size": 512}
 # Formats of weights and activations, and sizes. Quantized weights need no more: none is dequantized anywhere.
 PREFILLS = [(None, None, sizes) for sizes in ({}, NARROW, WIDE)]
-NORMS = {"model_type": "olmoe", "num_key_value_heads": 32, "intermediate_size": 256}  # of whole rows
+NORMS = NARROW | {"model_type": "olmoe", "num_key_value_heads": 32}  # of whole rows, which attention holds
 PREFILLS += [(None, None, NORMS)]
 PREFILLS += [(weights, None, {}) for weights in ("int4", "fp8", FORMATS["int4, linear int8"])]
 PREFILLS += [("fp8", "fp8", sizes) for sizes in ({}, NARROW | {"hidden_size": 4160, "intermediate_size": 200})]
