@@ -125,7 +125,7 @@ CHANGES: dict[str, Callable[[OpWithCases, tuple[Any, ...]], tuple[Any, ...]]] = 
     "dtype": lambda op, args: arguments(op, SIZES[op.name], dtype=torch.float32),
     "device": lambda op, args: tuple(to_gpu(x, GPU_1) for x in args),
     "alignment": lambda op, args: with_misaligned_tensor(args),
-    "number": lambda op, args: (*args[:3], 7, *args[4:]) if op is ATTENTION else (*args[:2], op is LINEAR or 0.5),
+    "number": lambda op, args: (*args[:3], 7, *args[4:]) if op is ATTENTION else (*args[:2], op is LINEAR or 0.5, *args[3:]),
 }
 
 
@@ -251,10 +251,10 @@ def test_tensor_that_is_two_arguments_is_not_cached(gpu: Any) -> None:
 
 
 UNREPEATABLE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "copies": lambda x, weight, eps: NORM.run(x, weight + 1, eps),
-    "reads from the second row": lambda x, weight, eps: NORM.run(x[1:], weight, eps),
-    "returns its argument": lambda x, weight, eps: (NORM.run(x, weight, eps), x)[1],
-    "fills with zeros": lambda x, weight, eps: NORM.run(x, torch.zeros_like(weight), eps),
+    "copies": lambda x, weight, eps, *_: NORM.run(x, weight + 1, eps),
+    "reads from the second row": lambda x, weight, eps, *_: NORM.run(x[1:], weight, eps),
+    "returns its argument": lambda x, weight, eps, *_: (NORM.run(x, weight, eps), x)[1],
+    "fills with zeros": lambda x, weight, eps, *_: NORM.run(x, torch.zeros_like(weight), eps),
 }
 
 
