@@ -63,7 +63,7 @@ class GateResults(NamedTuple):
 
 
 # By what passes L2 and an SM: a part of the gate for each SM, then fewer reads of the gate and of x.
-GATE_TILES = (GateTile(128, 16, 32, 128, 4, 3), GateTile(1024, 16, 128, 64, 4, 3), GateTile(2048, 32, 128, 64, 4, 3))
+GATE_TILES = (GateTile(128, 16, 32, 128, 4, 3), GateTile(512, 16, 128, 64, 4, 3), GateTile(2048, 32, 128, 64, 4, 3))
 
 
 @triton.jit
