@@ -9,11 +9,10 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import CodeType, MethodType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -29,24 +28,9 @@ from .probes import tables_of
 from .replaced import Replaced, kind_of, replacement
 
 Model = TypeVar("Model", bound=nn.Module)
-CONFIGS = "_mixtral_triton_configs"  # attribute of a module: its own configs by their attributes, as OwnConfigs
-IMPLEMENTATIONS = {"attention": "_attn_implementation_internal", "experts": "_experts_implementation_internal"}
-MISSING = object()
-
-
-class Parts(NamedTuple):
-    attention: bool
-    experts: bool
-    rms_norm: bool
-    rope: bool
-
-
-@dataclass
-class OwnConfig:
-    """A config before `apply`, and a copy of its values then, by which `revert` knows what was edited since."""
-
-    original: Any
-    values: Any
+# An attribute of a module: by attribute its own config, the one before `apply`, and a copy of that by which edits show.
+CONFIGS = "_mixtral_triton_configs"
+IMPLEMENTATIONS = "_attn_implementation_internal", "_experts_implementation_internal"  # of configs
 
 
 @cache
@@ -63,29 +47,29 @@ def apply(
     """Make this instance of one of transformers' models use the package's operations -> the same instance.
 
     attention: attention and its masks; experts: routers and experts; rms_norm: norms, also with 1 + weight; rope:
-    rotary embedding. The last of several calls decides. A class is served where its own forward gives on random numbers what
-    the operation gives, or declares it; the rest stays transformers' own, and so does what has a forward of its own:
-    `verify(model)` lists both. Parameters, their names, hooks and every other instance stay; the instance has configs
-    of its own, where transformers' `set_attn_implementation` and `set_experts_implementation` select as ever.
+    rotary embedding. The last of several calls decides. A class is served where its own forward gives on random numbers
+    what the operation gives, or where it declares that; the rest, and what has a forward of its own, stays
+    transformers' own: `verify(model)` lists both. Parameters, their names, hooks and every other instance stay; the
+    instance has configs of its own, where transformers' `set_attn_implementation` and `set_experts_implementation`
+    select as ever.
     On a CPU the operations run in plain torch, or interpreted (TRITON_INTERPRET=1). Where gradients are recorded,
     attention, norms, routers and rotary embedding are transformers' own, and the experts, which have to be frozen, this
     package's with a backward pass. A tensor-parallel or expert-parallel model, or one in fp64, is a ValueError.
     """
     check_model("apply", model)
-    parts = Parts(attention, experts, rms_norm, rope)
-    for name, value in parts._asdict().items():
+    for name, value in {"attention": attention, "experts": experts, "rms_norm": rms_norm, "rope": rope}.items():
         check_value(f"apply: argument '{name}'", value, "True or False", isinstance(value, bool))
     for fault in _faults(model):
         raise ValueError(f"apply: {fault}")
     warn_without_kernels()
     revert(model)
-    selected = select_configs(model, parts)
-    tables = rotary_tables(model) if rope else None
+    kinds = {kind for x in model.modules() if "RotaryEmbedding" in type(x).__name__ for kind in tables_of(x) or ()}
+    tables = kinds.pop() if rope and len(kinds) == 1 else None
     for module in model.modules():
         original: Any = type(module)
-        if not is_changed(module) and (kind := kind_of(module, tables, parts)) is not None:
+        if not is_changed(module) and (kind := kind_of(module, tables, rms_norm, experts)) is not None:
             set_class(module, replacement(original, kind))
-    _copy_configs(model, selected)
+    _select_in_copies(model, attention, experts)
     return model
 
 
@@ -101,10 +85,13 @@ def revert(model: Model) -> Model:
     for module in fused.values():
         set_class(module, module.original)
     for module in model.modules():
-        for name, (config, own) in module.__dict__.pop(CONFIGS, {}).items():
-            if module.__dict__.get(name) is config:
-                module.__dict__[name] = own.original
-                _keep_edits(config, own)
+        for name, (own, original, before) in module.__dict__.pop(CONFIGS, {}).items():
+            if module.__dict__.get(name) is own:
+                module.__dict__[name] = original
+                for key, value in vars(own).items():  # those of configs in it are edits of their own
+                    edited = not isinstance(value, PreTrainedConfig) and value != vars(before).get(key, CONFIGS)
+                    if edited and key not in IMPLEMENTATIONS:
+                        setattr(original, key, value)
     return model
 
 
@@ -116,7 +103,7 @@ def applied(model: nn.Module) -> bool:
 def runs_here(model: nn.Module) -> bool:
     """Whether a model runs this package's operations, by `apply` or by name."""
     configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    return applied(model) or NAME in {getattr(config, x) for config in configs for x in IMPLEMENTATIONS.values()}
+    return applied(model) or NAME in {getattr(config, x) for config in configs for x in IMPLEMENTATIONS}
 
 
 def check_model(function: str, model: Any) -> None:
@@ -145,51 +132,46 @@ def _faults(model: Any) -> Iterator[str]:
             yield f"{name} is split over ranks (expert parallel); load the model whole"
 
 
-def select_configs(model: nn.Module, parts: Parts) -> dict[str, list[Any]]:
-    """The configs, by part, in which this package's name is to be selected: those whose modules it serves all."""
-    served, refused = {part: list[Any]() for part in IMPLEMENTATIONS}, {part: list[Any]() for part in IMPLEMENTATIONS}
+def _select_in_copies(model: nn.Module, attention: bool, experts: bool) -> None:
+    """Select this package's name in the configs whose modules of experts or attention it serves all, and give all
+    modules copies of their configs, which share what the configs share."""
+    serves = dict[tuple[int, str], bool]()
     for module in model.modules():
-        part = "experts" if is_experts(module) else "attention" if dispatches(type(module)) else None
-        if part is None or not isinstance(config := vars(module).get("config"), PreTrainedConfig):
-            continue
-        fault = fault_of_experts(module) if part == "experts" else fault_of_attention(module)
-        (served if fault is None and not is_changed(module) else refused)[part].append(config)
-    refused_ids = {part: {*map(id, configs)} for part, configs in refused.items()}
-    return {
-        part: [config for config in configs if getattr(parts, part) and id(config) not in refused_ids[part]]
-        for part, configs in served.items()
-    }
+        part = IMPLEMENTATIONS[1] if is_experts(module) else IMPLEMENTATIONS[0] if dispatches(type(module)) else None
+        if part is not None and (experts if is_experts(module) else attention):
+            served = not is_changed(module) and (serves_experts if is_experts(module) else serves_attention)(module)
+            key = id(vars(module).get("config")), part
+            serves[key] = served and serves.get(key, True)
+    if not any(serves.values()):
+        return
+    memo, before = dict[int, Any](), dict[int, Any]()
+    for module in model.modules():
+        for name, config in [item for item in vars(module).items() if isinstance(item[1], PreTrainedConfig)]:
+            own = module.__dict__[name] = copy.deepcopy(config, memo)
+            module.__dict__.setdefault(CONFIGS, {})[name] = own, config, copy.deepcopy(config, before)
+            for part in IMPLEMENTATIONS:
+                if serves.get((id(config), part)):
+                    setattr(own, part, NAME)
 
 
-def fault_of_experts(module: nn.Module) -> str | None:
+def serves_experts(module: nn.Module) -> bool:
     try:
-        check_experts(module)
-    except ValueError as error:
-        return str(error)
-    return None
+        return bool(check_experts(module))
+    except ValueError:
+        return False
 
 
-def fault_of_attention(module: Any) -> str | None:
-    """What `check_attention` would refuse of a layer's attention, as far as its class and attributes say it."""
-    constants = {text for code in codes(type(module)) for text in _texts(code.co_consts)}
-    faults = [what for name, what in ADDED.items() if name in constants and name not in INDICES]
-    columns, values = (getattr(module, names[0], getattr(module, names[1], 0)) for names in HEADS)
-    if max(columns, values) > MAX_HEAD or values > (columns or values):
-        faults.append(f"heads of {columns} and values of {values} columns")
-    if not getattr(module, "is_causal", True):
-        faults.append("attention that is not causal")
-    return ", ".join(faults) or None
+def serves_attention(module: Any) -> bool:
+    """Whether `check_attention` would take a layer's attention, as far as its class and attributes say it."""
+    columns, values = (getattr(module, name, getattr(module, "head_dim", 0)) for name in ("qk_head_dim", "v_head_dim"))
+    constants = (text for code in codes(type(module)) for constant in code.co_consts for text in _texts(constant))
+    added = {*ADDED}.difference(INDICES).intersection(constants)
+    return not added and values <= columns <= MAX_HEAD and bool(getattr(module, "is_causal", True))
 
 
-HEADS = ("qk_head_dim", "head_dim"), ("v_head_dim", "head_dim")
-
-
-def _texts(constants: tuple[Any, ...]) -> Iterator[str]:
-    for constant in constants:
-        if isinstance(constant, tuple):
-            yield from _texts(constant)
-        elif isinstance(constant, str):
-            yield constant
+def _texts(constant: Any) -> tuple[Any, ...]:
+    """The strings of a constant of a code, which names keywords in tuples."""
+    return constant if isinstance(constant, tuple) else (constant,)
 
 
 def codes(kind: type[nn.Module]) -> Iterator[CodeType]:
@@ -220,37 +202,6 @@ def is_changed(module: nn.Module) -> bool:
     """Whether an instance has a forward of its own, which stays in use."""
     name = "_old_forward" if "_hf_hook" in vars(module) else "forward"  # accelerate keeps what it wraps
     return name in vars(module) and not is_own_forward(module, name)
-
-
-def rotary_tables(model: nn.Module) -> str | None:
-    """How all rotary embeddings of a model hold their angles; None: none has, or they differ."""
-    modules = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]
-    kinds = {tables_of(module) for module in modules} - {None}
-    return kinds.pop() if len(kinds) == 1 else None
-
-
-def _copy_configs(model: nn.Module, selected: dict[str, list[Any]]) -> None:
-    """Give each module copies of its configs, which share what the configs share, with this package's name selected."""
-    memo, before = dict[int, Any](), dict[int, Any]()
-    own = dict[int, OwnConfig]()
-    for module in model.modules() if any(selected.values()) else ():
-        found = {name: x for name, x in vars(module).items() if isinstance(x, PreTrainedConfig)}
-        for name, config in found.items():
-            if id(config) not in own:
-                own[id(config)] = OwnConfig(config, copy.deepcopy(config, before))
-            module.__dict__[name] = copy.deepcopy(config, memo)
-            module.__dict__.setdefault(CONFIGS, {})[name] = module.__dict__[name], own[id(config)]
-    for part, configs in selected.items():
-        for config in configs:
-            setattr(memo[id(config)], IMPLEMENTATIONS[part], NAME)
-
-
-def _keep_edits(config: Any, own: OwnConfig) -> None:
-    """Give the config from before `apply` what was edited in its copy."""
-    for name, value in vars(config).items():
-        edited = not isinstance(value, PreTrainedConfig) and value != vars(own.values).get(name, MISSING)
-        if edited and name not in IMPLEMENTATIONS.values():
-            setattr(own.original, name, value)
 
 
 def is_own_forward(module: nn.Module, name: str) -> bool:

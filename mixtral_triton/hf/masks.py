@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from transformers import masking_utils
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, eager_mask, sdpa_mask
+from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
-
-from .experts import NAME
 
 # The functions that transformers' causal masks are made of.
 CAUSAL = {"causal_mask_function", "sliding_window_overlay", "and_masks"}
@@ -107,29 +105,6 @@ def check_dense(mask: Any, query: Tensor | None = None, key: Tensor | None = Non
         got = f"{mask.dtype} of shape {list(mask.shape)}" if tensor else f"a {type(mask).__name__}"
         raise ValueError(f"mixtral_triton: attention_mask is {got}, needs {dense}, or one value a token [{B}, tokens]")
     return mask if query is None or mask.dtype == torch.bool else mask.to(query.dtype)
-
-
-class MaskConfig:
-    """A model's config that selects `interval_mask` in transformers' mask functions. The config itself stays."""
-
-    _attn_implementation = NAME
-
-    def __init__(self, config: Any, **settings: Any) -> None:
-        self.config = config
-        for name, value in settings.items():  # one by one: no compiler of torch 2.11 follows an update of __dict__
-            setattr(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.config, name)
-
-
-def causal_mask(config: Any, tokens: Tensor, mask: Any, position_ids: Any, cache: Any, is_causal: Any = None) -> Any:
-    """Return the mask for `tokens` [B,T] or [B,T,H] of transformers' functions and `interval_mask`; a 4-D one stays."""
-    create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-    embeds = tokens if tokens.dim() == 3 else torch.empty((*tokens.shape, 0), device=tokens.device)
-    kwargs = {"attention_mask": mask, "position_ids": position_ids, CACHE: cache}
-    settings = {} if is_causal is None else {"is_causal": is_causal}
-    return create(config=MaskConfig(config, **settings), inputs_embeds=embeds, **kwargs)
 
 
 def interval_mask(batch_size: int, q_length: int, kv_length: int, **call: Any) -> Tensor:

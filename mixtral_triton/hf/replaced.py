@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from types import CellType, FunctionType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ from .. import ops
 from ..kernels.operation import call
 from ..kernels.operation.checks import FLOATS
 from .experts import fused
-from .probes import Norm, Rotation, Router, half_columns, norm_of, rotary_functions, rotate, rotation_of, router_of
+from .probes import Norm, Rotation, Rotations, Router, half_columns, norm_of, rotate, rotations_of, router_of
 
 TABLES = "_mixtral_triton"  # attribute of a cos: sin, and what `rope` reads of both
-Rotations = tuple[tuple[str, Rotation], ...]  # by the name of the function
+OURS = "_mixtral_triton"  # how the names of our functions that rotate begin, in transformers' files
 
 
 class Replaced:
@@ -54,20 +54,17 @@ def replacement(original: Any, kind: Any) -> Any:
     return type(original.__name__, (Replaced, original), body)
 
 
-def kind_of(module: nn.Module, tables: str | None, parts: Any) -> Norm | Router | Rotations | None:
-    """Return what replaces a module's class, of the parts that are asked for; None: nothing. tables: how the model's
-    rotary embeddings hold their angles."""
+def kind_of(module: nn.Module, tables: str | None, rms_norm: bool, experts: bool) -> Any:
+    """Return what a module's class computes, of the parts that are asked for, or None. tables: how the model's rotary
+    embeddings hold their angles; None: rotations are not asked for."""
     weight = module._parameters.get("weight")
-    if weight is not None:
-        if type(weight) not in call.PLAIN_TYPES or weight.dtype not in FLOATS:
-            return None
-        if parts.rms_norm and weight.dim() == 1:
-            return norm_of(module)
-        return router_of(module) if parts.experts and weight.dim() == 2 else None
-    if tables is None or not parts.rope:
+    if weight is None:
+        return (tables and rotations_of(type(module), tables)) or None
+    if type(weight) not in call.PLAIN_TYPES or weight.dtype not in FLOATS:
         return None
-    found = [(name, rotation_of(function, tables)) for name, function in rotary_functions(type(module))]
-    return tuple((name, rotation) for name, rotation in found if rotation is not None) or None
+    if weight.dim() == 1:
+        return norm_of(module) if rms_norm else None
+    return router_of(module) if experts and weight.dim() == 2 and hasattr(module, "top_k") else None
 
 
 def norm_forward(original: Any, kind: Norm) -> Any:
@@ -101,29 +98,14 @@ def router_forward(original: Any, kind: Router) -> Any:
     return update_wrapper(forward, run_original)
 
 
-class Rotary(NamedTuple):
-    """A function that rotates, the globals of its file, and its name and that of ours there."""
-
-    original: Any
-    file: dict[str, Any]
-    name: str
-    ours: str
-
-
-def rotary_functions_of(original: Any, kind: Rotations) -> list[Rotary]:
-    """The functions that a replaced class calls, for which its file gets ours under other names."""
-    file = inspect.unwrap(original.forward).__globals__
-    found = [Rotary(file[name], file, name, f"_mixtral_triton_{name}_{'_'.join(map(str, x))}") for name, x in kind]
-    for rotary, (_, rotation) in zip(found, kind, strict=True):
-        if rotary.ours not in file:
-            file[rotary.ours] = rotary_function(rotary.original, rotation)
-    return found
-
-
 def rotary_forward(original: Any, kind: Rotations) -> Any:
-    """The forward with our names of the functions that rotate: transformers has no hook of an instance, and what the
-    file's own names mean stays for every other model."""
-    return with_names(original.forward, {rotary.name: rotary.ours for rotary in rotary_functions_of(original, kind)})
+    """The forward with other names of the functions that rotate, under which its file has ours: transformers has no
+    hook of an instance, and what the file's own names mean stays for every other model."""
+    file, names = inspect.unwrap(original.forward).__globals__, dict[str, str]()
+    for name, rotations in kind:
+        names[name] = "_".join((OURS, name, *(str(int(x)) if isinstance(x, bool) else x for x in rotations[0])))
+        file.setdefault(names[name], rotary_function(file[name], rotations))
+    return with_names(original.forward, names)
 
 
 def with_names(function: Any, names: dict[str, str]) -> Any:
@@ -145,20 +127,20 @@ def with_names(function: Any, names: dict[str, str]) -> Any:
     return same
 
 
-def rotary_function(original: Any, kind: Rotation) -> Any:
+def rotary_function(original: Any, rotations: tuple[Rotation, ...]) -> Any:
     """The function of q, k, cos and sin by `ops.rope`, which computes the original where it does not serve the call."""
+    kinds, tables = {kind.partial: kind for kind in rotations}, rotations[0].tables
 
     def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        by_heads = kwargs.get("unsqueeze_dim", 1) == 1
-        columns = 2 * cos.shape[-1] if kind.tables == "once" else cos.shape[-1]
-        serves = cos.dim() == 3 and columns <= q.shape[-1] and (kind.partial or columns == q.shape[-1])
-        run = fused(ops.rope, q, k) if serves and not args and {*kwargs} <= {"unsqueeze_dim"} else None
-        if run is None or q.dtype != k.dtype or q.shape[-1] != k.shape[-1]:
+        columns, D = cos.shape[-1] * (2 if tables == "once" else 1), q.shape[-1]
+        kind = kinds.get(columns < D) if cos.dim() == 3 and columns <= D == k.shape[-1] and not args else None
+        run = None if kind is None or {*kwargs} - {"unsqueeze_dim"} else fused(ops.rope, q, k)
+        if kind is None or run is None or q.dtype != k.dtype:
             return original(q, k, cos, sin, *args, **kwargs)
-        tables = token_tables(cos, sin, q.shape[0], kind.tables)
+        by_heads, found = kwargs.get("unsqueeze_dim", 1) == 1, token_tables(cos, sin, q.shape[0], tables)
         if by_heads:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
-        q, k = rotate(lambda q, k: run(q, k, *tables), q, k, kind, columns)
+        q, k = rotate(lambda q, k: run(q, k, *found), q, k, kind, columns)
         return (q.transpose(1, 2), k.transpose(1, 2)) if by_heads else (q, k)
 
     return update_wrapper(apply_rotary, original)

@@ -7,13 +7,11 @@ model gave it, and the logits with the first run's routes.
 B batch, T tokens
 """
 
-import copy
 import inspect
 import math
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -25,97 +23,32 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.integrations.moe import ExpertsInterface
-from transformers.masking_utils import eager_mask
-from transformers.models.mixtral import modeling_mixtral
 from transformers.utils import cached_file
 
-from ..checkpoint.config import check_value
-from ..hf.drop_in import codes, is_changed, is_patched, set_class
 from ..hf.experts import NAME, PROJECTIONS, is_experts
 from ..hf.masks import CACHE
-from ..hf.probes import Norm, Router
-from ..hf.replaced import Replaced, rotary_functions_of
+from ..hf.probes import Norm
+from ..hf.replaced import OURS, Replaced
 from ..kernels.weights.quantized import QuantizedWeight
+from .originals import (
+    eager_attention,
+    eager_experts,
+    fp32_mask,
+    in_fp64,
+    originals,
+    own_classes,
+    run_original,
+    selected_modules,
+    short_windows,
+)
 from .report import END_RATIO, UNCALLED, Row
 from .stored_tensors import check_stored
-from .tolerance import FLOOR, PERTURBED, RATIO, ConvertedExperts, Fp64Reference, largest, perturb, token_floor
+from .tolerance import FLOOR, PERTURBED, RATIO, Fp64Reference, largest, perturb, token_floor
 
 CASES = "whole text", "right padding", "packed", "in chunks", "static cache"  # the first three without a cache
 GRADIENTS = "x", "routing weights"  # of the experts
-OWN = "transformers.", "accelerate.", "mixtral_triton."  # packages whose hooks are right
 Results = tuple[Tensor, Tensor, Tensor]  # of this package, of eager in the model's dtype, and of eager in fp64
 Calls = dict[nn.Module, list[tuple[Any, ...]]]  # arguments and result of each call of a module
-
-
-def eager_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The module's own forward in x's dtype, without transformers' dispatch to an implementation."""
-    same = copy.copy(module)
-    vars(same).update(_parameters={}, _modules={k: v for k, v in module._modules.items() if k not in PROJECTIONS})
-    vars(same).update({name: ConvertedExperts(getattr(module, name), x.dtype) for name in PROJECTIONS})
-    return inspect.unwrap(type(module).forward)(same, x, ids, weights.to(x.dtype))
-
-
-def eager_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
-    """The eager attention of the file that defines the module, whose softmax is in fp32."""
-    if mask is not None:  # of `fp32_mask`
-        mask = mask.to(q.dtype).clamp(min=torch.finfo(torch.float32 if q.dtype == torch.float64 else q.dtype).min)
-    default = modeling_mixtral.eager_attention_forward
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", default)
-    return function(module, q, k, v, mask, **kwargs)
-
-
-def fp32_mask(*args: Any, **kwargs: Any) -> Tensor:
-    return eager_mask(*args, **kwargs | {"dtype": torch.float32})
-
-
-def selected_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules that run this package's operations, with their paths: experts and attention that dispatch to it by
-    name, and those whose class `apply` replaced. ValueError for one with another forward or a hook, which all runs of
-    `verify` would call."""
-    modules = dict[nn.Module, str]()
-    for path, module in model.named_modules():
-        if type(module).__name__ == "ParamWrapper" and any(
-            is_experts(x) or isinstance(x, Replaced) for x in module.modules()
-        ):
-            raise ValueError(
-                f"verify: {path} has PEFT's target_parameters, needs them merged: model.merge_and_unload()"
-            )
-        replaced = isinstance(module, Replaced)
-        selects = f"_{'experts' if is_experts(module) else 'attn'}_implementation"
-        if getattr(getattr(module, "config", None), selects, None) != NAME and not replaced:
-            continue
-        kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
-        calls = [replaced or any("get_interface" in code.co_names for code in codes(kind)) for kind in kinds]
-        patched = is_patched(kinds[0])
-        if not (any(calls) or is_experts(module) or (patched and "attention" in type(module).__name__.lower())):
-            continue
-        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        roots = [str(getattr(getattr(hook, "func", hook), "__module__", "")) for hook in hooks]
-        faults = [f"the hook {x!r:.60}" for x, root in zip(hooks, roots, strict=True) if not root.startswith(OWN)]
-        faults += ["a forward of its own"] * is_changed(module)
-        faults += [f"the forward of {kinds[0].__name__}"] * (patched or not calls[0])
-        check_value(f"verify: {path}", ", ".join(faults), "transformers' own forward, without hooks", not faults)
-        modules[module] = path
-    return modules
-
-
-@contextmanager
-def originals(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Give modules that `apply` replaced their original classes."""
-    kinds = {module: type(module) for module in modules if isinstance(module, Replaced)}
-    try:
-        for module, kind in kinds.items():
-            set_class(module, kind.original)
-        yield
-    finally:
-        for module, kind in kinds.items():
-            set_class(module, kind)
-
-
-def own_classes(model: nn.Module, selected: dict[nn.Module, str]) -> str:
-    """The classes of a model with weights of their own, or that rotate, that are transformers' own."""
-    own = {type(x).__name__ for x in model.modules() if x not in selected and (x._parameters or x._buffers)}
-    return ", ".join(sorted(own))
 
 
 class FamilyUnderTest:
@@ -223,22 +156,17 @@ class FamilyUnderTest:
             return run
 
         replaced: list[Any] = [module for module in self.selected if isinstance(module, Replaced)]
-        rotary = {
-            fn.ours: fn for x in replaced if type(x.kind) is tuple for fn in rotary_functions_of(x.original, x.kind)
-        }
+        forwards = [inspect.unwrap(type(module).forward) for module in replaced if type(module.kind) is tuple]
+        files = {name: x.__globals__ for x in forwards for name in x.__code__.co_names if name.startswith(OURS)}
         with ExitStack() as stack:
-            for fn in rotary.values():
-                ours = recording(fn.file[fn.ours], fn.original)
-                stack.enter_context(mock.patch.dict(fn.file, {fn.ours: ours}))
+            for name, file in files.items():
+                ours = recording(file[name], file[name].__wrapped__)
+                stack.enter_context(mock.patch.dict(file, {name: ours}))
             for module in replaced:
-                hooks = (
-                    [module.register_forward_hook(record)]
-                    if isinstance(module.kind, Norm | Router)
-                    else [
-                        module.register_forward_pre_hook(lambda module, args: running.append(module)),
-                        module.register_forward_hook(lambda *_: running.pop() and None),
-                    ]
-                )
+                hooks = [module.register_forward_hook(record)] if type(module.kind) is not tuple else [
+                    module.register_forward_pre_hook(lambda module, args: running.append(module)),
+                    module.register_forward_hook(lambda *_: running.pop() and None),
+                ]  # fmt: skip
                 for hook in hooks:
                     stack.callback(hook.remove)
             yield
@@ -272,7 +200,7 @@ class FamilyUnderTest:
             for case, mask in zip(CASES[:2], (valid, valid.flip(1)), strict=True):
                 logits[case] = self.model(ids, attention_mask=mask.long(), use_cache=False)[0][mask]
             if CASES[2] in self.cases:
-                row, positions = ids.view(1, -1), torch.arange(T, device=ids.device).repeat(1, len(ids))
+                row, positions = ids.reshape(1, -1), torch.arange(T, device=ids.device).repeat(1, len(ids))
                 logits[CASES[2]] = self.model(row, position_ids=positions, use_cache=False)[0]
             for case in self.cases[3:]:  # of a static cache some slots stay empty
                 config, chunks = self.model.config.get_text_config(), list[Tensor]()
@@ -322,16 +250,8 @@ class FamilyUnderTest:
             yield from zip(out, baseline, exact, strict=True)
 
 
-def run_original(module: Any, x: Tensor) -> Any:
-    """The forward of a replaced module's original class, in x's dtype."""
-    same = copy.copy(module)
-    parameters = {name: weight.to(x.dtype) for name, weight in module._parameters.items()}
-    vars(same).update(_parameters=parameters)
-    return type(module).original.forward(same, x)
-
-
 def worst_call(op: str, path: str, calls: Iterator[Results], roundings: int = 1) -> Row:
-    """The row of the largest error of the module's calls, relative to a result's largest value. roundings: of a result."""
+    """The row of the largest error of the module's calls, relative to a result's largest value. roundings: of it."""
     error, limit = 0.0, 0.0
     for got, baseline, exact in calls:
         scale = max(largest(exact), 1e-30)
@@ -391,49 +311,3 @@ def gradient_rows(model: Any, ids: Tensor) -> list[Row]:
                 row = worst_call(name, paths[module], iter(results))
             rows.append(row)
     return rows
-
-
-@contextmanager
-def short_windows(model: Any, window: int) -> Iterator[None]:
-    """Shorten the windows of a model's layers and configs, so that a text of few tokens leaves them, and switch off the
-    loss of the routers, which needs a mask of the new tokens alone."""
-    pairs: Any = ((module, getattr(module, "config", None)) for module in model.modules())
-    holders = {id(holder): holder for pair in pairs for holder in pair}
-    with ExitStack() as stack:
-        for holder in holders.values():
-            for name, value in (("sliding_window", window), ("output_router_logits", False)):
-                if (before := getattr(holder, name, None) or 0) > value:
-                    stack.callback(setattr, holder, name, before)
-                    setattr(holder, name, value)
-        yield
-
-
-@contextmanager
-def in_fp64(model: nn.Module) -> Iterator[None]:
-    """Convert the parameters of each module but experts to fp64 while it runs, to save memory."""
-    kept = dict[nn.Parameter, tuple[nn.Module, Tensor]]()
-
-    def parameters(module: Any) -> Iterable[nn.Parameter]:  # of an adapter all, since it reads the dtype of its parts
-        return module.parameters(recurse=hasattr(module, "base_layer"))
-
-    def enter(module: nn.Module, args: Any) -> None:
-        for parameter in parameters(module):
-            if parameter.is_floating_point() and parameter not in kept:
-                kept[parameter] = module, parameter.data
-                parameter.data = parameter.data.double()
-
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        for parameter in parameters(module):
-            if parameter in kept and kept[parameter][0] is module:
-                parameter.data = kept.pop(parameter)[1]
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if any(True for _ in parameters(module)) and not is_experts(module):
-                stack.enter_context(module.register_forward_pre_hook(enter))
-                stack.enter_context(module.register_forward_hook(leave))
-        try:
-            yield
-        finally:
-            for parameter, (_, data) in kept.items():
-                parameter.data = data

@@ -34,7 +34,10 @@ def test_rotary_tables_are_made_once_a_forward(batch: int, make_hf: Any, monkeyp
         model = apply(make_hf()) if fused else make_hf()
         model.model.rotary_emb.register_forward_hook(lambda module, args, out: (out[0], out[1] * 0.5))
         model.model.layers[1].register_forward_pre_hook(
-            lambda m, args, kw: (args, kw | {"position_embeddings": (kw["position_embeddings"][0], torch.ones(1, 14, 8))}),
+            lambda m, args, kw: (
+                args,
+                kw | {"position_embeddings": (kw["position_embeddings"][0], torch.ones(1, 14, 8))},
+            ),
             with_kwargs=True,
         )
         found.append(model(IDS).logits)

@@ -125,7 +125,9 @@ CHANGES: dict[str, Callable[[OpWithCases, tuple[Any, ...]], tuple[Any, ...]]] = 
     "dtype": lambda op, args: arguments(op, SIZES[op.name], dtype=torch.float32),
     "device": lambda op, args: tuple(to_gpu(x, GPU_1) for x in args),
     "alignment": lambda op, args: with_misaligned_tensor(args),
-    "number": lambda op, args: (*args[:3], 7, *args[4:]) if op is ATTENTION else (*args[:2], op is LINEAR or 0.5, *args[3:]),
+    "number": lambda op, args: (
+        (*args[:3], 7, *args[4:]) if op is ATTENTION else (*args[:2], op is LINEAR or 0.5, *args[3:])
+    ),
 }
 
 

@@ -73,6 +73,21 @@ def test_texts_that_are_too_short_for_chunks(T: int) -> None:
     check_complete(report, 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES)
+@pytest.mark.parametrize("window", [6] if INTERPRETED else [6, None])
+def test_right_transformers_model(dtype: torch.dtype, window: int | None, make_hf: Any) -> None:
+    model = make_hf(sliding_window=window).to(dtype)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    report = verify(model, IDS[:, :10])
+    assert report.ok and "transformers' own modules" in str(report), str(report)
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in state.items()) and not hf.applied(model)
+    for layer in range(model.config.num_hidden_layers):
+        found = {row.op for row in report.rows if row.layer == layer}
+        assert found == {"rms_norm", "rope", "gate_route", "attention", "experts"}
+    assert (report.flips == 0 and report.rows[-1].op == "logits") or dtype != torch.float32
+
+
 @once
 def test_deterministic_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right; and with a chunk of one token that takes another path than a longer one, which holds the same row."""
@@ -175,6 +190,7 @@ def test_report_names_every_kind_of_row_that_did_not_run() -> None:
     assert "layers in fp64; needs --no-quick" in quick.not_run
     of_int8 = verify(small_model(), cache_dtype=torch.int8).not_run
     assert "caches of the model's dtype; needs no --cache-dtype" in of_int8
+    assert not_run(verify(make_hf(), IDS[:, :10])) == {"Embedding,"}
 
 
 @once
@@ -191,6 +207,16 @@ def test_fault_in_an_operation(name: str, inject_fault: Any) -> None:
     report = verify(small_model(), IDS[:1])
     assert not report.ok and report.verdict.startswith("WRONG")
     assert {row.op for row in report.wrong} == {name}
+
+
+@pytest.mark.slow
+def test_nan_in_an_expert_that_the_text_does_not_take(make_hf: Any) -> None:
+    """Of transformers; of a model of ours: test_not_finite_is_wrong."""
+    theirs = make_hf()
+    with torch.no_grad():
+        theirs.model.layers[-1].mlp.gate.weight[3] = 0.0
+        theirs.model.layers[-1].mlp.experts.gate_up_proj[3, 0, 0] = float("nan")
+    assert verify(theirs, IDS[:, :1]).wrong
 
 
 @pytest.mark.parametrize(
