@@ -27,8 +27,7 @@ from ..terminal import Bar, Table, check_known, check_range, console, table_of
 from .sass import Loop, main_loops
 
 _WARPS, _THREADS, _REGISTERS = 64, 32, 65536  # of an SM: warps at most, threads of each, registers
-# Bytes of spills that a kernel may have outside its main loops, NVIDIA: a few instructions a program. Triton 3.7 has
-# more, where 3.6 and 3.9 spill nothing. AMD: none.
+# Bytes that a thread may spill outside main loops, on NVIDIA: a few instructions. Triton 3.7 spills more there.
 OUTSIDE_LOOPS = 308 if triton.__version__.startswith("3.7") else 64
 CAPTION = (
     "w/s: warps and stages; regs: registers of a thread; p/SM: programs that an SM holds at once; FLOP/i: of the "

@@ -159,10 +159,8 @@ def read_headers(folder: Folder, scheme: Any = None) -> Headers:
     or points out of the folder, a truncated or padded file, a dtype other than F32, BF16 or F16, mixed dtypes.
     """
     path = checkpoint_folder(folder)
-    names: dict[str, list[str]] = {SINGLE_FILE: []}
     check_one_source(path)
-    if os.path.lexists(path / INDEX_FILE):
-        names = read_index(path / INDEX_FILE)
+    names = read_index(path / INDEX_FILE) if os.path.lexists(path / INDEX_FILE) else {SINGLE_FILE: list[str]()}
     tensors: dict[str, Stored] = {}
     for file, expected in names.items():
         header = _read_header(path / file, DTYPES if scheme is None else DTYPES | CODES)

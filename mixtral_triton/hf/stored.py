@@ -104,9 +104,8 @@ class Names:
         key, pattern = rename_source_key(name, self.renamings, self.converters, prefix, state)
         if key not in state and name in state:  # as transformers' own loop does
             key, pattern = rename_source_key(name, [], [], prefix, state)
-        conversion, targets = self.by_pattern.get(pattern or ""), [""]
-        if conversion is not None:
-            targets = conversion.target_patterns
+        conversion = self.by_pattern.get(pattern or "")
+        targets = [""] if conversion is None else conversion.target_patterns
         self.filled |= {key.replace(targets[0], target) for target in targets}
         return key, conversion, pattern
 
