@@ -9,8 +9,9 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mixtral_triton import ExpertsConfig
+from mixtral_triton import ExpertsConfig, apply
 from mixtral_triton.hf.experts import NAME, PROJECTIONS, is_experts
+from mixtral_triton.hf.probes import Norm, Router
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -131,16 +132,28 @@ def marked_families() -> list[str]:
     return sorted(name for name, text in texts.items() if "@use_experts_implementation" in text)
 
 
+def applied_parts(family: str) -> list[str]:
+    """Which RMS norms with a weight, rotary functions and routers of a family `apply` replaces."""
+    modules = [*apply(build(family)).modules()]
+    kinds = [type(getattr(module, "kind", None)) for module in modules]
+    norms = [x for x in modules if "RMSNorm" in type(x).__name__ and "weight" in x._parameters]
+    count = kinds.count(Norm)
+    return [
+        "all" if count and count >= len(norms) else "some" if count else "",
+        *("yes" * (x in kinds) for x in (tuple, Router)),
+    ]
+
+
 def table() -> str:
     """The table of families in docs/drop_in.md."""
-    lines = ["| `model_type` | experts and int4 | attention |", "| --- | --- | --- |"]
+    lines = ["| `model_type` | experts and int4 | attention | norms | rope | router |", "| --- " * 6 + "|"]
     for family in marked_families():
         if (reason := NOT_TRIED.get(family)) is not None:
-            lines.append(f"| `{family}` | not tried: {reason} | |")
+            lines.append(f"| `{family}` | not tried: {reason} | | | | |")
             continue
         refused = (table.get(family) for table in (EXPERTS_REFUSED, ATTENTION_REFUSED))
-        cells = " | ".join("yes" if what is None else f"refused: {what}" for what in refused)
-        lines.append(f"| `{family}` | {cells} |")
+        cells = ["yes" if what is None else f"refused: {what}" for what in refused] + applied_parts(family)
+        lines.append(f"| `{family}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
