@@ -24,8 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     x [..., H], weight [H] -> y, or (y, x + residual). Computed in fp32, cast to x's dtype, then times weight; with an
     offset (Gemma) times offset + weight in fp32, then cast.
     """
-    total = x if residual is None else x + residual
-    values = _wide(total)
+    values = _wide(total := x if residual is None else x + residual)
     normed = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
     y = ((offset + _wide(weight)) * normed).to(x.dtype) if offset else weight * normed.to(x.dtype)
     return y if residual is None else (y, total)
