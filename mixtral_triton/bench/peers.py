@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..kernels.operation.declaration import Op
 from ..kernels.weights.quantized import QuantizedWeight
@@ -46,8 +47,9 @@ PEERS: dict[str, Peer] = {"torch": _torch, "transformers": _transformers}
 
 
 def user_peer(function: Function, op: Op, args: Args) -> Function:
-    """Return `function`, which is called by position with the arguments, up to the last one that the case sets."""
-    count = 1 + max(map(op.names.index, args))
+    """Return `function`, which is called by position with the arguments, up to the last that is not at its default."""
+    defaults = {name: parameter.default for name, parameter in op.signature.parameters.items()}
+    count = 1 + max(op.names.index(name) for name, x in args.items() if isinstance(x, Tensor) or x != defaults[name])
     return lambda **kwargs: function(*op.bind(**kwargs)[:count])
 
 

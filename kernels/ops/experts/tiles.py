@@ -185,9 +185,8 @@ def _decode_configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[s
 
 def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, LaunchConfig]:
     # The fused norm needs a full row.
-    block_h = power_of_2(
-        sizes.H if sizes.norm else sizes.H * sizes.T // 128, low=32, high=1 << 30 if sizes.norm else 1024
-    )
+    rows = 128 if sizes.deterministic else sizes.T  # the same in any batch
+    block_h = power_of_2(sizes.H if sizes.norm else sizes.H * rows // 128, low=32, high=1 << 30 if sizes.norm else 1024)
     combine = LaunchConfig({"BLOCK_H": block_h}, 8 if sizes.norm else power_of_2(block_h // 128, high=4))
     decode = decode_tokens(sizes.gate_up, sizes.down, sizes.K, dtype, arch) >= sizes.T and not sizes.deterministic
     return {"experts_combine_kernel": combine} | (_decode_configs if decode else prefill_configs)(sizes, dtype, arch)
