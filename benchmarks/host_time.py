@@ -1,5 +1,5 @@
-"""Time the host's part of a decode layer outside a graph: ours, transformers' Mixtral with `apply`, and its Qwen3-MoE
-with attention and experts by name.
+"""Time the host's part of a decode layer outside a graph: ours, transformers' Mixtral and Qwen3-MoE with `apply`, and
+the latter with attention and experts by name.
 
 Triton's JIT runs against the driver of a simulated GPU (tests/support/stub), whose launches do nothing, and torch's
 operations on the CPU, on tiny tensors. A step of one token is timed and divided by the layers. The unit is a plain
@@ -59,7 +59,7 @@ class SilentDriver(Driver):
     launcher_cls = SilentLauncher
 
 
-RIVALS = {"of eager": "eager", "of grouped_mm": "sdpa, grouped_mm"}
+RIVALS = {"of eager": "eager", "of grouped_mm": "sdpa, grouped_mm", "of names": "by name"}
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def steps() -> dict[str, dict[str, Call]]:
     calls["applied"] = step_of(apply(deepcopy(eager)), None, None, ids)
     qwen3 = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES | MANY_EXPERTS)).eval()
     by_name = {name: step_of(deepcopy(qwen3), *pair, ids) for name, pair in PAIRS.items()}
-    return {"Qwen3-MoE": by_name, "Mixtral": calls}
+    return {"Qwen3-MoE": by_name | {"applied": step_of(apply(qwen3), None, None, ids)}, "Mixtral": calls}
 
 
 @torch.no_grad()

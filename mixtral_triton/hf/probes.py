@@ -37,11 +37,12 @@ class Norm(NamedTuple):
 
 class Router(NamedTuple):
     """`gate_route` with these keyword arguments; wide: of x and weight in fp32, by which other experts may be the
-    largest; logits: their dtype, None: that of the product."""
+    largest; logits: their dtype, None: that of the product; flattens: takes x [B,T,H], too."""
 
     options: tuple[tuple[str, Any], ...]
     wide: bool
     logits: torch.dtype | None
+    flattens: bool
 
 
 class Rotation(NamedTuple):
@@ -148,7 +149,10 @@ def router_of(module: Any, generator: torch.Generator) -> Router | None:
         return True
 
     converted = torch.float32 if logits.dtype == torch.float32 and not wide else None
-    return next((Router(tuple(options.items()), wide, converted) for options in ROUTES if fits(options)), None)
+    flattens = type(module).forward(same, x[None])[0].dim() == 2
+    return next(
+        (Router(tuple(options.items()), wide, converted, flattens) for options in ROUTES if fits(options)), None
+    )
 
 
 def half_columns(x: Tensor, tables: str) -> Tensor:

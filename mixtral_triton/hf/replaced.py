@@ -88,7 +88,8 @@ def router_forward(original: Any, kind: Router) -> Any:
         if len(args) == 1 and not kwargs and not self.training and not torch._C._is_any_autocast_enabled():
             x, weight = args[0], self.weight
             run = fused(ops.gate_route, x, weight)
-            if run is not None and x.dim() == 2 and (kind.wide or x.dtype == weight.dtype):
+            if run is not None and (x.dim() == 2 or kind.flattens) and (kind.wide or x.dtype == weight.dtype):
+                x = x.reshape(-1, x.shape[-1])
                 x, weight = (x.float(), weight.float()) if kind.wide else (x, weight)
                 logits, routing_weights, ids = run(x, weight, self.top_k, **options)
                 logits = logits if kind.logits is None else logits.to(kind.logits)

@@ -236,7 +236,7 @@ class FamilyUnderTest:
             limit = RATIO * largest(baseline[0].double() - exact[0]) + FLOOR[x.dtype] * largest(exact[0])
             chosen, best = (exact[0].gather(-1, i).sort(-1).values for i in (ids, exact[2]))
             same = [(ids.sort(-1).values == other[2].sort(-1).values).all(-1) for other in (exact, baseline)]
-            self.flips, self.routed = self.flips + int((~same[0]).sum()), self.routed + len(x)
+            self.flips, self.routed = self.flips + int((~same[0]).sum()), self.routed + len(ids)
             if not same[0].all() and largest((chosen - best)[~same[0]]) > 2 * limit:
                 yield logits.new_tensor([math.inf]), logits.new_zeros(1), exact[0].new_zeros(1)
             both, order = same[0] & same[1], [i.argsort(-1) for i in (ids, baseline[2], exact[2])]
