@@ -221,8 +221,7 @@ def test_autocast_without_gradients(family: str, dtype: torch.dtype) -> None:
     assert (got - exact).norm() <= 2 * (baseline - exact).norm()
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=once)])
-@pytest.mark.parametrize("format", ["int4", "fp8"])
+@pytest.mark.parametrize(("format", "compiled"), [("fp8", False), pytest.param("int4", True, marks=once)])
 def test_quantized_experts_compute_in_the_dtype_of_autocast(
     format: str, compiled: bool, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

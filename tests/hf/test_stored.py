@@ -236,7 +236,10 @@ REFUSED_DENSE: dict[str, tuple[str, Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", [*REFUSED, *REFUSED_DENSE])
+SLOW = [pytest.param(f"no {x}", marks=pytest.mark.slow) for x in TENSORS[1:]]
+
+
+@pytest.mark.parametrize("fault", [*REFUSED, *(x for x in REFUSED_DENSE if x[3:] not in TENSORS[1:]), *SLOW])
 def test_faults_reach_the_user_in_one_line(fault: str, tmp_path: Path) -> None:
     dense = REFUSED_DENSE.get(fault)
     only, *others = ("", *REFUSED[fault]) if dense is None else (dense[0], *LAYOUTS[INT4], *dense[1:])
