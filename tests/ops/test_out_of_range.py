@@ -48,7 +48,6 @@ BOUNDED = [
     for name, op in OPS.items()
     for sizes in (replace(shape, B=3) if hasattr(shape, "B") else shape for shape in representative_sizes(op))
     if QUANTIZED.isdisjoint(as_dict(sizes))  # as dense ones here, and slower
-    and getattr(sizes, "groups", None) is None  # a router has no index among its arguments
     for argument in ranges(name, inputs(name, sizes, "meta"))
 ]
 

@@ -33,6 +33,7 @@ def representative_sizes(op: OpWithCases) -> Iterator[Sizes]:
         sizes = shape
         if QUANTIZED.isdisjoint(as_dict(shape)):  # groups of a quantized weight need their columns
             known = {letter: getattr(shape, letter, None) for letter in LARGEST}
+            known |= {"E": None} if getattr(shape, "groups", None) else {}  # which need their experts
             sizes = replace(shape, **{letter: min(n, LARGEST[letter]) for letter, n in known.items() if n is not None})
         args = op.inputs(sizes, op.dtypes[0], "meta")
         with record_launches() as launches:
