@@ -129,7 +129,7 @@ def benched(selected: Sequence[Step]) -> list[Case]:
     """Return the cases of the steps that time operations."""
     texts = [step.command.partition(BENCH)[2] for step in selected if BENCH in step.command]
     options = [cli.parser().parse_args(["bench", *shlex.split(text)]) for text in texts]
-    return [case for args in options for case in cases(args.ops, args.sizes, None, args.model)]
+    return [case for args in options for case in cases(args.ops, args.sizes, None, args.model, args.weights)]
 
 
 def compile_kernels(selected: Sequence[Step], arch: str) -> int:

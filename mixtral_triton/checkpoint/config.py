@@ -15,12 +15,8 @@ from typing import Any, NamedTuple
 from .families import FAMILIES, FIXED, SIZES, Family, Fixed
 
 SMALL = Path(__file__).parents[1] / "small"  # the checkpoint of the package, also by the name "small"
-FIT_NAMES = (
-    "mixtral-8x7b",
-    "mixtral-8x22b",
-    "qwen3-30b-a3b",
-    "olmoe-1b-7b",
-)  # what the command `fit` takes in place of a folder
+# What the command `fit` takes in place of a folder.
+FIT_NAMES = "mixtral-8x7b", "mixtral-8x22b", "qwen3-30b-a3b", "olmoe-1b-7b"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # `mistralai/Mixtral-8x7B-v0.1`, and perhaps a branch, tag or commit after an @.

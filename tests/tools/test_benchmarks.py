@@ -89,6 +89,8 @@ def test_steps_parse_fit_their_minutes_and_come_in_the_order_of_what_is_learned(
         if words[1:3] == ["-m", "mixtral_triton"]:
             parser().parse_args(words[3:])
         assert "pytest" not in words or (ROOT / words[-1]).exists()
+    formats = {case.sizes.weights for case in benched(found) if case.op.name == "decode_step"}
+    assert len(formats) == 2, "kernels of one format are not compiled first"
     sizes = {case.op.name for case in benched(found)}
     assert sizes >= {"decode_step", "expert_swiglu", "rms_norm_gate_route"} and (minutes < 60 or sizes >= {*OPS})
 

@@ -151,20 +151,9 @@ def _transposed_product(
         place = expert, row, end, pid_n
         if SHORT_M == 0:
             _transposed_tile(
-                x_ptr,
-                x_desc,
-                weight,
-                w_desc,
-                y_ptr,
-                order_ptr,
-                place,
-                DEPTH,
-                COLUMNS,
-                LAYOUT,
-                BLOCK_M,
-                BLOCK_N,
+                x_ptr, x_desc, weight, w_desc, y_ptr, order_ptr, place, DEPTH, COLUMNS, LAYOUT, BLOCK_M, BLOCK_N,
                 BLOCK_K,
-            )
+            )  # fmt: skip
         elif end - row <= SHORT_M:
             _transposed_tile(
                 x_ptr, short_desc, weight, w_desc, y_ptr, order_ptr, place, DEPTH, COLUMNS, LAYOUT, SHORT_M, BLOCK_N,
@@ -172,20 +161,9 @@ def _transposed_product(
             )  # fmt: skip
         else:
             _transposed_tile(
-                x_ptr,
-                x_desc,
-                weight,
-                w_desc,
-                y_ptr,
-                order_ptr,
-                place,
-                DEPTH,
-                COLUMNS,
-                LAYOUT,
-                BLOCK_M,
-                BLOCK_N,
+                x_ptr, x_desc, weight, w_desc, y_ptr, order_ptr, place, DEPTH, COLUMNS, LAYOUT, BLOCK_M, BLOCK_N,
                 BLOCK_K,
-            )
+            )  # fmt: skip
 
 
 @triton.jit
