@@ -188,12 +188,12 @@ def dispatches(kind: type[nn.Module]) -> bool:
 
 
 def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class's forward, or what it wraps, stands in no folder of its class, transformers, torch or this
-    package."""
+    """Whether a class's forward, or what it wraps, stands in no folder of its class, this package, or transformers,
+    torch and `kernels`, which have decorators."""
     if (file := getattr(sys.modules.get(kind.__module__), "__file__", None)) is None:  # a notebook's class
         return False
-    files = file, transformers.__file__, torch.__file__  # torch has decorators, as no_grad
-    folders = *(Path(each).parent for each in files), Path(__file__).parents[1]
+    packages = transformers, torch, sys.modules.get("kernels", torch)
+    folders = Path(file).parent, Path(__file__).parents[1], *(Path(str(each.__file__)).parent for each in packages)
     roots = tuple(f"{folder}/" for folder in folders)
     return not all(code.co_filename.startswith(roots) for code in codes(kind))
 

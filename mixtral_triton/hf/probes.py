@@ -9,6 +9,7 @@ B batch, T tokens, H hidden, E experts, D head size, R rotated columns of a head
 import copy
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from itertools import product
 from typing import Any, NamedTuple
@@ -189,10 +190,17 @@ def rotate(run: Callable[..., Any], q: Tensor, k: Tensor, kind: Rotation, column
     return [torch.cat((y, x[..., columns:]), -1) for x, y in zip((q, k), heads, strict=True)] if kind.partial else heads
 
 
+def parameters_of(function: Any) -> Any:
+    """The parameters of a function, or of the module that the package `kernels` makes of one (0.19); none without."""
+    with suppress(TypeError, ValueError):  # what has no signature
+        return inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+    return {}
+
+
 @probe
 def rotates(function: Any, kind: Rotation, generator: torch.Generator) -> bool:
     """Whether a function of q, k, cos and sin computes this rotation."""
-    R, known = D // 2 if kind.partial else D, inspect.signature(function).parameters
+    R, known = D // 2 if kind.partial else D, parameters_of(function)
     for dtype, dim in product(ROUNDING, (1, 2) if "unsqueeze_dim" in known else (1,)):
         q, k = (torch.randn(2, 3, heads, D, generator=generator).to(dtype) for heads in (4, 2))
         angles = 3 * torch.rand(2, 3, R // 2, generator=generator)
@@ -212,7 +220,7 @@ def rotations_of(kind: type[nn.Module], tables: str) -> Rotations:
     forward, found = inspect.unwrap(kind.forward), list[tuple[str, tuple[Rotation, ...]]]()
     for name in forward.__code__.co_names:
         function = forward.__globals__.get(name)
-        if inspect.isfunction(function) and [*inspect.signature(function).parameters][:4] == ["q", "k", "cos", "sin"]:
+        if callable(function) and [*parameters_of(function)][:4] == ["q", "k", "cos", "sin"]:
             kinds = (Rotation(x, y, tables, partial) for x, y, partial in product((False, True), repeat=3))
             if fits := tuple(kind for kind in kinds if rotates(function, kind)):
                 found.append((name, fits))

@@ -144,7 +144,7 @@ def rotary_function(original: Any, rotations: tuple[Rotation, ...]) -> Any:
         q, k = rotate(lambda q, k: run(q, k, *found), q, k, kind, columns)
         return (q.transpose(1, 2), k.transpose(1, 2)) if by_heads else (q, k)
 
-    return update_wrapper(apply_rotary, original)
+    return update_wrapper(apply_rotary, original, updated=())  # not what a module holds
 
 
 def token_tables(cos: Tensor, sin: Tensor, batch: int, tables: str) -> tuple[Tensor, Tensor, Tensor]:
