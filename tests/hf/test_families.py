@@ -131,7 +131,7 @@ def test_any_other_family(family: str, tmp_path: Path, monkeypatch: pytest.Monke
     covers("families", check_family(family, tmp_path, monkeypatch))
 
 
-@pytest.mark.skipif(VERSION < (5, 24), reason="the table is that of a newer transformers")
+@pytest.mark.skipif(VERSION < (5, 25), reason="the table is that of a newer transformers")
 @pytest.mark.slow
 def test_the_table_of_families_is_in_the_documents() -> None:
     """`python -m tests.support.families` prints it."""

@@ -64,6 +64,7 @@ MULTIMODAL = "dots3_note", "gemma4", "qwen3_5_moe", "qwen4_exp"
 NOT_TRIED = dict.fromkeys(MULTIMODAL, "text and images; its text model is a family of its own")
 NOT_TRIED |= dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "no tiny config; another activation of experts")
 NOT_TRIED |= dict.fromkeys(("bailing_hybrid", "kimi_linear", "qwen4_exp_text"), "no tiny config: pattern of layers")
+NOT_TRIED |= dict.fromkeys(("ergo", "kolibri1_1", "longcat_flash"), "new in transformers 5.25; no tiny config yet")
 NOT_TRIED |= {"beam": "its default has no experts"}
 
 
