@@ -28,4 +28,4 @@ axes.set(xlabel="expert", ylabel="layer", yticks=range(0, len(load), max(1, len(
 axes.set_title(f"slots of an expert beside an equal share, of {len(ids):,} tokens")
 figure.colorbar(image, extend="max")
 figure.savefig(picture, dpi=150)
-print(f"{picture}: the fullest expert of a layer has {load.max():.2f} times an equal share")
+print(f"{picture}: the fullest expert of a layer has {float(load.max()):.2f} times an equal share")

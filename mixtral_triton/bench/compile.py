@@ -50,7 +50,7 @@ class Compiled:
     dtype: str  # the narrowest type behind a pointer, a floating-point one where there is one
     limit_bytes: int  # of shared memory that a block can have on `arch`
     registers: int = 0  # of a thread; on AMD the vector registers of a lane, those for accumulation included
-    spills: int = 0  # bytes of a thread's registers in memory. NVIDIA: its stack frame; AMD: 4 for each register
+    spills: int = 0  # bytes of a thread's registers in memory. NVIDIA: its stack frame; AMD: 4 for each vector register
     shared_bytes: int = 0  # of a block
     file: str | None = None  # the .cubin or .hsaco under `--out`
     stages: Mapping[str, Path] = field(default_factory=dict, repr=False, compare=False)  # in Triton's cache, by kind
@@ -116,7 +116,8 @@ def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
     counts = {name: int(number) for name, number in re.findall(r"(\w+): *(\d+)", text)}
     if "cubin" in stages:
         return {"registers": counts["REG"], "spills": counts["STACK"] + counts["LOCAL"]}
-    return {"registers": counts["vgpr_count"], "spills": 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])}
+    # A scalar register that spills goes to a lane of a vector register, not to memory.
+    return {"registers": counts["vgpr_count"], "spills": 4 * counts["vgpr_spill_count"]}
 
 
 def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
@@ -126,6 +127,7 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     dtype = min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind))))
     constexprs = {name: launch.constexprs[name] for name in signature if name in launch.constexprs}
     constexprs = {name: getattr(value, "__name__", value) for name, value in constexprs.items()}  # of a function
+    constexprs |= {name: value._asdict() for name, value in constexprs.items() if hasattr(value, "_asdict")}
     program = launch.num_warps or 0, launch.num_stages or 0
     limit = ARCHS[arch].shared_bytes
     return Compiled(op, launch.kernel, arch, *program, constexprs, signature, dtype, limit, **figures)

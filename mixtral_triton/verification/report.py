@@ -163,7 +163,8 @@ class Report:
             yield Text(f"{row.where}: {error}", style="red")
         for line in self.not_run:
             yield Text(f"not run: {line}")
-        yield Text(self.verdict, style="bold green" if self.ok else "bold red" if self.wrong else "bold yellow")
+        style = "bold green" if self.ok else "bold red" if self.wrong else "bold yellow"
+        yield Text(self.verdict, style, no_wrap=True, overflow="ignore")  # a reader of the last line gets all of it
 
     def __str__(self) -> str:
         console = Console(width=110, color_system=None)

@@ -107,7 +107,8 @@ def empty_slots_are_seen(patch: pytest.MonkeyPatch, model: Any) -> None:
 
 
 def a_window_more(q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
-    return (q, k, v, mask.expand(-1, 2, -1, -1)), kwargs | {"sliding_window": 12}
+    mask = mask.expand(-1, 2, -1, -1) if mask.dtype == torch.uint32 else mask  # the other is one of True and False
+    return (q, k, v, mask), kwargs | {"sliding_window": 12}
 
 
 FAULTS: dict[str, tuple[str, Inject]] = {

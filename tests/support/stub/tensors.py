@@ -46,6 +46,11 @@ class FakeGPUTensor(Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
+    def tolist(self) -> Any:
+        """Read values where a dispatch mode of torch, such as that of `verify`, has disabled the mode below."""
+        stage.sync("tolist")
+        return self.held.tolist()
+
     def record_stream(self, stream: Any) -> None:
         """Do nothing, because no memory is used again while a test holds it."""
 
