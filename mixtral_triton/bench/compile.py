@@ -104,7 +104,9 @@ class Compiled:
     def as_dict(self) -> dict[str, Any]:
         """Return what `compile --json` prints."""
         names = [*vars(self), "loop_flop_per_instruction", "loop_spills", "fault", "programs_per_sm", "loop_clocks"]
-        return {name: getattr(self, name) for name in names if name not in ("signature", "stages", "error", "loops")}
+        shown = {name: getattr(self, name) for name in names if name not in ("signature", "stages", "error", "loops")}
+        named = {name: x._asdict() for name, x in self.constexprs.items() if hasattr(x, "_asdict")}
+        return shown | {"constexprs": {**self.constexprs, **named}}
 
 
 def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
@@ -127,7 +129,6 @@ def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     dtype = min(pointers, key=lambda kind: (kind[0] in "iu", int(re.sub(r"\D+(\d+).*", r"\1", kind))))
     constexprs = {name: launch.constexprs[name] for name in signature if name in launch.constexprs}
     constexprs = {name: getattr(value, "__name__", value) for name, value in constexprs.items()}  # of a function
-    constexprs |= {name: value._asdict() for name, value in constexprs.items() if hasattr(value, "_asdict")}
     program = launch.num_warps or 0, launch.num_stages or 0
     limit = ARCHS[arch].shared_bytes
     return Compiled(op, launch.kernel, arch, *program, constexprs, signature, dtype, limit, **figures)
@@ -238,9 +239,9 @@ def _tile(row: Mapping[str, Any]) -> str:
 def _format(row: Mapping[str, Any]) -> str:
     """Return the name of a quantized weight's format; "" for a dense weight, and for a kernel that reads none."""
     layout = row["constexprs"].get("LAYOUT")
-    if layout is None or layout[0] == "dense":
+    if layout is None or layout["format"] == "dense":
         return ""
-    return f"{layout[0]}:{layout[1]}" if layout[1] in GROUPS else str(layout[0])
+    return f"{layout['format']}:{layout['group']}" if layout["group"] in GROUPS else str(layout["format"])
 
 
 def resources_table(arch: str, rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -16,15 +16,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-
 from .. import __version__
 from ..bench.gpus import GPUS, find_gpu
 from ..checkpoint.config import DTYPES, SMALL, MixtralConfig, checkpoint_folder
 from ..checkpoint.tokenizer import load_tokenizer
 from ..kernels.launching.arch import ARCHS
 from ..kernels.weights.names import FORMAT_NAMES
-from ..terminal import Bar, check_range, did_you_mean, exit_status, print_message, select_backend
+from ..terminal import Bar, check_range, console, did_you_mean, exit_status, print_message, select_backend
 from .prompt import encode, read_prompt, read_text, render
 
 if TYPE_CHECKING:
@@ -295,7 +293,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"folder": str(args.folder), **report.as_dict()}, allow_nan=False))
     else:
-        Console().print(report)
+        console().print(report)
     return int(not report.ok)
 
 

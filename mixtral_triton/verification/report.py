@@ -164,10 +164,10 @@ class Report:
         for line in self.not_run:
             yield Text(f"not run: {line}")
         style = "bold green" if self.ok else "bold red" if self.wrong else "bold yellow"
-        yield Text(self.verdict, style, no_wrap=True, overflow="ignore")  # a reader of the last line gets all of it
+        yield Text(self.verdict, style)
 
     def __str__(self) -> str:
-        console = Console(width=110, color_system=None)
+        console = Console(width=110, color_system=None, soft_wrap=True)  # the verdict is one line
         with console.capture() as text:
             console.print(self)
         return text.get().rstrip()

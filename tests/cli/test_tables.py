@@ -56,6 +56,11 @@ def test_errors_of_a_report_are_whole_on_a_narrow_terminal(width: int) -> None:
     assert "…" not in text and max(map(len, text.splitlines())) <= width
 
 
+def test_verdict_is_the_last_line_at_any_width() -> None:
+    report = Report((Row(31, "linear", "qkv", 0.0, 1.0),), 0, 0, "plain torch", "bfloat16", "transformers' own modules")
+    assert len(report.verdict) > 110 and str(report).splitlines()[-1] == report.verdict
+
+
 def test_bench_table() -> None:
     """Of the peers one is right, one does not take the case, one is wrong; empty columns are left out."""
     rows = [untimed_row(case, GPUS["h100"]) for case in cases(["expert_swiglu"])[:6]]
