@@ -105,6 +105,7 @@ def op_table(rows: Sequence[Row]) -> Group:
 def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
     """Return a figure: a panel per operation, a line for each case with its floor and measured times."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     panels = [list(group) for _, group in groupby(rows, key=lambda row: row.case.op.name)]
     heights = [1.5 + 0.18 * len(panel) for panel in panels] or [4.0]
@@ -121,8 +122,12 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
                 axes.plot(times, range(len(panel)), "o", ms=4, label=name)
         axes.set_yticks(range(len(panel)), [sizes_text(row.case.as_dict()) for row in panel], fontsize=7)
         axes.set(xscale="log", xlabel="time, us", ylim=(-0.7, len(panel) - 0.3))  # no margin that grows with the rows
+        axes.set_xlim(left=5e5 * panel[0].floor_s)  # the shortest bar is seen, too
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())  # which overlaps
         axes.set_title(f"{panel[0].case.op.name}, {panel[0].case.dtype_name}", fontsize=8)
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     timed = any(outcome.seconds for row in rows for outcome in (row.ours, *row.peers.values()))
-    figure.suptitle(f"{gpu.name}, {gpu.source}" + ("" if timed else "; no time was measured, these are floors"))
+    figure.suptitle(f"{gpu.name}, {gpu.source}" + ("" if timed else "; no time was measured, these are floors"), fontsize=9)
     return figure

@@ -271,3 +271,5 @@ def test_plot() -> None:
     floors_us = [bar.get_width() for bar in axes.patches]
     assert floors_us == sorted(floors_us) and labels(axes) == ["ours", "floor"] and axes.get_xscale() == "log"
     assert axes.lines[0].get_xdata() == pytest.approx([2 * one for one in floors_us])
+    named = [tick.get_text() for tick in axes.get_xticklabels(minor=True)]
+    assert not any(named) and axes.get_xlim()[0] < floors_us[0]
