@@ -129,5 +129,7 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
         axes.set_title(f"{panel[0].case.op.name}, {panel[0].case.dtype_name}", fontsize=8)
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     timed = any(outcome.seconds for row in rows for outcome in (row.ours, *row.peers.values()))
-    figure.suptitle(f"{gpu.name}, {gpu.source}" + ("" if timed else "; no time was measured, these are floors"), fontsize=9)
+    figure.suptitle(
+        f"{gpu.name}, {gpu.source}" + ("" if timed else "; no time was measured, these are floors"), fontsize=9
+    )
     return figure
