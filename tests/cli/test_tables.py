@@ -80,7 +80,9 @@ def test_compile_table() -> None:
     launches = collect([OPS["linear"]], "sm_90", choices={"T": [1], "weight": ["int4:128"]})
     row["constexprs"] |= {"LAYOUT": describe(next(iter(launches.values()))[1], "sm_90", "linear").constexprs["LAYOUT"]}
     table = resources_table("sm_90", [row, row, row | {"fault": "spills 8 bytes", "spills": 12345}])
-    assert table.row_count == 2 and holds(printed(table, 120), "down", "int4:128", "12,345", "163,872", "128x256", "1,088/1,024")
+    assert table.row_count == 2 and holds(
+        printed(table, 120), "down", "int4:128", "12,345", "163,872", "128x256", "1,088/1,024"
+    )
 
 
 @pytest.mark.slow
