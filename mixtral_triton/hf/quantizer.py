@@ -6,11 +6,12 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import __version__
+from transformers import PreTrainedModel, __version__
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -149,12 +150,23 @@ class ExpertsQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # which saves the adapter alone
             return None, {}
         state, model.config.quantization_config.saved = compressed_state(model)
-        caller = sys._getframe(1).f_locals  # the arguments of `save_pretrained`, which passes no folder on
-        for name in (
-            (SINGLE_FILE, INDEX_FILE) if caller["is_main_process"] else ()
-        ):  # it would leave the one it replaces
-            (Path(caller["save_directory"]) / name).unlink(missing_ok=True)
+        caller = sys._getframe(1)
+        for name in (SINGLE_FILE, INDEX_FILE) if writes_checkpoint(caller) else ():
+            (Path(caller.f_locals["save_directory"]) / name).unlink(missing_ok=True)
         return state, {}
+
+
+def writes_checkpoint(caller: FrameType) -> bool:
+    """Whether a frame is transformers' `save_pretrained`, by which this process replaces a folder's checkpoint.
+
+    That function leaves a single file beside new shards, and passes a quantizer no folder. A method of the instance
+    would know it, but would refer to the model, which `del` then no longer frees.
+    """
+    call, name = caller.f_locals, (caller.f_globals["__name__"], caller.f_code.co_name)
+    if name != (PreTrainedModel.__module__, "save_pretrained"):
+        return False
+    beside = call.get("variant") is not None or call.get("distributed_checkpoint", False)  # files of other names
+    return bool(call.get("save_on_this_rank", call["is_main_process"])) and not beside
 
 
 def check_dense_checkpoint(files: Any) -> None:

@@ -12,9 +12,10 @@ from rich.console import Console
 from mixtral_triton import terminal
 from mixtral_triton.bench.cases import cases
 from mixtral_triton.bench.command import op_table
-from mixtral_triton.bench.compile import resources_table
+from mixtral_triton.bench.compile import collect, describe, resources_table
 from mixtral_triton.bench.gpus import GPUS
 from mixtral_triton.bench.measure import Outcome, untimed_row
+from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.terminal import table_of
 from mixtral_triton.verification.report import Report, Row
 from tests.cli.commands import shown
@@ -81,8 +82,12 @@ def test_compile_table() -> None:
     figures = {"registers": 40, "spills": 0, "shared_bytes": 163872, "loop_flop_per_instruction": None, "fault": None}
     figures |= {"programs_per_sm": 1, "loop_clocks": (1088.0, 1024.0), "num_warps": 16, "num_stages": 3}
     row = {**figures, "kernel": "down_kernel", "dtype": "bf16", "constexprs": {"BLOCK_M": 128, "BLOCK_N": 256}}
+    launches = collect([OPS["linear"]], "sm_90", choices={"T": [1], "weight": ["int4:128"]})
+    row["constexprs"] |= {"LAYOUT": describe(next(iter(launches.values()))[1], "sm_90", "linear").constexprs["LAYOUT"]}
     table = resources_table("sm_90", [row, row, row | {"fault": "spills 8 bytes", "spills": 12345}])
-    assert table.row_count == 2 and holds(printed(table, 120), "down", "12,345", "163,872", "128x256", "1,088/1,024")
+    assert table.row_count == 2 and holds(
+        printed(table, 120), "down", "int4:128", "12,345", "163,872", "128x256", "1,088/1,024"
+    )
 
 
 @pytest.mark.slow

@@ -3,14 +3,17 @@
 import json
 import math
 from collections.abc import Callable
+from os import listdir
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, modeling_utils
+from transformers.utils import hub
 
 from mixtral_triton import ExpertsConfig, Mixtral, register, stored_config, verify
 from mixtral_triton.hf import stored as stored_module
@@ -374,6 +377,46 @@ def test_a_save_leaves_no_weights_of_an_older_one(tmp_path: Path) -> None:
         check_dense_checkpoint([out / "model.safetensors"])
     with pytest.raises(ValueError, match=message):
         Mixtral.from_pretrained(out, "cpu")
+
+
+def test_nothing_is_removed_but_by_a_save_that_replaces_it(tmp_path: Path, monkeypatch: Any) -> None:
+    """Other files, other ranks, adapters alone, the hub, and what calls the quantizer or reads the model's state."""
+    accelerate, peft = pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    stored, _ = write_quantized("qwen3_moe", tmp_path, *LAYOUTS[INT4], only=EXPERTS)
+    model, out, pushed = load(stored), tmp_path / "out", list[str]()
+    out.mkdir()
+    names = ["model.safetensors", "model.safetensors.index.json"]
+
+    def save_pretrained(save_directory: Path, is_main_process: bool = True, variant: Any = None) -> None:
+        model.hf_quantizer.get_state_dict_and_metadata(model)
+
+    def push() -> None:
+        repository, card = SimpleNamespace(repo_id="me/mine"), SimpleNamespace(save=lambda path: None)
+        monkeypatch.setattr(hub, "create_repo", lambda *args, **kwargs: repository, raising=False)
+        monkeypatch.setattr(hub, "hf_api", lambda: SimpleNamespace(create_repo=hub.create_repo), raising=False)
+        monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: card)
+        monkeypatch.setattr(
+            type(model), "_upload_modified_files", lambda x, path, *_, **__: pushed.extend(listdir(path))
+        )
+        model.push_to_hub("mine", max_shard_size="300KB")
+
+    def save_adapter() -> None:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        Trainer(model=adapted, args=TrainingArguments(out, report_to="none", use_cpu=True)).save_model()
+
+    for save in (
+        lambda: save_pretrained(out),
+        lambda: model.save_pretrained(out, variant="new"),
+        lambda: model.save_pretrained(out, is_main_process=False),
+        push,
+        lambda: accelerate.Accelerator(cpu=True).save_model(model, tmp_path / "by accelerate"),
+        save_adapter,
+    ):
+        for name in names:
+            (out / name).write_text("the user's")
+        save()
+        assert [(out / name).read_text() for name in names] == ["the user's"] * 2
+    assert {"config.json", names[1]} <= {*pushed} and (out / "adapter_model.safetensors").exists()
 
 
 def test_an_interrupted_save_leaves_no_folder_that_loads(tmp_path: Path, monkeypatch: Any) -> None:
