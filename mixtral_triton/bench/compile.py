@@ -122,7 +122,7 @@ def _usage(stages: Mapping[str, Path]) -> dict[str, int]:
     return {"registers": counts["vgpr_count"], "spills": 4 * counts["vgpr_spill_count"]}
 
 
-def _describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
+def describe(launch: Launch, arch: str, op: str, **figures: Any) -> Compiled:
     """Return the launch's kernel with `figures`; without any, those of a kernel that does not compile."""
     signature = dict(flatten(source_of(launch, arch).signature))
     pointers = [kind.lstrip("*") for kind in signature.values() if kind.startswith("*")]
@@ -180,14 +180,14 @@ def compile_launch(launch: Launch, arch: str, op: str = "", out: Path | None = N
             file = str(out.absolute() / f"{name}.{kind}")
             Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
     usage = {"shared_bytes": kernel.metadata.shared, **_usage(stages)}
-    return _describe(launch, arch, op, file=file, stages=stages, **usage)
+    return describe(launch, arch, op, file=file, stages=stages, **usage)
 
 
 def _describe_fault(launch: Launch, arch: str, op: str, error: BaseException) -> Compiled:
     while error.__cause__ is not None:  # Triton wraps an error once for each function that it is inlined into
         error = error.__cause__
     line = (getattr(error, "error_message", None) or str(error).strip() or repr(error)).splitlines()[0]
-    return _describe(launch, arch, op, error=line[:200])
+    return describe(launch, arch, op, error=line[:200])
 
 
 def compile_all(

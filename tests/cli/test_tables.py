@@ -83,7 +83,8 @@ def test_compile_table() -> None:
     figures |= {"programs_per_sm": 1, "loop_clocks": (1088.0, 1024.0), "num_warps": 16, "num_stages": 3}
     row = {**figures, "kernel": "down_kernel", "dtype": "bf16", "constexprs": {"BLOCK_M": 128, "BLOCK_N": 256}}
     launches = collect([OPS["linear"]], "sm_90", choices={"T": [1], "weight": ["int4:128"]})
-    row["constexprs"] |= {"LAYOUT": describe(next(iter(launches.values()))[1], "sm_90", "linear").constexprs["LAYOUT"]}
+    described = describe(next(iter(launches.values()))[1], "sm_90", "linear").as_dict()
+    row["constexprs"] |= {"LAYOUT": described["constexprs"]["LAYOUT"]}
     table = resources_table("sm_90", [row, row, row | {"fault": "spills 8 bytes", "spills": 12345}])
     assert table.row_count == 2 and holds(
         printed(table, 120), "down", "int4:128", "12,345", "163,872", "128x256", "1,088/1,024"

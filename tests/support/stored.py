@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mixtral_triton import stored_config
 from tests.support.families import build
 from tests.support.hub import Packer
 
@@ -18,6 +21,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 
 SIZES |= {"q_lora_rank": 128, "kv_lora_rank": 128, "v_head_dim": 32, "shared_expert_intermediate_size": 128}
 SIZES |= {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4}
 SCALES = {"weight_scale", "weight_scale_inv", "scales"}
+IDS = torch.arange(2, 20).view(2, 9)
+INT4 = "ct int4 32 False"  # of LAYOUTS
 EXPERTS, LINEARS = r"\.experts\.\d+\.", r"(_proj(_with_mqa)?|\.w[123])\.weight$"
 
 
@@ -52,3 +57,8 @@ def write_quantized(
     save_file(packed, stored / "model.safetensors", {"format": "pt"})
     (stored / "config.json").write_text(json.dumps(values | {"quantization_config": config, "dtype": "bfloat16"}))
     return stored, exact_folder
+
+
+def load(folder: Path, **kwargs: Any) -> Any:
+    config = stored_config(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, **{"dtype": torch.float32} | kwargs)
