@@ -278,6 +278,7 @@ def test_prompts_of_any_length_share_their_kernels(gpu: Any, covers: Any) -> Non
     assert compiled.total() <= KERNELS_MOST
 
 
+@pytest.mark.slow
 def test_injected_fault_specialized_length(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (rows,) = (parameter for parameter in router.gate_route_kernel.params if parameter.name == "T")
     monkeypatch.setattr(rows, "do_not_specialize", False)

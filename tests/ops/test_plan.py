@@ -88,11 +88,20 @@ def count_plans() -> int:
     return sum(cached is not None for cached in plan._plans.values())
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_second_call_launches_what_the_operation_would(name: str, gpu: Any) -> None:
-    """The test passes other tensors at all test shapes: only addresses differ, and they are the new ones."""
+QUICK = 3  # test shapes of an operation in the quick run
+PARTS = [pytest.param(name, slice(QUICK), id=name) for name in OPS]
+PARTS += [
+    pytest.param(name, slice(QUICK, None), id=f"{name}, other shapes", marks=pytest.mark.slow)
+    for name, op in OPS.items()
+    if len(op.test_shapes) > QUICK
+]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_second_call_launches_what_the_operation_would(name: str, part: slice, gpu: Any) -> None:
+    """The test passes other tensors: only addresses differ, and they are the new ones."""
     gpu.driver.executes, op = False, OPS[name]
-    for sizes in op.test_shapes:
+    for sizes in op.test_shapes[part]:
         plan.run(op, arguments(op, sizes))
         args = arguments(op, sizes, seed=1)
         want = launches(gpu, op.run, args)
