@@ -27,28 +27,31 @@ W1, Q = "model.layers.0.block_sparse_moe.experts.1.w1", "model.layers.0.self_att
 
 
 load = partial(Mixtral.from_pretrained, device="cpu")
+CPU = torch.device("cpu")
 
 
-def differs(folder: Path, meaning: dict[str, Tensor]) -> list[str]:
+def differs(folder: Path, meaning: dict[str, Tensor], device: torch.device = CPU) -> list[str]:
     """Return the names of weights that are not, bit for bit, what the files mean."""
-    model = load(folder)
+    model = load(folder, device=device)
     places = model.named_weights().items()
     got = {name: at.dequantize() if isinstance(at, QuantizedWeight) else at.data.float() for name, at in places}
     wanted = expected(model.config, meaning, "per_expert")
-    assert wanted.keys() == got.keys()
-    return [name for name in wanted if not torch.equal(wanted[name], got[name])]
+    assert wanted.keys() == got.keys() and {x.device.type for x in got.values()} == {device.type}
+    return [name for name in wanted if not torch.equal(wanted[name], got[name].cpu())]
 
 
 @pytest.mark.parametrize("layout", [name for name in hub.LAYOUTS if name != "ct act-order"])
-def test_each_layout_loads_exactly(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_layout_loads_exactly(
+    tmp_path: Path, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packer, config = hub.LAYOUTS[layout]
     meaning = hub.write(tmp_path, packer, config)
-    assert differs(tmp_path, meaning) == []
-    layer = load(tmp_path).layers[0]
+    assert differs(tmp_path, meaning, device) == []
+    layer = load(tmp_path, device=device).layers[0]
     assert all(isinstance(at, QuantizedWeight) for at in (layer.gate_up_proj, layer.down_proj, layer.qkv_proj))
     assert isinstance(layer.gate, torch.nn.Parameter)
     monkeypatch.setattr("mixtral_triton.quantize.PIECE", 3000)
-    assert differs(tmp_path, meaning) == []
+    assert differs(tmp_path, meaning, device) == []
 
 
 @pytest.mark.parametrize("layout", ["", "awq 32"], ids=["dense", "quantized"])
