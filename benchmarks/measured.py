@@ -28,10 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def read_row(values: Any) -> Row:
     """Return the row of a line that `bench --json` printed."""
-    op, flags = (
-        BENCHED[values["op"]],
-        {field.name for field in fields(BENCHED[values["op"]].case) if field.type == "bool"},
-    )
+    op = BENCHED[values["op"]]
+    flags = {field.name for field in fields(op.case) if field.type == "bool"}
     sizes = {name: bool(value) if name in flags else value for name, value in values["sizes"].items()}
     outcomes = {
         name: Outcome(x["time_us"] and x["time_us"] / 1e6, x["note"], x["right"])
