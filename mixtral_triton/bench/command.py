@@ -123,7 +123,7 @@ def figure_of(rows: Sequence[Row], gpu: GPU) -> Any:
         axes.set_yticks(range(len(panel)), [sizes_text(row.case.as_dict()) for row in panel], fontsize=7)
         axes.set(xscale="log", xlabel="time, us", ylim=(-0.7, len(panel) - 0.3))  # no margin that grows with the rows
         axes.set_xlim(left=5e5 * panel[0].floor_s)  # the shortest bar is seen, too
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if panel[-1].floor_s < 100 * panel[0].floor_s else (1,)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())  # which overlaps
         axes.set_title(f"{panel[0].case.op.name}, {panel[0].case.dtype_name}", fontsize=8)
