@@ -8,7 +8,7 @@ B batch, T tokens, H hidden, E experts, D head size, R rotated columns of a head
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import wraps
 from itertools import product
@@ -22,8 +22,7 @@ from ..kernels import reference
 
 # By dtype of a probe, what two roundings instead of one may change of a result.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
-# The arguments of `gate_route` that a router's class may compute: add here what the operation learns.
-ROUTES: tuple[dict[str, Any], ...] = ({"renormalize": True}, {"renormalize": False})
+ARGUMENT = "argument"  # in the place of a name, of a bias that a router's forward is given
 UNREAD = "training", "layer_idx"
 PLAIN = bool, int, float, str, type(None)  # types of attributes that may decide what a forward computes
 D = 16  # of probes
@@ -37,10 +36,12 @@ class Norm(NamedTuple):
 
 
 class Router(NamedTuple):
-    """`gate_route` with these keyword arguments; wide: of x and weight in fp32, by which other experts may be the
-    largest; logits: their dtype, None: that of the product; flattens: takes x [B,T,H], too."""
+    """`gate_route` with these keyword arguments. bias: the attribute that is its bias, ARGUMENT, or None; wide: of x
+    and weight in fp32, by which other experts may be the largest; logits: their dtype, None: that of the product;
+    flattens: takes x [B,T,H], too."""
 
     options: tuple[tuple[str, Any], ...]
+    bias: str | None
     wide: bool
     logits: torch.dtype | None
     flattens: bool
@@ -83,6 +84,7 @@ def settings_of(module: nn.Module) -> tuple[Any, ...]:
     """What decides, beside the class, what a module's forward computes."""
     own: dict[str, Any] = {name: tuple(x.shape) for name, x in (*module.named_parameters(), *module.named_buffers())}
     own |= {name: x for name, x in vars(module).items() if isinstance(x, PLAIN) and name not in UNREAD}
+    own |= {name: type(x) for name, x in module._modules.items()}
     return type(module), *sorted((name, repr(x)) for name, x in own.items())
 
 
@@ -125,35 +127,58 @@ def norm_of(module: nn.Module, generator: torch.Generator) -> Norm | None:
     return next((Norm(name, offset) for name, offset in pairs if fits(getattr(module, name), offset)), None)
 
 
+def routes_of(module: Any, experts: int) -> Iterator[dict[str, Any]]:
+    """The arguments of `gate_route` that a router's class may compute, the simplest first: its numbers are those of the
+    module's attributes. Add here what the operation learns."""
+    counts = [1, *(x for x in vars(module).values() if type(x) is int)]
+    scales = [1.0, *(x for x in vars(module).values() if type(x) is float and x > 0)]
+    groups = [(n, k) for n, k in product(counts, counts) if 0 < k < n and experts % n == 0 and 2 * n <= experts]
+    groups = [(n, k) for n, k in groups if experts * k // n >= module.top_k]
+    for limit, scale in product([None, *groups], scales):
+        for scoring, renormalize in product(("softmax", "sigmoid"), (True, False)):
+            yield {"scoring": scoring, "renormalize": renormalize, "groups": limit, "scale": scale}
+
+
 @probe
 def router_of(module: Any, generator: torch.Generator) -> Router | None:
-    """Return the `gate_route` that a module with a weight [E,H] and a `top_k` computes."""
-    if [*module._parameters] != ["weight"]:
+    """Return the `gate_route` that a module with a weight [E,H], a `top_k`, and a bias [E] at most computes. Experts of
+    equal logits, of which bf16 has many, may stand for each other."""
+    E, H = module.weight.shape
+    signature = [*inspect.signature(inspect.unwrap(type(module).forward)).parameters]
+    others = [name for name in (*module._parameters, *module._buffers) if name != "weight"]
+    biases = others + [ARGUMENT for name in signature[2:] if "bias" in name]
+    if module._modules or len(biases) > 1 or len(signature) > 2 + (biases == [ARGUMENT]):
         return None
     results = list[tuple[Any, ...]]()
     for dtype in ROUNDING:
-        same = stand_in(module, generator, dtype)
-        x = torch.randn(16, same.weight.shape[1], generator=generator).to(dtype)
-        results.append((x, same.weight, *type(module).forward(same, x)))
-    logits = results[1][2]
+        same, x = stand_in(module, generator, dtype), torch.randn(16, H, generator=generator).to(dtype)
+        bias = torch.randn(E, generator=generator).to(dtype) if biases else None  # of both signs
+        for held in (same._parameters, same._buffers):
+            held.update({name: bias for name in held if name in biases})
+        args = (x, bias) if biases == [ARGUMENT] else (x,)
+        results.append((x, same.weight, bias, *type(module).forward(same, *args)))
+    logits, flattens = results[1][3], type(module).forward(same, x[None], *args[1:])[0].dim() == 2
     wide = not torch.equal(logits.float(), logits.bfloat16().float())
+    converted = torch.float32 if logits.dtype == torch.float32 and not wide else None
+    wanted = [reference.linear(*((x.float(), weight.float()) if wide else (x, weight))) for x, weight, *_ in results]
+    if not all(agree(got[3], want, got[0].dtype) for got, want in zip(results, wanted, strict=True)):
+        return None
 
-    def fits(options: dict[str, Any]) -> bool:
-        for x, weight, logits, weights, ids in results:
-            inputs = (x.float(), weight.float()) if wide else (x, weight)
-            want_logits, want_weights, want_ids = reference.gate_route(*inputs, module.top_k, **options)
+    def fits(options: dict[str, Any], selects: bool) -> bool:
+        for (x, _, bias, _, weights, ids), want in zip(results, wanted, strict=True):
+            want_weights, want_ids = reference.route(want, module.top_k, bias=bias if selects else None, **options)
             order, want_order = ids.argsort(-1), want_ids.argsort(-1)
-            same_ids = torch.equal(ids.gather(-1, order), want_ids.gather(-1, want_order).long())
-            pairs = (logits, want_logits), (weights.gather(-1, order), want_weights.gather(-1, want_order))
-            if not same_ids or not all(agree(*pair, x.dtype) for pair in pairs):
+            same = (ids.gather(-1, order) == want_ids.gather(-1, want_order)).all(-1)
+            tied = want.gather(-1, ids).sort(-1).values == want.gather(-1, want_ids.long()).sort(-1).values
+            by_id, want_by_id = weights.gather(-1, order)[same], want_weights.gather(-1, want_order)[same]
+            if not (same.any() and (same | tied.all(-1)).all() and agree(by_id, want_by_id, x.dtype)):
                 return False
         return True
 
-    converted = torch.float32 if logits.dtype == torch.float32 and not wide else None
-    flattens = type(module).forward(same, x[None])[0].dim() == 2
-    return next(
-        (Router(tuple(options.items()), wide, converted, flattens) for options in ROUTES if fits(options)), None
-    )
+    for name, options in product(dict.fromkeys((None, *biases)), routes_of(module, E)):
+        if fits(options, name is not None):
+            return Router(tuple(options.items()), name, wide, converted, flattens)
+    return None
 
 
 def half_columns(x: Tensor, tables: str) -> Tensor:

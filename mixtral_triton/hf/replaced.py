@@ -5,7 +5,7 @@ B batch, T tokens, H hidden, D head size, R rotated columns of a head
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, update_wrapper
 from types import CellType, FunctionType
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from .. import ops
 from ..kernels.operation import call
 from ..kernels.operation.checks import FLOATS
 from .experts import fused
-from .probes import Norm, Rotation, Rotations, Router, half_columns, norm_of, rotate, rotations_of, router_of
+from .probes import ARGUMENT, Norm, Rotation, Rotations, Router, half_columns, norm_of, rotate, rotations_of, router_of
 
 TABLES = "_mixtral_triton"  # attribute of a cos: sin, and what `rope` reads of both
 OURS = "_mixtral_triton"  # how the names of our functions that rotate begin, in transformers' files
@@ -81,17 +81,25 @@ def norm_forward(original: Any, kind: Norm) -> Any:
     return update_wrapper(forward, run_original)
 
 
+def selection_bias(module: Any, args: Sequence[Any]) -> Tensor | None:
+    """The bias by which a call of a replaced router selects experts, in fp32."""
+    name = module.kind.bias
+    bias = None if name is None else args[1] if name == ARGUMENT else getattr(module, name)
+    return bias if bias is None else bias.float()
+
+
 def router_forward(original: Any, kind: Router) -> Any:
     options, run_original = dict(kind.options), original.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and not self.training and not torch._C._is_any_autocast_enabled():
-            x, weight = args[0], self.weight
-            run = fused(ops.gate_route, x, weight)
+        given = len(args) == (2 if kind.bias == ARGUMENT else 1) and args[-1] is not None and not kwargs
+        if given and not self.training and not torch._C._is_any_autocast_enabled():
+            x, weight, bias = args[0], self.weight, selection_bias(self, args)
+            run = fused(ops.gate_route, x, weight, bias)
             if run is not None and (x.dim() == 2 or kind.flattens) and (kind.wide or x.dtype == weight.dtype):
                 x = x.reshape(-1, x.shape[-1])
                 x, weight = (x.float(), weight.float()) if kind.wide else (x, weight)
-                logits, routing_weights, ids = run(x, weight, self.top_k, **options)
+                logits, routing_weights, ids = run(x, weight, self.top_k, bias=bias, **options)
                 logits = logits if kind.logits is None else logits.to(kind.logits)
                 return logits, routing_weights, ids.long()  # int64, as hooks of the gate expect
         return run_original(self, *args, **kwargs)

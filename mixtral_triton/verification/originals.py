@@ -3,7 +3,7 @@
 import copy
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -92,12 +92,14 @@ def own_classes(model: nn.Module, selected: dict[nn.Module, str]) -> str:
     return ", ".join(sorted(own))
 
 
-def run_original(module: Any, x: Tensor) -> Any:
-    """The forward of a replaced module's original class, in x's dtype."""
+def run_original(module: Any, args: Sequence[Tensor], dtype: torch.dtype | None = None) -> Any:
+    """The forward of a replaced module's original class, in a dtype; None: as it is."""
+    if dtype is None:
+        return type(module).original.forward(module, *args)
     same = copy.copy(module)
-    parameters = {name: weight.to(x.dtype) for name, weight in module._parameters.items()}
+    parameters = {name: weight.to(dtype) for name, weight in module._parameters.items()}
     vars(same).update(_parameters=parameters)
-    return type(module).original.forward(same, x)
+    return type(module).original.forward(same, *(x.to(dtype) for x in args))
 
 
 @contextmanager

@@ -83,6 +83,9 @@ def randomize(model: nn.Module, seed: int = 1) -> Any:
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=generator)
         parameter.data = 1 + 0.2 * values if values.dim() == 1 else values * 1.5 * values.shape[-1] ** -0.5
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias"):  # of routers, by which they select experts
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 

@@ -194,6 +194,19 @@ def test_a_fault_of_each_operation_is_named(family: str, monkeypatch: pytest.Mon
     assert ran == {op for op, row in ROWS.items() if row in served} - DENSE.get(family, set())
 
 
+ROUTER_FAULTS: dict[str, Any] = {"scoring": "softmax", "renormalize": False, "groups": None, "scale": 1.0, "bias": None}
+
+
+@pytest.mark.parametrize("argument", ROUTER_FAULTS)
+def test_a_wrong_argument_of_a_router_is_named(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if `apply` had found another one for DeepSeek-V3's class."""
+    wrong = {argument: ROUTER_FAULTS[argument]}
+    run = ops.gate_route.unchecked
+    monkeypatch.setattr(ops.gate_route, "unchecked", lambda *args, **kwargs: run(*args, **kwargs | wrong))
+    report = verify(build("deepseek_v3").requires_grad_(False))
+    assert {row.op for row in report.wrong} == {"gate_route"}, report
+
+
 def test_packed_texts_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "is_causal_pattern", lambda function: True)
     wrong = {(row.op, row.case) for row in verify(build("olmoe").requires_grad_(False)).wrong}
