@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .. import ops
-from ..kernels.ops.attention.heads_first import attend_heads_first
 from ..kernels.reference import with_sinks
 from .experts import autocast_dtype, fused
 from .masks import IntervalMask, check_dense
@@ -92,9 +91,6 @@ def attention(
     if (columns := value.shape[-1]) < D:
         value = pad(value, (0, D - columns))
     starts, ends, text_ends = mask[:3]
-    if attend is ops.attention.unchecked and text_ends is None:
-        out = attend_heads_first(query, key, value, window, scaling, starts, ends, s_aux)
-        return out if columns == D else out[..., :columns], weights
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = attend(q, k, v, window=window, scale=scaling, starts=starts, lengths=ends, sinks=s_aux)
     if ends is not None and text_ends is not None:  # padding sees the whole text, and nothing else

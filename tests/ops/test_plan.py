@@ -21,7 +21,6 @@ from mixtral_triton.kernels.launching import launch, relaunch
 from mixtral_triton.kernels.launching.launch import LaunchConfig
 from mixtral_triton.kernels.operation import plan
 from mixtral_triton.kernels.operation.cases import OpWithCases
-from mixtral_triton.kernels.ops.attention import heads_first
 from mixtral_triton.kernels.record import record_launches
 from mixtral_triton.kernels.registry import OPS
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
@@ -164,19 +163,14 @@ def cache_of(S: int, seed: int, **more: Any) -> tuple[Any, ...]:
     return (q, k, v, *rest)
 
 
-@pytest.mark.parametrize("of_heads", [False, True], ids=["", "heads first"])
 @pytest.mark.parametrize("more", [{}, {"window": 40}, {"ragged": True, "B": 2}, {"deterministic": True}], ids=str)
-def test_attention_over_a_growing_cache_has_a_plan_for_each_number_of_splits(
-    more: Any, of_heads: bool, gpu: Any
-) -> None:
+def test_attention_over_a_growing_cache_has_a_plan_for_each_number_of_splits(more: Any, gpu: Any) -> None:
     """Each length launches what the operation would; the plans are as many as the splits, not as the lengths."""
-    op = heads_first.OP if of_heads else ATTENTION
     gpu.driver.executes = False
     lengths = [*range(17, 40), 255, 256, 257, 258, 512, 513, 700, 1024, 1025]
     for S in lengths:
         args = cache_of(S, S, **more)
-        same = (*(x.transpose(1, 2) for x in args[:3]), *args[3:]) if of_heads else args
-        assert launches(gpu, planned(op), same) == launches(gpu, ATTENTION.run, args), S
+        assert launches(gpu, planned(ATTENTION), args) == launches(gpu, ATTENTION.run, args), S
     grown = "window" not in more
     assert count_plans() == len(plan._plans) <= (8 if grown else 4)  # S may be a multiple of 16
 

@@ -15,7 +15,6 @@ from mixtral_triton.hf import masks, replaced
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.kernels.launching.launch import INTERPRETED
 from mixtral_triton.kernels.operation import call
-from mixtral_triton.kernels.ops.attention import heads_first
 from mixtral_triton.verification import families
 from mixtral_triton.verification.families import nonfinite_rows
 from tests.support.families import NAMED, NOT_TRIED, build, by_name, experts_of, marked_families, with_int4_experts
@@ -189,8 +188,7 @@ def test_a_fault_of_each_operation_is_named(family: str, monkeypatch: pytest.Mon
     served = {row.op for row in report.rows}
     assert f"{type(model.get_input_embeddings()).__name__}, " in report.not_run[0]
     for op, row in ROWS.items():
-        for place in (call, heads_first):
-            monkeypatch.setattr(place, "call_unchecked", partial(faulty, op))
+        monkeypatch.setattr(call, "call_unchecked", partial(faulty, op))
         wrong = {row.op for row in verify(model).wrong}
         assert row in wrong if op in ran else not wrong, op
     assert ran == {op for op, row in ROWS.items() if row in served} - DENSE.get(family, set())

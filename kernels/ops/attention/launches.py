@@ -38,18 +38,13 @@ def reach(window: int | None, S: int, T: int) -> int:
     return 0 if window > 2 * (S + T) else window
 
 
-GROWING = {dims: ("S", *(f"keys.stride_{x}{dim}" for x in "kv" for dim in dims)) for dims in ("bth", "bht")}
+GROWING = ("S", *(f"keys.stride_{x}{dim}" for x in "kv" for dim in "bth"))
 
 
-def growing(
-    args: Sequence[Any], heads_first: bool = False
-) -> tuple[tuple[Any, ...], Sequence[str], tuple[int, ...]] | None:
+def growing(args: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[str], tuple[int, ...]] | None:
     """Of decode over a cache that grows by concatenation, S changes the splits alone, which double (tiles.py)."""
     q, k, v, window, causal, *rest = args
-    if heads_first:
-        (_, Hq, T, _), (B, Hkv, S, D) = q.shape, k.shape
-    else:
-        (_, T, Hq, _), (B, S, Hkv, D) = q.shape, k.shape
+    (_, T, Hq, _), (B, S, Hkv, D) = q.shape, k.shape
     if not (causal and S and fits_decode(T, Hq, Hkv)) or torch.version.hip:  # HIP's key has the size of the memory
         return None
     window = window and reach(window, S, T)
@@ -57,8 +52,7 @@ def growing(
     *k_strides, k_last = k.stride()
     *v_strides, v_last = v.stride()
     kept = B, Hkv, D, k_last, v_last, k.dtype, k.device, k.data_ptr() % ALIGNMENT, v.data_ptr() % ALIGNMENT
-    names = GROWING["bht" if heads_first else "bth"]
-    return (*call_key((q, *rest)), window, splits, *kept), names, (S, *k_strides, *v_strides)
+    return (*call_key((q, *rest)), window, splits, *kept), GROWING, (S, *k_strides, *v_strides)
 
 
 def sizes_of(q: Tensor, keys: Keys, window: int | None, deterministic: bool) -> AttentionSizes:
