@@ -154,10 +154,12 @@ def gather_config(hidden: int) -> LaunchConfig:
     return LaunchConfig(tiles, num_warps=8)
 
 
-def gather_by_expert(x: Rows, ids: Tensor, experts: int, config: LaunchConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H], ids [T, K] -> x in sorted order [N, H], and `sort_by_expert`'s order and offsets."""
+def gather_by_expert(
+    x: Rows, ids: Tensor, experts: int, config: LaunchConfig, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], ids [T, K] -> x in sorted order [N, H], `out` if given, and `sort_by_expert`'s order and offsets."""
     (T, K), H = ids.shape, x.ptr.shape[1]
-    gathered = torch.empty((T * K, H), dtype=x.ptr.dtype, device=ids.device)
+    gathered = torch.empty((T * K, H), dtype=x.ptr.dtype, device=ids.device) if out is None else out
     order = torch.empty(T * K, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
     # Several, since a route may be skewed; of few slots each has 16 at least.

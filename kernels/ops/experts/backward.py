@@ -3,7 +3,7 @@
 
 T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
 
-sort -> rows of x -> gate and up again -> rows of grad -> grad of h -> the activation's derivative -> grad of x by slot
+sort, rows of x -> gate and up again -> rows of grad -> grad of h -> the activation's derivative -> grad of x by slot
 -> combine
 
 All but the combine compute gradients for routing weights of 1: the combine multiplies by the weights in fp32. The
@@ -13,18 +13,17 @@ kernels are in backward_kernels.py, and what the forward has, in kernels.py; the
 from typing import Annotated, Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ... import reference
 from ...launching.arch import tma
 from ...launching.kernel_args import Groups, Rows
-from ...launching.launch import Configs, LaunchConfig, describe, launch, select_configs, target_arch
+from ...launching.launch import Configs, describe, launch, select_configs, target_arch
 from ...operation.cases import Cost, operation, shapes
 from ...operation.checks import FP32, SlotWeights, Tokens
 from ...weights.formats import QUANT_NAMES, matrix_bytes, without_code_products
 from ...weights.weight_args import Weight
-from ..sort import expected_distinct_experts, sort_by_expert
+from ..sort import expected_distinct_experts, gather_by_expert
 from ..tiles import power_of_2
 from . import backward_kernels
 from .activations import ACTIVATION_CASES, check_activation, constants
@@ -110,12 +109,12 @@ def expert_swiglu_backward(
     by_tma = by_tma and H * size % 16 == 0 and 2 * I * size % 16 == 0
     sizes = ExpertSizes(T, H, I, E, K, gate_up.name, down.name, not by_tma, deterministic=False, norm=False)
     selected = select_configs(configs, sizes, x.dtype, x.device)
-    groups = Groups(*sort_by_expert.op.run(ids, E), E)  # type: ignore[call-arg]  # mypy counts no star
+    gather = selected["gather_by_expert_kernel"]
     rows = torch.empty((T * K, H), dtype=x.dtype, device=x.device)  # of x, then of grad, then of each slot's grad of x
-    gather_rows(x, rows, groups, selected["gather_rows_kernel"])
+    groups = Groups(*gather_by_expert(Rows.of(x), ids, E, gather, rows)[1:], E)
     both = torch.empty((T * K, 2 * I), dtype=x.dtype, device=x.device)  # gate and up, then their gradients
     launch_down(Rows.of(rows), gate_up, both, groups._replace(order=None), selected)
-    gather_rows(grad, rows, groups, selected["gather_rows_kernel"])
+    gather_by_expert(Rows.of(grad), ids, E, gather, rows)
     grad_h = torch.empty((T * K, I), dtype=x.dtype, device=x.device)
     launch_transposed(backward_kernels.experts_grad_h_kernel, rows, down, grad_h, groups, sizes, selected)
     grad_weights = torch.empty((T, K), dtype=torch.float32, device=x.device)
@@ -135,21 +134,6 @@ def expert_swiglu_backward(
     grad_x = torch.empty((T, H), dtype=x.dtype, device=x.device)
     combine(rows, ids, weights, grad_x, E, selected)
     return grad_x, grad_weights
-
-
-def gather_rows(x: Tensor, rows: Tensor, groups: Groups, config: LaunchConfig) -> None:
-    """Copy a row of x [T, H] for each slot to `rows` [N, H], in sorted order."""
-    N, H = rows.shape
-    launch(
-        backward_kernels.gather_rows_kernel,
-        (N, triton.cdiv(H, config.constexprs["BLOCK_H"])),
-        config,
-        x=Rows.of(x),
-        sorted_ptr=rows,
-        groups=groups,
-        TOP_K=N // max(1, len(x)),
-        H=H,
-    )
 
 
 def launch_transposed(

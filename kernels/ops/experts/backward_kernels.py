@@ -1,4 +1,4 @@
-"""Kernels of `expert_swiglu_backward`: products with a transposed weight, SwiGLU's derivative, rows in sorted order.
+"""Kernels of `expert_swiglu_backward`: products with a transposed weight, and SwiGLU's derivative.
 
 T tokens, K experts a token, N = T * K slots (slot t*K + k), E experts, H hidden, I intermediate
 
@@ -14,21 +14,6 @@ from ...weights.formats import field_values
 from ...weights.packing import scale_values
 from ...weights.weight_args import depth_tile, expert_rows
 from .kernels import group_tile, store_slots
-
-
-@triton.jit
-def gather_rows_kernel(
-    x,  # Rows [T, H]
-    sorted_ptr,  # [N, H] out: a row of x for each slot, in sorted order
-    groups,  # Groups
-    TOP_K,
-    H: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    row, offs_h = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    if row < tl.load(groups.offsets + groups.E):
-        source = (tl.load(groups.order + row) // TOP_K).to(tl.int64)
-        values = tl.load(x.ptr + source * x.stride + offs_h, mask=offs_h < H)
-        tl.store(sorted_ptr + row * H + offs_h, values, mask=offs_h < H)
 
 
 @triton.jit

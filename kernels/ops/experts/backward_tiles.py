@@ -7,6 +7,7 @@ import torch
 
 from ...launching.launch import LaunchConfig
 from ...weights.formats import FORMATS, tile_columns
+from ..sort import gather_config
 from ..tiles import PrefillTile, Table, power_of_2, prefill_tile
 from .tiles import ExpertSizes, prefill_configs
 
@@ -80,7 +81,7 @@ def configs(sizes: ExpertSizes, dtype: torch.dtype, arch: str) -> dict[str, Laun
     H, I = sizes.H, sizes.I
     gate_up = replace(sizes, H=2 * I, I=H, down=sizes.gate_up)  # as a down projection
     return {
-        "gather_rows_kernel": LaunchConfig({"BLOCK_H": power_of_2(H, high=1024)}, num_warps=4),
+        "gather_by_expert_kernel": gather_config(H),
         "experts_down_kernel": prefill_configs(gate_up, dtype, arch)["experts_down_kernel"],
         "experts_grad_h_kernel": transposed_config(sizes, I, H, sizes.down, dtype, arch),
         # An element for each thread, at least: another one that held it, too, might load it when it is overwritten.
