@@ -48,7 +48,7 @@ class Unchecked(Generic[P, R]):
 
     def __init__(self, op: Op, operator: Any) -> None:
         self.op, self.operator = op, operator
-        self.bind = compile_binder(op.public_name, op.signature.parameters.values())
+        self.bind = compile_binder(op.name, op.signature.parameters.values())
         self.arguments = op.arguments  # a compiler cannot trace the lock of a cached_property (Python < 3.12)
         self.__name__, self.__doc__, self.__module__ = op.run.__name__, op.run.__doc__, op.run.__module__
         self.__signature__ = op.public_signature
@@ -57,7 +57,7 @@ class Unchecked(Generic[P, R]):
         try:
             bound = self.bind(*args, **kwargs)
         except TypeError as error:
-            raise SignatureError(f"{self.op.public_name}: {error}") from None
+            raise SignatureError(f"{self.op.name}: {error}") from None
         return call_unchecked(self.op, bound) if untraced() else self.dispatch(bound)  # type: ignore[no-any-return]
 
     def dispatch(self, args: tuple[Any, ...]) -> Any:
@@ -85,7 +85,7 @@ class Operation(Unchecked[P, R]):
         try:
             bound = self.bind(*args, **kwargs)
         except TypeError as error:
-            raise SignatureError(f"{op.public_name}: {error}") from None
+            raise SignatureError(f"{op.name}: {error}") from None
         if untraced() and transformed():
             reject_transforms(f"mixtral_triton.ops.{op.name}", bound)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in bound):
@@ -126,7 +126,7 @@ def check(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
             _checked.clear()
         _checked[key] = bounds
     for index, low, high in bounds:
-        check_values(op.public_name, op.names[index], args[index], low, high)
+        check_values(op.name, op.names[index], args[index], low, high)
     return call
 
 
