@@ -27,7 +27,6 @@ from . import plan
 from .checks import check_values
 from .declaration import Op, SignatureError, compile_binder
 from .plan import call_key
-from .row_by_row import sequential
 from .torch_operator import flatten_args, register
 
 P = ParamSpec("P")
@@ -141,8 +140,29 @@ def call_unchecked(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = 
         return plan.run(op, args, key)
     index = op.deterministic_index
     if index is not None and len(args) > index and args[index]:
-        return sequential(op, args)
+        return _call_row_by_row(op, args)
     return op.call_reference(*args)
+
+
+def _call_row_by_row(op: Op, args: tuple[Any, ...]) -> Any:
+    """Run the reference for one token, or one sequence, at a time: its bits then do not depend on the batch."""
+    values = op.bind_by_name(*args)
+    first, letter = values[op.names[0]], op.arguments[0].shape_spec.split()[0]
+    batched = {
+        argument.name: values[argument.name].reshape(-1, first.shape[-1]) if letter == "..." else values[argument.name]
+        for argument in op.arguments
+        if argument.shape_spec.split()[:1] == [letter] and values[argument.name] is not None
+    }
+    parts = []
+    for i in range(max(1, len(batched[op.names[0]]))):  # an empty batch runs once, for the results' shapes
+        # Copies: a library's order of a sum may depend on where in memory rows start.
+        row = {name: x[i : i + 1].clone(memory_format=torch.contiguous_format) for name, x in batched.items()}
+        parts.append(op.call_reference(**values | row))
+        for name in op.mutates:
+            batched[name][i : i + 1].copy_(row[name])
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(same).view(*first.shape[:-1], same[0].shape[-1]) for same in zip(*parts, strict=True))
+    return torch.cat(parts).view(*first.shape[:-1], parts[0].shape[-1])
 
 
 def untraced() -> bool:

@@ -61,8 +61,6 @@ class Op:
     reference          the same in plain torch; it takes the arguments it shares with `run`, by name
     mutates            names of the arguments that the operation writes into
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
-    truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
-                       depend on the length of the others
     growing            growing(args) -> where tensors grow from call to call, the key of a call without their sizes,
                        the paths of the kernel arguments that have these, as "keys.stride_kb", and their values;
                        None: as any other call
@@ -74,7 +72,6 @@ class Op:
     reference: Callable[..., Any]
     mutates: tuple[str, ...] = ()
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
-    truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     growing: Callable[[Sequence[Any]], tuple[tuple[Any, ...], Sequence[str], tuple[int, ...]] | None] | None = None
     gradients: tuple[Callable[..., Any], Callable[..., None]] | None = None
 
