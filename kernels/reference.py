@@ -187,16 +187,9 @@ def _dequantized(x: Any, dtype: torch.dtype) -> Tensor:
 
 
 def experts_add_rms_norm(
-    x: Tensor,
-    gate_up_proj: Any,
-    down_proj: Any,
-    ids: Tensor,
-    weights: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    activation: str = "silu",
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, gate_up_proj: Any, down_proj: Any, ids: Tensor, weights: Tensor, residual: Tensor, norm_weight: Tensor,
+    eps: float, activation: str = "silu",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Norm y of residual [T,H] + `expert_swiglu` -> y, sum."""
     experts = expert_swiglu(x, gate_up_proj, down_proj, ids, weights, activation)
     return rms_norm(experts, norm_weight, eps, residual)
@@ -261,6 +254,8 @@ def attention(
     in [starts, lengths). Query i sees key j iff i - window < j <= i, without `causal` iff |i - j| <= window // 2.
     sinks [Hq]: exp(sinks) is added to the denominator of each softmax of a head (gpt-oss).
     """
+    if lengths is not None and (length := _common_value(lengths)) is not None:
+        k, v, lengths = k[:, :length], v[:, :length], None
     T, S = q.shape[1], k.shape[1]
     if causal and starts is None and lengths is None:
         reach = S if window is None or window <= 0 else window
@@ -355,6 +350,9 @@ def cached_attention(
     """
     T, C = q.shape[1], k_cache.shape[2]
     fresh, begin, n = None if k is None or v is None else (k, v), _common_value(past), _common_value(new)
+    if fresh is not None and n is not None and 0 < n < T:  # the rest of the chunk is padding
+        q, k, v = (x[:, :n] for x in (q, *fresh))
+        return F.pad(cached_attention(q, k, v, k_cache, v_cache, past, new, window, sinks), (0, 0, 0, 0, 0, T - n))
     if fresh is not None and not isinstance(k_cache, Tensor):  # a chunk takes part as it will be read later
         fresh = tuple(map(k_cache.as_stored, fresh))
     if fresh is not None and begin == 0 and n == T:

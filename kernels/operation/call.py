@@ -27,7 +27,6 @@ from . import plan
 from .checks import check_values
 from .declaration import Op, SignatureError, compile_binder
 from .plan import call_key
-from .row_by_row import sequential
 from .torch_operator import flatten_args, register
 
 P = ParamSpec("P")
@@ -48,7 +47,7 @@ class Unchecked(Generic[P, R]):
 
     def __init__(self, op: Op, operator: Any) -> None:
         self.op, self.operator = op, operator
-        self.bind = compile_binder(op.public_name, op.signature.parameters.values())
+        self.bind = compile_binder(op.name, op.signature.parameters.values())
         self.arguments = op.arguments  # a compiler cannot trace the lock of a cached_property (Python < 3.12)
         self.__name__, self.__doc__, self.__module__ = op.run.__name__, op.run.__doc__, op.run.__module__
         self.__signature__ = op.public_signature
@@ -57,7 +56,7 @@ class Unchecked(Generic[P, R]):
         try:
             bound = self.bind(*args, **kwargs)
         except TypeError as error:
-            raise SignatureError(f"{self.op.public_name}: {error}") from None
+            raise SignatureError(f"{self.op.name}: {error}") from None
         return call_unchecked(self.op, bound) if untraced() else self.dispatch(bound)  # type: ignore[no-any-return]
 
     def dispatch(self, args: tuple[Any, ...]) -> Any:
@@ -85,7 +84,7 @@ class Operation(Unchecked[P, R]):
         try:
             bound = self.bind(*args, **kwargs)
         except TypeError as error:
-            raise SignatureError(f"{op.public_name}: {error}") from None
+            raise SignatureError(f"{op.name}: {error}") from None
         if untraced() and transformed():
             reject_transforms(f"mixtral_triton.ops.{op.name}", bound)
         if op.mutates and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in bound):
@@ -126,7 +125,7 @@ def check(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
             _checked.clear()
         _checked[key] = bounds
     for index, low, high in bounds:
-        check_values(op.public_name, op.names[index], args[index], low, high)
+        check_values(op.name, op.names[index], args[index], low, high)
     return call
 
 
@@ -141,8 +140,29 @@ def call_unchecked(op: Op, args: tuple[Any, ...], key: tuple[Any, ...] | None = 
         return plan.run(op, args, key)
     index = op.deterministic_index
     if index is not None and len(args) > index and args[index]:
-        return sequential(op, args)
+        return _call_row_by_row(op, args)
     return op.call_reference(*args)
+
+
+def _call_row_by_row(op: Op, args: tuple[Any, ...]) -> Any:
+    """Run the reference for one token, or one sequence, at a time: its bits then do not depend on the batch."""
+    values = op.bind_by_name(*args)
+    first, letter = values[op.names[0]], op.arguments[0].shape_spec.split()[0]
+    batched = {
+        argument.name: values[argument.name].reshape(-1, first.shape[-1]) if letter == "..." else values[argument.name]
+        for argument in op.arguments
+        if argument.shape_spec.split()[:1] == [letter] and values[argument.name] is not None
+    }
+    parts = []
+    for i in range(max(1, len(batched[op.names[0]]))):  # an empty batch runs once, for the results' shapes
+        # Copies: a library's order of a sum may depend on where in memory rows start.
+        row = {name: x[i : i + 1].clone(memory_format=torch.contiguous_format) for name, x in batched.items()}
+        parts.append(op.call_reference(**values | row))
+        for name in op.mutates:
+            batched[name][i : i + 1].copy_(row[name])
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(same).view(*first.shape[:-1], same[0].shape[-1]) for same in zip(*parts, strict=True))
+    return torch.cat(parts).view(*first.shape[:-1], parts[0].shape[-1])
 
 
 def untraced() -> bool:

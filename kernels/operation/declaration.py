@@ -61,13 +61,10 @@ class Op:
     reference          the same in plain torch; it takes the arguments it shares with `run`, by name
     mutates            names of the arguments that the operation writes into
     rule               rule(name, args, sizes) raises ValueError where the arguments do not fit together
-    truncate_sequence  truncate_sequence(args) cuts the padding of one sequence, so that the torch backend's bits do not
-                       depend on the length of the others
     growing            growing(args) -> where tensors grow from call to call, the key of a call without their sizes,
                        the paths of the kernel arguments that have these, as "keys.stride_kb", and their values;
                        None: as any other call
     gradients          backward and setup_context of `torch.library.register_autograd`; None: a backward raises
-    error_name         the public name, with which errors start; empty: `name`
     """
 
     name: str
@@ -75,10 +72,8 @@ class Op:
     reference: Callable[..., Any]
     mutates: tuple[str, ...] = ()
     rule: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None] | None = None
-    truncate_sequence: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     growing: Callable[[Sequence[Any]], tuple[tuple[Any, ...], Sequence[str], tuple[int, ...]] | None] | None = None
     gradients: tuple[Callable[..., Any], Callable[..., None]] | None = None
-    error_name: str = ""
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -101,22 +96,18 @@ class Op:
     def results(self) -> tuple[Argument, ...]:
         return read_annotations(self.run)[1]
 
-    @property
-    def public_name(self) -> str:
-        return self.error_name or self.name
-
     @cached_property
     def bind(self) -> Callable[..., tuple[Any, ...]]:
         """A function that returns the arguments of a call, all of which may be by position, in the order of `run`."""
         parameters = self.signature.parameters.values()
-        return compile_binder(self.public_name, (x.replace(kind=x.POSITIONAL_OR_KEYWORD) for x in parameters))
+        return compile_binder(self.name, (x.replace(kind=x.POSITIONAL_OR_KEYWORD) for x in parameters))
 
     def bind_by_name(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return dict(zip(self.names, self.bind(*args, **kwargs), strict=True))
 
     def check(self, *args: Any, **kwargs: Any) -> Binder:
         """Raise ValueError on a wrong shape, dtype, device or number; return what was bound."""
-        values, binder = self.bind_by_name(*args, **kwargs), Binder(self.public_name)
+        values, binder = self.bind_by_name(*args, **kwargs), Binder(self.name)
         binder.bind(self.arguments, values)
         if self.rule is not None:
             self.rule(binder.op, values, binder.sizes)

@@ -126,7 +126,7 @@ def _norm(x: Features, weight: NormWeight, eps: float, offset: Offset = 0.0) -> 
     return _launch(x, None, weight, eps, offset)[0]
 
 
-@operation(error_name="rms_norm", **_FIELDS)
+@operation(**_FIELDS)
 def add_rms_norm(
     x: Features, residual: Features, weight: NormWeight, eps: float, offset: Offset = 0.0
 ) -> tuple[Features, Features]:
@@ -155,7 +155,7 @@ class RmsNorm:
 
     Returns y, or y and the sum x + residual. Computed in fp32 and rounded to x's dtype before and after the weight, or
     with an offset after it alone.
-    Raises ValueError for another shape, dtype or device.
+    Raises ValueError for another shape, dtype or device; with a residual it names `add_rms_norm`.
 
     >>> y, total = ops.rms_norm(torch.randn(2, 64), torch.randn(64), 1e-5, residual=torch.randn(2, 64))
     """

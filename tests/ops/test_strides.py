@@ -16,10 +16,10 @@ from mixtral_triton.kernels import reference as kernel_reference
 from mixtral_triton.kernels.launching.launch import describe, tma_can_read
 from mixtral_triton.kernels.operation.cases import OpWithCases, as_dict
 from mixtral_triton.kernels.record import record_launches
-from mixtral_triton.kernels.registry import OPS
+from mixtral_triton.kernels.registry import OPERATIONS, OPS
 from mixtral_triton.kernels.weights.quantized_cache import QuantizedCache
 from tests.cli.commands import python
-from tests.support.calls import Sizes, as_tuple, dense, inputs, inputs_without_padding, public, tensors
+from tests.support.calls import Sizes, as_tuple, dense, inputs, inputs_without_padding, tensors
 
 TOLERANCE = 4e-6  # of the largest value, in fp32
 LARGEST = {"H": 24, "I": 20, "N": 24, "E": 8, "V": 20, "Hq": 4, "Hkv": 2, "D": 16, "C": 80, "S": 60, "past": 70}
@@ -88,7 +88,9 @@ def change_layout(layout: str, name: str, x: Any, written: bool) -> Any:
     return with_layout(layout, x, name.endswith("cache"))
 
 
-def check(name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], Tensor], call: Any = public) -> None:
+def check(
+    name: str, sizes: Sizes, device: Any, change: Callable[[str, Tensor], Tensor], call: Any = OPERATIONS.get
+) -> None:
     """Compare the operation on changed arguments with its reference on dense copies of them."""
     op, args = OPS[name], inputs_without_padding(name, sizes, device)
     args |= {key: change(key, value) for key, value in tensors(args).items()}
@@ -123,7 +125,7 @@ def test_caches_of_columns_apart_raise_value_error(name: str, device: torch.devi
     args = inputs(name, next(sizes for op, sizes in CASES if op == name), device)
     args |= {key: args[key].repeat_interleave(2, -1)[..., ::2] for key in ("k_cache", "v_cache")}
     with pytest.raises(ValueError, match=r"of strides .*, needs those of k_cache, the last of them 1"):
-        public(name)(**args)
+        OPERATIONS[name](**args)
 
 
 @pytest.mark.exhaustive

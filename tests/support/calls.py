@@ -12,7 +12,6 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mixtral_triton import ops
 from mixtral_triton.kernels.launching.kernel_args import flatten
 from mixtral_triton.kernels.launching.launch import LaunchConfig, override_configs
 from mixtral_triton.kernels.record import record_launches
@@ -61,11 +60,6 @@ def inputs_without_padding(name: str, sizes: Sizes, device: Any = "cpu", dtype: 
     """`inputs` whose chunks have no padding, for which results are undefined."""
     args = inputs(name, sizes, device, dtype)
     return args | ({"new": args["new"] * 0 + args["q"].shape[1]} if name == "cached_attention" else {})
-
-
-def public(name: str) -> Callable[..., Any]:
-    """The function of an operation: `ops.rms_norm` runs both rms_norm and add_rms_norm."""
-    return getattr(ops, OPS[name].public_name)
 
 
 def tensors(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,20 +77,6 @@ def _contiguous(bound: Tensor | None) -> Tensor | None:
     return None if bound is None else bound.contiguous()
 
 
-def _truncate_keys(args: dict[str, Any]) -> dict[str, Any]:
-    """Cut one sequence's keys at its length."""
-    if args["lengths"] is None or not len(args["q"]):
-        return args
-    end = int(args["lengths"][0])
-    return {**args, "k": args["k"][:, :end], "v": args["v"][:, :end], "lengths": None}
-
-
-def _truncate_chunk(args: dict[str, Any]) -> dict[str, Any]:
-    """Cut one sequence's chunk where its new tokens end."""
-    end = int(args["new"].sum())
-    return {**args, **{name: args[name][:, :end] for name in "qkv"}}
-
-
 @dataclass(frozen=True)
 class AttentionCase:
     B: int
@@ -199,7 +185,6 @@ _HEADS = 32, 8, 128  # Hq, Hkv, D of Mixtral
         *shapes(AttentionCase, "1 4096 4096 64 8 64 128, 1 1 4096 64 8 64 128", with_sinks=True),  # of gpt-oss
     ),
     rule=_check_attention,
-    truncate_sequence=_truncate_keys,
     growing=growing,
 )
 def attention(
@@ -261,7 +246,6 @@ _RINGS = ((4096, 4096, 4095), (32768, 0, 32767))  # C, window, past
         CachedCase(1, T, *_HEADS, *ring, cache=cache) for cache in (None, "int8") for ring in _RINGS for T in (16, 1024)
     ),
     rule=_check_cached,
-    truncate_sequence=_truncate_chunk,
 )
 def cached_attention(
     q: Queries,
