@@ -211,7 +211,11 @@ REFUSED_DENSE: dict[str, tuple[str, Change, str]] = {
         rf"1 missing \({LAST}self_attn.q_proj.weight\)",
     ),
     "heads": (EXPERTS, half, r"k_proj.weight has shape \(32, 128\), not \(64, 128\)"),
-    "NaN in lm_head": (EXPERTS, lambda x: x["lm_head.weight"][3, 2].fill_(math.nan), "lm_head.weight in .* is 'not finite"),
+    "NaN in lm_head": (
+        EXPERTS,
+        lambda x: x["lm_head.weight"][3, 2].fill_(math.nan),
+        "lm_head.weight in .* is 'not finite",
+    ),
     "an expert more": ("self_attn", one_more, "experts.4.down_proj: expert is '4', needs 0 to 3 by the config"),
     "an expert less": (
         "self_attn",
