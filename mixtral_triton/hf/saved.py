@@ -37,7 +37,7 @@ def compressed_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     dense = {name: x.to("meta") for name, x in state.items() if x.dim() > 1 and name not in embeddings}
     stored = revert_weight_conversion(model, dense)
-    files = {name for name, x in stored.items() if x.dim() == 2 or (x.dim() == 3 and len(x) == 1)}
+    files = {name for name, x in stored.items() if x.dim() == 2}
     # transformers' reader looks a linear up by its module's name in the model, others by its tensor's in the files.
     modules = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     names, pack = defaultdict[Kind, list[str]](list), lru_cache(maxsize=1)(pack_linear)  # once for all its tensors
