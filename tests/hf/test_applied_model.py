@@ -46,7 +46,7 @@ def test_rotary_tables_are_made_once_a_forward(batch: int, make_hf: Any, monkeyp
 
 def test_continuous_batching_raises_value_error(make_hf: Any) -> None:
     model = apply(make_hf(attn_implementation="sdpa"))
-    with pytest.raises(ValueError, match=r"mixtral_triton is not supported for continuous batching"):
+    with pytest.raises(ValueError, match=r"mixtral_triton.* is not supported"):  # in the words of each release
         model.init_continuous_batching()
     assert apply(model, attention=False).init_continuous_batching() is not None
 
