@@ -28,6 +28,8 @@ PARTS = {name: {name} for name in ("attention", "rms_norm", "rope")} | {"experts
 ALL = set[str]().union(*PARTS.values())
 # The operations that a family does not have here: transformers' own stay.
 FAMILIES: dict[str, set[str]] = {"mixtral": set(), "qwen3_moe": set(), "deepseek_v3": set()}
+if not hasattr(build("deepseek_v3").model.layers[-1].mlp.gate, "top_k"):
+    FAMILIES["deepseek_v3"] = {"gate_route"}  # in this transformers the layer selects, and its router computes logits
 FAMILIES |= {"qwen3_next": set(), "gpt_oss": {"gate_route", "expert_swiglu"}, "phimoe": {"gate_route", "rms_norm"}}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in [*FAMILIES][3:]]
 families = pytest.mark.parametrize("family", [*[*FAMILIES][:3], *SLOW])

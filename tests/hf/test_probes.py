@@ -1,6 +1,7 @@
 """What `apply` finds out about the routers of transformers: at the sizes of published models, and faults."""
 
 import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -33,7 +34,10 @@ def build(router: tuple[str, str]) -> Any:
     file = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     configuration = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
     configs = (x for key, x in vars(configuration).items() if key.endswith("Config") and x.__module__.endswith(module))
-    return getattr(file, name)(next(configs)(**ROUTERS[router][0]))
+    found = getattr(file, name)(next(configs)(**ROUTERS[router][0]))
+    if "topk" not in inspect.getsource(type(found).forward):
+        pytest.skip("in this transformers the layer selects, and its router computes logits alone")
+    return found
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router[0])
