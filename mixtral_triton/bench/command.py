@@ -17,7 +17,7 @@ from ..kernels.registry import OPS
 from ..terminal import Bar, check_known, check_writable, console, table_of
 from . import measure
 from .cases import cases, select_cases
-from .decode_step import STEP, layer_table
+from .decode_step import STEP, layer_rows, layer_table
 from .gpus import GPU, parse_gpu
 from .measure import Outcome, Row
 from .peers import PEERS, find_peer
@@ -46,7 +46,11 @@ def run(args: argparse.Namespace) -> int:
         timer = "--gpu asks for a data sheet" if args.gpu else "there is no GPU"  # type: ignore[assignment]
         out.print(f"No time was measured: {timer}. Floors are those of the GPU below.")
     if args.floors:
-        console().print(layer_table(selected[0].sizes, selected[0].dtype, gpu))
+        layer = layer_rows(selected[0].sizes, selected[0].dtype, gpu)
+        if args.json:
+            print(*(json.dumps({"kind": "launch", **row}) for row in layer), sep="\n")
+        else:
+            console().print(layer_table(selected[0].sizes, layer, gpu))
         return 0
     selected = selected if args.sizes else [case for case in selected if runs_on(case.sizes, gpu.arch)]
     rates = f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.matmul / 1e12:.0f} TFLOP/s of bf16 matrix products"

@@ -129,23 +129,31 @@ def costs(case: StepCase, dtype: torch.dtype) -> list[Cost]:
     return step_costs(config(case), case.B, case.S, dtype, specs(case), case.cache, hosted)
 
 
-def layer_table(case: StepCase, dtype: torch.dtype, gpu: GPU) -> Any:
-    """Tabulate a layer launch by launch: programs, and at the first of an operation its bytes and floor."""
+def layer_rows(case: StepCase, dtype: torch.dtype, gpu: GPU) -> list[dict[str, Any]]:
+    """Each launch of a layer with its programs; the first of an operation has its bytes and floor."""
     one = replace(case, L=1, offload=None)
     launches = layer_launches(config(one), case.B, case.S, dtype, specs(one), case.cache, gpu.arch)
     kind = lambda launch: launch["kernel"].split("_")[0].replace("route", "gate")  # noqa: E731
     groups, work = [[*group] for _, group in groupby(launches, kind)], costs(one, dtype)[1:-1]
     if len(work) > len(groups):  # the norms of queries and keys
         work[1:3] = [work[1] + work[2]]
-    rows = list[tuple[dict[str, str], str]]()
     for group, cost in zip(groups, work, strict=True):
-        seconds, _ = floor([cost], gpu)
-        floors = {"MB": f"{cost.bytes / 1e6:.2f}", "floor, us": f"{1e6 * seconds:.2f}"}
-        for launch in group:
-            rows.append(({"launch": launch["kernel"], "programs": f"{launch['programs']:,}", **floors}, ""))
-            floors = dict.fromkeys(floors, "")
-    total = f"{len(launches)} launches, floor {1e6 * floor(work, gpu)[0]:.1f} us"
-    return table_of(f"A layer on {gpu.name}, B {case.B}, {case.S:,} keys, weights {case.weights}: {total}", rows)
+        group[0] |= {"bytes": cost.bytes, "floor_s": floor([cost], gpu)[0]}
+    return launches
+
+
+def layer_table(case: StepCase, rows: list[dict[str, Any]], gpu: GPU) -> Any:
+    """Tabulate a layer launch by launch."""
+    cells = list[tuple[dict[str, str], str]]()
+    for row in rows:
+        floors = (
+            {"MB": f"{row['bytes'] / 1e6:.2f}", "floor, us": f"{1e6 * row['floor_s']:.2f}"} if "bytes" in row else {}
+        )
+        cells.append(
+            ({"launch": row["kernel"], "programs": f"{row['programs']:,}", "MB": "", "floor, us": ""} | floors, "")
+        )
+    total = f"{len(rows)} launches, floor {1e6 * sum(row.get('floor_s', 0) for row in rows):.1f} us"
+    return table_of(f"A layer on {gpu.name}, B {case.B}, {case.S:,} keys, weights {case.weights}: {total}", cells)
 
 
 SMALL = StepCase(B=3, S=12, L=2, H=64, I=96, E=4, K=2, Hq=4, Hkv=2, D=16, V=100)

@@ -186,6 +186,23 @@ def test_an_h100_holds_eight_bits_and_a_4090_nothing(monkeypatch: pytest.MonkeyP
     assert row(output("fit --gpu rtx4090"), "int4, linear int8")[-4:-1] == ["20", "offload", "62"]
 
 
+def test_json_has_the_launches_of_a_layer_that_bench_gives_floors() -> None:
+    """Of Qwen3-30B: nine, each of 64 programs and more but for a selection and a row's norm."""
+    model, weights = "qwen3-30b-a3b", "experts=int4,linear=int8"
+    plans = run_json(f"fit {model} --gpu h100 --context 1024")["formats"]
+    (plan,) = (plan for plan in plans if plan["format"] == "int4, linear int8")
+    command = f"bench decode_step --gpu h100 --floors --model {model}"
+    launches, dense = run_json(f"{command} --weights {weights}"), run_json(command)
+    fields = "kernel", "programs"
+    assert plan["launches"] == [{name: launch[name] for name in fields} for launch in launches]
+    few = [launch["kernel"] for launch in launches if launch["programs"] < 64]
+    assert len(launches) == 9 and few == ["route_kernel", "experts_combine_kernel"]
+    table = output(f"{command} --weights {weights}")
+    assert all(re.search(rf"^{x['kernel']} +{x['programs']}\b", table, re.M) for x in launches)
+    up, dense_up = (next(x for x in rows if x["kernel"] == "experts_up_decode_kernel") for rows in (launches, dense))
+    assert 3 < dense_up["bytes"] / up["bytes"] < 4 and 3 < dense_up["floor_s"] / up["floor_s"] < 4
+
+
 def test_several_gpus_are_all_shown() -> None:
     text = output("fit --gpu h100 --gpu rtx4090 --gpu H100")
     assert re.findall(r"^(H100 80GB|RTX 4090|H200) ", text, re.M) == ["H100 80GB", "RTX 4090"]
