@@ -45,6 +45,8 @@ FIXES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"mlp_layer_types": ["dense", "sparse"]},  # transformers 5.7 makes the first three dense by default
     "granitemoehybrid": {"layer_types": ["attention", "attention"]},
     "jamba": JAMBA | {"use_mamba_kernels": False},
+    "kolibri1_1": {"index_num_heads": 2, "layer_types": ["indexed_attention", "sliding_attention"]},
+    "longcat_flash": {"num_layers": 2, "ffn_hidden_size": 96, "zero_expert_num": 4},
     "lfm2_moe": {"layer_types": ["full_attention", "full_attention"], "num_dense_layers": 1},
     "qwen3_5_moe_text": {"num_hidden_layers": 4},
     "qwen3_next": {"num_hidden_layers": 4},
@@ -56,6 +58,7 @@ LIMIT = 1e-4 if INTERPRETED else 1e-5  # of the largest logit, fp32
 # Families whose experts or attention this package refuses, with what the message says, and those that are not tried.
 EXPERTS_REFUSED = {
     "aria_text": "transposed weights",
+    "ergo": "experts without a gate",
     "gpt_oss": "a bias",
     "nemotron_h": "experts without a gate",
 }
@@ -64,7 +67,6 @@ MULTIMODAL = "dots3_note", "gemma4", "qwen3_5_moe", "qwen4_exp"
 NOT_TRIED = dict.fromkeys(MULTIMODAL, "text and images; its text model is a family of its own")
 NOT_TRIED |= dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "no tiny config; another activation of experts")
 NOT_TRIED |= dict.fromkeys(("bailing_hybrid", "kimi_linear", "qwen4_exp_text"), "no tiny config: pattern of layers")
-NOT_TRIED |= dict.fromkeys(("ergo", "kolibri1_1", "longcat_flash"), "new in transformers 5.25; no tiny config yet")
 NOT_TRIED |= {"beam": "its default has no experts"}
 
 

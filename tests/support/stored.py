@@ -19,7 +19,7 @@ from tests.support.hub import Packer
 # Sizes that every layout's groups and blocks divide.
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256, "head_dim": 32}
 SIZES |= {"q_lora_rank": 128, "kv_lora_rank": 128, "v_head_dim": 32, "shared_expert_intermediate_size": 128}
-SIZES |= {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4}
+SIZES |= {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "expert_ffn_hidden_size": 256}
 SCALES = {"weight_scale", "weight_scale_inv", "scales"}
 IDS = torch.arange(2, 20).view(2, 9)
 INT4 = "ct int4 32 False"  # of LAYOUTS
