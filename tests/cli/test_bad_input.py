@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixtral_triton.bench.fit import KNOWN
+from mixtral_triton.checkpoint.tokenizer import load_tokenizer
 from mixtral_triton.cli import prompt
 from mixtral_triton.cli.commands import SMALL
 from tests.cli.commands import error_line
@@ -196,6 +197,14 @@ def test_a_harmful_folder_is_one_line(
     harm(folder)
     line = error_line(command, folder)
     assert message in line and str(folder) in line and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_a_folder_without_a_tokenizer_has_not_that_of_its_family(family: str, tmp_path: Path) -> None:
+    """transformers makes one, of no words but a few special ones."""
+    (tmp_path / CONFIG).write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ValueError, match=f"{UNREADABLE}: it has no words: needs the checkpoint's tokenizer.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_prompt_without_an_end_or_of_other_bytes_is_refused(tmp_path: Path, monkeypatch: Any, seconds: None) -> None:
