@@ -70,7 +70,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 @cache
-def own_gate(kind: Any, act_fn: str | None, numbers: tuple[Any, ...]) -> str | None:
+def own_gate(apply_gate: Any, act_fn: str | None, numbers: tuple[Any, ...]) -> str | None:
     """Return the activation that a class's own `_apply_gate` computes, with the act_fn of that name and attributes
     NUMBERS: the one that equals it in fp64 on gates and ups of all sizes. None where it is another, or reads more."""
     held = {name: value for name, value in zip(NUMBERS, numbers, strict=True) if isinstance(value, float | int)}
@@ -81,7 +81,7 @@ def own_gate(kind: Any, act_fn: str | None, numbers: tuple[Any, ...]) -> str | N
         gate, up = values.repeat_interleave(len(values)), values.repeat(len(values))
         act = {"act_fn": partial(activate, up=torch.ones_like(gate), activation=act_fn)} if act_fn else {}
         try:
-            want = kind._apply_gate(SimpleNamespace(**act, **held), torch.cat((gate, up)))
+            want = apply_gate(SimpleNamespace(**act, **held), torch.cat((gate, up)))
         except Exception:  # whatever a model's own code raises on an object that lacks what else it reads
             return None
         for name in ACTIVATIONS:
@@ -93,9 +93,9 @@ def own_gate(kind: Any, act_fn: str | None, numbers: tuple[Any, ...]) -> str | N
 
 
 @torch.compiler.assume_constant_result
-def known_gate(*args: Any) -> str | None:
-    """`own_gate`, whose cache a compiler does not see."""
-    return own_gate(*args)
+def known_gate(kind: Any, *args: Any) -> str | None:
+    """`own_gate` of a class, whose cache a compiler does not see."""
+    return own_gate(kind._apply_gate, *args)
 
 
 def check_experts(module: Any, name: str = "", instead: str = 'experts_implementation="grouped_mm"') -> str:

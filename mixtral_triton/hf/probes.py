@@ -24,7 +24,7 @@ from ..kernels import reference
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 ARGUMENT = "argument"  # in the place of a name, of a bias that a router's forward is given
 UNREAD = "training", "layer_idx"
-PLAIN = bool, int, float, str, type(None)  # types of attributes that may decide what a forward computes
+PLAIN = bool, int, float, str, list, tuple, type(None)  # types of what may decide what a forward computes
 D = 16  # of probes
 
 
@@ -81,11 +81,13 @@ def probe(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def settings_of(module: nn.Module) -> tuple[Any, ...]:
-    """What decides, beside the class, what a module's forward computes."""
+    """What decides what a module's forward computes. The function, too: a user may have patched the class since."""
     own: dict[str, Any] = {name: tuple(x.shape) for name, x in (*module.named_parameters(), *module.named_buffers())}
-    own |= {name: x for name, x in vars(module).items() if isinstance(x, PLAIN) and name not in UNREAD}
+    config = getattr(vars(module).get("config"), "__dict__", {})
+    held = {f"config.{name}": x for name, x in config.items()} | vars(module)
+    own |= {name: x for name, x in held.items() if isinstance(x, PLAIN) and name not in UNREAD}
     own |= {name: type(x) for name, x in module._modules.items()}
-    return type(module), *sorted((name, repr(x)) for name, x in own.items())
+    return type(module), type(module).forward, *sorted((name, repr(x)) for name, x in own.items())
 
 
 def stand_in(module: nn.Module, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Any:

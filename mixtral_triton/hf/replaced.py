@@ -45,12 +45,16 @@ def rebuild(original: Any, kind: Any) -> Any:
     return Replaced.__new__(replacement(original, kind))
 
 
-@cache
 def replacement(original: Any, kind: Any) -> Any:
     """Return the subclass of `original` that runs operations, under the name by which transformers looks it up."""
+    return _replacement(original, kind, original.forward)  # which a user may have patched since
+
+
+@cache
+def _replacement(original: Any, kind: Any, forward: Any) -> Any:
     makes: dict[Any, Callable[..., Any]] = {Norm: norm_forward, Router: router_forward, tuple: rotary_forward}
     body = {name: getattr(original, name) for name in ("__module__", "__qualname__")}
-    body |= {"original": original, "kind": kind, "forward": makes[type(kind)](original, kind)}
+    body |= {"original": original, "kind": kind, "forward": makes[type(kind)](forward, kind)}
     return type(original.__name__, (Replaced, original), body)
 
 
@@ -67,8 +71,8 @@ def kind_of(module: nn.Module, tables: str | None, rms_norm: bool, experts: bool
     return router_of(module) if experts and weight.dim() == 2 and hasattr(module, "top_k") else None
 
 
-def norm_forward(original: Any, kind: Norm) -> Any:
-    (eps, offset), run_original = kind, original.forward
+def norm_forward(run_original: Any, kind: Norm) -> Any:
+    eps, offset = kind
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -88,8 +92,8 @@ def selection_bias(module: Any, args: Sequence[Any]) -> Tensor | None:
     return bias if bias is None else bias.float()
 
 
-def router_forward(original: Any, kind: Router) -> Any:
-    options, run_original = dict(kind.options), original.forward
+def router_forward(run_original: Any, kind: Router) -> Any:
+    options = dict(kind.options)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = len(args) == (2 if kind.bias == ARGUMENT else 1) and args[-1] is not None and not kwargs
@@ -107,14 +111,14 @@ def router_forward(original: Any, kind: Router) -> Any:
     return update_wrapper(forward, run_original)
 
 
-def rotary_forward(original: Any, kind: Rotations) -> Any:
+def rotary_forward(forward: Any, kind: Rotations) -> Any:
     """The forward with other names of the functions that rotate, under which its file has ours: transformers has no
     hook of an instance, and what the file's own names mean stays for every other model."""
-    file, names = inspect.unwrap(original.forward).__globals__, dict[str, str]()
+    file, names = inspect.unwrap(forward).__globals__, dict[str, str]()
     for name, rotations in kind:
         names[name] = "_".join((OURS, name, *(str(int(x)) if isinstance(x, bool) else x for x in rotations[0])))
         file.setdefault(names[name], rotary_function(file[name], rotations))
-    return with_names(original.forward, names)
+    return with_names(forward, names)
 
 
 def with_names(function: Any, names: dict[str, str]) -> Any:

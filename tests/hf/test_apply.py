@@ -1,6 +1,7 @@
 """apply and revert change one instance and nothing else, bit for bit, for a handful of families by one table."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +256,51 @@ def test_what_is_not_served_stays_as_it_is(what: str, make_hf: Any, calls: set[s
     got = apply(model)(IDS).logits
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     assert calls & ALL == ALL - missing
+
+
+PATCHED = {"MixtralRMSNorm": {"rms_norm"}, "MixtralTopKRouter": {"gate_route"}, "MixtralAttention": set[str]()}
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_a_class_that_was_patched_after_another_apply(
+    name: str, make_hf: Any, calls: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply(make_hf())
+    kind = getattr(modeling, name)
+    original = kind.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original(self, *args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return 1.5 * out
+        return tuple(1.5 * x if getattr(x, "is_floating_point", bool)() else x for x in out)
+
+    first = apply(make_hf())
+    monkeypatch.setattr(kind, "forward", forward)
+    model = make_hf()
+    want = model(IDS).logits
+    calls.clear()
+    got = apply(model)(IDS).logits
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max() and calls & ALL == ALL - PATCHED[name]
+    assert not hf.applied(revert(first)) and torch.equal(first(IDS).logits, want)
+
+
+def test_a_router_that_reads_its_config_is_known_by_that(make_hf: Any) -> None:
+    class Mine(modeling.MixtralTopKRouter):
+        def forward(self, x: Any) -> Any:
+            logits, weights, ids = super().forward(x)
+            return logits, weights * self.config.factor, ids
+
+    for factor in (1.0, 3.0):
+        model = make_hf()
+        model.config.factor = factor
+        for module in model.modules():
+            if isinstance(module, modeling.MixtralTopKRouter):
+                module.__class__, module.config = Mine, model.config
+        want = model(IDS).logits
+        got = apply(model)(IDS).logits
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
 @pytest.mark.parametrize("parts", [None, dict.fromkeys(PARTS, True), dict.fromkeys(PARTS, False), {"attention": False}])
