@@ -30,6 +30,7 @@ from .report import TORCH, Report, Row, kinds_not_run, worst_rows
 from .sizes import SizedForwards, judge_sizes
 
 TEXT_TOKENS = 66  # by default
+MANY = 1 << 20  # tokens of a text, where a model has no positions
 SHORTEST = 5  # tokens that make a chunk of several behind another: a shorter text is read several times
 CALL_TOKENS = {False: 144, True: 4 * PREFILL_CHUNK}  # of the longest call by default: without a GPU, and on one
 
@@ -154,7 +155,7 @@ def backend_name(device: torch.device) -> str:
 
 def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: int | None = None) -> Tensor:
     """`ids` int64 [B,T], checked; None: two sequences of a fixed pseudo-random text of `tokens` tokens."""
-    limit = config.max_position_embeddings
+    limit = getattr(config, "max_position_embeddings", None) or MANY
     if ids is not None:
         check_ids(ids, config.vocab_size, device)
         check_vocabulary(ids, config.vocab_size)

@@ -13,11 +13,12 @@ from mixtral_triton import ExpertsConfig, stored_config
 from mixtral_triton.hf.masks import CACHE
 from mixtral_triton.kernels.weights.quantized import QuantizedWeight
 from tests.cli.commands import error_line, output, run_json
-from tests.support.families import NOT_TRIED, VERSION, build, experts_of, marked_families
+from tests.support.families import EXPERTS_REFUSED, NOT_TRIED, VERSION, build, experts_of, marked_families
 from tests.support.hub import LAYOUTS
 from tests.support.stored import write_quantized
 
 pytestmark = [pytest.mark.compiled, pytest.mark.skipif(VERSION < (5, 17), reason="no conversions to plan with")]
+READS = "kolibri1_1"  # values, in its forward
 FAMILIES = ["deepseek_v3", *(name for name in marked_families() if name not in NOT_TRIED)]
 
 
@@ -43,6 +44,9 @@ def cache_bytes(model: Any, tokens: int) -> int:
 def test_bytes_are_those_of_the_loaded_model_and_of_its_cache(family: str, tmp_path: Path) -> None:
     model = build(family)
     model.save_pretrained(tmp_path)
+    if family == READS:
+        assert "Kolibri1_1ForCausalLM a forward on the meta device, by which" in error_line("fit", tmp_path)
+        return
     found = plans(tmp_path, "--batch", 2, "--context", 9)
     assert found["about"]["parameters"] == sum(x.numel() for x in model.parameters())
     assert found["as stored"]["bytes"]["weights"] == loaded_bytes(model)
@@ -52,7 +56,7 @@ def test_bytes_are_those_of_the_loaded_model_and_of_its_cache(family: str, tmp_p
         if format in found:
             quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=ExpertsConfig(format))
             assert found[format]["bytes"]["weights"] == loaded_bytes(quantized)
-    assert ("int8" in found) == (family not in ("aria_text", "gpt_oss", "nemotron_h"))
+    assert ("int8" in found) == (family not in EXPERTS_REFUSED)
 
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_take(tmp_path: Path) -> None:
