@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
-from mixtral_triton import ExpertsConfig, hf, ops, register, verify
+from mixtral_triton import ExpertsConfig, apply, hf, ops, register, verify
 from mixtral_triton.hf import masks, replaced
 from mixtral_triton.hf.experts import NAME
 from mixtral_triton.kernels.launching.launch import INTERPRETED
@@ -249,6 +249,14 @@ def test_an_error_of_eager_that_is_small_by_chance_is_no_fault(scale: float, mon
     report = verify(by_name("qwen3_moe", torch.bfloat16))
     errors = [row.error for row in report.rows if row.op == "logits"]
     assert report.ok == (scale == 1) and max(errors) > families.END_RATIO * families.token_floor(torch.bfloat16, False)
+
+
+def test_a_model_of_states_alone_is_judged_without_a_cache() -> None:
+    """It has no positions, by which texts are limited, and takes no chunk of several tokens behind another."""
+    config = MambaConfig(vocab_size=99, hidden_size=32, state_size=4, num_hidden_layers=2)
+    report = verify(apply(MambaForCausalLM(config).eval()))
+    assert report.ok and {row.op for row in report.rows} >= {"rms_norm"}
+    assert {line.split(";")[0] for line in report.not_run} >= {"in chunks", "static cache"}
 
 
 def test_a_model_that_is_not_judged_says_why() -> None:
