@@ -84,20 +84,20 @@ def default_dtype(config: MixtralConfig) -> torch.dtype:
     return getattr(torch, config.dtype or "bfloat16")
 
 
-def check_ids(input_ids: Any, vocab_size: int, device: torch.device) -> None:
+def check_ids(caller: str, input_ids: Any, vocab_size: int, device: torch.device) -> None:
     """Raise ValueError unless input_ids is int64 [B,T], not empty, on `device`, and on a CPU within the vocabulary."""
     fits = _is_dense(input_ids) and input_ids.dtype == torch.int64 and input_ids.dim() == 2 and 0 not in input_ids.shape
     if not fits or input_ids.device != device:
-        raise fail("Mixtral", "input_ids", describe(input_ids), f"an int64 tensor [B, T], not empty, on {device}")
+        raise fail(caller, "input_ids", describe(input_ids), f"an int64 tensor [B, T], not empty, on {device}")
     if readable(input_ids):
-        check_vocabulary(input_ids, vocab_size)
+        check_vocabulary(caller, input_ids, vocab_size)
 
 
-def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+def check_vocabulary(caller: str, ids: Tensor, vocab_size: int) -> None:
     """Read all ids, with one synchronization on a GPU; raise ValueError where one is not in 0..vocab_size - 1."""
     for token in torch.stack(torch.aminmax(ids)).tolist():
         if not 0 <= token < vocab_size:
-            raise ValueError(f"Mixtral: argument 'input_ids' holds token {token}, needs ids in 0..{vocab_size - 1}")
+            raise ValueError(f"{caller}: argument 'input_ids' holds token {token}, needs ids in 0..{vocab_size - 1}")
 
 
 def check_lengths(op: str, lengths: Any, B: int | None, device: torch.device | None) -> None:

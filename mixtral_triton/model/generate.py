@@ -121,7 +121,7 @@ def _checked_stream(model: Model, rows: list[Tensor], options: SamplingOptions, 
     ):
         if not valid:
             raise ValueError(f"generate: {name} is {got}, needs {need}")
-    check_rows(model, rows, "generate: prompt")
+    check_rows(model, rows, "generate", "prompt")
     longest = max(map(len, rows))
     check_positions(f"generate: a prompt of {longest} tokens and {n} new ones", longest + n, model.config)
     if cache is not None:
@@ -330,14 +330,16 @@ def to_rows(model: Model, ids: Any, mask: Any = None, argument: str = "generate:
     return rows if mask is None else drop_padding(rows, mask)
 
 
-def check_rows(model: Model, rows: Sequence[Tensor], what: str) -> None:
-    """Raise ValueError, which begins with `what`, unless these are rows [T], each with tokens of the vocabulary."""
+def check_rows(model: Model, rows: Sequence[Tensor], caller: str, what: str) -> None:
+    """Raise ValueError, which names the caller and what a row is, unless these are rows [T] of the vocabulary."""
     for number, row in enumerate(rows):
         if not isinstance(row, Tensor) or row.dim() != 1 or len(row) == 0:
-            raise ValueError(f"{what} {number} is {describe(row)}, needs int64 [T] or a list of token ids, not empty")
-        check_ids(row[None], model.config.vocab_size, model.device)
+            need = "int64 [T] or a list of token ids, not empty"
+            raise ValueError(f"{caller}: {what} {number} is {describe(row)}, needs {need}")
+        check_ids(caller, row[None], model.config.vocab_size, model.device)
     if not readable(rows[0]):
-        check_vocabulary(torch.cat([*rows]), model.config.vocab_size)  # the only synchronization of a prompt on a GPU
+        # the only synchronization of a prompt on a GPU
+        check_vocabulary(caller, torch.cat([*rows]), model.config.vocab_size)
 
 
 def pad(texts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

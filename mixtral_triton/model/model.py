@@ -221,7 +221,7 @@ class Model(nn.Module):
         if untraced() and transformed():
             reject_transforms("Mixtral", (input_ids, *self.parameters()))
         check_dtype("Mixtral: dtype", self.dtype)  # the model may have been converted
-        check_ids(input_ids, self.config.vocab_size, self.device)
+        check_ids("Mixtral", input_ids, self.config.vocab_size, self.device)
         B, T = input_ids.shape
         if cache is None and lengths is not None:
             raise ValueError("Mixtral: argument 'lengths' is given without a cache, needs a cache")

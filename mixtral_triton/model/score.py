@@ -27,7 +27,7 @@ def score(model: Model, texts: Tensor | Sequence[Prompt], *, cache_dtype: torch.
     id outside the vocabulary, and one beyond max_position_embeddings.
     """
     rows = to_rows(model, texts, argument="score: texts")
-    check_rows(model, rows, "score: text")
+    check_rows(model, rows, "score", "text")
     ids, lengths = pad(rows, model.device)
     dtype = select_dtype("score", cache_dtype, model.dtype)
     check_positions(f"score: the {ids.shape[1]} tokens of a text", ids.shape[1], model.config)

@@ -157,8 +157,8 @@ def default_text(ids: Tensor | None, config: Any, device: torch.device, tokens: 
     """`ids` int64 [B,T], checked; None: two sequences of a fixed pseudo-random text of `tokens` tokens."""
     limit = getattr(config, "max_position_embeddings", None) or MANY
     if ids is not None:
-        check_ids(ids, config.vocab_size, device)
-        check_vocabulary(ids, config.vocab_size)
+        check_ids("verify", ids, config.vocab_size, device)
+        check_vocabulary("verify", ids, config.vocab_size)
         if (length := ids.shape[1]) > limit:
             raise ValueError(f"verify: input_ids has {length} tokens, needs at most {limit}, the model's positions")
         return ids
